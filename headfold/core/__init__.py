@@ -1,0 +1,1 @@
+"""Floor 1: the nouns. Tensors and integers; no files, no transformers."""

@@ -1,0 +1,92 @@
+"""Random changes of heads that attention cannot see: what the laws use to hide a known answer from the methods."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from .groups import Groups
+from .heads import Heads, KeyFreedom
+
+AMPLITUDE = 2.0
+"""No transformation stretches or shrinks any direction by more than this, so condition numbers stay below its square."""
+
+
+def disguise(heads: Heads, seed: int) -> Heads:
+    """The same function in other weights, in float64: K and V of every head transformed, then all heads shuffled.
+
+    Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one; every
+    V head any invertible matrix and its output heads the inverse. K/V heads are shuffled with their query heads, query
+    heads within their group, so the result is in standard order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = heads.to(torch.float64)
+    turns = [key_transform(heads.key_freedom, heads.head_dim, generator) for _ in range(heads.num_groups)]
+    on_k, on_q = (torch.stack(matrices) for matrices in zip(*turns, strict=True))
+    on_v = torch.stack([_invertible(heads.v.shape[1], generator) for _ in range(heads.num_groups)])
+    reads = torch.tensor(heads.kv_of_query.kv_of_query)
+    turned = replace(
+        heads, q=on_q[reads] @ heads.q, k=on_k @ heads.k, v=on_v @ heads.v, o=torch.linalg.inv(on_v).mT[reads] @ heads.o
+    )
+    return _shuffle(turned, generator)
+
+
+def repeat_and_disguise(heads: Heads, num_copies: int, seed: int) -> Heads:
+    """Every K/V head written `num_copies` times, each copy disguised in its own way, all shuffled.
+
+    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_groups` can lose nothing.
+    """
+    return disguise(heads.expand(heads.num_groups * num_copies), seed)
+
+
+def key_transform(
+    freedom: KeyFreedom, dim: int, generator: Generator
+) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, "dim dim"]]:
+    """A random allowed transformation of K and the one that undoes it on Q (methods.md 8.1)."""
+    if freedom.normed:
+        signs = torch.diag(_signs(freedom, dim, generator))
+        return signs * _amplitudes(1, generator), signs
+    on_k = torch.zeros(dim, dim, dtype=torch.float64)
+    if freedom.rotary_dim < dim:
+        on_k[freedom.rotary_dim :, freedom.rotary_dim :] = _invertible(dim - freedom.rotary_dim, generator)
+    if freedom.rotary_dim:
+        real, imaginary = freedom.planes().T
+        size = _amplitudes(len(real), generator)
+        angle = 2 * torch.pi * torch.rand(len(real), dtype=torch.float64, generator=generator)
+        on_k[real, real] = on_k[imaginary, imaginary] = size * angle.cos()
+        on_k[imaginary, real], on_k[real, imaginary] = size * angle.sin(), -size * angle.sin()
+    return on_k, torch.linalg.inv(on_k).mT
+
+
+def _signs(freedom: KeyFreedom, dim: int, generator: Generator) -> Float[Tensor, " dim"]:
+    """One sign per frequency plane, one per dim that does not rotate."""
+    signs = torch.randint(0, 2, (dim,), generator=generator).double() * 2 - 1
+    if freedom.rotary_dim:
+        first, second = freedom.planes().T
+        signs[second] = signs[first]
+    return signs
+
+
+def _amplitudes(num: int, generator: Generator) -> Float[Tensor, " num"]:
+    """Log-uniform in [1 / AMPLITUDE, AMPLITUDE]."""
+    return AMPLITUDE ** (2 * torch.rand(num, dtype=torch.float64, generator=generator) - 1)
+
+
+def _invertible(dim: int, generator: Generator) -> Float[Tensor, "dim dim"]:
+    """A matrix with random singular vectors and singular values within the bounds of AMPLITUDE."""
+    left, right = (torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0] for _ in range(2))
+    return left * _amplitudes(dim, generator) @ right
+
+
+def _shuffle(heads: Heads, generator: Generator) -> Heads:
+    """K/V heads in random order with their query heads, and query heads in random order inside each group."""
+    new_kv = torch.randperm(heads.num_groups, generator=generator)
+    place = new_kv.argsort().tolist()
+    moved = replace(
+        heads,
+        k=heads.k[new_kv],
+        v=heads.v[new_kv],
+        kv_of_query=Groups(tuple(place[group] for group in heads.kv_of_query.kv_of_query)),
+    )
+    return moved.reorder(tuple(torch.randperm(heads.num_heads, generator=generator).tolist())).standard()

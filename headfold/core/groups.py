@@ -1,0 +1,88 @@
+"""Which heads share one K/V head: a partition with canonical labels."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A map head → group. Labels are dense (every group non-empty) but keep the order given; `of` makes them canonical."""
+
+    kv_of_query: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.kv_of_query and set(self.kv_of_query) == set(range(max(self.kv_of_query) + 1)), self.kv_of_query
+
+    @classmethod
+    def of(cls, labels: Sequence[int]) -> "Groups":
+        """Canonical labels: groups numbered in order of their first head. Any hashable labels are taken."""
+        numbers: dict[int, int] = {}
+        return cls(tuple(numbers.setdefault(label, len(numbers)) for label in labels))
+
+    @classmethod
+    def from_members(cls, members: Iterable[Sequence[int]]) -> "Groups":
+        """From the list of each group's heads, canonical."""
+        label_of = {head: label for label, heads in enumerate(members) for head in heads}
+        return cls.of([label_of[head] for head in range(len(label_of))])
+
+    @classmethod
+    def contiguous(cls, num_heads: int, num_groups: int) -> "Groups":
+        """Equal runs of neighbouring heads, the map that every GQA runtime assumes."""
+        size = num_heads // num_groups
+        assert size * num_groups == num_heads, (num_heads, num_groups)
+        return cls(tuple(head // size for head in range(num_heads)))
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.kv_of_query)
+
+    @property
+    def num_groups(self) -> int:
+        return max(self.kv_of_query) + 1
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The heads of each group, ascending."""
+        return tuple(
+            tuple(head for head, label in enumerate(self.kv_of_query) if label == group) for group in range(self.num_groups)
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(len(heads) for heads in self.members)
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether head h reads group h // (heads / groups), as in a stock GQA checkpoint."""
+        return self.is_even and list(self.kv_of_query) == sorted(self.kv_of_query)
+
+    def standard_order(self) -> tuple[int, ...]:
+        """The permutation of heads (new position → old head) that makes the groups contiguous; stable inside a group."""
+        return tuple(sorted(range(self.num_heads), key=lambda head: self.kv_of_query[head]))
+
+    def compose(self, outer: "Groups") -> "Groups":
+        """The map head → group of groups, for sources that are grouped already."""
+        return Groups(tuple(outer.kv_of_query[group] for group in self.kv_of_query))
+
+
+def check_group_count(where: str, num_heads: int, num_groups: int) -> None:
+    """Refuse a count of K/V heads that does not split `num_heads` equally, naming those that do.
+
+    Raises:
+        UserError: one line: where, expected, got, what to do.
+    """
+    choices = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    if num_groups in choices:
+        return
+    if num_groups > num_heads:
+        what = f"the source has {num_heads} K/V heads and folding cannot grow them to {num_groups}"
+    else:
+        what = f"cannot split {num_heads} K/V heads into {num_groups} equal groups"
+    listed = ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}" if len(choices) > 1 else str(choices[0])
+    raise UserError(f"{where}: {what}; choose {listed}")

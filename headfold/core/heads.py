@@ -1,0 +1,103 @@
+"""The heads of one attention site as four tensors, and which of their transformations leave attention unchanged."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .groups import Groups
+
+QueryOrder = Literal["free", "stack", "fixed"]
+"""Who decides the order of query heads: the site alone, its whole stack (T5's shared bias), or nobody (ALiBi)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFreedom:
+    """Which transformations of K, undone on Q, leave every attention logit unchanged (methods.md 8.1).
+
+    The first `rotary_dim` dims of a head are frequency planes of RoPE: one complex number per plane is free, or, under
+    q/k-norm (`normed`), one sign per plane and a positive scale for the whole of K. All further dims carry no position:
+    any invertible matrix is free. Dims are pre-RoPE; under `normed` they are pre-norm.
+    """
+
+    kind: Literal["any", "rope-halves", "rope-pairs", "signs"]
+    rotary_dim: int = 0
+    interleaved: bool = False
+    """Whether the dims (2f, 2f + 1) form plane f; else (f, f + rotary_dim / 2) do."""
+
+    def planes(self) -> Int[Tensor, "plane 2"]:
+        """The two dims of each frequency plane, in order of falling frequency."""
+        dims = torch.arange(self.rotary_dim)
+        return dims.view(-1, 2) if self.interleaved else dims.view(2, -1).T
+
+    @property
+    def normed(self) -> bool:
+        """Whether q and k pass a per-head norm after their projection."""
+        return self.kind == "signs"
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The projections of one attention site, per head, in homogeneous coordinates.
+
+    The last column of `q`, `k`, `v` is the bias (zero where the checkpoint has none), so that every linear merge carries
+    biases by construction. `dim` of q and k may differ from the source's and from that of v and o: never derive it.
+    Query head h reads K/V head `kv_of_query.kv_of_query[h]`; in a checkpoint that is h // (heads // groups).
+    """
+
+    q: Float[Tensor, "head dim model_plus_1"]
+    k: Float[Tensor, "group dim model_plus_1"]
+    v: Float[Tensor, "group dim model_plus_1"]
+    o: Float[Tensor, "head dim model"]
+    kv_of_query: Groups
+    key_freedom: KeyFreedom
+    query_order: QueryOrder = "free"
+    o_bias: Float[Tensor, " model"] | None = None
+    q_gain: Float[Tensor, " dim"] | None = None
+    """Gain of the per-head q-norm, shared by all heads (q/k-norm families)."""
+    k_gain: Float[Tensor, " dim"] | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one K head."""
+        return self.k.shape[1]
+
+    def to(self, dtype: torch.dtype) -> "Heads":
+        """The same heads computed in `dtype`; integers stay."""
+        names = ("q", "k", "v", "o", "o_bias", "q_gain", "k_gain")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
+
+    def per_query(self) -> "Heads":
+        """The head-repeated twin: every query head with a K/V head of its own. Same function, MHA shapes."""
+        index = torch.tensor(self.kv_of_query.kv_of_query)
+        own = Groups(tuple(range(self.num_heads)))
+        return replace(self, k=self.k[index], v=self.v[index], kv_of_query=own)
+
+    def expand(self, num_groups: int) -> "Heads":
+        """The same function written with `num_groups` K/V heads, each repeated equally often (`num_groups` a multiple of ours)."""
+        repeats = num_groups // self.num_groups
+        assert repeats * self.num_groups == num_groups and self.kv_of_query.is_contiguous
+        k, v = (t.repeat_interleave(repeats, 0) for t in (self.k, self.v))
+        return replace(self, k=k, v=v, kv_of_query=Groups.contiguous(self.num_heads, num_groups))
+
+    def reorder(self, order: tuple[int, ...]) -> "Heads":
+        """Query heads in the given order: q rows and o columns move together, so the site computes the same function."""
+        index = torch.tensor(order)
+        moved = Groups(tuple(self.kv_of_query.kv_of_query[h] for h in order))
+        return replace(self, q=self.q[index], o=self.o[index], kv_of_query=moved)
+
+    def standard(self) -> "Heads":
+        """Query heads sorted by the K/V head they read: the order GQA runtimes assume."""
+        return self.reorder(self.kv_of_query.standard_order())
+

@@ -1,0 +1,142 @@
+"""What K and V heads look like to the queries and outputs that read them: Gram matrices of one site, from its statistics.
+
+Everything that aligns, merges or groups heads reads these, so each is computed once per site, in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from .heads import Heads
+from .stats import SiteStats
+
+_NEGLIGIBLE = 1e-12
+"""Relative energy under which a direction counts as never used: about the square root of float64's rounding, squared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """Functionals of all K/V heads without position, weighed by who reads them (methods.md 8.2): W̃ = M^½ W.
+
+    `gram[i, a, l, b]` = E[(W̃_i x)_a (W̃_l x)_b]; its trace is the energy that the readers see.
+    """
+
+    gram: Float[Tensor, "group dim group dim"]
+    root: Float[Tensor, "group dim dim"]
+    inverse_root: Float[Tensor, "group dim dim"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """The rotating part of all K heads, one complex functional per head and frequency plane (methods.md 8.3).
+
+    `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted; normalised per head under q/k-norm);
+    `energy[f, i]` = E|q|² summed over the queries that read K head i.
+    """
+
+    gram: Complex[Tensor, "plane group group"]
+    energy: Float[Tensor, "plane group"]
+    scale: Float[Tensor, " group"]
+    """What one over the key's length is divided by under q/k-norm (the norm's root mean square); ones elsewhere."""
+    normed: bool = False
+
+    @property
+    def weighted(self) -> Complex[Tensor, "plane group group"]:
+        """The Gram matrix of √energy · z, whose top eigenvalue is what one shared functional can keep."""
+        root = self.energy.sqrt().to(self.gram.dtype)
+        return root[:, :, None] * self.gram * root[:, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """One site: rotating planes of K (`None` without RoPE), the rest of K (`None` if all rotates), and V."""
+
+    planes: Planes | None
+    keys: Weighted | None
+    values: Weighted
+    value_mean: Float[Tensor, "group dim"] | None
+    """E[v], present where the site has an output bias that can take it."""
+
+
+def site_moments(heads: Heads, stats: SiteStats, *, query_weighting: bool = True, output_weighting: bool = True) -> Moments:
+    """All Gram matrices of a site. `heads` may be of any float dtype; computed in float64.
+
+    The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
+    """
+    heads, second = heads.to(torch.float64), stats.mean("second")
+    readers = query_moments(heads, second) if query_weighting else _identities(heads.num_groups, heads.head_dim)
+    rotary = heads.key_freedom.rotary_dim
+    planes = _planes(heads, second, readers) if rotary else None
+    flat = None
+    if rotary < heads.head_dim:
+        moment = torch.zeros_like(second)
+        # A key component that is constant over a sequence shifts all its logits alike: softmax ignores it.
+        moment[:-1, :-1] = stats.mean("scatter")
+        flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
+    metric = output_metric(heads) if output_weighting else _identities(heads.num_groups, heads.v.shape[1])
+    mean = None
+    if heads.o_bias is not None:
+        # Attention weights sum to one, so E[v] passes through unchanged: the output bias takes it, exactly.
+        mean = heads.v @ second[:, -1]
+        second = second - torch.outer(second[:, -1], second[:, -1])
+    return Moments(planes, flat, _weighted(heads.v, metric, second), mean)
+
+
+def _identities(num_groups: int, dim: int) -> Float[Tensor, "group dim dim"]:
+    return torch.eye(dim, dtype=torch.float64).expand(num_groups, dim, dim)
+
+
+def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "group dim dim"]:
+    """Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
+    moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b")
+    if heads.key_freedom.normed:
+        length = torch.diagonal(moments, dim1=1, dim2=2).mean(1)
+        gain = heads.q_gain if heads.q_gain is not None else torch.ones_like(moments[0, 0])
+        moments = moments / length[:, None, None] * torch.outer(gain, gain)
+    return _sum_over_queries(heads, moments)
+
+
+def output_metric(heads: Heads) -> Float[Tensor, "group dim dim"]:
+    """Σ W_oᵀ W_o over the query heads of each K/V head: how much a change of v moves the output."""
+    return _sum_over_queries(heads, einsum(heads.o, heads.o, "head a model, head b model -> head a b"))
+
+
+def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
+    total = per_query.new_zeros(heads.num_groups, *per_query.shape[1:])
+    return total.index_add(0, torch.tensor(heads.kv_of_query.kv_of_query), per_query)
+
+
+def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
+    rotary = heads.key_freedom.rotary_dim
+    keys = heads.k[:, :rotary]
+    gram = einsum(keys @ second, keys, "i a model, l b model -> i a l b")
+    scale = keys.new_ones(heads.num_groups)
+    if heads.key_freedom.normed:
+        gain = heads.k_gain if heads.k_gain is not None else keys.new_ones(rotary)
+        scale = einsum(gram, "i a i a -> i a").mean(1).sqrt()
+        gram = gram * einsum(gain / scale[:, None], gain / scale[:, None], "i a, l b -> i a l b")
+    first, other = heads.key_freedom.planes().T
+    gram = rearrange(gram, "i a l b -> a b i l")
+    real, imaginary = gram[first, first] + gram[other, other], gram[other, first] - gram[first, other]
+    diagonal = torch.diagonal(readers, dim1=1, dim2=2)
+    energy = (diagonal[:, first] + diagonal[:, other]).T
+    floor = _NEGLIGIBLE * energy.amax().clamp_min(torch.finfo(energy.dtype).tiny)
+    return Planes(torch.complex(real, imaginary), energy.clamp_min(floor), scale, heads.key_freedom.normed)
+
+
+def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> Weighted:
+    root, inverse = roots(metric)
+    rows = root @ rows
+    return Weighted(einsum(rows @ moment, rows, "i a model, l b model -> i a l b"), root, inverse)
+
+
+def roots(metric: Float[Tensor, "group dim dim"]) -> tuple[Float[Tensor, "group dim dim"], Float[Tensor, "group dim dim"]]:
+    """Symmetric square root and its pseudo-inverse; directions that nobody reads map to zero in both."""
+    values, vectors = torch.linalg.eigh(metric)
+    kept = values > _NEGLIGIBLE * values.amax(1, keepdim=True)
+    root = torch.where(kept, values, 0).sqrt()
+    inverse = torch.where(kept, 1 / root, 0)
+    return (vectors * root[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT

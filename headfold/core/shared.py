@@ -1,0 +1,40 @@
+"""The linear algebra of sharing: leading functionals of a Gram matrix, with or without RoPE, and signs under q/k-norm."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+
+def top_functionals(
+    gram: Float[Tensor, "member dim member dim"], num_kept: int
+) -> tuple[Float[Tensor, "member dim kept"], Float[Tensor, " kept"]]:
+    """The `num_kept` leading eigenvectors over all members' directions, and their eigenvalues, largest first."""
+    members, dim = gram.shape[:2]
+    values, vectors = torch.linalg.eigh(rearrange(gram, "i a l b -> (i a) (l b)"))
+    values, vectors = values.flip(0)[:num_kept].clamp_min(0), vectors.flip(1)[:, :num_kept]
+    return rearrange(vectors, "(member dim) kept -> member dim kept", dim=dim), values
+
+
+def top_planes(
+    gram: Complex[Tensor, "plane member member"],
+) -> tuple[Complex[Tensor, "plane member"], Float[Tensor, " plane"]]:
+    """The leading eigenvector of every plane's Hermitian Gram matrix, and its eigenvalue."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors[..., -1], values[..., -1].clamp_min(0)
+
+
+def align_signs(product: Float[Tensor, "plane member member"]) -> Float[Tensor, "plane member"]:
+    """Signs s that maximise sᵀ P s in every plane: the leading eigenvector's, then single flips while they gain."""
+    vectors = torch.linalg.eigh(product)[1][..., -1]
+    signs = torch.where(vectors < 0, -1.0, 1.0).to(product.dtype)
+    off_diagonal = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
+    for _ in range(4 * product.shape[-1]):
+        gain = -signs * torch.einsum("fil,fl->fi", off_diagonal, signs)
+        best, member = gain.max(1)
+        flips = best > 1e-12 * torch.diagonal(product, dim1=-2, dim2=-1).sum(1)
+        if not flips.any():
+            break
+        rows = torch.nonzero(flips)[:, 0]
+        signs[rows, member[rows]] *= -1
+    return signs

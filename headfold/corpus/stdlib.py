@@ -1,0 +1,34 @@
+"""This machine's own Python standard library: real text that every Python user already has."""
+
+import random
+import sysconfig
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+
+def heldout_files() -> frozenset[str]:
+    """Paths, relative to the standard library, that no default calibration may read: the bundled model is measured on them."""
+    return frozenset(resources.files("headfold").joinpath("bundled", "heldout-files.txt").read_text().split())
+
+
+def stdlib_files() -> list[Path]:
+    """Every `.py` file of the standard library with its tests, held-out files and third-party packages left out, sorted."""
+    root, held_out = Path(sysconfig.get_paths()["stdlib"]), heldout_files()
+    relative = {path: path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+    return sorted(
+        path for path, name in relative.items() if not name.startswith("site-packages/") and name not in held_out
+    )
+
+
+def documents(seed: int | None = None) -> Iterator[str]:
+    """The text of each file, in path order or in an order drawn from `seed`; files that are not UTF-8 (a few tests of the
+    decoder) are passed over."""
+    paths = stdlib_files()
+    if seed is not None:
+        random.Random(seed).shuffle(paths)
+    for path in paths:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue

@@ -1,0 +1,10 @@
+"""Equal runs of neighbouring heads (GQA, 2305.13245, section 2.1)."""
+
+from collections.abc import Callable
+
+from ..core.groups import Groups
+
+
+def group(cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_groups: int, *, seed: int = 0) -> Groups:
+    """`num_groups` equal runs of `num_heads` heads; the cost is not asked."""
+    return Groups.contiguous(num_heads, num_groups)

@@ -1,0 +1,27 @@
+"""The error that absorb predicts for a shared head: K (logit²) and V (output²), each as a share of the site's energy.
+
+cost = key_weight · K error / K energy + value_weight · V error / V energy (methods.md 8.2, 8.3).
+The two errors have different units, so each is divided by its site's own energy before they are weighed; the default
+weights are a choice made by measurement (see benchmarks/results/ablation.json), not a theorem.
+"""
+
+from collections.abc import Callable
+
+from ...core.heads import Heads
+from ...core.predict import predicted_error, site_energy
+from ...core.moments import site_moments
+from ...core.stats import SiteStats
+
+
+def cost(
+    heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0
+) -> Callable[[tuple[int, ...]], float]:
+    """Returns the cost of one set of K/V heads sharing a single head."""
+    moments = site_moments(heads, stats)
+    energy = site_energy(moments)
+
+    def of(members: tuple[int, ...]) -> float:
+        error = predicted_error(moments, list(members), values=value_weight != 0)
+        return key_weight * error.key / energy.key + value_weight * error.value / energy.value
+
+    return of

@@ -1,0 +1,14 @@
+"""A balanced partition drawn at random: the baseline that any search must beat."""
+
+import random
+from collections.abc import Callable
+
+from ..core.groups import Groups
+
+
+def group(cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_groups: int, *, seed: int = 0) -> Groups:
+    """`num_groups` equal groups of `num_heads` heads; the cost is not asked."""
+    heads = list(range(num_heads))
+    random.Random(seed).shuffle(heads)
+    size = num_heads // num_groups
+    return Groups.from_members([heads[start : start + size] for start in range(0, num_heads, size)])

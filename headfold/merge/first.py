@@ -1,0 +1,13 @@
+"""Keep the first K/V head of each group, drop the others (GQA, 2305.13245, figure 4: first head)."""
+
+import dataclasses
+
+from ..core.groups import Groups
+from ..core.heads import Heads
+from ..core.stats import SiteStats
+
+
+def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
+    """`groups` partitions the source's K/V heads. Exact only where the heads of a group are equal."""
+    first = [members[0] for members in groups.members]
+    return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], kv_of_query=heads.kv_of_query.compose(groups))

@@ -1,0 +1,19 @@
+"""Average the K and V projections of each group (GQA, 2305.13245, section 2.1: mean pooling).
+
+Minimises the summed squared distance of each group's K and V weights to one shared head. Turns neither Q nor O, so under
+RoPE, where every head has a phase of its own, the average cancels. Exact only where the heads of a group are equal.
+"""
+
+import dataclasses
+
+import torch
+
+from ..core.groups import Groups
+from ..core.heads import Heads
+from ..core.stats import SiteStats
+
+
+def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
+    """`groups` partitions the source's K/V heads. Returns heads with `groups.num_groups` of them; q and o are kept."""
+    k, v = (torch.stack([t[list(members)].mean(0) for members in groups.members]) for t in (heads.k, heads.v))
+    return dataclasses.replace(heads, k=k, v=v, kv_of_query=heads.kv_of_query.compose(groups))
