@@ -12,7 +12,7 @@ from .core.heads import Heads
 from .core.stats import SiteStats
 from .families.layout import read_heads, write_heads
 from .families.spec import Site
-from .plan import Plan, SitePlan
+from .planning import Plan, SitePlan
 
 
 def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: int) -> Heads:
