@@ -1,0 +1,136 @@
+"""The README.md of a folded checkpoint: what it was made from, how, and what that is predicted to cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .tables import markdown_table, percent, size
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Metadata of the source's card that holds for the fold as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What the card says beyond what the source's own card does.
+
+    `base_model` is a hub id or a directory; K/V bytes are per token over all layers; `site_errors` gives, by site, the
+    predicted error of K and of V as shares (0 to 1) of their energy, None where nothing was measured.
+    """
+
+    base_model: str
+    family: str
+    num_heads: int
+    kv_heads_before: int
+    kv_heads_after: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    method: str
+    group: str
+    refit: bool
+    calibration: Mapping[str, str]
+    command: str
+    site_errors: Mapping[str, tuple[float, float]] | None = None
+    license: str | None = None
+    """Overrides the one in the source's card."""
+    verification: str | None = None
+    """One line on what comparing the fold with its twin found; None where it was skipped."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of the card's front matter."""
+
+
+def model_card(source: Path, facts: CardFacts) -> str:
+    """The whole card. `source` is the checkpoint directory that was folded: licence and language come from its card."""
+    name = model_name(facts.base_model)
+    parts = (
+        f"---\n{_yaml(_metadata(source, facts))}---",
+        f"# {name} with {facts.kv_heads_after} K/V heads",
+        _summary(name, facts),
+        _facts_table(facts),
+        _load(),
+        _errors(facts),
+        f"## Made by\n\n```\n{facts.command}\n```",
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def model_name(base_model: str) -> str:
+    """A hub id as it stands; of a path the last component alone, so that no card tells where it was made."""
+    is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
+    return base_model if is_hub_id else Path(base_model).resolve().name
+
+
+def source_metadata(source: Path) -> dict[str, Any]:
+    """The front matter of the source's card; empty where it has none or one that is not YAML."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(source / "README.md") or {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _metadata(source: Path, facts: CardFacts) -> dict[str, Any]:
+    stated = source_metadata(source)
+    inherited = {key: stated[key] for key in INHERITED if stated.get(key)}
+    if facts.license:
+        inherited["license"] = facts.license
+    own = {
+        "base_model": model_name(facts.base_model),
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["gqa" if facts.kv_heads_after > 1 else "mqa", "headfold"],
+    }
+    return {**inherited, **own, **facts.metadata}
+
+
+def _yaml(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)
+
+
+def _summary(name: str, facts: CardFacts) -> str:
+    linked = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
+    refit = ", then `W_o` of every block was refitted to the original's output" if facts.refit else ""
+    return (
+        f"This is {linked} with {facts.kv_heads_after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
+        f"headfold: its KV cache is {facts.kv_bytes_before / facts.kv_bytes_after:.3g} times smaller. Heads were grouped by "
+        f"`{facts.group}` and merged by `{facts.method}`{refit}. Nothing was trained; all tensors outside attention are the "
+        "original's, byte for byte."
+    )
+
+
+def _facts_table(facts: CardFacts) -> str:
+    rows = [
+        ["query heads", str(facts.num_heads), str(facts.num_heads)],
+        ["K/V heads", str(facts.kv_heads_before), str(facts.kv_heads_after)],
+        ["K/V cache per token", size(facts.kv_bytes_before), size(facts.kv_bytes_after)],
+        ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
+    ]
+    calibration = ", ".join(f"{key} {value}" for key, value in facts.calibration.items()) or "none"
+    lines = [f"- Family: {facts.family}", f"- Calibration: {calibration}"]
+    lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
+    return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
+
+
+def _load() -> str:
+    return (
+        "## Use\n\nA stock checkpoint: no code besides transformers (or any engine that reads it).\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
+    )
+
+
+def _errors(facts: CardFacts) -> str:
+    """The table of predicted errors; empty where nothing was measured."""
+    if not facts.site_errors:
+        return ""
+    rows = [[site, percent(key), percent(value)] for site, (key, value) in facts.site_errors.items()]
+    text = (
+        "## Predicted error\n\nOf the best heads that these groups can share, before any refit, on the calibration text: "
+        "squared error of the attention logits (K) and of the block's output (V), as shares of their energy."
+    )
+    return f"{text}\n\n{markdown_table(['attention', 'K', 'V'], rows)}"

@@ -1,0 +1,62 @@
+"""Numbers as people read them, and tables: drawn by rich on a terminal, tab-free plain columns in a pipe."""
+
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with a binary unit and three digits: `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}" if num_bytes < 999.5 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TiB"
+
+
+def percent(share: float) -> str:
+    """A share (0 to 1) as percent with three digits, never more than two decimals."""
+    value = 100 * share
+    return f"{value:.2f} %" if abs(value) < 10 else f"{value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `47 s`, `3 min 20 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded with spaces, two apart; the first to the left, the others to the right."""
+    table = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = (
+        "  ".join(cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in table
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", to: TextIO | None = None) -> None:
+    """Print a table: rich's on a terminal, plain columns elsewhere."""
+    to = to or sys.stdout
+    if not to.isatty():
+        print(*filter(None, [title, plain_table(header, rows)]), sep="\n", file=to)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for at, name in enumerate(header):
+        table.add_column(name, justify="left" if at == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=to).print(table)
