@@ -10,15 +10,15 @@ from .groups import Groups
 from .heads import Heads, KeyFreedom
 
 AMPLITUDE = 2.0
-"""No transformation stretches or shrinks any direction by more than this, so condition numbers stay below its square."""
+"""No transformation stretches or shrinks a direction by more than this, so condition numbers stay below its square."""
 
 
 def disguise(heads: Heads, seed: int) -> Heads:
     """The same function in other weights, in float64: K and V of every head transformed, then all heads shuffled.
 
-    Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one; every
-    V head any invertible matrix and its output heads the inverse. K/V heads are shuffled with their query heads, query
-    heads within their group, so the result is in standard order.
+    Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one;
+    every V head any invertible matrix and its output heads the inverse. K/V heads are shuffled with their query heads,
+    query heads within their group, so the result is in standard order.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = heads.to(torch.float64)
@@ -35,7 +35,8 @@ def disguise(heads: Heads, seed: int) -> Heads:
 def repeat_and_disguise(heads: Heads, num_copies: int, seed: int) -> Heads:
     """Every K/V head written `num_copies` times, each copy disguised in its own way, all shuffled.
 
-    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_groups` can lose nothing.
+    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_groups` need lose
+    nothing.
     """
     return disguise(heads.expand(heads.num_groups * num_copies), seed)
 
@@ -75,7 +76,9 @@ def _amplitudes(num: int, generator: Generator) -> Float[Tensor, " num"]:
 
 def _invertible(dim: int, generator: Generator) -> Float[Tensor, "dim dim"]:
     """A matrix with random singular vectors and singular values within the bounds of AMPLITUDE."""
-    left, right = (torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0] for _ in range(2))
+    left, right = (
+        torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0] for _ in range(2)
+    )
     return left * _amplitudes(dim, generator) @ right
 
 

@@ -23,7 +23,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     """The family of a checkpoint, by `model_type`.
 
     Raises:
-        UserError: unknown `model_type`; a wrapper round a `text_config`; a family or a setting that cannot be folded exactly.
+        UserError: unknown `model_type`; a wrapper round a `text_config`; what cannot be folded exactly.
     """
     known = {alias: family for family in all_families().values() for alias in family.model_types}
     model_type = config.get("model_type")

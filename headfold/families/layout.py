@@ -34,7 +34,9 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
         rows = dict(zip(("q", "k", "v"), parts, strict=True))
     split = {role: rearrange(t, _ROWS, dim=site.head_dim) for role, t in rows.items()}
     extras = {
-        name: read(f"{site.weights[role]}.weight") for name, role in (("q_gain", "q_norm"), ("k_gain", "k_norm")) if role in site.weights
+        name: read(f"{site.weights[role]}.weight")
+        for name, role in (("q_gain", "q_norm"), ("k_gain", "k_norm"))
+        if role in site.weights
     }
     return Heads(
         **split,
@@ -71,7 +73,9 @@ def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
     return tensors
 
 
-def planned_shapes(site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def planned_shapes(
+    site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that `write_heads` will give once the site has `num_groups` K/V heads; nothing is read."""
     rows = _segments(site, num_groups)
     rows["qkv"] = sum(rows.values())
@@ -94,10 +98,12 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     expected = planned_shapes(site, site.num_groups, shape_of)
     output = f"{site.weights['o']}.weight"
     expected[output] = (*shape_of(output)[:1], site.num_heads * site.head_dim)
-    expected |= {f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights}
+    expected |= {
+        f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
+    }
     for name, shape in expected.items():
         if tuple(shape_of(name)) != shape:
             raise UserError(
-                f"{where}: {name} has shape {tuple(shape_of(name))}, expected {shape} from {site.num_heads} query heads, "
-                f"{site.num_groups} K/V heads and head size {site.head_dim}; correct config.json or the checkpoint"
+                f"{where}: {name} has shape {tuple(shape_of(name))}, expected {shape} from {site.num_heads} query "
+                f"heads, {site.num_groups} K/V heads of size {site.head_dim}; correct the config or the checkpoint"
             )

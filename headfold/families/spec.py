@@ -22,7 +22,7 @@ class Rope:
 class Attention:
     """One attention per layer: where its projections lie, as submodule names of `at`.
 
-    Either `k` and `v` (and `q`) name separate linears, or `qkv` names one whose rows are [heads·dim; groups·dim; groups·dim].
+    Either `q`, `k` and `v` name a linear each, or `qkv` names one whose rows are [heads·dim; groups·dim; groups·dim].
     """
 
     name: str
@@ -60,9 +60,12 @@ class Site:
     name: str
     """Short name used in plans, statistics and messages, such as `layers.3.self`."""
     module: str
-    """Path of the attention module in the transformers class that saved the checkpoint (`architectures` of its config)."""
+    """Path of the attention module in the transformers class that saved the checkpoint (its `architectures`)."""
     weights: Mapping[str, str]
-    """Role (q, k, v, o or qkv; q_norm, k_norm) → tensor name on disk without `.weight`."""
+    """Role (q, k, v, o or qkv; q_norm, k_norm) → tensor name on disk without `.weight`.
+
+    That is also the path of the submodule in the model.
+    """
     biases: frozenset[str]
     """Roles that have a `.bias` on disk."""
     num_heads: int
@@ -73,7 +76,7 @@ class Site:
 
 
 def read_field(family: Family, config: Mapping[str, Any], name: str) -> Any:
-    """A config field as its class would see it: among the rotary parameters, set outright (null too), or the default."""
+    """A config field as its class sees it: among the rotary parameters, set outright (null too), or the default."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if rope.get(name) is not None:
         return rope[name]
@@ -100,11 +103,13 @@ def key_freedom(family: Family, attention: Attention, config: Mapping[str, Any],
     return KeyFreedom(kind, rotary_dim, pairs)
 
 
-def sites(family: Family, config: Mapping[str, Any], names: Mapping[str, Any], where: str = "config.json") -> list[Site]:
+def sites(
+    family: Family, config: Mapping[str, Any], names: Mapping[str, Any], where: str = "config.json"
+) -> list[Site]:
     """Every attention site of a checkpoint, in the order of the forward pass.
 
-    `names` are the tensor names on disk: they tell biases, and a base model saved without its head, whose names lack the
-    first component (`model.`).
+    `names` are the tensor names on disk: they tell biases, and a base model saved without its head, whose names lack
+    the first component (`model.`).
 
     Raises:
         UserError: a projection that the literal names is absent; every absent one is listed.
@@ -124,7 +129,9 @@ def sites(family: Family, config: Mapping[str, Any], names: Mapping[str, Any], w
     return found
 
 
-def _site(family: Family, attention: Attention, config: Mapping[str, Any], names: Mapping[str, Any], layer: int) -> Site:
+def _site(
+    family: Family, attention: Attention, config: Mapping[str, Any], names: Mapping[str, Any], layer: int
+) -> Site:
     module = attention.at.format(layer=layer)
     roles = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm")
     local = {role: getattr(attention, role) for role in roles if getattr(attention, role)}

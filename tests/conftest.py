@@ -1,0 +1,20 @@
+"""What all tests share: quiet transformers, and the tiny models of `tiny.py` as fixtures."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import FLOAT32_NORMS, TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens
+
+__all__ = ["FLOAT32_NORMS", "TINY", "stock_logits", "stock_model", "tiny_checkpoint", "tiny_tokens"]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Library code takes seeds; this one makes what tests draw themselves repeatable."""
+    torch.manual_seed(0)
+    yield
