@@ -1,0 +1,42 @@
+"""headfold: fold a checkpoint's key/value heads. Same model, smaller KV cache.
+
+The public functions are those of the command line: `fold`, `calibrate`, `plan`, `inspect`, `eval`, and `load`, which opens what
+`fold` wrote. Nothing heavy is imported before one of them is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .recipe import calibrate, fold, inspect, plan
+    from .recipe import evaluate as eval
+    from .runtime.load import load
+
+    __version__: str
+
+_HOMES = {
+    "fold": ("recipe", "fold"),
+    "calibrate": ("recipe", "calibrate"),
+    "plan": ("recipe", "plan"),
+    "inspect": ("recipe", "inspect"),
+    "eval": ("recipe", "evaluate"),
+    "load": ("runtime.load", "load"),
+}
+"""Public name → module and name there. A public name must not be that of a submodule, which would take its place."""
+
+__all__ = ["__version__", "calibrate", "eval", "fold", "inspect", "load", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("headfold")
+    if name in _HOMES:
+        module, attribute = _HOMES[name]
+        return getattr(import_module(f"{__name__}.{module}"), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Floor 6: a folded checkpoint as a running model."""
