@@ -38,13 +38,18 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = (
-        "  ".join(cell.ljust(width) if at == 0 else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in table
     )
     return "\n".join(line.rstrip() for line in lines)
 
 
-def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", to: TextIO | None = None) -> None:
+def show_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", to: TextIO | None = None
+) -> None:
     """Print a table: rich's on a terminal, plain columns elsewhere."""
     to = to or sys.stdout
     if not to.isatty():

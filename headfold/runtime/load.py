@@ -28,7 +28,9 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
     check(directory)
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(directory, **{"dtype": "auto", "local_files_only": True, **keywords})
+            return AutoModelForCausalLM.from_pretrained(
+                directory, **{"dtype": "auto", "local_files_only": True, **keywords}
+            )
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: transformers does not load this checkpoint: {line}") from error

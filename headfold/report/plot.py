@@ -1,0 +1,58 @@
+"""Perplexity against K/V bytes per token, one labelled line per method."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .tables import size
+
+COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a6d3b", "#6d597a")
+"""Dark enough to be read on white; the first is the method that the plot is about."""
+
+
+def plot_perplexity(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    original: tuple[int, float],
+    *,
+    title: str,
+) -> None:
+    """Write a picture. `curves` maps a method to its (K/V bytes per token, perplexity); `original` is such a pair too.
+
+    Every curve starts at the original and is labelled at its other end; both axes are logarithmic.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.axhline(original[1], color="0.6", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"original {original[1]:.2f}", original, (0, 6), textcoords="offset points", ha="left", color="0.35", fontsize=9
+    )
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        line = sorted([original, *points], reverse=True)
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.8, color=colour)
+        axes.annotate(
+            f"{name}  {line[-1][1]:.3g}",
+            line[-1],
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=9,
+        )
+    sizes = sorted({original[0], *(point[0] for points in curves.values() for point in points)})
+    axes.set_xticks(sizes, [size(num_bytes) for num_bytes in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(original[0] * 1.15, sizes[0] / 1.9)
+    axes.set_xlabel("K/V cache per token")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

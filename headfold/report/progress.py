@@ -1,0 +1,89 @@
+"""How far a job is: bars with rate and time left on a terminal, one line per finished stage elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from .tables import duration, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+UNITS = {"plan": "sites", "write": "bytes"}
+"""What a stage counts; tokens where it is not listed."""
+
+
+class ProgressReport:
+    """Call it with (stage, done, total). A context manager: leaving it ends the last stage."""
+
+    def __init__(self, to: TextIO | None = None, *, silent: bool = False) -> None:
+        self._to, self._silent = to or sys.stderr, silent
+        self._stage, self._start, self._done = "", 0.0, 0
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish(complete=error is None)
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._silent:
+            return
+        if stage != self._stage:
+            self._finish()
+            self._begin(stage, total)
+        self._done = done
+        if self._bars is not None and self._task is not None:
+            rate = self._rate()
+            self._bars.update(self._task, completed=done, total=total or None, rate=rate)
+
+    def _begin(self, stage: str, total: int) -> None:
+        self._stage, self._start, self._done = stage, time.monotonic(), 0
+        if self._to.isatty():
+            self._bars = self._bars or _bars(self._to)
+            self._task = self._bars.add_task(stage, total=total or None, rate="")
+
+    def _finish(self, *, complete: bool = True) -> None:
+        if self._stage and complete and self._bars is None:
+            passed = duration(time.monotonic() - self._start)
+            print(
+                f"{self._stage}: {amount(self._stage, self._done)} in {passed}, {self._rate()}",
+                file=self._to,
+                flush=True,
+            )
+        self._stage = ""
+
+    def _rate(self) -> str:
+        passed = max(time.monotonic() - self._start, 1e-3)
+        return f"{amount(self._stage, self._done / passed)}/s"
+
+
+def amount(stage: str, number: float) -> str:
+    """`12,300 tokens`, `5 sites`, `1.2 GiB`."""
+    unit = UNITS.get(stage, "tokens")
+    if unit == "bytes":
+        return size(number)
+    return f"{number:,.0f} {unit}" if number >= 10 or number == int(number) else f"{number:.1f} {unit}"
+
+
+def _bars(to: TextIO) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]:>18}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    bars = Progress(*columns, console=Console(file=to))
+    bars.start()
+    return bars

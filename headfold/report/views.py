@@ -1,0 +1,169 @@
+"""What each verb shows to people. Results go to stdout; the machines' form is the result's own JSON."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from .tables import duration, percent, show_table, size
+
+CONTEXT = 32 * 1024
+FRACTIONS = ("1/2", "1/4", "1/8")
+BLOCKS = "▁▂▃▄▅▆▇█"
+COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
+
+
+class SiteForecast(Protocol):
+    """Predicted error of one site by the fraction of K/V heads that stays, as shares of the energy."""
+
+    name: str
+    key: Mapping[str, float]
+    value: Mapping[str, float]
+
+
+def show_inspection(found: Any) -> None:
+    """A `recipe.Inspection`: the facts, then the heat strips of K and V."""
+    rows = [
+        ["family", f"{found.family} ({found.architecture})"],
+        ["parameters", f"{found.num_parameters:,} in {found.dtype}"],
+        ["layers", str(found.num_layers)],
+        ["query heads", f"{found.num_heads} of {found.head_dim}"],
+        ["K/V heads", str(found.num_kv_heads)],
+        ["K/V cache per token", size(found.kv_bytes_per_token)],
+        ["K/V cache at 32k tokens", size(found.kv_bytes_32k)],
+        ["free on K", found.key_freedom],
+        ["order of query heads", found.query_order],
+    ]
+    show_table([found.model, ""], rows)
+    show_strips(found.sites, found.basis)
+
+
+def show_strips(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:
+    """One cell per layer; rows are what share of the K/V heads stays. Blocks with colour on a terminal, digits elsewhere."""
+    to = to or sys.stdout
+    print(f"\npredicted error by layer, from {basis}", file=to)
+    if to.isatty():
+        print("cell height is the square root of the error as a share of its energy", file=to)
+    else:
+        print("digit d: at least d² percent of its energy (1: 1 %, 3: 9 %, 5: 25 %, 7: 49 %)", file=to)
+    for tensor in ("key", "value"):
+        for fraction in FRACTIONS:
+            errors = {site.name: getattr(site, tensor)[fraction] for site in sites if fraction in getattr(site, tensor)}
+            if errors:
+                _print_strip(f"{tensor[0].upper()} {fraction}", errors, to)
+
+
+def _print_strip(label: str, errors: Mapping[str, float], to: TextIO) -> None:
+    worst = max(errors, key=errors.__getitem__)
+    middle = sorted(errors.values())[len(errors) // 2]
+    tail = f"median {percent(middle)}, worst {percent(errors[worst])} at {worst}"
+    if not to.isatty():
+        print(f"{label}  {''.join(str(level(error, 10)) for error in errors.values())}  {tail}", file=to)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    cells = [(BLOCKS[level(error, 8)], COLOURS[level(error, 8)]) for error in errors.values()]
+    Console(file=to).print(Text.assemble(f"{label}  ", *cells, f"  {tail}"), soft_wrap=True)
+
+
+def level(share: float, num_levels: int) -> int:
+    """The square root of a share, in `num_levels` equal steps: small errors stay apart."""
+    return min(num_levels - 1, int(num_levels * math.sqrt(max(share, 0.0)) + 1e-9))
+
+
+def show_fold(result: Any) -> None:
+    """A `recipe.FoldResult`."""
+    before, after = result.kv_bytes_before, result.kv_bytes_after
+    rows = [
+        ["K/V heads", str(result.kv_heads_before), str(result.kv_heads_after)],
+        ["K/V cache per token", size(before), size(after)],
+        ["K/V cache at 32k tokens", size(before * CONTEXT), size(after * CONTEXT)],
+    ]
+    show_plan_errors(result.plan)
+    show_table([f"{result.family}, {result.num_heads} query heads", "before", "after"], rows)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(_verification(result.verification))
+    print("time: " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
+    print(f"wrote {result.out}")
+
+
+def _verification(found: Any) -> str:
+    if found is None:
+        return "not verified: the check against the head-repeated twin was skipped"
+    return (
+        f"verified: logits are the head-repeated twin's to {found.max_abs_difference:.2g} "
+        f"(tolerance {found.tolerance:.2g} in {found.dtype})"
+    )
+
+
+def show_plan_errors(plan: Any) -> None:
+    """A `planning.Plan`: predicted error per site, K and V apart; nothing where there were no statistics."""
+    rows = [[name, *shares] for name, shares in _error_rows(plan)]
+    if rows:
+        title = "predicted error of the best heads that the groups can share, as shares of the energy"
+        show_table(["attention", "K", "V", "groups"], rows, title=title)
+    else:
+        print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
+
+
+def _error_rows(plan: Any) -> Iterator[tuple[str, list[str]]]:
+    for name, site in plan.sites.items():
+        if site.error is None:
+            continue
+        groups = " ".join("".join(f"{head}," for head in members)[:-1] for members in site.groups.members)
+        key, value = site.error.key / site.energy.key, site.error.value / site.energy.value
+        yield name, [percent(key), percent(value), groups]
+
+
+def show_calibration(result: Any) -> None:
+    """A `recipe.CalibrationResult`."""
+    print(f"{result.tokens:,} tokens of {result.source} through {result.sites} sites in {duration(result.seconds)}")
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"wrote {result.path}")
+
+
+def show_evaluation(found: Any) -> None:
+    """An `evaluate.perplexity.Evaluation`, beside its reference where it has one."""
+    title = f"{found.num_tokens:,} tokens of {found.text}, context {found.context}, computed in {found.dtype}"
+    rows = [
+        ["K/V cache per token", size(found.kv_bytes_per_token), _size(found.reference_kv_bytes_per_token)],
+        ["NLL (nats per token)", *_numbers("{:.4f}", found.nll, found.reference_nll)],
+        ["perplexity", *_numbers("{:.3f}", found.perplexity, found.reference_perplexity)],
+        ["KL(reference || model)", *_numbers("{:.4f}", found.kl, None)],
+        ["same first token", "" if found.top1_agreement is None else percent(found.top1_agreement), ""],
+    ]
+    if found.reference is None:
+        show_table(["", found.model], [row[:2] for row in rows[:3]], title=title)
+    else:
+        show_table(["", found.model, found.reference], rows, title=title)
+
+
+def _numbers(form: str, *values: float | None) -> list[str]:
+    return ["" if value is None else form.format(value) for value in values]
+
+
+def _size(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else size(num_bytes)
+
+
+def show_methods(summaries: Mapping[str, Mapping[str, str]]) -> None:
+    """Axis → method → its one line."""
+    width = max(len(name) for methods in summaries.values() for name in methods)
+    for option, methods in summaries.items():
+        print(option)
+        for name, summary in methods.items():
+            print(f"  {name.ljust(width)}  {summary}")
+
+
+def show_page(option: str, name: str, page: str, options: Mapping[str, Any]) -> None:
+    """One method: its page and its options with their defaults."""
+    print(f"{option} {name}\n\n{page}\n")
+    if options:
+        print("options, with their defaults:")
+        for key, default in options.items():
+            print(f"  {key}={str(default).lower() if isinstance(default, bool) else default}")
+    else:
+        print("no options")
