@@ -1,13 +1,8 @@
-"""Which K/V heads share one, how they become one, and what that is predicted to lose: the plan, a file of its own."""
+"""Make a plan: group the K/V heads of every site and predict what that loses. No model is run here."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import group as solvers
@@ -17,87 +12,12 @@ from .core.errors import UserError
 from .core.groups import Groups, check_group_count
 from .core.heads import Heads
 from .core.moments import site_moments
-from .core.predict import SiteError, grouped_error, site_energy
+from .core.plan import Plan, SitePlan
+from .core.predict import grouped_error, site_energy
 from .core.stats import SiteStats
 from .families.layout import read_heads
 from .families.spec import Site
 from .group import costs
-
-FORMAT = "headfold-plan-1"
-
-
-@dataclass(frozen=True, slots=True)
-class SitePlan:
-    """What happens to one site. Errors are None where there were no statistics to predict them from."""
-
-    groups: Groups
-    """Source K/V head → new K/V head."""
-    merge: str
-    """Method with its options, as on the command line."""
-    error: SiteError | None = None
-    """Predicted: K in logit² before the softmax scale, V in output², per token, summed over query heads."""
-    energy: SiteError | None = None
-    """The same two of the original K and V: the scale of `error`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One `SitePlan` per site, with the fingerprints of what it was made from."""
-
-    sites: Mapping[str, SitePlan]
-    group: str
-    source: str
-    """Fingerprint of the source checkpoint."""
-    seed: int = 0
-    calibration: Mapping[str, str] = field(default_factory=dict)
-    """What the statistics were measured on (source, tokens, fingerprint); empty without."""
-
-    @property
-    def num_groups(self) -> int:
-        """K/V heads per site of the folded checkpoint."""
-        return next(iter(self.sites.values())).groups.num_groups
-
-    def to_json(self) -> dict[str, Any]:
-        rows = {
-            name: {
-                "kv_of_source_head": list(site.groups.kv_of_query),
-                "merge": site.merge,
-                "error": site.error and asdict(site.error),
-                "energy": site.energy and asdict(site.energy),
-            }
-            for name, site in self.sites.items()
-        }
-        head = {"format": FORMAT, "source": self.source, "seed": self.seed, "group": self.group}
-        return {**head, "calibration": dict(self.calibration), "sites": rows}
-
-    @classmethod
-    def from_json(cls, data: Any, where: str = "plan.json") -> "Plan":
-        """Raises: UserError where the file is not a plan of this version."""
-        try:
-            if data["format"] != FORMAT:
-                raise UserError(f"{where}: format is {data['format']!r}, expected {FORMAT!r}; make the plan again")
-            sites = {name: _site_plan(row) for name, row in data["sites"].items()}
-            return cls(sites, data["group"], data["source"], data["seed"], data["calibration"])
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(f"{where}: not a headfold plan ({error!r}); make one with headfold plan") from error
-
-    @classmethod
-    def load(cls, path: Path) -> "Plan":
-        try:
-            return cls.from_json(json.loads(path.read_text()), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not JSON ({error}); make a plan with headfold plan") from error
-
-    def check_source(self, fingerprint: str, sites: list[Site]) -> None:
-        """Refuse to apply a plan to another checkpoint than the one it was made for."""
-        if self.source != fingerprint or self.sites.keys() != {site.name for site in sites}:
-            raise UserError("plan: made for another checkpoint (fingerprints differ); make it again with headfold plan")
-
-
-def _site_plan(row: Mapping[str, Any]) -> SitePlan:
-    error, energy = (SiteError(**row[name]) if row[name] else None for name in ("error", "energy"))
-    return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], error, energy)
-
 
 def parse_kv_heads(text: str | int, num_groups: int) -> int:
     """`4` or `1/2` (of the source's K/V heads) → a count.

@@ -9,10 +9,10 @@ from . import merge as merges
 from .core import plugins
 from .core.errors import UserError
 from .core.heads import Heads
+from .core.plan import Plan, SitePlan
 from .core.stats import SiteStats
 from .families.layout import read_heads, write_heads
 from .families.spec import Site
-from .planning import Plan, SitePlan
 
 
 def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: int) -> Heads:

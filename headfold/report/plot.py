@@ -22,7 +22,7 @@ def plot_perplexity(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,14 +30,11 @@ def plot_perplexity(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.axhline(original[1], color="0.6", linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"original {original[1]:.2f}", original, (0, 6), textcoords="offset points", ha="left", color="0.35", fontsize=9
-    )
     for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
         line = sorted([original, *points], reverse=True)
         axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.8, color=colour)
         axes.annotate(
-            f"{name}  {line[-1][1]:.3g}",
+            f"{name}  {line[-1][1]:.4g}",
             line[-1],
             (8, 0),
             textcoords="offset points",
@@ -48,7 +45,22 @@ def plot_perplexity(
     sizes = sorted({original[0], *(point[0] for points in curves.values() for point in points)})
     axes.set_xticks(sizes, [size(num_bytes) for num_bytes in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=original[1] * 0.8)
     axes.set_xlim(original[0] * 1.15, sizes[0] / 1.9)
+    right = axes.get_xlim()[1], original[1]
+    axes.annotate(
+        f"original  {original[1]:.4g}",
+        right,
+        (0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="0.35",
+        fontsize=9,
+    )
     axes.set_xlabel("K/V cache per token")
     axes.set_ylabel("perplexity on held-out text")
     axes.set_title(title, loc="left", fontsize=11)

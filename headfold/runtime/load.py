@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
+from ..core.plan import Plan
 from ..families import family_of
 from ..families.spec import read_field
-from ..planning import Plan
 from ..stock import quiet
 
 if TYPE_CHECKING:
