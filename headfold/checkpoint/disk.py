@@ -1,0 +1,66 @@
+"""What a disk refuses, said in one line: full, read-only, not permitted."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..core.errors import UserError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write here",
+    errno.EPERM: "no permission to write here",
+    errno.ENOTDIR: "part of the path is a file, not a directory",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+}
+
+
+@contextmanager
+def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn what the user's disk refuses within the block into a `UserError` that names `path` and the bytes needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REASONS:
+            raise
+        needed = "" if num_bytes is None else f"; expected room for {sizes(num_bytes)}"
+        where = error.filename or path
+        raise UserError(
+            f"{where}: {_REASONS[error.errno]}{needed}; choose another output place or make room there"
+        ) from error
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Refuse before anything is written when `num_bytes` more cannot fit beside what is there.
+
+    Raises:
+        UserError: less free space than needed.
+    """
+    free = shutil.disk_usage(path).free
+    if free < num_bytes:
+        raise UserError(
+            f"{path}: the disk is too full: expected room for {sizes(num_bytes)}, got {sizes(free)} free; "
+            "choose another output place or make room there"
+        )
+
+
+def sizes(num_bytes: int) -> str:
+    """`1234567 bytes (1.2 MB)`: exact for comparing, rounded for reading."""
+    value, unit = float(num_bytes), 0
+    while value >= 1000 and unit < 4:
+        value, unit = value / 1000, unit + 1
+    return f"{num_bytes} bytes" if unit == 0 else f"{num_bytes} bytes ({value:.1f} {'kMGT'[unit - 1]}B)"
+
+
+def flush(path: Path) -> None:
+    """Return when the file's bytes, or the directory's entries, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

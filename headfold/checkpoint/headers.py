@@ -1,0 +1,128 @@
+"""Safetensors headers: which tensors a shard holds and where, read and written without its data.
+
+The layout (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header padded with
+spaces, then the tensors without holes. `data_offsets` count from the end of the header.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import UserError
+from .disk import sizes
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads no longer one."""
+_PREFIX = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: absolute byte offsets in the file `shard`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One shard's header: its tensors in the order in which it lists them, and its free-form metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] | None
+
+
+def read_header(path: Path) -> Header:
+    """The header of a shard, checked against the file's size.
+
+    Raises:
+        UserError: a truncated file, a corrupt header, or a dtype that only quantised checkpoints have.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_PREFIX.size)
+        length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else 0
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise _corrupt(path, f"its first eight bytes give a header of {length} bytes in a file of {size} bytes")
+        if _PREFIX.size + length > size:
+            raise _truncated(path, _PREFIX.size + length, size, "for the header alone")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", None)
+        tensors = {name: _entry(path, name, entry, _PREFIX.size + length) for name, entry in entries.items()}
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _corrupt(path, f"it is not a table of tensors ({type(error).__name__})") from error
+    _check_layout(path, tensors.values(), _PREFIX.size + length, size)
+    return Header(tensors, metadata)
+
+
+def encode_header(header: Header) -> bytes:
+    """The bytes before the data; the offsets in `header` count from the beginning of the data."""
+    entries: dict[str, Any] = {} if header.metadata is None else {"__metadata__": header.metadata}
+    for name, info in header.tensors.items():
+        entries[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _PREFIX.pack(len(text)) + text
+
+
+def num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
+    """Bytes of a tensor on disk."""
+    return dtype.itemsize * math.prod(shape)
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
+    code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if code not in DTYPES:
+        raise UserError(
+            f"{path}: {name} has dtype {code}; expected unquantised weights (BF16, F16, F32 or F64); "
+            "start from the checkpoint before quantisation"
+        )
+    if end - start != num_bytes(DTYPES[code], shape):
+        raise _corrupt(
+            path,
+            f"{name}, {code} of shape {list(shape)}, has {end - start} bytes, expected {num_bytes(DTYPES[code], shape)}",
+        )
+    return TensorInfo(DTYPES[code], shape, path.name, base + start, base + end)
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], base: int, size: int) -> None:
+    """Tensors follow one another from the header to the end of the file."""
+    position = base
+    for info in sorted(tensors, key=lambda info: (info.start, info.end)):
+        if info.start != position:
+            raise _corrupt(path, f"its tensors leave a hole or overlap at byte {min(position, info.start)}")
+        position = info.end
+    if position > size:
+        raise _truncated(path, position, size, "by its header")
+    if position < size:
+        raise _corrupt(path, f"the file has {size} bytes, expected {position}")
+
+
+def _truncated(path: Path, expected: int, got: int, why: str) -> UserError:
+    return UserError(
+        f"{path}: truncated: expected {sizes(expected)} {why}, got {sizes(got)}; download or copy it again"
+    )
+
+
+def _corrupt(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: corrupt safetensors header: {what}; download or copy it again")

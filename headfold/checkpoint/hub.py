@@ -1,0 +1,54 @@
+"""From what the user calls a model, a path or a hub id, to a directory."""
+
+import os
+from pathlib import Path
+
+from ..core.errors import UserError, suggest
+
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_UNWANTED = ["*/*", "consolidated*", "adapter_model*"]
+"""Second copies of the weights in other layouts."""
+
+
+def resolve(model: str) -> Path:
+    """The directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json, tokenizer files only).
+
+    Raises:
+        UserError: neither a directory nor a hub id that can be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(
+            f"{model}: expected a checkpoint directory or a hub id, got a file; pass the directory that holds it"
+        )
+    if _is_path(model):
+        raise UserError(f"{model}: no such directory{_neighbour(path)}; check the path")
+    return _download(model)
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1 or not model.strip()
+
+
+def _neighbour(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" ({path.parent} is none either)"
+    near = suggest(path.name, (entry.name for entry in path.parent.iterdir() if entry.is_dir()))
+    return f"; {near.rstrip('?')}" if near.startswith("did you mean") else ""
+
+
+def _download(repository: str) -> Path:
+    # Imported here: it takes a while, and most models are directories.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except Exception as error:
+        # Whatever the hub or the network does, the user can only check the name, the connection and the rights.
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": .")
+        raise UserError(
+            f"{repository}: neither a directory here nor a hub model that can be fetched ({reason}); "
+            "check the name, the network and your access"
+        ) from error

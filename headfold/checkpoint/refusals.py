@@ -1,0 +1,113 @@
+"""What cannot be folded, told from file names, config and dtypes: adapters, pickles, quantised weights, remote code."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from .headers import TensorInfo
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def refuse_source(path: Path) -> None:
+    """Refuse a directory whose file names alone say that it holds no checkpoint headfold reads.
+
+    Raises:
+        UserError: no directory, an empty one, an adapter, no config.json, no safetensors weights.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: expected a checkpoint directory, got {'a file' if path.exists() else 'nothing there'}; check the path"
+        )
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        raise UserError(f"{path}: the directory is empty; expected config.json and safetensors weights; check the path")
+    weights = names & {"model.safetensors", "model.safetensors.index.json"}
+    if "adapter_config.json" in names and not weights:
+        raise UserError(
+            f"{path}: an adapter without its model; expected full weights; merge it into its base first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
+    if "config.json" not in names:
+        raise UserError(f"{path}: no config.json; expected a checkpoint as transformers saves it; check the path")
+    if not weights:
+        raise UserError(f"{path}: {_why_no_weights(names)}")
+
+
+def _why_no_weights(names: set[str]) -> str:
+    expected = "expected model.safetensors or model.safetensors.index.json"
+    pickled = sorted(name for name in names if name.endswith(_PICKLED))
+    if pickled:
+        return (
+            f"{expected}, got pickled weights ({pickled[0]}), which can run code when opened; convert them with transformers: "
+            "from_pretrained(...).save_pretrained(DIR, safe_serialization=True)"
+        )
+    others = sorted(name for name in names if name.endswith(".safetensors"))
+    if others:
+        return f"{expected}, got {others[0]}; add the index that lists the shards, or rename a single file to model.safetensors"
+    return f"{expected}, got no weights; download the checkpoint again"
+
+
+def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse weights that are codes rather than numbers: heads of a quantised matrix cannot be averaged.
+
+    Raises:
+        UserError: a quantisation config, or matrices named as weights that hold integers.
+    """
+    for method in _quantisations(config):
+        raise UserError(
+            f"{path / 'config.json'}: quantised ({method}); expected bf16, fp16, fp32 or fp64; start from the original"
+        )
+    for name, info in tensors.items():
+        if _is_packed(name, info):
+            dtype = str(info.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path / info.shard}: {name} holds packed {dtype} weights; expected floats; start from the original"
+            )
+
+
+def _quantisations(config: Mapping[str, Any]) -> Iterator[str]:
+    """The method named by each quantisation config, of the model or of a part of it."""
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value:
+            yield str(value.get("quant_method", key)) if isinstance(value, dict) else key
+        elif isinstance(value, dict):
+            yield from _quantisations(value)
+
+
+def _is_packed(name: str, info: TensorInfo) -> bool:
+    # Integer and boolean buffers (masks, position ids) are no weights, and are copied like anything else.
+    integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype is torch.bool)
+    return integer and len(info.shape) >= 2 and "weight" in name.rpartition(".")[2]
+
+
+def refuse_remote_code(config: Mapping[str, Any]) -> None:
+    """Refuse a config that brings its own modelling code; call it where `model_type` is not a known one.
+
+    Raises:
+        UserError: the config has an `auto_map`.
+    """
+    if config.get("auto_map"):
+        raise UserError(
+            f"config.json: model_type {config.get('model_type')!r} runs code of its own (auto_map), which is never done here; "
+            "expected an architecture that transformers has; convert the checkpoint to one"
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity: one of them would spread through every mean and decomposition.
+
+    Raises:
+        UserError: naming the tensor and how many elements are bad.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise UserError(
+            f"{name}: {bad} of {tensor.numel()} elements are NaN or infinite; expected finite weights; repair the source"
+        )

@@ -1,0 +1,103 @@
+"""Calibration statistics on disk: one safetensors file, a tensor per site and statistic, token counts in the metadata."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..core.errors import UserError
+from ..core.stats import SiteStats
+from .disk import disk_errors, flush
+
+_COUNTS = "headfold.counts"
+"""Metadata key: JSON, tokens seen per site."""
+
+
+def write_stats(path: Path, sites: Mapping[str, SiteStats], metadata: Mapping[str, str]) -> None:
+    """Write the sums of all sites; the file appears whole or not at all.
+
+    Raises:
+        UserError: the place is full or may not be written to.
+    """
+    path = Path(path)
+    tensors = {f"{site}/{name}": t.contiguous() for site, stats in sites.items() for name, t in stats.tensors.items()}
+    counts = {site: stats.count for site, stats in sites.items()}
+    temporary = path.with_name(f"{path.name}.partial")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with disk_errors(path, size):
+        # The library reports a full disk in words of its own: open the file ourselves first, so that most refusals are the disk's.
+        temporary.write_bytes(b"")
+        try:
+            save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})
+        except SafetensorError as error:
+            temporary.unlink()
+            raise UserError(
+                f"{path}: statistics of {size} bytes cannot be written: {error}; make room or choose another place"
+            ) from error
+        flush(temporary)
+        temporary.replace(path)
+
+
+class StatsFile(Mapping[str, SiteStats]):
+    """The statistics of a file by site, each read when it is asked for; `metadata` is what the writer said of them.
+
+    Raises:
+        UserError: no such file, or not one that headfold calibrate wrote; a site that it lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, "pt") as file:
+                everything, self._keys = file.metadata() or {}, list(file.keys())
+        except (OSError, SafetensorError) as error:
+            reason = "no such file" if not self.path.exists() else f"not a safetensors file ({error})"
+            raise UserError(
+                f"{self.path}: expected statistics, got {reason}; make them with headfold calibrate"
+            ) from error
+        if _COUNTS not in everything:
+            raise UserError(f"{self.path}: expected statistics, got other tensors; make them with headfold calibrate")
+        self._counts: dict[str, int] = json.loads(everything[_COUNTS])
+        self.metadata = {key: value for key, value in everything.items() if key != _COUNTS}
+
+    def __getitem__(self, site: str) -> SiteStats:
+        if site not in self._counts:
+            raise UserError(
+                f"{self.path.name} has no statistics for {site} (it lists {len(self)} sites of another model?); "
+                "run headfold calibrate on this model"
+            )
+        names = [key.removeprefix(f"{site}/") for key in self._keys if key.rpartition("/")[0] == site]
+        with safe_open(self.path, "pt") as file:
+            return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in names}, self._counts[site])
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._counts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+
+def add_stats(a: StatsFile, b: StatsFile) -> dict[str, SiteStats]:
+    """The sums over both calibrations, as if all their tokens had been seen in one.
+
+    Raises:
+        UserError: the files are of different models or measures.
+    """
+    for first, other in ((a, b), (b, a)):
+        for site in first:
+            other[site]
+    differing = [site for site in a if _layout(a[site]) != _layout(b[site])]
+    if differing:
+        raise UserError(
+            f"{b.path}: {differing[0]}: expected statistics as in {a.path}, got others; calibrate the same model with both"
+        )
+    return {site: a[site] + b[site] for site in a}
+
+
+def _layout(stats: SiteStats) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in stats.tensors.items()}

@@ -1,0 +1,91 @@
+"""Moving bytes: file to tensor, tensor to file, and file to file without passing through this process."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+
+from torch import Tensor
+
+CHUNK = 64 * 2**20
+"""Bytes copied per system call: long enough to cost nothing, short enough to stop or report between two."""
+
+_BUFFER = 2**20
+_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EPERM}
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes; valid while the tensor lives."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    view = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr() or 1)
+    return memoryview(view).cast("B")
+
+
+def read_into(descriptor: int, memory: memoryview, offset: int) -> int:
+    """Fill `memory` from the file at `offset`; returns the bytes read, fewer only where the file ends."""
+    done = 0
+    while done < len(memory):
+        step = os.preadv(descriptor, [memory[done:]], offset + done)
+        if step == 0:
+            break
+        done += step
+    return done
+
+
+def write_all(descriptor: int, memory: memoryview | bytes, offset: int) -> None:
+    """Write all of `memory` at `offset`, however many calls the kernel wants."""
+    memory = memoryview(memory)
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(descriptor, memory[done:], offset + done)
+
+
+def copy_range(source: int, target: int, start: int, place: int, count: int, report: Callable[[int], None]) -> None:
+    """Copy `count` bytes at `start` of one open file to `place` in another, by the first way that this kernel and these
+    file systems support: `copy_file_range` (shares blocks where it can), `sendfile`, reading and writing.
+
+    `report` hears the size of every piece; an exception from it stops the copy.
+
+    Raises:
+        EOFError: the source is shorter than `start + count`.
+    """
+    ways = [_copy_file_range, _sendfile, _read_write]
+    done = 0
+    while done < count:
+        step = _try(ways[0], source, target, start + done, place + done, min(CHUNK, count - done))
+        if step == 0 and len(ways) == 1:
+            raise EOFError(f"the file ends at byte {start + done}, expected {start + count}")
+        if step == 0:
+            ways.pop(0)
+            continue
+        done += step
+        report(step)
+
+
+def _try(
+    way: Callable[[int, int, int, int, int], int], source: int, target: int, start: int, place: int, count: int
+) -> int:
+    """Bytes moved, 0 where this way does not work here."""
+    try:
+        return way(source, target, start, place, count)
+    except OSError as error:
+        if way is _read_write or error.errno not in _UNSUPPORTED:
+            raise
+        return 0
+
+
+def _copy_file_range(source: int, target: int, start: int, place: int, count: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    return os.copy_file_range(source, target, count, start, place)
+
+
+def _sendfile(source: int, target: int, start: int, place: int, count: int) -> int:
+    os.lseek(target, place, os.SEEK_SET)
+    return os.sendfile(target, source, start, count)
+
+
+def _read_write(source: int, target: int, start: int, place: int, count: int) -> int:
+    piece = os.pread(source, min(_BUFFER, count), start)
+    write_all(target, piece, place)
+    return len(piece)

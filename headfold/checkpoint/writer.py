@@ -1,0 +1,168 @@
+"""Write a checkpoint again with some tensors replaced: untouched bytes are copied by the kernel, one site is in memory."""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import UserError
+from .disk import disk_errors, flush, require_space
+from .reader import INDEX, Checkpoint
+from .shards import Shard, lay_out
+from .staging import write_json
+from .transfer import copy_range, raw_bytes, write_all
+
+
+def _unheard(num_bytes: int) -> None:
+    del num_bytes
+
+
+def output_bytes(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of all shards that `rewrite` leaves, headers included: what its `progress` adds up to."""
+    return sum(lay_out(source, name, shapes).size for name in source.shards)
+
+
+def rewrite(
+    source: Checkpoint,
+    target: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    owner: Mapping[str, str],
+    produce: Callable[[str], Mapping[str, Tensor]],
+    progress: Callable[[int], None] = _unheard,
+) -> None:
+    """Write shards of the source's names and membership, and the index, into the existing directory `target`.
+
+    `shapes` gives the tensors to replace and their new shapes, `owner` the site that makes each, `produce` all tensors of
+    a site in the source's dtype; sites are asked for in the order in which the shards need them, each at most once.
+    Shards get their names when they are on the disk whole, so another call after a kill writes only the missing ones, and
+    the same bytes. `progress` hears bytes newly in place, from two threads but never both at once.
+
+    Raises:
+        UserError: the disk cannot hold it, or may not be written to.
+    """
+    shards = [lay_out(source, name, shapes) for name in source.shards]
+    todo = [shard for shard in shards if not shard.is_written(target)]
+    for shard in shards:
+        if shard not in todo:
+            progress(shard.size)
+    needed = sum(shard.size for shard in todo)
+    with disk_errors(target, needed):
+        for shard in todo:
+            _partial(target, shard).unlink(missing_ok=True)
+        require_space(target, needed)
+        _write(source, target, todo, _Sites(owner, produce), progress)
+        if source.index is not None:
+            write_json(target / INDEX, _new_index(source, shapes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sites:
+    """Who makes what."""
+
+    owner: Mapping[str, str]
+    produce: Callable[[str], Mapping[str, Tensor]]
+
+    def needed_by(self, shard: Shard) -> list[str]:
+        return list(dict.fromkeys(self.owner[name] for name in shard.tensors))
+
+
+class _Stopped(Exception):
+    """Unwinds the copying thread when the computing one has failed."""
+
+
+def _write(
+    source: Checkpoint, target: Path, shards: list[Shard], sites: _Sites, progress: Callable[[int], None]
+) -> None:
+    """Three threads: this one computes sites, one copies the untouched runs, one waits for the disk and names what is whole."""
+    stop, lock = threading.Event(), threading.Lock()
+
+    def report(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with lock:
+            progress(count)
+
+    with ExitStack() as stack:
+        files = {shard.name: stack.enter_context(_create(target, shard)) for shard in shards}
+        copier, closer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        stack.callback(stop.set)
+        copies = [copier.submit(_copy_untouched, source, shard, files[shard.name].fileno(), report) for shard in shards]
+        places = {name: (files[shard.name].fileno(), info) for shard in shards for name, info in shard.tensors.items()}
+        done: set[str] = set()
+        closed = []
+        for shard, copied in zip(shards, copies, strict=True):
+            for site in sites.needed_by(shard):
+                if site not in done:
+                    _raise_failed([*copies, *closed])
+                    _write_site(sites.produce(site), places, report)
+                    done.add(site)
+            closed.append(closer.submit(_close, target, shard, files[shard.name], copied))
+        for future in closed:
+            future.result()
+
+
+def _raise_failed(futures: Iterable[Future[None]]) -> None:
+    """A full disk stops the computation too, not only the copying."""
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+def _create(target: Path, shard: Shard) -> Any:
+    """The file at its full size, its header written."""
+    file = _partial(target, shard).open("wb", buffering=0)
+    write_all(file.fileno(), shard.header, 0)
+    os.ftruncate(file.fileno(), shard.size)
+    return file
+
+
+def _copy_untouched(source: Checkpoint, shard: Shard, descriptor: int, report: Callable[[int], None]) -> None:
+    report(len(shard.header))
+    path = source.path / shard.name
+    with path.open("rb", buffering=0) as file:
+        for run in shard.runs:
+            try:
+                copy_range(file.fileno(), descriptor, run.start, run.place, run.count, report)
+            except EOFError as error:
+                raise UserError(f"{path}: cut while it was copied: {error}; start again") from error
+
+
+def _write_site(made: Mapping[str, Tensor], places: Mapping[str, Any], report: Callable[[int], None]) -> None:
+    """Every tensor of a site to its place, in whichever shard that is; those of shards already whole are not needed."""
+    for name in made.keys() & places.keys():
+        descriptor, info = places[name]
+        tensor = made[name].detach().cpu().contiguous()
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (name, tensor.dtype, tensor.shape, info)
+        write_all(descriptor, raw_bytes(tensor), info.start)
+        report(info.end - info.start)
+
+
+def _close(target: Path, shard: Shard, file: Any, copied: Future[None]) -> None:
+    copied.result()
+    os.fsync(file.fileno())
+    file.close()
+    _partial(target, shard).rename(target / shard.name)
+    flush(target)
+
+
+def _partial(target: Path, shard: Shard) -> Path:
+    return target / f"{shard.name}.partial"
+
+
+def _new_index(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The source's index with the sizes made true: bytes, and parameters where it counts them."""
+    assert source.index is not None
+    old = {name: source.tensors[name] for name in shapes}
+    fewer = {name: math.prod(shapes[name]) - math.prod(info.shape) for name, info in old.items()}
+    metadata = dict(source.index.get("metadata") or {})
+    metadata["total_size"] = source.num_bytes + sum(fewer[name] * info.dtype.itemsize for name, info in old.items())
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] += sum(fewer.values())
+    return {**source.index, "metadata": metadata}
