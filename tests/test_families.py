@@ -112,7 +112,8 @@ def test_a_config_without_the_optional_fields_means_what_its_class_assumes(model
 
 
 def test_null_key_value_heads_mean_one_per_query_head_and_not_the_default() -> None:
-    directory = tiny_checkpoint("mistral", num_attention_heads=4, num_key_value_heads=4)
+    directory = tiny_checkpoint("qwen2", num_attention_heads=4, num_key_value_heads=None)
+    assert stock_model(directory).config.num_key_value_heads == 4
     config = json.loads((directory / "config.json").read_text()) | {"num_key_value_heads": None}
     tensors = load_file(directory / "model.safetensors")
     assert {site.num_groups for site in sites(family_of(config), config, tensors)} == {4}
