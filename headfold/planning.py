@@ -1,5 +1,6 @@
 """Make a plan: group the K/V heads of every site and predict what that loses. No model is run here."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
@@ -18,6 +19,7 @@ from .core.stats import SiteStats
 from .families.layout import read_heads
 from .families.spec import Site
 from .group import costs
+
 
 def parse_kv_heads(text: str | int, num_groups: int) -> int:
     """`4` or `1/2` (of the source's K/V heads) → a count.
@@ -75,7 +77,7 @@ def parse_group(text: str) -> tuple[plugins.Method, plugins.Method | None]:
     named = [item.removeprefix("cost=") for item in items if item.startswith("cost=")]
     rest = ",".join(item for item in items if not item.startswith("cost="))
     solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, "group")
-    if name in ("contiguous", "random") and not named:
+    if not getattr(inspect.getmodule(solver.function), "ASKS_COST", True):
         return solver, None
     return solver, plugins.parse(costs, named[0] if named else "absorb", "cost")
 
