@@ -52,8 +52,8 @@ def _split_column(source: str) -> tuple[Path, str]:
 def _from_hub(source: str, seed: int | None) -> Corpus:
     """`org/name` that is no path and has no suffix of a file is a hub dataset; anything else is a slip."""
     name = source.partition(":")[0]
-    looks_like_file = Path(name).suffix in (*_COLUMNED, *text.SUFFIXES, ".json", ".csv", ".gz") or name.startswith((".", "/", "~"))
-    if name.count("/") == 1 and not looks_like_file:
+    is_file_name = Path(name).suffix in (*_COLUMNED, *text.SUFFIXES, ".json", ".csv", ".gz")
+    if name.count("/") == 1 and not is_file_name and not name.startswith((".", "/", "~")):
         return Corpus(f"hub:{source}", hub.documents(source, seed))
     near = suggest(source, ["stdlib", "self"])
     hint = f"; {near}" if near.startswith("did you mean") else ""

@@ -1,0 +1,45 @@
+"""JSON lines: one object a line, its `text` field (or another, `file.jsonl:column`) a document."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..core.errors import UserError
+
+
+def line_starts(path: Path) -> list[int]:
+    """Byte offset of every line that is not blank."""
+    starts, at = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                starts.append(at)
+            at += len(line)
+    return starts
+
+
+def documents(path: Path, column: str = "text", seed: int | None = None) -> Iterator[str]:
+    """The documents in file order, or in an order drawn from `seed`; only the lines asked for are parsed.
+
+    Raises:
+        UserError: a line that is not a JSON object, or has no text under `column`.
+    """
+    starts = line_starts(path)
+    if seed is not None:
+        random.Random(seed).shuffle(starts)
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            yield _text(file.readline(), column, f"{path}: line at byte {start}")
+
+
+def _text(line: bytes, column: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: expected one JSON object per line, got {line[:40]!r} ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: expected text under {column!r}, got {found}; name the column as FILE.jsonl:COLUMN")
+    return record[column]

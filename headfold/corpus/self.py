@@ -1,0 +1,56 @@
+"""Text that the model writes itself: calibration without any data."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def sample_windows(
+    model: nn.Module,
+    num_windows: int,
+    context: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> Int[Tensor, "window context"]:
+    """Windows sampled from a causal language model that is on the device and in the dtype it is to run in.
+
+    Each starts from `bos` or, without one, from a token drawn uniformly. Pure sampling: no top-k or top-p, whatever the
+    checkpoint's generation config says. An end of text does not stop a window: after `eos` comes `bos`, then the next text.
+    Same seed, batch size and device give the same windows; the global random state is not touched.
+    """
+    device = next(iter(model.parameters())).device
+    # A streamed model's weights are "meta" between its passes and its inputs are moved for it, so the CPU draws.
+    generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
+    sizes = [min(batch_size, num_windows - start) for start in range(0, num_windows, batch_size)]
+    sampled = [_sample(model, size, context, generator, temperature, bos, eos) for size in sizes]
+    return torch.cat(sampled) if sampled else torch.empty(0, context, dtype=torch.long)
+
+
+def _sample(
+    model: nn.Module,
+    num_windows: int,
+    context: int,
+    generator: torch.Generator,
+    temperature: float,
+    bos: int | None,
+    eos: int | None,
+) -> Int[Tensor, "window context"]:
+    """One batch, token by token over the model's own K/V cache."""
+    device, vocabulary = generator.device, model.config.get_text_config().vocab_size
+    token = torch.randint(vocabulary, (num_windows, 1), generator=generator, device=device)
+    if bos is not None:
+        token = torch.full_like(token, bos)
+    tokens, cache = [token], None
+    while len(tokens) < context:
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chances = (output.logits[:, -1].to(device).float() / temperature).softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        token = torch.where(token == eos, bos, drawn) if None not in (bos, eos) and bos != eos else drawn
+        tokens.append(token)
+    return torch.cat(tokens, 1).cpu()

@@ -1,0 +1,66 @@
+"""Plain text: a file is one document, a folder is its text files."""
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..core.errors import UserError
+
+SUFFIXES = (".txt", ".md", ".rst", ".py")
+"""What counts as a text file inside a folder. A file named outright may have any suffix."""
+
+PIECE = 500_000
+"""Characters: the size at which a long file is cut when documents are drawn at random, so that the draw reaches all of it."""
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or every text file under a folder, sorted by path.
+
+    Raises:
+        UserError: a folder without one.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise UserError(f"{path}: expected text files ({', '.join(SUFFIXES)}), found none in this folder")
+    return files
+
+
+def pieces(text: str, size: int = PIECE) -> list[str]:
+    """The text cut into parts of about `size` characters, at a blank line or form feed where there is one; nothing is lost.
+
+    Only parts longer than `size` are cut again, and then at `size` characters exactly, so a file without blank lines still ends.
+    """
+    parts, current = [], ""
+    for block in re.split(r"(?<=\n\n)|(?<=\f)", text):
+        if current and len(current) + len(block) > size:
+            parts.append(current)
+            current = ""
+        current += block
+    whole = [*parts, current] if current else parts
+    return [part[at : at + size] for part in whole for at in range(0, len(part), size)]
+
+
+def documents(path: Path, seed: int | None = None) -> Iterator[str]:
+    """Whole files in path order; or, given a seed, the files in random order with long ones cut and their pieces shuffled.
+
+    Raises:
+        UserError: a file that is not UTF-8, or a folder without text files.
+    """
+    generator = random.Random(seed)
+    files = text_files(path)
+    if seed is not None:
+        generator.shuffle(files)
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}: expected UTF-8 text, got bytes that are not ({error.reason}); convert it"
+            ) from error
+        parts = [text] if seed is None else pieces(text)
+        if seed is not None:
+            generator.shuffle(parts)
+        yield from parts

@@ -1,0 +1,236 @@
+"""How well a model predicts a text, alone or beside the model that it was folded from."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from ..core.errors import UserError
+from ..corpus import open_corpus
+from ..corpus.windows import token_stream
+from ..stock import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_CONTEXT = 2048
+"""Default window where the model's own context is longer."""
+
+NUM_BINS = 16
+"""Equal bins of position in the window that the loss is split into."""
+
+LOGIT_BUDGET = 2**27
+"""Logits held at once, per model: what decides the default batch."""
+
+CHUNK = 2**18
+"""Logits normalised at once, so that the passes over them stay near the processor."""
+
+HELDOUT = "the bundled held-out text"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` only beside one.
+
+    `kl` is the mean KL(reference || model), `top1_agreement` the share of positions where both rank the same token first.
+    `nll_by_position` is the mean loss in equal bins of position in the window, NaN where no token fell.
+    """
+
+    num_tokens: int
+    nll: float
+    nll_by_position: tuple[float, ...]
+    seconds: float
+    reference_nll: float | None = None
+    reference_nll_by_position: tuple[float, ...] | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        return None if self.reference_nll is None else math.exp(self.reference_nll)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Comparison):
+    """A comparison, with what was measured on what. K/V bytes count the checkpoint's own dtype, all layers, one token."""
+
+    model: str
+    reference: str | None
+    text: str
+    context: int
+    num_windows: int
+    dtype: str
+    kv_bytes_per_token: int
+    reference_kv_bytes_per_token: int | None = None
+
+
+def evaluate(
+    model_dir: str | Path,
+    reference_dir: str | Path | None = None,
+    text: str | None = None,
+    *,
+    context: int | None = None,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Measure a checkpoint on the whole of a text, in order, in one pass together with its reference.
+
+    `text` is any source of `headfold.corpus` (default: the bundled held-out text). Windows of `context` tokens (default: the
+    model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early.
+
+    Raises:
+        UserError: a checkpoint, tokenizer or text that cannot be read, or a text of fewer than two tokens.
+    """
+    source, documents = _text(text)
+    tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
+    if len(tokens) < 2:
+        raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
+    stored = stored_dtype(model_dir)
+    dtype, _ = compute_dtype(stored, device)
+    model = open_model(model_dir, dtype=dtype, device=device)
+    reference = None if reference_dir is None else open_model(reference_dir, dtype=dtype, device=device)
+    reference_bytes = None if reference_dir is None else kv_bytes_per_token(reference, stored_dtype(reference_dir))
+    context = context or min(getattr(_text_config(model), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
+    windows = split_windows(tokens, context)
+    scores = compare_models(model, reference, windows, batch_size=batch_size)
+    return Evaluation(
+        **{field.name: getattr(scores, field.name) for field in fields(scores)},
+        model=str(model_dir),
+        reference=None if reference_dir is None else str(reference_dir),
+        text=source,
+        context=context,
+        num_windows=len(windows),
+        dtype=str(dtype).removeprefix("torch."),
+        kv_bytes_per_token=kv_bytes_per_token(model, stored),
+        reference_kv_bytes_per_token=reference_bytes,
+    )
+
+
+def _text(source: str | None) -> tuple[str, Iterator[str]]:
+    """The name and documents of a source; the bundled text where none is named."""
+    if source is not None:
+        corpus = open_corpus(source)
+        return corpus.name, corpus.documents
+    bundled = resources.files("headfold").joinpath("bundled", "heldout.txt")
+    if not bundled.is_file():
+        raise UserError("bundled/heldout.txt: expected in this installation, found none; name a text with --text FILE")
+    return HELDOUT, iter([bundled.read_text(encoding="utf-8")])
+
+
+def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:
+    """The stream cut into windows of `context`, in order; a last one of a single token predicts nothing and is dropped."""
+    return tuple(window for window in tokens.split(context) if len(window) > 1)
+
+
+def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
+    """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
+    config = _text_config(model)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers * 2 * groups * head_dim * dtype.itemsize
+
+
+def _text_config(model: "PreTrainedModel") -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+@torch.no_grad()
+def compare_models(
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
+    windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
+    *,
+    batch_size: int | None = None,
+    num_bins: int = NUM_BINS,
+) -> Comparison:
+    """Both open models over the same windows, a batch at a time: no more than one batch of logits is ever held.
+
+    Windows may differ in length; runs of equal length are batched. Log-probabilities are taken in float32 (float64 for
+    float64 logits) and summed in float64.
+    """
+    start, context = time.perf_counter(), max(len(window) for window in windows)
+    num_bins = min(num_bins, context - 1)
+    totals = torch.zeros(5, num_bins, dtype=torch.float64)  # tokens, nll, reference nll, kl, agreements
+    for batch in _batches(windows, batch_size or max(1, LOGIT_BUDGET // (context * _text_config(model).vocab_size))):
+        sums = _sums(model, reference, batch)
+        bins = torch.arange(batch.shape[1] - 1) * num_bins // (context - 1)
+        totals.index_add_(1, bins, sums)
+    count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
+    alone = Comparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
+    if reference is None:
+        return alone
+    beside = (reference_nll / count, _means(totals, 2), kl / count, agreements / count)
+    return Comparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
+
+
+def _means(totals: Float[Tensor, "quantity bin"], row: int) -> tuple[float, ...]:
+    return tuple((totals[row] / totals[0]).tolist())
+
+
+def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window position"]]:
+    """Consecutive windows of one length, at most `batch_size` together."""
+    batch: list[Tensor] = []
+    for window in windows:
+        if batch and (len(batch) == batch_size or len(batch[0]) != len(window)):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(window)
+    yield torch.stack(batch)
+
+
+def _sums(
+    model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
+) -> Float[Tensor, "quantity position_minus_1"]:
+    """Tokens, nll, reference nll, KL and agreements of one batch, each summed over its windows, by position."""
+    logits, other = (_logits(m, batch) if m is not None else None for m in (model, reference))
+    targets = batch[:, 1:]
+    per_token = torch.zeros(5, *targets.shape, dtype=torch.float64)
+    per_token[0] = 1
+    rows = max(1, CHUNK // logits.shape[-1])
+    for index in range(len(batch)):
+        for at in range(0, targets.shape[1], rows):
+            part = (index, slice(at, at + rows))
+            per_token[(slice(1, 5), *part)] = _scores(
+                logits[part], None if other is None else other[part], targets[part].to(logits.device)
+            ).to("cpu", torch.float64)
+    return per_token.sum(1)
+
+
+def _logits(model: "PreTrainedModel", batch: Int[Tensor, "window position"]) -> Float[Tensor, "window position vocab"]:
+    """Logits that predict every token but the first."""
+    return model(input_ids=batch.to(input_device(model)), use_cache=False).logits[:, :-1]
+
+
+def _scores(
+    logits: Float[Tensor, "position vocab"],
+    other: Float[Tensor, "position vocab"] | None,
+    targets: Int[Tensor, " position"],
+) -> Float[Tensor, "4 position"]:
+    """Loss, reference loss, KL(reference || model) and agreement of each position; zeros without a reference."""
+    log_q = _log_softmax(logits)
+    nll = -log_q.gather(1, targets[:, None])[:, 0]
+    if other is None:
+        return torch.stack([nll, *[torch.zeros_like(nll)] * 3])
+    log_p = _log_softmax(other)
+    reference_nll = -log_p.gather(1, targets[:, None])[:, 0]
+    agreement = (logits.argmax(1) == other.argmax(1)).to(nll.dtype)
+    kl = kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)  # KL(p || q) despite the order
+    return torch.stack([nll, reference_nll, kl, agreement])
+
+
+def _log_softmax(logits: Float[Tensor, "position vocab"]) -> Float[Tensor, "position vocab"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)

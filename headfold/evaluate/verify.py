@@ -1,0 +1,104 @@
+"""Whether a folded checkpoint, under stock transformers, is the head-repeated twin of its plan: same logits on real tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..stock import input_device, open_model, stored_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
+"""Largest difference of logits, relative to their root mean square, by the dtype that both models are computed in.
+
+bf16 and fp16 checkpoints are verified in float32, which holds their weights exactly, so that rounding cannot hide a wrong head.
+Fold and twin then hold the same numbers; only the order of sums may differ, where a product with fewer rows or an attention kernel
+for repeated heads associates otherwise. The bound is three times what exchanging the whole attention kernel moves the logits of
+a random 40-layer model (3e-5; 4e-6 on a trained one of 6 layers). In float64 it is the float32 norms of stock models that
+decide, hence 1e-5. A wrong or misplaced head moves logits by about their own size.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What comparing a fold with its twin found. `where` names the first part that differs, None where all is well."""
+
+    passed: bool
+    max_abs_difference: float
+    tolerance: float
+    """Absolute: the table's entry times the root mean square of the twin's logits."""
+    dtype: str
+    num_tokens: int
+    where: str | None
+
+
+@torch.no_grad()
+def verify(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    expected: Mapping[str, Tensor],
+    windows: Int[Tensor, "window context"],
+    *,
+    device: str = "cpu",
+    memory_limit: int | None = None,
+) -> Verification:
+    """Compare the logits of a fold with those of the source whose attention weights are replaced by the head-repeated twin's.
+
+    `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
+    twin; it may be lazy. The models are opened one after the other, streamed from disk where they exceed the memory, so a few
+    windows of logits are all that is held besides. A wrong logit anywhere, NaN included, fails.
+
+    Raises:
+        UserError: the fold does not load in stock transformers.
+    """
+    dtype = torch.promote_types(stored_dtype(source_dir), torch.float32)
+    opening = {"dtype": dtype, "device": device, "memory_limit": memory_limit}
+    twin = _outputs(open_model(source_dir, overlay=expected, **opening), windows)
+    fold = _outputs(open_model(out_dir, **opening), windows)
+    difference = (fold - twin).abs().amax((1, 2))
+    tolerance = TOLERANCE[dtype] * _scale(twin)
+    passed = bool((difference <= tolerance).all())
+    where = None
+    if not passed:
+        worst = windows[difference.argmax()][None]
+        where = _first_difference(
+            _hidden_states(open_model(source_dir, overlay=expected, **opening), worst),
+            _hidden_states(open_model(out_dir, **opening), worst),
+            TOLERANCE[dtype],
+        )
+    return Verification(
+        passed, difference.max().item(), tolerance, str(dtype).removeprefix("torch."), windows.numel(), where
+    )
+
+
+def _outputs(
+    model: "PreTrainedModel", windows: Int[Tensor, "window context"]
+) -> Float[Tensor, "window context output"]:
+    """Logits, or the last hidden states of a model without a language-model head."""
+    output = model(input_ids=windows.to(input_device(model)), use_cache=False)
+    return (output.logits if "logits" in output else output.last_hidden_state).cpu()
+
+
+def _hidden_states(model: "PreTrainedModel", windows: Int[Tensor, "window context"]) -> tuple[Tensor, ...]:
+    """Embeddings, then the output of each layer."""
+    output = model(input_ids=windows.to(input_device(model)), use_cache=False, output_hidden_states=True)
+    return tuple(state.cpu() for state in output.hidden_states)
+
+
+def _scale(reference: Tensor) -> float:
+    """Root mean square, accumulated in float64."""
+    return reference.to(torch.float64).pow(2).mean().sqrt().item()
+
+
+def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relative: float) -> str:
+    """The first layer whose output differs by more than the table allows; `embeddings` before and `output head` after them."""
+    for depth, (expected, found) in enumerate(zip(twin, fold, strict=True)):
+        if not (found - expected).abs().max().item() <= relative * _scale(expected):
+            return f"layers.{depth - 1}" if depth else "embeddings"
+    return "output head"

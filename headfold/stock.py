@@ -1,0 +1,277 @@
+"""Open a checkpoint directory as a stock transformers model, whole or streamed from disk one linear at a time."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint.reader import Checkpoint, refuse_remote_code
+from .core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOW_PRECISION_UNITS = {
+    torch.bfloat16: frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
+    torch.float16: frozenset({"amx_fp16", "avx512_fp16", "asimdhp"}),
+}
+"""Processor flags (x86 and ARM) that mean matrix products in the dtype run at least as fast as in float32."""
+
+MEMORY_SHARE = 0.6
+"""Share of the available memory that a whole model may take; the rest is for activations and the caller."""
+
+
+def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype, str]:
+    """The dtype to run a model of dtype `source` in, and why.
+
+    The source's own, except that a CPU without matrix units for it runs bf16 and fp16 in float32: there a 1024-row product
+    is several times faster, and more exact.
+    """
+    if torch.device(device).type != "cpu" or source not in _LOW_PRECISION_UNITS:
+        return source, f"computed in the checkpoint's own {_short(source)}"
+    units = sorted(_LOW_PRECISION_UNITS[source] & processor_flags())
+    if units:
+        return source, f"computed in the checkpoint's own {_short(source)}: this processor has {', '.join(units)}"
+    return torch.float32, f"{_short(source)} weights computed in float32: this processor has no matrix units for them"
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction-set flags of the first processor as Linux lists them; empty where there is no such list."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    listed = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
+    return frozenset(listed[0] if listed else ())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that can be taken: what a GPU has free; on the CPU what the kernel gives without swapping, or less where the
+    control group is smaller."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux: assume that half of the machine is ours
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with contextlib.suppress(OSError, ValueError):  # no group, or a group without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        free = min(free, max(limit, 0))
+    return free
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and its remarks on loading, put back as they were afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer lying in a checkpoint directory.
+
+    Raises:
+        UserError: there is none, or it needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((Path(path) / name).exists() for name in files):
+        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # half a dozen types, by what is missing
+        raise UserError(f"{path}: the tokenizer does not load: {_first_line(error)}") from error
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    overlay: Mapping[str, Tensor] | None = None,
+    memory_limit: int | None = None,
+) -> "PreTrainedModel":
+    """The model of a checkpoint directory in eval mode, without gradients, by the class that its config names.
+
+    `dtype` is what it computes in (default: `compute_dtype` of the checkpoint's). `overlay` maps tensor names on disk to
+    tensors, shapes as stored, that take the place of the stored ones; it may be lazy and is asked for one at a time. A model that
+    needs more than `memory_limit` bytes (default: `MEMORY_SHARE` of what is available) keeps its weights on disk and reads
+    them at every forward pass, one module at a time: slow but bounded, and bitwise the same.
+
+    Raises:
+        UserError: remote code, an architecture that this transformers lacks, or tensors missing from the checkpoint.
+    """
+    checkpoint = Checkpoint.open(Path(path))
+    dtype = dtype or compute_dtype(_main_dtype(checkpoint), device)[0]
+    needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
+    limit = MEMORY_SHARE * available_memory(device) if memory_limit is None else memory_limit
+    with quiet():
+        if needed > limit:
+            model = _streamed(checkpoint, dtype, device, overlay or {})
+        else:
+            model = _whole(checkpoint, dtype, overlay or {}).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def is_streamed(model: "PreTrainedModel") -> bool:
+    """Whether the model's weights stay on disk between forward passes."""
+    return next(iter(model.parameters())).device.type == "meta"
+
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Where the model's inputs belong; a streamed model moves them itself."""
+    return torch.device("cpu") if is_streamed(model) else next(iter(model.parameters())).device
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that holds most of a checkpoint's numbers."""
+    return _main_dtype(Checkpoint.open(Path(path)))
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    totals: dict[torch.dtype, int] = {}
+    for name, info in checkpoint.tensors.items():
+        totals[info.dtype] = totals.get(info.dtype, 0) + _num_elements(checkpoint, name)
+    return max(totals, key=totals.__getitem__)
+
+
+def _num_elements(checkpoint: Checkpoint, name: str) -> int:
+    return torch.Size(checkpoint.tensors[name].shape).numel()
+
+
+def _auto_class(checkpoint: Checkpoint) -> Any:
+    """The transformers class that opens the checkpoint: with a language-model head where the config names one.
+
+    Raises:
+        UserError: the config asks for code of its own.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    refuse_remote_code(checkpoint.config)
+    causal = any(name.endswith("ForCausalLM") for name in checkpoint.config.get("architectures") or [])
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def _experts(dtype: torch.dtype) -> dict[str, str]:
+    """The grouped product that transformers picks for experts has no float64."""
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+
+
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor]) -> "PreTrainedModel":
+    """Loaded by transformers itself, as any user would; then the overlay is copied in."""
+    auto, path = _auto_class(checkpoint), checkpoint.path
+    try:
+        model, info = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_experts(dtype),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: transformers does not load this checkpoint: {_first_line(error)}") from error
+    _refuse_missing(path, sorted(info["missing_keys"]))
+    names = {_name_on_disk(name, model, checkpoint): parameter for name, parameter in model.named_parameters()}
+    assert overlay.keys() <= names.keys(), sorted(overlay.keys() - names.keys())
+    with torch.no_grad():
+        for name in overlay:
+            parameter = names[name]
+            value = overlay[name]
+            assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
+            parameter.copy_(value)
+    return model
+
+
+def _streamed(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor]
+) -> "PreTrainedModel":
+    """A model of shapes alone, its real buffers computed, whose modules fetch their weights as they run."""
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import AutoConfig
+
+    auto, path = _auto_class(checkpoint), checkpoint.path
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, dtype=dtype, **_experts(dtype))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: transformers does not know this architecture: {_first_line(error)}") from error
+    model.eval()
+    weights = _Weights(model, checkpoint, dtype, overlay)
+    _refuse_missing(path, [name for name, on_disk in weights.names.items() if on_disk is None], _REGROUPED)
+    attach_align_device_hook(model, execution_device=torch.device(device), offload=True, weights_map=weights)
+    return model
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Parameter name → its value, read at the moment it is asked for."""
+
+    def __init__(
+        self, model: "PreTrainedModel", checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor]
+    ) -> None:
+        parameters = model.named_parameters(remove_duplicate=False)
+        self.names = {name: _name_on_disk(name, model, checkpoint) for name, _ in parameters}
+        self._checkpoint, self._dtype, self._overlay = checkpoint, dtype, overlay
+        assert overlay.keys() <= set(self.names.values()), sorted(overlay.keys() - set(self.names.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        on_disk = self.names[name]
+        stored = self._overlay[on_disk] if on_disk in self._overlay else self._checkpoint.read(on_disk)
+        return stored.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
+    """The tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied twin's."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    twins = [source for target, source in tied.items() if target == parameter]
+    twins += [target for target, source in tied.items() if source == parameter]
+    prefix = f"{model.base_model_prefix}."
+    for name in (parameter, *twins):
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in checkpoint.tensors:
+                return candidate
+    return None
+
+
+_REGROUPED = "; if it is complete, transformers regroups its tensors on loading, and it must fit into memory whole"
+
+
+def _refuse_missing(path: Path, missing: list[str], hint: str = "; is it complete?") -> None:
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{path}: the model needs tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}{hint}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

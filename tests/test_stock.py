@@ -1,0 +1,162 @@
+"""A checkpoint opens the same whole or streamed, an overlay replaces what is stored, and refusals are one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from grades import assert_bitwise, assert_differs
+from safetensors.torch import save_file
+from tiny import TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens
+from torch import Tensor
+from transformers.utils import logging
+
+from headfold import stock
+from headfold.checkpoint.reader import Checkpoint
+from headfold.core.errors import UserError
+
+STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe"})
+"""Models whose tensors on disk are the parameters of the module; experts are stacked on loading."""
+
+
+@pytest.fixture
+def headless(tmp_path: Path) -> Path:
+    """A base model saved without its language-model head: names on disk lack the first component."""
+    stock_model(tiny_checkpoint("llama")).model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def outputs(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        result = model(input_ids=tiny_tokens())
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def stored(path: Path, part: str) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(path)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors if part in name}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_whole_is_what_transformers_itself_loads(name):
+    path = tiny_checkpoint(name)
+    model = stock.open_model(path)
+    assert_bitwise(outputs(model), stock_logits(path))
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float64) for name in STREAMED), ("llama", torch.float32), ("llama", torch.bfloat16)],
+)
+def test_streamed_is_bitwise_the_whole_model(name, dtype):
+    path = tiny_checkpoint(name)
+    streamed = stock.open_model(path, dtype=dtype, memory_limit=0)
+    assert stock.is_streamed(streamed)
+    assert_bitwise(outputs(streamed), outputs(stock.open_model(path, dtype=dtype)))
+    assert all(parameter.is_meta for parameter in streamed.parameters())  # nothing stays behind after the pass
+
+
+def test_a_base_model_opens_whole_and_streamed(headless):
+    whole, streamed = (stock.open_model(headless, memory_limit=limit) for limit in (None, 0))
+    assert_bitwise(outputs(whole), stock_model(tiny_checkpoint("llama")).model(tiny_tokens()).last_hidden_state)
+    assert_bitwise(outputs(streamed), outputs(whole))
+
+
+def test_a_head_whose_base_was_saved_alone_finds_its_tensors(headless):
+    """The config says causal, names lack `model.`, and the head is the embedding: what transformers resolves, so do we."""
+    edit_config(headless, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+    assert_bitwise(*(outputs(stock.open_model(headless, memory_limit=limit)) for limit in (None, 0)))
+
+
+@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize("name", ["llama", "llama-bias-gqa", "phi3"])
+def test_overlay_is_the_checkpoint_with_those_tensors(name, memory_limit, tmp_path):
+    path = tiny_checkpoint(name)
+    changed = {key: tensor.flip(0) for key, tensor in stored(path, "layers.1.self_attn").items()}
+    (tmp_path / "config.json").write_text((path / "config.json").read_text())
+    save_file(stored(path, "") | changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    overlaid = outputs(stock.open_model(path, overlay=changed, memory_limit=memory_limit))
+    assert_bitwise(overlaid, stock_logits(tmp_path))
+    assert_differs(overlaid, stock_logits(path))
+
+
+def test_regrouped_experts_do_not_stream_and_say_so():
+    with pytest.raises(UserError, match="regroups.*memory"):
+        stock.open_model(tiny_checkpoint("mixtral"), memory_limit=0)
+
+
+def test_memory_decides_unless_told(monkeypatch):
+    path = tiny_checkpoint("llama")
+    num_bytes = sum(tensor.nbytes for tensor in stored(path, "").values())
+    for available, streamed in [
+        (num_bytes / stock.MEMORY_SHARE + 8, False),
+        (num_bytes / stock.MEMORY_SHARE - 8, True),
+    ]:
+        monkeypatch.setattr(stock, "available_memory", lambda device, available=available: int(available))
+        assert stock.is_streamed(stock.open_model(path)) == streamed
+
+
+def test_low_precision_is_computed_in_float32_without_matrix_units(monkeypatch):
+    monkeypatch.setattr(stock, "processor_flags", lambda: frozenset({"avx2"}))
+    dtype, reason = stock.compute_dtype(torch.bfloat16)
+    assert dtype == torch.float32 and "bfloat16" in reason and "float32" in reason
+    assert stock.compute_dtype(torch.float64)[0] == torch.float64
+    assert stock.compute_dtype(torch.bfloat16, "cuda")[0] == torch.bfloat16
+    monkeypatch.setattr(stock, "processor_flags", lambda: frozenset({"avx2", "amx_bf16"}))
+    assert stock.compute_dtype(torch.bfloat16)[0] == torch.bfloat16
+    assert stock.compute_dtype(torch.float16)[0] == torch.float32
+
+
+def test_stored_dtype_is_that_of_most_numbers(tmp_path):
+    model = stock_model(tiny_checkpoint("llama"), torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(tmp_path)
+    assert stock.stored_dtype(tmp_path) == torch.bfloat16
+
+
+def test_memory_is_measured_in_bytes():
+    assert 2**26 < stock.available_memory() < 2**50
+
+
+def test_loading_is_quiet_and_puts_the_loggers_back(capfd):
+    path, before = tiny_checkpoint("llama"), logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    stock.open_model(path)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
+    assert capfd.readouterr() == ("", "")
+    logging.set_verbosity(before)
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own"),
+        ({"num_hidden_layers": 3}, r"lacks: model.layers.2.*and \d+ more"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_in_one_line(changes, message, memory_limit, tmp_path):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as refusal:
+        stock.open_model(tmp_path, memory_limit=memory_limit)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected a tokenizer"):
+        stock.open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(UserError, match="does not load") as refusal:
+        stock.open_tokenizer(tmp_path)
+    assert "\n" not in str(refusal.value)
