@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from .core.errors import UserError
 from .core.stats import SiteStats
 from .families.spec import Site
 from .measure import second_moment
+from .stock import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,8 +53,13 @@ def collect(
 
     with _pre_hooks({key_module(site): observer(site.name) for site in sites}, model):
         for batch in batches(windows):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            model.base_model(input_ids=batch.to(input_device(model)), use_cache=False)
             progress(batch.numel())
+    for name, stats in sums.items():
+        if not all(torch.isfinite(t).all() for t in stats.tensors.values()):
+            raise UserError(
+                f"{name}: activations are not finite on calibration text; does the source have NaN weights?"
+            )
     return sums
 
 

@@ -66,7 +66,9 @@ def make_plan(
     for site in sites:
         progress(site.name)
         check_group_count(site.name, site.num_groups, num_groups)
-        planned[site.name] = _plan_site(read_heads(site, read), solver, cost_of, chosen, num_groups, stats and stats[site.name], seed)
+        planned[site.name] = _plan_site(
+            read_heads(site, read), solver, cost_of, chosen, num_groups, stats and stats[site.name], seed
+        )
     return Plan(planned, group, source, seed, calibration or {})
 
 
@@ -94,7 +96,11 @@ def _plan_site(
     known = stats or SiteStats.isotropic(heads.q.shape[2] - 1)
     trivial = num_groups == heads.num_groups or num_groups == 1
     cost = None if cost_of is None or trivial else cost_of(heads, known)
-    groups = Groups.contiguous(heads.num_groups, num_groups) if trivial else solver(cost, heads.num_groups, num_groups, seed=seed)
+    groups = (
+        Groups.contiguous(heads.num_groups, num_groups)
+        if trivial
+        else solver(cost, heads.num_groups, num_groups, seed=seed)
+    )
     if stats is None:
         return SitePlan(groups, str(merge))
     moments = site_moments(heads, stats)

@@ -1,6 +1,6 @@
 """Train the bundled checkpoint: a small Llama-architecture MHA language model on the Python standard library's own sources.
 
-    python scripts/train_bundled.py OUT [--minutes 35]
+    python scripts/train_bundled.py OUT [--minutes 60]
 
 Writes OUT/ (config, bf16 safetensors, tokenizer), OUT/heldout.txt (the text it is measured on: the library modules of
 `heldout-files.txt`, tests left out) and OUT/training.json (what was done, held-out NLL).
@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headfold.corpus import stdlib
 
-CONTEXT, BATCH, VOCABULARY = 512, 16, 2048
-PEAK_RATE, WARMUP, DECAY = 4e-3, 60, 0.1
+CONTEXT, BATCH, VOCABULARY = 512, 8, 2048
+PEAK_RATE, WARMUP, DECAY = 3e-3, 100, 0.1
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -82,7 +82,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict
         optimizer.step()
         optimizer.zero_grad()
         done += 1
-        if done % 20 == 0:
+        if done % 50 == 0:
             print(f"step {done}/{num_steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
     return {"steps": done, "tokens": done * BATCH * CONTEXT, "seconds": round(time.monotonic() - start)}
 
@@ -90,7 +90,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=35.0)
+    parser.add_argument("--minutes", type=float, default=60.0)
     options = parser.parse_args()
     torch.manual_seed(0)
     texts = list(stdlib.documents())

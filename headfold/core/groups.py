@@ -46,7 +46,8 @@ class Groups:
     def members(self) -> tuple[tuple[int, ...], ...]:
         """The heads of each group, ascending."""
         return tuple(
-            tuple(head for head, label in enumerate(self.kv_of_query) if label == group) for group in range(self.num_groups)
+            tuple(head for head, label in enumerate(self.kv_of_query) if label == group)
+            for group in range(self.num_groups)
         )
 
     @property

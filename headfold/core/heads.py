@@ -49,8 +49,8 @@ class Heads:
 
     q: Float[Tensor, "head dim model_plus_1"]
     k: Float[Tensor, "group dim model_plus_1"]
-    v: Float[Tensor, "group dim model_plus_1"]
-    o: Float[Tensor, "head dim model"]
+    v: Float[Tensor, "group value_dim model_plus_1"]
+    o: Float[Tensor, "head value_dim model"]
     kv_of_query: Groups
     key_freedom: KeyFreedom
     query_order: QueryOrder = "free"
@@ -100,4 +100,3 @@ class Heads:
     def standard(self) -> "Heads":
         """Query heads sorted by the K/V head they read: the order GQA runtimes assume."""
         return self.reorder(self.kv_of_query.standard_order())
-

@@ -61,7 +61,9 @@ class Moments:
     """E[v], present where the site has an output bias that can take it."""
 
 
-def site_moments(heads: Heads, stats: SiteStats, *, query_weighting: bool = True, output_weighting: bool = True) -> Moments:
+def site_moments(
+    heads: Heads, stats: SiteStats, *, query_weighting: bool = True, output_weighting: bool = True
+) -> Moments:
     """All Gram matrices of a site. `heads` may be of any float dtype; computed in float64.
 
     The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
@@ -133,7 +135,9 @@ def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> Weighted:
     return Weighted(einsum(rows @ moment, rows, "i a model, l b model -> i a l b"), root, inverse)
 
 
-def roots(metric: Float[Tensor, "group dim dim"]) -> tuple[Float[Tensor, "group dim dim"], Float[Tensor, "group dim dim"]]:
+def roots(
+    metric: Float[Tensor, "group dim dim"],
+) -> tuple[Float[Tensor, "group dim dim"], Float[Tensor, "group dim dim"]]:
     """Symmetric square root and its pseudo-inverse; directions that nobody reads map to zero in both."""
     values, vectors = torch.linalg.eigh(metric)
     kept = values > _NEGLIGIBLE * values.amax(1, keepdim=True)

@@ -81,6 +81,11 @@ def _convert(name: str, key: str, text: str, default: Any) -> Any:
         raise UserError(f"{name}: {key}={text!r}, expected a value like {default!r}") from error
 
 
+def needs(method: Method) -> tuple[str, ...]:
+    """Names of the statistics that a method's page says it cannot do without."""
+    return getattr(inspect.getmodule(method.function), "NEEDS", ())
+
+
 def summary(module: ModuleType) -> str:
     """The first line of a method's page: its help."""
     return (module.__doc__ or "").strip().splitlines()[0]

@@ -53,7 +53,9 @@ def align_key(freedom: KeyFreedom, cross: Float[Tensor, "dim dim"]) -> Float[Ten
     return turn
 
 
-def aligned_similarity(freedom: KeyFreedom, gram: Float[Tensor, "group dim group dim"], *, keys: bool) -> Float[Tensor, "group group"]:
+def aligned_similarity(
+    freedom: KeyFreedom, gram: Float[Tensor, "group dim group dim"], *, keys: bool
+) -> Float[Tensor, "group group"]:
     """Cosine of every pair of heads after the best turn of one onto the other."""
     num = gram.shape[0]
     norm = torch.einsum("iaia->i", gram).sqrt()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -26,6 +27,12 @@ class SiteStats:
     def mean(self, name: str) -> Tensor:
         """The named sum divided by the number of tokens, in float64."""
         return self.tensors[name].to(torch.float64) / self.count
+
+    @classmethod
+    def from_gains(cls, gains: Float[Tensor, " model"]) -> "SiteStats":
+        """What the gains of the norm before a site say alone: independent inputs of mean zero and these root mean squares."""
+        energy = gains.to(torch.float64).square()
+        return cls({"second": torch.diag(torch.cat([energy, energy.new_ones(1)])), "scatter": torch.diag(energy)}, 1)
 
     @classmethod
     def isotropic(cls, model: int) -> "SiteStats":

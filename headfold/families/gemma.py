@@ -15,5 +15,6 @@ FAMILY = Family(
         ),
     ),
     position=Rope(),
+    norm_gain_offset=1.0,
     defaults={"num_key_value_heads": 16, "head_dim": 256},
 )

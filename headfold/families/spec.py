@@ -38,6 +38,8 @@ class Attention:
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
     order: QueryOrder = "free"
+    input_norm: str = "input_layernorm"
+    """The norm beside the attention whose gains say how large the K/V input is, all that is known without calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Family:
     position: Rope | None = None
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """What the config class assumes for fields that config.json leaves out."""
+    norm_gain_offset: float = 0.0
+    """What the norms add to their stored gains (Gemma: 1)."""
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Config setting → why it cannot be folded exactly when it is on; `*` refuses the whole family."""
 
@@ -73,6 +77,9 @@ class Site:
     head_dim: int
     key_freedom: KeyFreedom
     query_order: QueryOrder
+    input_norm: str | None
+    """Name on disk of the gains of the norm before the attention; None where it has none."""
+    norm_gain_offset: float
 
 
 def read_field(family: Family, config: Mapping[str, Any], name: str) -> Any:
@@ -153,6 +160,8 @@ def _site(
         head_dim=head_dim,
         key_freedom=key_freedom(family, attention, config, head_dim),
         query_order=attention.order,
+        input_norm=gains if (gains := f"{module.rpartition('.')[0]}.{attention.input_norm}.weight") in names else None,
+        norm_gain_offset=family.norm_gain_offset,
     )
 
 

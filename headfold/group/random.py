@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from ..core.groups import Groups
 
+ASKS_COST = False
+
 
 def group(cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_groups: int, *, seed: int = 0) -> Groups:
     """`num_groups` equal groups of `num_heads` heads; the cost is not asked."""

@@ -23,8 +23,11 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.moments import Moments, Planes, Weighted, site_moments
-from ..core.stats import SiteStats
 from ..core.shared import align_signs, top_functionals, top_planes
+from ..core.stats import SiteStats
+
+NEEDS = ("second", "scatter")
+"""Statistics it cannot do without."""
 
 
 def merge(
@@ -42,7 +45,9 @@ def merge(
         UserError: no statistics.
     """
     if stats is None:
-        raise UserError("absorb needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean")
+        raise UserError(
+            "absorb needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean"
+        )
     heads = heads.to(torch.float64)
     heads = dataclasses.replace(heads, q=heads.q.clone(), k=heads.k.clone(), v=heads.v.clone(), o=heads.o.clone())
     moments = site_moments(heads, stats, query_weighting=query_weighting, output_weighting=output_weighting)

@@ -22,9 +22,18 @@ from ..core.heads import Heads
 from ..core.rotations import align_key, align_value, pair_grams
 from ..core.stats import SiteStats
 
+NEEDS = ("second",)
+"""Statistics it cannot do without."""
+
 
 def merge(
-    heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0, norm: bool = False, iterations: int = 100
+    heads: Heads,
+    groups: Groups,
+    stats: SiteStats | None = None,
+    *,
+    seed: int = 0,
+    norm: bool = False,
+    iterations: int = 100,
 ) -> Heads:
     """`groups` partitions the source's K/V heads. Computed in float64 and returned in it.
 
@@ -32,7 +41,9 @@ def merge(
         UserError: no statistics.
     """
     if stats is None:
-        raise UserError("procrustes needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean")
+        raise UserError(
+            "procrustes needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean"
+        )
     heads = heads.to(torch.float64)
     grams = pair_grams(heads, stats)
     turn_k, turn_v = _identity_turns(heads.k), _identity_turns(heads.v)
@@ -58,7 +69,9 @@ def _identity_turns(rows: Float[Tensor, "group dim m"]) -> Float[Tensor, "group 
     return torch.eye(rows.shape[1], dtype=rows.dtype).repeat(len(rows), 1, 1)
 
 
-def _turns(align: Callable[[Tensor], Tensor], gram: Tensor, members: list[int], iterations: int) -> Float[Tensor, "member dim dim"]:
+def _turns(
+    align: Callable[[Tensor], Tensor], gram: Tensor, members: list[int], iterations: int
+) -> Float[Tensor, "member dim dim"]:
     """R_i with R_i k_i aligned: first to member 0, then to the mean of the turned members until nothing gains."""
     blocks = gram[members][:, :, members]
     turns = torch.stack([align(blocks[i, :, 0]) for i in range(len(members))])

@@ -8,8 +8,8 @@ weights are a choice made by measurement (see benchmarks/results/ablation.json),
 from collections.abc import Callable
 
 from ...core.heads import Heads
+from ...core.moments import Moments, site_moments
 from ...core.predict import predicted_error, site_energy
-from ...core.moments import site_moments
 from ...core.stats import SiteStats
 
 
@@ -17,7 +17,13 @@ def cost(
     heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0
 ) -> Callable[[tuple[int, ...]], float]:
     """Returns the cost of one set of K/V heads sharing a single head."""
-    moments = site_moments(heads, stats)
+    return cost_of(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
+
+
+def cost_of(
+    moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0
+) -> Callable[[tuple[int, ...]], float]:
+    """The same from moments that are at hand already."""
     energy = site_energy(moments)
 
     def of(members: tuple[int, ...]) -> float:

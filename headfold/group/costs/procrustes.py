@@ -16,7 +16,9 @@ from ...core.stats import SiteStats
 def cost(heads: Heads, stats: SiteStats) -> Callable[[tuple[int, ...]], float]:
     """Returns the cost of one set of K/V heads sharing a single head."""
     grams = pair_grams(heads, stats)
-    similarity = aligned_similarity(heads.key_freedom, grams.k, keys=True) + aligned_similarity(heads.key_freedom, grams.v, keys=False)
+    similarity = aligned_similarity(heads.key_freedom, grams.k, keys=True) + aligned_similarity(
+        heads.key_freedom, grams.v, keys=False
+    )
     distance = 2 - similarity
 
     def of(members: tuple[int, ...]) -> float:

@@ -1,0 +1,343 @@
+"""Fold a model end to end: calibrate, plan, refit, write, verify, and only then put it into its place."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import planning
+from ..checkpoint.staging import commit, copy_side_files, open_staging, refuse_overlap, write_json
+from ..checkpoint.stats_file import StatsFile
+from ..checkpoint.writer import output_bytes, rewrite
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..corpus import open_corpus
+from ..corpus.windows import token_windows
+from ..evaluate.verify import Verification
+from ..evaluate.verify import verify as compare_with_twin
+from ..families.layout import planned_shapes
+from ..families.spec import folded_config
+from ..report.card import CardFacts, model_card
+from ..stock import open_tokenizer
+from ..surgery import site_tensors
+from .deciding import needs_statistics, plan_source
+from .measuring import DEFAULT_CALIBRATION, DEFAULT_TOKENS, OriginalRun, default_device
+from .source import Opened, Progress, open_source, open_stats, silent
+
+VERIFY_TOKENS = 256
+"""Length of each of the two windows on which a fold is compared with its twin."""
+
+_WORK = ".headfold-work"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """What a fold wrote and what was found on the way."""
+
+    out: Path
+    family: str
+    num_heads: int
+    kv_heads_before: int
+    kv_heads_after: int
+    kv_bytes_before: int
+    """Per token, over all layers, in the checkpoint's dtype."""
+    kv_bytes_after: int
+    plan: Plan
+    refitted: bool
+    verification: Verification | None
+    notes: list[str]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in self.__slots__}
+        verification = None if self.verification is None else asdict(self.verification)
+        return {**facts, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+
+
+def fold(
+    model: str | Path,
+    out: str | Path,
+    *,
+    kv_heads: str | int | None = None,
+    plan: str | Path | None = None,
+    group: str = "swap",
+    merge: str = "absorb",
+    refit: bool = True,
+    calibration: str = DEFAULT_CALIBRATION,
+    tokens: int = DEFAULT_TOKENS,
+    context: int | None = None,
+    stats: str | Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+    verify: bool = True,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> FoldResult:
+    """Write `model` again as `out`, with `kv_heads` K/V heads, or as the file `plan` says.
+
+    The result is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is
+    renamed when it is whole and, unless `verify=False`, equal to its head-repeated twin under stock transformers; the same
+    call after a kill goes on from there and gives the same bytes.
+
+    Raises:
+        UserError: what cannot be folded, read or written; a fold that differs from its twin (nothing is renamed then).
+    """
+    if (kv_heads is None) == (plan is None):
+        raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
+    source = open_source(model)
+    refuse_overlap(source.checkpoint.path, Path(out))
+    given = open_stats(stats, source)
+    ready = _ready_plan(plan, source)
+    if ready is None:
+        planning.parse_kv_heads(kv_heads, source.sites[0].num_groups)
+        needs_data = needs_statistics(group, merge)
+    else:
+        group, merge = ready.group, next(iter(ready.sites.values())).merge
+        needs_data = needs_statistics("contiguous", merge)
+    settings = {
+        "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
+        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": refit, "calibration": calibration,
+        "tokens": tokens, "context": context, "seed": seed, "stats": given and given.metadata,
+    }  # fmt: skip
+    job = _Job(source, Path(out), settings, force, progress or silent)
+    run = OriginalRun(source, calibration, tokens, context, seed, device or default_device(), job.progress)
+    with job.timed("calibrate"):
+        statistics = given or (job.statistics(run) if needs_data else None)
+    with job.timed("plan"):
+        made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress)
+    with job.timed("refit"):
+        shrinks = made.num_groups < source.sites[0].num_groups
+        refits = job.refits(run, made, statistics) if refit and shrinks else None
+    run.close()
+    with job.timed("write"):
+        job.write(made, statistics, refits)
+    with job.timed("verify"):
+        verification = job.verify(made, statistics, refits) if verify else None
+    result = _result(source, Path(out), made, refits is not None, verification, run.notes + job.notes, job.seconds)
+    job.finish(result, group, merge)
+    return result
+
+
+def _ready_plan(path: str | Path | None, source: Opened) -> Plan | None:
+    if path is None:
+        return None
+    ready = Plan.load(Path(path))
+    ready.check_source(source.checkpoint.fingerprint(), source.sites)
+    return ready
+
+
+def _result(
+    source: Opened,
+    out: Path,
+    made: Plan,
+    refitted: bool,
+    verification: Verification | None,
+    notes: list[str],
+    seconds: dict[str, float],
+) -> FoldResult:
+    site = source.sites[0]
+    return FoldResult(
+        out=out,
+        family=source.checkpoint.config["model_type"],
+        num_heads=site.num_heads,
+        kv_heads_before=site.num_groups,
+        kv_heads_after=made.num_groups,
+        kv_bytes_before=source.kv_bytes_per_token(site.num_groups),
+        kv_bytes_after=source.kv_bytes_per_token(made.num_groups),
+        plan=made,
+        refitted=refitted,
+        verification=verification,
+        notes=notes,
+        seconds=seconds,
+    )
+
+
+@dataclass(slots=True)
+class _Job:
+    """One fold in its staging directory. What an earlier run of the same job left there is used again."""
+
+    source: Opened
+    out: Path
+    settings: dict[str, Any]
+    force: bool
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    staging: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+        self.staging = open_staging(self.out, key, self.force)
+        self.work.mkdir(exist_ok=True)
+
+    @property
+    def work(self) -> Path:
+        """Where statistics and refits wait while the output grows; gone before it is renamed."""
+        return self.staging / _WORK
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - started, 3)
+
+    def statistics(self, run: OriginalRun) -> StatsFile:
+        path = self.work / "stats.safetensors"
+        if not path.exists():
+            run.write_statistics(path)
+        return StatsFile(path)
+
+    def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Mapping[str, Tensor]:
+        path = self.work / "refit.safetensors"
+        if not path.exists():
+            fitted = run.refit(plan, stats)
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in fitted.items()}, path.with_suffix(".partial")
+            )
+            path.with_suffix(".partial").replace(path)
+        return load_file(path)
+
+    def write(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None) -> None:
+        """Weights, config, plan and everything that lies beside the source's weights."""
+        checkpoint = self.source.checkpoint
+        sites = {site.name: site for site in self.source.sites}
+        planned = {
+            name: planned_shapes(site, plan.num_groups, lambda n: checkpoint.tensors[n].shape)
+            for name, site in sites.items()
+        }
+        shapes = {tensor: shape for of_site in planned.values() for tensor, shape in of_site.items()}
+        owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
+        total, done = output_bytes(checkpoint, shapes), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress("write", done, total)
+
+        rewrite(
+            checkpoint,
+            self.staging,
+            shapes,
+            owner,
+            lambda name: site_tensors(sites[name], plan, checkpoint.read, stats, refits),
+            advance,
+        )
+        write_json(self.staging / "config.json", folded_config(self.source.family, checkpoint.config, plan.num_groups))
+        write_json(self.staging / "plan.json", plan.to_json())
+        copy_side_files(checkpoint.path, self.staging)
+
+    def verify(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None) -> Verification:
+        """Compare the written weights with the head-repeated twin, both under stock transformers.
+
+        Raises:
+            UserError: they differ; the output is left as `OUT.partial`.
+        """
+        twin = _Twin(self.source, plan, stats, refits)
+        windows = self._verify_windows()
+        self.progress("verify", 0, windows.numel())
+        found = compare_with_twin(self.source.checkpoint.path, self.staging, twin, windows)
+        self.progress("verify", windows.numel(), windows.numel())
+        if not found.passed:
+            raise UserError(
+                f"{self.staging}: expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a "
+                f"difference of {found.max_abs_difference:.2g}, first in {found.where}; not renamed to {self.out.name}"
+            )
+        return found
+
+    def _verify_windows(self) -> Tensor:
+        """Two windows of real tokens; of token numbers drawn at random where there is no tokenizer to make real ones."""
+        config = self.source.checkpoint.config
+        length = min(VERIFY_TOKENS, config.get("max_position_embeddings") or VERIFY_TOKENS)
+        try:
+            tokenizer = open_tokenizer(self.source.checkpoint.path)
+        except UserError:
+            self.notes.append("no tokenizer beside the checkpoint: verified on random token numbers")
+            generator = torch.Generator().manual_seed(0)
+            return torch.randint(config["vocab_size"], (2, length), generator=generator)
+        return token_windows(open_corpus("stdlib", seed=0).documents, tokenizer, 2 * length, length, 0)
+
+    def finish(self, result: FoldResult, group: str, merge: str) -> None:
+        """The card, then the rename."""
+        shutil.rmtree(self.work)
+        (self.staging / "README.md").write_text(
+            model_card(self.source.checkpoint.path, self._facts(result, group, merge))
+        )
+        commit(self.staging, self.out, self.force)
+
+    def _facts(self, result: FoldResult, group: str, merge: str) -> CardFacts:
+        planned = {name: site for name, site in result.plan.sites.items() if site.error and site.energy}
+        errors = {
+            name: (site.error.key / site.energy.key, site.error.value / site.energy.value)
+            for name, site in planned.items()
+        }
+        found = result.verification
+        return CardFacts(
+            base_model=self.source.name,
+            family=result.family,
+            num_heads=result.num_heads,
+            kv_heads_before=result.kv_heads_before,
+            kv_heads_after=result.kv_heads_after,
+            kv_bytes_before=result.kv_bytes_before,
+            kv_bytes_after=result.kv_bytes_after,
+            method=merge,
+            group=group,
+            refit=result.refitted,
+            calibration=result.plan.calibration,
+            command=self._command(),
+            site_errors=errors or None,
+            verification=found and (
+                f"largest difference of logits to the head-repeated twin {found.max_abs_difference:.2g} "
+                f"(tolerance {found.tolerance:.2g}, {found.num_tokens} tokens, {found.dtype})"
+            ),
+        )  # fmt: skip
+
+    def _command(self) -> str:
+        """What makes this fold again, in the words of the command line."""
+        asked = self.settings
+        name = self.source.name if not Path(self.source.name).exists() else Path(self.source.name).name
+        words = ["headfold fold", name, self.out.name]
+        if asked["plan"]:
+            words += ["--plan plan.json"]
+        else:
+            words += [f"--kv-heads {asked['kv_heads']}", f"--group {asked['group']}", f"--merge {asked['merge']}"]
+        words += ["--refit" if asked["refit"] else "--no-refit"]
+        words += [f"--calibration {asked['calibration']}", f"--tokens {asked['tokens']}", f"--seed {asked['seed']}"]
+        return " ".join(words)
+
+
+class _Twin(Mapping[str, Tensor]):
+    """The head-repeated twin's tensors by name on disk, in the source's shapes, one site made at a time."""
+
+    def __init__(
+        self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
+    ) -> None:
+        self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
+        shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
+        self._site_of = {
+            tensor: site for site in source.sites for tensor in planned_shapes(site, site.num_groups, shape_of)
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        site = self._site_of[name]
+        if self._last[0] != site.name:
+            read = self._source.checkpoint.read
+            made = site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
+            self._last = (site.name, made)
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._site_of)
+
+    def __len__(self) -> int:
+        return len(self._site_of)

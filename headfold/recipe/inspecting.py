@@ -1,0 +1,119 @@
+"""Look at a checkpoint: what it caches, and what folding it is predicted to cost, without running it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.groups import Groups
+from ..core.moments import Moments, site_moments
+from ..core.predict import grouped_error, site_energy
+from ..core.stats import SiteStats
+from ..families.layout import read_heads
+from ..families.spec import Site
+from ..group import swap
+from ..group.costs import absorb
+from .source import Opened, open_source, open_stats
+
+FRACTIONS = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInspection:
+    """One site: predicted error of K and of V as shares of their energy, by the share of K/V heads kept (`1/2` …)."""
+
+    name: str
+    key: dict[str, float]
+    value: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One checkpoint at a glance. Bytes are of the K/V cache, over all layers, in the checkpoint's dtype."""
+
+    model: str
+    family: str
+    architecture: str
+    dtype: str
+    num_parameters: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    key_freedom: str
+    query_order: str
+    kv_bytes_per_token: int
+    kv_bytes_32k: int
+    basis: str
+    """What the predictions rest on."""
+    sites: list[SiteInspection]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection:
+    """Heads, cache and predicted errors of a checkpoint; `stats` is what `calibrate` wrote, else the norms' gains stand in.
+
+    Raises:
+        UserError: a source that cannot be folded or read.
+    """
+    source = open_source(model)
+    known = open_stats(stats, source)
+    first = source.sites[0]
+    tensors = source.checkpoint.tensors.values()
+    per_token = source.kv_bytes_per_token(first.num_groups)
+    return Inspection(
+        model=str(model),
+        family=source.checkpoint.config["model_type"],
+        architecture=next(iter(source.checkpoint.config.get("architectures") or []), "unknown"),
+        dtype=str(source.dtype).removeprefix("torch."),
+        num_parameters=sum(torch.Size(info.shape).numel() for info in tensors),
+        num_layers=len(source.sites),
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_groups,
+        head_dim=first.head_dim,
+        key_freedom=_freedom(first),
+        query_order=first.query_order,
+        kv_bytes_per_token=per_token,
+        kv_bytes_32k=per_token * 32_768,
+        basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
+        sites=[_inspect_site(source, site, known) for site in source.sites],
+    )
+
+
+def _freedom(site: Site) -> str:
+    freedom = site.key_freedom
+    partial = f" on {freedom.rotary_dim} of {site.head_dim} dims" if 0 < freedom.rotary_dim < site.head_dim else ""
+    return freedom.kind + partial
+
+
+def _inspect_site(source: Opened, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
+    heads = read_heads(site, source.checkpoint.read)
+    stats = known[site.name] if known is not None else _from_gains(source, site, heads.q.shape[2] - 1)
+    moments = site_moments(heads, stats)
+    key, value = {}, {}
+    for fraction in FRACTIONS:
+        if site.num_groups % fraction:
+            continue
+        error, energy = (
+            grouped_error(moments, _grouping(moments, site.num_groups, site.num_groups // fraction)),
+            site_energy(moments),
+        )
+        key[f"1/{fraction}"], value[f"1/{fraction}"] = error.key / energy.key, error.value / energy.value
+    return SiteInspection(site.name, key, value)
+
+
+def _grouping(moments: Moments, num_heads: int, num_groups: int) -> Groups:
+    """What fold would choose, where that is found quickly; neighbours in wide layers, an upper bound."""
+    if num_heads > 12:
+        return Groups.contiguous(num_heads, num_groups)
+    return swap.group(absorb.cost_of(moments), num_heads, num_groups)
+
+
+def _from_gains(source: Opened, site: Site, model: int) -> SiteStats:
+    if site.input_norm is None:
+        return SiteStats.isotropic(model)
+    return SiteStats.from_gains(source.checkpoint.read(site.input_norm).to(torch.float64) + site.norm_gain_offset)

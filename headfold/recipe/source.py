@@ -1,0 +1,75 @@
+"""A checkpoint opened by its headers alone, checked to be one that can be folded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.hub import resolve
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.stats_file import StatsFile
+from ..core.errors import UserError
+from ..families import family_of
+from ..families.layout import check_shapes
+from ..families.spec import Family, Site
+from ..families.spec import sites as sites_of
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); units as the stage counts them: tokens, sites or bytes."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    del stage, done, total
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with its family and sites, checked to be one that can be folded."""
+
+    name: str
+    """As the user wrote it: a directory or a hub id."""
+    checkpoint: Checkpoint
+    family: Family
+    sites: list[Site]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
+
+    def kv_bytes_per_token(self, num_groups: int) -> int:
+        """Bytes that one token adds to the K/V cache, over all sites, entries in the checkpoint's dtype."""
+        return sum(2 * num_groups * site.head_dim * self.dtype.itemsize for site in self.sites)
+
+
+def open_source(model: str | Path) -> Opened:
+    """Open a directory or hub id by its headers alone.
+
+    Raises:
+        UserError: whatever makes it impossible to fold; one line.
+    """
+    checkpoint = Checkpoint.open(resolve(str(model)))
+    where = f"{model}/config.json"
+    family = family_of(checkpoint.config, where)
+    sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
+    for site in sites:
+        check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
+    return Opened(str(model), checkpoint, family, sites)
+
+
+def open_stats(path: str | Path | None, source: Opened) -> StatsFile | None:
+    """The statistics file, refused if it is of another checkpoint."""
+    if path is None:
+        return None
+    stats = StatsFile(Path(path))
+    if stats.metadata.get("model") not in (None, source.checkpoint.fingerprint()):
+        raise UserError(f"{path}: statistics of another model than {source.name}; run headfold calibrate on this one")
+    return stats
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Nothing of the user's is overwritten unasked."""
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file to write, got a directory")
+    if path.exists() and not force:
+        raise UserError(f"{path}: expected nothing there, got a file; choose another or pass --force to replace it")

@@ -1,0 +1,145 @@
+"""Walk a stock model block by block: one pass over the data, one block at work, every attention's inputs handed out.
+
+The hidden states of all calibration windows wait between blocks; a block is run once per batch of windows. What else a
+block is called with (position embeddings, masks) is the same for every batch of one shape, so it is recorded once.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..families.spec import Site
+from ..stock import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Raised by the first block so that the rest of the model is not run; carries the call."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One attention site inside its transformer block."""
+
+    site: Site
+    block: nn.Module
+    attention: nn.Module
+
+    def run(self, hidden: Float[Tensor, "batch token model"], keywords: dict[str, Any]) -> tuple[Tensor, Call, Tensor]:
+        """The block's output, the call that its attention received, and what the attention answered."""
+        seen: list[Any] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append(((args, kwargs), _first(output)))
+
+        handle = self.attention.register_forward_hook(record, with_kwargs=True)
+        try:
+            output = _first(self.block(hidden, **keywords))
+        finally:
+            handle.remove()
+        call, answer = seen[0]
+        return output, call, answer
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def blocks_of(model: "PreTrainedModel", sites: list[Site]) -> list[Block]:
+    """The blocks of the sites, in order: a site's block is the module that contains its attention."""
+    return [Block(s, model.get_submodule(s.module.rpartition(".")[0]), model.get_submodule(s.module)) for s in sites]
+
+
+def enter(
+    model: "PreTrainedModel", first: Block, batch: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch token model"]:
+    """The hidden states that the first block receives."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached((args, kwargs))
+
+    handle = first.block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.base_model(input_ids=batch.to(input_device(model)), use_cache=False)
+    except _Reached as reached:
+        args, kwargs = reached.call
+        return args[0] if args else kwargs["hidden_states"]
+    finally:
+        handle.remove()
+    raise AssertionError("the first block was never called")
+
+
+def block_keywords(
+    model: "PreTrainedModel", blocks: list[Block], batch: Int[Tensor, "batch token"]
+) -> list[dict[str, Any]]:
+    """What every block is called with beside the hidden states, for batches of this shape."""
+    recorded: dict[int, dict[str, Any]] = {}
+
+    def recorder(index: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert len(args) <= 1, "a block takes only its hidden states by position"
+            recorded[index] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+        return record
+
+    handles = [b.block.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    try:
+        model.base_model(input_ids=batch.to(input_device(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [recorded[index] for index in range(len(blocks))]
+
+
+def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a stock attention module with other weights of the same shapes; `weights` by names on disk."""
+    # What streams an original's weights from disk is not copied: a twin holds its weights.
+    hooks = [part._hf_hook for part in attention.modules() if hasattr(part, "_hf_hook")]
+    module = copy.deepcopy(attention, {id(hook): None for hook in hooks})
+    for part in module.modules():
+        if "_old_forward" in part.__dict__:
+            part.forward = part.__dict__.pop("_old_forward")
+    values = {name: _value(attention, name) for name, _ in attention.named_parameters()}
+    for name, tensor in weights.items():
+        local = name.removeprefix(f"{site.module}.")
+        values[local] = tensor.to(values[local])
+    module.load_state_dict(values, strict=False, assign=True)
+    return module
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    """A parameter's value, fetched from disk where the module's own is only a shape."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    parameter = getattr(owner, leaf)
+    return owner._hf_hook.weights_map[leaf] if parameter.device.type == "meta" else parameter.detach()
+
+
+def walk(
+    model: "PreTrainedModel", sites: list[Site], batches: list[Int[Tensor, "batch token"]]
+) -> Iterator[tuple[Block, Callable[[int], tuple[Call, Tensor]]]]:
+    """Yields every block with a function: number of a batch → the attention's call and answer in the original model.
+
+    The function must be called once per batch, in any order, before the next block is asked for.
+    """
+    blocks = blocks_of(model, sites)
+    keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
+    hidden = [enter(model, blocks[0], batch) for batch in batches]
+    for index, block in enumerate(blocks):
+
+        def visit(number: int, index: int = index, block: Block = block) -> tuple[Call, Tensor]:
+            hidden[number], call, answer = block.run(hidden[number], keywords[len(batches[number])][index])
+            return call, answer
+
+        yield block, visit
