@@ -43,10 +43,14 @@ Calibration = Annotated[
         "--calibration",
         metavar="SOURCE",
         help="A text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], a hub dataset "
-        "(hub:NAME[:CONFIG][:SPLIT][:COLUMN]), stdlib (this machine's Python sources) or self (text that the model writes).",
+        "(hub:NAME[:CONFIG][:SPLIT][:COLUMN]), stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
     ),
 ]
-Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens. Default: 65536.")]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", min=2, help="Tokens per window. Default: the model's own context."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn at random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -85,6 +89,7 @@ def calibrate(
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
     calibration: Calibration = None,
     tokens: Tokens = None,
+    context: Context = None,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
@@ -93,7 +98,7 @@ def calibrate(
     """Measure once what attention sees, for any number of folds."""
     from . import recipe
 
-    chosen = _given(calibration=calibration, tokens=tokens)
+    chosen = _given(calibration=calibration, tokens=tokens, context=context)
     with ProgressReport(silent=as_json) as progress:
         result = recipe.calibrate(model, stats, seed=seed, force=force, progress=progress, **chosen)
     _answer(result.to_json(), as_json) or views.show_calibration(result)
@@ -138,6 +143,7 @@ def fold(
     ] = True,
     calibration: Calibration = None,
     tokens: Tokens = None,
+    context: Context = None,
     stats: StatsFile = None,
     seed: Seed = 0,
     force: Force = False,
@@ -154,8 +160,9 @@ def fold(
     from . import recipe
 
     chosen = _given(
-        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, stats=stats
-    )
+        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, context=context,
+        stats=stats,
+    )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = recipe.fold(
             model, out, refit=refit, seed=seed, force=force, verify=verify, progress=progress, **chosen
@@ -177,7 +184,7 @@ def evaluate(
             help="Text to measure on, or any source as in --calibration. Default: the bundled text.",
         ),
     ] = None,
-    context: Annotated[int | None, typer.Option("--context", metavar="N", min=2, help="Tokens per window.")] = None,
+    context: Context = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

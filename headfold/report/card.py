@@ -109,10 +109,15 @@ def _facts_table(facts: CardFacts) -> str:
         ["K/V cache per token", size(facts.kv_bytes_before), size(facts.kv_bytes_after)],
         ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
     ]
-    calibration = ", ".join(f"{key} {value}" for key, value in facts.calibration.items()) or "none"
-    lines = [f"- Family: {facts.family}", f"- Calibration: {calibration}"]
+    lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
     return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
+
+
+def _calibration(facts: Mapping[str, str]) -> str:
+    """Source first, then the rest of what the statistics say of themselves; the model's own fingerprint is in plan.json."""
+    rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("source", "model"))
+    return f"`{facts.get('source', 'unknown')}` ({rest})" if facts else "none"
 
 
 def _load() -> str:

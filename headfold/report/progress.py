@@ -19,7 +19,7 @@ class ProgressReport:
 
     def __init__(self, to: TextIO | None = None, *, silent: bool = False) -> None:
         self._to, self._silent = to or sys.stderr, silent
-        self._stage, self._start, self._done = "", 0.0, 0
+        self._stage, self._start, self._done, self._total = "", 0.0, 0, 0
         self._bars: Progress | None = None
         self._task: TaskID | None = None
 
@@ -39,9 +39,9 @@ class ProgressReport:
         if stage != self._stage:
             self._finish()
             self._begin(stage, total)
-        self._done = done
+        self._done, self._total = done, total
         if self._bars is not None and self._task is not None:
-            rate = self._rate()
+            rate = self._rate() if total > 1 else ""
             self._bars.update(self._task, completed=done, total=total or None, rate=rate)
 
     def _begin(self, stage: str, total: int) -> None:
@@ -51,14 +51,20 @@ class ProgressReport:
             self._task = self._bars.add_task(stage, total=total or None, rate="")
 
     def _finish(self, *, complete: bool = True) -> None:
-        if self._stage and complete and self._bars is None:
-            passed = duration(time.monotonic() - self._start)
-            print(
-                f"{self._stage}: {amount(self._stage, self._done)} in {passed}, {self._rate()}",
-                file=self._to,
-                flush=True,
-            )
+        """End the running stage: a stage that another one follows is complete, whatever was last said of it."""
+        if self._stage and complete:
+            self._done = self._total or self._done
+            if self._bars is not None and self._task is not None:
+                self._bars.update(self._task, completed=self._done, rate=self._rate())
+            else:
+                self._print_line()
         self._stage = ""
+
+    def _print_line(self) -> None:
+        passed = duration(time.monotonic() - self._start)
+        counted = f"{amount(self._stage, self._done)} in " if self._total > 1 else ""
+        rate = f", {self._rate()}" if self._total > 1 else ""
+        print(f"{self._stage}: {counted}{passed}{rate}", file=self._to, flush=True)
 
     def _rate(self) -> str:
         passed = max(time.monotonic() - self._start, 1e-3)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from .tables import duration, percent, show_table, size
@@ -99,22 +99,23 @@ def _verification(found: Any) -> str:
 
 
 def show_plan_errors(plan: Any) -> None:
-    """A `planning.Plan`: predicted error per site, K and V apart; nothing where there were no statistics."""
-    rows = [[name, *shares] for name, shares in _error_rows(plan)]
+    """A `core.plan.Plan`: predicted error per site, K and V apart; nothing where there were no statistics."""
+    rows = [[name, *_shares(site), *_members(site)] for name, site in plan.sites.items() if site.error is not None]
     if rows:
         title = "predicted error of the best heads that the groups can share, as shares of the energy"
-        show_table(["attention", "K", "V", "groups"], rows, title=title)
+        show_table(["attention", "K", "V", "groups"][: len(rows[0])], rows, title=title)
     else:
         print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
 
 
-def _error_rows(plan: Any) -> Iterator[tuple[str, list[str]]]:
-    for name, site in plan.sites.items():
-        if site.error is None:
-            continue
-        groups = " ".join("".join(f"{head}," for head in members)[:-1] for members in site.groups.members)
-        key, value = site.error.key / site.energy.key, site.error.value / site.energy.value
-        yield name, [percent(key), percent(value), groups]
+def _shares(site: Any) -> list[str]:
+    return [percent(site.error.key / site.energy.key), percent(site.error.value / site.energy.value)]
+
+
+def _members(site: Any) -> list[str]:
+    """The heads of each group; nothing where there are more than a line takes."""
+    written = " ".join(",".join(map(str, members)) for members in site.groups.members)
+    return [written] if len(written) <= 50 else []
 
 
 def show_calibration(result: Any) -> None:
