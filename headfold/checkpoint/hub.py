@@ -9,6 +9,14 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model
 _UNWANTED = ["*/*", "consolidated*", "adapter_model*"]
 """Second copies of the weights in other layouts."""
 
+_REASONS = {
+    "HFValidationError": "no hub id has such a name",
+    "RepositoryNotFoundError": "the hub has no such repository, or not for you",
+    "GatedRepoError": "its owner has not given you access",
+    "LocalEntryNotFoundError": "it is not in the local cache and the hub cannot be reached",
+}
+"""What the hub client's errors mean, by class name, so that the client is imported only when it is used."""
+
 
 def resolve(model: str) -> Path:
     """The directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json, tokenizer files only).
@@ -16,6 +24,8 @@ def resolve(model: str) -> Path:
     Raises:
         UserError: neither a directory nor a hub id that can be fetched.
     """
+    if not model.strip():
+        raise UserError("model: expected a checkpoint directory or a hub id, got an empty name; pass one")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -29,7 +39,7 @@ def resolve(model: str) -> Path:
 
 
 def _is_path(model: str) -> bool:
-    return model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1 or not model.strip()
+    return model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1
 
 
 def _neighbour(path: Path) -> str:
@@ -47,7 +57,9 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:
         # Whatever the hub or the network does, the user can only check the name, the connection and the rights.
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": .")
+        reason = (
+            _REASONS.get(type(error).__name__) or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
         raise UserError(
             f"{repository}: neither a directory here nor a hub model that can be fetched ({reason}); "
             "check the name, the network and your access"

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ..core.errors import UserError
 from ..core.stats import SiteStats
-from .disk import disk_errors, flush
+from .disk import disk_errors, flush, require_space
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, tokens seen per site."""
@@ -27,12 +27,14 @@ def write_stats(path: Path, sites: Mapping[str, SiteStats], metadata: Mapping[st
     temporary = path.with_name(f"{path.name}.partial")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with disk_errors(path, size):
-        # The library reports a full disk in words of its own: open the file ourselves first, so that most refusals are the disk's.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, size)
+        # Opened by ourselves first: the library reports what a disk refuses in words of its own.
         temporary.write_bytes(b"")
         try:
             save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})
         except SafetensorError as error:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: statistics of {size} bytes cannot be written: {error}; make room or choose another place"
             ) from error

@@ -118,8 +118,12 @@ def _raise_failed(futures: Iterable[Future[None]]) -> None:
 def _create(target: Path, shard: Shard) -> Any:
     """The file at its full size, its header written."""
     file = _partial(target, shard).open("wb", buffering=0)
-    write_all(file.fileno(), shard.header, 0)
-    os.ftruncate(file.fileno(), shard.size)
+    try:
+        write_all(file.fileno(), shard.header, 0)
+        os.ftruncate(file.fileno(), shard.size)
+    except OSError:
+        file.close()
+        raise
     return file
 
 

@@ -1,0 +1,163 @@
+"""Laws of staging: at an output place stands the old directory or the new one, whole."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import by_layer, contents, one_line, save, weights
+
+from headfold.checkpoint import staging
+from headfold.core.errors import UserError
+
+
+def test_staging_on_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *arguments: object, **keywords: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError) as error:
+        staging.open_staging(tmp_path / "out", "key", False)
+    one_line(error, tmp_path, "read-only")
+
+
+def finish(out: Path, key: str = "key", force: bool = False, text: str = "new") -> None:
+    place = staging.open_staging(out, key, force)
+    (place / "file").write_text(text)
+    staging.commit(place, out, force)
+
+
+def test_commit_puts_the_whole_directory_in_place(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    finish(out)
+    assert [entry.name for entry in out.iterdir()] == ["file"] and [entry.name for entry in out.parent.iterdir()] == [
+        "out"
+    ]
+    with pytest.raises(UserError) as error:
+        finish(out)
+    one_line(error, out, "--force")
+    finish(out, force=True, text="newer")
+    assert (out / "file").read_text() == "newer" and [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_directory_is_free_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    finish(tmp_path / "out")
+    (tmp_path / "file").touch()
+    for force in (False, True):
+        with pytest.raises(UserError, match="got a file"):
+            staging.open_staging(tmp_path / "file", "key", force)
+
+
+def test_staging_keeps_its_own_job_empties_another_and_refuses_a_stranger(tmp_path: Path) -> None:
+    place = staging.open_staging(tmp_path / "out", "a", False)
+    (place / "half").touch()
+    (place / "folder").mkdir()
+    assert (staging.open_staging(tmp_path / "out", "a", False) / "half").exists()
+    assert [entry.name for entry in staging.open_staging(tmp_path / "out", "b", False).iterdir()] == [staging.JOB]
+    (place / staging.JOB).unlink()
+    (place / "precious").touch()
+    with pytest.raises(UserError, match="not headfold's"):
+        staging.open_staging(tmp_path / "out", "b", True)
+    assert (place / "precious").exists()
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_replacing_commit_killed_anywhere_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Step 0 dies at the first renaming, 1 between the two, 2 while the old directory is removed."""
+    out = tmp_path / "out"
+    finish(out, text="old")
+    renamings = []
+    rename = Path.rename
+
+    def dying(path: Path, place: Path) -> Path:
+        renamings.append(path)
+        if len(renamings) > step:
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", dying)
+    if step == 2:
+        monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        finish(out, force=True)
+    monkeypatch.undo()
+    texts = [path.read_text() for path in tmp_path.glob("*/file")] + [
+        path.read_text() for path in tmp_path.glob(".*/file")
+    ]
+    assert "old" in texts and "new" in texts
+    if step < 2:
+        with pytest.raises(UserError, match="--force"):
+            staging.open_staging(out, "key", False)
+        assert (out / "file").read_text() == "old"
+    finish(out, force=True)
+    assert (out / "file").read_text() == "new" and [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failing_commit_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    finish(out, text="old")
+    rename = Path.rename
+
+    def refuse(path: Path, place: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(path, place)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="permission"):
+        finish(out, force=True)
+    assert (out / "file").read_text() == "old"
+
+
+def test_overlap_of_source_and_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    for out in ("source", "source/inside", "link", "link/inside", "."):
+        with pytest.raises(UserError, match="overlaps"):
+            staging.refuse_overlap(tmp_path / "source", tmp_path / out)
+    staging.refuse_overlap(tmp_path / "source", tmp_path / "source-folded")
+
+
+def test_side_files_come_along_and_weights_do_not(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    source = save(tmp_path / "source", weights(torch.float32), by_layer)
+    wanted = [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    unwanted = [
+        "README.md",
+        "plan.json",
+        ".gitattributes",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "m.gguf",
+        "tf_model.h5",
+    ]
+    for name in wanted + unwanted:
+        (source / name).write_text(name)
+    (source / "onnx").mkdir()
+    assert staging.copy_side_files(source, target) == wanted
+    assert contents(target) == {name: name.encode() for name in wanted}
+
+
+def test_write_json_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging.write_json(tmp_path / "a.json", {"é": [1, 2.5]})
+    with pytest.raises(TypeError):
+        staging.write_json(tmp_path / "a.json", {"bad": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"é": [1, 2.5]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

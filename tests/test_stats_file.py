@@ -1,0 +1,80 @@
+"""Laws of the statistics file: it gives back what was written, adds up, and refuses in one line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import one_line
+from grades import assert_bitwise
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from headfold.checkpoint import stats_file
+from headfold.checkpoint.stats_file import StatsFile, add_stats, write_stats
+from headfold.core.errors import UserError
+from headfold.core.stats import SiteStats
+
+
+def stats(seed: int) -> dict[str, SiteStats]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"second": (5, 5), "scatter": (4, 4)}
+    drawn = [{n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    return {f"layers.{site}.self": SiteStats(tensors, 10 * site + seed) for site, tensors in enumerate(drawn)}
+
+
+def test_statistics_come_back_bitwise_and_add(tmp_path: Path) -> None:
+    one, two = stats(1), stats(2)
+    write_stats(tmp_path / "a.safetensors", one, {"source": "text"})
+    write_stats(tmp_path / "b.safetensors", two, {})
+    a, b = StatsFile(tmp_path / "a.safetensors"), StatsFile(tmp_path / "b.safetensors")
+    assert dict(a.metadata) == {"source": "text"} and list(a) == list(one) and len(a) == 3
+    total = add_stats(a, b)
+    for site in one:
+        assert a[site].count == one[site].count and total[site].count == one[site].count + two[site].count
+        for name, tensor in one[site].tensors.items():
+            assert_bitwise(a[site].tensors[name], tensor)
+            assert_bitwise(total[site].tensors[name], tensor + two[site].tensors[name])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_statistics_refuse_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    write_stats(path, stats(0), {})
+    with pytest.raises(UserError) as error:
+        StatsFile(path)["layers.3.self"]
+    one_line(error, "stats.safetensors", "layers.3.self", "3 sites", "headfold calibrate")
+    with pytest.raises(UserError) as error:
+        StatsFile(tmp_path / "none.safetensors")
+    one_line(error, "none.safetensors", "no such file")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    for name in ("junk", "other"):
+        with pytest.raises(UserError) as error:
+            StatsFile(tmp_path / f"{name}.safetensors")
+        one_line(error, name, "headfold calibrate")
+    other = dict(list(stats(0).items())[:2])
+    write_stats(tmp_path / "two.safetensors", other, {})
+    for pair in ((path, tmp_path / "two.safetensors"), (tmp_path / "two.safetensors", path)):
+        with pytest.raises(UserError, match="no statistics for layers.2.self"):
+            add_stats(*map(StatsFile, pair))
+
+
+def test_statistics_on_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stats.safetensors"
+    write_stats(path, stats(0), {})
+    before = path.read_bytes()
+
+    def refuse(*arguments: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stats_file, "save_file", refuse)
+        with pytest.raises(UserError) as error:
+            write_stats(path, stats(1), {})
+        one_line(error, path, "No space left")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    with pytest.raises(UserError) as error:
+        write_stats(path, stats(1), {})
+    one_line(error, tmp_path, "100 bytes")
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["stats.safetensors"]
