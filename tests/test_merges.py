@@ -1,0 +1,226 @@
+"""Laws of the merges, over every page in headfold/merge and every kind of attention site."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+from grades import assert_bitwise, assert_differs, assert_tight
+from hypothesis import given, settings
+from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, realised_error, turned_copies
+from reference_attention import attention_output, project
+from torch import Tensor
+
+from headfold import merge as merges
+from headfold.core import plugins
+from headfold.core.disguise import repeat_and_disguise
+from headfold.core.errors import UserError
+from headfold.core.groups import Groups
+from headfold.core.heads import Heads
+from headfold.core.moments import site_moments
+from headfold.core.predict import SiteError, site_energy
+
+DECLARES = {
+    "absorb": "all that attention does not see",
+    "procrustes": "rotations",
+    "mean": "nothing",
+    "first": "nothing",
+    "random": "all is lost",
+}
+"""What each merge says it undoes: heads of a group that differ by that keep the function."""
+
+EVERY_MERGE = pytest.mark.parametrize("name", plugins.names(merges))
+EVERY_FREEDOM = pytest.mark.parametrize("freedom", sorted(FREEDOMS))
+PROCRUSTES_BOTH_WAYS = ("procrustes", "procrustes:norm=true")
+SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+
+
+def merged(site: RandomSite, text: str, groups: Groups, seed: int = 0) -> Heads:
+    return plugins.parse(merges, text, "merge")(site.heads, groups, site.stats, seed=seed)
+
+
+def output(site: RandomSite, heads: Heads | None = None) -> Tensor:
+    """What the block answers to tokens that calibration did not see."""
+    unseen = site.x[0].roll(1, 1) + site.x[1].flip(0)
+    return attention_output(heads or site.heads, unseen)
+
+
+def merges_that_keep(*declarations: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name, undone in DECLARES.items() if undone in declarations])
+
+
+def test_every_merge_declares_what_it_undoes() -> None:
+    assert DECLARES.keys() == set(plugins.names(merges))
+
+
+@EVERY_MERGE
+@EVERY_FREEDOM
+def test_no_sharing_keeps_the_function(name: str, freedom: str) -> None:
+    site = random_site(freedom, 3, 2)
+    assert_tight(output(site, merged(site, name, Groups.contiguous(3, 3))), output(site))
+
+
+@merges_that_keep("nothing", "rotations", "all that attention does not see")
+@EVERY_FREEDOM
+def test_identical_heads_keep_the_function(name: str, freedom: str) -> None:
+    few = random_site(freedom, 2, 6)
+    site = replace(few, heads=few.heads.expand(6))
+    assert_tight(output(site, merged(site, name, Groups.contiguous(6, 2))), output(few))
+
+
+@merges_that_keep("rotations", "all that attention does not see")
+@EVERY_FREEDOM
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bias: bool) -> None:
+    few = random_site(freedom, 2, 6, bias=bias)
+    site = replace(few, heads=turned_copies(few.heads, 3, seed=1))
+    assert_tight(output(site), output(few))
+    assert_tight(output(site, merged(site, name, Groups.contiguous(6, 2))), output(few))
+
+
+@merges_that_keep("all that attention does not see")
+@EVERY_FREEDOM
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("queries", [3, 6])
+def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool, queries: int) -> None:
+    few = random_site(freedom, 2, queries, bias=bias)
+    site = replace(few, heads=repeat_and_disguise(few.heads, 3, seed=2))
+    assert planted(site.heads).sizes == (3, 3)
+    assert_tight(output(site), output(few))
+    assert_tight(output(site, merged(site, name, planted(site.heads))), output(few))
+
+
+@merges_that_keep("nothing", "rotations", "all is lost")
+@pytest.mark.parametrize("freedom", sorted(set(FREEDOMS) - {"normed", "normed pairs"}))
+def test_disguised_copies_are_lost_on_merges_that_do_not_undo_them(name: str, freedom: str) -> None:
+    few = random_site(freedom, 2, 3)
+    site = replace(few, heads=repeat_and_disguise(few.heads, 3, seed=2))
+    assert_differs(output(site, merged(site, name, planted(site.heads))), output(few))
+
+
+@EVERY_FREEDOM
+def test_mean_does_not_undo_rotations(freedom: str) -> None:
+    few = random_site(freedom, 2, 3)
+    site = replace(few, heads=turned_copies(few.heads, 3, seed=1))
+    assert_differs(output(site, merged(site, "mean", Groups.contiguous(6, 2))), output(few))
+
+
+def not_above(ours: float, other: float, scale: float) -> None:
+    """At most `other`, up to reassociation in float64 of numbers that add up to `scale`."""
+    assert_tight(torch.tensor([scale + max(ours - other, 0.0)]), torch.tensor([scale]))
+
+
+@SOME
+@given(cases())
+def test_absorb_is_best_on_its_own_objective(case: tuple[RandomSite, Groups]) -> None:
+    site, groups = case
+    errors: dict[str, SiteError] = {
+        text: realised_error(site.heads, merged(site, text, groups), site.x)
+        for text in ("absorb", "mean", "first", *PROCRUSTES_BOTH_WAYS)
+    }
+    ours, energy = errors.pop("absorb"), site_energy(site_moments(site.heads, site.stats))
+    for theirs in errors.values():
+        not_above(ours.value, theirs.value, energy.value)
+        # Signs are found by local search, which is exhaustive up to three members.
+        if not site.heads.key_freedom.normed or max(groups.sizes) <= 3:
+            not_above(ours.key, theirs.key, energy.key)
+
+
+def test_the_objective_tells_merges_apart() -> None:
+    site, groups = random_site(), Groups.contiguous(4, 2)
+    errors = [realised_error(site.heads, merged(site, text, groups), site.x) for text in ("absorb", "mean")]
+    assert errors[0].key < 0.9 * errors[1].key
+    assert errors[0].value < 0.9 * errors[1].value
+
+
+def aligned_distance(
+    site: RandomSite, after: Heads, groups: Groups, turn: Callable[[str, int], Tensor]
+) -> dict[str, float]:
+    """Σ over heads of E‖R x − shared‖², for K and V apart, in units that no reader weighs."""
+    tokens = site.x.flatten(0, 1)
+    return {
+        role: sum(
+            float((project(before, tokens) @ turn(role, head).T - project(shared[group], tokens)).square().sum(1).mean())
+            for head, (before, group) in enumerate(zip(getattr(site.heads, role), groups.kv_of_query, strict=True))
+        )
+        for role, shared in (("k", after.k), ("v", after.v))
+    }  # fmt: skip
+
+
+@SOME
+@given(cases())
+def test_procrustes_is_nearer_than_the_mean_on_the_unweighted_distance(case: tuple[RandomSite, Groups]) -> None:
+    site, groups = case
+    first_query = {kv: query for query, kv in reversed(list(enumerate(site.heads.kv_of_query.kv_of_query)))}
+    aligned, plain = (merged(site, name, groups) for name in ("procrustes", "mean"))
+
+    def turn(role: str, head: int) -> Tensor:
+        reader, query = {"k": "q", "v": "o"}[role], first_query[head]
+        before, after = getattr(site.heads, reader)[query], getattr(aligned, reader)[query]
+        return (torch.linalg.pinv(before.T) @ after.T).T
+
+    still = {"k": torch.eye(site.heads.k.shape[1]).double(), "v": torch.eye(site.heads.v.shape[1]).double()}
+    ours = aligned_distance(site, aligned, groups, turn)
+    theirs = aligned_distance(site, plain, groups, lambda role, head: still[role])
+    energy = {
+        role: sum(float(project(rows, site.x).square().sum()) for rows in getattr(site.heads, role)) for role in "kv"
+    }
+    for role in "v" if site.heads.key_freedom.normed else "kv":
+        not_above(ours[role], theirs[role], energy[role])
+
+
+@EVERY_MERGE
+@SOME
+@given(cases())
+def test_shapes_map_and_dtype_are_as_agreed(name: str, case: tuple[RandomSite, Groups]) -> None:
+    site, groups = case
+    heads = site.heads.to(torch.float32)
+    kept = {f.name: getattr(heads, f.name) for f in fields(heads)}
+    copies = {key: t.clone() for key, t in kept.items() if isinstance(t, Tensor)}
+    new = plugins.parse(merges, name, "merge")(heads, groups, site.stats, seed=1)
+    for key, tensor in copies.items():
+        assert_bitwise(kept[key], tensor)  # the source is left as it was
+        found = getattr(new, key)
+        assert found.dtype in (torch.float32, torch.float64)
+        expected = (groups.num_groups, *tensor.shape[1:]) if key in ("k", "v") else tensor.shape
+        assert found.shape == expected
+    assert new.kv_of_query == heads.kv_of_query.compose(groups)
+    assert new.key_freedom == heads.key_freedom
+    again = plugins.parse(merges, name, "merge")(heads, groups, site.stats, seed=1)
+    for key in copies:
+        assert_bitwise(getattr(new, key), getattr(again, key))
+
+
+@EVERY_MERGE
+@EVERY_FREEDOM
+def test_no_bias_grows_where_the_source_has_none(name: str, freedom: str) -> None:
+    site = random_site(freedom, 4, 2, bias=False)
+    new = merged(site, name, Groups.contiguous(4, 2))
+    for role in ("q", "k", "v"):
+        assert not getattr(new, role)[..., -1].any()
+    assert new.o_bias is None
+
+
+@pytest.mark.parametrize("name", sorted(DECLARES.keys() - {"random"}))
+def test_a_merge_follows_the_names_of_the_heads(name: str) -> None:
+    """K/V heads in another order, with the groups told so: the same function."""
+    site, groups = random_site("partial halves", 6), Groups((0, 0, 1, 1, 2, 2))
+    order = [4, 0, 2, 1, 5, 3]  # mixes the groups, not their first heads: `first` may well depend on those
+    moved = {role: getattr(site.heads, role)[order] for role in ("q", "k", "v", "o")}
+    renamed = Groups.of([groups.kv_of_query[head] for head in order])
+    new = merged(replace(site, heads=replace(site.heads, **moved)), name, renamed)
+    assert_tight(output(site, new), output(site, merged(site, name, groups)))
+
+
+@EVERY_MERGE
+def test_statistics_are_asked_for_where_they_are_needed(name: str) -> None:
+    page = plugins.load(merges, name)
+    call = partial(page.merge, random_site().heads, Groups.contiguous(4, 2))
+    assert [p.name for p in inspect.signature(page.merge).parameters.values()][:3] == ["heads", "groups", "stats"]
+    if not getattr(page, "NEEDS", ()):
+        call()
+        return
+    with pytest.raises(UserError, match=f"{name} needs calibration statistics"):
+        call()
