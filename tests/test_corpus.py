@@ -38,7 +38,8 @@ def write_text(folder: Path) -> str:
 
 def write_jsonl(folder: Path, column: str = "text") -> str:
     path = folder / "lines.jsonl"
-    path.write_text("\n".join(json.dumps({"id": 1, column: document}) for document in DOCUMENTS) + "\n\n")
+    lines = [json.dumps({"id": 1, column: document}) for document in DOCUMENTS]
+    path.write_bytes("\r\n  \n".join(lines).encode())  # line ends of two kinds, blank lines, none at the end
     return str(path)
 
 

@@ -101,6 +101,14 @@ def test_evaluate_refuses_an_empty_text(readable, tmp_path):
         evaluate(readable, None, str(tmp_path / "empty.txt"))
 
 
+def test_evaluate_refuses_a_model_without_a_head(readable, tmp_path):
+    config = json.loads((readable / "config.json").read_text())
+    (readable / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    (tmp_path / "text.txt").write_text("abc")
+    with pytest.raises(UserError, match="expected a language model, got LlamaModel"):
+        evaluate(readable, None, str(tmp_path / "text.txt"))
+
+
 def test_evaluation_is_a_comparison_with_its_circumstances():
     names = {field.name for field in dataclasses.fields(Evaluation)}
     assert {"nll", "kl", "top1_agreement", "nll_by_position", "kv_bytes_per_token", "text", "seconds"} <= names

@@ -64,6 +64,15 @@ def test_a_base_model_opens_whole_and_streamed(headless):
     assert_bitwise(outputs(streamed), outputs(whole))
 
 
+def test_a_base_opens_from_a_checkpoint_with_a_head(tmp_path):
+    """The other way round: the config names no causal model, names on disk have the component `model.` more."""
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, architectures=["LlamaModel"])
+    whole, streamed = (stock.open_model(tmp_path, memory_limit=limit) for limit in (None, 0))
+    assert type(whole).__name__ == "LlamaModel"
+    assert_bitwise(outputs(streamed), outputs(whole))
+
+
 def test_a_head_whose_base_was_saved_alone_finds_its_tensors(headless):
     """The config says causal, names lack `model.`, and the head is the embedding: what transformers resolves, so do we."""
     edit_config(headless, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)

@@ -92,7 +92,8 @@ def evaluate(
     model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early.
 
     Raises:
-        UserError: a checkpoint, tokenizer or text that cannot be read, or a text of fewer than two tokens.
+        UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
+            fewer than two tokens.
     """
     source, documents = _text(text)
     tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
@@ -100,8 +101,8 @@ def evaluate(
         raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
     stored = stored_dtype(model_dir)
     dtype, _ = compute_dtype(stored, device)
-    model = open_model(model_dir, dtype=dtype, device=device)
-    reference = None if reference_dir is None else open_model(reference_dir, dtype=dtype, device=device)
+    model = _open_language_model(model_dir, dtype, device)
+    reference = None if reference_dir is None else _open_language_model(reference_dir, dtype, device)
     reference_bytes = None if reference_dir is None else kv_bytes_per_token(reference, stored_dtype(reference_dir))
     context = context or min(getattr(_text_config(model), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
     windows = split_windows(tokens, context)
@@ -117,6 +118,16 @@ def evaluate(
         kv_bytes_per_token=kv_bytes_per_token(model, stored),
         reference_kv_bytes_per_token=reference_bytes,
     )
+
+
+def _open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    model = open_model(path, dtype=dtype, device=device)
+    if model.get_output_embeddings() is None:
+        name = type(model).__name__
+        raise UserError(
+            f"{path}: expected a language model, got {name}, which has no head; name a ForCausalLM in config.json"
+        )
+    return model
 
 
 def _text(source: str | None) -> tuple[str, Iterator[str]]:
