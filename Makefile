@@ -6,7 +6,7 @@ READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 .PHONY: test demo lint install
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -q
 
 demo: install
 	$(VENV)/bin/python scripts/demo.py
