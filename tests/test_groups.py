@@ -1,0 +1,223 @@
+"""Laws of groupings and of the costs they search, over every page in headfold/group and headfold/group/costs."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from grades import assert_tight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, turned_copies
+
+from headfold import group as solvers
+from headfold.core import plugins
+from headfold.core.disguise import disguise, repeat_and_disguise
+from headfold.core.groups import Groups
+from headfold.group import costs, swap
+
+Cost = Callable[[tuple[int, ...]], float]
+
+EVERY_SOLVER = pytest.mark.parametrize("name", plugins.names(solvers))
+EVERY_COST = pytest.mark.parametrize("name", plugins.names(costs))
+EVERY_FREEDOM = pytest.mark.parametrize("freedom", sorted(FREEDOMS))
+UNDONE = {"absorb": repeat_and_disguise, "procrustes": turned_copies}
+"""Copies of heads that each cost promises to see through."""
+SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+
+
+def solve(name: str, cost: Cost, num_heads: int, num_groups: int, seed: int = 0, **options: int) -> Groups:
+    return plugins.load(solvers, name).group(cost, num_heads, num_groups, seed=seed, **options)
+
+
+def cost_of(name: str, site: RandomSite) -> Cost:
+    return plugins.load(costs, name).cost(site.heads, site.stats)
+
+
+def generic_cost(seed: int) -> Cost:
+    """A number of its own for every set of heads, whatever the order in which they are named."""
+    return lambda members: random.Random(f"{seed} {sorted(members)}").random() * len(members)
+
+
+def pairwise_cost(seed: int) -> Cost:
+    """Heads that like and dislike each other: a landscape with slopes, as real costs have."""
+    pair = generic_cost(seed)
+    return lambda members: sum(map(pair, itertools.combinations(members, 2)))
+
+
+def total(cost: Cost, groups: Groups) -> float:
+    return sum(cost(members) for members in groups.members)
+
+
+def equal(found: float, expected: float, scale: float = 1.0) -> None:
+    """Up to reassociation in float64 of numbers as large as `scale`."""
+    assert_tight(torch.tensor([scale + found]), torch.tensor([scale + expected]))
+
+
+@st.composite
+def counts(draw: st.DrawFn, largest: int = 16) -> tuple[int, int]:
+    """Heads, and groups that split them equally."""
+    num_heads = draw(st.integers(1, largest))
+    return num_heads, draw(st.sampled_from([n for n in range(1, num_heads + 1) if num_heads % n == 0]))
+
+
+@EVERY_SOLVER
+@SOME
+@given(counts(), st.integers(0, 99))
+def test_the_answer_is_a_balanced_partition_in_canonical_labels_and_repeatable(
+    name: str, sizes: tuple[int, int], seed: int
+) -> None:
+    num_heads, num_groups = sizes
+    groups = solve(name, generic_cost(seed), num_heads, num_groups, seed)
+    assert (groups.num_heads, groups.num_groups) == sizes
+    assert set(groups.sizes) == {num_heads // num_groups}
+    assert groups == Groups.of(groups.kv_of_query)
+    assert groups == solve(name, generic_cost(seed), num_heads, num_groups, seed)
+
+
+def test_a_seed_draws_a_partition_of_its_own() -> None:
+    assert len({solve("random", generic_cost(0), 8, 2, seed) for seed in range(9)}) > 5
+
+
+@SOME
+@given(counts(largest=10), st.integers(0, 99))
+def test_the_exact_search_finds_the_cheapest_partition(sizes: tuple[int, int], seed: int) -> None:
+    cost = generic_cost(seed)
+    num_heads, num_groups = sizes
+    cheapest = min(total(cost, groups) for groups in every_partition(num_heads, num_heads // num_groups))
+    equal(total(cost, solve("swap", cost, num_heads, num_groups)), cheapest)
+
+
+def every_partition(num_heads: int, size: int) -> list[Groups]:
+    """By brute force: all ways to fill the group of the lowest head that is left."""
+
+    def fill(free: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+        if not free:
+            return [[]]
+        chosen = [(free[0], *rest) for rest in itertools.combinations(free[1:], size - 1)]
+        return [[heads, *others] for heads in chosen for others in fill(tuple(h for h in free if h not in heads))]
+
+    return [Groups.from_members(members) for members in fill(tuple(range(num_heads)))]
+
+
+@SOME
+@given(counts(largest=10), st.randoms(use_true_random=False), st.integers(0, 99))
+def test_the_exact_search_does_not_care_how_heads_are_named(
+    sizes: tuple[int, int], shuffle: random.Random, seed: int
+) -> None:
+    num_heads, num_groups = sizes
+    cost = generic_cost(seed)
+    old = list(range(num_heads))
+    shuffle.shuffle(old)
+    groups = solve("swap", cost, num_heads, num_groups)
+    renamed = solve("swap", lambda members: cost(tuple(old[head] for head in members)), num_heads, num_groups)
+    back = Groups.from_members([sorted(old[head] for head in members) for members in renamed.members])
+    equal(total(cost, back), total(cost, groups))
+    assert back == groups  # no two sets cost the same, so there is one cheapest partition
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exact_beats_local_search_beats_chance(seed: int) -> None:
+    cost, (num_heads, num_groups) = pairwise_cost(seed), (12, 3)
+    exact = total(cost, solve("swap", cost, num_heads, num_groups, seed))
+    local = total(cost, solve("swap", cost, num_heads, num_groups, seed, exact_up_to=0))
+    chance = [total(cost, solve("random", cost, num_heads, num_groups, s)) for s in range(5)]
+    contiguous = total(cost, solve("contiguous", cost, num_heads, num_groups))
+    assert exact <= local < min(*chance, contiguous)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_local_search_ends_where_no_swap_gains(seed: int) -> None:
+    cost = generic_cost(seed)
+    groups = solve("swap", cost, 10, 2, seed, exact_up_to=0, restarts=1)
+    for left, right in itertools.product(*groups.members):
+        labels = list(groups.kv_of_query)
+        labels[left], labels[right] = labels[right], labels[left]
+        assert total(cost, Groups.of(labels)) >= total(cost, groups) * (1 - 1e-11)
+
+
+@EVERY_SOLVER
+def test_a_solver_asks_only_for_sorted_sets_of_the_right_size(name: str) -> None:
+    asked = []
+
+    def cost(members: tuple[int, ...]) -> float:
+        asked.append(members)
+        return generic_cost(0)(members)
+
+    solve(name, cost, 8, 2)
+    solve(name, cost, 16, 4)
+    assert bool(asked) == getattr(plugins.load(solvers, name), "ASKS_COST", True)
+    assert all(len(members) == 4 and list(members) == sorted(set(members)) for members in asked)
+
+
+@EVERY_COST
+@EVERY_FREEDOM
+@pytest.mark.parametrize(("num_groups", "num_copies"), [(4, 2), (2, 4)])
+def test_the_exact_search_finds_planted_groups(name: str, freedom: str, num_groups: int, num_copies: int) -> None:
+    check_planted(name, freedom, num_groups, num_copies)
+
+
+@EVERY_COST
+@pytest.mark.parametrize("freedom", ["halves", "partial pairs"])
+def test_local_search_finds_planted_groups(name: str, freedom: str) -> None:
+    assert swap.group.__kwdefaults__["exact_up_to"] < 16
+    check_planted(name, freedom, 4, 4)
+
+
+def check_planted(name: str, freedom: str, num_groups: int, num_copies: int) -> None:
+    few = random_site(freedom, num_groups, num_copies)
+    site = replace(few, heads=repeat_and_disguise(few.heads, num_copies, seed=4))
+    expected = planted(site.heads)
+    assert expected.sizes == (num_copies,) * num_groups and not expected.is_contiguous
+    assert solve("swap", cost_of(name, site), num_groups * num_copies, num_groups) == expected
+
+
+@EVERY_COST
+@SOME
+@given(cases())
+def test_a_cost_is_of_a_set_and_never_negative(name: str, case: tuple[RandomSite, Groups]) -> None:
+    site, groups = case
+    cost = cost_of(name, site)
+    for members in groups.members:
+        assert cost(members) >= -1e-12
+        equal(cost(members[::-1]), cost(members), len(members) ** 2)
+        if len(members) == 1:
+            assert cost(members) == 0
+
+
+@EVERY_COST
+@EVERY_FREEDOM
+def test_a_cost_does_not_care_how_heads_are_named(name: str, freedom: str) -> None:
+    site = random_site(freedom, 6)
+    order = [3, 5, 0, 4, 1, 2]
+    moved = {role: getattr(site.heads, role)[order] for role in ("q", "k", "v", "o")}
+    cost, renamed = cost_of(name, site), cost_of(name, replace(site, heads=replace(site.heads, **moved)))
+    for members in itertools.chain(itertools.combinations(range(6), 2), itertools.combinations(range(6), 3)):
+        there = renamed(tuple(sorted(order.index(head) for head in members)))
+        equal(there, cost(members))
+        assert cost(members) > 1e-5
+
+
+@EVERY_COST
+@EVERY_FREEDOM
+@pytest.mark.parametrize("copy", ["identical", "disguised"])
+def test_copies_share_for_nothing(name: str, freedom: str, copy: str) -> None:
+    few = random_site(freedom, 2, 3)
+    heads = few.heads.expand(6) if copy == "identical" else UNDONE[name](few.heads, 3, seed=5)
+    cost = cost_of(name, replace(few, heads=heads))
+    for members in planted(heads).members:
+        equal(cost(members), 0.0)
+    assert cost((0, 1, 2, 3, 4, 5)) > 1e-2
+
+
+@EVERY_FREEDOM
+def test_the_cost_of_absorb_sees_through_every_disguise(freedom: str) -> None:
+    """Not of copies alone: heads that differ cost the same however they are written."""
+    site = random_site(freedom, 4, 2)
+    hidden = replace(site, heads=disguise(site.heads, seed=6))
+    pairs = list(itertools.combinations(range(4), 2))
+    plain, seen = (sorted(map(cost_of("absorb", s), pairs)) for s in (site, hidden))
+    for found, expected in zip(seen, plain, strict=True):
+        equal(found, expected)
