@@ -10,7 +10,9 @@ from torch import Tensor
 CHUNK = 64 * 2**20
 """Bytes copied per system call: long enough to cost nothing, short enough to stop or report between two."""
 
-_BUFFER = 2**20
+_BUFFER = 2**17
+"""Bytes per read where nothing but reading and writing works: longer ones fall out of the cache between the two."""
+
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EPERM}
 
 
