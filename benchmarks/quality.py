@@ -1,0 +1,182 @@
+"""What folding costs without training: rise in held-out NLL by method, K/V heads and calibration seed.
+
+    python benchmarks/quality.py MODEL --name NAME [--rows main|ablation|domains|positions] [--seeds 3] [--context N] [--text FILE…]
+
+Every row is measured on all held-out text (`--windows` for less), the original and every fold on the same windows, folds as
+their head-repeated twins in memory (a fold and its twin are equal; `headfold fold` verifies that each time). Baselines get the same
+statistics as ours. Results go to benchmarks/results/NAME-ROWS.json after each row, so an interrupted run goes on.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from machine import describe
+from torch import Tensor
+
+from headfold import calibration, planning
+from headfold.core.plan import Plan
+from headfold.core.stats import SiteStats
+from headfold.corpus.windows import draw_windows, token_stream
+from headfold.evaluate.perplexity import compare_models, split_windows
+from headfold.recipe.source import Opened, open_source
+from headfold.refine.refit import refit
+from headfold.stock import open_model, open_tokenizer
+from headfold.surgery import site_tensors
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method as the command line spells it."""
+
+    name: str
+    group: str
+    merge: str
+    refit: bool
+    source: str = "stdlib"
+    tokens: int = 65_536
+
+
+BASELINES = (
+    Row("mean", "contiguous", "mean", False),
+    Row("procrustes", "swap:cost=procrustes", "procrustes", False),
+    Row("procrustes + norm", "swap:cost=procrustes", "procrustes:norm=true", False),
+)
+REFITTED = (
+    Row("mean + refit", "contiguous", "mean", True),
+    Row("procrustes + norm + refit", "swap:cost=procrustes", "procrustes:norm=true", True),
+)
+DEFAULT = Row("absorb (default)", "swap", "absorb", True)
+ABLATION = (
+    DEFAULT,
+    Row("without refit", "swap", "absorb", False),
+    Row("without swap", "contiguous", "absorb", True),
+    Row("without query weighting", "swap", "absorb:query_weighting=false", True),
+    Row("without W_o weighting", "swap", "absorb:output_weighting=false", True),
+    Row("swap by K error alone", "swap:cost=absorb:value_weight=0", "absorb", True),
+    Row("swap with V error × 3", "swap:cost=absorb:value_weight=3", "absorb", True),
+)
+
+
+def domains(prose: str | None) -> tuple[Row, ...]:
+    """The default calibrated on other text than it is measured on."""
+    sources = ["stdlib", "self", *([prose] if prose else [])]
+    sizes = [Row(f"stdlib, {n // 1024} Ki tokens", "swap", "absorb", True, "stdlib", n) for n in (16_384, 262_144)]
+    return (*(Row(f"calibrated on {Path(s).name}", "swap", "absorb", True, s) for s in sources), *sizes)
+
+
+class Bench:
+    """One model, its held-out windows, and the statistics of each seed and source, measured once."""
+
+    def __init__(self, model: str, texts: list[Path], context: int, max_windows: int | None) -> None:
+        self.source: Opened = open_source(model)
+        path = self.source.checkpoint.path
+        self.model = open_model(path, dtype=torch.float32)
+        self.original = {name: p.detach().clone() for name, p in self.model.named_parameters() if "self_attn" in name}
+        self.tokenizer, self.context = open_tokenizer(path), context
+        stream = token_stream((text.read_text(encoding="utf-8") for text in texts), self.tokenizer)
+        self.windows = split_windows(stream, context)[:max_windows]
+        self._measured: dict[tuple, tuple[Tensor, dict[str, SiteStats]]] = {}
+        self.base = compare_models(self.model, None, self.windows, num_bins=16)
+
+    def measured(self, row: Row, seed: int) -> tuple[Tensor, dict[str, SiteStats]]:
+        """Calibration windows and their statistics."""
+        key = (row.source, row.tokens, seed)
+        if key not in self._measured:
+            windows = draw_windows(
+                row.source, tokenizer=self.tokenizer, model=self.model, num_tokens=row.tokens, context=self.context, seed=seed
+            )
+            self._measured[key] = windows, calibration.collect(self.model, self.source.sites, windows)
+        return self._measured[key]
+
+    def score(self, row: Row, kv_heads: int, seed: int) -> dict:
+        """Rise in NLL of one fold."""
+        windows, stats = self.measured(row, seed)
+        started = time.monotonic()
+        read = self.source.checkpoint.read
+        plan = planning.make_plan(
+            self.source.sites, read, kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
+        )
+        refits = self._refit(plan, stats, windows) if row.refit else None
+        seconds = time.monotonic() - started
+        self._load(plan, stats, refits)
+        found = compare_models(self.model, None, self.windows, num_bins=16)
+        self._restore()
+        return {
+            "rise": found.nll - self.base.nll,
+            "rise_by_position": [f - b for f, b in zip(found.nll_by_position, self.base.nll_by_position, strict=True)],
+            "fold_seconds": round(seconds, 2),
+        }
+
+    def _refit(self, plan: Plan, stats: Mapping[str, SiteStats], windows: Tensor) -> dict[str, Tensor]:
+        read = self.source.checkpoint.read
+        return refit(
+            self.model,
+            self.source.sites,
+            lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
+            list(calibration.batches(windows)),
+        )
+
+    def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Mapping[str, Tensor] | None) -> None:
+        parameters = dict(self.model.named_parameters())
+        for site in self.source.sites:
+            made = site_tensors(site, plan, self.source.checkpoint.read, stats, refits, num_groups=site.num_groups)
+            for name, tensor in made.items():
+                parameters[name].data.copy_(tensor)
+
+    def _restore(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.original:
+                parameter.data.copy_(self.original[name])
+
+
+def spread(scores: list[dict]) -> dict:
+    """Median over seeds, with least and greatest."""
+    rises = [score["rise"] for score in scores]
+    middle = sorted(scores, key=lambda score: score["rise"])[len(scores) // 2]
+    return {
+        "rise": statistics.median(rises), "least": min(rises), "greatest": max(rises), "seeds": len(rises),
+        "fold_seconds": middle["fold_seconds"], "rise_by_position": middle["rise_by_position"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--rows", choices=("main", "ablation", "domains"), default="main")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[4, 2, 1])
+    parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--windows", type=int)
+    parser.add_argument("--prose", help="text of another domain, for --rows domains")
+    options = parser.parse_args()
+    rows = {"main": (*BASELINES, DEFAULT, *REFITTED), "ablation": ABLATION, "domains": domains(options.prose)}[options.rows]
+    bench = Bench(options.model, options.text, options.context, options.windows)
+    out = RESULTS / f"{options.name}-{options.rows}.json"
+    head = {
+        "machine": describe(), "model": options.name, "context": options.context, "num_windows": len(bench.windows),
+        "tokens": bench.base.num_tokens, "original_nll": bench.base.nll, "original_by_position": bench.base.nll_by_position,
+    }  # fmt: skip
+    done = json.loads(out.read_text())["rows"] if out.exists() else []
+    for row in rows:
+        for kv_heads in options.kv_heads:
+            if any(r["name"] == row.name and r["kv_heads"] == kv_heads for r in done):
+                continue
+            seeds = 1 if row.merge == "mean" and not row.refit else options.seeds
+            found = spread([bench.score(row, kv_heads, seed) for seed in range(seeds)])
+            print(f"{row.name:28s} {kv_heads}  {found['rise']:.4f}  [{found['least']:.4f}, {found['greatest']:.4f}]", flush=True)
+            done.append({**asdict(row), "kv_heads": kv_heads, **found})
+            out.write_text(json.dumps({**head, "rows": done}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
