@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import calibration as calibrating
+from ..checkpoint.reader import check_finite
 from ..checkpoint.stats_file import write_stats
 from ..core.errors import UserError
 from ..core.plan import Plan
@@ -101,6 +102,9 @@ class OriginalRun:
             dtype, why = compute_dtype(stored_dtype(path), self.device)
             self.notes.append(why)
             self._model = open_model(path, dtype=dtype, device=self.device)
+            for name, parameter in self._model.named_parameters():
+                if not parameter.is_meta:
+                    check_finite(f"{self.source.name}: {name}", parameter)
         return self._model
 
     def close(self) -> None:

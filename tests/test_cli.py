@@ -1,0 +1,274 @@
+"""The command line end to end on a tiny model, and what it says to those who ask for the impossible."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, tiny_checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import headfold
+from headfold import cli
+from headfold.recipe import DEFAULT_CALIBRATION, DEFAULT_TOKENS
+
+LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of single letters, and a text beside it."""
+    path = tmp_path_factory.mktemp("cli") / "tiny-llama"
+    shutil.copytree(tiny_checkpoint("llama", torch.float32), path)
+    words = {letter: index for index, letter in enumerate(["<u>", "<s>", *LETTERS][:VOCABULARY])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<u>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<u>", bos_token="<s>").save_pretrained(path)
+    (path.parent / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and then again.\n" * 60)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`headfold WORDS` in this process: exit code, stdout, stderr."""
+
+    def call(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["headfold", *map(str, words)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code or 0, out=captured.out, err=captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def copy(model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A fresh copy of the model to spoil."""
+    return lambda: Path(shutil.copytree(model, tmp_path_factory.mktemp("spoilt") / "model"))
+
+
+def test_the_whole_path(run, model: Path, tmp_path: Path) -> None:
+    """calibrate, inspect, plan, fold by that plan, eval: every verb's JSON and its words for people agree on the facts."""
+    text, stats, out = model.parent / "text.txt", tmp_path / "stats.safetensors", tmp_path / "out"
+    source = ("--calibration", text, "--tokens", 1024)
+    made = json.loads(run("calibrate", model, stats, *source, "--json").out)
+    assert made["tokens"] == 1024 and made["sites"] == 2
+    seen = json.loads(run("inspect", model, "--stats", stats, "--json").out)
+    assert seen["num_kv_heads"] == 8 and seen["kv_bytes_per_token"] == 2 * 2 * 8 * 8 * 4
+    assert all(0 <= share <= 1 for site in seen["sites"] for share in (*site["key"].values(), *site["value"].values()))
+    strips = run("inspect", model, "--stats", stats)
+    assert strips.err == "" and all(f"{tensor} 1/{part}" in strips.out for tensor in "KV" for part in (2, 4, 8))
+    plan = run("plan", model, tmp_path / "plan.json", "--kv-heads", "1/4", "--stats", stats)
+    assert plan.code == 0 and "layers.1.self" in plan.out and "plan: 2 sites" in plan.err
+    folded = run("fold", model, out, "--plan", tmp_path / "plan.json", "--stats", stats, *source, "--json")
+    result = json.loads(folded.out)
+    assert (
+        folded.err == "" and result["kv_heads_after"] == 2 and result["refitted"] and result["verification"]["passed"]
+    )
+    assert result["plan"] == json.loads((tmp_path / "plan.json").read_text())
+    assert headfold.load(out).config.num_key_value_heads == 2
+    scores = json.loads(run("eval", out, "--reference", model, "--text", text, "--context", 32, "--json").out)
+    assert scores["kv_bytes_per_token"] * 4 == scores["reference_kv_bytes_per_token"] and scores["kl"] > 0
+    shown = run("eval", out, "--reference", model, "--text", text, "--context", 32)
+    assert f"{scores['perplexity']:.3f}" in shown.out and f"{scores['kl']:.4f}" in shown.out
+
+
+def test_folding_in_one_go_writes_a_card(run, model: Path, tmp_path: Path) -> None:
+    ran = run(
+        "fold", model, tmp_path / "out", "--kv-heads", 4, "--calibration", model.parent / "text.txt", "--tokens", 512
+    )
+    assert ran.code == 0 and "verified" in ran.out and "write:" in ran.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model: tiny-llama" in front and "headfold" in front and "library_name: transformers" in front
+    assert "| K/V heads | 8 | 4 |" in card and str(tmp_path) not in card
+
+
+def test_baselines_need_no_text(run, model: Path, tmp_path: Path) -> None:
+    words = ("--merge", "mean", "--group", "contiguous", "--no-refit", "--no-verify")
+    ran = run("fold", model, tmp_path / "out", "--kv-heads", "1/2", *words)
+    assert ran.code == 0 and "not verified" in ran.out and "calibrate:" not in ran.err
+
+
+def test_methods(run) -> None:
+    assert "procrustes" in run("methods").out
+    page = run("methods", "procrustes")
+    assert "2412.20677" in page.out and "norm=false" in page.out
+    pages = json.loads(run("methods", "random", "--json").out)["methods"]
+    assert [page["option"] for page in pages] == ["--merge", "--group"]
+
+
+def refused(ran: SimpleNamespace, *expected: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr after the progress lines, and no traceback."""
+    lines = ran.err.splitlines()
+    assert ran.code == 2 and ran.out == "", ran
+    assert lines[-1].startswith("headfold: ") and sum(line.startswith("headfold: ") for line in lines) == 1
+    assert "Traceback" not in ran.err
+    assert all(word in lines[-1] for word in expected), lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), ("--kv-heads", "--plan")),
+        (("--kv-heads", 2, "--plan", "p.json"), ("both",)),
+        (("--plan", "p.json", "--merge", "mean"), ("--merge", "plan decides")),
+        (("--plan", "p.json", "--group", "swap", "--merge", "mean"), ("--group and --merge",)),
+        (("--plan", "nowhere.json"), ("nowhere.json",)),
+        (("--kv-heads", 3), ("3", "1, 2, 4")),
+        (("--kv-heads", 16), ("16", "8")),
+        (("--kv-heads", "many"), ("many", "1/2")),
+        (("--kv-heads", 4, "--merge", "absorbe"), ("absorbe", "absorb")),
+        (("--kv-heads", 4, "--merge", "procrustes:nrm=true"), ("nrm=true", "norm")),
+        (("--kv-heads", 4, "--group", "swap:cost=absrob"), ("absrob", "absorb")),
+        (("--kv-heads", 4, "--stats", "nowhere.safetensors"), ("nowhere.safetensors",)),
+        (("--kv-heads", 4, "--calibration", "nowhere.txt"), ("nowhere.txt",)),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_bad_requests(run, model: Path, tmp_path: Path, words, expected) -> None:
+    refused(run("fold", model, tmp_path / "out", *words), *expected)
+    assert not (tmp_path / "out").exists()
+
+
+def _config(**fields: object):
+    def spoil(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return spoil
+
+
+def _truncate(path: Path) -> None:
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 100)
+
+
+def _nan(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def _pickled(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+SPOILT = {
+    "unknown": (_config(model_type="lama"), "llama"),
+    "wrapper": (_config(model_type="llava", text_config={"model_type": "llama"}), "text model"),
+    "quantised": (_config(quantization_config={"quant_method": "gptq"}), "gptq"),
+    "remote code": (_config(auto_map={"AutoModel": "x.Y"}, model_type="mine"), "auto_map"),
+    "olmo2": (_config(model_type="olmo2"), "norm"),
+    "shared layers": (_config(model_type="albert"), "albert"),
+    "wrong head count": (_config(num_attention_heads=4), "4 query heads"),
+    "wrong head size": (_config(head_dim=4), "shape"),
+    "truncated": (_truncate, "model.safetensors"),
+    "nan": (_nan, "layers.1"),
+    "pickled": (_pickled, "safetensors"),
+    "no tokenizer": (lambda path: [file.unlink() for file in path.glob("tokenizer*")], "tokenizer"),
+    "gone": (shutil.rmtree, "no such directory"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_bad_sources(run, copy, tmp_path: Path, fault: str) -> None:
+    spoil, word = SPOILT[fault]
+    path = copy()
+    spoil(path)
+    refused(run("fold", path, tmp_path / "out", "--kv-heads", 4, "--tokens", 512), word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_named_whatever_is_asked(run, copy, tmp_path: Path) -> None:
+    """Also where the model is not run at all, or on given text."""
+    path = copy()
+    _nan(path)
+    blind = ("--merge", "mean", "--group", "contiguous", "--no-refit")
+    refused(run("fold", path, tmp_path / "out", "--kv-heads", 4, *blind), "layers.1")
+    source = ("--calibration", path.parent / "text.txt")
+    (path.parent / "text.txt").write_text("the quick brown fox\n" * 100)
+    refused(run("calibrate", path, tmp_path / "s.safetensors", *source), "layers.1")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "s.safetensors").exists()
+
+
+def test_bad_text(run, model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(run("calibrate", model, tmp_path / "s.safetensors", "--calibration", empty), "empty.txt")
+    refused(run("eval", model, "--text", empty), "empty.txt")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_nothing_is_overwritten_unasked(run, model: Path, tmp_path: Path) -> None:
+    out, stats = tmp_path / "out", tmp_path / "s.safetensors"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    stats.write_text("keep")
+    words = ("--kv-heads", 4, "--merge", "mean", "--group", "contiguous", "--no-refit")
+    refused(run("fold", model, out, *words), "--force")
+    refused(run("calibrate", model, stats), "--force")
+    refused(run("fold", model, model, *words), str(model))
+    assert (out / "mine.txt").read_text() == "keep" and stats.read_text() == "keep"
+    assert run("fold", model, out, *words, "--force").code == 0
+    assert (out / "plan.json").exists()
+
+
+def test_a_place_that_cannot_be_written(run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run("fold", model, tmp_path / "file" / "out", "--kv-heads", 4), str(tmp_path / "file"))
+    refused(run("fold", model, "/proc/out", "--kv-heads", 4, "--merge", "mean", "--group", "contiguous", "--no-refit"))
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["headfold", "fold", "a", "b", "--debug"])
+    with pytest.raises(headfold.core.errors.UserError):
+        cli.main()
+
+
+def test_usage_errors_are_typers_own(run) -> None:
+    ran = run("fold", "a", "b", "--kv-hed", 4)
+    assert ran.code == 2 and "--kv-heads" in ran.err and "Traceback" not in ran.err
+
+
+def test_an_interrupt_is_one_line(run, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    def interrupted(*args: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headfold.recipe.inspect", interrupted)
+    ran = run("inspect", model)
+    assert ran.code == 130 and ran.err == "headfold: interrupted\n"
+
+
+def test_help_states_the_defaults(run) -> None:
+    text = " ".join(run("fold", "--help").out.split())
+    assert f"Default: {DEFAULT_CALIBRATION}." in text and f"Default: {DEFAULT_TOKENS}." in text
+
+
+def test_installed_command() -> None:
+    command = Path(sys.executable).with_name("headfold")
+    ran = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"headfold {headfold.__version__}\n"
+
+
+def test_load_refuses_what_is_no_finished_fold(run, model: Path, tmp_path: Path) -> None:
+    words = ("--kv-heads", 2, "--merge", "mean", "--group", "contiguous", "--no-refit", "--no-verify")
+    run("fold", model, tmp_path / "out", *words)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
+    with pytest.raises(headfold.core.errors.UserError, match=r"2 K/V heads.* = 4"):
+        headfold.load(tmp_path / "out")
+    with pytest.raises(headfold.core.errors.UserError, match="unfinished"):
+        headfold.load(tmp_path / "out.partial")
+    with pytest.raises(headfold.core.errors.UserError, match=r"no config\.json"):
+        headfold.load(tmp_path)
