@@ -62,7 +62,8 @@ class StatsFile(Mapping[str, SiteStats]):
         if _COUNTS not in everything:
             raise UserError(f"{self.path}: expected statistics, got other tensors; make them with headfold calibrate")
         self._counts: dict[str, int] = json.loads(everything[_COUNTS])
-        self.metadata = {key: value for key, value in everything.items() if key != _COUNTS}
+        # The library keeps no order, and a plan that quotes this must come out the same every time.
+        self.metadata = {key: value for key, value in sorted(everything.items()) if key != _COUNTS}
 
     def __getitem__(self, site: str) -> SiteStats:
         if site not in self._counts:
