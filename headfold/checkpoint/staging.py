@@ -60,6 +60,12 @@ def commit(staging: Path, out: Path, force: bool) -> None:
             _remove(aside)
 
 
+def disown(staging: Path) -> None:
+    """What was built turned out wrong: it stays to be looked at, but no job goes on from it."""
+    with disk_errors(staging):
+        (staging / JOB).write_text("wrong")
+
+
 def refuse_overlap(source: Path, out: Path) -> None:
     """Refuse an output that is the source, lies in it or holds it.
 

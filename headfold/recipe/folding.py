@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import planning
-from ..checkpoint.staging import commit, copy_side_files, open_staging, refuse_overlap, write_json
+from ..checkpoint.staging import commit, copy_side_files, disown, open_staging, refuse_overlap, write_json
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
@@ -240,7 +240,7 @@ class _Job:
         """Compare the written weights with the head-repeated twin, both under stock transformers.
 
         Raises:
-            UserError: they differ; the output is left as `OUT.partial`.
+            UserError: they differ; the output is left as `OUT.partial`, and the next run starts anew.
         """
         twin = _Twin(self.source, plan, stats, refits)
         windows = self._verify_windows()
@@ -248,6 +248,7 @@ class _Job:
         found = compare_with_twin(self.source.checkpoint.path, self.staging, twin, windows)
         self.progress("verify", windows.numel(), windows.numel())
         if not found.passed:
+            disown(self.staging)
             raise UserError(
                 f"{self.staging}: expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a "
                 f"difference of {found.max_abs_difference:.2g}, first in {found.where}; not renamed to {self.out.name}"
