@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import stock_model, tiny_checkpoint
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from headfold.core.errors import UserError
@@ -26,6 +26,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({piece: index for index, piece in enumerate(["<s>", *alphabet])}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
 
@@ -132,20 +133,39 @@ def test_stream_is_what_the_tokenizer_makes_of_each_document(tokenizer):
     assert token_stream(iter(DOCUMENTS), tokenizer, 100).tolist() == expected[:100]
 
 
-def test_windows_are_cuts_of_the_stream_drawn_by_seed(tokenizer):
-    stream = token_stream(DOCUMENTS, tokenizer)
-    cuts = [tuple(cut.tolist()) for cut in stream.split(16)]
-    windows = [token_windows(iter(DOCUMENTS), tokenizer, 320, 16, seed) for seed in (0, 0, 1)]
-    assert all(window.shape == (20, 16) for window in windows)
-    assert torch.equal(windows[0], windows[1]) and not torch.equal(windows[0], windows[2])
-    rows = [tuple(row.tolist()) for row in windows[0]]
-    assert len(set(rows)) == 20 and set(rows) <= set(cuts)
-    assert not set(rows) <= set(cuts[:20])  # not only the head of the text
+LONG = ["".join(f"{number}.{line} " for line in range(400)) for number in range(30)]
+"""Documents of many windows each, every piece of 12 characters found once."""
+
+
+def test_windows_are_cuts_of_documents_drawn_by_seed(tokenizer):
+    first, again, other = (token_windows(iter(LONG), tokenizer, 320, 16, seed) for seed in (0, 0, 1))
+    assert first.shape == other.shape == (20, 16)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    texts = [tokenizer.decode(row) for row in first]
+    homes = [
+        next(number for number, document in enumerate(LONG) if text.removeprefix("<s>") in document) for text in texts
+    ]
+    assert len(set(texts)) == 20
+    assert len(set(homes)) >= 10  # not one document's head only
+
+
+def test_no_beginning_is_written_where_a_text_goes_on(tokenizer):
+    windows = token_windows(iter(LONG), tokenizer, 16 * 200, 16, 0)
+    assert (windows == 0).any(1).sum() < 20  # `<s>` begins 30 of more than a thousand excerpts
+
+
+def test_short_documents_are_packed_with_their_beginnings(tokenizer):
+    windows = token_windows(iter(DOCUMENTS * 40), tokenizer, 640, 64, 0)
+    assert windows.shape == (10, 64)
+    assert ((windows == 0).sum(1) >= 2).all()
+    whole = tokenizer.decode(windows.flatten()).split("<s>")[1:-1]
+    assert set(whole) <= set(DOCUMENTS) and len(set(whole)) > 10
 
 
 def test_short_text_gives_fewer_windows_and_too_short_is_refused(tokenizer):
-    num_tokens = len(token_stream(DOCUMENTS[:3], tokenizer))
-    assert token_windows(iter(DOCUMENTS[:3]), tokenizer, 10_000, 16, 0).shape == (num_tokens // 16, 16)
+    stream = token_stream(DOCUMENTS[:3], tokenizer)
+    windows = token_windows(iter(DOCUMENTS[:3]), tokenizer, 10_000, 16, 0)
+    assert torch.equal(windows.flatten(), stream[: len(stream) // 16 * 16])  # all there is, in order
     with pytest.raises(UserError, match="gives 0 tokens; need at least one window of 16"):
         token_windows(iter([]), tokenizer, 100, 16, 0)
 
