@@ -171,6 +171,18 @@ def test_procrustes_is_nearer_than_the_mean_on_the_unweighted_distance(case: tup
         not_above(ours[role], theirs[role], energy[role])
 
 
+@pytest.mark.parametrize("freedom", sorted(FREEDOMS))
+def test_procrustes_goes_on_until_nothing_gains(freedom: str) -> None:
+    """The better the members agree, the longer their mean."""
+    site = random_site(freedom, 6, seed=1)
+    lengths = [
+        float(project(merged(site, f"procrustes:iterations={n}", Groups.contiguous(6, 1)).v[0], site.x).square().sum())
+        for n in (0, 1, 100)
+    ]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[1] < lengths[2]
+    assert float(project(merged(site, "procrustes", Groups.contiguous(6, 1)).v[0], site.x).square().sum()) == lengths[2]
+
+
 @EVERY_MERGE
 @SOME
 @given(cases())
