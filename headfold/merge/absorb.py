@@ -61,7 +61,10 @@ def merge(
 
 
 def _absorb_group(heads: Heads, moments: Moments, stats: SiteStats, members: list[int]) -> Float[Tensor, " model"]:
-    """Writes the shared head into the group's first slot and its read-outs into q and o, in place; returns what the mean of V adds to the output."""
+    """Writes the shared head into the group's first slot and its read-outs into q and o, in place.
+
+    Returns what the mean of V adds to the output.
+    """
     shared, readout = _shared_key(heads, moments, members)
     values, value_readout = _shared_flat(heads.v, moments.values, members)
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)

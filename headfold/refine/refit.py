@@ -35,8 +35,8 @@ def refit(
 ) -> dict[str, Tensor]:
     """New output projections (and their biases, where a site has one) by names on disk, in float32.
 
-    `model` is the original under stock transformers; `merged(site)` gives the site's folded tensors in the original's shapes (the head-repeated
-    twin). `progress` hears tokens per site and batch.
+    `model` is the original under stock transformers; `merged(site)` gives the site's folded tensors in the original's
+    shapes (the head-repeated twin). `progress` hears tokens per site and batch.
     """
     fitted: dict[str, Tensor] = {}
     for block, visit in walk(model, sites, windows):
