@@ -137,8 +137,10 @@ def refused(ran: SimpleNamespace, *expected: str) -> None:
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
 def test_bad_requests(run, model: Path, tmp_path: Path, words, expected) -> None:
-    refused(run("fold", model, tmp_path / "out", *words), *expected)
-    assert not (tmp_path / "out").exists()
+    """Refused before any work is done: nothing was read, sampled or written."""
+    ran = run("fold", model, tmp_path / "out", *words)
+    refused(ran, *expected)
+    assert len(ran.err.splitlines()) == 1
 
 
 def _config(**fields: object):

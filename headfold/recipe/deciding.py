@@ -70,4 +70,5 @@ def plan_source(
 def needs_statistics(group: str, merge: str) -> bool:
     """Whether a method asks for statistics. A grouping cost always does: without data it would group by weights alone, unasked."""
     _, cost = planning.parse_group(group)
-    return cost is not None or bool(plugins.needs(plugins.parse(merges, merge, "merge")))
+    method = plugins.parse(merges, merge, "merge")
+    return cost is not None or bool(plugins.needs(method))
