@@ -164,11 +164,12 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     """The transformers class that opens the checkpoint: with a language-model head where the config names one.
 
     Raises:
-        UserError: the config asks for code of its own.
+        UserError: the config asks for code of its own. Where transformers has the architecture as well, its own is used.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-    refuse_remote_code(checkpoint.config)
+    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
+        refuse_remote_code(checkpoint.config)
     causal = any(name.endswith("ForCausalLM") for name in checkpoint.config.get("architectures") or [])
     return AutoModelForCausalLM if causal else AutoModel
 
@@ -188,10 +189,16 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Ten
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # its own refusal names no tensor; ours follows
             **_experts(dtype),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a config can be wrong in more ways than transformers has types for
         raise UserError(f"{path}: transformers does not load this checkpoint: {_first_line(error)}") from error
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{path}: {name}: expected shape {tuple(expected)} by the config, got {tuple(found)}; "
+            "correct the config or the checkpoint"
+        )
     _refuse_missing(path, sorted(info["missing_keys"]))
     names = {_name_on_disk(name, model, checkpoint): parameter for name, parameter in model.named_parameters()}
     assert overlay.keys() <= names.keys(), sorted(overlay.keys() - names.keys())
@@ -217,7 +224,7 @@ def _streamed(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, **_experts(dtype))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"{path}: transformers does not know this architecture: {_first_line(error)}") from error
     model.eval()
     weights = _Weights(model, checkpoint, dtype, overlay)

@@ -149,7 +149,8 @@ def edit_config(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own"),
+        ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own"),
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"num_hidden_layers": 3}, r"lacks: model.layers.2.*and \d+ more"),
         ({"model_type": "no-such-model"}, "no-such-model"),
     ],
@@ -160,6 +161,20 @@ def test_what_cannot_be_opened_is_refused_in_one_line(changes, message, memory_l
     with pytest.raises(UserError, match=message) as refusal:
         stock.open_model(tmp_path, memory_limit=memory_limit)
     assert "\n" not in str(refusal.value)
+
+
+def test_stock_code_is_used_where_a_checkpoint_brings_its_own_too(tmp_path):
+    """As Phi-3's first checkpoints do."""
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    assert type(stock.open_model(tmp_path)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_named(tmp_path):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, intermediate_size=7)
+    with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight: expected shape \(.*7.*\) by the config, got"):
+        stock.open_model(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
