@@ -95,6 +95,7 @@ def write_json(path: Path, obj: Any) -> None:
     """Write `obj` so that at no time half of it lies at `path`."""
     temporary = path.with_name(f"{path.name}.partial")
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         flush(temporary)
         temporary.replace(path)

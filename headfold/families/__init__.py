@@ -27,7 +27,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     """
     known = {alias: family for family in all_families().values() for alias in family.model_types}
     model_type = config.get("model_type")
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise UserError(f"{where}: {_why_unknown(config, known)}")
     family = known[model_type]
     for setting, reason in family.refuses.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import planning
-from ..checkpoint.staging import commit, copy_side_files, disown, open_staging, refuse_overlap, write_json
+from ..checkpoint.reader import check_finite
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, refuse_overlap, write_json
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
@@ -111,21 +114,11 @@ def fold(
     }  # fmt: skip
     job = _Job(source, Path(out), settings, force, progress or silent)
     run = OriginalRun(source, calibration, tokens, context, seed, device or default_device(), job.progress)
-    with job.timed("calibrate"):
-        statistics = given or (job.statistics(run) if needs_data else None)
-    with job.timed("plan"):
-        made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress)
-    with job.timed("refit"):
-        shrinks = made.num_groups < source.sites[0].num_groups
-        refits = job.refits(run, made, statistics) if refit and shrinks else None
-    run.close()
-    with job.timed("write"):
-        job.write(made, statistics, refits)
-    with job.timed("verify"):
-        verification = job.verify(made, statistics, refits) if verify else None
-    result = _result(source, Path(out), made, refits is not None, verification, run.notes + job.notes, job.seconds)
-    job.finish(result, group, merge)
-    return result
+    with job.worth_keeping():
+        statistics = job.statistics(run, given, needs_data)
+        with job.timed("plan"):
+            made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress)
+        return job.carry_out(run, made, statistics, refit=refit, verify=verify)
 
 
 def _ready_plan(path: str | Path | None, source: Opened) -> Plan | None:
@@ -173,6 +166,7 @@ class _Job:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refit_text: Mapping[str, str] = field(default_factory=dict)
     staging: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,20 +185,52 @@ class _Job:
         yield
         self.seconds[stage] = round(time.monotonic() - started, 3)
 
-    def statistics(self, run: OriginalRun) -> StatsFile:
+    @contextmanager
+    def worth_keeping(self) -> Iterator[None]:
+        """After a refusal, remove a staging directory in which there is nothing yet for another run to go on from."""
+        try:
+            yield
+        except UserError:
+            if not any(entry.is_file() and entry.name != JOB for entry in self.staging.rglob("*")):
+                shutil.rmtree(self.staging)
+            raise
+
+    def statistics(self, run: OriginalRun, given: StatsFile | None, needed: bool) -> StatsFile | None:
+        """Those given, else those that an earlier run left, else measured now; None where nothing asks for any."""
+        if given is not None or not needed:
+            return given
         path = self.work / "stats.safetensors"
-        if not path.exists():
-            run.write_statistics(path)
-        return StatsFile(path)
+        with self.timed("calibrate"):
+            if not path.exists():
+                run.write_statistics(path)
+            return StatsFile(path)
+
+    def carry_out(
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, verify: bool
+    ) -> FoldResult:
+        """Refit, write, verify, rename."""
+        shrinks = plan.num_groups < self.source.sites[0].num_groups
+        with self.timed("refit"):
+            refits = self.refits(run, plan, stats) if refit and shrinks else None
+        run.close()
+        with self.timed("write"):
+            self.write(plan, stats, refits)
+        with self.timed("verify"):
+            verification = self.verify(plan, stats, refits) if verify else None
+        notes = run.notes + self.notes
+        result = _result(self.source, self.out, plan, refits is not None, verification, notes, self.seconds)
+        self.finish(result, stats)
+        return result
 
     def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Mapping[str, Tensor]:
+        """By names on disk; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
         path = self.work / "refit.safetensors"
         if not path.exists():
-            fitted = run.refit(plan, stats)
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in fitted.items()}, path.with_suffix(".partial")
-            )
+            fitted = {name: tensor.contiguous().cpu() for name, tensor in run.refit(plan, stats).items()}
+            save_file(fitted, path.with_suffix(".partial"), run.text_facts())
             path.with_suffix(".partial").replace(path)
+        with safe_open(path, "pt") as file:
+            self.refit_text = dict(sorted(file.metadata().items()))
         return load_file(path)
 
     def write(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None) -> None:
@@ -247,6 +273,8 @@ class _Job:
         self.progress("verify", 0, windows.numel())
         found = compare_with_twin(self.source.checkpoint.path, self.staging, twin, windows)
         self.progress("verify", windows.numel(), windows.numel())
+        if not math.isfinite(found.tolerance):
+            self._refuse_not_finite()
         if not found.passed:
             disown(self.staging)
             raise UserError(
@@ -254,6 +282,12 @@ class _Job:
                 f"difference of {found.max_abs_difference:.2g}, first in {found.where}; not renamed to {self.out.name}"
             )
         return found
+
+    def _refuse_not_finite(self) -> None:
+        """Name the tensor that makes every logit NaN: a copied one, as the folded ones were looked at when they were made."""
+        checkpoint = self.source.checkpoint
+        for name in checkpoint.tensors:
+            check_finite(f"{self.source.name}: {name}", checkpoint.read(name))
 
     def _verify_windows(self) -> Tensor:
         """Two windows of real tokens; of token numbers drawn at random where there is no tokenizer to make real ones."""
@@ -267,15 +301,13 @@ class _Job:
             return torch.randint(config["vocab_size"], (2, length), generator=generator)
         return token_windows(open_corpus("stdlib", seed=0).documents, tokenizer, 2 * length, length, 0)
 
-    def finish(self, result: FoldResult, group: str, merge: str) -> None:
+    def finish(self, result: FoldResult, stats: StatsFile | None) -> None:
         """The card, then the rename."""
         shutil.rmtree(self.work)
-        (self.staging / "README.md").write_text(
-            model_card(self.source.checkpoint.path, self._facts(result, group, merge))
-        )
+        (self.staging / "README.md").write_text(model_card(self.source.checkpoint.path, self._facts(result, stats)))
         commit(self.staging, self.out, self.force)
 
-    def _facts(self, result: FoldResult, group: str, merge: str) -> CardFacts:
+    def _facts(self, result: FoldResult, stats: StatsFile | None) -> CardFacts:
         planned = {name: site for name, site in result.plan.sites.items() if site.error and site.energy}
         errors = {
             name: (site.error.key / site.energy.key, site.error.value / site.energy.value)
@@ -290,10 +322,11 @@ class _Job:
             kv_heads_after=result.kv_heads_after,
             kv_bytes_before=result.kv_bytes_before,
             kv_bytes_after=result.kv_bytes_after,
-            method=merge,
-            group=group,
+            method=self.settings["merge"],
+            group=self.settings["group"],
             refit=result.refitted,
-            calibration=result.plan.calibration,
+            calibration=stats.metadata if stats else {},
+            refit_text=self.refit_text,
             command=self._command(),
             site_errors=errors or None,
             verification=found and (
@@ -312,7 +345,10 @@ class _Job:
         else:
             words += [f"--kv-heads {asked['kv_heads']}", f"--group {asked['group']}", f"--merge {asked['merge']}"]
         words += ["--refit" if asked["refit"] else "--no-refit"]
-        words += [f"--calibration {asked['calibration']}", f"--tokens {asked['tokens']}", f"--seed {asked['seed']}"]
+        words += [f"--calibration {asked['calibration']}", f"--tokens {asked['tokens']}"]
+        words += [f"--context {asked['context']}"] if asked["context"] else []
+        words += ["--stats stats.safetensors"] if asked["stats"] else []
+        words += [f"--seed {asked['seed']}"]
         return " ".join(words)
 
 

@@ -137,6 +137,7 @@ class OriginalRun:
 
     def _count(self, stage: str, total: int) -> Callable[[int], None]:
         done = 0
+        self.progress(stage, 0, total)
 
         def advance(count: int) -> None:
             nonlocal done
@@ -148,26 +149,30 @@ class OriginalRun:
     def write_statistics(self, path: Path) -> dict[str, str]:
         """Calibrate, write the file, return its metadata."""
         windows = self.windows
+        model = self.model
         advance = self._count("calibrate", windows.numel())
-        sums = calibrating.collect(self.model, self.source.sites, windows, advance)
-        metadata = {
-            "model": self.source.checkpoint.fingerprint(),
-            "source": self.calibration,
-            "tokens": str(windows.numel()),
-            "context": str(windows.shape[1]),
-            "seed": str(self.seed),
-            "fingerprint": fingerprint(windows),
-        }
+        sums = calibrating.collect(model, self.source.sites, windows, advance)
+        metadata = {"model": self.source.checkpoint.fingerprint(), **self.text_facts()}
         write_stats(path, sums, metadata)
         return metadata
+
+    def text_facts(self) -> dict[str, str]:
+        """What the calibration tokens are, for the record."""
+        return {
+            "source": self.calibration,
+            "tokens": str(self.windows.numel()),
+            "context": str(self.windows.shape[1]),
+            "seed": str(self.seed),
+            "fingerprint": fingerprint(self.windows),
+        }
 
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> dict[str, Tensor]:
         """Output projections refitted to the original's, by names on disk."""
         batches = list(calibrating.batches(self.windows))
-        read = self.source.checkpoint.read
+        read, model = self.source.checkpoint.read, self.model
         advance = self._count("refit", self.windows.numel() * len(self.source.sites))
         return refit(
-            self.model,
+            model,
             self.source.sites,
             lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
             batches,

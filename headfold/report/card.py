@@ -34,6 +34,8 @@ class CardFacts:
     site_errors: Mapping[str, tuple[float, float]] | None = None
     license: str | None = None
     """Overrides the one in the source's card."""
+    refit_text: Mapping[str, str] = field(default_factory=dict)
+    """What `W_o` was refitted on, as `calibration` for the statistics."""
     verification: str | None = None
     """One line on what comparing the fold with its twin found; None where it was skipped."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +112,8 @@ def _facts_table(facts: CardFacts) -> str:
         ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
+    if facts.refit_text and facts.refit_text.items() - facts.calibration.items():
+        lines.append(f"- Refitted on: {_calibration(facts.refit_text)}")
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
     return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
 
