@@ -49,7 +49,9 @@ Calibration = Annotated[
 Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens. Default: 65536.")]
 Context = Annotated[
     int | None,
-    typer.Option("--context", metavar="N", min=2, help="Tokens per window. Default: the model's own, at most 1024 (eval: 2048)."),
+    typer.Option(
+        "--context", metavar="N", min=2, help="Tokens per window. Default: the model's own, at most 1024 (eval: 2048)."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn at random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
