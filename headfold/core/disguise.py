@@ -44,7 +44,7 @@ def repeat_and_disguise(heads: Heads, num_copies: int, seed: int) -> Heads:
 def key_transform(
     freedom: KeyFreedom, dim: int, generator: Generator
 ) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, "dim dim"]]:
-    """A random allowed transformation of K and the one that undoes it on Q (methods.md 8.1)."""
+    """A random allowed transformation of K and the one that undoes it on Q (docs/absorb.md, 1)."""
     if freedom.normed:
         signs = torch.diag(_signs(freedom, dim, generator))
         return signs * _amplitudes(1, generator), signs

@@ -15,7 +15,7 @@ QueryOrder = Literal["free", "stack", "fixed"]
 
 @dataclass(frozen=True, slots=True)
 class KeyFreedom:
-    """Which transformations of K, undone on Q, leave every attention logit unchanged (methods.md 8.1).
+    """Which transformations of K, undone on Q, leave every attention logit unchanged (docs/absorb.md, 1).
 
     The first `rotary_dim` dims of a head are frequency planes of RoPE: one complex number per plane is free, or, under
     q/k-norm (`normed`), one sign per plane and a positive scale for the whole of K. All further dims carry no position:

@@ -19,7 +19,7 @@ _NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """Functionals of all K/V heads without position, weighed by who reads them (methods.md 8.2): W̃ = M^½ W.
+    """Functionals of all K/V heads without position, weighed by who reads them (docs/absorb.md, 2): W̃ = M^½ W.
 
     `gram[i, a, l, b]` = E[(W̃_i x)_a (W̃_l x)_b]; its trace is the energy that the readers see.
     """
@@ -31,7 +31,7 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """The rotating part of all K heads, one complex functional per head and frequency plane (methods.md 8.3).
+    """The rotating part of all K heads, one complex functional per head and frequency plane (docs/absorb.md, 3).
 
     `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted; normalised per head under q/k-norm);
     `energy[f, i]` = E|q|² summed over the queries that read K head i.

@@ -33,7 +33,7 @@ def site_energy(moments: Moments) -> SiteError:
 
 
 def predicted_error(moments: Moments, members: list[int], *, values: bool = True) -> SiteError:
-    """The error of the best head that `members` can share (methods.md 8.2 and 8.3), `values=False` to leave V out (0)."""
+    """The error of the best head that `members` can share (docs/absorb.md), `values=False` to leave V out (0)."""
     if len(members) == 1:
         return SiteError(0.0, 0.0)
     key = 0.0

@@ -1,5 +1,7 @@
 """Text that the model writes itself: calibration without any data."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -16,18 +18,19 @@ def sample_windows(
     temperature: float = 1.0,
     bos: int | None = None,
     eos: int | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "window context"]:
     """Windows sampled from a causal language model that is on the device and in the dtype it is to run in.
 
     Each starts from `bos` or, without one, from a token drawn uniformly. Pure sampling: no top-k or top-p, whatever the
     checkpoint's generation config says. An end of text does not stop a window: after `eos` comes `bos`, then the next text.
-    Same seed, batch size and device give the same windows; the global random state is not touched.
+    Same seed, batch size and device give the same windows; the global random state is not touched. `progress` hears the tokens of each step.
     """
     device = next(iter(model.parameters())).device
     # A streamed model's weights are "meta" between its passes and its inputs are moved for it, so the CPU draws.
     generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
     sizes = [min(batch_size, num_windows - start) for start in range(0, num_windows, batch_size)]
-    sampled = [_sample(model, size, context, generator, temperature, bos, eos) for size in sizes]
+    sampled = [_sample(model, size, context, generator, temperature, bos, eos, progress) for size in sizes]
     return torch.cat(sampled) if sampled else torch.empty(0, context, dtype=torch.long)
 
 
@@ -39,6 +42,7 @@ def _sample(
     temperature: float,
     bos: int | None,
     eos: int | None,
+    progress: Callable[[int], None],
 ) -> Int[Tensor, "window context"]:
     """One batch, token by token over the model's own K/V cache."""
     device, vocabulary = generator.device, model.config.get_text_config().vocab_size
@@ -53,4 +57,5 @@ def _sample(
         drawn = torch.multinomial(chances, 1, generator=generator)
         token = torch.where(token == eos, bos, drawn) if None not in (bos, eos) and bos != eos else drawn
         tokens.append(token)
+        progress(num_windows)
     return torch.cat(tokens, 1).cpu()

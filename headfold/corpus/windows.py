@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,7 +90,14 @@ def _excerpted(pool: list[str], tokenizer: Any, num_windows: int, context: int, 
 
 
 def draw_windows(
-    source: str, *, tokenizer: Any, model: nn.Module | None, num_tokens: int, context: int, seed: int
+    source: str,
+    *,
+    tokenizer: Any,
+    model: nn.Module | None,
+    num_tokens: int,
+    context: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "window context"]:
     """Calibration windows from any source, `self` included (only that one needs `model`).
 
@@ -104,7 +111,9 @@ def draw_windows(
     # forcing <s> moves the second moments three times as far from those of real text as a random first token does.
     bos = next(iter(tokenizer("")["input_ids"]), None)
     num_windows = max(1, num_tokens // context)
-    return sample_windows(model, num_windows, context, seed=seed, bos=bos, eos=tokenizer.eos_token_id)
+    return sample_windows(
+        model, num_windows, context, seed=seed, bos=bos, eos=tokenizer.eos_token_id, progress=progress
+    )
 
 
 def fingerprint(windows: Int[Tensor, "window context"]) -> str:

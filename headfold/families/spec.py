@@ -126,6 +126,11 @@ def sites(
         for attention in family.attentions
         for layer in range(_count(family, config, attention.layers))
     ]
+    for site in (_site(family, a, config, names, _count(family, config, a.layers)) for a in family.attentions):
+        if f"{site.weights['o']}.weight" in names:
+            raise UserError(
+                f"{where}: the checkpoint has more layers than the config says ({site.name}); correct the config"
+            )
     absent = [f"{w}.weight" for site in found for w in site.weights.values() if f"{w}.weight" not in names]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""

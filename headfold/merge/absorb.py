@@ -2,7 +2,7 @@
 
 Minimises, per group and with queries and keys taken as independent, the expected squared error of the attention logits
 (K) and of the block's output (V) over everything that costs nothing at inference: query head i reads the shared head
-through its own matrix T_i (folded into W_q) and S_i (folded into W_o). Closed form (methods.md 8.2, 8.3):
+through its own matrix T_i (folded into W_q) and S_i (folded into W_o). Closed form (docs/absorb.md):
 the leading eigenvectors of the Gram matrix of the group's heads, weighed by query energy and by W_o. Under RoPE, T_i must commute with
 the rotation: one complex number per frequency plane, so each plane keeps one of the group's functionals. Without
 position on K, and always for V, T_i and S_i are unrestricted and the best `dim` of all the group's directions stay.
@@ -97,7 +97,7 @@ def _shared_key(heads: Heads, moments: Moments, members: list[int]) -> tuple[Ten
 
 
 def _shared_flat(rows: Float[Tensor, "group dim m"], weighted: Weighted, members: list[int]) -> tuple[Tensor, Tensor]:
-    """Unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), equations of 8.2."""
+    """Unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), docs/absorb.md, 2."""
     dim = rows.shape[1]
     vectors, values = top_functionals(weighted.gram[members][:, :, members], dim)
     # The fourth root of the eigenvalue splits the scale evenly between the shared head and its read-outs.
@@ -107,7 +107,7 @@ def _shared_flat(rows: Float[Tensor, "group dim m"], weighted: Weighted, members
 
 
 def _shared_planes(heads: Heads, planes: Planes, members: list[int]) -> tuple[Tensor, Tensor]:
-    """One complex number per plane and member: a = uᴴ y, t_i = u_i / √energy_i, equations of 8.3."""
+    """One complex number per plane and member: a = uᴴ y, t_i = u_i / √energy_i, docs/absorb.md, 3."""
     first, other = heads.key_freedom.planes().T
     vectors, values = top_planes(planes.weighted[:, members][:, :, members])
     scale = values.clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)[:, None]

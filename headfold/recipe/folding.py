@@ -76,8 +76,8 @@ def fold(
     group: str = "swap",
     merge: str = "absorb",
     refit: bool = True,
-    calibration: str = DEFAULT_CALIBRATION,
-    tokens: int = DEFAULT_TOKENS,
+    calibration: str | None = None,
+    tokens: int | None = None,
     context: int | None = None,
     stats: str | Path | None = None,
     seed: int = 0,
@@ -90,7 +90,8 @@ def fold(
 
     The result is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is
     renamed when it is whole and, unless `verify=False`, equal to its head-repeated twin under stock transformers; the same
-    call after a kill goes on from there and gives the same bytes.
+    call after a kill goes on from there and gives the same bytes. Statistics and refit use the same text: `calibration`, else
+    what `stats` or `plan` were measured on, else the default.
 
     Raises:
         UserError: what cannot be folded, read or written; a fold that differs from its twin (nothing is renamed then).
@@ -107,6 +108,10 @@ def fold(
     else:
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
+    if calibration is None and (said := given.metadata if given is not None else ready.calibration if ready else {}):
+        calibration, seed = said["source"], int(said["seed"])
+        tokens, context = tokens or int(said["tokens"]), context or int(said["context"])
+    calibration, tokens = calibration or DEFAULT_CALIBRATION, tokens or DEFAULT_TOKENS
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": refit, "calibration": calibration,

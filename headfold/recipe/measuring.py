@@ -123,7 +123,7 @@ class OriginalRun:
         if self._windows is None:
             needs_model = self.calibration == "self"
             tokenizer = open_tokenizer(self.source.checkpoint.path)
-            self.progress("sample", 0, self.tokens)
+            advance = self._count("sample", self.tokens)
             self._windows = draw_windows(
                 self.calibration,
                 tokenizer=tokenizer,
@@ -131,6 +131,7 @@ class OriginalRun:
                 num_tokens=self.tokens,
                 context=self.window_length(),
                 seed=self.seed,
+                progress=advance,
             )
             self.progress("sample", self.tokens, self.tokens)
         return self._windows

@@ -2,7 +2,7 @@
 
 Minimises Σ ‖y − W a − b‖² + λ ‖W − W_merged‖² over the calibration tokens, y what the original attention answers and a
 what the merged heads bring to W_o, both on the original's own inputs. λ is `RIDGE` times the mean energy of a, so that directions the
-data hardly show keep the merged weights (never zero). The closed form behind methods.md 8.4; the merged heads' errors add up
+data hardly show keep the merged weights (never zero). The closed form behind docs/absorb.md, 4; the merged heads' errors add up
 across heads in y, which the merge, one group at a time, cannot see.
 """
 

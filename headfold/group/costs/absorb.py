@@ -1,8 +1,8 @@
 """The error that absorb predicts for a shared head: K (logit²) and V (output²), each as a share of the site's energy.
 
-cost = key_weight · K error / K energy + value_weight · V error / V energy (methods.md 8.2, 8.3).
+cost = key_weight · K error / K energy + value_weight · V error / V energy (docs/absorb.md).
 The two errors have different units, so each is divided by its site's own energy before they are weighed; the default
-weights are a choice made by measurement (see benchmarks/results/ablation.json), not a theorem.
+weights are a choice made by measurement (benchmarks/quality.py --rows ablation), not a theorem.
 """
 
 from collections.abc import Callable
