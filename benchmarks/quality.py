@@ -1,10 +1,11 @@
 """What folding costs without training: rise in held-out NLL by method, K/V heads and calibration seed.
 
-    python benchmarks/quality.py MODEL --name NAME [--rows main|ablation|domains|positions] [--seeds 3] [--context N] [--text FILE…]
+    python benchmarks/quality.py MODEL --name NAME [--rows main|ablation|domains] [--seeds 3] [--context N] [--text FILE…]
 
-Every row is measured on all held-out text (`--windows` for less), the original and every fold on the same windows, folds as
-their head-repeated twins in memory (a fold and its twin are equal; `headfold fold` verifies that each time). Baselines get the same
-statistics as ours. Results go to benchmarks/results/NAME-ROWS.json after each row, so an interrupted run goes on.
+Every row is measured on the same windows of held-out text, all of it or, with `--windows`, that many spread evenly over it. Folds are
+measured as their head-repeated twins in memory (a fold and its twin are equal; `headfold fold` verifies that each time).
+Baselines get the same statistics as ours. The mean has no seed; rows beside the bars are measured with one, all others with
+`--seeds`. Results go to benchmarks/results/NAME-ROWS.json after each row, so an interrupted run goes on.
 """
 
 import argparse
@@ -42,16 +43,17 @@ class Row:
     refit: bool
     source: str = "stdlib"
     tokens: int = 65_536
+    seeds: int = 3
 
 
 BASELINES = (
-    Row("mean", "contiguous", "mean", False),
-    Row("procrustes", "swap:cost=procrustes", "procrustes", False),
-    Row("procrustes + norm", "swap:cost=procrustes", "procrustes:norm=true", False),
+    Row("mean", "contiguous", "mean", False, seeds=1),
+    Row("procrustes + norm", "swap:cost=procrustes", "procrustes:norm=true", False, seeds=1),
+    Row("procrustes", "swap:cost=procrustes", "procrustes", False, seeds=1),
 )
 REFITTED = (
-    Row("mean + refit", "contiguous", "mean", True),
-    Row("procrustes + norm + refit", "swap:cost=procrustes", "procrustes:norm=true", True),
+    Row("mean + refit", "contiguous", "mean", True, seeds=1),
+    Row("procrustes + norm + refit", "swap:cost=procrustes", "procrustes:norm=true", True, seeds=1),
 )
 DEFAULT = Row("absorb (default)", "swap", "absorb", True)
 ABLATION = (
@@ -82,7 +84,9 @@ class Bench:
         self.original = {name: p.detach().clone() for name, p in self.model.named_parameters() if "self_attn" in name}
         self.tokenizer, self.context = open_tokenizer(path), context
         stream = token_stream((text.read_text(encoding="utf-8") for text in texts), self.tokenizer)
-        self.windows = split_windows(stream, context)[:max_windows]
+        every = split_windows(stream, context)
+        self.windows = every[:: max(1, len(every) // max_windows)] if max_windows else every
+        self.share = len(self.windows) / len(every)
         self._measured: dict[tuple, tuple[Tensor, dict[str, SiteStats]]] = {}
         self.base = compare_models(self.model, None, self.windows, num_bins=16)
 
@@ -91,7 +95,12 @@ class Bench:
         key = (row.source, row.tokens, seed)
         if key not in self._measured:
             windows = draw_windows(
-                row.source, tokenizer=self.tokenizer, model=self.model, num_tokens=row.tokens, context=self.context, seed=seed
+                row.source,
+                tokenizer=self.tokenizer,
+                model=self.model,
+                num_tokens=row.tokens,
+                context=self.context,
+                seed=seed,
             )
             self._measured[key] = windows, calibration.collect(self.model, self.source.sites, windows)
         return self._measured[key]
@@ -142,7 +151,7 @@ def spread(scores: list[dict]) -> dict:
     rises = [score["rise"] for score in scores]
     middle = sorted(scores, key=lambda score: score["rise"])[len(scores) // 2]
     return {
-        "rise": statistics.median(rises), "least": min(rises), "greatest": max(rises), "seeds": len(rises),
+        "rise": statistics.median(rises), "least": min(rises), "greatest": max(rises), "num_seeds": len(rises),
         "fold_seconds": middle["fold_seconds"], "rise_by_position": middle["rise_by_position"],
     }  # fmt: skip
 
@@ -159,11 +168,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int)
     parser.add_argument("--prose", help="text of another domain, for --rows domains")
     options = parser.parse_args()
-    rows = {"main": (*BASELINES, DEFAULT, *REFITTED), "ablation": ABLATION, "domains": domains(options.prose)}[options.rows]
+    rows = {"main": (DEFAULT, *BASELINES, *REFITTED), "ablation": ABLATION, "domains": domains(options.prose)}[
+        options.rows
+    ]
     bench = Bench(options.model, options.text, options.context, options.windows)
     out = RESULTS / f"{options.name}-{options.rows}.json"
     head = {
-        "machine": describe(), "model": options.name, "context": options.context, "num_windows": len(bench.windows),
+        "machine": describe(), "model": options.name, "context": options.context, "num_windows": len(bench.windows), "share_of_text": round(bench.share, 3),
         "tokens": bench.base.num_tokens, "original_nll": bench.base.nll, "original_by_position": bench.base.nll_by_position,
     }  # fmt: skip
     done = json.loads(out.read_text())["rows"] if out.exists() else []
@@ -171,9 +182,12 @@ def main() -> None:
         for kv_heads in options.kv_heads:
             if any(r["name"] == row.name and r["kv_heads"] == kv_heads for r in done):
                 continue
-            seeds = 1 if row.merge == "mean" and not row.refit else options.seeds
-            found = spread([bench.score(row, kv_heads, seed) for seed in range(seeds)])
-            print(f"{row.name:28s} {kv_heads}  {found['rise']:.4f}  [{found['least']:.4f}, {found['greatest']:.4f}]", flush=True)
+            seeds = range(min(row.seeds, options.seeds))
+            found = spread([bench.score(row, kv_heads, seed) for seed in seeds])
+            print(
+                f"{row.name:28s} {kv_heads}  {found['rise']:.4f}  [{found['least']:.4f}, {found['greatest']:.4f}]",
+                flush=True,
+            )
             done.append({**asdict(row), "kv_heads": kv_heads, **found})
             out.write_text(json.dumps({**head, "rows": done}, indent=1) + "\n")
 

@@ -130,7 +130,7 @@ def test_method_pages_have_a_help_line(package: object, name: str) -> None:
 @pytest.mark.parametrize("name", plugins.names(headfold.merge))
 def test_merges_name_their_source(name: str) -> None:
     """A paper by its arXiv number, or the equations they solve."""
-    assert re.search(r"\b\d{4}\.\d{5}\b|methods\.md|[Ee]quation", plugins.load(headfold.merge, name).__doc__)
+    assert re.search(r"\b\d{4}\.\d{5}\b|docs/absorb\.md|[Ee]quation", plugins.load(headfold.merge, name).__doc__)
 
 
 def help_of(*verb: str) -> str:

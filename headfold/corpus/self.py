@@ -24,7 +24,8 @@ def sample_windows(
 
     Each starts from `bos` or, without one, from a token drawn uniformly. Pure sampling: no top-k or top-p, whatever the
     checkpoint's generation config says. An end of text does not stop a window: after `eos` comes `bos`, then the next text.
-    Same seed, batch size and device give the same windows; the global random state is not touched. `progress` hears the tokens of each step.
+    Same seed, batch size and device give the same windows; the global random state is not touched.
+    `progress` hears the tokens of each step.
     """
     device = next(iter(model.parameters())).device
     # A streamed model's weights are "meta" between its passes and its inputs are moved for it, so the CPU draws.
