@@ -174,7 +174,8 @@ def main() -> None:
     bench = Bench(options.model, options.text, options.context, options.windows)
     out = RESULTS / f"{options.name}-{options.rows}.json"
     head = {
-        "machine": describe(), "model": options.name, "context": options.context, "num_windows": len(bench.windows), "share_of_text": round(bench.share, 3),
+        "machine": describe(), "model": options.name, "context": options.context, "num_windows": len(bench.windows),
+        "share_of_text": round(bench.share, 3),
         "tokens": bench.base.num_tokens, "original_nll": bench.base.nll, "original_by_position": bench.base.nll_by_position,
     }  # fmt: skip
     done = json.loads(out.read_text())["rows"] if out.exists() else []

@@ -59,7 +59,9 @@ def heldout_nll(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 
 def rate(step: int, progress: float) -> float:
     """Linear warm-up, then cosine to a hundredth of the peak; `progress` is the share of the time used."""
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return (
+        PEAK_RATE * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    )
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict:

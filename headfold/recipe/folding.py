@@ -108,7 +108,8 @@ def fold(
     else:
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
-    if calibration is None and (said := given.metadata if given is not None else ready.calibration if ready else {}):
+    said = given.metadata if given is not None else ready.calibration if ready else {}
+    if calibration is None and said.keys() >= {"source", "seed", "tokens", "context"}:
         calibration, seed = said["source"], int(said["seed"])
         tokens, context = tokens or int(said["tokens"]), context or int(said["context"])
     calibration, tokens = calibration or DEFAULT_CALIBRATION, tokens or DEFAULT_TOKENS
