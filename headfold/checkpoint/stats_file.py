@@ -4,8 +4,11 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.stats import SiteStats
@@ -13,16 +16,27 @@ from .disk import disk_errors, flush, require_space
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, tokens seen per site."""
+_WINDOWS = "windows"
+"""Tensor key of the calibration tokens."""
 
 
-def write_stats(path: Path, sites: Mapping[str, SiteStats], metadata: Mapping[str, str]) -> None:
+def write_stats(
+    path: Path,
+    sites: Mapping[str, SiteStats],
+    metadata: Mapping[str, str],
+    windows: Int[Tensor, "window context"] | None = None,
+) -> None:
     """Write the sums of all sites; the file appears whole or not at all.
+
+    `windows` are the calibration tokens themselves: with them a refit sees the very text of the statistics.
 
     Raises:
         UserError: the place is full or may not be written to.
     """
     path = Path(path)
     tensors = {f"{site}/{name}": t.contiguous() for site, stats in sites.items() for name, t in stats.tensors.items()}
+    if windows is not None:
+        tensors[_WINDOWS] = windows.to(torch.int32)
     counts = {site: stats.count for site, stats in sites.items()}
     temporary = path.with_name(f"{path.name}.partial")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -74,6 +88,13 @@ class StatsFile(Mapping[str, SiteStats]):
         names = [key.removeprefix(f"{site}/") for key in self._keys if key.rpartition("/")[0] == site]
         with safe_open(self.path, "pt") as file:
             return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in names}, self._counts[site])
+
+    def windows(self) -> Int[Tensor, "window context"] | None:
+        """The calibration tokens, if the writer left them."""
+        if _WINDOWS not in self._keys:
+            return None
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(_WINDOWS).to(torch.int64)
 
     def __contains__(self, site: object) -> bool:
         return site in self._counts

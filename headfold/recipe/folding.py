@@ -109,6 +109,7 @@ def fold(
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
     said = given.metadata if given is not None else ready.calibration if ready else {}
+    inherits = calibration is None
     if calibration is None and said.keys() >= {"source", "seed", "tokens", "context"}:
         calibration, seed = said["source"], int(said["seed"])
         tokens, context = tokens or int(said["tokens"]), context or int(said["context"])
@@ -120,6 +121,8 @@ def fold(
     }  # fmt: skip
     job = _Job(source, Path(out), settings, force, progress or silent)
     run = OriginalRun(source, calibration, tokens, context, seed, device or default_device(), job.progress)
+    if inherits:
+        run.use_windows(given)
     with job.worth_keeping():
         statistics = job.statistics(run, given, needs_data)
         with job.timed("plan"):
@@ -209,7 +212,9 @@ class _Job:
         with self.timed("calibrate"):
             if not path.exists():
                 run.write_statistics(path)
-            return StatsFile(path)
+            stats = StatsFile(path)
+            run.use_windows(stats)
+            return stats
 
     def carry_out(
         self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, verify: bool

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import calibration as calibrating
 from ..checkpoint.reader import check_finite
-from ..checkpoint.stats_file import write_stats
+from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.stats import SiteStats
@@ -107,6 +107,11 @@ class OriginalRun:
                     check_finite(f"{self.source.name}: {name}", parameter)
         return self._model
 
+    def use_windows(self, stats: StatsFile | None) -> None:
+        """Take the calibration tokens from where earlier statistics were written, if they are there."""
+        if stats is not None:
+            self._windows = stats.windows()
+
     def close(self) -> None:
         """Let go of the model's memory."""
         self._model = None
@@ -154,7 +159,7 @@ class OriginalRun:
         advance = self._count("calibrate", windows.numel())
         sums = calibrating.collect(model, self.source.sites, windows, advance)
         metadata = {"model": self.source.checkpoint.fingerprint(), **self.text_facts()}
-        write_stats(path, sums, metadata)
+        write_stats(path, sums, metadata, windows)
         return metadata
 
     def text_facts(self) -> dict[str, str]:
