@@ -11,7 +11,6 @@ from . import merge as merges
 from .core import plugins
 from .core.errors import UserError
 from .core.groups import Groups, check_group_count
-from .core.heads import Heads
 from .core.moments import site_moments
 from .core.plan import Plan, SitePlan
 from .core.predict import grouped_error, site_energy
@@ -67,7 +66,7 @@ def make_plan(
         progress(site.name)
         check_group_count(site.name, site.num_groups, num_groups)
         planned[site.name] = _plan_site(
-            read_heads(site, read), solver, cost_of, chosen, num_groups, stats and stats[site.name], seed
+            site, read, solver, cost_of, chosen, num_groups, stats and stats[site.name], seed
         )
     return Plan(planned, group, source, seed, calibration or {})
 
@@ -85,7 +84,8 @@ def parse_group(text: str) -> tuple[plugins.Method, plugins.Method | None]:
 
 
 def _plan_site(
-    heads: Heads,
+    site: Site,
+    read: Callable[[str], Tensor],
     solver: plugins.Method,
     cost_of: plugins.Method | None,
     merge: plugins.Method,
@@ -93,13 +93,15 @@ def _plan_site(
     stats: SiteStats | None,
     seed: int,
 ) -> SitePlan:
-    known = stats or SiteStats.isotropic(heads.q.shape[2] - 1)
-    trivial = num_groups == heads.num_groups or num_groups == 1
-    cost = None if cost_of is None or trivial else cost_of(heads, known)
+    trivial = num_groups in (1, site.num_groups)
+    asks = cost_of is not None and not trivial
+    # A site of a 7B model is 134 MB: read only where something looks at it.
+    heads = read_heads(site, read) if asks or stats is not None else None
+    cost = cost_of(heads, stats or SiteStats.isotropic(heads.q.shape[2] - 1)) if asks else None
     groups = (
-        Groups.contiguous(heads.num_groups, num_groups)
+        Groups.contiguous(site.num_groups, num_groups)
         if trivial
-        else solver(cost, heads.num_groups, num_groups, seed=seed)
+        else solver(cost, site.num_groups, num_groups, seed=seed)
     )
     if stats is None:
         return SitePlan(groups, str(merge))

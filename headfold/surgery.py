@@ -21,6 +21,34 @@ def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: in
     return method(heads, plan.groups, stats, seed=seed).standard()
 
 
+def kept_weights(site: Site, plan: Plan, refits: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """Weights of the site that the plan leaves as they are, so that nobody need read or write them, each with its model axis.
+
+    Q and O move only where the merge turns them, or where the groups ask for another order of the query heads.
+    """
+    planned = plan.sites[site.name]
+    method = plugins.load(merges, planned.merge.partition(":")[0])
+    if getattr(method, "READS_QUERIES", True) or not planned.groups.is_contiguous:
+        return {}
+    names = {f"{site.weights[role]}.weight": axis for role, axis in (("q", 1), ("o", 0)) if role in site.weights}
+    return {name: axis for name, axis in names.items() if name not in (refits or {})}
+
+
+def reading_without(
+    kept: Mapping[str, int], read: Callable[[str], Tensor], shape_of: Callable[[str], tuple[int, ...]]
+) -> Callable[[str], Tensor]:
+    """`read`, except that kept weights come without their model axis: as many heads as on disk, and no numbers."""
+
+    def read_rest(name: str) -> Tensor:
+        if name not in kept:
+            return read(name)
+        shape = list(shape_of(name))
+        shape[kept[name]] = 0
+        return torch.empty(shape)
+
+    return read_rest
+
+
 def site_tensors(
     site: Site,
     plan: Plan,

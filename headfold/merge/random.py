@@ -12,6 +12,9 @@ from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.stats import SiteStats
 
+READS_QUERIES = False
+"""Neither looks at Q and O nor changes them."""
+
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
     """`groups` partitions the source's K/V heads. Groups of one head keep it: there is nothing to share."""

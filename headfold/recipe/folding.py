@@ -32,7 +32,7 @@ from ..families.layout import planned_shapes
 from ..families.spec import folded_config
 from ..report.card import CardFacts, model_card
 from ..stock import open_tokenizer
-from ..surgery import site_tensors
+from ..surgery import kept_weights, reading_without, site_tensors
 from .deciding import needs_statistics, plan_source
 from .measuring import DEFAULT_CALIBRATION, DEFAULT_TOKENS, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, silent
@@ -252,7 +252,9 @@ class _Job:
             name: planned_shapes(site, plan.num_groups, lambda n: checkpoint.tensors[n].shape)
             for name, site in sites.items()
         }
-        shapes = {tensor: shape for of_site in planned.values() for tensor, shape in of_site.items()}
+        kept = {name: axis for site in sites.values() for name, axis in kept_weights(site, plan, refits).items()}
+        shapes = {t: shape for of_site in planned.values() for t, shape in of_site.items() if t not in kept}
+        read = reading_without(kept, checkpoint.read, lambda n: checkpoint.tensors[n].shape)
         owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
         total, done = output_bytes(checkpoint, shapes), 0
 
@@ -266,7 +268,7 @@ class _Job:
             self.staging,
             shapes,
             owner,
-            lambda name: site_tensors(sites[name], plan, checkpoint.read, stats, refits),
+            lambda name: site_tensors(sites[name], plan, read, stats, refits),
             advance,
         )
         write_json(self.staging / "config.json", folded_config(self.source.family, checkpoint.config, plan.num_groups))
