@@ -83,7 +83,7 @@ def main() -> None:
     if options.model:
         model = open_model(options.model, dtype=torch.float32)
         rows.append(compare(Path(options.model).name, model, 256, 16_384, options.rounds))
-    rows.append(compare("Llama-2-7B layers, 2 of them", seven_b_layers(2), 1024, 4096, options.rounds))
+    rows.append(compare("Llama-2-7B layers, 2 of them", seven_b_layers(2), 1024, 2048, 2))
     for row in rows:
         print(row)
     RESULTS.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
