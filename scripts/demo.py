@@ -42,7 +42,7 @@ def fold_and_measure(out: Path, method: str, kv_heads: str) -> dict[str, Any]:
     """One row of the results: fold, then evaluate beside the original."""
     start, stats, text = time.monotonic(), out / "stats.safetensors", out / "heldout-excerpt.txt"
     target = out / f"{method}-{kv_heads.replace('/', '-of-')}"
-    options = {"stats": stats, "calibration": CALIBRATION, "force": True, **METHODS[method]}
+    options = {"stats": stats, "force": True, **METHODS[method]}
     folded = headfold.fold(BUNDLED, target, kv_heads=kv_heads, **options)
     seconds = time.monotonic() - start
     found = headfold.eval(target, reference=str(BUNDLED), text=str(text))

@@ -17,7 +17,7 @@ from torch import Tensor
 import headfold
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
-from headfold.checkpoint.stats_file import write_stats
+from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
 from headfold.recipe import folding
@@ -308,3 +308,17 @@ def test_statistics_of_another_model_are_refused(stats: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="another model"):
         headfold.fold(other, tmp_path / "out", kv_heads=2, stats=stats, refit=False)
     untouched(tmp_path / "out")
+
+
+def test_the_seed_of_a_fold_is_its_own_whatever_text_the_statistics_saw(
+    source: Path, stats: Path, tmp_path: Path
+) -> None:
+    said = {"source": "stdlib", "seed": "0", "tokens": "64", "context": "16"}
+    measured = StatsFile(stats)
+    write_stats(tmp_path / "said.safetensors", dict(measured), {**measured.metadata, **said})
+    options: dict[str, Any] = dict(kv_heads=4, merge="random", group="random", refit=False, verify=False)
+    plans = [
+        headfold.fold(source, tmp_path / f"out{seed}", stats=tmp_path / "said.safetensors", seed=seed, **options).plan
+        for seed in (0, 3)
+    ]
+    assert [plan.seed for plan in plans] == [0, 3]

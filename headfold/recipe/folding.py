@@ -36,6 +36,7 @@ from ..surgery import kept_weights, reading_without, site_tensors
 from .deciding import needs_statistics, plan_source
 from .measuring import DEFAULT_CALIBRATION, DEFAULT_TOKENS, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, silent
+from .twin import Twin
 
 VERIFY_TOKENS = 256
 """Length of each of the two windows on which a fold is compared with its twin."""
@@ -109,25 +110,34 @@ def fold(
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
     said = given.metadata if given is not None else ready.calibration if ready else {}
-    inherits = calibration is None
-    if calibration is None and said.keys() >= {"source", "seed", "tokens", "context"}:
-        calibration, seed = said["source"], int(said["seed"])
-        tokens, context = tokens or int(said["tokens"]), context or int(said["context"])
-    calibration, tokens = calibration or DEFAULT_CALIBRATION, tokens or DEFAULT_TOKENS
+    same_text = (calibration, tokens, context) == (None, None, None)
+    calibration, tokens, context, text_seed = _text(calibration, tokens, context, seed, said)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": refit, "calibration": calibration,
         "tokens": tokens, "context": context, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
     job = _Job(source, Path(out), settings, force, progress or silent)
-    run = OriginalRun(source, calibration, tokens, context, seed, device or default_device(), job.progress)
-    if inherits:
+    run = OriginalRun(source, calibration, tokens, context, text_seed, device or default_device(), job.progress)
+    if same_text:
         run.use_windows(given)
     with job.worth_keeping():
         statistics = job.statistics(run, given, needs_data)
         with job.timed("plan"):
             made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress)
         return job.carry_out(run, made, statistics, refit=refit, verify=verify)
+
+
+def _text(
+    calibration: str | None, tokens: int | None, context: int | None, seed: int, said: Mapping[str, str]
+) -> tuple[str, int, int | None, int]:
+    """Source, tokens, context and seed of the calibration text: as asked for, else as `said` of statistics, else the default.
+
+    The seed of the text is not that of the fold: the same text serves folds of any seed.
+    """
+    if calibration is None and said.keys() >= {"source", "seed", "tokens", "context"}:
+        return said["source"], tokens or int(said["tokens"]), context or int(said["context"]), int(said["seed"])
+    return calibration or DEFAULT_CALIBRATION, tokens or DEFAULT_TOKENS, context, seed
 
 
 def _ready_plan(path: str | Path | None, source: Opened) -> Plan | None:
@@ -281,7 +291,7 @@ class _Job:
         Raises:
             UserError: they differ; the output is left as `OUT.partial`, and the next run starts anew.
         """
-        twin = _Twin(self.source, plan, stats, refits)
+        twin = Twin(self.source, plan, stats, refits)
         windows = self._verify_windows()
         self.progress("verify", 0, windows.numel())
         found = compare_with_twin(self.source.checkpoint.path, self.staging, twin, windows)
@@ -363,31 +373,3 @@ class _Job:
         words += ["--stats stats.safetensors"] if asked["stats"] else []
         words += [f"--seed {asked['seed']}"]
         return " ".join(words)
-
-
-class _Twin(Mapping[str, Tensor]):
-    """The head-repeated twin's tensors by name on disk, in the source's shapes, one site made at a time."""
-
-    def __init__(
-        self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
-    ) -> None:
-        self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
-        shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
-        self._site_of = {
-            tensor: site for site in source.sites for tensor in planned_shapes(site, site.num_groups, shape_of)
-        }
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        site = self._site_of[name]
-        if self._last[0] != site.name:
-            read = self._source.checkpoint.read
-            made = site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
-            self._last = (site.name, made)
-        return self._last[1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._site_of)
-
-    def __len__(self) -> int:
-        return len(self._site_of)

@@ -1,0 +1,39 @@
+"""What a fold must equal: the source with its attention replaced by the shared heads, each repeated."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from ..checkpoint.stats_file import StatsFile
+from ..core.plan import Plan
+from ..families.layout import planned_shapes
+from ..surgery import site_tensors
+from .source import Opened
+
+
+class Twin(Mapping[str, Tensor]):
+    """The head-repeated twin's tensors by name on disk, in the source's shapes, one site made at a time."""
+
+    def __init__(
+        self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
+    ) -> None:
+        self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
+        shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
+        self._site_of = {
+            tensor: site for site in source.sites for tensor in planned_shapes(site, site.num_groups, shape_of)
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        site = self._site_of[name]
+        if self._last[0] != site.name:
+            read = self._source.checkpoint.read
+            made = site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
+            self._last = (site.name, made)
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._site_of)
+
+    def __len__(self) -> int:
+        return len(self._site_of)
