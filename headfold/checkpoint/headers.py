@@ -75,13 +75,16 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def encode_header(header: Header) -> bytes:
-    """The bytes before the data; the offsets in `header` count from the beginning of the data."""
+def encode_header(header: Header, like: int = 0, page: int = 8) -> bytes:
+    """The bytes before the data; the offsets in `header` count from the beginning of the data.
+
+    Padded so that the data begins on the same byte of a page as where it begins at byte `like`.
+    """
     entries: dict[str, Any] = {} if header.metadata is None else {"__metadata__": header.metadata}
     for name, info in header.tensors.items():
         entries[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [info.start, info.end]}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((like - _PREFIX.size - len(text)) % page)
     return _PREFIX.pack(len(text)) + text
 
 

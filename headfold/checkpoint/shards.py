@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .headers import Header, TensorInfo, encode_header, num_bytes
 from .reader import Checkpoint
+from .target import PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ def lay_out(source: Checkpoint, name: str, shapes: Mapping[str, tuple[int, ...]]
         end = position + num_bytes(info.dtype, shape)
         new[tensor] = TensorInfo(info.dtype, shape, name, position, end)
         position = end
-    header = encode_header(Header({tensor: new[tensor] for tensor in old}, source.metadata[name]))
+    # On the same byte of a page as in the source, so that untouched data can be shared or moved as whole pages.
+    begin = min((info.start for info in old.values()), default=0)
+    header = encode_header(Header({tensor: new[tensor] for tensor in old}, source.metadata[name]), begin, PAGE)
     placed = {
         tensor: TensorInfo(info.dtype, info.shape, name, len(header) + info.start, len(header) + info.end)
         for tensor, info in new.items()

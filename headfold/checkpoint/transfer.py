@@ -13,7 +13,8 @@ CHUNK = 64 * 2**20
 _BUFFER = 2**17
 """Bytes per read where nothing but reading and writing works: longer ones fall out of the cache between the two."""
 
-_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EPERM}
+UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EPERM}
+"""What a system call says that does not work on these files: another way may."""
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -81,7 +82,7 @@ def _try(
     try:
         return way(source, target, start, place, count)
     except OSError as error:
-        if way is _read_write or error.errno not in _UNSUPPORTED:
+        if way is _read_write or error.errno not in UNSUPPORTED:
             raise
         return 0
 

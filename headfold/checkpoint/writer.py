@@ -1,12 +1,12 @@
 """Write a checkpoint again with some tensors replaced: untouched bytes are copied by the kernel, one site is in memory."""
 
 import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,15 @@ from torch import Tensor
 from ..core.errors import UserError
 from .disk import disk_errors, flush, require_space
 from .reader import INDEX, Checkpoint
-from .shards import Shard, lay_out
+from .shards import Run, Shard, lay_out
 from .staging import write_json
-from .transfer import copy_range, raw_bytes, write_all
+from .target import Source, Target
+from .transfer import raw_bytes
+
+COPIERS = 4
+"""Threads that copy: while one waits for the disk to read, others let it write."""
+PIECE = 2**28
+"""Bytes that one of them takes at a time."""
 
 
 def _unheard(num_bytes: int) -> None:
@@ -80,7 +86,7 @@ class _Stopped(Exception):
 def _write(
     source: Checkpoint, target: Path, shards: list[Shard], sites: _Sites, progress: Callable[[int], None]
 ) -> None:
-    """Three threads: this one computes sites, one copies the untouched runs, one waits for the disk and names what is whole."""
+    """This thread computes sites, a few copy the untouched runs, one waits for the disk and names what is whole."""
     stop, lock = threading.Event(), threading.Lock()
 
     def report(count: int) -> None:
@@ -91,19 +97,26 @@ def _write(
 
     with ExitStack() as stack:
         files = {shard.name: stack.enter_context(_create(target, shard)) for shard in shards}
-        copier, closer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        copier, closer = (stack.enter_context(ThreadPoolExecutor(number)) for number in (COPIERS, 1))
         stack.callback(stop.set)
-        copies = [copier.submit(_copy_untouched, source, shard, files[shard.name].fileno(), report) for shard in shards]
-        places = {name: (files[shard.name].fileno(), info) for shard in shards for name, info in shard.tensors.items()}
+        copies = {
+            shard.name: [
+                copier.submit(_copy_untouched, source.path / shard.name, runs, files[shard.name], report)
+                for runs in _pieces(shard, files[shard.name])
+            ]
+            for shard in shards
+        }
+        places = {name: (files[shard.name], info) for shard in shards for name, info in shard.tensors.items()}
         done: set[str] = set()
         closed = []
-        for shard, copied in zip(shards, copies, strict=True):
+        for shard in shards:
+            report(len(shard.header))
             for site in sites.needed_by(shard):
                 if site not in done:
-                    _raise_failed([*copies, *closed])
+                    _raise_failed([*chain.from_iterable(copies.values()), *closed])
                     _write_site(sites.produce(site), places, report)
                     done.add(site)
-            closed.append(closer.submit(_close, target, shard, files[shard.name], copied))
+            closed.append(closer.submit(_close, target, shard, files[shard.name], copies[shard.name]))
         for future in closed:
             future.result()
 
@@ -115,25 +128,32 @@ def _raise_failed(futures: Iterable[Future[None]]) -> None:
             future.result()
 
 
-def _create(target: Path, shard: Shard) -> Any:
+@contextmanager
+def _create(target: Path, shard: Shard) -> Iterator[Target]:
     """The file at its full size, its header written."""
-    file = _partial(target, shard).open("wb", buffering=0)
+    file = Target(_partial(target, shard), shard.size)
     try:
-        write_all(file.fileno(), shard.header, 0)
-        os.ftruncate(file.fileno(), shard.size)
-    except OSError:
-        file.close()
-        raise
-    return file
+        file.write(shard.header, 0)
+        yield file
+    finally:
+        file.abandon()
 
 
-def _copy_untouched(source: Checkpoint, shard: Shard, descriptor: int, report: Callable[[int], None]) -> None:
-    report(len(shard.header))
-    path = source.path / shard.name
-    with path.open("rb", buffering=0) as file:
-        for run in shard.runs:
+def _pieces(shard: Shard, file: Target) -> Iterator[tuple[Run, ...]]:
+    """The untouched runs as portions for the copying threads; all in one where the threads would share a file position."""
+    if not file.is_direct:
+        yield shard.runs
+        return
+    for run in shard.runs:
+        for done in range(0, run.count, PIECE):
+            yield (Run(run.start + done, run.place + done, min(PIECE, run.count - done)),)
+
+
+def _copy_untouched(path: Path, runs: Iterable[Run], target: Target, report: Callable[[int], None]) -> None:
+    with Source(path) as source:
+        for run in runs:
             try:
-                copy_range(file.fileno(), descriptor, run.start, run.place, run.count, report)
+                target.copy(source, run.start, run.place, run.count, report)
             except EOFError as error:
                 raise UserError(f"{path}: cut while it was copied: {error}; start again") from error
 
@@ -141,16 +161,16 @@ def _copy_untouched(source: Checkpoint, shard: Shard, descriptor: int, report: C
 def _write_site(made: Mapping[str, Tensor], places: Mapping[str, Any], report: Callable[[int], None]) -> None:
     """Every tensor of a site to its place, in whichever shard that is; those of shards already whole are not needed."""
     for name in made.keys() & places.keys():
-        descriptor, info = places[name]
+        file, info = places[name]
         tensor = made[name].detach().cpu().contiguous()
         assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (name, tensor.dtype, tensor.shape, info)
-        write_all(descriptor, raw_bytes(tensor), info.start)
+        file.write(raw_bytes(tensor), info.start)
         report(info.end - info.start)
 
 
-def _close(target: Path, shard: Shard, file: Any, copied: Future[None]) -> None:
-    copied.result()
-    os.fsync(file.fileno())
+def _close(target: Path, shard: Shard, file: Target, copies: Iterable[Future[None]]) -> None:
+    for copied in copies:
+        copied.result()
     file.close()
     _partial(target, shard).rename(target / shard.name)
     flush(target)
