@@ -1,0 +1,141 @@
+"""Images: a folder of them, or a column of encoded ones, through the model's own processor."""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import UserError
+from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, value
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+COLUMNS = ("image", "img")
+LABELS = ("label", "labels")
+BLOCK = 64
+"""Images that are decoded at once: the processor's output replaces them before the next are read."""
+
+
+def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
+    """The rows of a source of images, not yet decoded. The folder an image lies in is its label where all are named so.
+
+    Raises:
+        UserError: no such source, or one without images.
+    """
+    path = Path(source)
+    if is_table(source):
+        return open_rows(source)
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder; expected a folder of images, {TABLES}")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    if not files:
+        raise UserError(f"{source}: an image model needs images, found none; give a folder of images or {TABLES}")
+
+    def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
+        del columns
+        return ({"image": {"path": str(files[n])}, "label": files[n].parent.name} for n in numbers)
+
+    is_labelled = all(file.parent.name in label2id for file in files)
+    return Table(source, ("image", "label") if is_labelled else ("image",), len(files), take)
+
+
+def _columns(rows: Table | Stream, asked: Sequence[str]) -> tuple[str, ...]:
+    """The column of images and, if there is one, that of labels."""
+    if asked:
+        return require(rows, asked)
+    found = [next((name for name in names if name in rows.columns), None) for names in (COLUMNS, LABELS)]
+    if found[0] is None:
+        raise UserError(
+            f"{rows.name}: an image model needs a column of images, found {', '.join(rows.columns)}; "
+            "name it with --columns IMAGE or IMAGE,LABEL"
+        )
+    return tuple(name for name in found if name is not None)
+
+
+def image_blocks(
+    source: str,
+    processor: Any,
+    *,
+    columns: Sequence[str] = (),
+    num_items: int | None = None,
+    seed: int | None = None,
+    label2id: Mapping[str, int] | None = None,
+    num_channels: int = 3,
+) -> Iterator[dict[str, Tensor]]:
+    """`pixel_values` (image, channel, height, width) in float32 and, where known, `labels` (image,), a block at a time.
+
+    The first `num_items` of the source or, given a seed, as many drawn from all of it.
+
+    Raises:
+        UserError: an unreadable or empty source, a missing column, an image that does not decode, an unknown label.
+    """
+    rows = _open(source, label2id or {})
+    names, where = _columns(rows, columns), Path(source).parent
+    drawn = rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None)
+    mode = "RGB" if num_channels == 3 else "L"
+    for block in _blocks(drawn, source):
+        images = [_decoded(value(row, names[0]), where, mode, rows.name) for row in block]
+        sample = {"pixel_values": _processed(images, processor, rows.name)}
+        labels = [label_id(value(row, names[1]), label2id or {}, rows.name) for row in block] if names[1:] else []
+        yield sample | ({"labels": torch.tensor(labels)} if labels else {})
+
+
+def _blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
+    block = list(itertools.islice(drawn, BLOCK))
+    if not block:
+        raise UserError(f"{source}: expected images, found none; give another source")
+    while block:
+        yield block
+        block = list(itertools.islice(drawn, BLOCK))
+
+
+def _decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
+    """The picture that a row holds: its bytes, a mapping with `bytes` or `path`, or a path (from the source's folder)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"{where}: reading images needs pillow; pip install 'headfold[images]'") from error
+    entry = found if isinstance(found, Mapping) else {"bytes" if isinstance(found, bytes) else "path": found}
+    data, path = entry.get("bytes"), entry.get("path")
+    if not isinstance(data, bytes) and not isinstance(path, str):
+        raise UserError(
+            f"{where}: expected an encoded image or its path, got {type(found).__name__}; name another column"
+        )
+    file = io.BytesIO(data) if isinstance(data, bytes) else folder / path if not Path(path).exists() else Path(path)
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, ValueError, SyntaxError) as error:  # pillow's types for a bad header, a cut file, a bad PNG chunk
+        what = f": {path}" if isinstance(path, str) else ""
+        reason = "not an image that pillow reads" if isinstance(data, bytes) else str(error)
+        raise UserError(f"{where}{what}: unreadable image ({reason}); remove it or name another column") from error
+
+
+def _processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
+    try:
+        return processor(images=images, return_tensors="pt")["pixel_values"].float()
+    except ValueError as error:
+        sizes = ", ".join(sorted({f"{image.width}x{image.height}" for image in images})[:4])
+        raise UserError(
+            f"{where}: the model's processor refuses images of {sizes} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def label_id(label: Any, label2id: Mapping[str, int], where: str) -> int:
+    """A class as the model numbers it, from its number or, by the config's `label2id`, its name.
+
+    Raises:
+        UserError: no such class.
+    """
+    if isinstance(label, int):
+        return label
+    if label in label2id:
+        return label2id[label]
+    known = ", ".join(list(label2id)[:5])
+    raise UserError(
+        f"{where}: label {label!r} is no class of the model ({known} …); give numbers or names of its config"
+    )

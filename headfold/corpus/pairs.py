@@ -1,0 +1,92 @@
+"""Pairs of text for encoder-decoders: what goes in, and what is to come out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..core.errors import UserError
+from .lines import parallel_lines
+from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, value
+
+COLUMNS = ("source", "target")
+PAIRS = f"SOURCE.txt,TARGET.txt (line by line, .gz allowed) or {TABLES}"
+IGNORED = -100
+"""The label that transformers' losses pass over."""
+
+
+def read_pairs(
+    source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
+) -> list[tuple[str, str]]:
+    """Pairs of (input, expected output), the first `num_items` of the source or, given a seed, as many drawn from all of it.
+
+    `columns` names the two columns (default `source`, `target`). Rows where one side is blank are passed over.
+
+    Raises:
+        UserError: an unreadable or empty source, a missing column, or one that holds no text.
+    """
+    names = tuple(columns) or COLUMNS
+    if len(names) != 2:
+        raise UserError(f"{source}: pairs need two columns, got {', '.join(names)}; give --columns INPUT,OUTPUT")
+    rows = _open(source, names)
+    names = require(rows, names)
+
+    def usable(row: Row) -> bool:
+        return all(text_of(row, name, rows.name).strip() for name in names)
+
+    pairs = [(value(row, names[0]), value(row, names[1])) for row in rows.draw(names, num_items, seed, usable)]
+    if not pairs:
+        raise UserError(f"{source}: expected pairs of text, found none; give another source")
+    return pairs
+
+
+def _open(source: str, columns: Sequence[str]) -> Table | Stream:
+    first, comma, second = source.partition(",")
+    if comma and not Path(source).exists():
+        return parallel_lines([Path(first), Path(second)], columns)
+    if not is_table(source) and Path(source).is_file():
+        raise UserError(f"{source}: an encoder-decoder needs pairs of text, got one file of text; give {PAIRS}")
+    return open_rows(source)
+
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """The text under a column, empty where it is null.
+
+    Raises:
+        UserError: it is something else than text.
+    """
+    found = value(row, column)
+    if found is not None and not isinstance(found, str):
+        raise UserError(
+            f"{where}: column {column!r} holds {type(found).__name__}, expected text; name another by --columns"
+        )
+    return found or ""
+
+
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int
+) -> dict[str, Int[Tensor, "pair token"]]:
+    """`input_ids`, `attention_mask` and `labels` (-100 where padded) of pairs, each side cut at `context` tokens.
+
+    Targets go through the tokenizer's target side, where it has one, with its own special tokens.
+    """
+    options = {"truncation": True, "max_length": context, "verbose": False}
+    inputs = tokenizer([pair[0] for pair in pairs], **options)["input_ids"]
+    labels = tokenizer(text_target=[pair[1] for pair in pairs], **options)["input_ids"]
+    padding = tokenizer.pad_token_id or 0
+    return {
+        "input_ids": padded(inputs, padding),
+        "attention_mask": padded([[1] * len(ids) for ids in inputs], 0),
+        "labels": padded(labels, IGNORED),
+    }
+
+
+def padded(sequences: Sequence[Sequence[int]], padding: int) -> Int[Tensor, "item token"]:
+    """Sequences of token ids as rows of one length, filled up at their ends."""
+    rows = torch.full((len(sequences), max(map(len, sequences))), padding, dtype=torch.long)
+    for row, ids in zip(rows, sequences, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return rows

@@ -1,0 +1,261 @@
+"""Sources with columns, read row by row: in their own order, or drawn by seed from the whole source."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from . import hub
+from .jsonl import line_starts
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".parquet")
+TABLES = "FILE.jsonl, FILE.parquet, a folder of either, a folder that datasets saved, or hub:NAME[:CONFIG][:SPLIT]"
+"""What a user may write where rows with columns are wanted."""
+
+SLICE = 256
+"""Rows of a parquet row group that are turned into Python objects at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows that are numbered. `take` reads the named columns of rows given in ascending order, one after the other."""
+
+    name: str
+    columns: tuple[str, ...]
+    count: int
+    take: Callable[[Sequence[int], Sequence[str]], Iterator[Row]]
+
+    def draw(
+        self, columns: Sequence[str], num_items: int | None, seed: int | None, usable: Callable[[Row], bool]
+    ) -> Iterator[Row]:
+        """The first `num_items` usable rows in their own order or, given a seed, in one drawn over the whole table.
+
+        A drawn sample is held in memory; more items of the same seed begin with fewer.
+        """
+        if seed is None:
+            yield from itertools.islice(filter(usable, self.take(range(self.count), columns)), num_items)
+            return
+        order, at, missing = list(range(self.count)), 0, self.count if num_items is None else num_items
+        random.Random(seed).shuffle(order)
+        while missing > 0 and at < self.count:
+            chosen = order[at : at + missing]
+            ascending = sorted(chosen)
+            taken = dict(zip(ascending, self.take(ascending, columns), strict=True))
+            for row in filter(usable, map(taken.__getitem__, chosen)):
+                missing -= 1
+                yield row
+            at += len(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows of a hub dataset, which cannot be reached by number; `begin` starts from the front, `begin(seed)` shuffled."""
+
+    name: str
+    columns: tuple[str, ...]
+    begin: Callable[[int | None], Iterator[Row]]
+
+    def draw(
+        self, columns: Sequence[str], num_items: int | None, seed: int | None, usable: Callable[[Row], bool]
+    ) -> Iterator[Row]:
+        """As `Table.draw`, but a seed shuffles the shards and, `hub.SHUFFLE_BUFFER` at a time, the rows."""
+        del columns
+        yield from itertools.islice(filter(usable, self.begin(seed)), num_items)
+
+
+def value(row: Row, column: str) -> Any:
+    """What lies under a column, or under a path of nested ones (`translation.en`)."""
+    if column in row:
+        return row[column]
+    head, _, rest = column.partition(".")
+    inner = row.get(head)
+    return value(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns, if the rows have every one of them.
+
+    Raises:
+        UserError: one is missing; those that are there are named.
+    """
+    for column in columns:
+        if column not in rows.columns and column.partition(".")[0] not in rows.columns:
+            wanted, found = ", ".join(columns), ", ".join(rows.columns)
+            raise UserError(f"{rows.name}: expected columns {wanted}, found {found}; name them with --columns")
+    return tuple(columns)
+
+
+def is_table(source: str) -> bool:
+    """Whether `open_rows` reads it: by its name, or because a folder holds tables."""
+    path = Path(source)
+    return source.startswith("hub:") or path.suffix in SUFFIXES or bool(path.is_dir() and _shards(path))
+
+
+def open_rows(source: str) -> Table | Stream:
+    """The rows of a source; of their contents no more is read than their number takes.
+
+    Raises:
+        UserError: nothing there, nothing in it, or no table.
+    """
+    if source.startswith("hub:"):
+        return _streamed(source)
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder; expected {TABLES}")
+    if path.is_dir():
+        rows = _folder(path)
+    elif path.suffix in SUFFIXES:
+        rows = _file(path)
+    else:
+        raise UserError(f"{source}: expected rows with columns, got a {path.suffix or 'nameless'} file; give {TABLES}")
+    if rows.count == 0:
+        raise UserError(f"{source}: expected rows, found none; give another source")
+    return rows
+
+
+def _folder(path: Path) -> Table:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved(path)
+    shards = _shards(path)
+    if not shards:
+        raise UserError(f"{path}: expected .jsonl or .parquet files, found none in this folder; give {TABLES}")
+    return concatenated(str(path), [_file(shard) for shard in shards])
+
+
+def _shards(path: Path) -> list[Path]:
+    saved = [name for name in ("state.json", "dataset_dict.json") if (path / name).is_file()]
+    return [path / name for name in saved] or sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+
+
+def _file(path: Path) -> Table:
+    return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+
+
+def _jsonl(path: Path) -> Table:
+    starts = line_starts(path)
+
+    def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
+        del columns
+        with path.open("rb") as file:
+            for number in numbers:
+                file.seek(starts[number])
+                yield _record(file.readline(), f"{path}: line at byte {starts[number]}")
+
+    columns = tuple(next(take([0], ()))) if starts else ()
+    return Table(str(path), columns, len(starts), take)
+
+
+def _record(line: bytes, where: str) -> Row:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: expected one JSON object per line, got {line[:40]!r} ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; write one object per line")
+    return record
+
+
+def _parquet(path: Path) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'headfold[data]'") from error
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: expected a parquet file ({str(error).splitlines()[0]})") from error
+    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    ends = list(itertools.accumulate(sizes))
+
+    def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
+        heads = list(dict.fromkeys(column.partition(".")[0] for column in columns))
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for index, here in _by_part(numbers, ends):
+                table = file.read_row_group(index, columns=heads).take(pyarrow.array(here))
+                for at in range(0, len(here), SLICE):
+                    yield from table.slice(at, SLICE).to_pylist()
+
+    names = tuple(pyarrow.parquet.read_schema(path).names)
+    return Table(str(path), names, metadata.num_rows, take)
+
+
+def _by_part(numbers: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Ascending numbers by the part they fall into, given where each part ends: (part, numbers within it)."""
+    at = 0
+    for part, end in enumerate(ends):
+        begin, here = ends[part - 1] if part else 0, []
+        while at < len(numbers) and numbers[at] < end:
+            here.append(numbers[at] - begin)
+            at += 1
+        if here:
+            yield part, here
+
+
+def concatenated(name: str, tables: Sequence[Table]) -> Table:
+    """Several tables of the same columns as one."""
+    ends = list(itertools.accumulate(table.count for table in tables))
+
+    def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
+        for part, here in _by_part(numbers, ends):
+            yield from tables[part].take(here, columns)
+
+    shared = [column for column in tables[0].columns if all(column in table.columns for table in tables)]
+    return Table(name, tuple(shared), ends[-1], take)
+
+
+def _saved(path: Path) -> Table:
+    """What `datasets` wrote by `save_to_disk`. Images and sounds stay as they are encoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading this folder needs the datasets library; pip install 'headfold[data]'"
+        ) from error
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        raise UserError(f"{path}: a folder of splits; name one of {', '.join(str(path / split) for split in data)}")
+    data = _encoded(data)
+
+    def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
+        del columns
+        return (data[number] for number in numbers)
+
+    return Table(str(path), tuple(data.column_names), len(data), take)
+
+
+def _encoded(data: Any) -> Any:
+    """A dataset of `datasets` that hands images and sounds out as bytes and path, undecoded."""
+    import datasets
+
+    for name, feature in (data.features or {}).items():
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            data = data.cast_column(name, type(feature)(decode=False))
+    return data
+
+
+def _streamed(source: str) -> Stream:
+    name, config, split = (source.removeprefix("hub:").split(":") + [""] * 2)[:3]
+    stream = _encoded(hub._open(name, config or None, split or "train"))
+
+    def begin(seed: int | None) -> Iterator[Row]:
+        chosen = stream if seed is None else stream.shuffle(seed=seed, buffer_size=hub.SHUFFLE_BUFFER)
+        rows = iter(chosen)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # the network may go away at any row
+                raise UserError(f"{source}: reading stopped: {hub._first_line(error)}; try again") from error
+            yield row
+
+    first = next(begin(None), None)
+    if first is None:
+        raise UserError(f"{source}: expected rows, found none; give another split")
+    return Stream(source, tuple(first), begin)

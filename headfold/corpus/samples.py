@@ -1,0 +1,145 @@
+"""What calibration and evaluation run on: batches of a model's own inputs, whatever they are made of."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from .audio import encode_audio, read_audio
+from .images import image_blocks, label_id
+from .pairs import IGNORED, encode_pairs, read_pairs
+from .readers import open_processor, open_tokenizer
+from .sentences import encode_sentences, read_sentences
+from .windows import draw_windows
+
+Sample = dict[str, Tensor]
+"""Keyword arguments of the model's forward, batch first, all items padded to one length."""
+
+_SPEECH = re.compile(r"whisper|speech_to_text")
+_VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
+_ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
+_PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """What a model of this config.json takes: "text", "pairs", "sentences", "images" or "audio".
+
+    The head that `architectures` names decides; a bare model is judged by its `model_type`. Text is the rest.
+    """
+    head = next(iter(config.get("architectures") or []), "")
+    family = str(config.get("model_type", ""))
+    if _SPEECH.search(family) and not head.endswith("ForCausalLM"):
+        return "audio"
+    if head.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text"
+    if head.endswith("EncoderModel"):
+        return "sentences"
+    if config.get("is_encoder_decoder"):
+        return "pairs"
+    if _VISION.search(family) or head.endswith(("ForImageClassification", "VisionModel")):
+        return "images"
+    encodes = head.endswith(("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "TextModel"))
+    return "sentences" if encodes or _ENCODER.search(family) else "text"
+
+
+def draw_sample(
+    kind: str,
+    source: str,
+    *,
+    path: Path,
+    num_items: int | None,
+    context: int,
+    seed: int | None,
+    columns: Sequence[str] = (),
+) -> Sample:
+    """`num_items` items of a source, drawn from the whole of it by `seed`, as inputs of the model in directory `path`.
+
+    text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 where padded).
+    sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
+    images: `pixel_values`, `labels` if known. audio: `input_features`, `labels` if there are transcripts. Texts are cut at `context`
+    tokens. A source with fewer items gives all; without `num_items` it always does. Without a seed (not for text) the first are
+    taken, in the source's order. Images of a large source are better read by `image_sample_blocks`.
+
+    Raises:
+        UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
+    """
+    asked = (source, columns, num_items, seed)
+    if kind == "images":
+        blocks = list(image_sample_blocks(source, path=path, num_items=num_items, seed=seed, columns=columns))
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    if kind == "audio":
+        sounds, texts = read_audio(*asked)
+        tokenizer = open_tokenizer(path) if texts is not None else None
+        start = _config(path).get("decoder_start_token_id")
+        return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
+    tokenizer = open_tokenizer(path)
+    if kind == "pairs":
+        return encode_pairs(read_pairs(*asked), tokenizer, context)
+    if kind == "sentences":
+        sentences, labels = read_sentences(*asked)
+        sample = encode_sentences(sentences, tokenizer, context)
+        return sample if labels is None else sample | {"labels": _label_ids(labels, path, source)}
+    assert kind == "text" and num_items is not None and seed is not None, kind
+    if source == "self":
+        raise UserError("self: no text to draw from; the model itself writes it (corpus.windows.draw_windows)")
+    num_tokens = num_items * context
+    return {
+        "input_ids": draw_windows(
+            source, tokenizer=tokenizer, model=None, num_tokens=num_tokens, context=context, seed=seed
+        )
+    }
+
+
+def image_sample_blocks(
+    source: str, *, path: Path, num_items: int | None, seed: int | None, columns: Sequence[str] = ()
+) -> Iterator[Sample]:
+    """What `draw_sample` gives of images, a block at a time: never more than that is held.
+
+    Raises:
+        UserError: as `draw_sample`.
+    """
+    config = _config(path)
+    return image_blocks(
+        source,
+        open_processor("images", path),
+        columns=columns,
+        num_items=num_items,
+        seed=seed,
+        label2id=config.get("label2id"),
+        num_channels=config.get("num_channels", 3),
+    )
+
+
+def _label_ids(labels: Sequence[Any], path: Path, source: str) -> Tensor:
+    label2id = _config(path).get("label2id") or {}
+    return torch.tensor([label_id(label, label2id, source) for label in labels])
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text())
+
+
+def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
+    """Consecutive items, `items_per_batch` together; columns that pad every item of a batch are cut off."""
+    num_items = len(next(iter(sample.values())))
+    for at in range(0, num_items, items_per_batch):
+        yield _trimmed({name: tensor[at : at + items_per_batch] for name, tensor in sample.items()})
+
+
+def _trimmed(batch: Sample) -> Sample:
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is not None:
+        batch |= {name: batch[name][:, : _extent(mask != 0)] for name in _PADDED & batch.keys()}
+    if labels is not None and labels.ndim == 2:
+        batch["labels"] = labels[:, : _extent(labels != IGNORED)]
+    return batch
+
+
+def _extent(is_real: Tensor) -> int:
+    """Columns up to the last that is real in some row; at least one, since no model takes none."""
+    return max(1, int(is_real.any(0).nonzero().max().item()) + 1) if is_real.any() else 1

@@ -1,0 +1,77 @@
+"""Sentences for encoders: one item a line of text, a row of a column, or a document."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from ..core.errors import UserError
+from . import _split_column, open_corpus
+from .lines import parallel_lines
+from .pairs import padded, text_of
+from .rows import Stream, Table, concatenated, is_table, open_rows, require, value
+from .text import text_files
+
+
+def read_sentences(
+    source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
+) -> tuple[list[str], list[Any] | None]:
+    """Sentences, and their labels where a second column is named: the first of the source, or drawn by seed from all of it.
+
+    A text file, plain or `.gz`, gives its lines, a folder those of all its text files; tables give column `text`, or
+    `columns[0]`, or what `FILE.jsonl:COLUMN` says; `stdlib` gives its files. Blank ones are passed over.
+
+    Raises:
+        UserError: an unreadable or empty source, or a missing column.
+    """
+    if source == "self":
+        raise UserError("self: an encoder writes no text of its own; give a text file, one sentence a line")
+    if source == "stdlib":
+        texts = filter(str.strip, open_corpus(source, seed=seed).documents)
+        return list(itertools.islice(texts, num_items)), None
+    rows, names = _open(source, columns)
+    drawn = list(rows.draw(names, num_items, seed, lambda row: bool(text_of(row, names[0], rows.name).strip())))
+    if not drawn:
+        raise UserError(f"{source}: expected sentences, found none; give another source")
+    labels = [value(row, names[1]) for row in drawn] if len(names) > 1 else None
+    return [value(row, names[0]) for row in drawn], labels
+
+
+def _open(source: str, columns: Sequence[str]) -> tuple[Table | Stream, tuple[str, ...]]:
+    path, column = _split_column(source)
+    names = tuple(columns) or (column or "text",)
+    if is_table(str(path) if column else source):
+        rows = open_rows(str(path) if column else source)
+        return rows, require(rows, names)
+    if len(names) > 1:
+        raise UserError(f"{source}: plain text has no columns {', '.join(names)}; give FILE.jsonl or FILE.parquet")
+    if path.exists():
+        return _folded_lines(path), names
+    return _hub(source), names
+
+
+def _folded_lines(path: Path) -> Table:
+    files = text_files(path)
+    return concatenated(str(path), [parallel_lines([file], ["text"]) for file in files])
+
+
+def _hub(source: str) -> Stream:
+    """`org/name` is a hub dataset; `open_corpus` refuses what is nothing."""
+    stream = open_rows(open_corpus(source).name)
+    assert isinstance(stream, Stream)
+    return stream
+
+
+def encode_sentences(texts: Sequence[str], tokenizer: Any, context: int) -> dict[str, Int[Tensor, "sentence token"]]:
+    """`input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, cut at `context` tokens."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    return {name: padded(encoded[name], fill) for name, fill in padding.items() if name in encoded}
+
+
+def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Consecutive texts, `size` together."""
+    return (texts[at : at + size] for at in range(0, len(texts), size))
