@@ -125,7 +125,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
-    """Consecutive items, `items_per_batch` together; columns that pad every item of a batch are cut off."""
+    """Consecutive items, `items_per_batch` together; columns that pad every item of a batch are cut off.
+
+    What is cut is copied: stock losses flatten labels by `view`, which refuses a slice.
+    """
     num_items = len(next(iter(sample.values())))
     for at in range(0, num_items, items_per_batch):
         yield _trimmed({name: tensor[at : at + items_per_batch] for name, tensor in sample.items()})
@@ -134,9 +137,9 @@ def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
 def _trimmed(batch: Sample) -> Sample:
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     if mask is not None:
-        batch |= {name: batch[name][:, : _extent(mask != 0)] for name in _PADDED & batch.keys()}
+        batch |= {name: batch[name][:, : _extent(mask != 0)].contiguous() for name in _PADDED & batch.keys()}
     if labels is not None and labels.ndim == 2:
-        batch["labels"] = labels[:, : _extent(labels != IGNORED)]
+        batch["labels"] = labels[:, : _extent(labels != IGNORED)].contiguous()
     return batch
 
 
