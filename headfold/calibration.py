@@ -1,15 +1,17 @@
-"""Run the model over calibration tokens and sum what each attention site sees."""
+"""Run the model over calibration data and sum what each attention site sees."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from .core.errors import UserError
 from .core.stats import SiteStats
+from .corpus.pairs import IGNORED
+from .corpus.samples import batches as in_batches
 from .families.spec import Site
 from .measure import second_moment
 from .stock import input_device
@@ -17,44 +19,82 @@ from .stock import input_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Sample = Mapping[str, Tensor]
+"""Keyword arguments of the model's forward, batch first: `input_ids` and whatever belongs to them, or `pixel_values` …"""
+
 TOKENS_PER_BATCH = 4096
 """Large enough that the D² conversion of each batch's product to float64 is small beside the product itself."""
+ITEMS_PER_BATCH = 64
+"""Of what has no tokens to count: images, sound."""
 
 
-def batches(windows: Int[Tensor, "window context"]) -> Iterator[Int[Tensor, "batch context"]]:
-    """Windows in batches of about `TOKENS_PER_BATCH` tokens."""
-    return iter(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+def batches(sample: Sample) -> Iterator[Sample]:
+    """Items in batches of about `TOKENS_PER_BATCH` tokens, without the columns that only items of other batches need."""
+    tokens = sample.get("input_ids")
+    return in_batches(dict(sample), ITEMS_PER_BATCH if tokens is None else max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+
+
+def num_tokens(batch: Sample) -> int:
+    """What progress counts: tokens of the main input, or items where it has none."""
+    tokens = batch.get("input_ids")
+    return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
+
+
+def run(model: "PreTrainedModel", batch: Sample) -> Any:
+    """One forward pass without cache, loss or, where the model has a body apart, its head."""
+    body = model.base_model
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items() if name != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False):
+        labels = batch["labels"].to(input_device(model))
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    if "use_cache" in inspect.signature(body.forward).parameters:
+        inputs["use_cache"] = False
+    return body(**inputs)
+
+
+def decoder_inputs(model: "PreTrainedModel", labels: Tensor) -> Tensor:
+    """The labels moved one to the right behind the start token, as the model does it itself for a loss."""
+    config = model.config
+    shifted = torch.full_like(labels, config.pad_token_id)
+    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted
 
 
 @torch.no_grad()
 def collect(
     model: "PreTrainedModel",
     sites: list[Site],
-    windows: Int[Tensor, "window context"],
+    sample: Sample,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, SiteStats]:
-    """Statistics of every site from one pass over `windows` (token ids), without the output head.
+    """Statistics of every site from one pass over `sample`.
 
     `progress` is called with the number of tokens of each finished batch.
     """
     sums: dict[str, SiteStats] = {}
+    current: list[Sample] = []
 
-    def observer(name: str) -> Callable[..., None]:
+    def observer(site: Site, *, queries: bool) -> Callable[..., None]:
         def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            seen = SiteStats(second_moment.observe(x), x.shape[0] * x.shape[1])
-            if name in sums:
-                for key, tensor in sums[name].tensors.items():
-                    tensor += seen.tensors[key]
-                seen = SiteStats(sums[name].tensors, sums[name].count + seen.count)
-            sums[name] = seen
+            x = (
+                inputs[0]
+                if inputs[0].ndim == 3
+                else inputs[0].reshape(len(next(iter(current[0].values()))), -1, inputs[0].shape[-1])
+            )
+            seen = second_moment.observe(x, mask_of(site, current[0], x, queries=queries))
+            count = int(seen["second"][-1, -1])
+            _add(sums, site.name, SiteStats({"query_second": seen["second"]}, 0) if queries else SiteStats(seen, count))
 
         return observe
 
-    with _pre_hooks({key_module(site): observer(site.name) for site in sites}, model):
-        for batch in batches(windows):
-            model.base_model(input_ids=batch.to(input_device(model)), use_cache=False)
-            progress(batch.numel())
+    hooks = [(key_path(site), observer(site, queries=False)) for site in sites]
+    hooks += [(site.paths["q"], observer(site, queries=True)) for site in sites if site.reads_encoder]
+    with _pre_hooks(hooks, model):
+        for batch in batches(sample):
+            current[:] = [batch]
+            run(model, batch)
+            progress(num_tokens(batch))
     for name, stats in sums.items():
         if not all(torch.isfinite(t).all() for t in stats.tensors.values()):
             raise UserError(
@@ -63,14 +103,32 @@ def collect(
     return sums
 
 
-def key_module(site: Site) -> str:
-    """Path of the linear that makes K: its input is what K and V are functions of."""
-    return site.weights.get("k") or site.weights["qkv"]
+def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
+    """In place: a copy of the sums of a wide layer for every batch would cost as much as measuring it."""
+    old = sums.get(name, SiteStats({}, 0))
+    for key, tensor in seen.tensors.items():
+        if key in old.tensors:
+            old.tensors[key].add_(tensor)
+    sums[name] = SiteStats({**seen.tensors, **old.tensors}, old.count + seen.count)
+
+
+def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | None:
+    """Which positions of x are no padding: x is what the site's queries, or its keys, are made of. None: all count."""
+    decodes = "labels" in batch and batch["labels"].ndim == 2 and site.stack == "decoder"
+    mask = (
+        batch["labels"] != IGNORED if decodes and (queries or not site.reads_encoder) else batch.get("attention_mask")
+    )
+    return mask.bool().to(x.device) if mask is not None and mask.shape == x.shape[:2] else None
+
+
+def key_path(site: Site) -> str:
+    """Path in the model of the linear that makes K: its input is what K and V are functions of."""
+    return site.paths.get("k") or site.paths["qkv"]
 
 
 @contextmanager
-def _pre_hooks(hooks: dict[str, Callable[..., None]], model: nn.Module) -> Iterator[None]:
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook) for path, hook in hooks.items()]
+def _pre_hooks(hooks: list[tuple[str, Callable[..., None]]], model: nn.Module) -> Iterator[None]:
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook) for path, hook in hooks]
     try:
         yield
     finally:

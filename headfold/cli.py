@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +45,28 @@ Calibration = Annotated[
         "(hub:NAME[:CONFIG][:SPLIT][:COLUMN]), stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
     ),
 ]
-Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens. Default: 65536.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens of a language model. Default: 65536."),
+]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        "--items",
+        metavar="N",
+        min=1,
+        help="Calibration pairs, sentences, images or sounds of other models. Default: 512.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", metavar="NAME,NAME", help="Where a source has them under other names than source,target or image."
+    ),
+]
+Encoder = Annotated[
+    bool, typer.Option("--encoder", help="Fold an encoder-decoder's encoder too; by default only its decoder.")
+]
 Context = Annotated[
     int | None,
     typer.Option(
@@ -91,6 +111,8 @@ def calibrate(
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
     calibration: Calibration = None,
     tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
     context: Context = None,
     seed: Seed = 0,
     force: Force = False,
@@ -100,7 +122,7 @@ def calibrate(
     """Measure once what attention sees, for any number of folds."""
     from . import recipe
 
-    chosen = _given(calibration=calibration, tokens=tokens, context=context)
+    chosen = _given(calibration=calibration, tokens=tokens, items=items, columns=_names(columns), context=context)
     with ProgressReport(silent=as_json) as progress:
         result = recipe.calibrate(model, stats, seed=seed, force=force, progress=progress, **chosen)
     _answer(result.to_json(), as_json) or views.show_calibration(result)
@@ -114,6 +136,7 @@ def plan(
     group: Group = None,
     merge: Merge = None,
     stats: StatsFile = None,
+    encoder: Encoder = False,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
@@ -126,7 +149,9 @@ def plan(
 
     chosen = _given(group=group, merge=merge, stats=stats)
     with ProgressReport(silent=as_json) as progress:
-        made = recipe.plan(model, out, kv_heads=kv_heads, seed=seed, force=force, progress=progress, **chosen)
+        made = recipe.plan(
+            model, out, kv_heads=kv_heads, encoder=encoder, seed=seed, force=force, progress=progress, **chosen
+        )
     if not _answer(made.to_json(), as_json):
         views.show_plan_errors(made)
         print(f"wrote {out}")
@@ -145,7 +170,10 @@ def fold(
     ] = True,
     calibration: Calibration = None,
     tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
     context: Context = None,
+    encoder: Encoder = False,
     stats: StatsFile = None,
     seed: Seed = 0,
     force: Force = False,
@@ -162,12 +190,12 @@ def fold(
     from . import recipe
 
     chosen = _given(
-        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, context=context,
-        stats=stats,
+        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
+        columns=_names(columns), context=context, stats=stats,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = recipe.fold(
-            model, out, refit=refit, seed=seed, force=force, verify=verify, progress=progress, **chosen
+            model, out, refit=refit, encoder=encoder, seed=seed, force=force, verify=verify, progress=progress, **chosen
         )
     _answer(result.to_json(), as_json) or views.show_fold(result)
 
@@ -182,23 +210,33 @@ def evaluate(
         str | None,
         typer.Option(
             "--text",
-            metavar="FILE",
-            help="Text to measure on, or any source as in --calibration. Default: the bundled text.",
+            metavar="SOURCE",
+            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); "
+            "sentences; a folder or table of images. Default, for language models alone: the bundled text.",
         ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
+    ] = None,
+    beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams that BLEU is written with.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Items to measure on; tokens of plain text.")
     ] = None,
     context: Context = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, and KL to the original.
+    """Measure perplexity, BLEU, accuracy or embeddings.
 
-    With --reference also how often both put the same token first."""
-    from . import recipe
+    By what the model is: a language model's perplexity and KL to the original, BLEU and loss of an encoder-decoder, accuracy of a
+    classifier, likeness of an encoder's embeddings to the original's. With --reference always beside the original."""
+    from .recipe import scoring
 
+    chosen = _given(columns=columns and tuple(columns.split(",")), limit=limit, context=context)
     with ProgressReport(silent=as_json) as progress:
-        found = recipe.evaluate(model, reference=reference, text=text, context=context, progress=progress)
-    facts = {**asdict(found), "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
-    _answer(facts, as_json) or views.show_evaluation(found)
+        found = scoring.evaluate(model, reference=reference, text=text, beams=beams, progress=progress, **chosen)
+    _answer(scoring.facts(found), as_json) or views.show_evaluation(found)
 
 
 @app.command(epilog="Example: headfold methods absorb")
@@ -249,6 +287,10 @@ def _check_fold(kv_heads: str | None, plan: Path | None, group: str | None, merg
         raise UserError(
             f"fold: {' and '.join(refused)} beside --plan {plan}; the plan decides, leave them out or make another plan"
         )
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def parse_kv_heads(text: str | int, num_groups: int) -> int:
 def make_plan(
     sites: list[Site],
     read: Callable[[str], Tensor],
-    num_groups: int,
+    kv_heads: str | int,
     *,
     source: str,
     group: str = "swap",
@@ -52,23 +52,32 @@ def make_plan(
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
-    """Group every site's K/V heads into `num_groups` and predict the loss.
+    """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
 
-    `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs were white, and nothing is predicted.
+    Sites that share one order of query heads (T5's stacks) are grouped alike, by the sum of their costs; where the order is
+    fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs were white, and nothing is predicted.
 
     Raises:
         UserError: unknown method or option; a count that does not split the heads.
     """
     chosen = plugins.parse(merges, merge, "merge")
     solver, cost_of = parse_group(group)
-    planned = {}
+    planned: dict[str, SitePlan] = {}
+    for together in _decided_together(sites):
+        progress(together[0].name)
+        num_groups = parse_kv_heads(kv_heads, together[0].num_groups)
+        groups = _grouped(together, read, solver, cost_of, num_groups, stats, seed)
+        for site in together:
+            planned[site.name] = _plan_site(site, read, groups, chosen, stats and stats[site.name])
+    return Plan({site.name: planned[site.name] for site in sites}, group, source, seed, calibration or {})
+
+
+def _decided_together(sites: list[Site]) -> list[list[Site]]:
+    """Each site alone, but the sites of a stack with one order of query heads at once."""
+    stacks: dict[str, list[Site]] = {}
     for site in sites:
-        progress(site.name)
-        check_group_count(site.name, site.num_groups, num_groups)
-        planned[site.name] = _plan_site(
-            site, read, solver, cost_of, chosen, num_groups, stats and stats[site.name], seed
-        )
-    return Plan(planned, group, source, seed, calibration or {})
+        stacks.setdefault(f"stack {site.stack}" if site.query_order == "stack" else site.name, []).append(site)
+    return list(stacks.values())
 
 
 def parse_group(text: str) -> tuple[plugins.Method, plugins.Method | None]:
@@ -83,27 +92,35 @@ def parse_group(text: str) -> tuple[plugins.Method, plugins.Method | None]:
     return solver, plugins.parse(costs, named[0] if named else "absorb", "cost")
 
 
-def _plan_site(
-    site: Site,
+def _grouped(
+    sites: list[Site],
     read: Callable[[str], Tensor],
     solver: plugins.Method,
     cost_of: plugins.Method | None,
-    merge: plugins.Method,
     num_groups: int,
-    stats: SiteStats | None,
+    stats: Mapping[str, SiteStats] | None,
     seed: int,
+) -> Groups:
+    """One partition for all of `sites`."""
+    num_heads = sites[0].num_groups
+    if num_groups in (1, num_heads) or sites[0].query_order == "fixed":
+        return Groups.contiguous(num_heads, num_groups)
+    if cost_of is None:
+        return solver(None, num_heads, num_groups, seed=seed)
+    costs = []
+    for site in sites:
+        heads = read_heads(site, read)
+        costs.append(
+            cost_of(heads, stats[site.name] if stats is not None else SiteStats.isotropic(heads.k.shape[2] - 1))
+        )
+    return solver(lambda members: sum(cost(members) for cost in costs), num_heads, num_groups, seed=seed)
+
+
+def _plan_site(
+    site: Site, read: Callable[[str], Tensor], groups: Groups, merge: plugins.Method, stats: SiteStats | None
 ) -> SitePlan:
-    trivial = num_groups in (1, site.num_groups)
-    asks = cost_of is not None and not trivial
-    # A site of a 7B model is 134 MB: read only where something looks at it.
-    heads = read_heads(site, read) if asks or stats is not None else None
-    cost = cost_of(heads, stats or SiteStats.isotropic(heads.q.shape[2] - 1)) if asks else None
-    groups = (
-        Groups.contiguous(site.num_groups, num_groups)
-        if trivial
-        else solver(cost, site.num_groups, num_groups, seed=seed)
-    )
+    # A site of a 7B model is 134 MB: read only where there is something to predict from.
     if stats is None:
         return SitePlan(groups, str(merge))
-    moments = site_moments(heads, stats)
+    moments = site_moments(read_heads(site, read), stats)
     return SitePlan(groups, str(merge), grouped_error(moments, groups), site_energy(moments))

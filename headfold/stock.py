@@ -110,12 +110,15 @@ def open_model(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     overlay: Mapping[str, Tensor] | None = None,
+    renamed: Mapping[str, str] | None = None,
+    model_class: Any = None,
     memory_limit: int | None = None,
 ) -> "PreTrainedModel":
     """The model of a checkpoint directory in eval mode, without gradients, by the class that its config names.
 
     `dtype` is what it computes in (default: `compute_dtype` of the checkpoint's). `overlay` maps tensor names on disk to
-    tensors, shapes as stored, that take the place of the stored ones; it may be lazy and is asked for one at a time. A model that
+    tensors, shapes as stored, that take the place of the stored ones; it may be lazy and is asked for one at a time; `renamed`
+    gives the names on disk of parameters that transformers calls otherwise. `model_class` is used instead of the named one. A model that
     needs more than `memory_limit` bytes (default: `MEMORY_SHARE` of what is available) keeps its weights on disk and reads
     them at every forward pass, one module at a time: slow but bounded, and bitwise the same.
 
@@ -128,9 +131,9 @@ def open_model(
     limit = MEMORY_SHARE * available_memory(device) if memory_limit is None else memory_limit
     with quiet():
         if needed > limit:
-            model = _streamed(checkpoint, dtype, device, overlay or {})
+            model = _streamed(checkpoint, dtype, device, overlay or {}, model_class)
         else:
-            model = _whole(checkpoint, dtype, overlay or {}).to(device)
+            model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class).to(device)
     return model.eval().requires_grad_(False)
 
 
@@ -161,17 +164,19 @@ def _num_elements(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _auto_class(checkpoint: Checkpoint) -> Any:
-    """The transformers class that opens the checkpoint: with a language-model head where the config names one.
+    """The transformers class that opens the checkpoint: the one that its config names, else the model without a head.
 
     Raises:
         UserError: the config asks for code of its own. Where transformers has the architecture as well, its own is used.
     """
-    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+    import transformers
 
-    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
+    if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
         refuse_remote_code(checkpoint.config)
-    causal = any(name.endswith("ForCausalLM") for name in checkpoint.config.get("architectures") or [])
-    return AutoModelForCausalLM if causal else AutoModel
+    name = next(iter(checkpoint.config.get("architectures") or []), "")
+    if name.endswith("ForCausalLM"):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, name, None) or transformers.AutoModel
 
 
 def _experts(dtype: torch.dtype) -> dict[str, str]:
@@ -179,9 +184,11 @@ def _experts(dtype: torch.dtype) -> dict[str, str]:
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
-def _whole(checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor]) -> "PreTrainedModel":
+def _whole(
+    checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor], renamed: Mapping[str, str], chosen: Any
+) -> "PreTrainedModel":
     """Loaded by transformers itself, as any user would; then the overlay is copied in."""
-    auto, path = _auto_class(checkpoint), checkpoint.path
+    auto, path = chosen or _auto_class(checkpoint), checkpoint.path
     try:
         model, info = auto.from_pretrained(
             path,
@@ -200,7 +207,10 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Ten
             "correct the config or the checkpoint"
         )
     _refuse_missing(path, sorted(info["missing_keys"]))
-    names = {_name_on_disk(name, model, checkpoint): parameter for name, parameter in model.named_parameters()}
+    names = {
+        renamed.get(name) or _name_on_disk(name, model, checkpoint): parameter
+        for name, parameter in model.named_parameters()
+    }
     assert overlay.keys() <= names.keys(), sorted(overlay.keys() - names.keys())
     with torch.no_grad():
         for name in overlay:
@@ -212,18 +222,19 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Ten
 
 
 def _streamed(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor]
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor], chosen: Any
 ) -> "PreTrainedModel":
     """A model of shapes alone, its real buffers computed, whose modules fetch their weights as they run."""
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
     from transformers import AutoConfig
 
-    auto, path = _auto_class(checkpoint), checkpoint.path
+    auto, path = chosen or _auto_class(checkpoint), checkpoint.path
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=dtype, **_experts(dtype))
+            model = make(config, dtype=dtype, **_experts(dtype))
     except Exception as error:
         raise UserError(f"{path}: transformers does not know this architecture: {_first_line(error)}") from error
     model.eval()

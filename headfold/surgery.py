@@ -28,7 +28,8 @@ def kept_weights(site: Site, plan: Plan, refits: Mapping[str, Tensor] | None = N
     """
     planned = plan.sites[site.name]
     method = plugins.load(merges, planned.merge.partition(":")[0])
-    if getattr(method, "READS_QUERIES", True) or not planned.groups.is_contiguous:
+    in_source_form = not (site.transposed or site.splits(planned.groups.num_groups))
+    if getattr(method, "READS_QUERIES", True) or not (planned.groups.is_contiguous and in_source_form):
         return {}
     names = {f"{site.weights[role]}.weight": axis for role, axis in (("q", 1), ("o", 0)) if role in site.weights}
     return {name: axis for name, axis in names.items() if name not in (refits or {})}

@@ -144,7 +144,7 @@ FOLDABLE = sorted(set(TINY) - {"phi3", "phi3-partial-gqa"})  # fused projections
 @pytest.mark.parametrize("name", FOLDABLE)
 def test_a_correct_fold_verifies(name, tmp_path):
     source, expected = twin_and_fold(name, torch.float64, tmp_path / "fold")
-    result = verify(source, tmp_path / "fold", expected, tiny_tokens())
+    result = verify(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
     assert result.passed and result.where is None and result.num_tokens == 32
     assert result.max_abs_difference <= result.tolerance
 
@@ -155,7 +155,7 @@ def test_swapped_heads_do_not_verify_and_their_layer_is_named(dtype, memory_limi
     source, expected = twin_and_fold("llama", dtype, tmp_path / "right")
     _, _ = twin_and_fold("llama", dtype, tmp_path / "wrong", swap=(0, 2))
     right, wrong = (
-        verify(source, tmp_path / name, expected, tiny_tokens(), memory_limit=memory_limit)
+        verify(source, tmp_path / name, expected, {"input_ids": tiny_tokens()}, memory_limit=memory_limit)
         for name in ("right", "wrong")
     )
     assert right.passed and right.dtype == ("float64" if dtype == torch.float64 else "float32")
@@ -168,5 +168,5 @@ def test_not_a_number_does_not_verify(tmp_path):
     stored = load_file(path)
     stored["model.layers.0.self_attn.v_proj.weight"][3, 3] = torch.nan
     save_file(stored, path, metadata={"format": "pt"})
-    result = verify(source, tmp_path / "fold", expected, tiny_tokens())
+    result = verify(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
     assert not result.passed and result.where == "layers.0"

@@ -185,7 +185,7 @@ def test_every_field_has_a_reader(noun: type) -> None:
     package = Path(headfold.__file__).parent
     source = "\n".join(path.read_text() for path in package.rglob("*.py"))
     for name in (field.name for field in fields(noun)):
-        by_role = rf'"{name}"' if noun is Attention and len(name) <= len("q_norm") else r"(?!)"
+        by_role = rf'"{name}"' if noun is Attention and len(name) <= len("bias_table") else r"(?!)"
         assert re.search(rf"\.{name}\b|{by_role}", source), f"{noun.__name__}.{name} has no reader"
 
 
@@ -250,4 +250,6 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(change: dict[str, Any
 
 def test_folding_changes_one_number_of_the_config() -> None:
     config = json.loads((tiny_checkpoint("qwen2") / "config.json").read_text())
-    assert folded_config(family_of(config), config, 2) == config | {"num_key_value_heads": 2}
+    sites = [site for site, _ in tiny_sites(tiny_checkpoint("qwen2"))]
+    counts = {site.name: 2 for site in sites}
+    assert folded_config(family_of(config), config, sites, counts) == config | {"num_key_value_heads": 2}

@@ -20,7 +20,7 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
-from headfold.recipe import folding
+from headfold.recipe import folding, job
 from headfold.recipe.measuring import OriginalRun
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -56,7 +56,7 @@ def source() -> Path:
 def stats(source: Path, tmp_path: Path) -> Path:
     path = tmp_path / "stats.safetensors"
     sites = [site for site, _ in tiny_sites(source)]
-    seen = collect(stock_model(source), sites, tiny_tokens(6, seed=1))
+    seen = collect(stock_model(source), sites, {"input_ids": tiny_tokens(6, seed=1)})
     write_stats(path, seen, {"model": Checkpoint.open(source).fingerprint(), "source": "random tokens"})
     return path
 
@@ -122,7 +122,9 @@ def test_a_grouped_source_folds_on_down_to_one_head(merge: str, tmp_path: Path, 
     four, one = tmp_path / "four", tmp_path / "one"
     assert headfold.fold(source, four, kv_heads="1/2", **settings).kv_heads_after == 4
     if "stats" in settings:
-        grouped = collect(stock_model(four), [site for site, _ in tiny_sites(four)], tiny_tokens(6, seed=1))
+        grouped = collect(
+            stock_model(four), [site for site, _ in tiny_sites(four)], {"input_ids": tiny_tokens(6, seed=1)}
+        )
         settings["stats"] = tmp_path / "grouped.safetensors"
         write_stats(settings["stats"], grouped, {"model": Checkpoint.open(four).fingerprint()})
     result = headfold.fold(four, one, kv_heads=1, **settings)
@@ -180,12 +182,12 @@ KILLED_AT: dict[str, tuple[Any, str, int]] = {
     "calibrate": (OriginalRun, "write_statistics", 0),
     "plan": (folding, "plan_source", 0),
     "refit": (OriginalRun, "refit", 0),
-    "write, first site": (folding, "site_tensors", 0),
-    "write, second site": (folding, "site_tensors", 1),
-    "side files": (folding, "copy_side_files", 0),
-    "verify": (folding, "compare_with_twin", 0),
-    "card": (folding, "model_card", 0),
-    "rename": (folding, "commit", 0),
+    "write, first site": (job, "site_tensors", 0),
+    "write, second site": (job, "site_tensors", 1),
+    "side files": (job, "copy_side_files", 0),
+    "verify": (job, "compare_with_twin", 0),
+    "card": (job, "model_card", 0),
+    "rename": (job, "commit", 0),
 }
 """Where a function lives, its name, and how many calls of it return before one never does."""
 
@@ -216,7 +218,7 @@ def test_killed_in_shards_and_run_again_gives_the_same_bytes(source: Path, tmp_p
     shards = resharded(source, tmp_path / "shards", torch.float32)
     headfold.fold(shards, tmp_path / "calm", **BASELINE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folding, "site_tensors", failing(folding.site_tensors, 1))
+        patch.setattr(job, "site_tensors", failing(job.site_tensors, 1))
         with pytest.raises(KeyboardInterrupt):
             headfold.fold(shards, tmp_path / "out", **BASELINE)
     headfold.fold(shards, tmp_path / "out", **BASELINE)
@@ -264,7 +266,7 @@ def one_head_wrong(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path: Path) -> None:
-    make = folding.site_tensors
+    make = job.site_tensors
 
     def corrupting(site: Any, *args: Any, **keywords: Any) -> Mapping[str, Tensor]:
         tensors = make(site, *args, **keywords)
@@ -273,7 +275,7 @@ def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path:
 
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folding, "site_tensors", corrupting)
+        patch.setattr(job, "site_tensors", corrupting)
         with pytest.raises(UserError, match=r"head-repeated twin.*first in layers\.1.*not renamed") as refusal:
             headfold.fold(source, out, **BASELINE)
         assert "\n" not in str(refusal.value)
@@ -284,11 +286,9 @@ def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path:
 
 def test_a_failed_verification_is_not_taken_up_again(source: Path, tmp_path: Path) -> None:
     """After the cause is gone the same call must not go on from the wrong bytes."""
-    make, out = folding.site_tensors, tmp_path / "out"
+    make, out = job.site_tensors, tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            folding, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k)
-        )
+        patch.setattr(job, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k))
         with pytest.raises(UserError):
             headfold.fold(source, out, **BASELINE)
     headfold.fold(source, out, **BASELINE)

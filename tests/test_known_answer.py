@@ -49,7 +49,9 @@ class Hidden:
             made |= site_tensors(site, plan, self.tensors.__getitem__, self.stats)
         config = json.loads((self.directory / "config.json").read_text())
         out.mkdir()
-        (out / "config.json").write_text(json.dumps(folded_config(family_of(config), config, SHARED)))
+        (out / "config.json").write_text(
+            json.dumps(folded_config(family_of(config), config, self.sites, plan.num_groups))
+        )
         save_file(made, out / "model.safetensors", metadata={"format": "pt"})
         return out
 
@@ -60,7 +62,7 @@ def hidden(name: str) -> Hidden:
     directory = source.with_name(f"{source.name}-hidden")
     rewritten(source, directory, lambda heads, index: repeat_and_disguise(heads, COPIES, seed=index))
     sites = [site for site, _ in tiny_sites(directory)]
-    stats = collect(stock_model(directory), sites, tiny_tokens(6, 16, seed=1))
+    stats = collect(stock_model(directory), sites, {"input_ids": tiny_tokens(6, 16, seed=1)})
     return Hidden(directory, sites, load_file(directory / "model.safetensors"), stats, stock_logits(source))
 
 

@@ -68,7 +68,7 @@ def test_a_pass_sums_what_a_plain_hook_on_k_sees(name: str) -> None:
         linear.register_forward_hook(lambda module, args, output, key=site.name: inputs.update({key: args[0]}))
     with torch.no_grad():
         model(WINDOWS)
-    found = collect(stock_model(tiny_checkpoint(name)), sites, WINDOWS)
+    found = collect(stock_model(tiny_checkpoint(name)), sites, {"input_ids": WINDOWS})
     assert found.keys() == inputs.keys()
     for key, x in inputs.items():
         same(found[key], brute_force(x))
@@ -77,10 +77,10 @@ def test_a_pass_sums_what_a_plain_hook_on_k_sees(name: str) -> None:
 @pytest.mark.parametrize("tokens_per_batch", [1, 30, 48])
 def test_batches_sum_to_one_batch(tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
-    whole = collect(model, sites, WINDOWS)
+    whole = collect(model, sites, {"input_ids": WINDOWS})
     monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", tokens_per_batch)
     heard: list[int] = []
-    parts = collect(model, sites, WINDOWS, heard.append)
+    parts = collect(model, sites, {"input_ids": WINDOWS}, heard.append)
     assert heard == [min(tokens_per_batch // 12 or 1, 7 - at) * 12 for at in range(0, 7, tokens_per_batch // 12 or 1)]
     for site in sites:
         same(parts[site.name], whole[site.name])
@@ -89,9 +89,9 @@ def test_batches_sum_to_one_batch(tokens_per_batch: int, monkeypatch: pytest.Mon
 def test_a_pass_leaves_no_hook_and_asks_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
     monkeypatch.setattr(model.lm_head, "forward", None)
-    collect(model, sites, WINDOWS)
+    collect(model, sites, {"input_ids": WINDOWS})
     with pytest.raises(IndexError):
-        collect(model, sites, WINDOWS + 1000)
+        collect(model, sites, {"input_ids": WINDOWS + 1000})
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -100,13 +100,13 @@ def test_weights_that_are_not_numbers_are_refused_in_one_line(where: str) -> Non
     model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
     model.get_submodule(where).weight.data[3] = torch.nan
     with pytest.raises(UserError, match=r"^layers\.\d\.self: .*NaN") as refusal:
-        collect(model, sites, WINDOWS)
+        collect(model, sites, {"input_ids": WINDOWS})
     assert "\n" not in str(refusal.value) and where.split(".")[2] in str(refusal.value)
 
 
 def test_calibration_changes_nothing_in_the_model() -> None:
     model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    collect(model, sites, WINDOWS)
+    collect(model, sites, {"input_ids": WINDOWS})
     for name, tensor in model.state_dict().items():
         assert_bitwise(tensor, before[name])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 from torch import Tensor
 
+from headfold import calibration
 from headfold.calibration import collect
 from headfold.families.spec import Site
 from headfold.planning import make_plan
@@ -25,7 +26,13 @@ FAMILIES = ["llama", "llama-bias-gqa", "phi", "phi3", "qwen3", "cohere", "starco
 WITH_OUTPUT_BIAS = ["llama-bias-gqa", "phi", "cohere", "starcoder2"]
 BATCHES = [tiny_tokens(4, 16, seed=1), tiny_tokens(4, 16, seed=2), tiny_tokens(3, 16, seed=3)]
 """The last is smaller, as the last batch of a real run is."""
+SAMPLE = {"input_ids": torch.cat(BATCHES)}
 SMALL, INFINITE = 1e-4, 1e30
+
+
+@pytest.fixture(autouse=True)
+def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCHES[0].numel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class Folded:
     def refit(self, ridge: float, memory_limit: int | None = None) -> dict[str, Tensor]:
         model = open_model(self.directory, dtype=torch.float64, memory_limit=memory_limit)
         assert is_streamed(model) == (memory_limit == 0)
-        return refit(model, self.sites, lambda site: self.merged[site.name], BATCHES, ridge=ridge)
+        return refit(model, self.sites, lambda site: self.merged[site.name], SAMPLE, ridge=ridge)
 
 
 @cache
@@ -47,7 +54,7 @@ def folded(name: str, merge: str = "absorb") -> Folded:
     directory = tiny_checkpoint(name)
     sites = [site for site, _ in tiny_sites(directory)]
     read = load_file(directory / "model.safetensors").__getitem__
-    stats = collect(stock_model(directory), sites, torch.cat(BATCHES))
+    stats = collect(stock_model(directory), sites, SAMPLE)
     plan = make_plan(sites, read, 2, source="tiny", group="contiguous", merge=merge, stats=stats)
     twins = {site.name: site_tensors(site, plan, read, stats, num_groups=site.num_groups) for site in sites}
     return Folded(directory, sites, twins)

@@ -83,8 +83,8 @@ def test_statistics_on_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pyt
 def test_calibration_tokens_travel_with_the_statistics(tmp_path: Path) -> None:
     windows = torch.arange(12).view(3, 4)
     sites = {"a": SiteStats({"second": torch.eye(3, dtype=torch.float64)}, 5)}
-    write_stats(tmp_path / "with.safetensors", sites, {}, windows)
+    write_stats(tmp_path / "with.safetensors", sites, {}, {"input_ids": windows})
     write_stats(tmp_path / "without.safetensors", sites, {})
     found = StatsFile(tmp_path / "with.safetensors")
-    assert torch.equal(found.windows(), windows) and list(found) == ["a"]
-    assert StatsFile(tmp_path / "without.safetensors").windows() is None
+    assert torch.equal(found.sample()["input_ids"], windows) and list(found) == ["a"]
+    assert StatsFile(tmp_path / "without.safetensors").sample() is None

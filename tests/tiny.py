@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headfold.core.heads import Heads
 from headfold.families import family_of
-from headfold.families.layout import read_heads, write_heads
+from headfold.families.layout import read_heads, renamed, write_heads
 from headfold.families.spec import Site, folded_config, sites
 
 if TYPE_CHECKING:
@@ -146,10 +146,14 @@ def rewritten(source: Path, target: Path, change: Callable[[Heads, int], Heads])
     """`source` written to `target` with the heads of its i-th site replaced by `change(heads, i)`, dtype kept."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    for index, (site, old) in enumerate(tiny_sites(source)):
-        new = change(old, index)
-        tensors |= write_heads(site, new.to(old.q.dtype))
-        config = folded_config(family_of(config), config, new.num_groups)
+    old, counts = tiny_sites(source), {}
+    for index, (site, heads) in enumerate(old):
+        new = change(heads, index)
+        counts[site.name] = new.num_groups
+        for gone in renamed(site, new.num_groups):
+            del tensors[gone]
+        tensors |= write_heads(site, new.to(heads.q.dtype))
+    config = folded_config(family_of(config), config, [site for site, _ in old], counts)
     target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

@@ -1,12 +1,15 @@
 """The new shape of a shard, known in full before any of its data: header, size, where every tensor goes, what is copied."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from .headers import Header, TensorInfo, encode_header, num_bytes
 from .reader import Checkpoint
 from .target import PAGE
+
+NOTHING: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +40,32 @@ class Shard:
             return file.read(len(self.header)) == self.header
 
 
-def lay_out(source: Checkpoint, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Shard:
-    """Shard `name` of the source with the tensors in `shapes` resized; order of header and data stay the source's."""
+def lay_out(
+    source: Checkpoint,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    instead: Mapping[str, Sequence[str]] = NOTHING,
+) -> Shard:
+    """Shard `name` of the source with the tensors in `shapes` resized; order of header and data stay the source's.
+
+    `instead` maps tensors that go to those, in `shapes`, that come in their place and dtype.
+    """
     old = source.in_shard(name)
     new: dict[str, TensorInfo] = {}
     position = 0
     for tensor, info in sorted(old.items(), key=lambda item: (item[1].start, item[1].end)):
-        shape = shapes.get(tensor, info.shape)
-        end = position + num_bytes(info.dtype, shape)
-        new[tensor] = TensorInfo(info.dtype, shape, name, position, end)
-        position = end
+        for heir in instead.get(tensor, (tensor,)):
+            shape = shapes.get(heir, info.shape)
+            end = position + num_bytes(info.dtype, shape)
+            new[heir] = TensorInfo(info.dtype, shape, name, position, end)
+            position = end
     # On the same byte of a page as in the source, so that untouched data can be shared or moved as whole pages.
     begin = min((info.start for info in old.values()), default=0)
-    header = encode_header(Header({tensor: new[tensor] for tensor in old}, source.metadata[name]), begin, PAGE)
+    header = encode_header(
+        Header({heir: new[heir] for tensor in old for heir in instead.get(tensor, (tensor,))}, source.metadata[name]),
+        begin,
+        PAGE,
+    )
     placed = {
         tensor: TensorInfo(info.dtype, info.shape, name, len(header) + info.start, len(header) + info.end)
         for tensor, info in new.items()

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,27 +15,30 @@ from .disk import disk_errors, flush, require_space
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, tokens seen per site."""
-_WINDOWS = "windows"
-"""Tensor key of the calibration tokens."""
+_SAMPLE = "sample/"
+"""Tensor keys of the calibration data."""
+SAMPLE_BYTES = 2**28
+"""Larger data is not kept beside its statistics: it is drawn again."""
 
 
 def write_stats(
     path: Path,
     sites: Mapping[str, SiteStats],
     metadata: Mapping[str, str],
-    windows: Int[Tensor, "window context"] | None = None,
+    sample: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the sums of all sites; the file appears whole or not at all.
 
-    `windows` are the calibration tokens themselves: with them a refit sees the very text of the statistics.
+    `sample` is the calibration data itself: with it a refit sees the very text of the statistics.
 
     Raises:
         UserError: the place is full or may not be written to.
     """
     path = Path(path)
     tensors = {f"{site}/{name}": t.contiguous() for site, stats in sites.items() for name, t in stats.tensors.items()}
-    if windows is not None:
-        tensors[_WINDOWS] = windows.to(torch.int32)
+    kept = {name: t.to(torch.int32) if t.dtype == torch.int64 else t for name, t in (sample or {}).items()}
+    if sum(t.nbytes for t in kept.values()) <= SAMPLE_BYTES:
+        tensors |= {f"{_SAMPLE}{name}": t.contiguous() for name, t in kept.items()}
     counts = {site: stats.count for site, stats in sites.items()}
     temporary = path.with_name(f"{path.name}.partial")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -89,12 +91,12 @@ class StatsFile(Mapping[str, SiteStats]):
         with safe_open(self.path, "pt") as file:
             return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in names}, self._counts[site])
 
-    def windows(self) -> Int[Tensor, "window context"] | None:
-        """The calibration tokens, if the writer left them."""
-        if _WINDOWS not in self._keys:
-            return None
+    def sample(self) -> dict[str, Tensor] | None:
+        """The calibration data, if the writer left it."""
+        names = [key.removeprefix(_SAMPLE) for key in self._keys if key.startswith(_SAMPLE)]
         with safe_open(self.path, "pt") as file:
-            return file.get_tensor(_WINDOWS).to(torch.int64)
+            found = {name: file.get_tensor(f"{_SAMPLE}{name}") for name in sorted(names)}
+        return {name: t.to(torch.int64) if t.dtype == torch.int32 else t for name, t in found.items()} or None
 
     def __contains__(self, site: object) -> bool:
         return site in self._counts

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from .disk import disk_errors, flush, require_space
 from .reader import INDEX, Checkpoint
-from .shards import Run, Shard, lay_out
+from .shards import NOTHING, Run, Shard, lay_out
 from .staging import write_json
 from .target import Source, Target
 from .transfer import raw_bytes
@@ -30,9 +30,11 @@ def _unheard(num_bytes: int) -> None:
     del num_bytes
 
 
-def output_bytes(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def output_bytes(
+    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], instead: Mapping[str, Sequence[str]] = NOTHING
+) -> int:
     """Bytes of all shards that `rewrite` leaves, headers included: what its `progress` adds up to."""
-    return sum(lay_out(source, name, shapes).size for name in source.shards)
+    return sum(lay_out(source, name, shapes, instead).size for name in source.shards)
 
 
 def rewrite(
@@ -42,10 +44,11 @@ def rewrite(
     owner: Mapping[str, str],
     produce: Callable[[str], Mapping[str, Tensor]],
     progress: Callable[[int], None] = _unheard,
+    instead: Mapping[str, Sequence[str]] = NOTHING,
 ) -> None:
     """Write shards of the source's names and membership, and the index, into the existing directory `target`.
 
-    `shapes` gives the tensors to replace and their new shapes, `owner` the site that makes each, `produce` all tensors of
+    `shapes` gives the tensors to replace and their new shapes (`instead` those that replace one of another name), `owner` the site that makes each, `produce` all tensors of
     a site in the source's dtype; sites are asked for in the order in which the shards need them, each at most once.
     Shards get their names when they are on the disk whole, so another call after a kill writes only the missing ones, and
     the same bytes. `progress` hears bytes newly in place, from two threads but never both at once.
@@ -53,7 +56,7 @@ def rewrite(
     Raises:
         UserError: the disk cannot hold it, or may not be written to.
     """
-    shards = [lay_out(source, name, shapes) for name in source.shards]
+    shards = [lay_out(source, name, shapes, instead) for name in source.shards]
     todo = [shard for shard in shards if not shard.is_written(target)]
     for shard in shards:
         if shard not in todo:
@@ -65,7 +68,7 @@ def rewrite(
         require_space(target, needed)
         _write(source, target, todo, _Sites(owner, produce), progress)
         if source.index is not None:
-            write_json(target / INDEX, _new_index(source, shapes))
+            write_json(target / INDEX, _new_index(source, shapes, instead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +183,23 @@ def _partial(target: Path, shard: Shard) -> Path:
     return target / f"{shard.name}.partial"
 
 
-def _new_index(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The source's index with the sizes made true: bytes, and parameters where it counts them."""
+def _new_index(
+    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], instead: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The source's index with names and sizes made true: bytes, and parameters where it counts them."""
     assert source.index is not None
-    old = {name: source.tensors[name] for name in shapes}
-    fewer = {name: math.prod(shapes[name]) - math.prod(info.shape) for name, info in old.items()}
+    heirs = {name: instead.get(name, (name,)) for name in source.tensors}
+    touched = [name for name in heirs if name in instead or name in shapes]
+    fewer = {
+        name: math.prod(source.tensors[name].shape) - sum(math.prod(shapes[heir]) for heir in heirs[name])
+        for name in touched
+    }
     metadata = dict(source.index.get("metadata") or {})
-    metadata["total_size"] = source.num_bytes + sum(fewer[name] * info.dtype.itemsize for name, info in old.items())
+    saved = sum(count * source.tensors[name].dtype.itemsize for name, count in fewer.items())
+    metadata["total_size"] = source.num_bytes - saved
     if "total_parameters" in metadata:
-        metadata["total_parameters"] += sum(fewer.values())
-    return {**source.index, "metadata": metadata}
+        metadata["total_parameters"] -= sum(fewer.values())
+    weight_map = {
+        heir: shard for name, shard in source.index["weight_map"].items() for heir in instead.get(name, (name,))
+    }
+    return {**source.index, "metadata": metadata, "weight_map": weight_map}

@@ -18,7 +18,7 @@ def disguise(heads: Heads, seed: int) -> Heads:
 
     Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one;
     every V head any invertible matrix and its output heads the inverse. K/V heads are shuffled with their query heads,
-    query heads within their group, so the result is in standard order.
+    query heads within their group, so the result is in standard order; none is where their order is fixed.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = heads.to(torch.float64)
@@ -29,7 +29,7 @@ def disguise(heads: Heads, seed: int) -> Heads:
     turned = replace(
         heads, q=on_q[reads] @ heads.q, k=on_k @ heads.k, v=on_v @ heads.v, o=torch.linalg.inv(on_v).mT[reads] @ heads.o
     )
-    return _shuffle(turned, generator)
+    return turned if heads.query_order == "fixed" else _shuffle(turned, generator)
 
 
 def repeat_and_disguise(heads: Heads, num_copies: int, seed: int) -> Heads:

@@ -1,10 +1,11 @@
 """The heads of one attention site as four tensors, and which of their transformations leave attention unchanged."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .groups import Groups
@@ -58,6 +59,8 @@ class Heads:
     q_gain: Float[Tensor, " dim"] | None = None
     """Gain of the per-head q-norm, shared by all heads (q/k-norm families)."""
     k_gain: Float[Tensor, " dim"] | None = None
+    per_head: Mapping[str, Shaped[Tensor, "head ..."]] = field(default_factory=dict)
+    """What else belongs to single query heads and moves with them, such as the columns of T5's position bias."""
 
     @property
     def num_heads(self) -> int:
@@ -95,7 +98,8 @@ class Heads:
         """Query heads in the given order: q rows and o columns move together, so the site computes the same function."""
         index = torch.tensor(order)
         moved = Groups(tuple(self.kv_of_query.kv_of_query[h] for h in order))
-        return replace(self, q=self.q[index], o=self.o[index], kv_of_query=moved)
+        extras = {name: tensor[index] for name, tensor in self.per_head.items()}
+        return replace(self, q=self.q[index], o=self.o[index], kv_of_query=moved, per_head=extras)
 
     def standard(self) -> "Heads":
         """Query heads sorted by the K/V head they read: the order GQA runtimes assume."""

@@ -69,7 +69,8 @@ def site_moments(
     The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
     """
     heads, second = heads.to(torch.float64), stats.mean("second")
-    readers = query_moments(heads, second) if query_weighting else _identities(heads.num_groups, heads.head_dim)
+    asked = stats.mean("query_second") if "query_second" in stats.tensors else second
+    readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_groups, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
     planes = _planes(heads, second, readers) if rotary else None
     flat = None

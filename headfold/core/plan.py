@@ -47,9 +47,9 @@ class Plan:
     """What the statistics were measured on (source, tokens, fingerprint); empty without."""
 
     @property
-    def num_groups(self) -> int:
-        """K/V heads per site of the folded checkpoint."""
-        return next(iter(self.sites.values())).groups.num_groups
+    def num_groups(self) -> dict[str, int]:
+        """K/V heads of the folded checkpoint, by site."""
+        return {name: site.groups.num_groups for name, site in self.sites.items()}
 
     def to_json(self) -> dict[str, Any]:
         rows = {

@@ -14,7 +14,9 @@ class SiteStats:
 
     `tensors` holds, by the name of the measure that made them, at least
     `second` (model+1, model+1): Σ [x, 1][x, 1]ᵀ of the K/V input x;
-    `scatter` (model, model): Σ over sequences of Σ (x − x̄)(x − x̄)ᵀ with x̄ the sequence's own mean.
+    `scatter` (model, model): Σ over sequences of Σ (x − x̄)(x − x̄)ᵀ with x̄ the sequence's own mean;
+    cross-attention also `query_second`, as `second` but of the input of the queries.
+    `count` is the number of tokens of x. The queries' own number need not be the same: their sum's last element is it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -26,7 +28,8 @@ class SiteStats:
 
     def mean(self, name: str) -> Tensor:
         """The named sum divided by the number of tokens, in float64."""
-        return self.tensors[name].to(torch.float64) / self.count
+        total = self.tensors[name].to(torch.float64)
+        return total / (total[-1, -1] if name == "query_second" else self.count)
 
     @classmethod
     def from_gains(cls, gains: Float[Tensor, " model"]) -> "SiteStats":

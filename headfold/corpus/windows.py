@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,8 +116,10 @@ def draw_windows(
     )
 
 
-def fingerprint(windows: Int[Tensor, "window context"]) -> str:
-    """sha256, as hex, of the very tokens used and their shape: what a plan records of its calibration data."""
-    digest = hashlib.sha256(repr(tuple(windows.shape)).encode())
-    digest.update(windows.to(torch.int64).contiguous().numpy().tobytes())
+def fingerprint(sample: Mapping[str, Tensor]) -> str:
+    """sha256, as hex, of the very data used, its names and shapes: what a plan records of its calibration."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sample.items()):
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

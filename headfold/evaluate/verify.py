@@ -1,14 +1,16 @@
 """Whether a folded checkpoint, under stock transformers, is the head-repeated twin of its plan: same logits on real tokens."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from ..calibration import Sample, num_tokens
 from ..stock import input_device, open_model, stored_dtype
 
 if TYPE_CHECKING:
@@ -43,15 +45,17 @@ def verify(
     source_dir: str | Path,
     out_dir: str | Path,
     expected: Mapping[str, Tensor],
-    windows: Int[Tensor, "window context"],
+    sample: Sample,
     *,
+    renamed: Mapping[str, str] | None = None,
+    fold_class: Any = None,
     device: str = "cpu",
     memory_limit: int | None = None,
 ) -> Verification:
     """Compare the logits of a fold with those of the source whose attention weights are replaced by the head-repeated twin's.
 
     `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
-    twin; it may be lazy. The models are opened one after the other, streamed from disk where they exceed the memory, so a few
+    twin; it may be lazy; `renamed` and `fold_class` are those of `open_model`. The models are opened one after the other, streamed from disk where they exceed the memory, so a few
     windows of logits are all that is held besides. A wrong logit anywhere, NaN included, fails.
 
     Raises:
@@ -59,36 +63,45 @@ def verify(
     """
     dtype = torch.promote_types(stored_dtype(source_dir), torch.float32)
     opening = {"dtype": dtype, "device": device, "memory_limit": memory_limit}
-    twin = _outputs(open_model(source_dir, overlay=expected, **opening), windows)
-    fold = _outputs(open_model(out_dir, **opening), windows)
-    difference = (fold - twin).abs().amax((1, 2))
+
+    def open_twin() -> "PreTrainedModel":
+        return open_model(source_dir, overlay=expected, renamed=renamed, **opening)
+
+    def open_fold() -> "PreTrainedModel":
+        return open_model(out_dir, model_class=fold_class, **opening)
+
+    twin = _outputs(open_twin(), sample)
+    fold = _outputs(open_fold(), sample)
+    difference = (fold - twin).abs().flatten(1).amax(1)
     tolerance = TOLERANCE[dtype] * _scale(twin)
     passed = bool((difference <= tolerance).all())
     where = None
     if not passed:
-        worst = windows[difference.argmax()][None]
-        where = _first_difference(
-            _hidden_states(open_model(source_dir, overlay=expected, **opening), worst),
-            _hidden_states(open_model(out_dir, **opening), worst),
-            TOLERANCE[dtype],
-        )
+        worst = {name: tensor[difference.argmax()][None] for name, tensor in sample.items()}
+        states = (_hidden_states(open_twin(), worst), _hidden_states(open_fold(), worst))
+        where = _first_difference(*states, TOLERANCE[dtype])
     return Verification(
-        passed, difference.max().item(), tolerance, str(dtype).removeprefix("torch."), windows.numel(), where
+        passed, difference.max().item(), tolerance, str(dtype).removeprefix("torch."), num_tokens(sample), where
     )
 
 
-def _outputs(
-    model: "PreTrainedModel", windows: Int[Tensor, "window context"]
-) -> Float[Tensor, "window context output"]:
-    """Logits, or the last hidden states of a model without a language-model head."""
-    output = model(input_ids=windows.to(input_device(model)), use_cache=False)
+def _outputs(model: "PreTrainedModel", sample: Sample) -> Float[Tensor, "item *output"]:
+    """Logits, or the last hidden states of a model without a head."""
+    output = model(**_inputs(model, sample))
     return (output.logits if "logits" in output else output.last_hidden_state).cpu()
 
 
-def _hidden_states(model: "PreTrainedModel", windows: Int[Tensor, "window context"]) -> tuple[Tensor, ...]:
-    """Embeddings, then the output of each layer."""
-    output = model(input_ids=windows.to(input_device(model)), use_cache=False, output_hidden_states=True)
-    return tuple(state.cpu() for state in output.hidden_states)
+def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
+    known = inspect.signature(model.forward).parameters
+    without_cache = {"use_cache": False} if "use_cache" in known else {}
+    return {name: t.to(input_device(model)) for name, t in sample.items() if name in known} | without_cache
+
+
+def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:
+    """Embeddings, then the output of each layer; of an encoder-decoder those of the encoder first."""
+    output = model(**_inputs(model, sample), output_hidden_states=True)
+    names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+    return tuple(state.cpu() for name in names for state in output.get(name) or ())
 
 
 def _scale(reference: Tensor) -> float:

@@ -21,55 +21,89 @@ def _inverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
-def _segments(site: Site, num_groups: int) -> dict[str, int]:
+def _rows(site: Site, num_groups: int) -> dict[str, int]:
     """Rows of each projection."""
-    return {"q": site.num_heads * site.head_dim, "k": num_groups * site.head_dim, "v": num_groups * site.head_dim}
+    each = {"q": site.num_heads * site.head_dim, "k": num_groups * site.head_dim, "v": num_groups * site.head_dim}
+    return {**each, "qkv": sum(each.values())}
 
 
 def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
     """The site's heads; `read` gives a tensor by its name on disk. Dtype stays the checkpoint's."""
     rows = {role: _homogeneous(site, role, read) for role in ("q", "k", "v", "qkv") if role in site.weights}
-    if "qkv" in rows:
-        parts = rows.pop("qkv").split(list(_segments(site, site.num_groups).values()))
-        rows = dict(zip(("q", "k", "v"), parts, strict=True))
-    split = {role: rearrange(t, _ROWS, dim=site.head_dim) for role, t in rows.items()}
-    extras = {
+    split = _unfuse(site, rows["qkv"]) if "qkv" in rows else rows
+    output = read(f"{site.weights['o']}.weight")
+    gains = {
         name: read(f"{site.weights[role]}.weight")
         for name, role in (("q_gain", "q_norm"), ("k_gain", "k_norm"))
         if role in site.weights
     }
+    per_head = {"bias_table": read(f"{site.weights['bias_table']}.weight").T} if "bias_table" in site.weights else {}
     return Heads(
-        **split,
-        **extras,
-        o=rearrange(read(f"{site.weights['o']}.weight"), _COLUMNS, dim=site.head_dim),
+        **{role: rearrange(split[role], _ROWS, dim=site.head_dim) for role in ("q", "k", "v")},
+        **gains,
+        o=rearrange(output.T if site.transposed else output, _COLUMNS, dim=site.head_dim),
         o_bias=read(f"{site.weights['o']}.bias") if "o" in site.biases else None,
         kv_of_query=Groups.contiguous(site.num_heads, site.num_groups),
         key_freedom=site.key_freedom,
         query_order=site.query_order,
+        per_head=per_head,
     )
 
 
 def _homogeneous(site: Site, role: str, read: Callable[[str], Tensor]) -> Tensor:
     """[W | b] of one linear, b zero where the checkpoint has none."""
     weight = read(f"{site.weights[role]}.weight")
+    weight = weight.T if site.transposed else weight
     bias = read(f"{site.weights[role]}.bias") if role in site.biases else weight.new_zeros(weight.shape[0])
     return torch.cat([weight, bias[:, None]], 1)
 
 
+def _unfuse(site: Site, rows: Tensor) -> dict[str, Tensor]:
+    """The rows of q, k and v from those of their common projection."""
+    counts = _rows(site, site.num_groups)
+    if site.fused == "segments":
+        return dict(zip("qkv", rows.split([counts[role] for role in "qkv"]), strict=True))
+    slots = rearrange(rows, "(group slot dim) model -> slot group dim model", group=site.num_groups, dim=site.head_dim)
+    q = rearrange(slots[:-2], "query group dim model -> (group query dim) model")
+    return {
+        "q": q,
+        **{role: rearrange(slots[at], "group dim model -> (group dim) model") for role, at in (("k", -2), ("v", -1))},
+    }
+
+
+def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
+    """The inverse of `_unfuse`."""
+    if site.fused == "segments":
+        return torch.cat([rows[role] for role in "qkv"])
+    sizes = {"group": site.num_groups, "dim": site.head_dim}
+    q = rearrange(rows["q"], "(group query dim) model -> group query dim model", **sizes)
+    k, v = (rearrange(rows[role], "(group dim) model -> group 1 dim model", **sizes) for role in "kv")
+    return rearrange(torch.cat([q, k, v], 1), "group slot dim model -> (group slot dim) model")
+
+
 def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
-    """The tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order."""
+    """The tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order.
+
+    A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears.
+    """
     assert heads.kv_of_query.is_contiguous
     joined = {role: rearrange(getattr(heads, role), _inverse(_ROWS)) for role in ("q", "k", "v")}
-    if "qkv" in site.weights:
-        joined = {"qkv": torch.cat(list(joined.values()))}
+    splits = site.splits(heads.num_groups)
+    names = {**site.weights, **(site.unfused if splits else {})}
+    if "qkv" in site.weights and not splits:
+        joined = {"qkv": _fuse(site, joined)}
     tensors = {}
     for role, rows in joined.items():
-        tensors[f"{site.weights[role]}.weight"] = rows[:, :-1].contiguous()
-        if role in site.biases:
-            tensors[f"{site.weights[role]}.bias"] = rows[:, -1].contiguous()
-    tensors[f"{site.weights['o']}.weight"] = rearrange(heads.o, _inverse(_COLUMNS)).contiguous()
+        weight = rows[:, :-1]
+        tensors[f"{names[role]}.weight"] = (weight.T if site.transposed and not splits else weight).contiguous()
+        if role in site.biases or (splits and "qkv" in site.biases):
+            tensors[f"{names[role]}.bias"] = rows[:, -1].contiguous()
+    output = rearrange(heads.o, _inverse(_COLUMNS))
+    tensors[f"{names['o']}.weight"] = (output.T if site.transposed else output).contiguous()
     if heads.o_bias is not None:
-        tensors[f"{site.weights['o']}.bias"] = heads.o_bias
+        tensors[f"{names['o']}.bias"] = heads.o_bias
+    if "bias_table" in heads.per_head:
+        tensors[f"{names['bias_table']}.weight"] = heads.per_head["bias_table"].T.contiguous()
     return tensors
 
 
@@ -77,16 +111,35 @@ def planned_shapes(
     site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that `write_heads` will give once the site has `num_groups` K/V heads; nothing is read."""
-    rows = _segments(site, num_groups)
-    rows["qkv"] = sum(rows.values())
+    rows = _rows(site, num_groups)
+    splits = site.splits(num_groups)
     shapes = {}
-    for role in ("q", "k", "v", "o", "qkv"):
+    for role in ("q", "k", "v", "o", "qkv", "bias_table"):
         for suffix in ("weight", "bias"):
-            name = f"{site.weights.get(role)}.{suffix}"
-            if role in site.weights and (suffix == "weight" or role in site.biases):
-                old = shape_of(name)
-                shapes[name] = (rows.get(role, old[0]), *old[1:])
+            if role not in site.weights or not (suffix == "weight" or role in site.biases):
+                continue
+            old = tuple(shape_of(f"{site.weights[role]}.{suffix}"))
+            if role in ("o", "bias_table"):
+                shapes[f"{site.weights[role]}.{suffix}"] = old
+                continue
+            turned = site.transposed and suffix == "weight"
+            model = (old[:1] if turned else old[1:]) if suffix == "weight" else ()
+            for part in "qkv" if splits else (role,):
+                name = site.unfused[part] if splits else site.weights[role]
+                shape = (rows[part], *model)
+                shapes[f"{name}.{suffix}"] = shape[::-1] if turned and not splits else shape
     return shapes
+
+
+def renamed(site: Site, num_groups: int) -> dict[str, tuple[str, ...]]:
+    """Tensors that go, by name on disk, each with those that stand in its place."""
+    if not site.splits(num_groups):
+        return {}
+    suffixes = ["weight", *(["bias"] if "qkv" in site.biases else [])]
+    return {
+        f"{site.weights['qkv']}.{suffix}": tuple(f"{name}.{suffix}" for name in site.unfused.values())
+        for suffix in suffixes
+    }
 
 
 def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: str) -> None:
@@ -97,7 +150,9 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     """
     expected = planned_shapes(site, site.num_groups, shape_of)
     output = f"{site.weights['o']}.weight"
-    expected[output] = (*shape_of(output)[:1], site.num_heads * site.head_dim)
+    model = shape_of(output)[1 if site.transposed else 0]
+    columns = site.num_heads * site.head_dim
+    expected[output] = (columns, model) if site.transposed else (model, columns)
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
     }

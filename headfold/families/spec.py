@@ -1,28 +1,33 @@
 """What a family literal may say, and nothing more: the four projections of each attention, and how position enters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import UserError
 from ..core.groups import check_group_count
 from ..core.heads import KeyFreedom, QueryOrder
 
+FusedRows = Literal["segments", "per-group"]
+"""Rows of one projection for q, k and v: all of q, then k, then v; or by K/V head its queries, its key, its value."""
+ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table")
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position on K. `fraction` names the config field that says which share of a head rotates."""
+    """Rotary position on K. `fraction` names the config field with the share of a head that rotates, `dim` one with the dims."""
 
     interleaved: bool = False
     fraction: str | None = None
+    dim: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention per layer: where its projections lie, as submodule names of `at`.
+    """One attention per layer: where its projections lie on disk, as submodule names of `at`.
 
-    Either `q`, `k` and `v` name a linear each, or `qkv` names one whose rows are [heads·dim; groups·dim; groups·dim].
+    Either `q`, `k` and `v` name a linear each, or `qkv` names one for all three whose rows lie as `fused` says.
     """
 
     name: str
@@ -34,10 +39,32 @@ class Attention:
     qkv: str = ""
     q_norm: str = ""
     k_norm: str = ""
+    bias_table: str = ""
+    """Embedding (bucket, head) of a position bias, whose columns move with the query heads; it may be in some layers only."""
+    fused: FusedRows = "segments"
+    transposed: bool = False
+    """Conv1D: `qkv` and `o` are stored (in, out)."""
+    core: str = ""
+    """Submodule of `at` that attends, where the projections lie around it (BERT)."""
+    model_at: str = ""
+    """Path in the transformers model where it is not `at`: transformers renames some on loading."""
+    model_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Role → submodule of `model_at`, with it."""
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
+    """Empty where the class knows no such field: the fold then runs in headfold's own runtime."""
+    head_dim: str = "head_dim"
+    width: str = "hidden_size"
+    stack: str = ""
+    """Attentions that share one order of query heads where `order` is `stack`."""
     order: QueryOrder = "free"
+    alibi: str = ""
+    """Config field that turns on a bias by head index (`*`: always on): no rotation then, and a fixed order."""
+    reads_encoder: bool = False
+    """Cross-attention: K and V come from the encoder's output."""
+    optional: bool = False
+    """Folded only when asked (the encoder of an encoder-decoder), or where the checkpoint has nothing else."""
     input_norm: str = "input_layernorm"
     """The norm beside the attention whose gains say how large the K/V input is, all that is known without calibration."""
 
@@ -64,12 +91,9 @@ class Site:
     name: str
     """Short name used in plans, statistics and messages, such as `layers.3.self`."""
     module: str
-    """Path of the attention module in the transformers class that saved the checkpoint (its `architectures`)."""
+    """Path of the module that holds the projections, in the transformers class that saved the checkpoint (`architectures`)."""
     weights: Mapping[str, str]
-    """Role (q, k, v, o or qkv; q_norm, k_norm) → tensor name on disk without `.weight`.
-
-    That is also the path of the submodule in the model.
-    """
+    """Role (q, k, v, o or qkv; q_norm, k_norm, bias_table) → tensor name on disk without `.weight`."""
     biases: frozenset[str]
     """Roles that have a `.bias` on disk."""
     num_heads: int
@@ -80,14 +104,44 @@ class Site:
     input_norm: str | None
     """Name on disk of the gains of the norm before the attention; None where it has none."""
     norm_gain_offset: float
+    paths: Mapping[str, str]
+    """Role → path of the submodule in the model."""
+    core: str
+    """Path in the model of the module that attends; that is `module` wherever the projections are its own."""
+    native: bool = True
+    """Whether the stock class reads its count of K/V heads from the config."""
+    fused: FusedRows = "segments"
+    transposed: bool = False
+    stack: str = ""
+    reads_encoder: bool = False
+    optional: bool = False
+
+    @property
+    def unfused(self) -> dict[str, str]:
+        """Role → tensor name on disk (without suffix) once a fused projection of a class without K/V heads is grouped."""
+        prefix = self.weights["qkv"].rpartition(".")[0]
+        return {role: f"{prefix}.{role}_proj" for role in "qkv"}
+
+    def splits(self, num_groups: int) -> bool:
+        """Whether the site is written with q, k and v apart, other than it was read."""
+        return "qkv" in self.weights and not self.native and num_groups != self.num_groups
 
 
 def read_field(family: Family, config: Mapping[str, Any], name: str) -> Any:
-    """A config field as its class sees it: among the rotary parameters, set outright (null too), or the default."""
+    """A config field as its class sees it: among the rotary parameters, set outright (null too), or the default.
+
+    A dot leads into a nested config (`text_config.hidden_size`), `a|b` means b where a is not set.
+    """
+    if "|" in name:
+        return next(
+            (value for part in name.split("|") if (value := read_field(family, config, part)) is not None), None
+        )
+    outer, _, inner = name.rpartition(".")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if rope.get(name) is not None:
+    if not outer and rope.get(name) is not None:
         return rope[name]
-    return config[name] if name in config else family.defaults.get(name)
+    nested = config.get(outer) or {} if outer else config
+    return nested[inner] if inner in nested else family.defaults.get(name)
 
 
 def _count(family: Family, config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
@@ -101,75 +155,142 @@ def _count(family: Family, config: Mapping[str, Any], name: str, otherwise: int 
 
 def key_freedom(family: Family, attention: Attention, config: Mapping[str, Any], head_dim: int) -> KeyFreedom:
     """The freedom that the literal's position and norms leave to K."""
-    if family.position is None:
+    rope = family.position
+    if rope is None or attention.reads_encoder or _has_alibi(family, attention, config):
         return KeyFreedom("any")
-    fraction = read_field(family, config, family.position.fraction) if family.position.fraction else None
-    rotary_dim = int(head_dim * (1.0 if fraction is None else fraction))
-    pairs = family.position.interleaved
-    kind = "signs" if attention.k_norm else "rope-pairs" if pairs else "rope-halves"
-    return KeyFreedom(kind, rotary_dim, pairs)
+    rotary_dim = head_dim
+    if rope.fraction and (fraction := read_field(family, config, rope.fraction)) is not None:
+        rotary_dim = int(head_dim * fraction)
+    if rope.dim and (dim := read_field(family, config, rope.dim)):
+        rotary_dim = dim
+    kind = "signs" if attention.k_norm else "rope-pairs" if rope.interleaved else "rope-halves"
+    return KeyFreedom(kind, rotary_dim, rope.interleaved)
+
+
+def _has_alibi(family: Family, attention: Attention, config: Mapping[str, Any]) -> bool:
+    return attention.alibi == "*" or bool(attention.alibi and read_field(family, config, attention.alibi))
 
 
 def sites(
-    family: Family, config: Mapping[str, Any], names: Mapping[str, Any], where: str = "config.json"
+    family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str = "config.json"
 ) -> list[Site]:
     """Every attention site of a checkpoint, in the order of the forward pass.
 
-    `names` are the tensor names on disk: they tell biases, and a base model saved without its head, whose names lack
-    the first component (`model.`).
+    `tensors` are the tensors on disk by name, each with a `shape`: they tell biases, and a base model saved without its
+    head, whose names lack the first component (`model.`).
 
     Raises:
         UserError: a projection that the literal names is absent; every absent one is listed.
     """
-    found = [
-        _site(family, attention, config, names, layer)
-        for attention in family.attentions
-        for layer in range(_count(family, config, attention.layers))
-    ]
-    for site in (_site(family, a, config, names, _count(family, config, a.layers)) for a in family.attentions):
-        if f"{site.weights['o']}.weight" in names:
-            raise UserError(
-                f"{where}: the checkpoint has more layers than the config says ({site.name}); correct the config"
-            )
-    absent = [f"{w}.weight" for site in found for w in site.weights.values() if f"{w}.weight" not in names]
+    stacks = [_stack(family, attention, config, tensors, where) for attention in family.attentions]
+    present = [made for made in stacks if any(not _lacking(site, tensors) for site in made)]
+    # One stack may be saved alone, an encoder without its decoder; if none is there, all are missed.
+    absent = [name for made in present or stacks for site in made for name in _lacking(site, tensors)]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UserError(
             f"{where}: model_type {config.get('model_type')!r} expects tensors that the checkpoint lacks: "
             f"{', '.join(absent[:3])}{more}; is the checkpoint complete, and the model_type right?"
         )
-    return found
+    return [site for made in present for site in made]
+
+
+def _stack(
+    family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str
+) -> list[Site]:
+    num_layers = _count(family, config, attention.layers)
+    *made, beyond = (_site(family, attention, config, tensors, layer) for layer in range(num_layers + 1))
+    if f"{beyond.weights['o']}.weight" in tensors:
+        raise UserError(
+            f"{where}: the checkpoint has more layers than the config says ({beyond.name}); correct the config"
+        )
+    return made
+
+
+def _lacking(site: Site, tensors: Mapping[str, Any]) -> list[str]:
+    return [f"{weight}.weight" for weight in site.weights.values() if f"{weight}.weight" not in tensors]
 
 
 def _site(
-    family: Family, attention: Attention, config: Mapping[str, Any], names: Mapping[str, Any], layer: int
+    family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], layer: int
 ) -> Site:
-    module = attention.at.format(layer=layer)
-    roles = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm")
-    local = {role: getattr(attention, role) for role in roles if getattr(attention, role)}
-    if f"{module}.{attention.o}.weight" not in names:
-        stripped = module.partition(".")[2]
-        module = stripped if f"{stripped}.{attention.o}.weight" in names else module
-    weights = {role: f"{module}.{name}" for role, name in local.items()}
+    at, module = attention.at.format(layer=layer), (attention.model_at or attention.at).format(layer=layer)
+    if f"{at}.{attention.o}.weight" not in tensors:
+        stripped = at.partition(".")[2]
+        if f"{stripped}.{attention.o}.weight" in tensors:
+            at, module = stripped, module.partition(".")[2]
+    local = {role: getattr(attention, role) for role in ROLES if getattr(attention, role)}
+    weights = {role: f"{at}.{name}" for role, name in local.items()}
+    if "bias_table" in weights and f"{weights['bias_table']}.weight" not in tensors:
+        del weights["bias_table"]
     num_heads = _count(family, config, attention.heads)
-    num_groups = _count(family, config, attention.kv_heads, num_heads)
-    head_dim = _count(family, config, "head_dim", _count(family, config, "hidden_size") // num_heads)
+    head_dim = _count(family, config, attention.head_dim, _count(family, config, attention.width) // num_heads)
+    num_groups = _num_groups(family, attention, config, tensors, weights, num_heads, head_dim)
     check_group_count(f"config.json: {num_heads} query heads", num_heads, num_groups)
     return Site(
         name=attention.name.format(layer=layer),
         module=module,
         weights=weights,
-        biases=frozenset(role for role, weight in weights.items() if f"{weight}.bias" in names),
+        biases=frozenset(role for role, weight in weights.items() if f"{weight}.bias" in tensors),
         num_heads=num_heads,
         num_groups=num_groups,
         head_dim=head_dim,
         key_freedom=key_freedom(family, attention, config, head_dim),
-        query_order=attention.order,
-        input_norm=gains if (gains := f"{module.rpartition('.')[0]}.{attention.input_norm}.weight") in names else None,
+        query_order="fixed" if _has_alibi(family, attention, config) else attention.order,
+        input_norm=gains if (gains := f"{at.rpartition('.')[0]}.{attention.input_norm}.weight") in tensors else None,
         norm_gain_offset=family.norm_gain_offset,
+        paths={role: f"{module}.{attention.model_names.get(role, name)}" for role, name in local.items()},
+        core=f"{module}.{attention.core}" if attention.core else module,
+        native=bool(attention.kv_heads),
+        fused=attention.fused,
+        transposed=attention.transposed,
+        stack=attention.stack,
+        reads_encoder=attention.reads_encoder,
+        optional=attention.optional,
     )
 
 
-def folded_config(family: Family, config: Mapping[str, Any], num_groups: int) -> dict[str, Any]:
-    """The config with the count of K/V heads replaced; everything else is kept as it stands."""
-    return {**config, **{attention.kv_heads: num_groups for attention in family.attentions}}
+def _num_groups(
+    family: Family,
+    attention: Attention,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    weights: Mapping[str, str],
+    num_heads: int,
+    head_dim: int,
+) -> int:
+    """K/V heads: as the config counts them or, where it has no field for them, as many as the tensors hold."""
+    if attention.kv_heads:
+        return _count(family, config, attention.kv_heads, num_heads)
+    info = tensors.get(f"{weights.get('qkv', weights.get('k'))}.weight")
+    if info is None:
+        return num_heads
+    rows = info.shape[1 if attention.transposed else 0] // head_dim
+    return max(1, (rows - num_heads) // 2 if "qkv" in weights else rows)
+
+
+def folded_config(
+    family: Family, config: Mapping[str, Any], sites: Iterable[Site], num_groups: Mapping[str, int]
+) -> dict[str, Any]:
+    """The config of a fold; `num_groups` by site name. Everything but the counts of K/V heads is kept as it stands.
+
+    A class that knows such a count gets its field set; for another one the sites are listed under `headfold`, for the runtime.
+    """
+    fields = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
+    folded = [site for site in sites if site.name in num_groups]
+    native = {num_groups[site.name] for site in folded if site.native}
+    assert len(native) <= 1, native
+    counts = dict.fromkeys(fields, native.pop()) if native else {}
+    listed = [_entry(site, num_groups[site.name]) for site in folded if not site.native]
+    return {**config, **counts, **({"headfold": {"sites": listed}} if listed else {})}
+
+
+def _entry(site: Site, num_groups: int) -> dict[str, Any]:
+    """What the runtime has to know of a grouped site."""
+    local = {role: site.paths[role].removeprefix(f"{site.core}.") for role in "qkv" if role in site.paths}
+    fused = {}
+    if "qkv" in site.paths:
+        local = {role: f"{role}_proj" for role in "qkv"}
+        fused = {"fused": site.paths["qkv"].removeprefix(f"{site.core}.")}
+    counts = {"heads": site.num_heads, "kv_heads": num_groups, "head_dim": site.head_dim}
+    return {"module": site.core, **local, **fused, **counts}

@@ -20,18 +20,21 @@ def plan(
     group: str = "swap",
     merge: str = "absorb",
     stats: str | Path | None = None,
+    encoder: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide which K/V heads share one and predict the loss; writes the plan to `out` if one is given.
 
+    An encoder-decoder's encoder stays as it is unless `encoder` is true.
+
     Raises:
         UserError: see `open_source`, `parse_kv_heads`; a method that needs statistics without `stats`.
     """
     if out is not None:
         refuse_existing(Path(out), force)
-    source = open_source(model)
+    source = open_source(model, encoder)
     made = plan_source(source, kv_heads, group, merge, open_stats(stats, source), seed, progress or silent)
     if out is not None:
         write_json(Path(out), made.to_json())
@@ -56,7 +59,7 @@ def plan_source(
     return planning.make_plan(
         source.sites,
         source.checkpoint.read,
-        planning.parse_kv_heads(kv_heads, source.sites[0].num_groups),
+        kv_heads,
         source=source.checkpoint.fingerprint(),
         group=group,
         merge=merge,

@@ -64,14 +64,14 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
     known = open_stats(stats, source)
     first = source.sites[0]
     tensors = source.checkpoint.tensors.values()
-    per_token = source.kv_bytes_per_token(first.num_groups)
+    per_token = source.kv_bytes_per_token()
     return Inspection(
         model=str(model),
         family=source.checkpoint.config["model_type"],
         architecture=next(iter(source.checkpoint.config.get("architectures") or []), "unknown"),
         dtype=str(source.dtype).removeprefix("torch."),
         num_parameters=sum(torch.Size(info.shape).numel() for info in tensors),
-        num_layers=len(source.sites),
+        num_layers=len(source.every_site),
         num_heads=first.num_heads,
         num_kv_heads=first.num_groups,
         head_dim=first.head_dim,
@@ -80,7 +80,7 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
         kv_bytes_per_token=per_token,
         kv_bytes_32k=per_token * 32_768,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
-        sites=[_inspect_site(source, site, known) for site in source.sites],
+        sites=[_inspect_site(source, site, known) for site in source.every_site],
     )
 
 

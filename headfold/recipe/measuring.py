@@ -1,7 +1,7 @@
 """What needs the original running: its calibration text, statistics and refit."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.stats import SiteStats
+from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
 from ..refine.refit import refit
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
@@ -23,6 +24,8 @@ from .source import Opened, Progress, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
+DEFAULT_ITEMS = 512
+"""Of what is not one stream of text: pairs, sentences, images, sound."""
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
 
@@ -47,8 +50,10 @@ def calibrate(
     model: str | Path,
     stats: str | Path,
     *,
-    calibration: str = DEFAULT_CALIBRATION,
-    tokens: int = DEFAULT_TOKENS,
+    calibration: str | None = None,
+    tokens: int | None = None,
+    items: int | None = None,
+    columns: Sequence[str] = (),
     context: int | None = None,
     seed: int = 0,
     force: bool = False,
@@ -57,8 +62,9 @@ def calibrate(
 ) -> CalibrationResult:
     """Run `model` over calibration tokens and write the statistics that plans and merges need to the file `stats`.
 
-    `calibration` is any source of `headfold.corpus`; `context` the length of its windows (default: the model's own, at most
-    `MAX_CONTEXT`). Files of several runs add (`headfold.checkpoint.stats_file.add_stats`).
+    `calibration` is any source of `headfold.corpus` that suits the model: text for a language model (`tokens` of it), pairs for an
+    encoder-decoder, sentences, images or sound (`items` of them, from the named `columns`). `context` is the length of its
+    windows, or where its texts are cut (default: the model's own, at most `MAX_CONTEXT`). Files of several runs add (`headfold.checkpoint.stats_file.add_stats`).
 
     Raises:
         UserError: a source that cannot be folded or read, or a file in the way without `force`.
@@ -66,12 +72,13 @@ def calibrate(
     path = Path(stats)
     refuse_existing(path, force)
     source = open_source(model)
-    run = OriginalRun(source, calibration, tokens, context, seed, device or default_device(), progress or silent)
+    data = CalibrationData.chosen(source, calibration, tokens, items, tuple(columns), context, seed)
+    run = OriginalRun(source, data, device or default_device(), progress or silent)
     started = time.monotonic()
     metadata = run.write_statistics(path)
     seconds = time.monotonic() - started
     return CalibrationResult(
-        path, calibration, metadata["fingerprint"], int(metadata["tokens"]), len(source.sites), seconds, run.notes
+        path, data.source, metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, run.notes
     )
 
 
@@ -80,20 +87,65 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(slots=True)
-class OriginalRun:
-    """What needs the running original: its text, statistics and refit, with the model opened at most once."""
+@dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """Which data, before any of it is read. `tokens` counts packed text, `items` everything else."""
 
-    source: Opened
-    calibration: str
+    kind: str
+    """As `headfold.corpus.samples.kind_of` says."""
+    source: str
     tokens: int
+    items: int
+    columns: tuple[str, ...]
     context: int | None
     seed: int
+
+    @classmethod
+    def chosen(
+        cls,
+        opened: Opened,
+        source: str | None,
+        tokens: int | None,
+        items: int | None,
+        columns: tuple[str, ...],
+        context: int | None,
+        seed: int,
+    ) -> "CalibrationData":
+        """Defaults filled in.
+
+        Raises:
+            UserError: no source for a model that cannot write its own text.
+        """
+        kind = kind_of(opened.checkpoint.config)
+        if source is None and kind != "text":
+            wanted = {"pairs": "pairs of text", "sentences": "sentences", "images": "images", "audio": "sound"}[kind]
+            raise UserError(
+                f"{opened.name}: calibrates on {wanted}, and there is no default for those; pass --calibration SOURCE"
+            )
+        numbers = (tokens or DEFAULT_TOKENS, items or DEFAULT_ITEMS)
+        return cls(kind, source or DEFAULT_CALIBRATION, *numbers, columns, context, seed)
+
+    def facts(self, sample: Mapping[str, Tensor]) -> dict[str, str]:
+        """For the record, and enough to draw the same again."""
+        first = next(iter(sample.values()))
+        amount = first.numel() if self.kind == "text" else len(first)
+        length = {"context": str(first.shape[1])} if first.ndim == 2 else {}
+        columns = {"columns": ",".join(self.columns)} if self.columns else {}
+        said = {"kind": self.kind, "source": self.source, "tokens": str(amount), "seed": str(self.seed)}
+        return {**said, **length, **columns, "fingerprint": fingerprint(sample)}
+
+
+@dataclass(slots=True)
+class OriginalRun:
+    """What needs the running original: its calibration data, statistics and refit, with the model opened at most once."""
+
+    source: Opened
+    data: CalibrationData
     device: str
     progress: Progress
     notes: list[str] = field(default_factory=list)
     _model: Any = None
-    _windows: Tensor | None = None
+    _sample: Mapping[str, Tensor] | None = None
 
     @property
     def model(self) -> Any:
@@ -107,39 +159,56 @@ class OriginalRun:
                     check_finite(f"{self.source.name}: {name}", parameter)
         return self._model
 
-    def use_windows(self, stats: StatsFile | None) -> None:
-        """Take the calibration tokens from where earlier statistics were written, if they are there."""
+    def use_sample(self, stats: StatsFile | None) -> None:
+        """Take the calibration data from where earlier statistics were written, if it is there."""
         if stats is not None:
-            self._windows = stats.windows()
+            self._sample = stats.sample()
 
     def close(self) -> None:
         """Let go of the model's memory."""
         self._model = None
 
     def window_length(self) -> int:
-        limit = self.source.checkpoint.config.get("max_position_embeddings") or MAX_CONTEXT
-        if self.context is not None and self.context > limit:
-            raise UserError(f"--context {self.context}: the model's own context is {limit}; choose at most that")
-        return self.context or min(limit, MAX_CONTEXT)
+        config, asked = self.source.checkpoint.config, self.data.context
+        named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
+        limit = next((value for value in named if value), MAX_CONTEXT)
+        if asked is not None and asked > limit:
+            raise UserError(f"--context {asked}: the model's own context is {limit}; choose at most that")
+        return asked or min(limit, MAX_CONTEXT)
 
     @property
-    def windows(self) -> Tensor:
-        """Calibration tokens, drawn once."""
-        if self._windows is None:
-            needs_model = self.calibration == "self"
-            tokenizer = open_tokenizer(self.source.checkpoint.path)
-            advance = self._count("sample", self.tokens)
-            self._windows = draw_windows(
-                self.calibration,
-                tokenizer=tokenizer,
-                model=self.model if needs_model else None,
-                num_tokens=self.tokens,
-                context=self.window_length(),
-                seed=self.seed,
-                progress=advance,
-            )
-            self.progress("sample", self.tokens, self.tokens)
-        return self._windows
+    def sample(self) -> Mapping[str, Tensor]:
+        """Calibration data, drawn once."""
+        if self._sample is None:
+            self._sample = self._text() if self.data.kind == "text" else self._items()
+        return self._sample
+
+    def _text(self) -> dict[str, Tensor]:
+        data = self.data
+        advance = self._count("sample", data.tokens)
+        windows = draw_windows(
+            data.source,
+            tokenizer=open_tokenizer(self.source.checkpoint.path),
+            model=self.model if data.source == "self" else None,
+            num_tokens=data.tokens,
+            context=self.window_length(),
+            seed=data.seed,
+            progress=advance,
+        )
+        self.progress("sample", data.tokens, data.tokens)
+        return {"input_ids": windows}
+
+    def _items(self) -> dict[str, Tensor]:
+        data = self.data
+        return draw_sample(
+            data.kind,
+            data.source,
+            path=self.source.checkpoint.path,
+            num_items=data.items,
+            context=self.window_length(),
+            seed=data.seed,
+            columns=data.columns,
+        )
 
     def _count(self, stage: str, total: int) -> Callable[[int], None]:
         done = 0
@@ -154,33 +223,25 @@ class OriginalRun:
 
     def write_statistics(self, path: Path) -> dict[str, str]:
         """Calibrate, write the file, return its metadata."""
-        windows = self.windows
-        model = self.model
-        advance = self._count("calibrate", windows.numel())
-        sums = calibrating.collect(model, self.source.sites, windows, advance)
-        metadata = {"model": self.source.checkpoint.fingerprint(), **self.text_facts()}
-        write_stats(path, sums, metadata, windows)
+        sample, model = self.sample, self.model
+        advance = self._count("calibrate", calibrating.num_tokens(sample))
+        sums = calibrating.collect(model, self.source.every_site, sample, advance)
+        metadata = {"model": self.source.checkpoint.fingerprint(), **self.facts()}
+        write_stats(path, sums, metadata, sample)
         return metadata
 
-    def text_facts(self) -> dict[str, str]:
-        """What the calibration tokens are, for the record."""
-        return {
-            "source": self.calibration,
-            "tokens": str(self.windows.numel()),
-            "context": str(self.windows.shape[1]),
-            "seed": str(self.seed),
-            "fingerprint": fingerprint(self.windows),
-        }
+    def facts(self) -> dict[str, str]:
+        """What the calibration data is, for the record."""
+        return self.data.facts(self.sample)
 
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> dict[str, Tensor]:
         """Output projections refitted to the original's, by names on disk."""
-        batches = list(calibrating.batches(self.windows))
         read, model = self.source.checkpoint.read, self.model
-        advance = self._count("refit", self.windows.numel() * len(self.source.sites))
+        advance = self._count("refit", calibrating.num_tokens(self.sample) * len(self.source.sites))
         return refit(
             model,
             self.source.sites,
             lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
-            batches,
+            self.sample,
             progress=advance,
         )

@@ -1,11 +1,61 @@
-"""Measure a checkpoint on text, alone or beside the one it was folded from."""
+"""Measure a checkpoint on data of its own kind, alone or beside the one it was folded from."""
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..checkpoint.hub import resolve
-from ..evaluate import perplexity
+from ..core.errors import UserError
+from ..corpus.pairs import read_pairs
+from ..corpus.readers import open_tokenizer
+from ..corpus.samples import draw_sample, image_sample_blocks, kind_of
+from ..evaluate import classification, embedding, perplexity, translation
+from ..stock import open_model, stored_dtype
 from .measuring import default_device
 from .source import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Measured = translation.Translation | classification.Classification | embedding.Embedding
+MAX_CONTEXT = 512
+"""Tokens at which texts that are no language model's windows are cut, where the model itself takes more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What was measured, with what, on what. `kind` is what the model takes (`corpus.samples.kind_of`)."""
+
+    kind: str
+    model: str
+    reference: str | None
+    source: str
+    dtype: str
+    measured: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        facts = asdict(self)
+        return facts | facts.pop("measured")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Models and options of one evaluation."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    model: "PreTrainedModel"
+    reference: "PreTrainedModel | None"
+    reference_directory: Path | None
+    source: str
+    columns: Sequence[str]
+    context: int
+    limit: int | None
+    beams: int
 
 
 def evaluate(
@@ -13,19 +63,149 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     text: str | None = None,
+    columns: Sequence[str] = (),
     context: int | None = None,
+    beams: int = 1,
+    limit: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
-) -> perplexity.Evaluation:
-    """Perplexity of `model` on `text` (default: the bundled held-out text); with `reference`, KL to it and top-1 agreement.
+) -> perplexity.Evaluation | Scores:
+    """Measure `model` by what it takes and gives, and beside `reference` where one is named.
+
+    A causal language model: perplexity on `text` (default: the bundled held-out text), KL and top-1 agreement; `limit` counts
+    tokens. An encoder-decoder: loss per target token and BLEU (greedy, or with `beams`) of pairs of text. A classifier: accuracy and
+    cross-entropy of labelled images or sentences. Any other encoder: cosines and rank correlation of its embeddings to the
+    reference's, which it needs. There `text` is what `headfold.corpus.samples` reads, `columns` its columns and `limit` a number of
+    items: the first of the source, but images are drawn from the whole of it, since files tend to be sorted by class.
 
     Raises:
-        UserError: a checkpoint or text that cannot be read.
+        UserError: a checkpoint or source that cannot be read, or one of another kind than the model's.
     """
-    progress = progress or silent
-    progress("evaluate", 0, 1)
+    progress, device = progress or silent, device or default_device()
     directory = resolve(str(model))
     other = None if reference is None else resolve(str(reference))
-    found = perplexity.evaluate(directory, other, text, context=context, device=device or default_device())
+    config = json.loads((directory / "config.json").read_text())
+    kind = kind_of(config)
+    progress("evaluate", 0, 1)
+    if kind == "text":
+        found = perplexity.evaluate(directory, other, text, context=context, max_tokens=limit, device=device)
+        progress("evaluate", 1, 1)
+        return found
+    if text is None:
+        raise UserError(f"{model}: a model of {kind} is measured on data that you name; give --text SOURCE")
+    dtype = torch.promote_types(stored_dtype(directory), torch.float32)
+    opened = _Opened(
+        directory=directory,
+        config=config,
+        model=_open(directory, dtype, device),
+        reference=None if other is None else _open(other, dtype, device),
+        reference_directory=other,
+        source=text,
+        columns=columns,
+        context=context or _context(directory, config),
+        limit=limit,
+        beams=beams,
+    )
+    measured = _MEASURES[kind](opened)
     progress("evaluate", 1, 1)
-    return found
+    name = None if reference is None else str(reference)
+    return Scores(kind, str(model), name, text, str(dtype).removeprefix("torch."), measured)
+
+
+def facts(found: perplexity.Evaluation | Scores) -> dict[str, Any]:
+    """The machines' form."""
+    if isinstance(found, Scores):
+        return found.to_json()
+    return {**asdict(found), "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
+
+
+def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """With grouped attention of its own where the checkpoint needs it, else by stock transformers."""
+    if "headfold" not in json.loads((directory / "config.json").read_text()):
+        return open_model(directory, dtype=dtype, device=device)
+    from ..runtime.load import load
+
+    return load(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+
+
+def _context(directory: Path, config: Mapping[str, Any]) -> int:
+    """Tokens that a text may have: what the config and sentence-transformers allow, at most `MAX_CONTEXT`."""
+    fields = ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions")
+    limits = [config[field] for field in fields if isinstance(config.get(field), int)]
+    file = directory / "sentence_bert_config.json"
+    limits += [json.loads(file.read_text()).get("max_seq_length") or MAX_CONTEXT] if file.is_file() else []
+    # roberta counts its positions from pad_token_id + 1, so that many fewer tokens fit.
+    offset = config.get("pad_token_id", 0) + 1 if "roberta" in str(config.get("model_type")) else 0
+    return min([MAX_CONTEXT, *(limit - offset for limit in limits)])
+
+
+def _pairs(opened: _Opened) -> translation.Translation:
+    pairs = read_pairs(opened.source, opened.columns, opened.limit)
+    tokenizer = open_tokenizer(opened.directory)
+    return translation.evaluate(
+        opened.model,
+        pairs,
+        tokenizer,
+        reference=opened.reference,
+        context=opened.context,
+        beams=opened.beams,
+    )
+
+
+def _audio(opened: _Opened) -> translation.Translation:
+    sample = _sample("audio", opened)
+    if "labels" not in sample:
+        raise UserError(
+            f"{opened.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
+        )
+    nll, num_tokens = translation.target_nll(opened.model, sample)
+    beside = None if opened.reference is None else translation.target_nll(opened.reference, sample)[0]
+    return translation.Translation(
+        num_items=len(sample["labels"]),
+        num_tokens=num_tokens,
+        nll=nll,
+        bleu=None,
+        beams=1,
+        seconds=0.0,
+        reference_nll=beside,
+    )
+
+
+def _images(opened: _Opened) -> classification.Classification | embedding.Embedding:
+    seed = None if opened.limit is None else 0
+    blocks = image_sample_blocks(
+        opened.source, path=opened.directory, num_items=opened.limit, seed=seed, columns=opened.columns
+    )
+    if _classifies(opened):
+        return classification.evaluate(opened.model, blocks, reference=opened.reference)
+    return embedding.evaluate(opened.model, blocks, opened.reference, pooling="cls")
+
+
+def _sentences(opened: _Opened) -> classification.Classification | embedding.Embedding:
+    sample = _sample("sentences", opened)
+    if _classifies(opened) and "labels" in sample:
+        return classification.evaluate(opened.model, sample, reference=opened.reference)
+    # The reference's own pooling counts: a fold is to stand in for it.
+    directories = [path for path in (opened.reference_directory, opened.directory) if path is not None]
+    pooling = next(filter(None, map(embedding.pooling_of, directories)), "mean")
+    return embedding.evaluate(opened.model, sample, opened.reference, pooling=pooling)
+
+
+def _sample(kind: str, opened: _Opened) -> dict[str, torch.Tensor]:
+    return draw_sample(
+        kind,
+        opened.source,
+        path=opened.directory,
+        num_items=opened.limit,
+        context=opened.context,
+        seed=None,
+        columns=opened.columns,
+    )
+
+
+def _classifies(opened: _Opened) -> bool:
+    heads = opened.config.get("architectures") or [""]
+    return heads[0].removeprefix("Grouped").endswith(("ForImageClassification", "ForSequenceClassification"))
+
+
+_MEASURES = {"pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences}

@@ -1,6 +1,6 @@
 """A checkpoint opened by its headers alone, checked to be one that can be folded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +31,28 @@ class Opened:
     """As the user wrote it: a directory or a hub id."""
     checkpoint: Checkpoint
     family: Family
-    sites: list[Site]
+    every_site: list[Site]
+    encoder: bool = False
+    """Whether an encoder-decoder's encoder is folded too."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """Those to fold: all but the optional ones, unless these were asked for or there are no others."""
+        chosen = [site for site in self.every_site if self.encoder or not site.optional]
+        return chosen or self.every_site
 
     @property
     def dtype(self) -> torch.dtype:
         return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
 
-    def kv_bytes_per_token(self, num_groups: int) -> int:
-        """Bytes that one token adds to the K/V cache, over all sites, entries in the checkpoint's dtype."""
-        return sum(2 * num_groups * site.head_dim * self.dtype.itemsize for site in self.sites)
+    def kv_bytes_per_token(self, num_groups: Mapping[str, int] | None = None) -> int:
+        """Bytes of K and V that one token makes, over all sites, in the checkpoint's dtype; `num_groups` of those folded."""
+        counts = {site.name: site.num_groups for site in self.every_site} | dict(num_groups or {})
+        return sum(2 * counts[site.name] * site.head_dim * self.dtype.itemsize for site in self.every_site)
 
 
-def open_source(model: str | Path) -> Opened:
-    """Open a directory or hub id by its headers alone.
+def open_source(model: str | Path, encoder: bool = False) -> Opened:
+    """Open a directory or hub id by its headers alone; `encoder` as in `Opened`.
 
     Raises:
         UserError: whatever makes it impossible to fold; one line.
@@ -54,7 +63,7 @@ def open_source(model: str | Path) -> Opened:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-    return Opened(str(model), checkpoint, family, sites)
+    return Opened(str(model), checkpoint, family, sites, encoder)
 
 
 def open_stats(path: str | Path | None, source: Opened) -> StatsFile | None:

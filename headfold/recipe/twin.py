@@ -24,6 +24,16 @@ class Twin(Mapping[str, Tensor]):
         }
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Names on disk of the parameters that the model calls otherwise."""
+        pairs = {site.paths[role]: on_disk for site in self._source.sites for role, on_disk in site.weights.items()}
+        return {
+            f"{path}.{suffix}": f"{on_disk}.{suffix}"
+            for path, on_disk in pairs.items()
+            for suffix in ("weight", "bias")
+        }
+
     def __getitem__(self, name: str) -> Tensor:
         site = self._site_of[name]
         if self._last[0] != site.name:

@@ -6,12 +6,14 @@ block is called with (position embeddings, masks) is the same for every batch of
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..calibration import Sample, run
 from ..families.spec import Site
 from ..stock import input_device
 
@@ -37,19 +39,41 @@ class Block:
     attention: nn.Module
 
     def run(self, hidden: Float[Tensor, "batch token model"], keywords: dict[str, Any]) -> tuple[Tensor, Call, Tensor]:
-        """The block's output, the call that its attention received, and what the attention answered."""
-        seen: list[Any] = []
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen.append(((args, kwargs), _first(output)))
-
-        handle = self.attention.register_forward_hook(record, with_kwargs=True)
-        try:
+        """The block's output, the call that its attention received, and what its output projection answered."""
+        with _recorded(self.attention, self.site) as seen:
             output = _first(self.block(hidden, **keywords))
-        finally:
+        return output, *seen[0]
+
+
+@contextmanager
+def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Tensor]]]:
+    """Every call of the module that holds a site's projections, each with what the output projection answered."""
+    answers: list[Tensor] = []
+    seen: list[tuple[Call, Tensor]] = []
+    output = attention.get_submodule(site.paths["o"].removeprefix(f"{site.module}."))
+    handles = [
+        output.register_forward_hook(lambda module, inputs, answer: answers.append(answer)),
+        attention.register_forward_hook(
+            lambda module, args, kwargs, _: seen.append(((args, kwargs), answers.pop())), with_kwargs=True
+        ),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
             handle.remove()
-        call, answer = seen[0]
-        return output, call, answer
+
+
+def calls(
+    model: "PreTrainedModel", sites: list[Site], batch: Sample
+) -> Iterator[tuple[Site, Call, Float[Tensor, "*batch model"]]]:
+    """One pass of the whole model: for each site the call that its attention received, and its answer."""
+    with ExitStack() as stack:
+        recorded = [(site, stack.enter_context(_recorded(model.get_submodule(site.module), site))) for site in sites]
+        run(model, batch)
+    for site, seen in recorded:
+        for call, answer in seen:
+            yield site, call, answer
 
 
 def _first(output: Any) -> Tensor:
@@ -111,9 +135,11 @@ def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.
         if "_old_forward" in part.__dict__:
             part.forward = part.__dict__.pop("_old_forward")
     values = {name: _value(attention, name) for name, _ in attention.named_parameters()}
+    local = {on_disk: site.paths[role].removeprefix(f"{site.module}.") for role, on_disk in site.weights.items()}
     for name, tensor in weights.items():
-        local = name.removeprefix(f"{site.module}.")
-        values[local] = tensor.to(values[local])
+        on_disk, _, suffix = name.rpartition(".")
+        key = f"{local[on_disk]}.{suffix}"
+        values[key] = tensor.to(values[key])
     module.load_state_dict(values, strict=False, assign=True)
     return module
 

@@ -1,0 +1,19 @@
+"""BERT: learned positions, so K carries none; biases everywhere; a norm after the attention, none before."""
+
+from .spec import Attention, Family
+
+FAMILY = Family(
+    model_types=("bert",),
+    attentions=(
+        Attention(
+            name="layers.{layer}.self",
+            at="bert.encoder.layer.{layer}.attention",
+            q="self.query",
+            k="self.key",
+            v="self.value",
+            o="output.dense",
+            core="self",
+            kv_heads="",
+        ),
+    ),
+)

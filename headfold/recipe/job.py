@@ -1,0 +1,308 @@
+"""One fold in its staging directory: what it has, what it still has to make, and the renaming at the end."""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..calibration import num_tokens
+from ..checkpoint.reader import check_finite
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
+from ..checkpoint.stats_file import StatsFile
+from ..checkpoint.writer import output_bytes, rewrite
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..evaluate.verify import Verification
+from ..evaluate.verify import verify as compare_with_twin
+from ..families.layout import planned_shapes, renamed
+from ..families.spec import Site, folded_config
+from ..report.card import CardFacts, model_card
+from ..runtime.modeling_headfold import grouped_class
+from ..runtime.remote import auto_map, remote_files
+from ..surgery import kept_weights, reading_without, site_tensors
+from .measuring import OriginalRun
+from .source import Opened, Progress
+from .twin import Twin
+from .verifying import verification_sample
+
+_WORK = ".headfold-work"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """What a fold wrote and what was found on the way."""
+
+    out: Path
+    family: str
+    num_heads: int
+    kv_heads_before: int
+    kv_heads_after: int
+    kv_bytes_before: int
+    """Per token, over all layers, in the checkpoint's dtype."""
+    kv_bytes_after: int
+    plan: Plan
+    refitted: bool
+    verification: Verification | None
+    notes: list[str]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in self.__slots__}
+        verification = None if self.verification is None else asdict(self.verification)
+        return {**facts, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+
+
+def _result(
+    source: Opened,
+    out: Path,
+    made: Plan,
+    refitted: bool,
+    verification: Verification | None,
+    notes: list[str],
+    seconds: dict[str, float],
+) -> FoldResult:
+    site = source.sites[0]
+    counts = made.num_groups
+    return FoldResult(
+        out=out,
+        family=source.checkpoint.config["model_type"],
+        num_heads=site.num_heads,
+        kv_heads_before=site.num_groups,
+        kv_heads_after=counts[site.name],
+        kv_bytes_before=source.kv_bytes_per_token(),
+        kv_bytes_after=source.kv_bytes_per_token(counts),
+        plan=made,
+        refitted=refitted,
+        verification=verification,
+        notes=notes,
+        seconds=seconds,
+    )
+
+
+@dataclass(slots=True)
+class Job:
+    """One fold in its staging directory. What an earlier run of the same job left there is used again."""
+
+    source: Opened
+    out: Path
+    settings: dict[str, Any]
+    force: bool
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    refit_text: Mapping[str, str] = field(default_factory=dict)
+    staging: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+        self.staging = open_staging(self.out, key, self.force)
+        self.work.mkdir(exist_ok=True)
+
+    @property
+    def work(self) -> Path:
+        """Where statistics and refits wait while the output grows; gone before it is renamed."""
+        return self.staging / _WORK
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - started, 3)
+
+    @contextmanager
+    def worth_keeping(self) -> Iterator[None]:
+        """After a refusal, remove a staging directory in which there is nothing yet for another run to go on from."""
+        try:
+            yield
+        except UserError:
+            if not any(entry.is_file() and entry.name != JOB for entry in self.staging.rglob("*")):
+                shutil.rmtree(self.staging)
+            raise
+
+    def statistics(self, run: OriginalRun, given: StatsFile | None, needed: bool) -> StatsFile | None:
+        """Those given, else those that an earlier run left, else measured now; None where nothing asks for any."""
+        if given is not None or not needed:
+            return given
+        path = self.work / "stats.safetensors"
+        with self.timed("calibrate"):
+            if not path.exists():
+                run.write_statistics(path)
+            stats = StatsFile(path)
+            run.use_sample(stats)
+            return stats
+
+    def carry_out(
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, verify: bool
+    ) -> FoldResult:
+        """Refit, write, verify, rename."""
+        shrinks = any(plan.num_groups[site.name] < site.num_groups for site in self.source.sites)
+        with self.timed("refit"):
+            refits = self.refits(run, plan, stats) if refit and shrinks else None
+        run.close()
+        with self.timed("write"):
+            self.write(plan, stats, refits)
+        with self.timed("verify"):
+            verification = self.verify(run, plan, stats, refits) if verify else None
+        notes = run.notes + self.notes
+        result = _result(self.source, self.out, plan, refits is not None, verification, notes, self.seconds)
+        self.finish(result, stats)
+        return result
+
+    def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Mapping[str, Tensor]:
+        """By names on disk; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
+        path = self.work / "refit.safetensors"
+        if not path.exists():
+            fitted = {name: tensor.contiguous().cpu() for name, tensor in run.refit(plan, stats).items()}
+            save_file(fitted, path.with_suffix(".partial"), run.facts())
+            path.with_suffix(".partial").replace(path)
+        with safe_open(path, "pt") as file:
+            self.refit_text = dict(sorted(file.metadata().items()))
+        return load_file(path)
+
+    def write(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None) -> None:
+        """Weights, config, plan and everything that lies beside the source's weights."""
+        checkpoint, counts = self.source.checkpoint, plan.num_groups
+        sites = {site.name: site for site in self.source.sites}
+        planned = {
+            name: planned_shapes(site, counts[name], lambda n: checkpoint.tensors[n].shape)
+            for name, site in sites.items()
+        }
+        kept = {name: axis for site in sites.values() for name, axis in kept_weights(site, plan, refits).items()}
+        shapes = {t: shape for of_site in planned.values() for t, shape in of_site.items() if t not in kept}
+        instead = {old: new for name, site in sites.items() for old, new in renamed(site, counts[name]).items()}
+        read = reading_without(kept, checkpoint.read, lambda n: checkpoint.tensors[n].shape)
+        owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
+        total, done = output_bytes(checkpoint, shapes, instead), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress("write", done, total)
+
+        rewrite(
+            checkpoint,
+            self.staging,
+            shapes,
+            owner,
+            lambda name: site_tensors(sites[name], plan, read, stats, refits),
+            advance,
+            instead,
+        )
+        config = folded_config(self.source.family, checkpoint.config, sites.values(), _changed(sites, counts))
+        if "headfold" in config:
+            config["auto_map"] = auto_map(config)
+            for name, text in remote_files(config).items():
+                (self.staging / name).write_text(text)
+        write_json(self.staging / "config.json", config)
+        write_json(self.staging / "plan.json", plan.to_json())
+        copy_side_files(checkpoint.path, self.staging)
+
+    def verify(
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
+    ) -> Verification:
+        """Compare the written weights with the head-repeated twin, both under stock transformers.
+
+        Raises:
+            UserError: they differ; the output is left as `OUT.partial`, and the next run starts anew.
+        """
+        twin = Twin(self.source, plan, stats, refits)
+        sample = verification_sample(self.source, run, self.notes)
+        size = num_tokens(sample)
+        self.progress("verify", 0, size)
+        config = json.loads((self.staging / "config.json").read_text())
+        found = compare_with_twin(
+            self.source.checkpoint.path,
+            self.staging,
+            twin,
+            sample,
+            renamed=twin.renamed,
+            fold_class=grouped_class(config["architectures"][0]) if "headfold" in config else None,
+        )
+        self.progress("verify", size, size)
+        if not math.isfinite(found.tolerance):
+            self._refuse_not_finite()
+        if not found.passed:
+            disown(self.staging)
+            raise UserError(
+                f"{self.staging}: expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a "
+                f"difference of {found.max_abs_difference:.2g}, first in {found.where}; not renamed to {self.out.name}"
+            )
+        return found
+
+    def _refuse_not_finite(self) -> None:
+        """Name the tensor that makes every logit NaN: a copied one, as the folded ones were looked at when they were made."""
+        checkpoint = self.source.checkpoint
+        for name in checkpoint.tensors:
+            check_finite(f"{self.source.name}: {name}", checkpoint.read(name))
+
+    def finish(self, result: FoldResult, stats: StatsFile | None) -> None:
+        """The card, then the rename."""
+        shutil.rmtree(self.work)
+        (self.staging / "README.md").write_text(model_card(self.source.checkpoint.path, self._facts(result, stats)))
+        commit(self.staging, self.out, self.force)
+
+    def _facts(self, result: FoldResult, stats: StatsFile | None) -> CardFacts:
+        planned = {name: site for name, site in result.plan.sites.items() if site.error and site.energy}
+        errors = {
+            name: (site.error.key / site.energy.key, site.error.value / site.energy.value)
+            for name, site in planned.items()
+        }
+        found = result.verification
+        return CardFacts(
+            base_model=self.source.name,
+            family=result.family,
+            num_heads=result.num_heads,
+            kv_heads_before=result.kv_heads_before,
+            kv_heads_after=result.kv_heads_after,
+            kv_bytes_before=result.kv_bytes_before,
+            kv_bytes_after=result.kv_bytes_after,
+            method=self.settings["merge"],
+            group=self.settings["group"],
+            refit=result.refitted,
+            calibration=stats.metadata if stats else {},
+            refit_text=self.refit_text,
+            command=self._command(),
+            site_errors=errors or None,
+            verification=found and (
+                f"largest difference of logits to the head-repeated twin {found.max_abs_difference:.2g} "
+                f"(tolerance {found.tolerance:.2g}, {found.num_tokens} tokens, {found.dtype})"
+            ),
+        )  # fmt: skip
+
+    def _command(self) -> str:
+        """What makes this fold again, in the words of the command line."""
+        asked = self.settings
+        name = self.source.name if not Path(self.source.name).exists() else Path(self.source.name).name
+        words = ["headfold fold", name, self.out.name]
+        if asked["plan"]:
+            words += ["--plan plan.json"]
+        else:
+            words += [f"--kv-heads {asked['kv_heads']}", f"--group {asked['group']}", f"--merge {asked['merge']}"]
+        words += ["--refit" if asked["refit"] else "--no-refit"]
+        words += _data_words(asked["data"]) if asked["data"] else []
+        words += ["--encoder"] if asked["encoder"] else []
+        words += ["--stats stats.safetensors"] if asked["stats"] else []
+        words += [f"--seed {asked['seed']}"]
+        return " ".join(words)
+
+
+def _data_words(data: Mapping[str, Any]) -> list[str]:
+    amount = f"--tokens {data['tokens']}" if data["kind"] == "text" else f"--items {data['items']}"
+    words = [f"--calibration {data['source']}", amount]
+    words += [f"--columns {','.join(data['columns'])}"] if data["columns"] else []
+    return words + ([f"--context {data['context']}"] if data["context"] else [])
+
+
+def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the sites that a config must speak of: those of a class without K/V heads only where they are fewer."""
+    return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_groups}
