@@ -126,8 +126,36 @@ def show_calibration(result: Any) -> None:
     print(f"wrote {result.path}")
 
 
+_MEASURES = (
+    ("NLL (nats per target token)", "{:.4f}", "nll"),
+    ("BLEU", "{:.2f}", "bleu"),
+    ("accuracy", "{:.2%}", "accuracy"),
+    ("cross-entropy (nats)", "{:.4f}", "cross_entropy"),
+    ("KL(reference || model)", "{:.4f}", "kl"),
+    ("same class", "{:.2%}", "agreement"),
+    ("cosine to the reference, mean", "{:.4f}", "cosine"),
+    ("cosine to the reference, lowest", "{:.4f}", "worst_cosine"),
+    ("rank correlation of similarities", "{:.4f}", "rank_correlation"),
+)
+"""Label, form and field of what a measurement may hold; `reference_FIELD` is the reference's."""
+
+
+def show_scores(found: Any) -> None:
+    """A `recipe.scoring.Scores`: what it measured, and the same of its reference."""
+    rows = []
+    for label, form, field in _MEASURES:
+        if getattr(found.measured, field, None) is not None:
+            beside = getattr(found.measured, f"reference_{field}", None)
+            rows.append([label, *_numbers(form, getattr(found.measured, field), beside)])
+    title = f"{found.measured.num_items:,} {found.kind} of {found.source}, computed in {found.dtype}"
+    headers = ["", found.model] + ([] if found.reference is None else [found.reference])
+    show_table(headers, [row[: len(headers)] for row in rows], title=title)
+
+
 def show_evaluation(found: Any) -> None:
-    """An `evaluate.perplexity.Evaluation`, beside its reference where it has one."""
+    """An `evaluate.perplexity.Evaluation`, beside its reference where it has one; or, for what is no text, `Scores`."""
+    if hasattr(found, "measured"):
+        return show_scores(found)
     title = f"{found.num_tokens:,} tokens of {found.text}, context {found.context}, computed in {found.dtype}"
     rows = [
         ["K/V cache per token", size(found.kv_bytes_per_token), _size(found.reference_kv_bytes_per_token)],

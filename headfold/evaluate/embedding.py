@@ -1,0 +1,148 @@
+"""How near an encoder's embeddings stay to those of the model that it was folded from."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..core.errors import UserError
+from ..corpus.samples import Sample, batches
+from .placing import placed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_SIZE = 64
+MAX_RANKED = 2000
+"""Items whose similarities are ranked: two million pairs. The cosines are over all."""
+
+POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
+"""How hidden states become one embedding, and what sentence-transformers calls it in the config of a Pooling module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """Cosine of each embedding to the reference's, mean and lowest; `rank_correlation` is Spearman's, between the
+    similarities (cosines) of all pairs of items by the model and by the reference, NaN for fewer than three items."""
+
+    num_items: int
+    pooling: str
+    cosine: float
+    worst_cosine: float
+    rank_correlation: float
+    seconds: float
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    sample: Sample | Iterable[Sample],
+    reference: "PreTrainedModel | None" = None,
+    *,
+    pooling: str = "mean",
+    batch_size: int = BATCH_SIZE,
+) -> Embedding:
+    """Embeddings of an open model beside those of its reference, on one sample, or on many read as they are needed.
+
+    `pooling` is "mean" (over the attention mask), "cls" (the first token) or "max".
+
+    Raises:
+        UserError: no reference, another width than the reference's, or an unknown pooling.
+    """
+    if reference is None:
+        raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
+    start, ours, theirs = time.perf_counter(), [], []
+    for part in [sample] if isinstance(sample, dict) else sample:
+        for batch in batches(part, batch_size):
+            ours.append(embed(model, batch, pooling=pooling))
+            theirs.append(embed(reference, batch, pooling=pooling))
+    ours, theirs = (normalize(torch.cat(found), dim=1) for found in (ours, theirs))
+    if ours.shape != theirs.shape:
+        raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
+    cosines = (ours * theirs).sum(1)
+    return Embedding(
+        num_items=len(ours),
+        pooling=pooling,
+        cosine=cosines.mean().item(),
+        worst_cosine=cosines.min().item(),
+        rank_correlation=rank_correlation(_similarities(ours), _similarities(theirs)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@torch.no_grad()
+def embed(
+    model: "PreTrainedModel", sample: Sample, *, pooling: str = "mean", batch_size: int = BATCH_SIZE
+) -> Float[Tensor, "item model"]:
+    """One embedding an item, in float64, from the last hidden states of the model without its head.
+
+    Raises:
+        UserError: an unknown pooling.
+    """
+    inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
+    pooled = []
+    for batch in batches(inputs, batch_size):
+        states = model.base_model(**placed(batch, model)).last_hidden_state.cpu().double()
+        pooled.append(_pooled(states, batch.get("attention_mask"), pooling))
+    return torch.cat(pooled)
+
+
+def _pooled(
+    states: Float[Tensor, "item token model"], mask: Int[Tensor, "item token"] | None, pooling: str
+) -> Float[Tensor, "item model"]:
+    is_real = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask != 0
+    if pooling == "mean":
+        return (states * is_real[..., None]).sum(1) / is_real.sum(1, keepdim=True).clamp(min=1)
+    if pooling == "max":
+        return states.masked_fill(~is_real[..., None], -torch.inf).amax(1)
+    if pooling == "cls":
+        return states[torch.arange(len(states)), is_real.int().argmax(1)]
+    raise UserError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
+
+
+def pooling_of(path: Path) -> str | None:
+    """The pooling that a sentence-transformers directory asks for; None where it is no such directory.
+
+    Modules after the pooling (a dense layer) are left out: they are the same for model and reference.
+
+    Raises:
+        UserError: it asks for one that is not known here, or for several.
+    """
+    if not (path / "modules.json").is_file():
+        return None
+    modules = json.loads((path / "modules.json").read_text())
+    folder = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
+    if folder is None:
+        return None
+    file = path / folder / "config.json"
+    config = json.loads(file.read_text())
+    if config.get("pooling_mode") in POOLINGS:
+        return config["pooling_mode"]
+    asked = [key for key, flag in config.items() if key.startswith("pooling_mode_") and flag is True]
+    found = [name for name, key in POOLINGS.items() if asked == [key]]
+    if not found:
+        raise UserError(f"{file}: asks for {', '.join(asked) or 'no pooling'}; expected one of {', '.join(POOLINGS)}")
+    return found[0]
+
+
+def _similarities(embeddings: Float[Tensor, "item model"]) -> Float[Tensor, " pair"]:
+    """Cosines of all pairs among the first `MAX_RANKED` unit vectors."""
+    some = embeddings[:MAX_RANKED]
+    first, second = torch.triu_indices(len(some), len(some), 1)
+    return (some @ some.T)[first, second]
+
+
+def rank_correlation(ours: Float[Tensor, " pair"], theirs: Float[Tensor, " pair"]) -> float:
+    """Spearman's: Pearson's correlation of the ranks, ties sharing their mean rank; NaN where one side has no order."""
+    from scipy.stats import rankdata
+
+    a, b = (torch.from_numpy(rankdata(values.numpy())) for values in (ours, theirs))
+    a, b = a - a.mean(), b - b.mean()
+    scale = (a @ a * (b @ b)).sqrt()
+    return (a @ b / scale).item() if scale > 0 else float("nan")

@@ -1,0 +1,15 @@
+"""Batches go where their model is."""
+
+from typing import TYPE_CHECKING
+
+from ..corpus.samples import Sample
+from ..stock import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def placed(batch: Sample, model: "PreTrainedModel") -> Sample:
+    """The batch on the model's device, its real numbers (pixels, sound) in the model's dtype."""
+    device, dtype = input_device(model), model.dtype
+    return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}
