@@ -1,6 +1,8 @@
 """Open what `fold` wrote, after a look at whether it is whole."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,47 +11,92 @@ from ..core.plan import Plan
 from ..families import family_of
 from ..families.spec import read_field
 from ..stock import quiet
+from .modeling_headfold import grouped_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
-    """The causal language model of a folded checkpoint, as stock transformers opens it: in eval mode, in its own dtype.
+    """The model of a folded checkpoint, of the class that its config names: in eval mode, in its own dtype.
 
-    `keywords` go to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `attn_implementation` …).
+    It is the stock class where that reads its count of K/V heads from the config, else the grouped class made from it.
+    `keywords` go to `from_pretrained` (`dtype`, `device_map`, `attn_implementation` …).
 
     Raises:
         UserError: no checkpoint there, an unfinished one, one whose config and plan disagree, or one that does not load.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = Path(directory)
-    check(directory)
+    config = check(directory)
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
+            return _model_class(config).from_pretrained(
                 directory, **{"dtype": "auto", "local_files_only": True, **keywords}
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: transformers does not load this checkpoint: {line}") from error
 
 
-def check(directory: Path) -> None:
-    """Refuse a directory that no finished fold can be: what the plan says and what the config says must agree."""
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """The class that `architectures` names, grouped where the config lists sites."""
+    import transformers
+
+    name = (config.get("architectures") or [""])[0].removeprefix("Grouped")
+    if "headfold" in config:
+        return grouped_class(name)
+    return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+
+
+def check(directory: Path) -> dict[str, Any]:
+    """The config of a directory; refused where no finished fold can be: plan and config must agree."""
     if directory.name.endswith(".partial"):
         raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again, it goes on from there")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: expected a checkpoint directory, found no config.json there; check the path")
-    if not (directory / "plan.json").is_file():
-        return
-    plan = Plan.load(directory / "plan.json")
     config = json.loads((directory / "config.json").read_text())
+    sites = _listed_sites(config, directory)
+    if (directory / "plan.json").is_file():
+        plan = Plan.load(directory / "plan.json")
+        if sites:
+            _check_sites(directory, plan, sites)
+        else:
+            _check_fields(directory, plan, config)
+    return config
+
+
+def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[str, Any]]:
+    """The grouped sites of a config; none in that of a native class."""
+    if "headfold" not in config:
+        return []
+    listed = config["headfold"].get("sites") if isinstance(config["headfold"], dict) else None
+    needed = {"module", "q", "k", "v", "heads", "kv_heads", "head_dim"}
+    if not listed or not all(isinstance(site, dict) and needed <= site.keys() for site in listed):
+        raise UserError(
+            f"{directory}: config.json: headfold: expected a list of sites, each with {', '.join(sorted(needed))}; fold again"
+        )
+    return listed
+
+
+def _check_sites(directory: Path, plan: Plan, sites: list[Mapping[str, Any]]) -> None:
+    planned, found = Counter(plan.num_groups.values()), Counter(site["kv_heads"] for site in sites)
+    if planned != found:
+        raise UserError(
+            f"{directory}: plan.json says {_counts(planned)}, config.json {_counts(found)}; "
+            "one was changed after the fold, fold again"
+        )
+
+
+def _counts(sites: Mapping[int, int]) -> str:
+    return " and ".join(f"{num_groups} K/V heads at {num} sites" for num_groups, num in sorted(sites.items()))
+
+
+def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
     family = family_of(config, f"{directory}/config.json")
-    for field in {attention.kv_heads for attention in family.attentions}:
-        if read_field(family, config, field) != plan.num_groups:
+    planned = sorted(set(plan.num_groups.values()))
+    for field in {attention.kv_heads for attention in family.attentions if attention.kv_heads}:
+        if [read_field(family, config, field)] != planned:
             raise UserError(
-                f"{directory}: plan.json says {plan.num_groups} K/V heads, config.json {field} = "
+                f"{directory}: plan.json says {' and '.join(map(str, planned))} K/V heads, config.json {field} = "
                 f"{read_field(family, config, field)!r}; one was changed after the fold, fold again"
             )

@@ -1,0 +1,223 @@
+"""Attention over grouped K/V heads: the queries of a group are rows of one matrix, so no key and no value is ever copied.
+
+Registered with transformers as `headfold`, for any model whose attention goes through its interface.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+NAME = "headfold"
+EAGER_NAME = "headfold-eager"
+"""What `eager` becomes at a grouped site: the eager attention of the site's own class, on packed queries."""
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How query heads are laid out by group: slot → head, `num_heads` in an empty slot; None where they lie so already."""
+
+    num_heads: int
+    num_groups: int
+    slots: tuple[int, ...] | None = None
+
+    @property
+    def queries_per_group(self) -> int:
+        """Slots of each group: as many as the largest one has queries."""
+        return len(self.slots or range(self.num_heads)) // self.num_groups
+
+    def rows(self, heads: Tensor) -> Tensor:
+        """(batch, head, token, dim) → (batch, group, query · token, dim); empty slots hold zeros, or True."""
+        batch, _, tokens, dim = heads.shape
+        if self.slots is not None:
+            blank = torch.full_like(heads[:, :1], heads.dtype == torch.bool)
+            heads = torch.cat([heads, blank], 1).index_select(1, torch.tensor(self.slots, device=heads.device))
+        return heads.reshape(batch, self.num_groups, self.queries_per_group * tokens, dim)
+
+    def mask_rows(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+        """The same for a mask or bias (batch, head or 1, token or 1, key); what is common to all rows stays so."""
+        if mask is None or mask.shape[1:3] == (1, 1):
+            return mask
+        mask = mask.expand(-1, -1, tokens, -1)
+        return mask.repeat(1, 1, self.queries_per_group, 1) if mask.shape[1] == 1 else self.rows(mask)
+
+    def heads(self, rows: Tensor, tokens: int) -> Tensor:
+        """(batch, group, query · token, dim) → (batch, head, token, dim)."""
+        heads = rows.reshape(rows.shape[0], self.num_groups * self.queries_per_group, tokens, rows.shape[-1])
+        if self.slots is None:
+            return heads
+        order = [self.slots.index(head) for head in range(self.num_heads)]
+        return heads.index_select(1, torch.tensor(order, device=rows.device))
+
+
+@functools.cache
+def packing(num_heads: int, num_groups: int, kv_of_query: tuple[int, ...] | None) -> Packing:
+    """Equal groups of neighbours or, by `kv_of_query`, any: a small group is filled up to the largest."""
+    if kv_of_query is None:
+        assert num_heads % num_groups == 0, (num_heads, num_groups)
+        return Packing(num_heads, num_groups)
+    members = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_groups)]
+    width = max(map(len, members))
+    return Packing(num_heads, num_groups, tuple(slot for m in members for slot in m + [num_heads] * (width - len(m))))
+
+
+def packed(
+    attention: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run an attention that knows one K/V head per query head on grouped ones.
+
+    `query` is (batch, head, token, dim), `key` and `value` (batch, group, key, dim), masks and biases (batch, head or 1, token, key).
+    Output (batch, token, head, dim); the weights (batch, head, token, key) where `attention` returns them.
+    """
+    tokens = query.shape[2]
+    by = packing(query.shape[1], key.shape[1], getattr(module, "kv_of_query", None))
+    for name in {"position_bias", "sinks"} & keywords.keys():
+        keywords[name] = by.mask_rows(keywords[name], tokens)
+    mask = by.mask_rows(attention_mask, tokens)
+    output, weights = attention(module, by.rows(query), key, value, mask, **keywords)
+    output = by.heads(output.transpose(1, 2), tokens).transpose(1, 2).contiguous()
+    return output, None if weights is None else by.heads(weights, tokens)
+
+
+def headfold_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """The attention `headfold`: what `sdpa` computes. Shapes as in `packed`; a mask is boolean (True: attend) or added.
+
+    Raises:
+        ValueError: a mask or a cache in the form of another implementation.
+    """
+    if keywords.pop("cache", None) is not None or (attention_mask is not None and attention_mask.dim() != 4):
+        raise ValueError("headfold attention: expected a mask of 4 dimensions and no paged cache; use sdpa instead")
+    tokens = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal and tokens > 1:
+        # Keys beyond the queries are a static cache's unwritten ones: without a mask the cache was empty before.
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+        position_bias = None if position_bias is None else position_bias[..., :tokens]
+        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    mask = _added(attention_mask, position_bias, query.dtype)
+    sinks = None if s_aux is None else s_aux.reshape(1, -1, 1, 1)
+    inner = _sdpa if sinks is None and keywords.get("softcap") is None else plain_attention
+    output, _ = packed(inner, module, query, key, value, mask, sinks=sinks, **keywords)
+    return output, None
+
+
+def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if bias is not None and mask is not None and mask.dtype == torch.bool:
+        return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
+    mask = bias if mask is None else mask if bias is None else mask + bias
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output.transpose(1, 2), None
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention step by step, for what no kernel takes and for those who want the weights. One K/V head per query head.
+
+    Logits are `softcap`ped, biased, masked; `sinks` (1, head, 1 or token, 1) join the softmax, which runs in float32 at least.
+    """
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores if position_bias is None else scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).to(value.dtype)
+    weights = weights if sinks is None else weights[..., :-1]
+    output = nn.functional.dropout(weights, dropout) @ value
+    return output.transpose(1, 2), weights
+
+
+def stock_eager(attention: type) -> Attention:
+    """The eager attention beside a stock class; the plain one where the class keeps its own inside."""
+    modules = (vars(sys.modules[base.__module__]) for base in attention.__mro__)
+    return next(
+        (names["eager_attention_forward"] for names in modules if "eager_attention_forward" in names), plain_attention
+    )
+
+
+def eager_attention(module: nn.Module, *states: Tensor | None, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+    """The attention `headfold-eager`: stock numbers and weights from grouped heads."""
+    return packed(stock_eager(type(module)), module, *states, **keywords)
+
+
+def implementation(name: str, *, uneven: bool) -> str:
+    """The attention that a grouped site runs when its model asks for `name`."""
+    return EAGER_NAME if name == "eager" else NAME if uneven else name
+
+
+def headfold_mask(*sizes: Any, config: Any = None, **keywords: Any) -> Tensor | None:
+    """Masks for `headfold`: as for `sdpa`, boolean or none at all, but as for `eager` where a class expects sums."""
+    build = sdpa_mask if _reads_boolean_masks(type(config)) else eager_mask
+    return build(*sizes, config=config, **keywords)
+
+
+@functools.cache
+def _reads_boolean_masks(config_class: type) -> bool:
+    models = MODEL_MAPPING.get(config_class, None) or ()
+    return any(model._supports_sdpa for model in (models if isinstance(models, tuple) else (models,)))
+
+
+def register(*, replace: bool) -> None:
+    """Make both attentions known to transformers, with their masks: without one it would build none, and padding would count."""
+    if replace or NAME not in AttentionInterface():
+        AttentionInterface.register(NAME, headfold_attention)
+        AttentionInterface.register(EAGER_NAME, eager_attention)
+        AttentionMaskInterface.register(NAME, headfold_mask)
+        AttentionMaskInterface.register(EAGER_NAME, eager_mask)

@@ -1,0 +1,43 @@
+"""GPT-2: q, k and v are linears of their own in the place of one Conv1D; the output stays a Conv1D."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..projections import attend, keys_and_values, project
+
+
+def gpt2_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`GPT2Attention.forward`, self or cross, over grouped heads: (batch, token, model) → the same, and the weights."""
+    batch, crosses = len(hidden_states), encoder_hidden_states is not None
+    query = project(self, "q", hidden_states, batch=batch)
+    key, value = keys_and_values(
+        self,
+        encoder_hidden_states if crosses else hidden_states,
+        batch=batch,
+        layer=self.layer_idx,
+        cache=past_key_values,
+        crosses=crosses,
+    )
+    mask = encoder_attention_mask if crosses else attention_mask
+    eager = _gpt2_upcast if self.reorder_and_upcast_attn else None
+    context, weights = attend(
+        self, query, key, value, mask, dropout=self.attn_dropout.p, scaling=self.scaling, eager=eager, **keywords
+    )
+    return self.resid_dropout(self.c_proj(context)), weights
+
+
+def _gpt2_upcast(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """The stock class's own eager attention in float32."""
+    return module._upcast_and_reordered_attn(query, key, value, mask)

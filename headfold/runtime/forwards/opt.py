@@ -1,0 +1,23 @@
+"""OPT: positions are in the embeddings, queries are scaled as they are made."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..projections import attend, keys_and_values, project
+
+
+def opt_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`OPTAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    batch = len(hidden_states)
+    query = project(self, "q", hidden_states, batch=batch) * self.scaling
+    key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=past_key_values)
+    context, weights = attend(self, query, key, value, attention_mask, dropout=self.dropout, scaling=1.0, **keywords)
+    return self.out_proj(context), weights

@@ -1,0 +1,47 @@
+"""UMT5: T5's relative bias, of its own in every layer; no softmax scale; self and cross are one class."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..projections import attend, keys_and_values, project
+
+
+def umt5_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`UMT5Attention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    batch, crosses = len(hidden_states), encoder_hidden_states is not None
+    past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+    # A static cache counts in place, in the very tensor that it hands out.
+    past = past.clone() if isinstance(past, torch.Tensor) else past
+    query = project(self, "q", hidden_states, batch=batch)
+    key, value = keys_and_values(
+        self,
+        encoder_hidden_states if crosses else hidden_states,
+        batch=batch,
+        layer=self.layer_idx,
+        cache=past_key_values,
+        crosses=crosses,
+    )
+    bias = None
+    if self.has_relative_attention_bias:
+        bias = self.compute_bias(query.shape[2], key.shape[2], device=query.device, past_seen_tokens=past)
+    context, weights = attend(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.dropout,
+        scaling=self.scaling,
+        position_bias=bias,
+        **keywords,
+    )
+    return self.o(context), weights

@@ -1,0 +1,31 @@
+"""Whisper: encoder, decoder and cross-attention are one class; K has no bias; queries are scaled as they are made."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..projections import attend, keys_and_values, project
+
+
+def whisper_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`WhisperAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    batch, crosses = len(hidden_states), key_value_states is not None
+    query = project(self, "q", hidden_states, batch=batch) * self.scaling
+    key, value = keys_and_values(
+        self,
+        key_value_states if crosses else hidden_states,
+        batch=batch,
+        layer=self.layer_idx,
+        cache=past_key_values,
+        crosses=crosses,
+    )
+    context, weights = attend(self, query, key, value, attention_mask, dropout=self.dropout, scaling=1.0, **keywords)
+    return self.out_proj(context), weights

@@ -1,0 +1,202 @@
+"""transformers models with grouped K/V heads in classes that know no count of them: `Grouped<AnyStockClass>`.
+
+The sites, and how many heads each has, are listed in the config under `headfold`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import NAME, implementation, register
+
+IN_PACKAGE = __name__.startswith("headfold.")
+"""Otherwise this is the text that lies beside a checkpoint's weights."""
+STACKS = {"encoder", "decoder", "text_model", "vision_model"}
+"""Parts that some classes of a model lack."""
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+"""What stock attention classes call the width of a head."""
+
+register(replace=IN_PACKAGE)
+
+
+def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTrainedModel:
+    """Give the attention sites of a model, in place, the K/V heads that are listed; the weights of new linears are to be loaded.
+
+    A site names its `module`, the linears `q`, `k` and `v` in it, `heads`, `kv_heads` and `head_dim`; with `fused`, the stock
+    projection that the three replace; with `kv_of_query`, groups that are not equal. Sites of a stack that the class lacks
+    (the decoder of an encoder) are passed over.
+
+    Raises:
+        ValueError: a site that the model should have and has not.
+    """
+    for site in sites:
+        path = _find(model, site["module"])
+        if path is not None:
+            module = model.get_submodule(path)
+            _reproject(module, site)
+            _attach(module, site, _config_above(model, path))
+    return model
+
+
+def _find(model: PreTrainedModel, path: str) -> str | None:
+    """The path in this class: with a head or without it, one prefix more or less."""
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        if candidate in modules:
+            return candidate
+    parts = {part for name in modules for part in name.split(".")}
+    if STACKS & set(path.split(".")) - parts:
+        return None
+    raise ValueError(
+        f"{type(model).__name__}: config.headfold: expected a module {path}, found none; is it of this class?"
+    )
+
+
+def _config_above(model: PreTrainedModel, path: str) -> Any:
+    """The config of the innermost model around a module."""
+    around = [model, *(model.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == ".")]
+    return next(module.config for module in reversed(around) if isinstance(module, PreTrainedModel))
+
+
+def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
+    """Linears of the listed sizes; one that has its size already stays, weights and all."""
+    fused = module.get_submodule(site["fused"]) if "fused" in site else None
+    for role in "qkv":
+        rows = site["heads" if role == "q" else "kv_heads"] * site["head_dim"]
+        parent, _, leaf = site[role].rpartition(".")
+        holder = module.get_submodule(parent)
+        stock = getattr(holder, leaf, fused)
+        if stock is fused or _num_rows(stock) != rows:
+            setattr(holder, leaf, _linear_like(stock, rows))
+    if fused is not None:
+        parent, _, leaf = site["fused"].rpartition(".")
+        delattr(module.get_submodule(parent), leaf)
+
+
+def _num_rows(linear: nn.Module) -> int:
+    return linear.out_features if isinstance(linear, nn.Linear) else linear.weight.shape[1]
+
+
+def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
+    """A linear with as many inputs as `stock`, a linear or Conv1D, and with a bias if that has one."""
+    weight = stock.weight
+    inputs = stock.in_features if isinstance(stock, nn.Linear) else weight.shape[0]
+    linear = nn.Linear(inputs, rows, bias=stock.bias is not None, device=weight.device, dtype=weight.dtype)
+    return linear.train(stock.training).requires_grad_(weight.requires_grad)
+
+
+def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
+    """Tell a module of its groups, and give it a forward that heeds them where the stock one does not."""
+    uneven = site.get("kv_of_query")
+    module.headfold_site = dict(site)
+    module.kv_of_query = None if uneven is None else tuple(uneven)
+    module.num_key_value_groups = 1 if uneven else site["heads"] // site["kv_heads"]
+    for name in HEAD_WIDTHS:
+        if hasattr(module, name):
+            setattr(module, name, site["head_dim"])
+    forward = own_forward(type(module))
+    if forward is not None:
+        module.__class__ = _with_forward(type(module), forward)
+        module.config = getattr(module, "config", config)
+    elif uneven or (site["kv_heads"] < site["heads"] and not _repeats_itself(type(module))):
+        module.config = SiteConfig(module.config, uneven=uneven is not None)
+
+
+def _repeats_itself(attention: type) -> bool:
+    """Whether the eager attention beside a stock class heeds `num_key_value_groups`."""
+    return "repeat_kv" in vars(sys.modules[attention.__module__])
+
+
+def own_forward(attention: type) -> Callable[..., Any] | None:
+    """The forward on the page of the class's model type; None where the stock forward takes any number of K/V heads."""
+    for base in attention.__mro__:
+        page = base.__module__.removeprefix("transformers.models.").partition(".")[0]
+        found = globals().get(f"{page}_forward")
+        if found is None and IN_PACKAGE and importlib.util.find_spec(f"{__package__}.forwards.{page}"):
+            found = getattr(importlib.import_module(f"{__package__}.forwards.{page}"), f"{page}_forward")
+        if found is not None:
+            return found
+    return None
+
+
+@functools.cache
+def _with_forward(attention: type, forward: Callable[..., Any]) -> type:
+    return type(f"Grouped{attention.__name__}", (attention,), {"forward": forward, "__module__": __name__})
+
+
+class SiteConfig:
+    """A config as a grouped site reads it: all but the attention implementation is the model's, now and later."""
+
+    def __init__(self, config: Any, *, uneven: bool) -> None:
+        self.__dict__.update(_config=config, _uneven=uneven)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_uneven"):
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return implementation(self._config._attn_implementation, uneven=self._uneven)
+
+
+class GroupedModel(PreTrainedModel):
+    """What is common to all grouped classes, in front of a stock class."""
+
+    def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+        _open_tables(type(self))
+        super().__init__(config, *arguments, **keywords)
+        listed = getattr(config, "headfold", None)
+        if not listed:
+            raise ValueError(f"{type(self).__name__}: config: expected grouped sites under headfold, found none")
+        regroup(self, listed["sites"])
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
+        """As stock, and the code beside the weights; `architectures` keeps naming the stock class."""
+        super().save_pretrained(save_directory, *arguments, **keywords)
+        self.config.architectures = [type(self).__name__.removeprefix("Grouped")]
+        self.config.save_pretrained(save_directory)
+        for name, text in _own_files(self.config.to_dict()).items():
+            (Path(save_directory) / name).write_text(text)
+
+
+def _own_files(config: Mapping[str, Any]) -> dict[str, str]:
+    if IN_PACKAGE:
+        return importlib.import_module(f"{__package__}.remote").remote_files(config)
+    return {Path(__file__).name: Path(__file__).read_text()}
+
+
+def _open_tables(model: type) -> None:
+    """Classes chosen from a table by the attention's name: ours is the eager one, whose forward is then our own."""
+    for base in model.__mro__:
+        for name, table in vars(sys.modules[base.__module__]).items():
+            if name.endswith("_ATTENTION_CLASSES"):
+                table.setdefault(NAME, table["eager"])
+
+
+@functools.cache
+def grouped_class(name: str) -> type[PreTrainedModel]:
+    """The grouped class of a stock one by its name.
+
+    Raises:
+        AttributeError: transformers has no model class of that name.
+    """
+    stock = getattr(transformers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(f"transformers {transformers.__version__} has no model class {name}")
+    return type(f"Grouped{name}", (GroupedModel, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("Grouped"):
+        return grouped_class(name.removeprefix("Grouped"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,72 @@
+"""The one attention of all own forwards: grouped projections, the cache, the output; a page per family says what differs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import EAGER_NAME, Attention, implementation, packed, stock_eager
+
+Turn = Callable[[Tensor], Tensor]
+
+
+def project(module: nn.Module, role: str, states: Tensor, *, batch: int) -> Tensor:
+    """One projection by heads: (batch, token, model) → (batch, head or group, token, dim)."""
+    site = module.headfold_site
+    projected = getattr(module, site[role])(states)
+    num_heads = projected.shape[-1] // site["head_dim"]
+    return projected.view(batch, -1, num_heads, site["head_dim"]).transpose(1, 2)
+
+
+def keys_and_values(
+    module: nn.Module,
+    states: Tensor,
+    *,
+    batch: int,
+    layer: int | None,
+    cache: Any = None,
+    crosses: bool = False,
+    turn: Turn | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Grouped K and V (batch, group, key, dim), old ones from the cache, new ones into it.
+
+    `states` are (batch, token, model): the encoder's output where the site `crosses`, projected once and kept. `turn` puts the position in.
+    """
+    both = cache if isinstance(cache, EncoderDecoderCache) else None
+    if both is not None:
+        cache = both.cross_attention_cache if crosses else both.self_attention_cache
+        if crosses and both.is_updated.get(layer):
+            return cache.layers[layer].keys, cache.layers[layer].values
+    key, value = (project(module, role, states, batch=batch) for role in "kv")
+    key = turn(key) if turn else key
+    if cache is None:
+        return key, value
+    if both is not None and crosses:
+        both.is_updated[layer] = True
+    return cache.update(key, value, layer)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    eager: Attention | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Heads to (batch, token, head · dim), by the attention that the model is set to; with the weights where it is eager.
+
+    `eager` takes the place of the eager attention beside the stock class.
+    """
+    keywords["dropout"] = dropout if module.training else 0.0
+    name = implementation(module.config._attn_implementation, uneven=module.kv_of_query is not None)
+    if name == EAGER_NAME:
+        output, weights = packed(eager or stock_eager(type(module)), module, query, key, value, mask, **keywords)
+    else:
+        output, weights = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **keywords)
+    return output.flatten(2), weights

@@ -1,0 +1,74 @@
+"""The runtime as one file that needs no headfold, to lie beside a checkpoint's weights, and the `auto_map` that leads to it."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BASE = "modeling_headfold"
+PAGES = HERE / "forwards"
+
+
+def remote_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """File name → text to write into the directory of a grouped checkpoint with this config.json."""
+    return {f"{BASE}.py": remote_code(*sorted(set(_model_types(config))))}
+
+
+def auto_map(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every auto class that transformers has for the config's `model_type` → the grouped class of the same task."""
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    for name, auto in autos.items():
+        mapping = getattr(auto, "_model_mapping", None)
+        stock = mapping and mapping._model_mapping.get(config["model_type"])
+        if stock:
+            choices = [stock] if isinstance(stock, str) else stock
+            saved = config["architectures"][0]
+            found[name] = f"{BASE}.Grouped{saved if saved in choices else choices[0]}"
+    return found
+
+
+def remote_code(*model_types: str) -> str:
+    """One self-contained text: the runtime, and the own forwards of these model types where it has such pages."""
+    parts: dict[Path, str] = {}
+    imports: set[str] = set()
+    for path in (HERE / f"{BASE}.py", *(PAGES / f"{page}.py" for page in model_types)):
+        if path.is_file():
+            _gather(path, parts, imports)
+    title = ast.get_docstring(ast.parse((HERE / f"{BASE}.py").read_text()))
+    head = f'"""{title}\n\nWritten by headfold; needs torch and transformers alone.\n"""\n'
+    return "\n".join([head, *sorted(imports, key=_import_order), *(f"\n\n{part}" for part in parts.values())])
+
+
+def _gather(path: Path, parts: dict[Path, str], imports: set[str]) -> None:
+    """Add a file's code behind that of the files it imports from here; what it imports from elsewhere goes to `imports`."""
+    if path in parts:
+        return
+    text = path.read_text()
+    lines, tree = text.splitlines(), ast.parse(text)
+    dropped = {line for node in tree.body[:1] for line in range(node.lineno, node.end_lineno + 1)}
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            dropped |= set(range(node.lineno, node.end_lineno + 1))
+            if getattr(node, "level", 0):
+                _gather(path.parents[node.level - 1] / f"{node.module}.py", parts, imports)
+            else:
+                imports.add(ast.unparse(node))
+    kept = [line for number, line in enumerate(lines, 1) if number not in dropped]
+    parts[path] = "\n".join(kept).strip() + "\n"
+
+
+def _import_order(line: str) -> tuple[bool, str]:
+    return line.startswith("from"), line
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Of the config and of the configs inside it."""
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _model_types(value)
