@@ -220,6 +220,9 @@ def evaluate(
         typer.Option("--columns", metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
     ] = None,
     beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams that BLEU is written with.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Where an output for BLEU is cut at the latest.")
+    ] = 128,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Items to measure on; tokens of plain text.")
     ] = None,
@@ -234,8 +237,9 @@ def evaluate(
     from .recipe import scoring
 
     chosen = _given(columns=columns and tuple(columns.split(",")), limit=limit, context=context)
+    writing = {"beams": beams, "max_new_tokens": max_new_tokens}
     with ProgressReport(silent=as_json) as progress:
-        found = scoring.evaluate(model, reference=reference, text=text, beams=beams, progress=progress, **chosen)
+        found = scoring.evaluate(model, reference=reference, text=text, progress=progress, **writing, **chosen)
     _answer(scoring.facts(found), as_json) or views.show_evaluation(found)
 
 

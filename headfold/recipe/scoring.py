@@ -56,6 +56,7 @@ class _Opened:
     context: int
     limit: int | None
     beams: int
+    max_new_tokens: int
 
 
 def evaluate(
@@ -66,6 +67,7 @@ def evaluate(
     columns: Sequence[str] = (),
     context: int | None = None,
     beams: int = 1,
+    max_new_tokens: int = translation.MAX_NEW_TOKENS,
     limit: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -73,10 +75,11 @@ def evaluate(
     """Measure `model` by what it takes and gives, and beside `reference` where one is named.
 
     A causal language model: perplexity on `text` (default: the bundled held-out text), KL and top-1 agreement; `limit` counts
-    tokens. An encoder-decoder: loss per target token and BLEU (greedy, or with `beams`) of pairs of text. A classifier: accuracy and
-    cross-entropy of labelled images or sentences. Any other encoder: cosines and rank correlation of its embeddings to the
-    reference's, which it needs. There `text` is what `headfold.corpus.samples` reads, `columns` its columns and `limit` a number of
-    items: the first of the source, but images are drawn from the whole of it, since files tend to be sorted by class.
+    tokens. An encoder-decoder: loss per target token and BLEU of pairs of text, written greedily or with `beams` and cut at
+    `max_new_tokens`. A classifier: accuracy and cross-entropy of labelled images or sentences. Any other encoder: cosines and rank
+    correlation of its embeddings to the reference's, which it needs. There `text` is what `headfold.corpus.samples` reads, `columns`
+    its columns and `limit` a number of items: the first of the source, but images are drawn from the whole of it, since files
+    tend to be sorted by class.
 
     Raises:
         UserError: a checkpoint or source that cannot be read, or one of another kind than the model's.
@@ -105,6 +108,7 @@ def evaluate(
         context=context or _context(directory, config),
         limit=limit,
         beams=beams,
+        max_new_tokens=max_new_tokens,
     )
     measured = _MEASURES[kind](opened)
     progress("evaluate", 1, 1)
@@ -149,6 +153,7 @@ def _pairs(opened: _Opened) -> translation.Translation:
         reference=opened.reference,
         context=opened.context,
         beams=opened.beams,
+        max_new_tokens=opened.max_new_tokens,
     )
 
 
