@@ -12,7 +12,7 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from safetensors.torch import load_file
-from tiny import FLOAT32_NORMS, TINY, rewritten, stock_logits, stock_model, tiny_checkpoint, tiny_sites
+from tiny import FLOAT32_NORMS, FOREIGN, TINY, rewritten, stock_logits, stock_model, tiny_checkpoint, tiny_sites
 from torch import Tensor
 
 import headfold
@@ -26,6 +26,8 @@ from headfold.families.spec import Attention, Family, Rope, Site, folded_config,
 
 EVERY_TINY = pytest.mark.parametrize("name", sorted(TINY))
 FOLDABLE = {alias for family in all_families().values() if "*" not in family.refuses for alias in family.model_types}
+NATIVE = {alias for alias in FOLDABLE if all(a.kv_heads for a in family_of({"model_type": alias}).attentions)}
+"""Types whose stock class reads its count of K/V heads."""
 
 
 def grade(name: str) -> Callable[[Tensor, Tensor], None]:
@@ -43,7 +45,8 @@ def some_grouped(heads: Heads, num_groups: int) -> Heads:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert FOLDABLE == {build().model_type for build in TINY.values()}
+    assert NATIVE == {build().model_type for build in TINY.values()}
+    assert FOLDABLE - NATIVE == {foreign.config().model_type for foreign in FOREIGN.values()}
 
 
 @EVERY_TINY
@@ -53,7 +56,7 @@ def test_what_is_read_is_written_back_bit_by_bit(name: str, dtype: torch.dtype) 
     tensors = load_file(directory / "model.safetensors")
     for site, heads in tiny_sites(directory):
         written = write_heads(site, heads)
-        assert {f"{weight}.weight" for role, weight in site.weights.items() if "norm" not in role} <= written.keys()
+        assert {site.tensor(role) for role in site.weights if "norm" not in role} <= written.keys()
         for tensor_name, tensor in written.items():
             assert_bitwise(tensor, tensors[tensor_name])
 
@@ -79,7 +82,7 @@ def test_the_site_is_where_the_stock_model_has_it(name: str) -> None:
     for path, (site, heads) in zip(attentions, found, strict=True):
         assert site.module == path
         assert modules[path].num_key_value_groups * heads.num_groups == heads.num_heads
-        claimed = {f"{weight}.weight" for weight in site.weights.values()}
+        claimed = {site.tensor(role) for role in site.weights}
         claimed |= {f"{site.weights[role]}.bias" for role in site.biases}
         assert claimed == {f"{path}.{parameter}" for parameter, _ in modules[path].named_parameters()}
 
@@ -96,11 +99,15 @@ def test_a_base_model_saved_alone_is_found_too(name: str, tmp_path: Path) -> Non
             assert_bitwise(getattr(alone_heads, tensor), getattr(heads, tensor))
 
 
-@pytest.mark.parametrize("model_type", sorted(FOLDABLE))
+REQUIRED = {"ministral": {"head_dim": 128}, "nemotron": {"num_key_value_heads": 48}}
+"""What the stock class does not build without."""
+
+
+@pytest.mark.parametrize("model_type", sorted(NATIVE))
 def test_a_config_without_the_optional_fields_means_what_its_class_assumes(model_type: str) -> None:
     import transformers
 
-    required = {"head_dim": 128} if model_type == "ministral" else {}  # the stock class does not build without
+    required = REQUIRED.get(model_type, {})
     config = transformers.CONFIG_MAPPING[model_type](num_hidden_layers=1, vocab_size=128, pad_token_id=0, **required)
     with torch.device("meta"):
         tensors = transformers.AutoModelForCausalLM.from_config(config).state_dict()
@@ -135,7 +142,7 @@ def forbidden(freedom: KeyFreedom, head_dim: int) -> dict[str, KeyFreedom]:
     wrong = {"any matrix": KeyFreedom("any")}
     if freedom.rotary_dim > 2:
         wrong["other layout"] = replace(freedom, interleaved=not freedom.interleaved)
-    if freedom.rotary_dim < head_dim:
+    if freedom.rotary_dim < head_dim and not freedom.interleaved:
         wrong["all dims rotate"] = replace(freedom, rotary_dim=head_dim)
     if freedom.normed:
         wrong["no norm"] = replace(freedom, kind="rope-halves")
@@ -151,6 +158,26 @@ def test_attention_sees_what_key_freedom_forbids(name: str, tmp_path: Path) -> N
             source, tmp_path / claim, lambda heads, index, f=freedom: disguise(replace(heads, key_freedom=f), index)
         )
         assert_differs(stock_logits(lie), source_logits(source))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gemma3_text", "exaone4"])
+def test_gains_are_what_the_norm_multiplies_by(name: str) -> None:
+    model = stock_model(tiny_checkpoint(name))
+    for site, heads in tiny_sites(tiny_checkpoint(name)):
+        x = torch.linspace(-1, 2, site.head_dim, dtype=torch.float64)
+        for role, gain in (("q_norm", heads.q_gain), ("k_norm", heads.k_gain)):
+            expected = x / x.square().mean().sqrt() * gain
+            assert_tight_through_float32_norms(model.get_submodule(site.paths[role])(x).double(), expected)
+
+
+@pytest.mark.parametrize("name", ["smollm3", "cohere2"])
+def test_a_layer_without_position_leaves_k_any_matrix(name: str) -> None:
+    assert [site.key_freedom.kind == "any" for site, _ in tiny_sites(tiny_checkpoint(name))] == [False, True]
+    config = json.loads((tiny_checkpoint(name) / "config.json").read_text())
+    tensors = load_file(tiny_checkpoint(name) / "model.safetensors")
+    for field in ("no_rope_layers", "layer_types"):
+        config.pop(field, None)
+    assert all(site.key_freedom.rotary_dim for site in sites(family_of(config), config, tensors))
 
 
 @EVERY_TINY
@@ -206,6 +233,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "clipped": ({"model_type": "olmo", "clip_qkv": 8.0}, r"olmo with clip_qkv=8.0 cannot be folded exactly: .*clamp"),
     "phi norm": ({"model_type": "phi", "qk_layernorm": True}, r"phi with qk_layernorm=True"),
     "stablelm norm": ({"model_type": "stablelm", "qk_layernorm": True}, r"stablelm with qk_layernorm=True"),
+    "nested setting": (
+        {"model_type": "mpt", "attn_config": {"clip_qkv": 6}},
+        r"mpt with attn_config.clip_qkv=6 cannot be folded exactly: it clamps",
+    ),
+    "cross-attention": ({"model_type": "gpt2", "add_cross_attention": True}, r"gpt2 with add_cross_attention=True"),
     "cohere norm": ({"model_type": "cohere", "use_qk_norm": True}, r"cohere with use_qk_norm=True"),
 }
 

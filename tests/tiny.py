@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ _SMALL = dict(
 # The norm's epsilon is what keeps a positive scale on K from being exactly free under q/k-norm: make it negligible.
 _QK_NORM = dict(head_dim=8, hidden_size=48, rms_norm_eps=1e-20)
 _EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+_ROUTED = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=20)
+_WINDOW = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 
 
 def _config(class_name: str, **fields: Any) -> Callable[..., "PreTrainedConfig"]:
@@ -63,6 +67,23 @@ TINY: dict[str, Callable[..., "PreTrainedConfig"]] = {
     "cohere": _config("CohereConfig", head_dim=10, attention_bias=True, logit_scale=1.0),
     "granite": _config("GraniteConfig", attention_multiplier=0.3, logits_scaling=2.0),
     "granitemoe": _config("GraniteMoeConfig", attention_multiplier=0.3, **_EXPERTS),
+    "granitemoeshared": _config(
+        "GraniteMoeSharedConfig", attention_multiplier=0.3, shared_intermediate_size=20, **_EXPERTS
+    ),
+    "qwen2_moe": _config("Qwen2MoeConfig", **_ROUTED),
+    "qwen3_moe": _config("Qwen3MoeConfig", **_ROUTED, **_QK_NORM),
+    "gemma2": _config("Gemma2Config", head_dim=10, hidden_size=48, query_pre_attn_scalar=9, **_WINDOW),
+    "gemma3_text": _config("Gemma3TextConfig", query_pre_attn_scalar=9, **_WINDOW, **_QK_NORM),
+    "glm": _config("GlmConfig", head_dim=12, hidden_size=48, attention_bias=True),
+    "glm4": _config("Glm4Config", head_dim=12, hidden_size=48),
+    "gpt_oss": _config("GptOssConfig", head_dim=8, hidden_size=48, **_WINDOW, **_EXPERTS),
+    "smollm3": _config("SmolLM3Config", no_rope_layers=[1, 0]),
+    "nemotron": _config("NemotronConfig", head_dim=12, hidden_size=48),
+    "seed_oss": _config("SeedOssConfig", head_dim=8, hidden_size=48),
+    "exaone4": _config("Exaone4Config", **_WINDOW, **_QK_NORM),
+    "ernie4_5": _config("Ernie4_5Config", head_dim=10, hidden_size=48, use_bias=True, tie_word_embeddings=True),
+    "helium": _config("HeliumConfig", head_dim=8),
+    "cohere2": _config("Cohere2Config", head_dim=10, hidden_size=48, logit_scale=1.0, **_WINDOW),
 }
 """Config builder by name; keyword arguments override fields. `num_key_value_heads=2` makes any of them a GQA model."""
 
@@ -70,21 +91,95 @@ FLOAT32_NORMS = frozenset(TINY) - {"phi", "stablelm", "starcoder2"}
 """Models whose stock forward computes norms (Cohere: RoPE too) in float32 whatever the dtype of the weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A model whose stock class does not read a count of K/V heads, and what it takes."""
+
+    model_class: str
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, **overrides: Any) -> "PreTrainedConfig":
+        import transformers
+
+        return getattr(transformers, self.model_class).config_class(**(self.fields | overrides))
+
+
+_TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_TEXT = dict(_TOKENS, hidden_size=40, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=32)
+_ENCODER = dict(_TEXT, intermediate_size=44)
+_ROTARY = dict(_TEXT, hidden_size=48, intermediate_size=44)
+_VISION = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28, image_size=12, patch_size=4
+)
+_T5 = dict(_TOKENS, d_model=24, d_kv=5, num_heads=8, d_ff=28, num_layers=2, decoder_start_token_id=0,
+    relative_attention_num_buckets=8, relative_attention_max_distance=10)  # fmt: skip
+_BART = dict(_TOKENS, d_model=24, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=8,
+    encoder_ffn_dim=28, decoder_ffn_dim=28, max_position_embeddings=32, decoder_start_token_id=2, forced_eos_token_id=None)  # fmt: skip
+_CLIP_TEXT = dict(_ENCODER, hidden_size=24, num_attention_heads=8, projection_dim=12)
+_CLIP_VISION = dict(_VISION, projection_dim=12)
+
+FOREIGN: dict[str, Foreign] = {
+    "t5": Foreign("T5ForConditionalGeneration", "pairs", _T5),
+    "mt5": Foreign("MT5ForConditionalGeneration", "pairs", _T5 | dict(num_layers=1, num_decoder_layers=3)),
+    "umt5": Foreign("UMT5ForConditionalGeneration", "pairs", _T5),
+    "bart": Foreign("BartForConditionalGeneration", "pairs", _BART),
+    "mbart": Foreign("MBartForConditionalGeneration", "pairs", _BART),
+    "marian": Foreign("MarianMTModel", "pairs", _BART),
+    "whisper": Foreign("WhisperForConditionalGeneration", "audio", _BART | dict(num_mel_bins=6, max_source_positions=11,
+        max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None)),
+    "bert": Foreign("BertForMaskedLM", "sentences", _ENCODER),
+    "roberta": Foreign("RobertaForMaskedLM", "sentences", _ENCODER),
+    "xlm-roberta": Foreign("XLMRobertaModel", "sentences", _ENCODER),
+    "camembert": Foreign("CamembertForSequenceClassification", "sentences", _ENCODER),
+    "distilbert": Foreign("DistilBertForMaskedLM", "sentences",
+        dict(_TOKENS, dim=40, n_layers=2, n_heads=8, hidden_dim=44, max_position_embeddings=32)),
+    "vit": Foreign("ViTForImageClassification", "images", _VISION | dict(num_labels=5)),
+    "deit": Foreign("DeiTForImageClassification", "images", _VISION | dict(num_labels=5)),
+    "dinov2": Foreign("Dinov2ForImageClassification", "images", _VISION | dict(num_labels=5)),
+    "dinov2_with_registers": Foreign("Dinov2WithRegistersModel", "images", _VISION),
+    "clip": Foreign("CLIPModel", "both", dict(text_config=_CLIP_TEXT, vision_config=_CLIP_VISION, projection_dim=12)),
+    "clip_text_model": Foreign("CLIPTextModelWithProjection", "sentences", _CLIP_TEXT),
+    "clip_vision_model": Foreign("CLIPVisionModel", "images", _CLIP_VISION),
+    "opt": Foreign("OPTForCausalLM", "text", dict(_TEXT, ffn_dim=44, word_embed_proj_dim=20)),
+    "gpt2": Foreign("GPT2LMHeadModel", "text", _TEXT),
+    "gpt_neo": Foreign("GPTNeoForCausalLM", "text", dict(_TOKENS, hidden_size=40, num_layers=2, num_heads=8,
+        attention_types=[[["global", "local"], 1]], window_size=4, intermediate_size=44, max_position_embeddings=32)),
+    "gpt_neox": Foreign("GPTNeoXForCausalLM", "text", dict(_ROTARY, rotary_pct=0.7)),
+    "gptj": Foreign("GPTJForCausalLM", "text", dict(_TEXT, hidden_size=48, rotary_dim=4)),
+    "bloom": Foreign("BloomForCausalLM", "text", _TEXT),
+    "falcon-rw": Foreign("FalconForCausalLM", "text", dict(_ROTARY, alibi=True, multi_query=False, parallel_attn=False, bias=True)),
+    "falcon-rotary": Foreign("FalconForCausalLM", "text", dict(_ROTARY, multi_query=False)),
+    "falcon-multi-query": Foreign("FalconForCausalLM", "text", _ROTARY),
+    "falcon-new": Foreign("FalconForCausalLM", "text", dict(_ROTARY, num_kv_heads=4, new_decoder_architecture=True)),
+    "mpt": Foreign("MptForCausalLM", "text", dict(_TOKENS, d_model=40, n_heads=8, n_layers=2, max_seq_len=32, no_bias=True)),
+}  # fmt: skip
+"""By name, each of a `model_type` of its own or a layout of its own."""
+
+
 def randomise(model: "PreTrainedModel", seed: int) -> None:
     """Draw every parameter anew, in float64: fan-in scaled matrices, biases of 0.3, norm gains around the old one."""
     generator = torch.Generator().manual_seed(seed)
-    embeddings = model.get_input_embeddings().weight
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        parameter.data.copy_(noise if parameter is embeddings else _drawn(name, parameter.data, noise))
+        parameter.data.copy_(_drawn(name, parameter.data, noise))
+
+
+_LOOKED_UP = re.compile(
+    r"embed_tokens|\bshared|word_embeddings|token_embedding|\bwte|embed_in|relative_attention_bias|sinks"
+)
+"""Embeddings and what else no matrix product averages."""
+_ASKS = re.compile(r"q_proj|k_proj|qkv|c_attn|query|key|[qk]_lin", re.IGNORECASE)
 
 
 def _drawn(name: str, old: Tensor, noise: Tensor) -> Tensor:
+    if _LOOKED_UP.search(name):
+        return noise
     if name.endswith("bias"):
         return 0.3 * noise
-    if old.ndim == 1:
+    if old.ndim < 2:
         return old + 0.3 * noise.clamp(-2, 2)
-    scale = LOGIT_SCALE if any(role in name for role in ("q_proj", "k_proj", "qkv_proj")) else 1.0
+    scale = LOGIT_SCALE if _ASKS.search(name) else 1.0
     return noise * scale / old.shape[-1] ** 0.5
 
 
@@ -93,12 +188,22 @@ def _root() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="headfold-tiny-")
 
 
+def _class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
 @functools.cache
 def tiny_checkpoint(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> Path:
     """Directory of a tiny random model, made once per session: the same weights, rounded, in every dtype. Read only."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(TINY[name](**overrides), dtype=dtype)
+    config = FOREIGN[name].config(**overrides) if name in FOREIGN else TINY[name](**overrides)
+    make = (
+        _class(FOREIGN[name].model_class)._from_config
+        if name in FOREIGN
+        else _class("AutoModelForCausalLM").from_config
+    )
+    model = make(config, dtype=dtype)
     randomise(model, seed)
     marks = [
         name,
@@ -113,10 +218,9 @@ def tiny_checkpoint(name: str, dtype: torch.dtype = torch.float64, seed: int = 0
 
 def stock_model(directory: Path, dtype: torch.dtype = torch.float64) -> "PreTrainedModel":
     """The checkpoint as plain transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
+    config = json.loads((directory / "config.json").read_text())
     # The grouped matmul that transformers picks for experts has no float64.
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = _class(config["architectures"][0]).from_pretrained(
         directory, dtype=dtype, experts_implementation="eager", output_loading_info=True
     )
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -135,6 +239,40 @@ def stock_logits(directory: Path, tokens: Tensor | None = None, dtype: torch.dty
     return stock_model(directory, dtype)(tiny_tokens() if tokens is None else tokens).logits
 
 
+def tiny_sample(name: str, num_items: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of a model by its name, some of them padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = FOREIGN[name].kind if name in FOREIGN else "text"
+    text = {"input_ids": tiny_tokens(num_items, 11, seed)}
+    mask = torch.ones(num_items, 11, dtype=torch.long)
+    mask[1::2, 8:] = 0
+    labels = tiny_tokens(num_items, 9, seed + 1000)
+    labels[::2, 7:] = -100
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(num_items, *shape, dtype=torch.float64, generator=generator)
+
+    return {
+        "text": lambda: text,
+        "sentences": lambda: text | {"attention_mask": mask},
+        "pairs": lambda: text | {"attention_mask": mask, "labels": labels},
+        "audio": lambda: {"input_features": floats(6, 22), "labels": labels},
+        "images": lambda: {"pixel_values": floats(3, 12, 12)},
+        "both": lambda: text | {"attention_mask": mask, "pixel_values": floats(3, 12, 12)},
+    }[kind]()
+
+
+@torch.inference_mode()
+def answer_of(model: "PreTrainedModel", sample: dict[str, Tensor]) -> Tensor:
+    """What a model says: logits or, without a head, embeddings or hidden states; without the paddings."""
+    said = model(**sample)
+    if "image_embeds" in said and "text_embeds" in said:
+        return torch.cat([said.text_embeds, said.image_embeds])
+    answer = next(said[name] for name in ("logits", "text_embeds", "last_hidden_state") if name in said)
+    counted = sample["labels"] != -100 if "labels" in sample else sample.get("attention_mask")
+    return answer[counted.bool()] if counted is not None and answer.ndim == 3 else answer
+
+
 def tiny_sites(directory: Path) -> list[tuple[Site, Heads]]:
     """Every attention site of a one-file checkpoint with its heads."""
     config = json.loads((directory / "config.json").read_text())
@@ -149,7 +287,8 @@ def rewritten(source: Path, target: Path, change: Callable[[Heads, int], Heads])
     old, counts = tiny_sites(source), {}
     for index, (site, heads) in enumerate(old):
         new = change(heads, index)
-        counts[site.name] = new.num_groups
+        if site.native or new.num_groups != heads.num_groups:
+            counts[site.name] = new.num_groups
         for gone in renamed(site, new.num_groups):
             del tensors[gone]
         tensors |= write_heads(site, new.to(heads.q.dtype))

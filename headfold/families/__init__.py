@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from ..core.errors import UserError, suggest
-from .spec import Family
+from .spec import Family, read_field
 
 _NOT_FAMILIES = {"spec", "layout"}
 
@@ -31,8 +31,9 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
         raise UserError(f"{where}: {_why_unknown(config, known)}")
     family = known[model_type]
     for setting, reason in family.refuses.items():
-        if setting == "*" or config.get(setting):
-            what = model_type if setting == "*" else f"{model_type} with {setting}={config[setting]!r}"
+        value = setting == "*" or read_field(family, config, setting)
+        if value:
+            what = model_type if setting == "*" else f"{model_type} with {setting}={value!r}"
             raise UserError(f"{where}: {what} cannot be folded exactly: {reason}")
     return family
 

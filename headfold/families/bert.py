@@ -16,4 +16,5 @@ FAMILY = Family(
             kv_heads="",
         ),
     ),
+    defaults={"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768},
 )

@@ -3,7 +3,7 @@
 from .spec import Attention, Family, Rope
 
 FAMILY = Family(
-    model_types=("granite", "granitemoe"),
+    model_types=("granite", "granitemoe", "granitemoeshared"),
     attentions=(
         Attention(
             name="layers.{layer}.self",

@@ -13,6 +13,7 @@ from .spec import Site
 
 _ROWS = "(head dim) model -> head dim model"
 _COLUMNS = "model (head dim) -> head dim model"
+_PER_HEAD = ("bias_table", "sinks")
 
 
 def _inverse(pattern: str) -> str:
@@ -28,16 +29,17 @@ def _rows(site: Site, num_groups: int) -> dict[str, int]:
 
 
 def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
-    """The site's heads; `read` gives a tensor by its name on disk. Dtype stays the checkpoint's."""
+    """The site's heads; `read` gives a tensor by its name on disk. Dtype stays the checkpoint's, that of norm gains apart."""
     rows = {role: _homogeneous(site, role, read) for role in ("q", "k", "v", "qkv") if role in site.weights}
     split = _unfuse(site, rows["qkv"]) if "qkv" in rows else rows
-    output = read(f"{site.weights['o']}.weight")
+    output = read(site.tensor("o"))
     gains = {
-        name: read(f"{site.weights[role]}.weight")
+        name: read(site.tensor(role)).double() + site.norm_gain_offset
         for name, role in (("q_gain", "q_norm"), ("k_gain", "k_norm"))
         if role in site.weights
     }
-    per_head = {"bias_table": read(f"{site.weights['bias_table']}.weight").T} if "bias_table" in site.weights else {}
+    # A table of position bias is (bucket, head) on disk, sinks are (head,): heads come first here.
+    per_head = {role: read(site.tensor(role)).movedim(-1, 0) for role in _PER_HEAD if role in site.weights}
     return Heads(
         **{role: rearrange(split[role], _ROWS, dim=site.head_dim) for role in ("q", "k", "v")},
         **gains,
@@ -102,9 +104,7 @@ def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
     tensors[f"{names['o']}.weight"] = (output.T if site.transposed else output).contiguous()
     if heads.o_bias is not None:
         tensors[f"{names['o']}.bias"] = heads.o_bias
-    if "bias_table" in heads.per_head:
-        tensors[f"{names['bias_table']}.weight"] = heads.per_head["bias_table"].T.contiguous()
-    return tensors
+    return tensors | {site.tensor(role): extra.movedim(0, -1).contiguous() for role, extra in heads.per_head.items()}
 
 
 def planned_shapes(
@@ -114,12 +114,13 @@ def planned_shapes(
     rows = _rows(site, num_groups)
     splits = site.splits(num_groups)
     shapes = {}
-    for role in ("q", "k", "v", "o", "qkv", "bias_table"):
+    shapes |= {site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights}
+    for role in ("q", "k", "v", "o", "qkv"):
         for suffix in ("weight", "bias"):
             if role not in site.weights or not (suffix == "weight" or role in site.biases):
                 continue
             old = tuple(shape_of(f"{site.weights[role]}.{suffix}"))
-            if role in ("o", "bias_table"):
+            if role == "o":
                 shapes[f"{site.weights[role]}.{suffix}"] = old
                 continue
             turned = site.transposed and suffix == "weight"

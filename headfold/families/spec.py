@@ -11,7 +11,7 @@ from ..core.heads import KeyFreedom, QueryOrder
 
 FusedRows = Literal["segments", "per-group"]
 """Rows of one projection for q, k and v: all of q, then k, then v; or by K/V head its queries, its key, its value."""
-ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table")
+ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table", "sinks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,15 @@ class Rope:
     interleaved: bool = False
     fraction: str | None = None
     dim: str | None = None
+    layers: str | None = None
+    """Config field with one entry per layer: where it is 0 or `full_attention`, that layer has no position. Absent: all have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
     """One attention per layer: where its projections lie on disk, as submodule names of `at`.
 
+    Paths may hold `{layer}` and, where the types of a family are called so in them, `{model_type}`.
     Either `q`, `k` and `v` name a linear each, or `qkv` names one for all three whose rows lie as `fused` says.
     """
 
@@ -41,6 +44,8 @@ class Attention:
     k_norm: str = ""
     bias_table: str = ""
     """Embedding (bucket, head) of a position bias, whose columns move with the query heads; it may be in some layers only."""
+    sinks: str = ""
+    """Bare parameter (head,), a logit that joins the softmax of each query head and moves with it."""
     fused: FusedRows = "segments"
     transposed: bool = False
     """Conv1D: `qkv` and `o` are stored (in, out)."""
@@ -93,7 +98,7 @@ class Site:
     module: str
     """Path of the module that holds the projections, in the transformers class that saved the checkpoint (`architectures`)."""
     weights: Mapping[str, str]
-    """Role (q, k, v, o or qkv; q_norm, k_norm, bias_table) → tensor name on disk without `.weight`."""
+    """Role (q, k, v, o or qkv; q_norm, k_norm, bias_table; sinks) → tensor name on disk without `.weight`."""
     biases: frozenset[str]
     """Roles that have a `.bias` on disk."""
     num_heads: int
@@ -115,6 +120,10 @@ class Site:
     stack: str = ""
     reads_encoder: bool = False
     optional: bool = False
+
+    def tensor(self, role: str) -> str:
+        """The name on disk of what the role's module holds, its bias apart."""
+        return self.weights[role] if role == "sinks" else f"{self.weights[role]}.weight"
 
     @property
     def unfused(self) -> dict[str, str]:
@@ -153,10 +162,15 @@ def _count(family: Family, config: Mapping[str, Any], name: str, otherwise: int 
     return value
 
 
-def key_freedom(family: Family, attention: Attention, config: Mapping[str, Any], head_dim: int) -> KeyFreedom:
+def key_freedom(
+    family: Family, attention: Attention, config: Mapping[str, Any], head_dim: int, layer: int
+) -> KeyFreedom:
     """The freedom that the literal's position and norms leave to K."""
     rope = family.position
     if rope is None or attention.reads_encoder or _has_alibi(family, attention, config):
+        return KeyFreedom("any")
+    entries = read_field(family, config, rope.layers) if rope.layers else None
+    if entries and entries[min(layer, len(entries) - 1)] in (0, "full_attention"):
         return KeyFreedom("any")
     rotary_dim = head_dim
     if rope.fraction and (fraction := read_field(family, config, rope.fraction)) is not None:
@@ -208,17 +222,17 @@ def _stack(
 
 
 def _lacking(site: Site, tensors: Mapping[str, Any]) -> list[str]:
-    return [f"{weight}.weight" for weight in site.weights.values() if f"{weight}.weight" not in tensors]
+    return [name for role in site.weights if (name := site.tensor(role)) not in tensors]
 
 
 def _site(
     family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], layer: int
 ) -> Site:
-    at, module = attention.at.format(layer=layer), (attention.model_at or attention.at).format(layer=layer)
-    if f"{at}.{attention.o}.weight" not in tensors:
-        stripped = at.partition(".")[2]
-        if f"{stripped}.{attention.o}.weight" in tensors:
-            at, module = stripped, module.partition(".")[2]
+    names = {"layer": layer, "model_type": config.get("model_type")}
+    at, module = attention.at.format(**names), (attention.model_at or attention.at).format(**names)
+    stripped = at.partition(".")[2]
+    if f"{at}.{attention.o}.weight" not in tensors and f"{stripped}.{attention.o}.weight" in tensors:
+        at, module = stripped, module.partition(".")[2] if _is_base_model(config) else module
     local = {role: getattr(attention, role) for role in ROLES if getattr(attention, role)}
     weights = {role: f"{at}.{name}" for role, name in local.items()}
     if "bias_table" in weights and f"{weights['bias_table']}.weight" not in tensors:
@@ -235,11 +249,11 @@ def _site(
         num_heads=num_heads,
         num_groups=num_groups,
         head_dim=head_dim,
-        key_freedom=key_freedom(family, attention, config, head_dim),
+        key_freedom=key_freedom(family, attention, config, head_dim, layer),
         query_order="fixed" if _has_alibi(family, attention, config) else attention.order,
         input_norm=gains if (gains := f"{at.rpartition('.')[0]}.{attention.input_norm}.weight") in tensors else None,
         norm_gain_offset=family.norm_gain_offset,
-        paths={role: f"{module}.{attention.model_names.get(role, name)}" for role, name in local.items()},
+        paths={role: f"{module}.{attention.model_names.get(role, local[role])}" for role in weights},
         core=f"{module}.{attention.core}" if attention.core else module,
         native=bool(attention.kv_heads),
         fused=attention.fused,
@@ -248,6 +262,12 @@ def _site(
         reads_encoder=attention.reads_encoder,
         optional=attention.optional,
     )
+
+
+def _is_base_model(config: Mapping[str, Any]) -> bool:
+    """Whether the class that saved the checkpoint has no head, so that its paths lack the first component."""
+    name = next(iter(config.get("architectures") or []), "Model")
+    return name.endswith("Model") and not name.endswith(("HeadModel", "HeadsModel", "MTModel"))
 
 
 def _num_groups(

@@ -2,7 +2,7 @@
 
 from .spec import Attention, Family
 
-_NAMES = {
+NAMES = {
     "q": "q",
     "k": "k",
     "v": "v",
@@ -12,7 +12,7 @@ _NAMES = {
     "head_dim": "d_kv",
     "width": "d_model",
 }
-_DECODER = {**_NAMES, "layers": "num_decoder_layers|num_layers", "stack": "decoder", "input_norm": "layer_norm"}
+_DECODER = {**NAMES, "layers": "num_decoder_layers|num_layers", "stack": "decoder", "input_norm": "layer_norm"}
 
 FAMILY = Family(
     model_types=("t5", "mt5"),
@@ -26,7 +26,7 @@ FAMILY = Family(
             order="stack",
             optional=True,
             input_norm="layer_norm",
-            **_NAMES,
+            **NAMES,
         ),
         Attention(
             name="decoder.{layer}.self",

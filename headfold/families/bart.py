@@ -1,0 +1,39 @@
+"""BART, mBART and Marian: learned or sinusoidal positions, so K carries none; encoder and decoder count their own heads."""
+
+from .spec import Attention, Family
+
+_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "kv_heads": "", "width": "d_model"}
+_DECODER = {**_NAMES, "layers": "decoder_layers", "heads": "decoder_attention_heads", "stack": "decoder"}
+
+FAMILY = Family(
+    model_types=("bart", "mbart", "marian"),
+    attentions=(
+        Attention(
+            name="encoder.{layer}.self",
+            at="model.encoder.layers.{layer}.self_attn",
+            layers="encoder_layers",
+            heads="encoder_attention_heads",
+            stack="encoder",
+            optional=True,
+            **_NAMES,
+        ),
+        Attention(
+            name="decoder.{layer}.self",
+            at="model.decoder.layers.{layer}.self_attn",
+            **_DECODER,
+        ),
+        Attention(
+            name="decoder.{layer}.cross",
+            at="model.decoder.layers.{layer}.encoder_attn",
+            reads_encoder=True,
+            **_DECODER,
+        ),
+    ),
+    defaults={
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+    },
+)

@@ -1,0 +1,22 @@
+"""DINOv2, with registers or without: ViT's attention; transformers 5 renames the projections on loading."""
+
+from .spec import Attention, Family
+
+FAMILY = Family(
+    model_types=("dinov2", "dinov2_with_registers"),
+    attentions=(
+        Attention(
+            name="layers.{layer}.self",
+            at="{model_type}.encoder.layer.{layer}.attention",
+            q="attention.query",
+            k="attention.key",
+            v="attention.value",
+            o="output.dense",
+            model_at="{model_type}.encoder.layer.{layer}.attention",
+            model_names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+            input_norm="norm1",
+            kv_heads="",
+        ),
+    ),
+    defaults={"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768},
+)

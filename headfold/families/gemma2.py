@@ -1,0 +1,20 @@
+"""Gemma 2: every other layer sees a window, and logits are capped after they are made; no fold touches either."""
+
+from .spec import Attention, Family, Rope
+
+FAMILY = Family(
+    model_types=("gemma2",),
+    attentions=(
+        Attention(
+            name="layers.{layer}.self",
+            at="model.layers.{layer}.self_attn",
+            q="q_proj",
+            k="k_proj",
+            v="v_proj",
+            o="o_proj",
+        ),
+    ),
+    position=Rope(),
+    norm_gain_offset=1.0,
+    defaults={"num_key_value_heads": 4, "head_dim": 256},
+)

@@ -1,0 +1,41 @@
+"""Whisper: BART's attentions without a bias on K, the norm before them; speech comes from the encoder."""
+
+from .spec import Attention, Family
+
+_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "kv_heads": "", "width": "d_model"}
+_DECODER = {**_NAMES, "layers": "decoder_layers", "heads": "decoder_attention_heads", "stack": "decoder"}
+
+FAMILY = Family(
+    model_types=("whisper",),
+    attentions=(
+        Attention(
+            name="encoder.{layer}.self",
+            at="model.encoder.layers.{layer}.self_attn",
+            layers="encoder_layers",
+            heads="encoder_attention_heads",
+            stack="encoder",
+            optional=True,
+            input_norm="self_attn_layer_norm",
+            **_NAMES,
+        ),
+        Attention(
+            name="decoder.{layer}.self",
+            at="model.decoder.layers.{layer}.self_attn",
+            input_norm="self_attn_layer_norm",
+            **_DECODER,
+        ),
+        Attention(
+            name="decoder.{layer}.cross",
+            at="model.decoder.layers.{layer}.encoder_attn",
+            reads_encoder=True,
+            **_DECODER,
+        ),
+    ),
+    defaults={
+        "d_model": 384,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "encoder_attention_heads": 6,
+        "decoder_attention_heads": 6,
+    },
+)
