@@ -42,7 +42,7 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     """The class that `architectures` names, grouped where the config lists sites."""
     import transformers
 
-    name = (config.get("architectures") or [""])[0].removeprefix("Grouped")
+    name = (config.get("architectures") or [""])[0]
     if "headfold" in config:
         return grouped_class(name)
     return getattr(transformers, name, None) or transformers.AutoModelForCausalLM

@@ -161,12 +161,19 @@ class GroupedModel(PreTrainedModel):
         regroup(self, listed["sites"])
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
-        """As stock, and the code beside the weights; `architectures` keeps naming the stock class."""
+        """As stock, and the code beside the weights."""
         super().save_pretrained(save_directory, *arguments, **keywords)
-        self.config.architectures = [type(self).__name__.removeprefix("Grouped")]
-        self.config.save_pretrained(save_directory)
         for name, text in _own_files(self.config.to_dict()).items():
             (Path(save_directory) / name).write_text(text)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: transformers would take the class for another architecture, and rename no tensors on loading."""
+        return False
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the code is saved, and the config's `auto_map` kept, without it."""
 
 
 def _own_files(config: Mapping[str, Any]) -> dict[str, str]:
@@ -185,7 +192,7 @@ def _open_tables(model: type) -> None:
 
 @functools.cache
 def grouped_class(name: str) -> type[PreTrainedModel]:
-    """The grouped class of a stock one by its name.
+    """The grouped class of a stock one by its name, which it keeps: transformers renames tensors, and saves, by class name.
 
     Raises:
         AttributeError: transformers has no model class of that name.
@@ -193,7 +200,8 @@ def grouped_class(name: str) -> type[PreTrainedModel]:
     stock = getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"transformers {transformers.__version__} has no model class {name}")
-    return type(f"Grouped{name}", (GroupedModel, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+    own = {"__module__": __name__, "__qualname__": f"Grouped{name}", "__doc__": stock.__doc__}
+    return type(name, (GroupedModel, stock), own)
 
 
 def __getattr__(name: str) -> Any:
