@@ -13,9 +13,10 @@ import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from random_sites import planted
 from safetensors.torch import load_file
-from tiny import FOREIGN, answer_of, stock_model, tiny_checkpoint, tiny_sample
+from tiny import FOREIGN, answer_of, rewritten, stock_model, tiny_checkpoint, tiny_sample
 from torch import Generator, Tensor, nn
 
+import headfold
 from headfold.calibration import collect
 from headfold.core.disguise import disguise, repeat_and_disguise
 from headfold.core.groups import Groups
@@ -308,3 +309,15 @@ def test_mean_pooling_loses_the_hidden_model(name: str) -> None:
     """Even told the right groups."""
     found, inside = case(name), hidden(name)
     assert_differs(inside.folded(found, inside.plan(found, "swap", "mean")), inside.answer)
+
+
+@SHARING
+def test_a_grouped_checkpoint_runs_as_its_head_repeated_twin(name: str, tmp_path: Path) -> None:
+    """What the literal tells the runtime is enough: fused projections gone, K/V heads fewer, the same function."""
+    found = case(name)
+    grouped = rewritten(
+        tiny_checkpoint(name), tmp_path / "grouped", lambda heads, _: some_grouped(heads, heads.num_groups // 2)
+    )
+    twin = found.answer(lambda _, heads, __: some_grouped(heads, heads.num_groups // 2).expand(heads.num_groups))
+    assert_differs(twin, plain_answer(name))
+    grade(name)(answer_of(headfold.load(grouped), tiny_sample(name)), twin)
