@@ -55,7 +55,8 @@ def make_plan(
     """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
 
     Sites that share one order of query heads (T5's stacks) are grouped alike, by the sum of their costs; where the order is
-    fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs were white, and nothing is predicted.
+    fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs
+    were white, and nothing is predicted.
 
     Raises:
         UserError: unknown method or option; a count that does not split the heads.

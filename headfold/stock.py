@@ -21,6 +21,9 @@ _LOW_PRECISION_UNITS = {
 }
 """Processor flags (x86 and ARM) that mean matrix products in the dtype run at least as fast as in float32."""
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Either is where a directory says how images or sound become inputs."""
+
 MEMORY_SHARE = 0.6
 """Share of the available memory that a whole model may take; the rest is for activations and the caller."""
 
@@ -102,6 +105,24 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # half a dozen types, by what is missing
         raise UserError(f"{path}: the tokenizer does not load: {_first_line(error)}") from error
+
+
+def open_processor(kind: str, path: str | Path) -> Any:
+    """The image processor ("images", on pillow and numpy) or feature extractor ("audio") in a checkpoint directory.
+
+    Raises:
+        UserError: there is none, or it does not load.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    if not any((Path(path) / name).is_file() for name in PROCESSORS):
+        raise UserError(f"{path}: expected the model's processor (preprocessor_config.json), found none; copy it there")
+    auto, options = (AutoImageProcessor, {"backend": "pil"}) if kind == "images" else (AutoFeatureExtractor, {})
+    try:
+        with quiet():
+            return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # half a dozen types, by what is wrong with it
+        raise UserError(f"{path}: the processor does not load: {_first_line(error)}") from error
 
 
 def open_model(

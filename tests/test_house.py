@@ -21,8 +21,8 @@ HOUSE = ROOT / "headfold"
 FLOORS = {
     1: ("core",),
     2: ("checkpoint",),
-    3: ("families",),
-    4: ("measure", "group", "merge", "corpus", "stock"),
+    3: ("families", "stock"),
+    4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery", "budget"),
     6: ("runtime",),
     7: ("probe", "refine", "train", "evaluate", "bench", "export", "report"),

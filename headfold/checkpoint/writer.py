@@ -48,10 +48,11 @@ def rewrite(
 ) -> None:
     """Write shards of the source's names and membership, and the index, into the existing directory `target`.
 
-    `shapes` gives the tensors to replace and their new shapes (`instead` those that replace one of another name), `owner` the site that makes each, `produce` all tensors of
-    a site in the source's dtype; sites are asked for in the order in which the shards need them, each at most once.
-    Shards get their names when they are on the disk whole, so another call after a kill writes only the missing ones, and
-    the same bytes. `progress` hears bytes newly in place, from two threads but never both at once.
+    `shapes` gives the tensors to replace and their new shapes (`instead` those that replace one of another name), `owner` the
+    site that makes each, `produce` all tensors of a site in the source's dtype; sites are asked for in the order in which the
+    shards need them, each at most once. Shards get their names when they are on the disk whole, so another call after a kill
+    writes only the missing ones, and the same bytes. `progress` hears bytes newly in place, from two threads but never both at
+    once.
 
     Raises:
         UserError: the disk cannot hold it, or may not be written to.

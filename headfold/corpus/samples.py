@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..stock import open_processor, open_tokenizer
 from .audio import encode_audio, read_audio
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
-from .readers import open_processor, open_tokenizer
 from .sentences import encode_sentences, read_sentences
 from .windows import draw_windows
 

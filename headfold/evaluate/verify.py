@@ -55,8 +55,9 @@ def verify(
     """Compare the logits of a fold with those of the source whose attention weights are replaced by the head-repeated twin's.
 
     `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
-    twin; it may be lazy; `renamed` and `fold_class` are those of `open_model`. The models are opened one after the other, streamed from disk where they exceed the memory, so a few
-    windows of logits are all that is held besides. A wrong logit anywhere, NaN included, fails.
+    twin; it may be lazy; `renamed` and `fold_class` are those of `open_model`. The models are opened one after the other,
+    streamed from disk where they exceed the memory, so a few windows of logits are all that is held besides. A wrong logit
+    anywhere, NaN included, fails.
 
     Raises:
         UserError: the fold does not load in stock transformers.

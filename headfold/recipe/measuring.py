@@ -62,9 +62,10 @@ def calibrate(
 ) -> CalibrationResult:
     """Run `model` over calibration tokens and write the statistics that plans and merges need to the file `stats`.
 
-    `calibration` is any source of `headfold.corpus` that suits the model: text for a language model (`tokens` of it), pairs for an
-    encoder-decoder, sentences, images or sound (`items` of them, from the named `columns`). `context` is the length of its
-    windows, or where its texts are cut (default: the model's own, at most `MAX_CONTEXT`). Files of several runs add (`headfold.checkpoint.stats_file.add_stats`).
+    `calibration` is any source of `headfold.corpus` that suits the model: text for a language model (`tokens` of it), pairs for
+    an encoder-decoder, sentences, images or sound (`items` of them, from the named `columns`). `context` is the length of its
+    windows, or where its texts are cut (default: the model's own, at most `MAX_CONTEXT`). Files of several runs add
+    (`headfold.checkpoint.stats_file.add_stats`).
 
     Raises:
         UserError: a source that cannot be folded or read, or a file in the way without `force`.

@@ -11,10 +11,9 @@ import torch
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..corpus.pairs import read_pairs
-from ..corpus.readers import open_tokenizer
 from ..corpus.samples import draw_sample, image_sample_blocks, kind_of
 from ..evaluate import classification, embedding, perplexity, translation
-from ..stock import open_model, stored_dtype
+from ..stock import open_model, open_tokenizer, stored_dtype
 from .measuring import default_device
 from .source import Progress, silent
 

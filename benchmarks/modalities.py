@@ -1,0 +1,183 @@
+"""What folding costs without training where there is no RoPE on K: a T5, a ViT and a sentence encoder.
+
+    python benchmarks/modalities.py MODEL --name NAME --calibration SOURCE --items N --text SOURCE [--columns A,B] [--seeds 3] [--kv-heads 4 2 1]
+
+The kind of model decides the measure: teacher-forced loss and greedy BLEU, accuracy and cross-entropy, or the cosine of
+embeddings to the original's. Folds are measured as their head-repeated twins in memory (a fold and its twin are equal;
+`headfold fold` verifies that each time). Baselines get the same statistics as ours; rows without statistics have one seed.
+Results go to benchmarks/results/NAME.json after each row, so an interrupted run goes on.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+from torch import Tensor
+
+from headfold import calibration, planning
+from headfold.corpus.pairs import read_pairs
+from headfold.corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
+from headfold.evaluate import classification, embedding, translation
+from headfold.recipe.source import Opened, open_source
+from headfold.refine.refit import refit
+from headfold.stock import open_model, open_tokenizer
+from headfold.surgery import site_tensors
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method as the command line spells it."""
+
+    name: str
+    group: str
+    merge: str
+    refit: bool
+    seeded: bool = True
+
+
+ROWS = (
+    Row("absorb (default)", "swap", "absorb", True),
+    Row("absorb without refit", "swap", "absorb", False),
+    Row("absorb, neighbours share", "contiguous", "absorb", True),
+    Row("mean", "contiguous", "mean", False, seeded=False),
+    Row("mean + refit", "contiguous", "mean", True),
+    Row("procrustes + norm", "swap:cost=procrustes", "procrustes:norm=true", False),
+    Row("procrustes + norm + refit", "swap:cost=procrustes", "procrustes:norm=true", True),
+)
+
+
+class Bench:
+    """One model, what it is measured on, and the statistics of each seed, measured once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.source: Opened = open_source(options.model)
+        self.path = self.source.checkpoint.path
+        self.kind = kind_of(self.source.checkpoint.config)
+        self.columns = tuple(options.columns.split(",")) if options.columns else ()
+        self.model = open_model(self.path, dtype=torch.float32)
+        self.original = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        self.reference = open_model(self.path, dtype=torch.float32) if self.kind == "sentences" else None
+        self.test = self._test_data()
+        self._measured: dict[int, tuple[Sample, dict[str, Any]]] = {}
+        self.base = self.measure()
+
+    def _test_data(self) -> Any:
+        options = self.options
+        if self.kind == "pairs":
+            return read_pairs(options.text, self.columns, options.limit, None)
+        if self.kind == "sentences":
+            return draw_sample(
+                self.kind, options.text, path=self.path, num_items=options.limit, context=options.context, seed=None
+            )
+        return list(
+            image_sample_blocks(options.text, path=self.path, num_items=options.limit, seed=None, columns=self.columns)
+        )
+
+    @property
+    def num_items(self) -> int:
+        if self.kind == "pairs":
+            return len(self.test)
+        blocks = self.test if self.kind == "images" else [self.test]
+        return sum(len(next(iter(block.values()))) for block in blocks)
+
+    def measure(self) -> dict[str, float]:
+        """The measures of the model as its weights now stand."""
+        if self.kind == "pairs":
+            found = translation.evaluate(self.model, self.test, open_tokenizer(self.path))
+            return {"nll": found.nll, "bleu": found.bleu}
+        if self.kind == "sentences":
+            found = embedding.evaluate(self.model, self.test, self.reference)
+            return {"cosine": found.cosine, "rank_correlation": found.rank_correlation}
+        found = classification.evaluate(self.model, self.test)
+        return {"accuracy": found.accuracy, "cross_entropy": found.cross_entropy}
+
+    def measured(self, seed: int) -> tuple[Sample, dict[str, Any]]:
+        """Calibration data and its statistics."""
+        if seed not in self._measured:
+            sample = draw_sample(
+                self.kind, self.options.calibration, path=self.path, num_items=self.options.items,
+                context=self.options.context, seed=seed, columns=self.columns,
+            )  # fmt: skip
+            self._measured[seed] = sample, calibration.collect(self.model, self.source.sites, sample)
+        return self._measured[seed]
+
+    def score(self, row: Row, kv_heads: int, seed: int) -> dict[str, float]:
+        """The measures of one fold, and the seconds that planning and refitting took."""
+        sample, stats = self.measured(seed)
+        started = time.monotonic()
+        read = self.source.checkpoint.read
+        plan = planning.make_plan(
+            self.source.sites, read, kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
+        )
+
+        def twin(site: Any, refits: Any = None) -> dict[str, Tensor]:
+            return site_tensors(site, plan, read, stats, refits, num_groups=site.num_groups)
+
+        refits = refit(self.model, self.source.sites, twin, sample) if row.refit else None
+        seconds = time.monotonic() - started
+        self._load({name: t for site in self.source.sites for name, t in twin(site, refits).items()})
+        found = self.measure()
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(self.original[name])
+        return {**found, "fold_seconds": round(seconds, 2)}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        paths = {on_disk: site.paths[role] for site in self.source.sites for role, on_disk in site.weights.items()}
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            on_disk, _, suffix = name.rpartition(".")
+            parameters[f"{paths[on_disk]}.{suffix}"].data.copy_(tensor)
+
+
+def spread(scores: list[dict[str, float]]) -> dict[str, Any]:
+    """Of each measure the median over seeds, the least and the greatest."""
+    return {
+        name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+        for name in scores[0]
+        for values in [[score[name] for score in scores]]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--items", type=int, required=True)
+    parser.add_argument("--text", required=True, help="test data")
+    parser.add_argument("--limit", type=int, help="of the test data")
+    parser.add_argument("--columns")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[4, 2, 1])
+    options = parser.parse_args()
+    bench, out = Bench(options), RESULTS / f"{options.name}.json"
+    print("original", bench.base, flush=True)
+    head = {
+        "machine": describe(), "model": options.name, "kind": bench.kind, "calibration_items": options.items,
+        "test_items": bench.num_items,
+        "original": bench.base,
+    }  # fmt: skip
+    done = json.loads(out.read_text())["rows"] if out.exists() else []
+    for row in ROWS:
+        for kv_heads in options.kv_heads:
+            if any(r["name"] == row.name and r["kv_heads"] == kv_heads for r in done):
+                continue
+            seeds = range(options.seeds if row.seeded else 1)
+            found = spread([bench.score(row, kv_heads, seed) for seed in seeds])
+            print(f"{row.name:28s} {kv_heads}", {k: round(v["median"], 4) for k, v in found.items()}, flush=True)
+            done.append({**asdict(row), "kv_heads": kv_heads, "num_seeds": len(seeds), **found})
+            out.write_text(json.dumps({**head, "rows": done}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
