@@ -16,7 +16,7 @@ from headfold import stock
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 
-STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe"})
+STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"})
 """Models whose tensors on disk are the parameters of the module; experts are stacked on loading."""
 
 
