@@ -1,6 +1,6 @@
 """What folding costs without training where there is no RoPE on K: a T5, a ViT and a sentence encoder.
 
-    python benchmarks/modalities.py MODEL --name NAME --calibration SOURCE --items N --text SOURCE [--columns A,B] [--seeds 3] [--kv-heads 4 2 1]
+    python benchmarks/modalities.py MODEL --name NAME --calibration SOURCE --items N --text SOURCE [--columns A,B] [--seeds 3]
 
 The kind of model decides the measure: teacher-forced loss and greedy BLEU, accuracy and cross-entropy, or the cosine of
 embeddings to the original's. Folds are measured as their head-repeated twins in memory (a fold and its twin are equal;
@@ -30,6 +30,9 @@ from headfold.stock import open_model, open_tokenizer
 from headfold.surgery import site_tensors
 
 RESULTS = Path(__file__).parent / "results"
+
+MAX_NEW_TOKENS = 60
+"""Of translations: as the original's own BLEU was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,9 @@ class Bench:
     def measure(self) -> dict[str, float]:
         """The measures of the model as its weights now stand."""
         if self.kind == "pairs":
-            found = translation.evaluate(self.model, self.test, open_tokenizer(self.path))
+            found = translation.evaluate(
+                self.model, self.test, open_tokenizer(self.path), max_new_tokens=MAX_NEW_TOKENS
+            )
             return {"nll": found.nll, "bleu": found.bleu}
         if self.kind == "sentences":
             found = embedding.evaluate(self.model, self.test, self.reference)
@@ -131,11 +136,10 @@ class Bench:
         return {**found, "fold_seconds": round(seconds, 2)}
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        paths = {on_disk: site.paths[role] for site in self.source.sites for role, on_disk in site.weights.items()}
+        named = {name: parameter for site in self.source.sites for name, parameter in site.parameters.items()}
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
-            on_disk, _, suffix = name.rpartition(".")
-            parameters[f"{paths[on_disk]}.{suffix}"].data.copy_(tensor)
+            parameters[named[name]].data.copy_(tensor)
 
 
 def spread(scores: list[dict[str, float]]) -> dict[str, Any]:

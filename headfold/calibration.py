@@ -53,7 +53,9 @@ def run(model: "PreTrainedModel", batch: Sample) -> Any:
 
 
 def decoder_inputs(model: "PreTrainedModel", labels: Tensor) -> Tensor:
-    """The labels moved one to the right behind the start token, as the model does it itself for a loss."""
+    """The labels as the decoder reads them: moved one to the right, as the model does it itself for a loss."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
     config = model.config
     shifted = torch.full_like(labels, config.pad_token_id)
     shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)

@@ -149,6 +149,9 @@ def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tens
 def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
     config = _text_config(model)
+    sites = (getattr(config, "headfold", None) or {}).get("sites")
+    if sites:
+        return sum(2 * site["kv_heads"] * site["head_dim"] for site in sites) * dtype.itemsize
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -126,6 +126,12 @@ class Site:
         return self.weights[role] if role == "sinks" else f"{self.weights[role]}.weight"
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """Tensor name on disk → name of the parameter in the model."""
+        named = {self.tensor(role): self.paths[role] + ("" if role == "sinks" else ".weight") for role in self.weights}
+        return named | {f"{self.weights[role]}.bias": f"{self.paths[role]}.bias" for role in self.biases}
+
+    @property
     def unfused(self) -> dict[str, str]:
         """Role → tensor name on disk (without suffix) once a fused projection of a class without K/V heads is grouped."""
         prefix = self.weights["qkv"].rpartition(".")[0]

@@ -273,11 +273,19 @@ class Job:
             refit_text=self.refit_text,
             command=self._command(),
             site_errors=errors or None,
+            grouped_class=self._grouped_class(),
             verification=found and (
                 f"largest difference of logits to the head-repeated twin {found.max_abs_difference:.2g} "
                 f"(tolerance {found.tolerance:.2g}, {found.num_tokens} tokens, {found.dtype})"
             ),
         )  # fmt: skip
+
+    def _grouped_class(self) -> str:
+        """The auto class for the source's own task, where the output brings code along."""
+        config = json.loads((self.staging / "config.json").read_text())
+        name = f".Grouped{next(iter(config.get('architectures') or ['']))}"
+        found = [auto for auto, target in (config.get("auto_map") or {}).items() if target.endswith(name)]
+        return (found or ["AutoModel"])[0] if "headfold" in config else ""
 
     def _command(self) -> str:
         """What makes this fold again, in the words of the command line."""

@@ -20,7 +20,7 @@ from ..corpus.windows import draw_windows, fingerprint
 from ..refine.refit import refit
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import site_tensors
-from .source import Opened, Progress, open_source, refuse_existing, silent
+from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
@@ -170,9 +170,7 @@ class OriginalRun:
         self._model = None
 
     def window_length(self) -> int:
-        config, asked = self.source.checkpoint.config, self.data.context
-        named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
-        limit = next((value for value in named if value), MAX_CONTEXT)
+        limit, asked = context_limit(self.source.checkpoint.config) or MAX_CONTEXT, self.data.context
         if asked is not None and asked > limit:
             raise UserError(f"--context {asked}: the model's own context is {limit}; choose at most that")
         return asked or min(limit, MAX_CONTEXT)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,9 +47,13 @@ class Opened:
         return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
 
     def kv_bytes_per_token(self, num_groups: Mapping[str, int] | None = None) -> int:
-        """Bytes of K and V that one token makes, over all sites, in the checkpoint's dtype; `num_groups` of those folded."""
+        """Bytes of K and V that one token leaves in the cache, over all sites, in the checkpoint's dtype.
+
+        `num_groups` counts those folded. An encoder beside a decoder caches nothing.
+        """
         counts = {site.name: site.num_groups for site in self.every_site} | dict(num_groups or {})
-        return sum(2 * counts[site.name] * site.head_dim * self.dtype.itemsize for site in self.every_site)
+        cached = [site for site in self.every_site if not site.optional] or self.every_site
+        return sum(2 * counts[site.name] * site.head_dim * self.dtype.itemsize for site in cached)
 
 
 def open_source(model: str | Path, encoder: bool = False) -> Opened:
@@ -64,6 +69,12 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
     return Opened(str(model), checkpoint, family, sites, encoder)
+
+
+def context_limit(config: Mapping[str, Any]) -> int | None:
+    """Tokens that the model takes at once, under whichever name its config has it."""
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
+    return next((value for value in named if value), None)
 
 
 def open_stats(path: str | Path | None, source: Opened) -> StatsFile | None:

@@ -27,12 +27,7 @@ class Twin(Mapping[str, Tensor]):
     @property
     def renamed(self) -> dict[str, str]:
         """Names on disk of the parameters that the model calls otherwise."""
-        pairs = {site.paths[role]: on_disk for site in self._source.sites for role, on_disk in site.weights.items()}
-        return {
-            f"{path}.{suffix}": f"{on_disk}.{suffix}"
-            for path, on_disk in pairs.items()
-            for suffix in ("weight", "bias")
-        }
+        return {parameter: name for site in self._source.sites for name, parameter in site.parameters.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         site = self._site_of[name]

@@ -12,7 +12,7 @@ from ..corpus.samples import kind_of
 from ..corpus.windows import token_windows
 from ..stock import open_tokenizer
 from .measuring import OriginalRun
-from .source import Opened
+from .source import Opened, context_limit
 
 TOKENS = 256
 """Length of each of the two windows of text."""
@@ -34,7 +34,7 @@ def verification_sample(source: Opened, run: OriginalRun, notes: list[str]) -> M
 
 def _windows(source: Opened, notes: list[str]) -> Tensor:
     config = source.checkpoint.config
-    length = min(TOKENS, config.get("max_position_embeddings") or TOKENS)
+    length = min(TOKENS, context_limit(config) or TOKENS)
     try:
         tokenizer = open_tokenizer(source.checkpoint.path)
     except UserError:

@@ -135,10 +135,8 @@ def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.
         if "_old_forward" in part.__dict__:
             part.forward = part.__dict__.pop("_old_forward")
     values = {name: _value(attention, name) for name, _ in attention.named_parameters()}
-    local = {on_disk: site.paths[role].removeprefix(f"{site.module}.") for role, on_disk in site.weights.items()}
     for name, tensor in weights.items():
-        on_disk, _, suffix = name.rpartition(".")
-        key = f"{local[on_disk]}.{suffix}"
+        key = site.parameters[name].removeprefix(f"{site.module}.")
         values[key] = tensor.to(values[key])
     module.load_state_dict(values, strict=False, assign=True)
     return module

@@ -39,12 +39,13 @@ def refit(
     """New output projections (and their biases, where a site has one) by names on disk, in float32.
 
     `model` is the original under stock transformers; `merged(site)` gives the site's folded tensors in the original's
-    shapes (the head-repeated twin). `progress` hears tokens per site and batch. Decoders of packed text are walked block by
-    block, so that one block is in memory; others are run whole, a portion of their sites at a time.
+    shapes (the head-repeated twin). `progress` hears tokens per site and batch. Decoders of packed text whose class knows K/V
+    heads (their blocks take hidden states alone by position) are walked, so that one block is in memory; others are run
+    whole, a portion of their sites at a time.
     """
     fitted: dict[str, Tensor] = {}
     every = list(batches(sample))
-    if sample.keys() == {"input_ids"} and not getattr(model.config, "is_encoder_decoder", False):
+    if sample.keys() == {"input_ids"} and all(site.native for site in sites):
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in every]):
             weights = merged(block.site)
             solver = _Ridge(twin(block.attention, block.site, weights), block.site)

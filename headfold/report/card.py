@@ -38,6 +38,8 @@ class CardFacts:
     """What `W_o` was refitted on, as `calibration` for the statistics."""
     verification: str | None = None
     """One line on what comparing the fold with its twin found; None where it was skipped."""
+    grouped_class: str = ""
+    """The auto class that opens it with the code beside the weights; empty where the stock class reads the count of K/V heads."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the card's front matter."""
 
@@ -50,7 +52,7 @@ def model_card(source: Path, facts: CardFacts) -> str:
         f"# {name} with {facts.kv_heads_after} K/V heads",
         _summary(name, facts),
         _facts_table(facts),
-        _load(),
+        _load(facts),
         _errors(facts),
         f"## Made by\n\n```\n{facts.command}\n```",
     )
@@ -124,12 +126,20 @@ def _calibration(facts: Mapping[str, str]) -> str:
     return f"`{facts.get('source', 'unknown')}` ({rest})" if facts else "none"
 
 
-def _load() -> str:
+def _load(facts: CardFacts) -> str:
+    if not facts.grouped_class:
+        return (
+            "## Use\n\nA stock checkpoint: no code besides transformers (or any engine that reads it).\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
+        )
     return (
-        "## Use\n\nA stock checkpoint: no code besides transformers (or any engine that reads it).\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
+        "## Use\n\nThe stock class of this architecture has one K/V head per query head, so the grouped one lies beside the "
+        "weights (`modeling_headfold.py`; needs torch and transformers alone).\n\n```python\n"
+        f"from transformers import {facts.grouped_class}\n"
+        f'model = {facts.grouped_class}.from_pretrained("path/to/this", trust_remote_code=True)\n```\n\n'
+        'Where headfold is installed, `headfold.load("path/to/this")` opens it without remote code.'
     )
 
 
