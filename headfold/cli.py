@@ -55,7 +55,7 @@ Items = Annotated[
         "--items",
         metavar="N",
         min=1,
-        help="Calibration pairs, sentences, images or sounds of other models. Default: 512.",
+        help="Calibration items of other models. Default: 2048 pairs or sentences, 512 images or sounds.",
     ),
 ]
 Columns = Annotated[
