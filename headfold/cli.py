@@ -73,6 +73,15 @@ Context = Annotated[
         "--context", metavar="N", min=2, help="Tokens per window. Default: the model's own, at most 1024 (eval: 2048)."
     ),
 ]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="native, padded (unequal groups), per-layer or decilm (a count per layer), or headfold (its own runtime's). "
+        "Default: the one that stock transformers loads, if there is one.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn at random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
@@ -175,6 +184,7 @@ def fold(
     context: Context = None,
     encoder: Encoder = False,
     stats: StatsFile = None,
+    layout: Layout = None,
     seed: Seed = 0,
     force: Force = False,
     verify: Annotated[
@@ -191,13 +201,35 @@ def fold(
 
     chosen = _given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=_names(columns), context=context, stats=stats,
+        columns=_names(columns), context=context, stats=stats, layout=layout,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = recipe.fold(
             model, out, refit=refit, encoder=encoder, seed=seed, force=force, verify=verify, progress=progress, **chosen
         )
     _answer(result.to_json(), as_json) or views.show_fold(result)
+
+
+@app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")
+def export(
+    folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="What headfold fold wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    layout: Layout = None,
+    force: Force = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the result and compare its logits.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a fold again in another layout, the same function.
+
+    Layouts are checkpoint forms that stock classes or engines read: see --layout."""
+    from .recipe import exporting
+
+    with ProgressReport(silent=as_json) as progress:
+        result = exporting.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
+    _answer(result.to_json(), as_json) or exporting.show(result)
 
 
 @app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")

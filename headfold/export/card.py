@@ -1,0 +1,22 @@
+"""The card of a fold, with a section that says how the layout it is in now is opened."""
+
+import re
+
+from .pieces import Export
+
+
+def exported_card(card: str, made: Export) -> str:
+    """`card` with another section on use; the rest, what was folded and how, holds for every layout."""
+    section = f"## Use\n\n{made.said}.\n\n```python\n{_lines(made)}\n```\n\n"
+    without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+    before, heading, after = without.partition("\n## ")
+    return f"{before.rstrip()}\n\n{section}{heading.strip()}{' ' if heading else ''}{after}"
+
+
+def _lines(made: Export) -> str:
+    remote = ", trust_remote_code=True" if made.files else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this"{remote})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this")'
+    )

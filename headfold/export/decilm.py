@@ -1,0 +1,98 @@
+"""Llama's relatives as DeciLM, the class of Nemotron models from architecture search: `block_configs` with a group size per layer.
+
+Engines that know per-layer counts of K/V heads know them in this form. Fields as their readers take them: K/V heads are
+`num_attention_heads // n_heads_in_group`; `attention_bias` is that of all four projections, `qkv_bias` in its place that of the
+first three; where `ffn_mult` is given, the width of the MLP is 2/3 of it times the model's, rounded up to a multiple of 256.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import Checkpoint
+from .folded import Entry, Folded, stock_config
+from .padding import reordered
+from .pieces import Export
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "seed_oss")
+CODE = Path(__file__).with_name("modeling_decilm.py")
+STEP = 256
+"""Of the width of the MLP, where it is told by `ffn_mult`."""
+_COMMON = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "tie_word_embeddings", "rope_parameters", "attention_dropout",
+)  # fmt: skip
+
+
+def why_not(source: Folded) -> str | None:
+    """Why this model cannot be a DeciLM, None where it can."""
+    if source.model_type not in MODEL_TYPES:
+        return f"DeciLM is a Llama, expected one of {', '.join(MODEL_TYPES)}, got {source.model_type}"
+    if source.has_window:
+        return f"{source.model_type} with a sliding window, which DeciLM has not"
+    if not source.is_even:
+        return "DeciLM has one group size per layer, got groups of different sizes"
+    if source.config.get("hidden_act", "silu") != "silu":
+        return f"DeciLM has silu alone, got {source.config['hidden_act']}"
+    return None
+
+
+def decilm(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+    """The same weights, query heads in standard order, under DeciLM's config."""
+    stock = stock_config(source)
+    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
+    counts = ", ".join(map(str, source.counts))
+    said = f"DeciLMForCausalLM with {counts} K/V heads: engines that read block_configs, transformers with trust_remote_code=True"
+    return Export(layout, _config(source, stock), pieces, said, {CODE.name: CODE.read_text()})
+
+
+def _config(source: Folded, stock: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {
+            "AutoConfig": f"{CODE.stem}.DeciLMConfig",
+            "AutoModel": f"{CODE.stem}.DeciLMModel",
+            "AutoModelForCausalLM": f"{CODE.stem}.DeciLMForCausalLM",
+        },
+        **{name: getattr(stock, name) for name in _COMMON},
+        "head_dim": source.entries[0].head_dim,
+        "num_key_value_heads": None,
+        "rope_theta": stock.rope_parameters["rope_theta"],
+        **_biases(source.model_type, stock),
+        "block_configs": [_block(entry, stock) for entry in source.entries],
+        **{name: source.config[name] for name in ("dtype", "torch_dtype") if name in source.config},
+    }
+
+
+def _biases(model_type: str, stock: Any) -> dict[str, bool]:
+    if model_type == "mistral":
+        return {"attention_bias": False, "mlp_bias": False}
+    if model_type == "qwen2":
+        return {"attention_bias": False, "qkv_bias": True, "mlp_bias": False}
+    own = {"qkv_bias": stock.attention_bias} if model_type == "seed_oss" else {}
+    out = stock.attention_out_bias if model_type == "seed_oss" else stock.attention_bias
+    return {"attention_bias": out, **own, "mlp_bias": stock.mlp_bias}
+
+
+def _block(entry: Entry, stock: Any) -> dict[str, dict[str, Any]]:
+    nothing = {"no_op": False, "replace_with_linear": False, "sparsify": None}
+    attention = {
+        "n_heads_in_group": entry.width,
+        "window_length": None,
+        "num_sink_tokens": None,
+        "unshifted_sink": False,
+    }
+    mlp = _mlp(stock.intermediate_size, stock.hidden_size)
+    return {
+        "attention": {**nothing, **attention, "use_prefill_window_in_sink_attention": False},
+        "ffn": {**nothing, **mlp},
+    }
+
+
+def _mlp(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
+    """The width of the MLP; as a multiple too where readers that know only that get it right."""
+    multiple = 1.5 * intermediate_size / hidden_size
+    rounded = -(-int(2 * multiple * hidden_size / 3) // STEP) * STEP
+    exact = {"intermediate_size": intermediate_size}
+    return {"ffn_mult": multiple, **exact} if rounded == intermediate_size else exact

@@ -1,0 +1,59 @@
+"""A count of K/V heads per layer, as transformers' `per_layer_config`; the class that builds such layers lies beside the weights."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import Checkpoint
+from .folded import Entry, Folded, without_code
+from .padding import reordered
+from .pieces import Export
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+CODE = Path(__file__).with_name("modeling_per_layer.py")
+
+
+def why_not(source: Folded) -> str | None:
+    """Why this model gets no per-layer config, None where it does."""
+    if source.model_type not in MODEL_TYPES:
+        return f"{source.model_type} has no per-layer class, expected one of {', '.join(MODEL_TYPES)}"
+    if len({entry.head_dim for entry in source.entries}) > 1:
+        return "heads of different widths in different layers have no class: they would turn by different angles"
+    if source.is_uniform and source.is_even:
+        return "expected counts of K/V heads that differ between layers, got the same everywhere; use --layout native"
+    return None
+
+
+def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+    """Every layer with its own count; unequal groups inside a layer are filled up to the largest of that layer."""
+    shapes = [_shape(entry) for entry in source.entries]
+    usual = dict(Counter(tuple(shape.items()) for shape in shapes).most_common(1)[0][0])
+    names = {auto: f"PerLayer{_stem(source)}{task}" for auto, task in _AUTOS.items()}
+    config = {
+        **without_code(source.config),
+        **usual,
+        "architectures": [names["AutoModelForCausalLM"]],
+        "head_dim": source.entries[0].head_dim,
+        "per_layer_config": {
+            str(layer): {name: value for name, value in shape.items() if value != usual[name]}
+            for layer, shape in enumerate(shapes)
+            if shape != usual
+        },
+        "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in names.items()},
+    }
+    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
+    counts = ", ".join(map(str, source.counts))
+    said = f"per_layer_config with {counts} K/V heads: loads in transformers with trust_remote_code=True"
+    return Export(layout, config, pieces, said, {CODE.name: CODE.read_text()})
+
+
+_AUTOS = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+
+
+def _stem(source: Folded) -> str:
+    return source.config["architectures"][0].removesuffix("ForCausalLM")
+
+
+def _shape(entry: Entry) -> dict[str, Any]:
+    num_groups = entry.groups.num_groups
+    return {"num_attention_heads": entry.width * num_groups, "num_key_value_heads": num_groups}

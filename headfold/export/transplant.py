@@ -1,0 +1,207 @@
+"""GPT-NeoX with parallel residual, and GPT-J, as the stock Phi class: the same function, and Phi reads a count of K/V heads.
+
+All three add attention and MLP to one residual. Phi has one layer norm for both, so GPT-NeoX's two become the identity's and
+their gains and offsets go into the linears behind them: W (g * x + b) = (W g) x + W b. Phi rotates halves of a head; the rows
+of GPT-J's pairs are put in that order, in Q and K alike, which leaves their products as they are.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.reader import Checkpoint
+from .folded import Entry, Folded, stock_config
+from .pieces import Export, Linear, Piece, filled, moved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """Where a class keeps what Phi keeps elsewhere; names on disk."""
+
+    layer: str
+    fc1: str
+    fc2: str
+    norm: str
+    embedding: str
+    final_norm: str
+    head: str
+    mlp_norm: str = ""
+    """The second norm of a layer; both are folded away then."""
+    buffers: tuple[str, ...] = ()
+    """What old checkpoints hold besides weights."""
+
+
+DONORS: dict[str, Donor] = {
+    "gpt_neox": Donor(
+        layer="gpt_neox.layers.{layer}",
+        fc1="mlp.dense_h_to_4h",
+        fc2="mlp.dense_4h_to_h",
+        norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        head="embed_out",
+        buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+    ),
+    "gptj": Donor(
+        layer="transformer.h.{layer}",
+        fc1="mlp.fc_in",
+        fc2="mlp.fc_out",
+        norm="ln_1",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        head="lm_head",
+        buffers=("attn.bias", "attn.masked_bias"),
+    ),
+}
+
+
+def why_not(source: Folded) -> str | None:
+    """Why this model has no Phi twin, None where it has one."""
+    if source.model_type not in DONORS:
+        return f"{source.model_type} has no stock class with a count of K/V heads"
+    if source.model_type == "gpt_neox" and source.config.get("use_parallel_residual", True) is False:
+        return (
+            "gpt_neox with use_parallel_residual=false adds attention and MLP one after the other, which Phi does not"
+        )
+    if source.model_type == "gptj" and not source.field("rotary_dim"):
+        return "gptj without rotary_dim turns by other angles than Phi"
+    return None
+
+
+def transplant(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+    """The Phi twin; queries of unequal groups are filled up with zero heads."""
+    reason = why_not(source)
+    if reason:
+        raise UserError(
+            f"{source.where}: {reason}; expected gpt_neox with parallel residual, or gptj; leave out --layout"
+        )
+    donor, width = DONORS[source.model_type], max(entry.width for entry in source.entries)
+    stock = stock_config(source)
+    pieces = [*_ends(checkpoint, donor, stock.hidden_size)]
+    for layer, entry in enumerate(source.entries):
+        pieces += _layer(checkpoint, donor, layer, entry, width, _rotary_order(source, entry))
+    said = f"PhiForCausalLM, the same function as {source.config['architectures'][0]}: loads in stock transformers"
+    return Export(layout, _phi_config(source, stock, width), pieces, said)
+
+
+def _ends(checkpoint: Checkpoint, donor: Donor, size: int) -> Iterator[Piece]:
+    """Embeddings, the last norm, the head. Phi's head has a bias, tied or not."""
+    head, embedding = f"{donor.head}.weight", f"{donor.embedding}.weight"
+    for suffix in ("weight", "bias"):
+        yield moved(f"{donor.final_norm}.{suffix}", f"model.final_layernorm.{suffix}", checkpoint)
+    if head in checkpoint.tensors:
+        yield moved(embedding, "model.embed_tokens.weight", checkpoint)
+        yield Linear(donor.head, "lm_head", bias=True).piece(checkpoint)
+        return
+    has_bias = f"{donor.head}.bias" in checkpoint.tensors
+    tied = moved(embedding, "model.embed_tokens.weight", checkpoint)
+    if has_bias:
+        yield tied
+        yield moved(f"{donor.head}.bias", "lm_head.bias", checkpoint)
+        return
+    bias = filled(embedding, {"lm_head.bias": 0.0}, checkpoint.tensors[embedding].shape[0], checkpoint)
+    yield Piece(tied.olds, {**tied.shapes, **bias.shapes}, lambda read: {**tied.make(read), **bias.make(read)})
+
+
+def _layer(
+    checkpoint: Checkpoint, donor: Donor, layer: int, entry: Entry, width: int, rotary: tuple[int, ...] | None
+) -> Iterator[Piece]:
+    old, new = donor.layer.format(layer=layer), f"model.layers.{layer}"
+    slots, norm = entry.slots(width), f"{old}.{donor.norm}"
+    common = {"block": entry.head_dim, "norm": norm if donor.mlp_norm else "", "bias": True}
+    for role, rows, inside in (("q", slots, rotary), ("k", None, rotary), ("v", None, None)):
+        linear = Linear(entry.names[role], f"{new}.self_attn.{role}_proj", rows=rows, inside=inside, **common)
+        yield linear.piece(checkpoint)
+    dense = Linear(entry.names["o"], f"{new}.self_attn.dense", columns=slots, block=entry.head_dim, bias=True)
+    yield dense.piece(checkpoint)
+    mlp_norm = f"{old}.{donor.mlp_norm}" if donor.mlp_norm else ""
+    yield Linear(f"{old}.{donor.fc1}", f"{new}.mlp.fc1", norm=mlp_norm, bias=True).piece(checkpoint)
+    yield Linear(f"{old}.{donor.fc2}", f"{new}.mlp.fc2", bias=True).piece(checkpoint)
+    yield from _norms(checkpoint, norm, f"{new}.input_layernorm", mlp_norm)
+    yield from (Piece((name,)) for buffer in donor.buffers if (name := f"{old}.{buffer}") in checkpoint.tensors)
+
+
+def _norms(checkpoint: Checkpoint, old: str, new: str, mlp_norm: str) -> Iterator[Piece]:
+    """The one norm moves; of two, whose numbers are in the linears now, one becomes the identity's and one goes."""
+    for suffix, identity in (("weight", 1.0), ("bias", 0.0)):
+        if not mlp_norm:
+            yield moved(f"{old}.{suffix}", f"{new}.{suffix}", checkpoint)
+            continue
+        size = checkpoint.tensors[f"{old}.{suffix}"].shape[0]
+        yield filled(f"{old}.{suffix}", {f"{new}.{suffix}": identity}, size, checkpoint)
+        yield Piece((f"{mlp_norm}.{suffix}",))
+
+
+def _rotary_order(source: Folded, entry: Entry) -> tuple[int, ...] | None:
+    """Dims of a head in the order of Phi: the first of every pair, the second of every pair, those that do not turn."""
+    if not (source.family.position and source.family.position.interleaved):
+        return None
+    turning = source.field("rotary_dim")
+    return (*range(0, turning, 2), *range(1, turning, 2), *range(turning, entry.head_dim))
+
+
+_KEPT = ("vocab_size", "max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _phi_config(source: Folded, stock: "PreTrainedConfig", width: int) -> dict[str, Any]:
+    entry = source.entries[0]
+    heads = width * entry.groups.num_groups
+    fields = {
+        "architectures": ["PhiForCausalLM"],
+        "model_type": "phi",
+        "hidden_size": stock.hidden_size,
+        "num_hidden_layers": stock.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": entry.groups.num_groups,
+        **{name: getattr(stock, name) for name in (*_KEPT, *_TOKENS)},
+        **(_of_gpt_neox if source.model_type == "gpt_neox" else _of_gptj)(stock, entry.head_dim),
+        "qk_layernorm": False,
+    }
+    fields |= {} if heads * entry.head_dim == stock.hidden_size else {"head_dim": entry.head_dim}
+    return fields | {name: source.config[name] for name in ("dtype", "torch_dtype") if name in source.config}
+
+
+def _of_gpt_neox(stock: Any, head_dim: int) -> dict[str, Any]:
+    rope = dict(stock.rope_parameters)
+    return {
+        "intermediate_size": stock.intermediate_size,
+        "hidden_act": stock.hidden_act,
+        "layer_norm_eps": stock.layer_norm_eps,
+        "attention_dropout": stock.attention_dropout,
+        "resid_pdrop": stock.hidden_dropout,
+        "embd_pdrop": stock.hidden_dropout,
+        **_rope(
+            rope, _share(int(stock.hidden_size // stock.num_attention_heads * rope["partial_rotary_factor"]), head_dim)
+        ),
+    }
+
+
+def _of_gptj(stock: Any, head_dim: int) -> dict[str, Any]:
+    return {
+        "intermediate_size": stock.n_inner or 4 * stock.n_embd,
+        "hidden_act": stock.activation_function,
+        "layer_norm_eps": stock.layer_norm_epsilon,
+        "attention_dropout": stock.attn_pdrop,
+        "resid_pdrop": stock.resid_pdrop,
+        "embd_pdrop": stock.embd_pdrop,
+        # GPT-J knows no other base of its angles.
+        **_rope({"rope_type": "default", "rope_theta": 10000.0}, _share(stock.rotary_dim, head_dim)),
+    }
+
+
+def _rope(parameters: dict[str, Any], share: float) -> dict[str, Any]:
+    """The rotary fields, also under the names that older readers know."""
+    both = {"rope_theta": parameters["rope_theta"], "partial_rotary_factor": share}
+    return {**both, "rope_parameters": {**parameters, **both}}
+
+
+def _share(rotary_dim: int, head_dim: int) -> float:
+    """The share of a head that turns, such that `int(head_dim * share)` is `rotary_dim`."""
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 2.0)
