@@ -1,11 +1,14 @@
 """headfold: fold a checkpoint's key/value heads. Same model, smaller KV cache.
 
 The public functions are those of the command line: `fold`, `calibrate`, `plan`, `inspect`, `eval`, and `load`, which opens what
-`fold` wrote. Nothing heavy is imported before one of them is asked for.
+`fold` wrote. Nothing heavy is imported before one of them is asked for. With this package imported, any transformers model may be
+opened with `attn_implementation="headfold"`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .announcing import announce
 
 if TYPE_CHECKING:
     from .recipe import calibrate, fold, inspect, plan
@@ -25,6 +28,9 @@ _HOMES = {
 """Public name → module and name there. A public name must not be that of a submodule, which would take its place."""
 
 __all__ = ["__version__", "calibrate", "eval", "fold", "inspect", "load", "plan"]
+
+
+announce()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """How well a model predicts a text, alone or beside the model that it was folded from."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.nn.functional import kl_div
 from ..core.errors import UserError
 from ..corpus import open_corpus
 from ..corpus.windows import token_stream
+from ..runtime.load import grouped_class_of
 from ..stock import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 
 if TYPE_CHECKING:
@@ -121,7 +123,8 @@ def evaluate(
 
 
 def _open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
-    model = open_model(path, dtype=dtype, device=device)
+    config = json.loads((Path(path) / "config.json").read_text())
+    model = open_model(path, dtype=dtype, device=device, model_class=grouped_class_of(config))
     if model.get_output_embeddings() is None:
         name = type(model).__name__
         raise UserError(

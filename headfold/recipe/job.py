@@ -27,7 +27,7 @@ from ..evaluate.verify import verify as compare_with_twin
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site, folded_config
 from ..report.card import CardFacts, model_card
-from ..runtime.modeling_headfold import grouped_class
+from ..runtime.load import grouped_class_of
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import kept_weights, reading_without, site_tensors
 from .measuring import OriginalRun
@@ -226,7 +226,8 @@ class Job:
             twin,
             sample,
             renamed=twin.renamed,
-            fold_class=grouped_class(config["architectures"][0]) if "headfold" in config else None,
+            source_class=grouped_class_of(self.source.checkpoint.config),
+            fold_class=grouped_class_of(config),
         )
         self.progress("verify", size, size)
         if not math.isfinite(found.tolerance):

@@ -18,6 +18,7 @@ from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
 from ..refine.refit import refit
+from ..runtime.load import grouped_class_of
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import site_tensors
 from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
@@ -154,7 +155,8 @@ class OriginalRun:
             path = self.source.checkpoint.path
             dtype, why = compute_dtype(stored_dtype(path), self.device)
             self.notes.append(why)
-            self._model = open_model(path, dtype=dtype, device=self.device)
+            chosen = grouped_class_of(self.source.checkpoint.config)
+            self._model = open_model(path, dtype=dtype, device=self.device, model_class=chosen)
             for name, parameter in self._model.named_parameters():
                 if not parameter.is_meta:
                     check_finite(f"{self.source.name}: {name}", parameter)

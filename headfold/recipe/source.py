@@ -65,6 +65,10 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     checkpoint = Checkpoint.open(resolve(str(model)))
     where = f"{model}/config.json"
     family = family_of(checkpoint.config, where)
+    if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
+        raise UserError(
+            f"{where}: this checkpoint is folded already, and its q, k and v lie apart; fold the original to fewer heads instead"
+        )
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)

@@ -26,7 +26,7 @@ def show_inspection(found: Any) -> None:
     rows = [
         ["family", f"{found.family} ({found.architecture})"],
         ["parameters", f"{found.num_parameters:,} in {found.dtype}"],
-        ["layers", str(found.num_layers)],
+        ["attentions", str(found.num_layers)],
         ["query heads", f"{found.num_heads} of {found.head_dim}"],
         ["K/V heads", str(found.num_kv_heads)],
         ["K/V cache per token", size(found.kv_bytes_per_token)],

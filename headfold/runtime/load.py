@@ -11,7 +11,6 @@ from ..core.plan import Plan
 from ..families import family_of
 from ..families.spec import read_field
 from ..stock import quiet
-from .modeling_headfold import grouped_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,8 +43,15 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
     name = (config.get("architectures") or [""])[0]
     if "headfold" in config:
+        from .modeling_headfold import grouped_class  # and with it the attention `headfold`
+
         return grouped_class(name)
     return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+
+
+def grouped_class_of(config: Mapping[str, Any]) -> Any:
+    """The grouped class of a config that lists sites; None where the stock class does."""
+    return _model_class(config) if "headfold" in config else None
 
 
 def check(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Tell transformers of the attention `headfold`, now or as soon as somebody imports the part that keeps such a list."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+KEEPER = "transformers.modeling_utils"
+"""It is not imported for this: most of what headfold does needs no transformers, which takes seconds to import."""
+ATTENTION = "headfold.runtime.modeling_headfold"
+
+
+def announce() -> None:
+    """Register the attention, or leave word for when transformers comes."""
+    if KEEPER in sys.modules:
+        import_module(ATTENTION)
+    elif not any(isinstance(finder, _Word) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Word())
+
+
+class _Word(MetaPathFinder):
+    """Finds nothing by itself; sees the module coming, lets the others find it, and registers behind it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != KEEPER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Behind(spec.loader)
+        return spec
+
+
+class _Behind(Loader):
+    """A module's own loader, then the registration."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        import_module(ATTENTION)
