@@ -10,6 +10,8 @@ from .folded import Folded, folded
 from .pieces import Export
 
 LAYOUTS = ("native", "padded", "per-layer", "decilm")
+MODEL_TYPES = frozenset((*transplant.DONORS, *padding.MODEL_TYPES, *per_layer.MODEL_TYPES, *decilm.MODEL_TYPES))
+"""All that have any layout."""
 _LEAVE_OUT = "leave out --layout, headfold's runtime runs it"
 OWN = "headfold"
 """The form in which headfold's own runtime reads a fold: as it was written."""
@@ -25,11 +27,13 @@ def choose_layout(config: Mapping[str, Any], asked: str | None = None, where: st
     """
     if asked == OWN or (asked is None and "headfold" not in config):
         return None
+    if config["model_type"] not in MODEL_TYPES:
+        if asked is None:
+            return None
+        raise UserError(f"{where}: layout {asked}: {config['model_type']} has no class for it; {_LEAVE_OUT}")
     source = folded(config, where)
     if asked is not None:
-        reason = why_not(source, asked)
-        if reason:
-            raise UserError(f"{where}: {reason}")
+        _refuse(source, asked)
         return asked
     best = "per-layer" if not source.is_uniform else "native" if source.is_even else "padded"
     return None if why_not(source, best) else best
@@ -41,10 +45,14 @@ def make_export(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     Raises:
         UserError: the layout is none of this model's.
     """
+    _refuse(source, layout)
+    return _MAKERS[layout](checkpoint, source, layout)
+
+
+def _refuse(source: Folded, layout: str) -> None:
     reason = why_not(source, layout)
     if reason:
         raise UserError(f"{source.where}: {reason}")
-    return _MAKERS[layout](checkpoint, source, layout)
 
 
 def why_not(source: Folded, layout: str) -> str | None:

@@ -19,6 +19,10 @@ Read = Callable[[str], Tensor]
 Make = Callable[[Read], Mapping[str, Tensor]]
 
 
+UNTOUCHED = "all tensors outside attention are the original's, byte for byte"
+"""What the card of a fold says of the rest of the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Tensors that go together: `olds` leave, those in `shapes` come, in the shard and dtype of the first that leaves."""
@@ -26,6 +30,8 @@ class Piece:
     olds: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     make: Make = lambda read: {}
+    rounds: bool = False
+    """Whether the numbers are new ones, rounded to the dtype, and not the old ones in other places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,8 @@ class Export:
     pieces: Sequence[Piece]
     said: str
     files: Mapping[str, str] = field(default_factory=dict)
+    kept: str = UNTOUCHED
+    """The same of the export."""
 
     @property
     def model_class(self) -> str:
@@ -69,7 +77,7 @@ class Linear:
         shapes = {f"{self.new}.weight": (outs, ins)}
         shapes |= {f"{self.new}.bias": (outs,)} if has_bias or self.bias or self.norm else {}
         olds = (f"{self.old}.weight", *([f"{self.old}.bias"] if has_bias else []))
-        return Piece(olds, shapes, self._make(has_bias, frozenset(shapes)))
+        return Piece(olds, shapes, self._make(has_bias, frozenset(shapes)), rounds=bool(self.norm))
 
     def _make(self, has_bias: bool, names: frozenset[str]) -> Make:
         def make(read: Read) -> dict[str, Tensor]:

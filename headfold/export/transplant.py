@@ -65,9 +65,7 @@ def why_not(source: Folded) -> str | None:
     if source.model_type not in DONORS:
         return f"{source.model_type} has no stock class with a count of K/V heads"
     if source.model_type == "gpt_neox" and source.config.get("use_parallel_residual", True) is False:
-        return (
-            "gpt_neox with use_parallel_residual=false adds attention and MLP one after the other, which Phi does not"
-        )
+        return "gpt_neox with use_parallel_residual=false adds attention and MLP in turn, which Phi does not"
     if source.model_type == "gptj" and not source.field("rotary_dim"):
         return "gptj without rotary_dim turns by other angles than Phi"
     return None
@@ -75,21 +73,21 @@ def why_not(source: Folded) -> str | None:
 
 def transplant(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """The Phi twin; queries of unequal groups are filled up with zero heads."""
-    reason = why_not(source)
-    if reason:
-        raise UserError(
-            f"{source.where}: {reason}; expected gpt_neox with parallel residual, or gptj; leave out --layout"
-        )
     donor, width = DONORS[source.model_type], max(entry.width for entry in source.entries)
     stock = stock_config(source)
-    pieces = [*_ends(checkpoint, donor, stock.hidden_size)]
+    pieces = [*_ends(checkpoint, donor)]
     for layer, entry in enumerate(source.entries):
         pieces += _layer(checkpoint, donor, layer, entry, width, _rotary_order(source, entry))
     said = f"PhiForCausalLM, the same function as {source.config['architectures'][0]}: loads in stock transformers"
-    return Export(layout, _phi_config(source, stock, width), pieces, said)
+    rounded = [checkpoint.tensors[piece.olds[0]].dtype for piece in pieces if piece.rounds]
+    if any(dtype.itemsize < 4 for dtype in rounded):
+        said += f" (weights behind layer norms are rounded to {str(rounded[0]).removeprefix('torch.')} once more)"
+    kept = "the rest of the model is the original's under other names"
+    kept += ", gains of layer norms multiplied into the weights behind them" if donor.mlp_norm else ""
+    return Export(layout, _phi_config(source, stock, width), pieces, said, kept=kept)
 
 
-def _ends(checkpoint: Checkpoint, donor: Donor, size: int) -> Iterator[Piece]:
+def _ends(checkpoint: Checkpoint, donor: Donor) -> Iterator[Piece]:
     """Embeddings, the last norm, the head. Phi's head has a bias, tied or not."""
     head, embedding = f"{donor.head}.weight", f"{donor.embedding}.weight"
     for suffix in ("weight", "bias"):

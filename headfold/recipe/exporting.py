@@ -19,6 +19,7 @@ from ..export.folded import Folded, open_folded
 from ..export.layouts import choose_layout, make_export
 from ..export.opening import model_class
 from ..export.pieces import Export, write_export
+from ..export.rounding import Unrounded
 from ..runtime.modeling_headfold import grouped_class
 from ..stock import open_model, stored_dtype
 from .source import Progress, silent
@@ -87,12 +88,12 @@ def show(result: ExportResult) -> None:
     print(f"wrote {result.out}")
 
 
-def write_layout(folded: Path, target: Path, layout: str, progress: Callable[[int, int], None]) -> str:
-    """For a fold on its way: what lies whole in `folded` into the existing `target`, in `layout`. Returns a note that says it."""
+def write_layout(folded: Path, target: Path, layout: str, progress: Callable[[int, int], None]) -> Export:
+    """For a fold on its way: what lies whole in `folded` into the existing `target`, in `layout`."""
     checkpoint, source = open_folded(folded)
     made = make_export(checkpoint, source, layout)
     write_export(checkpoint, made, target, progress)
-    return f"layout {layout}: {made.said}"
+    return made
 
 
 def _nothing_to_do(source: Folded) -> str:
@@ -127,7 +128,9 @@ def _compare(checkpoint: Checkpoint, made: Export, staging: Path, progress: Prog
     name = checkpoint.config["architectures"][0]
     ours = grouped_class(name) if "headfold" in checkpoint.config else None
     expected = open_model(checkpoint.path, dtype=dtype, model_class=ours)(**sample, use_cache=False).logits
-    found = open_model(staging, dtype=dtype, model_class=model_class(made.config))(**sample, use_cache=False).logits
+    overlay = Unrounded(checkpoint, made, staging, dtype)
+    exported = open_model(staging, dtype=dtype, model_class=model_class(made.config), overlay=overlay)
+    found = exported(**sample, use_cache=False).logits
     progress("verify", size, size)
     difference = (found - expected).abs().max().item()
     tolerance = TOLERANCE[dtype] * expected.double().pow(2).mean().sqrt().item()

@@ -1,0 +1,180 @@
+"""What an export leaves on the disk, what it refuses, and what it says."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from grades import assert_bitwise
+from grouped_models import CASES, EVEN, HEADS, LAYERS, ONE, THREE, UNEVEN, Case, config_of, grouped, opened
+from safetensors.torch import load_file, save_file
+
+import headfold
+from headfold import cli
+from headfold.checkpoint.reader import Checkpoint
+from headfold.core.errors import UserError
+from headfold.core.groups import Groups
+from headfold.core.plan import Plan, SitePlan
+from headfold.export import transplant
+from headfold.export.folded import folded
+from headfold.export.layouts import choose_layout, make_export
+from headfold.export.pieces import UNTOUCHED
+from headfold.export.rounding import Unrounded
+from headfold.recipe.exporting import export
+from headfold.report import card
+
+
+def test_decilm_is_read_as_its_readers_do(tmp_path: Path) -> None:
+    """By the arithmetic of the readers: K/V heads by the size of a group, and the width of the MLP by its multiple."""
+    for width, multiple in ((72, False), (256, True), (768, True)):
+        case, place = f"mlp-{width}", tmp_path / str(width)
+        CASES[case] = Case("Qwen2ForCausalLM", fields=dict(intermediate_size=width))
+        try:
+            grouped(case, [EVEN, ONE], place / "folded")
+        finally:
+            del CASES[case]
+        export(place / "folded", place / "out", layout="decilm", verify=False)
+        config, shapes = config_of(place / "out"), Checkpoint.open(place / "out").tensors
+        assert (config["architectures"], config["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
+        assert config["qkv_bias"] and not config["attention_bias"] and config["num_key_value_heads"] is None
+        for layer, block in enumerate(config["block_configs"]):
+            at = f"model.layers.{layer}"
+            kv_heads = config["num_attention_heads"] // block["attention"]["n_heads_in_group"]
+            assert shapes[f"{at}.self_attn.k_proj.weight"].shape[0] == kv_heads * config["head_dim"]
+            assert block["ffn"]["intermediate_size"] == shapes[f"{at}.mlp.up_proj.weight"].shape[0] == width
+            assert ("ffn_mult" in block["ffn"]) == multiple
+            if multiple:
+                rows = int(2 * block["ffn"]["ffn_mult"] * config["hidden_size"] / 3)
+                assert rows + -rows % 256 == width
+        assert [len(set(groups)) for groups in (EVEN, ONE)] == [
+            HEADS // block["attention"]["n_heads_in_group"] for block in config["block_configs"]
+        ]
+
+
+REFUSED = [
+    ("llama", [EVEN, THREE], "native", "equally many K/V heads in every layer, got 2, 3; use --layout per-layer"),
+    ("llama", [EVEN, THREE], "padded", "equally many K/V heads in every layer, got 2, 3; use --layout per-layer"),
+    ("gpt_neox", [EVEN, THREE], "per-layer", "gpt_neox has no per-layer class"),
+    ("gpt_neox", [EVEN, THREE], None, "has no stock layout for this fold"),
+    ("gpt_neox", [EVEN, EVEN], "decilm", "DeciLM is a Llama"),
+    ("llama", [EVEN, EVEN], "per-layer", "got the same everywhere; use --layout native"),
+    ("llama", [EVEN, EVEN], "padded", "got equal ones, which need none; use --layout native"),
+    ("llama", [UNEVEN, UNEVEN], "native", "groups of different sizes; use --layout padded"),
+    ("llama", [UNEVEN, UNEVEN], "decilm", "one group size per layer"),
+    ("mistral", [EVEN, THREE], "decilm", "sliding window"),
+    ("llama", [EVEN, EVEN], "gguf", "expected one of native, padded, per-layer, decilm"),
+    ("serial", [EVEN, EVEN], None, "has no stock layout for this fold"),
+    ("serial", [EVEN, EVEN], "native", "use_parallel_residual=false"),
+    ("opt", [EVEN, EVEN], "native", "opt has no class for it"),
+    ("opt", [EVEN, EVEN], None, "has no stock layout for this fold"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "groups", "layout", "words"), REFUSED)
+def test_what_no_class_can_be_is_refused_in_one_line(
+    name: str, groups: Sequence[Sequence[int]], layout: str | None, words: str, tmp_path: Path
+) -> None:
+    grouped(name, groups, tmp_path / "folded")
+    with pytest.raises(UserError) as refusal:
+        export(tmp_path / "folded", tmp_path / "out", layout=layout)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folded"]
+
+
+def test_choice_needs_the_config_alone() -> None:
+    """Fields as `fold` writes them; what is stock already, and what is wanted as it is, stays."""
+    config = CASES["llama"].config([EVEN, THREE], "sdpa").to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    assert choose_layout(config) == "per-layer"
+    assert choose_layout(config, "headfold") is None
+    native = {name: value for name, value in config.items() if name != "headfold"}
+    assert choose_layout(native) is None and choose_layout(native, "decilm") == "decilm"
+    assert choose_layout({"model_type": "never heard of", "headfold": {"sites": [{}]}}) is None
+
+
+def test_shards_old_buffers_and_a_kill(tmp_path: Path) -> None:
+    """Old GPT-NeoX checkpoints hold masks and angles; a run that is cut goes on, to the same bytes."""
+    model = grouped("gpt_neox", [EVEN, EVEN], tmp_path / "one")
+    model.save_pretrained(tmp_path / "folded", max_shard_size="100KB")
+    shard = max((tmp_path / "folded").glob("*.safetensors"))
+    at = "gpt_neox.layers.1.attention"
+    extra = {f"{at}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), f"{at}.masked_bias": torch.tensor(-1e9)}
+    extra[f"{at}.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file({**load_file(shard), **extra}, shard, {"format": "pt"})
+    index = json.loads((tmp_path / "folded/model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, shard.name)
+    (tmp_path / "folded/model.safetensors.index.json").write_text(json.dumps(index))
+
+    def cut(stage: str, done: int, total: int) -> None:
+        if stage == "write" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "folded", tmp_path / "again", progress=cut)
+    for place in ("whole", "again"):
+        export(tmp_path / "folded", tmp_path / place, verify=place == "whole")
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    assert files == {path.name for path in (tmp_path / "again").iterdir()}
+    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    named = json.loads((tmp_path / "whole/model.safetensors.index.json").read_text())["weight_map"]
+    assert (
+        named.keys()
+        == Checkpoint.open(tmp_path / "whole").tensors.keys()
+        == opened(tmp_path / "whole").state_dict().keys()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_once_more_and_is_compared_before(dtype: torch.dtype, tmp_path: Path) -> None:
+    grouped("gpt_neox", [EVEN, EVEN], tmp_path / "folded", dtype)
+    result = export(tmp_path / "folded", tmp_path / "out")
+    assert str(dtype).removeprefix("torch.") in result.said and result.difference <= result.tolerance
+    source, written = Checkpoint.open(tmp_path / "folded"), Checkpoint.open(tmp_path / "out")
+    made = make_export(source, folded(source.config), "native")
+    exact = Unrounded(source, made, tmp_path / "out", torch.float32)
+    name = "model.layers.1.mlp.fc1.weight"
+    assert {info.dtype for info in written.tensors.values()} == {dtype} and name in exact
+    assert_bitwise(exact[name].to(dtype), written.read(name))
+    assert not torch.equal(exact[name], written.read(name).float())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors[name][0, 0] *= 2
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="expected what was computed"):
+        Unrounded(source, made, tmp_path / "out", torch.float32)[name]
+
+
+def test_a_wrong_export_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped("gptj", [EVEN, EVEN], tmp_path / "folded")
+    monkeypatch.setattr(transplant, "_rotary_order", lambda *_: None)
+    with pytest.raises(UserError, match="got a difference of"):
+        export(tmp_path / "folded", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_card_and_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grouped("gpt_neox", [EVEN, EVEN], tmp_path / "folded")
+    sites = {f"layers.{layer}.self": SitePlan(Groups(EVEN), "mean") for layer in range(LAYERS)}
+    (tmp_path / "folded" / "plan.json").write_text(json.dumps(Plan(sites, "contiguous", "source").to_json()))
+    words = ["headfold", "export", str(tmp_path / "folded"), str(tmp_path / "out"), "--layout", "native", "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert not leaving.value.code
+    said = json.loads(capsys.readouterr().out)
+    assert (said["layout"], said["model_class"], said["kv_heads"]) == ("native", "PhiForCausalLM", [2, 2])
+    out = tmp_path / "out"
+    assert (out / "plan.json").read_bytes() == (tmp_path / "folded" / "plan.json").read_bytes()
+    assert (out / "tokenizer.json").is_file()
+    text = (out / "README.md").read_text()
+    assert "old" not in text and "PhiForCausalLM" in text and "trust_remote_code" not in text
+    assert text.index("# tiny") < text.index("## Use") < text.index("## Made by") and text.count("## Use") == 1
+    assert type(headfold.load(out)).__name__ == "PhiForCausalLM"
+
+
+def test_cards_of_folds_say_what_exports_correct() -> None:
+    """The sentence that an export replaces is the one that cards of folds hold."""
+    assert UNTOUCHED in " ".join(Path(card.__file__).read_text().replace('"\n        "', "").split())
