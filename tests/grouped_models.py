@@ -111,7 +111,11 @@ def logits(model: Any, ids: Tensor | None = None) -> Tensor:
 
 
 def opened(path: Path, **keywords: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", **keywords).eval()
+    """As any user would, and every tensor has its place."""
+    found = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True, **keywords)
+    model, info = found
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
 
 
 def same(name: str) -> Callable[[Tensor, Tensor], None]:

@@ -82,6 +82,7 @@ def test_counts_per_layer(name: str, layout: str, tmp_path: Path) -> None:
     assert not why
     model, found = both(name, [SHUFFLED, THREE], tmp_path, layout)
     assert type(found).__module__.startswith("transformers_modules.")
+    assert type(found)(found.config).config._attn_implementation == "sdpa"
     for implementation in ("sdpa", "eager"):
         found.set_attn_implementation(implementation)
         real = padded_batch()["attention_mask"].bool()
