@@ -1,0 +1,207 @@
+"""Where an unknown architecture has its attention: the projections by shape and name, and the config fields that size them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .shrink import Config
+from .subject import Subject, Unproven
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAMED = {
+    "q": r"(q|wq|query|linear_q|to_q)(_?(proj|lin|linear|layer))?|query_proj",
+    "k": r"(k|wk|key|linear_k|to_k)(_?(proj|lin|linear|layer))?|key_proj",
+    "v": r"(v|wv|value|linear_v|to_v)(_?(proj|lin|linear|layer))?|value_proj",
+    "o": r"(o|wo|out|output|dense|c|attn_out|linear_o|linear_out)(_?(proj|lin|linear|dense|layer))?|output\.dense|to_out",
+    "qkv": r"(in_proj|w?qkv|c_attn|query_key_value|w_pack|qkv)(_?proj)?",
+    "q_norm": r"(q|query)_?(layer_?)?norm|norm_q|q_ln",
+    "k_norm": r"(k|key)_?(layer_?)?norm|norm_k|k_ln",
+}
+"""Role → what its submodule is usually called."""
+_FIELDS = {
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
+    "head_dim": ("head_dim", "kv_channels", "attention_head_size", "attention_head_dim", "d_kv"),
+    "width": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One kind of attention, once per layer, by paths in the model."""
+
+    at: str
+    """With `{layer}`."""
+    names: Mapping[str, str]
+    """Role (q, k, v, o or qkv; q_norm, k_norm, sinks) → submodule of `at`."""
+    num_layers: int
+    native: bool
+    """Whether K and V shrink with a count of the config."""
+    transposed: bool
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Role of a number (heads, kv_heads, head_dim, width, layers) → field of config.json."""
+    others: tuple[str, ...] = ()
+    """Parameters of the attention that are none of these."""
+
+    def path(self, role: str, layer: int) -> str:
+        return f"{self.at.format(layer=layer)}.{self.names[role]}"
+
+
+def find(subject: Subject) -> Found:
+    """The attention of a causal language model or encoder, found on shapes alone.
+
+    Raises:
+        Unproven: none, several kinds, or one that no literal describes.
+    """
+    model = subject.build(device="meta")
+    shrunk = _shrinking(subject, model)
+    linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
+    keyed = _parents(linears, shrunk)
+    patterns = _patterns(keyed)
+    config = subject.toy_config().to_dict()
+    depth = next((config[name] for name in _FIELDS["layers"] if isinstance(config.get(name), int)), 0)
+    counted = next((name for name in _FIELDS["kv_heads"] if config.get(name)), "")
+    if counted and not shrunk:
+        latent = ", but from a latent of kv_lora_rank numbers" if config.get("kv_lora_rank") else ""
+        raise Unproven(
+            f"no projection has fewer rows where {counted} is less: K and V are not made head by head{latent}"
+        )
+    at, layers = _only(patterns, depth)
+    names = _roles(at.format(layer=layers[0]), linears, shrunk, subject)
+    return _described(
+        model, Found(at, names, len(layers), bool(shrunk), _is_turned(linears, at, layers[0], names)), config
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _shrinking(subject: Subject, model: "PreTrainedModel") -> set[str]:
+    """Parameters that have fewer rows where the config asks for fewer K/V heads."""
+    fewer = subject.with_geometry(num_groups=subject.geometry.num_groups // 2).build(device="meta")
+    shapes = {name: parameter.shape for name, parameter in fewer.named_parameters()}
+    return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
+
+
+def _parents(linears: Mapping[str, nn.Module], shrunk: set[str]) -> set[str]:
+    """Modules that hold projections which make K."""
+    if shrunk:
+        grouped = {path for path in linears if f"{path}.weight" in shrunk}
+        if not grouped:
+            raise Unproven(f"{min(shrunk)} shrinks with the K/V heads, but is no linear projection")
+        return {_split(path)[0] for path in grouped}
+    called = {"k": set(), "v": set(), "qkv": set()}
+    for path in linears:
+        parent, name = _split(path)
+        for role in called:
+            if _is_called(role, name):
+                called[role].add(parent)
+    return (called["k"] & called["v"]) | called["qkv"]
+
+
+def _split(path: str) -> tuple[str, str]:
+    """An attention and the name of a linear in it, which some classes wrap (`k_proj.linear`)."""
+    parent, name = re.fullmatch(r"(?:(.*?)\.)?([^.]+(?:\.linear)?)", path).groups()
+    return parent or "", name
+
+
+def _is_called(role: str, name: str) -> bool:
+    return re.fullmatch(_NAMED[role], name.removesuffix(".linear"), re.IGNORECASE) is not None
+
+
+def _patterns(paths: Iterable[str]) -> dict[str, list[int]]:
+    """`model.layers.{layer}.self_attn` → its layers."""
+    patterns: dict[str, list[int]] = {}
+    for path in paths:
+        number = re.search(r"(?<=\.)\d+(?=\.|$)", path)
+        if number is None:
+            raise Unproven(f"{path} holds K/V projections outside any stack of layers")
+        pattern = f"{path[: number.start()]}{{layer}}{path[number.end() :]}"
+        patterns.setdefault(pattern, []).append(int(number[0]))
+    return {pattern: sorted(layers) for pattern, layers in patterns.items()}
+
+
+def _only(patterns: Mapping[str, list[int]], depth: int) -> tuple[str, list[int]]:
+    if not patterns:
+        raise Unproven("no attention found: no linears are called k and v, or qkv")
+    if len(patterns) > 1:
+        raise Unproven(
+            f"K/V projections of several kinds: {', '.join(sorted(patterns))}; expected one kind in every layer"
+        )
+    ((at, layers),) = patterns.items()
+    if layers != list(range(depth)):
+        raise Unproven(
+            f"attention in layers {', '.join(map(str, layers))} of {depth} only; expected every layer to have it"
+        )
+    return at, layers
+
+
+def _roles(parent: str, linears: Mapping[str, nn.Module], shrunk: set[str], subject: Subject) -> dict[str, str]:
+    """Role → submodule of one attention."""
+    inside = {
+        path.removeprefix(f"{parent}."): module for path, module in linears.items() if path.startswith(f"{parent}.")
+    }
+    grouped = [name for name in inside if not shrunk or f"{parent}.{name}.weight" in shrunk]
+    names = {role: name for role in ("k", "v", "qkv") for name in grouped if _is_called(role, name)}
+    names = {"qkv": names["qkv"]} if "k" not in names and "qkv" in names else names
+    extra = [name for name in grouped if shrunk and name not in names.values()]
+    if "qkv" not in names and not {"k", "v"} <= names.keys():
+        raise Unproven(f"{parent}: cannot tell K and V among {', '.join(sorted(grouped))}")
+    if extra:
+        raise Unproven(f"{parent}: besides K and V, {', '.join(sorted(extra))} depends on the number of K/V heads")
+    wanted = ("o",) if "qkv" in names else ("q", "o")
+    rest = {name: module for name, module in inside.items() if name not in names.values()}
+    for role in wanted:
+        named = [name for name in rest if _is_called(role, name)]
+        if len(named) != 1:
+            listed = ", ".join(sorted(rest)) or "nothing"
+            raise Unproven(f"{parent}: cannot tell the {role.upper()} projection among {listed}")
+        names[role] = named[0]
+    _check_rows(parent, names, inside, subject)
+    return names
+
+
+def _check_rows(parent: str, names: Mapping[str, str], inside: Mapping[str, nn.Module], subject: Subject) -> None:
+    """Q, K, V and O must have the shapes of heads of one size."""
+    if "qkv" in names:
+        return
+    heads, groups = subject.geometry.num_heads, subject.geometry.num_groups
+    q, k, v = (inside[names[role]].weight.shape[0] for role in "qkv")
+    o = inside[names["o"]].weight.shape[1]
+    if k % groups or k != v:
+        raise Unproven(f"{parent}: K has {k} rows and V {v}; expected {groups} heads of one size in both")
+    if q != k // groups * heads or o != q:
+        raise Unproven(
+            f"{parent}: Q has {q} rows and O {o} columns; expected {heads} heads of {k // groups} in both (is there a gate in Q?)"
+        )
+
+
+def _is_turned(linears: Mapping[str, nn.Module], at: str, layer: int, names: Mapping[str, str]) -> bool:
+    return type(linears[f"{at.format(layer=layer)}.{names['o']}"]).__name__ == "Conv1D"
+
+
+def _described(model: "PreTrainedModel", found: Found, config: Config) -> Found:
+    """With norms, sinks, config fields, and what else the attention has."""
+    parent = found.at.format(layer=0)
+    module = model.get_submodule(parent)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    names = dict(found.names)
+    for role in ("q_norm", "k_norm"):
+        named = [n for n in shapes if n.endswith(".weight") and _is_called(role, n.removesuffix(".weight"))]
+        if named:
+            names[role] = named[0].removesuffix(".weight")
+    claimed = {f"{name}.{kind}" for name in names.values() for kind in ("weight", "bias")}
+    others = tuple(name for name in shapes if name not in claimed)
+    fields = {
+        role: next((name for name in choices if isinstance(config.get(name), int)), "")
+        for role, choices in _FIELDS.items()
+    }
+    return Found(found.at, names, found.num_layers, found.native, found.transposed, fields, others)

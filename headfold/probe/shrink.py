@@ -1,0 +1,142 @@
+"""A config of the same architecture at toy size: every count small, every switch as it stands."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = dict[str, Any]
+"""What config.json holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sizes of a toy model: all different, so that shapes tell what is what."""
+
+    num_heads: int = 8
+    num_groups: int = 8
+    head_dim: int = 24
+    width: int = 128
+    min_layers: int = 2
+
+
+VOCABULARY = 89
+ROTARY_OF_LATENT = 8
+"""Dims that rotate where K and V are made from a common latent; `head_dim` means them there."""
+_NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
+"""Null in some configs, where their class then does not build: sized like any other count."""
+MAX_LAYERS = 4
+THETA = 100.0
+"""Base of the rotary frequencies: within a toy sequence every plane turns far enough to be seen."""
+
+_LAYERS = re.compile(r"^(num_(hidden_)?layers|n_layers?|(encoder|decoder)_layers|num_decoder_layers)$")
+_SIZES: tuple[tuple[str, str | int], ...] = (
+    (r"vocab_size(_per_layer_input)?$|unpadded_vocab", VOCABULARY),
+    (r"num_key_value_heads|num_kv_heads|n_kv_heads|kv_n_heads|n_head_kv", "num_groups"),
+    (r"mamba_(n|num)_heads|linear_num_(key|value)_heads|linear_num_heads|index_n_heads", 4),
+    (r"linear_(key_|value_)?head_dim|mamba_head_dim", 8),
+    (r"rope_head_dim", ROTARY_OF_LATENT),
+    (r"mamba_d_head", 64),
+    (r"mamba_d_ssm", 256),
+    (r"qk_head_dim|index_head_dim", 24),
+    (r"num_attention_heads|^(n_heads?|num_heads|attention_heads|n_attn_heads)$", "num_heads"),
+    (r"^(swa_|global_)?head_dim$|kv_channels|attention_head_size", "head_dim"),
+    (r"^(hidden_size|n_embd|d_model|dim|lru_width)$", "width"),
+    (r"hidden_size_per_layer_input|router_hidden_size|zaya_mlp_expansion|router_dim", 16),
+    (r"moe.*(intermediate|latent)|expert.*intermediate|shared.*(intermediate|size)|expert_dim", 24),
+    (r"intermediate_size|ffn_hidden_size|ffn_dim|ffn_size|mlp_dim|n_inner|d_ff$", 72),
+    (r"num_experts_per_tok|top_?k$|moe_k|top_k_experts|moe_topk|index_topk", 2),
+    (r"num_shared_experts|n_shared_experts", 1),
+    (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
+    (r"n_group$|topk_group|num_expert_group|n_groups", 1),
+    (r"num_nextn_predict_layers|num_kv_shared_layers|num_mtp_layers|num_mem_blocks", 0),
+    (r"first_k_dense_replace|num_dense_layers", 1),
+    (r"original_max_position|max_position|n_positions|max_seq_len|model_max_length|n_ctx|keep_window_size", 64),
+    (r"sliding_window(_size)?$|attention_window|window_size|attention_chunk_size", 6),
+    (r"every_n_layers|_interval$|layer_group_size|(sliding_window|layers?)_pattern$|_period$|_stride$", 2),
+    (r"chunk_size|block_size", 8),
+    (r"d_state|state_size|d_rel|laurel_rank|lora_rank|v_head_dim|nope_head_dim", 16),
+    (r"layer_offset$|num_blocks$", 1),
+    (r"image_size|crop_size", 28),
+    (r"(conv|out)_channels?$", 128),
+    (r"dt_rank", 8),
+    (r"pad_token_id$", 0),
+)
+
+
+def shrink(config: Mapping[str, Any], geometry: Geometry) -> Config:
+    """The toy config. Lists with an entry per layer keep one of each kind of layer, two at least and four at most."""
+    depth = next((value for name, value in config.items() if _LAYERS.match(name) and isinstance(value, int)), 0)
+    listed = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth > 0}
+    kept = _kinds(list(listed.values()), depth, geometry.min_layers)
+    toy = {}
+    for name, value in config.items():
+        if name == "per_layer_config":  # by layer, so of no meaning for a toy
+            continue
+        if value is None and name == "layer_types":
+            toy[name] = ["full_attention"] * len(kept)
+        elif name in listed:
+            toy[name] = [_sized(name, listed[name][layer], geometry) for layer in kept]
+        elif _LAYERS.match(name) and isinstance(value, int):
+            toy[name] = len(kept) if value == depth else geometry.min_layers
+        else:
+            toy[name] = _sized(name, 1 if value is None and name in _NEEDED else value, geometry)
+    return toy | ({"head_dim": ROTARY_OF_LATENT} if "qk_rope_head_dim" in config and "head_dim" in config else {})
+
+
+def _kinds(listed: list[list[Any]], depth: int, min_layers: int) -> list[int]:
+    """The first layer of each kind, filled up with the first layers, in order."""
+    if depth < min_layers:
+        return [min(layer, max(depth - 1, 0)) for layer in range(min_layers)]
+    first = {}
+    for layer in range(depth):
+        first.setdefault(repr([values[layer] for values in listed]), layer)
+    kinds = list(first.values())[:MAX_LAYERS]
+    more = [layer for layer in range(depth) if layer not in kinds]
+    return sorted(kinds + more[: max(0, min_layers - len(kinds))])
+
+
+def _sized(name: str, value: Any, geometry: Geometry) -> Any:
+    if name.startswith("rope_") and isinstance(value, Mapping):
+        return _rope(value)
+    if isinstance(value, Mapping):
+        return shrink(value, geometry) if name.endswith("_config") else value
+    if isinstance(value, float):
+        return _real(name, value)
+    if name == "eos_token_id" and value is not None:
+        return 2
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    for pattern, size in _SIZES:
+        if re.search(pattern, name):
+            return getattr(geometry, size) if isinstance(size, str) else min(value, size) if size < 3 else size
+    return value if value < 16 or not name.endswith("_id") else 1
+
+
+def _real(name: str, value: float) -> float:
+    """An epsilon is what keeps a scale from being exactly free under a norm: make it nothing."""
+    if "eps" in name:
+        return 1e-20
+    if name == "rope_theta":
+        return THETA
+    return _quarters(value) if re.search("partial_rotary|rotary_pct", name) else value
+
+
+def _quarters(share: float) -> float:
+    """A share of a head that is a whole, even number of dims of a toy head."""
+    return max(1, round(share * 4)) / 4
+
+
+_STRETCHED = {"yarn", "longrope", "llama3", "dynamic", "linear"}
+"""How frequencies are stretched for long contexts, which changes no freedom."""
+_LISTED = ("short_factor", "long_factor", "mrope_section")
+"""With an entry per plane."""
+
+
+def _rope(parameters: Mapping[str, Any]) -> Config:
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return {name: _rope(value) if isinstance(value, Mapping) else value for name, value in parameters.items()}
+    kept = {name: _real(name, value) if isinstance(value, float) else value for name, value in parameters.items()}
+    kept = {name: value for name, value in kept.items() if name not in _LISTED}
+    kinds = [name for name in ("rope_type", "type") if kept.get(name) in _STRETCHED]
+    return kept | dict.fromkeys(kinds, "default")
