@@ -145,6 +145,13 @@ def test_half_precision_rounds_once_more_and_is_compared_before(dtype: torch.dty
         Unrounded(source, made, tmp_path / "out", torch.float32)[name]
 
 
+@pytest.mark.parametrize("layout", ["per-layer", "decilm"])
+def test_exports_with_code_are_compared_too(layout: str, tmp_path: Path) -> None:
+    grouped("llama", [EVEN, THREE], tmp_path / "folded")
+    result = export(tmp_path / "folded", tmp_path / "out", layout=layout)
+    assert result.difference is not None and result.difference <= result.tolerance
+
+
 def test_a_wrong_export_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped("gptj", [EVEN, EVEN], tmp_path / "folded")
     monkeypatch.setattr(transplant, "_rotary_order", lambda *_: None)
