@@ -275,6 +275,28 @@ def evaluate(
     _answer(scoring.facts(found), as_json) or views.show_evaluation(found)
 
 
+@app.command(epilog="Example: headfold probe my-model --out my_family.py")
+def probe(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id or a model_type of transformers.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FAMILY.py", help="Write the literal as Python source.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find an architecture's attention and prove it foldable.
+
+    A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
+    is tried on it, and the literal that follows must pass all laws."""
+    from .recipe import probing
+
+    found = probing.probe(model, out=out, force=force)
+    _answer(found.to_json(), as_json) or views.show_probe(found, out)
+
+
 @app.command(epilog="Example: headfold methods absorb")
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, for its whole page.")] = None,

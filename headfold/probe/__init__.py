@@ -31,7 +31,28 @@ class Probed:
 
     def to_json(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in ("model_type", "architecture", "reason", "seen", "laws")}
-        return {**facts, "proven": self.family is not None}
+        return {**facts, "proven": self.family is not None, "literal": self.source}
+
+    @property
+    def source(self) -> str:
+        """The literal as a file of `headfold/families/`; empty where there is none."""
+        if self.family is None:
+            return ""
+        return source_of(self.family, f"What headfold probe found of {self.model_type}: {self.seen[-2]}.")
+
+    @property
+    def position(self) -> str:
+        """In a few words, what of K is free."""
+        if self.family is None:
+            return ""
+        (attention,), rope = self.family.attentions, self.family.position
+        if rope is None:
+            return "any matrix: no position on K" + (", fixed order (ALiBi)" if attention.order == "fixed" else "")
+        what = "signs (q/k-norm)" if attention.k_norm else "complex numbers"
+        parts = [what, "neighbouring dims" if rope.interleaved else "halves"]
+        parts += ["part of each head can rotate"] if rope.fraction or rope.dim else []
+        parts += ["any matrix in layers without position"] if rope.layers else []
+        return ", ".join(parts)
 
 
 def probe(model: str | Path) -> Probed:
@@ -54,7 +75,7 @@ def _tried(subject: Subject) -> Probed:
     seen: list[str] = []
     try:
         family, laws = established(subject, seen)
-    except Unproven as refusal:
+    except UserError as refusal:
         return Probed(subject.model_type, subject.architecture, None, str(refusal), tuple(seen))
     return Probed(subject.model_type, subject.architecture, family, "", tuple(seen), laws)
 
@@ -94,11 +115,14 @@ def subject_of(model: str | Path) -> Subject:
 
 
 def _architecture(model_type: str, config: Mapping[str, Any]) -> str:
-    """The class that the config names, else the causal language model, else the masked one."""
+    """The causal language model of the type, else the masked one: names on disk are those of a model with its head.
+
+    An encoder-decoder is what its config names.
+    """
     import transformers
 
     named = next(iter(config.get("architectures") or []), "")
-    if hasattr(transformers, named):
+    if config.get("is_encoder_decoder") and hasattr(transformers, named):
         return named
     for auto in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"):
         names = getattr(transformers.models.auto.modeling_auto, auto)

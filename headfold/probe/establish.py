@@ -16,6 +16,7 @@ from .freedom import Position, check_values, layers_field, position, query_order
 from .laws import prove_laws
 from .literal import attention_of, defaults_of
 from .rotary import rope_of
+from .settings import refusals
 from .subject import Subject, Unproven, in_float64, logits
 from .trial import Specimen, Trial
 
@@ -41,14 +42,16 @@ def established(subject: Subject, seen: list[str]) -> tuple[Family, Mapping[str,
     seen.append(f"order of query heads: {attention.order}" + (", sinks move with them" if attention.sinks else ""))
     norm, input_offset = input_norm(specimen, found)
     rope = rope_of(subject, attention, where, trial.sites[0].head_dim, layers)
+    attention = replace(attention, input_norm=norm)
     family = Family(
         model_types=(subject.model_type,),
-        attentions=(replace(attention, input_norm=norm),),
+        attentions=(attention,),
         position=rope,
         norm_gain_offset=offset if normed else input_offset,
         defaults=defaults_of(subject, attention, rope),
     )
-    return family, prove_laws(subject, family)
+    laws = prove_laws(subject, family)
+    return replace(family, refuses=refusals(subject, family)), laws
 
 
 def _found(found: Found) -> str:

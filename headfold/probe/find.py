@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -17,7 +17,7 @@ _NAMED = {
     "q": r"(q|wq|query|linear_q|to_q)(_?(proj|lin|linear|layer))?|query_proj",
     "k": r"(k|wk|key|linear_k|to_k)(_?(proj|lin|linear|layer))?|key_proj",
     "v": r"(v|wv|value|linear_v|to_v)(_?(proj|lin|linear|layer))?|value_proj",
-    "o": r"(o|wo|out|output|dense|c|attn_out|linear_o|linear_out)(_?(proj|lin|linear|dense|layer))?|output\.dense|to_out",
+    "o": r"(o|wo|out|output|dense|c|attn_out|linear_o|linear_out)(_?(proj|lin|linear|dense|layer))?|to_out",
     "qkv": r"(in_proj|w?qkv|c_attn|query_key_value|w_pack|qkv)(_?proj)?",
     "q_norm": r"(q|query)_?(layer_?)?norm|norm_q|q_ln",
     "k_norm": r"(k|key)_?(layer_?)?norm|norm_k|k_ln",
@@ -44,6 +44,8 @@ class Found:
     native: bool
     """Whether K and V shrink with a count of the config."""
     transposed: bool
+    core: str = ""
+    """Submodule of `at` that attends, where the projections lie around it."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Role of a number (heads, kv_heads, head_dim, width, layers) → field of config.json."""
     others: tuple[str, ...] = ()
@@ -73,9 +75,10 @@ def find(subject: Subject) -> Found:
             f"no projection has fewer rows where {counted} is less: K and V are not made head by head{latent}"
         )
     at, layers = _only(patterns, depth)
+    at, core = _with_output(at, layers[0], linears)
     names = _roles(at.format(layer=layers[0]), linears, shrunk, subject)
     return _described(
-        model, Found(at, names, len(layers), bool(shrunk), _is_turned(linears, at, layers[0], names)), config
+        model, Found(at, names, len(layers), bool(shrunk), _is_turned(linears, at, layers[0], names), core), config
     )
 
 
@@ -114,7 +117,17 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _is_called(role: str, name: str) -> bool:
-    return re.fullmatch(_NAMED[role], name.removesuffix(".linear"), re.IGNORECASE) is not None
+    return re.fullmatch(_NAMED[role], name.removesuffix(".linear").rpartition(".")[2], re.IGNORECASE) is not None
+
+
+def _with_output(at: str, layer: int, linears: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The module that holds O too, and the path below it of the one that attends, where O lies outside that (BERT)."""
+    outer, _, inner = at.rpartition(".")
+    for parent, core in ((at, ""), (outer, inner)):
+        prefix = f"{parent.format(layer=layer)}."
+        if any(path.startswith(prefix) and _is_called("o", path.removeprefix(prefix)) for path in linears):
+            return parent, core
+    return at, ""
 
 
 def _patterns(paths: Iterable[str]) -> dict[str, list[int]]:
@@ -204,4 +217,4 @@ def _described(model: "PreTrainedModel", found: Found, config: Config) -> Found:
         role: next((name for name in choices if isinstance(config.get(name), int)), "")
         for role, choices in _FIELDS.items()
     }
-    return Found(found.at, names, found.num_layers, found.native, found.transposed, fields, others)
+    return replace(found, names=names, fields=fields, others=others)

@@ -32,6 +32,7 @@ def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments"
         at=stored_at,
         **local,
         fused=fused,
+        core=found.core,
         transposed=found.transposed,
         **elsewhere,
         **numbers,

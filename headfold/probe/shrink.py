@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.errors import UserError
+
 Config = dict[str, Any]
 """What config.json holds."""
 
@@ -25,7 +27,8 @@ ROTARY_OF_LATENT = 8
 """Dims that rotate where K and V are made from a common latent; `head_dim` means them there."""
 _NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Null in some configs, where their class then does not build: sized like any other count."""
-MAX_LAYERS = 4
+MAX_KINDS = 8
+"""Of layers, as far as lists in the config tell them apart: each is in the toy model."""
 THETA = 100.0
 """Base of the rotary frequencies: within a toy sequence every plane turns far enough to be seen."""
 
@@ -65,7 +68,7 @@ _SIZES: tuple[tuple[str, str | int], ...] = (
 
 
 def shrink(config: Mapping[str, Any], geometry: Geometry) -> Config:
-    """The toy config. Lists with an entry per layer keep one of each kind of layer, two at least and four at most."""
+    """The toy config. Lists with an entry per layer keep one of each kind of layer, two at least."""
     depth = next((value for name, value in config.items() if _LAYERS.match(name) and isinstance(value, int)), 0)
     listed = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth > 0}
     kept = _kinds(list(listed.values()), depth, geometry.min_layers)
@@ -81,6 +84,9 @@ def shrink(config: Mapping[str, Any], geometry: Geometry) -> Config:
             toy[name] = len(kept) if value == depth else geometry.min_layers
         else:
             toy[name] = _sized(name, 1 if value is None and name in _NEEDED else value, geometry)
+    if toy.get("rope_parameters") == {}:  # some classes want it by kind of layer, and assume nothing
+        kinds = toy.get("layer_types") or []
+        toy["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": THETA} for kind in kinds}
     return toy | ({"head_dim": ROTARY_OF_LATENT} if "qk_rope_head_dim" in config and "head_dim" in config else {})
 
 
@@ -91,7 +97,11 @@ def _kinds(listed: list[list[Any]], depth: int, min_layers: int) -> list[int]:
     first = {}
     for layer in range(depth):
         first.setdefault(repr([values[layer] for values in listed]), layer)
-    kinds = list(first.values())[:MAX_LAYERS]
+    kinds = list(first.values())
+    if len(kinds) > MAX_KINDS:
+        raise UserError(
+            f"it has {len(kinds)} kinds of layers; expected at most {MAX_KINDS} that differ in what the config says"
+        )
     more = [layer for layer in range(depth) if layer not in kinds]
     return sorted(kinds + more[: max(0, min_layers - len(kinds))])
 
@@ -105,7 +115,7 @@ def _sized(name: str, value: Any, geometry: Geometry) -> Any:
         return _real(name, value)
     if name == "eos_token_id" and value is not None:
         return 2
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and name != "pad_token_id"):
         return value
     for pattern, size in _SIZES:
         if re.search(pattern, name):

@@ -1,6 +1,7 @@
 """The model that is experimented on: toy size, random weights, all in float64."""
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -131,11 +132,18 @@ def tokens(num_sequences: int = 2, length: int = 14, seed: int = 0) -> Tensor:
     return torch.randint(4, VOCABULARY, (num_sequences, length), generator=generator)
 
 
+def answer(model: "PreTrainedModel") -> Tensor:
+    """Its logits or, where it has no head, its last hidden states."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    said = model(input_ids=tokens(), **options)
+    return said.logits if "logits" in said else said.last_hidden_state
+
+
 @torch.no_grad()
 def logits(model: "PreTrainedModel") -> Float[Tensor, "sequence position vocabulary"]:
     """What the model says to random tokens, computed in float64 throughout."""
     try:
         with in_float64(model):
-            return model(input_ids=tokens(), use_cache=False).logits
+            return answer(model)
     except Exception as error:  # as when it is built
         raise Unproven(f"its toy model does not run: {type(error).__name__}: {error}") from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -162,9 +162,3 @@ def ruined(heads: Heads, index: int) -> Heads:
     """K with its dims in reverse order: no attention may fail to see that, else it sees nothing."""
     del index
     return replace(heads, k=heads.k.flip(1))
-
-
-def facts(trial: Trial) -> dict[str, Any]:
-    """Head counts of the first site."""
-    site = trial.sites[0]
-    return {"num_heads": site.num_heads, "num_groups": site.num_groups, "head_dim": site.head_dim}

@@ -178,6 +178,19 @@ def _size(num_bytes: int | None) -> str:
     return "" if num_bytes is None else size(num_bytes)
 
 
+def show_probe(found: Any, out: Any = None) -> None:
+    """A `probe.Probed`: what was seen, the laws, and the literal, unless it was written to `out`."""
+    print(f"{found.model_type} ({found.architecture})")
+    for line in found.seen:
+        print(f"  {line}")
+    if found.family is None:
+        print(f"not foldable: {found.reason}")
+        return
+    rows = [[law, f"{moved:.1g}" if moved else "0"] for law, moved in found.laws.items()]
+    show_table(["law", "logits moved by"], rows, title="every law holds; changes relative to the largest logit")
+    print(f"\n{found.source}" if out is None else f"wrote {out}")
+
+
 def show_methods(summaries: Mapping[str, Mapping[str, str]]) -> None:
     """Axis → method → its one line."""
     width = max(len(name) for methods in summaries.values() for name in methods)
