@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from grades import assert_bitwise
 from grouped_models import CASES, EVEN, HEADS, LAYERS, ONE, THREE, UNEVEN, Case, config_of, grouped, opened
 from safetensors.torch import load_file, save_file
+from tiny import FOREIGN
 
 import headfold
 from headfold import cli
@@ -185,3 +187,21 @@ def test_plan_card_and_the_command_line(
 def test_cards_of_folds_say_what_exports_correct() -> None:
     """The sentence that an export replaces is the one that cards of folds hold."""
     assert UNTOUCHED in " ".join(Path(card.__file__).read_text().replace('"\n        "', "").split())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["gpt_neox", "gptj"])
+def test_folds_choose_the_stock_layout_and_say_so(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The twin's logits in Phi, and headfold's own form where it is asked for."""
+    config = FOREIGN[name].config()
+    model = getattr(transformers, FOREIGN[name].model_class)(config).to(dtype)
+    model.save_pretrained(tmp_path / "source")
+    how = dict(kv_heads=2, group="contiguous", merge="mean", refit=False)
+    result = headfold.fold(tmp_path / "source", tmp_path / "out", **how)
+    assert result.verification.passed and any("layout native: PhiForCausalLM" in note for note in result.notes)
+    assert type(headfold.load(tmp_path / "out")).__name__ == "PhiForCausalLM"
+    assert UNTOUCHED not in (tmp_path / "out" / "README.md").read_text()
+    headfold.fold(tmp_path / "source", tmp_path / "own", layout="headfold", **how)
+    assert config_of(tmp_path / "own")["headfold"]
+    with pytest.raises(UserError, match="layout decilm"):
+        headfold.fold(tmp_path / "source", tmp_path / "refused", layout="decilm", **how)

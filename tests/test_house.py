@@ -24,7 +24,7 @@ FLOORS = {
     3: ("families", "stock"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery", "budget"),
-    6: ("runtime",),
+    6: ("runtime", "announcing"),
     7: ("probe", "refine", "train", "evaluate", "bench", "export", "report"),
     8: ("recipe",),
     9: ("cli",),
@@ -38,7 +38,7 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
-VERBS = ("inspect", "calibrate", "plan", "fold", "eval", "methods")
+VERBS = ("inspect", "calibrate", "plan", "fold", "eval", "export", "probe", "methods")
 
 
 def name_of(path: Path) -> str:

@@ -50,13 +50,15 @@ def verify(
     renamed: Mapping[str, str] | None = None,
     source_class: Any = None,
     fold_class: Any = None,
+    unrounded: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     memory_limit: int | None = None,
 ) -> Verification:
     """Compare the logits of a fold with those of the source whose attention weights are replaced by the head-repeated twin's.
 
     `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
-    twin; it may be lazy; `renamed` and the classes are those of `open_model`. The models are opened one after the other,
+    twin; it may be lazy; `renamed` and the classes are those of `open_model`. `unrounded` is what the fold's weights were before
+    they were rounded, where it multiplied some. The models are opened one after the other,
     streamed from disk where they exceed the memory, so a few windows of logits are all that is held besides. A wrong logit
     anywhere, NaN included, fails.
 
@@ -70,7 +72,7 @@ def verify(
         return open_model(source_dir, overlay=expected, renamed=renamed, model_class=source_class, **opening)
 
     def open_fold() -> "PreTrainedModel":
-        return open_model(out_dir, model_class=fold_class, **opening)
+        return open_model(out_dir, model_class=fold_class, overlay=unrounded, **opening)
 
     twin = _outputs(open_twin(), sample)
     fold = _outputs(open_fold(), sample)

@@ -31,6 +31,7 @@ def fold(
     context: int | None = None,
     encoder: bool = False,
     stats: str | Path | None = None,
+    layout: str | None = None,
     seed: int = 0,
     force: bool = False,
     verify: bool = True,
@@ -67,7 +68,7 @@ def fold(
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": refit, "data": data and asdict(data),
-        "encoder": source.encoder, "seed": seed, "stats": given and given.metadata,
+        "encoder": source.encoder, "layout": layout, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
     job = Job(source, Path(out), settings, force, progress or silent)
     run = OriginalRun(source, data, device or default_device(), job.progress)

@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..calibration import num_tokens
-from ..checkpoint.reader import check_finite
+from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
@@ -24,12 +26,18 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..evaluate.verify import verify as compare_with_twin
+from ..export.card import exported_card
+from ..export.layouts import choose_layout
+from ..export.opening import model_class
+from ..export.pieces import Export
+from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site, folded_config
 from ..report.card import CardFacts, model_card
 from ..runtime.load import grouped_class_of
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import kept_weights, reading_without, site_tensors
+from .exporting import write_layout
 from .measuring import OriginalRun
 from .source import Opened, Progress
 from .twin import Twin
@@ -101,6 +109,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refit_text: Mapping[str, str] = field(default_factory=dict)
+    exported: Export | None = None
     staging: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,6 +154,7 @@ class Job:
         self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, verify: bool
     ) -> FoldResult:
         """Refit, write, verify, rename."""
+        self._layout(plan)  # refuses before anything is computed
         shrinks = any(plan.num_groups[site.name] < site.num_groups for site in self.source.sites)
         with self.timed("refit"):
             refits = self.refits(run, plan, stats) if refit and shrinks else None
@@ -184,6 +194,10 @@ class Job:
         owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
         total, done = output_bytes(checkpoint, shapes, instead), 0
 
+        config, layout = self._config(plan), self._layout(plan)
+        target = self.work / "grouped" if layout else self.staging
+        target.mkdir(exist_ok=True)
+
         def advance(count: int) -> None:
             nonlocal done
             done += count
@@ -191,21 +205,31 @@ class Job:
 
         rewrite(
             checkpoint,
-            self.staging,
+            target,
             shapes,
             owner,
             lambda name: site_tensors(sites[name], plan, read, stats, refits),
             advance,
             instead,
         )
-        config = folded_config(self.source.family, checkpoint.config, sites.values(), _changed(sites, counts))
         if "headfold" in config:
             config["auto_map"] = auto_map(config)
             for name, text in remote_files(config).items():
-                (self.staging / name).write_text(text)
-        write_json(self.staging / "config.json", config)
+                (target / name).write_text(text)
+        write_json(target / "config.json", config)
+        copy_side_files(checkpoint.path, target)
         write_json(self.staging / "plan.json", plan.to_json())
-        copy_side_files(checkpoint.path, self.staging)
+        if layout:
+            self.exported = write_layout(target, self.staging, layout, partial(self.progress, "export"))
+            self.notes.append(f"layout {layout}: {self.exported.said}")
+
+    def _config(self, plan: Plan) -> dict[str, Any]:
+        sites = {site.name: site for site in self.source.sites}
+        changed = _changed(sites, plan.num_groups)
+        return folded_config(self.source.family, self.source.checkpoint.config, sites.values(), changed)
+
+    def _layout(self, plan: Plan) -> str | None:
+        return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
 
     def verify(
         self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
@@ -227,7 +251,8 @@ class Job:
             sample,
             renamed=twin.renamed,
             source_class=grouped_class_of(self.source.checkpoint.config),
-            fold_class=grouped_class_of(config),
+            fold_class=grouped_class_of(config) or model_class(config),
+            unrounded=self._unrounded(),
         )
         self.progress("verify", size, size)
         if not math.isfinite(found.tolerance):
@@ -240,6 +265,12 @@ class Job:
             )
         return found
 
+    def _unrounded(self) -> Mapping[str, Tensor] | None:
+        if self.exported is None:
+            return None
+        dtype = torch.promote_types(self.source.dtype, torch.float32)
+        return Unrounded(Checkpoint.open(self.work / "grouped"), self.exported, self.staging, dtype)
+
     def _refuse_not_finite(self) -> None:
         """Name the tensor that makes every logit NaN: a copied one, as the folded ones were looked at when they were made."""
         checkpoint = self.source.checkpoint
@@ -249,7 +280,8 @@ class Job:
     def finish(self, result: FoldResult, stats: StatsFile | None) -> None:
         """The card, then the rename."""
         shutil.rmtree(self.work)
-        (self.staging / "README.md").write_text(model_card(self.source.checkpoint.path, self._facts(result, stats)))
+        card = model_card(self.source.checkpoint.path, self._facts(result, stats))
+        (self.staging / "README.md").write_text(exported_card(card, self.exported) if self.exported else card)
         commit(self.staging, self.out, self.force)
 
     def _facts(self, result: FoldResult, stats: StatsFile | None) -> CardFacts:
@@ -301,6 +333,7 @@ class Job:
         words += _data_words(asked["data"]) if asked["data"] else []
         words += ["--encoder"] if asked["encoder"] else []
         words += ["--stats stats.safetensors"] if asked["stats"] else []
+        words += [f"--layout {asked['layout']}"] if asked["layout"] else []
         words += [f"--seed {asked['seed']}"]
         return " ".join(words)
 
