@@ -77,6 +77,9 @@ def _tried(subject: Subject) -> Probed:
         family, laws = established(subject, seen)
     except UserError as refusal:
         return Probed(subject.model_type, subject.architecture, None, str(refusal), tuple(seen))
+    except Exception as error:  # anything can happen in a model that nobody has seen, and it is no proof
+        reason = f"an experiment on it broke off: {type(error).__name__}: {' '.join(str(error).split())}"
+        return Probed(subject.model_type, subject.architecture, None, reason, tuple(seen))
     return Probed(subject.model_type, subject.architecture, family, "", tuple(seen), laws)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import EinopsError
 from torch import nn
 
 from ..core.errors import UserError
@@ -28,13 +29,13 @@ def established(subject: Subject, seen: list[str]) -> tuple[Family, Mapping[str,
         Unproven: one line, why there is none.
     """
     found = find(subject)
-    seen.append(_found(found))
     specimen = Specimen.of(subject)
+    seen.append(_found(found))
     _check_gains(specimen, found)
     attention, trial = _layout(subject.model_type, found, specimen)
     seen.append("V: any invertible matrix is free")
     normed = "k_norm" in found.names
-    offset = _gain_offset(specimen, found, trial.sites[0].head_dim) if normed else 0.0
+    offset = _stored_gains(specimen, found) if normed else 0.0
     where = position(trial, normed=normed)
     layers = layers_field(specimen.config, where.without, len(trial.sites)) if where.without else None
     seen.append(_position(where, layers, trial))
@@ -75,12 +76,18 @@ def _layout(model_type: str, found: Found, specimen: Specimen) -> tuple[Attentio
     """The names on disk, and how rows of a fused projection lie: whichever way V is free."""
     refusals = []
     for fused in ("segments", "per-group") if "qkv" in found.names else ("segments",):
-        attention = attention_of(found, specimen, fused)
+        # Rows by head are written for one count of K/V heads alone; a grouped model has q, k and v apart.
+        native = found.native and fused == "segments"
+        attention = attention_of(replace(found, native=native), specimen, fused)
         try:
             trial = _under(specimen, model_type, attention)
+            if trial.sites[0].num_groups == 1:
+                raise Unproven("it has one K/V head already: nothing is left to fold")
             check_values(trial, found.others)
         except Unproven as refusal:
             refusals.append(refusal)
+        except EinopsError:
+            refusals.append(Unproven(f"the rows of {found.names['qkv']} lie in no order known"))
         else:
             return attention, trial
     raise refusals[0]
@@ -127,7 +134,7 @@ def _check_gains(specimen: Specimen, found: Found) -> None:
             )
 
 
-def _gain_offset(specimen: Specimen, found: Found, head_dim: int) -> float:
+def _stored_gains(specimen: Specimen, found: Found) -> float:
     """What q_norm and k_norm add to their stored gains.
 
     Raises:
@@ -136,7 +143,7 @@ def _gain_offset(specimen: Specimen, found: Found, head_dim: int) -> float:
     offsets = set()
     for role in ("q_norm", "k_norm"):
         module = specimen.model.get_submodule(found.path(role, 0))
-        offset = rms_offset(module, head_dim)
+        offset = gain_offset(module, centred=False)
         if offset is None:
             raise Unproven(
                 f"its {role} is no root-mean-square norm; one with a mean or a bias mixes the dims of a head"
@@ -147,11 +154,16 @@ def _gain_offset(specimen: Specimen, found: Found, head_dim: int) -> float:
     return offsets.pop()
 
 
-def rms_offset(module: nn.Module, size: int) -> float | None:
-    """What a norm adds to its stored gains, by what it makes of some numbers; None where it is no RMS norm."""
-    x = torch.linspace(-1, 2, size, dtype=torch.float64)[None]
+def gain_offset(module: nn.Module, *, centred: bool) -> float | None:
+    """What a norm adds to its stored gains, by what it makes of some numbers.
+
+    None where it is no norm by the root mean square or, `centred`, by mean and standard deviation.
+    """
+    x = torch.linspace(-1, 2, module.weight.shape[0], dtype=torch.float64)[None]
+    y = x - x.mean() if centred else x
     with in_float64(module), torch.no_grad():
-        gains = (module(x) / x * x.square().mean().sqrt())[0]
+        bias = getattr(module, "bias", None)
+        gains = ((module(x) - (0 if bias is None else bias)) / y * y.square().mean().sqrt())[0]
     offset = gains - module.weight
     whole = offset.mean().round()
     return whole.item() if (offset - whole).abs().max() < 1e-6 else None
@@ -172,8 +184,9 @@ def input_norm(specimen: Specimen, found: Found) -> tuple[str, float]:
     for path, module in norms.items():
         if torch.equal(heard[path][1], heard[reads][0]):
             stored = specimen.on_disk(f"{path}.weight").removesuffix(".weight")
-            offset = rms_offset(module, module.weight.shape[0])
-            return stored.rpartition(".")[2], offset or 0.0
+            return stored.rpartition(".")[2], gain_offset(module, centred=False) or gain_offset(
+                module, centred=True
+            ) or 0.0
     return "", 0.0
 
 

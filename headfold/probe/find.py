@@ -18,7 +18,7 @@ _NAMED = {
     "k": r"(k|wk|key|linear_k|to_k)(_?(proj|lin|linear|layer))?|key_proj",
     "v": r"(v|wv|value|linear_v|to_v)(_?(proj|lin|linear|layer))?|value_proj",
     "o": r"(o|wo|out|output|dense|c|attn_out|linear_o|linear_out)(_?(proj|lin|linear|dense|layer))?|to_out",
-    "qkv": r"(in_proj|w?qkv|c_attn|query_key_value|w_pack|qkv)(_?proj)?",
+    "qkv": r"(w?qkv|c_attn|query_key_value|w_pack|qkv)(_?proj)?",
     "q_norm": r"(q|query)_?(layer_?)?norm|norm_q|q_ln",
     "k_norm": r"(k|key)_?(layer_?)?norm|norm_k|k_ln",
 }
@@ -68,8 +68,8 @@ def find(subject: Subject) -> Found:
     patterns = _patterns(keyed)
     config = subject.toy_config().to_dict()
     depth = next((config[name] for name in _FIELDS["layers"] if isinstance(config.get(name), int)), 0)
-    counted = next((name for name in _FIELDS["kv_heads"] if config.get(name)), "")
-    if counted and not shrunk:
+    if not patterns:
+        counted = next((name for name in _FIELDS["kv_heads"] if config.get(name)), "a count of K/V heads")
         latent = ", but from a latent of kv_lora_rank numbers" if config.get("kv_lora_rank") else ""
         raise Unproven(
             f"no projection has fewer rows where {counted} is less: K and V are not made head by head{latent}"
@@ -143,8 +143,6 @@ def _patterns(paths: Iterable[str]) -> dict[str, list[int]]:
 
 
 def _only(patterns: Mapping[str, list[int]], depth: int) -> tuple[str, list[int]]:
-    if not patterns:
-        raise Unproven("no attention found: no linears are called k and v, or qkv")
     if len(patterns) > 1:
         raise Unproven(
             f"K/V projections of several kinds: {', '.join(sorted(patterns))}; expected one kind in every layer"

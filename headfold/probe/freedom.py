@@ -45,12 +45,12 @@ def query_order(trial: Trial) -> QueryOrder:
 def claims(head_dim: int, *, normed: bool) -> Iterator[KeyFreedom]:
     """Every freedom under a position that a literal can claim.
 
-    At most one of them holds, but for signs of neighbouring dims: those of more planes are fewer, so they come last.
+    At most one in halves holds. Of neighbouring dims those on more dims are part of those on fewer, so they come last.
     """
     dims = range(head_dim - head_dim % 2, 0, -2)
     yield from (KeyFreedom("signs" if normed else "rope-halves", dim) for dim in dims)
     pairs = "signs" if normed else "rope-pairs"
-    yield from (KeyFreedom(pairs, dim, True) for dim in (reversed(dims) if normed else dims) if dim > 2)
+    yield from (KeyFreedom(pairs, dim, True) for dim in reversed(dims) if dim > 2)
 
 
 def position(trial: Trial, *, normed: bool) -> Position:

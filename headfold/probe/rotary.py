@@ -54,7 +54,9 @@ def _follows(subject: Subject, attention: Attention, where: Position, overrides:
     try:
         trial = Specimen.of(replace(subject, overrides={**(subject.overrides or {}), **overrides})).under(family)
         placed = [i for i in range(len(trial.sites)) if i not in where.without]
-        new, old = replace(where.freedom, rotary_dim=dim), where.freedom
-        return all(holds(trial, i, new) and not holds(trial, i, old) for i in placed)
+        new = replace(where.freedom, rotary_dim=dim)
+        # Of neighbouring dims a claim on more dims is the weaker one, and holds too: one on fewer must not.
+        wrong = replace(new, rotary_dim=dim - 2) if new.interleaved else where.freedom
+        return all(holds(trial, i, new) and not holds(trial, i, wrong) for i in placed)
     except Exception:  # a field that the class does not know may break it in any way; then it is not the one
         return False

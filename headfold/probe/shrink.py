@@ -70,7 +70,12 @@ _SIZES: tuple[tuple[str, str | int], ...] = (
 def shrink(config: Mapping[str, Any], geometry: Geometry) -> Config:
     """The toy config. Lists with an entry per layer keep one of each kind of layer, two at least."""
     depth = next((value for name, value in config.items() if _LAYERS.match(name) and isinstance(value, int)), 0)
-    listed = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth > 0}
+    everywhere = list(range(depth))  # such a list names layers by number
+    listed = {
+        name: value
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) == depth > 0 and value != everywhere
+    }
     kept = _kinds(list(listed.values()), depth, geometry.min_layers)
     toy = {}
     for name, value in config.items():
@@ -78,6 +83,8 @@ def shrink(config: Mapping[str, Any], geometry: Geometry) -> Config:
             continue
         if value is None and name == "layer_types":
             toy[name] = ["full_attention"] * len(kept)
+        elif value == everywhere and depth:
+            toy[name] = list(range(len(kept)))
         elif name in listed:
             toy[name] = [_sized(name, listed[name][layer], geometry) for layer in kept]
         elif _LAYERS.match(name) and isinstance(value, int):

@@ -53,6 +53,10 @@ def in_float64(model: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.float()
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 class Unproven(UserError):
     """Why an architecture cannot be folded, or is not seen to be foldable: one line."""
 
@@ -82,7 +86,7 @@ class Subject:
         try:
             model = _make(self.architecture, self.toy_config(), device)
         except Exception as error:  # a class may fail in any way on sizes that it was not made for
-            raise Unproven(f"no toy model of it can be built: {type(error).__name__}: {error}") from error
+            raise Unproven(f"no toy model of it can be built: {type(error).__name__}: {_one_line(error)}") from error
         if device != "meta":
             randomise(model, seed)
         return model.eval().requires_grad_(False)
@@ -146,4 +150,4 @@ def logits(model: "PreTrainedModel") -> Float[Tensor, "sequence position vocabul
         with in_float64(model):
             return answer(model)
     except Exception as error:  # as when it is built
-        raise Unproven(f"its toy model does not run: {type(error).__name__}: {error}") from error
+        raise Unproven(f"its toy model does not run: {type(error).__name__}: {_one_line(error)}") from error
