@@ -76,9 +76,11 @@ def table(results: dict[str, dict[str, Any]], transformers: str) -> str:
     number = sum(map(len, proven.values()))
     return "\n".join(
         [
-            f"`headfold probe` on toy models of every causal language model in transformers {transformers} whose config counts K/V heads:",
-            f"{number} of {len(results)} types fold under all laws. A type without a family of its own is",
-            "probed when it is folded.",
+            "`headfold probe` on every causal language model in transformers "
+            f"{transformers} whose config counts K/V heads, on toy models of",
+            f"the config that its class assumes: {number} of {len(results)} types fold under all laws. "
+            "A checkpoint may differ from that (lfm2's have layers without",
+            "attention), and is probed by its own config.",
             "",
             "| free on K | model types |",
             "| --- | --- |",
