@@ -6,7 +6,7 @@ READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 .PHONY: test demo lint install
 
 test: install
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist worksteal
 
 demo: install
 	$(VENV)/bin/python scripts/demo.py

@@ -24,9 +24,7 @@ def announce() -> None:
 class _Word(MetaPathFinder):
     """Finds nothing by itself; sees the module coming, lets the others find it, and registers behind it."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != KEEPER:
             return None
         sys.meta_path.remove(self)

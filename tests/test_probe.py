@@ -201,3 +201,17 @@ def test_an_architecture_that_does_not_build_is_one_line() -> None:
     with pytest.raises(Unproven, match=r"^no toy model of it can be built: KeyError"):
         subject.build()
     assert isinstance(found("llama").family.attentions[0], Attention)
+
+
+def test_a_type_without_a_literal_folds_once_it_has_proven_itself(tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING["internlm3"](
+        vocab_size=61, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=12, max_position_embeddings=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    baseline = {"merge": "mean", "group": "contiguous", "refit": False}
+    found = headfold.fold(tmp_path / "source", tmp_path / "out", kv_heads=2, **baseline)
+    assert found.verification.passed and any("internlm3" in note and "probed" in note for note in found.notes)
+    assert headfold.load(tmp_path / "out").config.num_key_value_heads == 2

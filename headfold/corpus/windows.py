@@ -120,6 +120,7 @@ def fingerprint(sample: Mapping[str, Tensor]) -> str:
     """sha256, as hex, of the very data used, its names and shapes: what a plan records of its calibration."""
     digest = hashlib.sha256()
     for name, tensor in sorted(sample.items()):
+        tensor = tensor if tensor.is_floating_point() else tensor.to(torch.int64)
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

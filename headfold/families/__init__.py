@@ -19,6 +19,11 @@ def all_families() -> dict[str, Family]:
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
+def is_known(model_type: Any) -> bool:
+    """Whether a literal claims this `model_type`, were it only to refuse it."""
+    return any(model_type in family.model_types for family in all_families().values())
+
+
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     """The family of a checkpoint, by `model_type`.
 

@@ -20,7 +20,7 @@ from ..export.layouts import choose_layout, make_export
 from ..export.opening import model_class
 from ..export.pieces import Export, write_export
 from ..export.rounding import Unrounded
-from ..runtime.modeling_headfold import grouped_class
+from ..runtime.load import grouped_class_of
 from ..stock import open_model, stored_dtype
 from .source import Progress, silent
 from .verifying import random_sample
@@ -125,8 +125,7 @@ def _compare(checkpoint: Checkpoint, made: Export, staging: Path, progress: Prog
     size = sample["input_ids"].numel()
     progress("verify", 0, size)
     dtype = torch.promote_types(stored_dtype(checkpoint.path), torch.float32)
-    name = checkpoint.config["architectures"][0]
-    ours = grouped_class(name) if "headfold" in checkpoint.config else None
+    ours = grouped_class_of(checkpoint.config)
     expected = open_model(checkpoint.path, dtype=dtype, model_class=ours)(**sample, use_cache=False).logits
     overlay = Unrounded(checkpoint, made, staging, dtype)
     exported = open_model(staging, dtype=dtype, model_class=model_class(made.config), overlay=overlay)

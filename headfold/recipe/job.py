@@ -163,6 +163,9 @@ class Job:
             self.write(plan, stats, refits)
         with self.timed("verify"):
             verification = self.verify(run, plan, stats, refits) if verify else None
+        if self.source.proven:
+            model_type = self.source.checkpoint.config["model_type"]
+            self.notes.append(f"no literal for {model_type}: its architecture was probed, and every law holds")
         notes = run.notes + self.notes
         result = _result(self.source, self.out, plan, refits is not None, verification, notes, self.seconds)
         self.finish(result, stats)

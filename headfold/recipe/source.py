@@ -11,7 +11,7 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
-from ..families import family_of
+from ..families import family_of, is_known
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
@@ -35,6 +35,8 @@ class Opened:
     every_site: list[Site]
     encoder: bool = False
     """Whether an encoder-decoder's encoder is folded too."""
+    proven: bool = False
+    """Whether the family was found by probing the architecture, for want of a literal."""
 
     @property
     def sites(self) -> list[Site]:
@@ -64,7 +66,7 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     """
     checkpoint = Checkpoint.open(resolve(str(model)))
     where = f"{model}/config.json"
-    family = family_of(checkpoint.config, where)
+    family, proven = _family(checkpoint, where)
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
         raise UserError(
             f"{where}: this checkpoint is folded already, and its q, k and v lie apart; fold the original to fewer heads instead"
@@ -72,7 +74,22 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-    return Opened(str(model), checkpoint, family, sites, encoder)
+    return Opened(str(model), checkpoint, family, sites, encoder, proven)
+
+
+def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
+    """The literal of a known `model_type`; of one that only transformers knows, a literal that proves itself (and True)."""
+    config = checkpoint.config
+    model_type = config.get("model_type")
+    if is_known(model_type) or not isinstance(model_type, str) or "text_config" in config or "auto_map" in config:
+        return family_of(config, where), False
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return family_of(config, where), False
+    from ..probe import prove
+
+    return prove(checkpoint.path), True
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:

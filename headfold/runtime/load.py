@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..families import family_of
-from ..families.spec import read_field
+from ..families import family_of, is_known
+from ..families.spec import Family, read_field
 from ..stock import quiet
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ def _counts(sites: Mapping[int, int]) -> str:
 
 
 def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
-    family = family_of(config, f"{directory}/config.json")
+    # An architecture without a literal was probed when it was folded, and all such count their K/V heads under this name.
+    family = family_of(config, f"{directory}/config.json") if is_known(config.get("model_type")) else Family(())
+    named = {attention.kv_heads for attention in family.attentions if attention.kv_heads} or {"num_key_value_heads"}
     planned = sorted(set(plan.num_groups.values()))
-    for field in {attention.kv_heads for attention in family.attentions if attention.kv_heads}:
+    for field in named:
         if [read_field(family, config, field)] != planned:
             raise UserError(
                 f"{directory}: plan.json says {' and '.join(map(str, planned))} K/V heads, config.json {field} = "
