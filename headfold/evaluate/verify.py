@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..calibration import Sample, num_tokens
+from ..calibration import Sample, decoder_inputs, num_tokens
 from ..stock import input_device, open_model, stored_dtype
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ for repeated heads associates otherwise. The bound is three times what exchangin
 a random 40-layer model (3e-5; 4e-6 on a trained one of 6 layers). In float64 it is the float32 norms of stock models that
 decide, hence 1e-5. A wrong or misplaced head moves logits by about their own size.
 """
+
+OUTPUTS = ("logits", "prediction_logits", "start_logits", "last_hidden_state")
+"""What is compared: the first of these that the model gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,16 @@ def verify(
 def _outputs(model: "PreTrainedModel", sample: Sample) -> Float[Tensor, "item *output"]:
     """Logits, or the last hidden states of a model without a head."""
     output = model(**_inputs(model, sample))
-    return (output.logits if "logits" in output else output.last_hidden_state).cpu()
+    return next(output[name] for name in OUTPUTS if name in output).cpu()
 
 
 def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
+    # Not as labels: a loss over them is no business of this comparison, and not every head can take them.
+    labels = sample.get("labels")
+    if labels is not None and labels.ndim == 2 and getattr(model.config, "is_encoder_decoder", False):
+        sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
+    sample = {name: tensor for name, tensor in sample.items() if name != "labels"}
     without_cache = {"use_cache": False} if "use_cache" in known else {}
     return {name: t.to(input_device(model)) for name, t in sample.items() if name in known} | without_cache
 

@@ -10,9 +10,10 @@ def observe(
 ) -> dict[str, Tensor]:
     """Sums over one batch: `second` = Σ [x, 1][x, 1]ᵀ and `scatter` = Σ (x − x̄)(x − x̄)ᵀ with x̄ the mean of each sequence.
 
-    `mask` is false where a sequence is only padded: those count nowhere. The product runs in the dtype of x (a matrix
-    product of the model's own kind); only the sums are float64.
+    `mask` is false where a sequence is only padded: those count nowhere. The product runs in float32 at
+    least (half precision would round every sum, and fp16 overflow), the sums are float64.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     model = x.shape[-1]
     lengths = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
     x = x if mask is None else x * mask[..., None].to(x.dtype)

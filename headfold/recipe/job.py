@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..calibration import num_tokens
+from ..checkpoint.disk import disk_errors, flush, require_space
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
 from ..checkpoint.stats_file import StatsFile
@@ -176,8 +177,11 @@ class Job:
         path = self.work / "refit.safetensors"
         if not path.exists():
             fitted = {name: tensor.contiguous().cpu() for name, tensor in run.refit(plan, stats).items()}
-            save_file(fitted, path.with_suffix(".partial"), run.facts())
-            path.with_suffix(".partial").replace(path)
+            with disk_errors(path, sum(t.nbytes for t in fitted.values())):
+                require_space(path.parent, sum(t.nbytes for t in fitted.values()))
+                save_file(fitted, path.with_suffix(".partial"), run.facts())
+                flush(path.with_suffix(".partial"))
+                path.with_suffix(".partial").replace(path)
         with safe_open(path, "pt") as file:
             self.refit_text = dict(sorted(file.metadata().items()))
         return load_file(path)
@@ -215,12 +219,12 @@ class Job:
             advance,
             instead,
         )
-        if "headfold" in config:
+        copy_side_files(checkpoint.path, target)
+        if "headfold" in config:  # after the side files: a source that is a fold itself brings such a file along
             config["auto_map"] = auto_map(config)
             for name, text in remote_files(config).items():
                 (target / name).write_text(text)
         write_json(target / "config.json", config)
-        copy_side_files(checkpoint.path, target)
         write_json(self.staging / "plan.json", plan.to_json())
         if layout:
             self.exported = write_layout(target, self.staging, layout, partial(self.progress, "export"))
@@ -282,9 +286,9 @@ class Job:
 
     def finish(self, result: FoldResult, stats: StatsFile | None) -> None:
         """The card, then the rename."""
-        shutil.rmtree(self.work)
         card = model_card(self.source.checkpoint.path, self._facts(result, stats))
         (self.staging / "README.md").write_text(exported_card(card, self.exported) if self.exported else card)
+        shutil.rmtree(self.work)
         commit(self.staging, self.out, self.force)
 
     def _facts(self, result: FoldResult, stats: StatsFile | None) -> CardFacts:

@@ -21,7 +21,7 @@ from ..refine.refit import refit
 from ..runtime.load import grouped_class_of
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import site_tensors
-from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
+from .source import Opened, Progress, context_limit, open_source, refuse_existing, refuse_two_inputs, silent
 
 DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
@@ -74,6 +74,7 @@ def calibrate(
     path = Path(stats)
     refuse_existing(path, force)
     source = open_source(model)
+    refuse_two_inputs(source)
     data = CalibrationData.chosen(source, calibration, tokens, items, tuple(columns), context, seed)
     run = OriginalRun(source, data, device or default_device(), progress or silent)
     started = time.monotonic()

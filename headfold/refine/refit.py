@@ -95,7 +95,9 @@ class _Ridge:
         self._attention(*args, **kwargs)
         handle.remove()
         heads, merged = (tensor.reshape(-1, tensor.shape[-1]) for tensor in seen[0])
-        missing = answer.reshape(merged.shape) - merged
+        exact = torch.promote_types(heads.dtype, torch.float32)  # sums in half precision would drown the ridge
+        missing = answer.reshape(merged.shape).to(exact) - merged.to(exact)
+        heads = heads.to(exact)
         heads = torch.cat([heads, heads.new_ones(len(heads), 1)], 1)
         if mask is not None:
             heads, missing = heads[mask.flatten()], missing[mask.flatten()]
