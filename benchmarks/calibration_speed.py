@@ -50,8 +50,8 @@ def seconds(job: Callable[[], object]) -> float:
 @torch.no_grad()
 def forward(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
     """What calibration does, without looking."""
-    for batch in calibration.batches(windows):
-        model.base_model(input_ids=batch, use_cache=False)
+    for batch in calibration.batches({"input_ids": windows}):
+        model.base_model(**batch, use_cache=False)
 
 
 def compare(name: str, model: LlamaForCausalLM, context: int, num_tokens: int, rounds: int) -> dict:
@@ -62,7 +62,10 @@ def compare(name: str, model: LlamaForCausalLM, context: int, num_tokens: int, r
     windows = torch.randint(model.config.vocab_size, (num_tokens // context, context), generator=generator)
     forward(model, windows[:1])
     pairs = [
-        (seconds(lambda: forward(model, windows)), seconds(lambda: calibration.collect(model, found, windows)))
+        (
+            seconds(lambda: forward(model, windows)),
+            seconds(lambda: calibration.collect(model, found, {"input_ids": windows})),
+        )
         for _ in range(rounds)
     ]
     plain, calibrated = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))

@@ -102,7 +102,7 @@ class Bench:
                 context=self.context,
                 seed=seed,
             )
-            self._measured[key] = windows, calibration.collect(self.model, self.source.sites, windows)
+            self._measured[key] = windows, calibration.collect(self.model, self.source.sites, {"input_ids": windows})
         return self._measured[key]
 
     def score(self, row: Row, kv_heads: int, seed: int) -> dict:
@@ -130,7 +130,7 @@ class Bench:
             self.model,
             self.source.sites,
             lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
-            list(calibration.batches(windows)),
+            {"input_ids": windows},
         )
 
     def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Mapping[str, Tensor] | None) -> None:
