@@ -27,7 +27,7 @@ from headfold.evaluate import classification, embedding, translation
 from headfold.recipe.source import Opened, open_source
 from headfold.refine.refit import refit
 from headfold.stock import open_model, open_tokenizer
-from headfold.surgery import site_tensors
+from headfold.surgery import site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -127,7 +127,10 @@ class Bench:
         def twin(site: Any, refits: Any = None) -> dict[str, Tensor]:
             return site_tensors(site, plan, read, stats, refits, num_groups=site.num_groups)
 
-        refits = refit(self.model, self.source.sites, twin, sample) if row.refit else None
+        def merged(site: Any) -> Any:
+            return site_heads(site, plan, read, stats)
+
+        refits = refit(self.model, self.source.sites, merged, sample) if row.refit else None
         seconds = time.monotonic() - started
         self._load({name: t for site in self.source.sites for name, t in twin(site, refits).items()})
         found = self.measure()

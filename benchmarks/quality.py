@@ -27,9 +27,9 @@ from headfold.core.stats import SiteStats
 from headfold.corpus.windows import draw_windows, token_stream
 from headfold.evaluate.perplexity import compare_models, split_windows
 from headfold.recipe.source import Opened, open_source
-from headfold.refine.refit import refit
+from headfold.refine.refit import VALUE_STEPS, refit
 from headfold.stock import open_model, open_tokenizer
-from headfold.surgery import site_tensors
+from headfold.surgery import Refits, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +42,7 @@ class Row:
     group: str
     merge: str
     refit: bool
+    value_steps: int = VALUE_STEPS
     source: str = "stdlib"
     tokens: int = 65_536
     seeds: int = 3
@@ -60,6 +61,7 @@ DEFAULT = Row("absorb (default)", "swap", "absorb", True)
 ABLATION = (
     DEFAULT,
     Row("without refit", "swap", "absorb", False),
+    Row("refit of W_o alone", "swap", "absorb", True, value_steps=0),
     Row("without swap", "contiguous", "absorb", True),
     Row("without query weighting", "swap", "absorb:query_weighting=false", True),
     Row("without W_o weighting", "swap", "absorb:output_weighting=false", True),
@@ -71,8 +73,8 @@ ABLATION = (
 def domains(prose: str | None) -> tuple[Row, ...]:
     """The default calibrated on other text than it is measured on."""
     sources = ["stdlib", "self", *([prose] if prose else [])]
-    sizes = [Row(f"stdlib, {n // 1024} Ki tokens", "swap", "absorb", True, "stdlib", n) for n in (16_384, 262_144)]
-    return (*(Row(f"calibrated on {Path(s).name}", "swap", "absorb", True, s) for s in sources), *sizes)
+    sizes = [Row(f"stdlib, {n // 1024} Ki tokens", "swap", "absorb", True, tokens=n) for n in (16_384, 262_144)]
+    return (*(Row(f"calibrated on {Path(s).name}", "swap", "absorb", True, source=s) for s in sources), *sizes)
 
 
 class Bench:
@@ -114,7 +116,7 @@ class Bench:
         plan = planning.make_plan(
             self.source.sites, read, kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
         )
-        refits = self._refit(plan, stats, windows) if row.refit else None
+        refits = self._refit(row, plan, stats, windows) if row.refit else None
         seconds = time.monotonic() - started
         self._load(plan, stats, refits)
         found = compare_models(self.model, None, self.windows, num_bins=16)
@@ -125,16 +127,17 @@ class Bench:
             "fold_seconds": round(seconds, 2),
         }
 
-    def _refit(self, plan: Plan, stats: Mapping[str, SiteStats], windows: Tensor) -> dict[str, Tensor]:
+    def _refit(self, row: Row, plan: Plan, stats: Mapping[str, SiteStats], windows: Tensor) -> Refits:
         read = self.source.checkpoint.read
         return refit(
             self.model,
             self.source.sites,
-            lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
+            lambda site: site_heads(site, plan, read, stats),
             {"input_ids": windows},
+            value_steps=row.value_steps,
         )
 
-    def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Mapping[str, Tensor] | None) -> None:
+    def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Refits | None) -> None:
         parameters = dict(self.model.named_parameters())
         for site in self.source.sites:
             made = site_tensors(site, plan, self.source.checkpoint.read, stats, refits, num_groups=site.num_groups)

@@ -1,6 +1,7 @@
 """Pure surgery: apply a plan to a checkpoint's tensors. No model is run here."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .core.stats import SiteStats
 from .families.layout import read_heads, write_heads
 from .families.spec import Site
 
+Refits = Mapping[str, Mapping[str, Tensor]]
+"""By site, fields of its merged heads (in standard order) and what replaces them."""
+
 
 def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: int) -> Heads:
     """The site folded, query heads in standard order; dtype is the merge's own (float64 for those that align)."""
@@ -21,7 +25,7 @@ def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: in
     return method(heads, plan.groups, stats, seed=seed).standard()
 
 
-def kept_weights(site: Site, plan: Plan, refits: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+def kept_weights(site: Site, plan: Plan, refits: Refits | None = None) -> dict[str, int]:
     """Weights of the site that the plan leaves as they are, so that nobody need read or write them, each with its model axis.
 
     Q and O move only where the merge turns them, or where the groups ask for another order of the query heads.
@@ -31,8 +35,9 @@ def kept_weights(site: Site, plan: Plan, refits: Mapping[str, Tensor] | None = N
     in_source_form = not (site.transposed or site.splits(planned.groups.num_groups))
     if getattr(method, "READS_QUERIES", True) or not (planned.groups.is_contiguous and in_source_form):
         return {}
-    names = {f"{site.weights[role]}.weight": axis for role, axis in (("q", 1), ("o", 0)) if role in site.weights}
-    return {name: axis for name, axis in names.items() if name not in (refits or {})}
+    moved = (refits or {}).get(site.name, {})
+    roles = {role: axis for role, axis in (("q", 1), ("o", 0)) if role in site.weights and role not in moved}
+    return {f"{site.weights[role]}.weight": axis for role, axis in roles.items()}
 
 
 def reading_without(
@@ -50,28 +55,37 @@ def reading_without(
     return read_rest
 
 
+def site_heads(
+    site: Site,
+    plan: Plan,
+    read: Callable[[str], Tensor],
+    stats: Mapping[str, SiteStats] | None = None,
+    refits: Refits | None = None,
+) -> Heads:
+    """The site's heads as the plan has them: grouped, in standard order, in the source's dtype."""
+    heads = read_heads(site, read)
+    merged = merged_heads(heads, plan.sites[site.name], stats and stats[site.name], plan.seed)
+    return replace(merged, **(refits or {}).get(site.name, {})).to(heads.k.dtype)
+
+
 def site_tensors(
     site: Site,
     plan: Plan,
     read: Callable[[str], Tensor],
     stats: Mapping[str, SiteStats] | None = None,
-    refits: Mapping[str, Tensor] | None = None,
+    refits: Refits | None = None,
     *,
     num_groups: int | None = None,
 ) -> dict[str, Tensor]:
     """The site's new tensors by their names on disk, in the source's dtype.
 
-    `refits` maps names of output projections to tensors that replace the merged ones. `num_groups` asks for the
-    head-repeated twin with that many K/V heads (the same function in the source's shapes).
+    `num_groups` asks for the head-repeated twin with that many K/V heads (the same function in the source's shapes).
 
     Raises:
         UserError: NaN or infinite weights in the source, or a merge that overflows the checkpoint's dtype.
     """
-    heads = read_heads(site, read)
-    merged = merged_heads(heads, plan.sites[site.name], stats and stats[site.name], plan.seed).to(heads.k.dtype)
-    tensors = write_heads(site, merged if num_groups is None else merged.expand(num_groups))
-    for name in tensors.keys() & (refits or {}).keys():
-        tensors[name] = refits[name].to(tensors[name].dtype)
+    heads = site_heads(site, plan, read, stats, refits)
+    tensors = write_heads(site, heads if num_groups is None else heads.expand(num_groups))
     bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(f"{site.name}: {bad[0]} is not finite after folding; the source has NaN or overflows its dtype")

@@ -1,7 +1,8 @@
-"""Refitting W_o brings every attention's answer nearer to the original's, and nowhere else."""
+"""Refitting W_o and W_v brings every attention's answer nearer to the original's, and touches nothing else."""
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,16 +12,22 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight_through_float32_norms
 from safetensors.torch import load_file
-from tiny import stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
+from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from torch import Tensor
 
 from headfold import calibration
-from headfold.calibration import collect
+from headfold.calibration import collect, mask_of
+from headfold.core.heads import Heads
+from headfold.core.plan import Plan
+from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.planning import make_plan
+from headfold.refine.blocks import calls
 from headfold.refine.refit import refit
+from headfold.refine.trial import Recorded, Trial
+from headfold.refine.values import refit_values
 from headfold.stock import is_streamed, open_model
-from headfold.surgery import site_tensors
+from headfold.surgery import Refits, site_heads, site_tensors
 
 FAMILIES = ["llama", "llama-bias-gqa", "phi", "phi3", "qwen3", "cohere", "starcoder2", "mixtral"]
 WITH_OUTPUT_BIAS = ["llama-bias-gqa", "phi", "cohere", "starcoder2"]
@@ -37,16 +44,26 @@ def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A tiny source and the tensors of its head-repeated twin by site."""
+    """A tiny source, its statistics and a plan."""
 
     directory: Path
     sites: list[Site]
-    merged: Mapping[str, Mapping[str, Tensor]]
+    plan: Plan
+    read: Callable[[str], Tensor]
+    stats: Mapping[str, SiteStats]
 
-    def refit(self, ridge: float, memory_limit: int | None = None) -> dict[str, Tensor]:
+    def merged(self, site: Site) -> Heads:
+        return site_heads(site, self.plan, self.read, self.stats)
+
+    def twin(self, site: Site, refits: Refits | None = None) -> dict[str, Tensor]:
+        return site_tensors(site, self.plan, self.read, self.stats, refits, num_groups=site.num_groups)
+
+    def refit(
+        self, ridge: float, value_steps: int = 3, memory_limit: int | None = None
+    ) -> dict[str, dict[str, Tensor]]:
         model = open_model(self.directory, dtype=torch.float64, memory_limit=memory_limit)
         assert is_streamed(model) == (memory_limit == 0)
-        return refit(model, self.sites, lambda site: self.merged[site.name], SAMPLE, ridge=ridge)
+        return refit(model, self.sites, self.merged, SAMPLE, ridge=ridge, value_steps=value_steps)
 
 
 @cache
@@ -56,11 +73,10 @@ def folded(name: str, merge: str = "absorb") -> Folded:
     read = load_file(directory / "model.safetensors").__getitem__
     stats = collect(stock_model(directory), sites, SAMPLE)
     plan = make_plan(sites, read, 2, source="tiny", group="contiguous", merge=merge, stats=stats)
-    twins = {site.name: site_tensors(site, plan, read, stats, num_groups=site.num_groups) for site in sites}
-    return Folded(directory, sites, twins)
+    return Folded(directory, sites, plan, read, stats)
 
 
-refitted = cache(lambda name, ridge=SMALL: folded(name).refit(ridge))
+refitted = cache(lambda name, ridge=SMALL, value_steps=3: folded(name).refit(ridge, value_steps))
 
 
 @torch.no_grad()
@@ -82,10 +98,9 @@ def answers(case: Folded, site: Site, weights: Mapping[str, Tensor]) -> tuple[Te
     return tuple(torch.cat([t.flatten(0, 1) for t in parts]) for parts in ([c[2] for c in calls], theirs))
 
 
-def missing(case: Folded, site: Site, fitted: Mapping[str, Tensor]) -> Tensor:
-    """What the merged attention, with the given output projections, still lacks."""
-    own = {name: tensor for name, tensor in fitted.items() if name in case.merged[site.name]}
-    original, other = answers(case, site, {**case.merged[site.name], **own})
+def missing(case: Folded, site: Site, refits: Refits) -> Tensor:
+    """What the merged attention still lacks."""
+    original, other = answers(case, site, case.twin(site, refits))
     return original - other
 
 
@@ -97,30 +112,34 @@ def energy(rows: Tensor) -> float:
 def test_refit_lowers_the_error_of_every_block(name: str) -> None:
     case = folded(name)
     for site in case.sites:
-        errors = [energy(missing(case, site, f)) for f in ({}, refitted(name, 1.0), refitted(name))]
-        assert errors[2] < errors[1] < errors[0]
+        tried = ({}, refitted(name, 1.0, 0), refitted(name, SMALL, 0), refitted(name))
+        errors = [energy(missing(case, site, refits)) for refits in tried]
+        assert errors[3] < 0.99 * errors[2] and errors[2] < errors[1] < errors[0]
         assert errors[2] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_refit_gives_the_output_projections_alone(name: str) -> None:
-    case, fitted = folded(name), refitted(name)
-    expected = {f"{site.weights['o']}.{leaf}" for site in case.sites for leaf in ("weight", "bias")}
-    has_bias = name in WITH_OUTPUT_BIAS
-    assert fitted.keys() == {key for key in expected if has_bias or key.endswith("weight")}
+def test_refit_gives_output_projections_and_values_alone(name: str) -> None:
+    case, found = folded(name), refitted(name)
+    assert found.keys() == {site.name for site in case.sites}
     for site in case.sites:
-        for key in fitted.keys() & case.merged[site.name].keys():
-            assert fitted[key].shape == case.merged[site.name][key].shape
-            assert fitted[key].dtype == torch.float32
+        merged = case.merged(site)
+        assert found[site.name].keys() == {"o", "v"} | ({"o_bias"} if name in WITH_OUTPUT_BIAS else set())
+        for field, tensor in found[site.name].items():
+            assert tensor.shape == getattr(merged, field).shape and tensor.dtype == torch.float32
+        if not {"v", "qkv"} & set(site.biases):
+            assert not found[site.name]["v"][..., -1].any()
+        assert refitted(name, SMALL, 0)[site.name].keys() == found[site.name].keys() - {"v"}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
-def test_an_infinite_ridge_keeps_the_merged_projections(name: str) -> None:
+def test_an_infinite_ridge_keeps_the_merged_heads(name: str) -> None:
     case = folded(name)
-    for key, tensor in case.refit(INFINITE).items():
-        merged = next(tensors[key] for tensors in case.merged.values() if key in tensors)
-        assert_bitwise(tensor, merged.to(torch.float32))
-        assert_differs(refitted(name)[key], merged)
+    for site, fields in case.refit(INFINITE).items():
+        merged = case.merged(next(s for s in case.sites if s.name == site))
+        for field, tensor in fields.items():
+            assert_bitwise(tensor, getattr(merged, field).to(torch.float32))
+            assert_differs(refitted(name)[site][field], getattr(merged, field))
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUT_BIAS)
@@ -130,30 +149,27 @@ def test_an_output_bias_takes_the_mean_error(name: str, ridge: float) -> None:
     case = folded(name, "mean")
     fitted = case.refit(ridge)
     for site in case.sites:
-        original, other = answers(case, site, {**case.merged[site.name], **_own(case, site, fitted)})
+        original, other = answers(case, site, case.twin(site, fitted))
         assert_differs(missing(case, site, {}).mean(0) + original.mean(0), original.mean(0))
         assert_tight_through_float32_norms(other.mean(0), original.mean(0))
-
-
-def _own(case: Folded, site: Site, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in fitted.items() if name in case.merged[site.name]}
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3"])
 def test_a_streamed_model_gives_the_same_refit(name: str) -> None:
     streamed, whole = folded(name).refit(SMALL, memory_limit=0), refitted(name)
     assert streamed.keys() == whole.keys()
-    for key, tensor in whole.items():
-        assert_bitwise(streamed[key], tensor)
+    for site, fields in whole.items():
+        for field, tensor in fields.items():
+            assert_bitwise(streamed[site][field], tensor)
 
 
 def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
     """Stationary: the change of W_o times λ is the correlation of what is still missing with what enters W_o."""
     case, ridge = folded("llama"), 1e-2
     site = case.sites[1]
-    merged, fitted = case.merged[site.name], case.refit(ridge)
+    merged, refits = case.twin(site), case.refit(ridge, value_steps=0)
     key = f"{site.weights['o']}.weight"
-    still = missing(case, site, fitted)
+    still = missing(case, site, refits)
     width = merged[key].shape[1]
     # What enters W_o, read through an output projection that is the identity, a block of rows at a time.
     rows = merged[key].shape[0]
@@ -164,5 +180,54 @@ def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
         seen.append(answers(case, site, {**merged, key: window})[1][:, : width - start])
     a = torch.cat(seen, 1)
     damping = ridge * a.square().sum(0).mean()
-    step = fitted[key].double() - merged[key]
+    step = case.twin(site, refits)[key].double() - merged[key]
     assert_tight_through_float32_norms(damping * step, still.T @ a)
+
+
+def trial(directory: Path, site: Site, sample: Mapping[str, Tensor]) -> Trial:
+    model = stock_model(directory)
+    recorded = [
+        Recorded(call, answer, mask_of(site, sample, answer, queries=True))
+        for _, call, answer in calls(model, [site], sample)
+    ]
+    return Trial(model.get_submodule(site.module), site, recorded, lambda number: None)
+
+
+@torch.no_grad()
+def lacking(trial: Trial, heads: Heads) -> float:
+    seen = trial.run(heads, 0)
+    return energy(seen.answer - seen.output) / energy(seen.answer)
+
+
+@pytest.mark.parametrize("name", [*TINY, *FOREIGN])
+def test_spoilt_values_are_found_again(name: str) -> None:
+    """Their loss has its only minimum where the answers are the original's, and the gradients are those of every family."""
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 12)
+    site, heads = tiny_sites(directory)[-1]
+    tried = trial(directory, site, sample)
+    noise = torch.randn(heads.v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise[..., -1] *= bool({"v", "qkv"} & set(site.biases))
+    spoilt = dataclasses.replace(heads, v=heads.v + noise * heads.v.std())
+    assert lacking(tried, spoilt) > 0.1
+    found = refit_values(tried, spoilt, 1e-12, 20)
+    assert lacking(tried, found) < 0.1 * lacking(tried, spoilt)
+    for field in ("q", "k", "o"):
+        assert_bitwise(getattr(found, field), getattr(heads, field))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_each_step_for_the_values_lowers_the_error(steps: int) -> None:
+    case = folded("llama")
+    for site in case.sites:
+        tried, heads = trial(case.directory, site, SAMPLE), case.merged(site)
+        before, after = (lacking(tried, refit_values(tried, heads, SMALL, n)) for n in (steps - 1, steps))
+        assert after < before
+
+
+def test_values_that_carry_nothing_stay() -> None:
+    """No curvature, no step: nothing is divided by zero."""
+    case = folded("llama")
+    site = case.sites[0]
+    heads = case.merged(site)
+    blind = dataclasses.replace(heads, o=torch.zeros_like(heads.o))
+    assert_bitwise(refit_values(trial(case.directory, site, SAMPLE), blind, 0.0, 3).v, heads.v)

@@ -37,7 +37,7 @@ from ..families.spec import Site, folded_config
 from ..report.card import CardFacts, model_card
 from ..runtime.load import grouped_class_of
 from ..runtime.remote import auto_map, remote_files
-from ..surgery import kept_weights, reading_without, site_tensors
+from ..surgery import Refits, kept_weights, reading_without, site_tensors
 from .exporting import write_layout
 from .measuring import OriginalRun
 from .source import Opened, Progress
@@ -172,11 +172,15 @@ class Job:
         self.finish(result, stats)
         return result
 
-    def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Mapping[str, Tensor]:
-        """By names on disk; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
+    def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Refits:
+        """Heads refitted; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
         path = self.work / "refit.safetensors"
         if not path.exists():
-            fitted = {name: tensor.contiguous().cpu() for name, tensor in run.refit(plan, stats).items()}
+            fitted = {
+                f"{site}/{name}": tensor.contiguous()
+                for site, fields in run.refit(plan, stats).items()
+                for name, tensor in fields.items()
+            }
             with disk_errors(path, sum(t.nbytes for t in fitted.values())):
                 require_space(path.parent, sum(t.nbytes for t in fitted.values()))
                 save_file(fitted, path.with_suffix(".partial"), run.facts())
@@ -184,9 +188,13 @@ class Job:
                 path.with_suffix(".partial").replace(path)
         with safe_open(path, "pt") as file:
             self.refit_text = dict(sorted(file.metadata().items()))
-        return load_file(path)
+        refits: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(path).items():
+            site, _, name = key.rpartition("/")
+            refits.setdefault(site, {})[name] = tensor
+        return refits
 
-    def write(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None) -> None:
+    def write(self, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         """Weights, config, plan and everything that lies beside the source's weights."""
         checkpoint, counts = self.source.checkpoint, plan.num_groups
         sites = {site.name: site for site in self.source.sites}
@@ -238,9 +246,7 @@ class Job:
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
 
-    def verify(
-        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
-    ) -> Verification:
+    def verify(self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> Verification:
         """Compare the written weights with the head-repeated twin, both under stock transformers.
 
         Raises:

@@ -17,10 +17,10 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
-from ..refine.refit import refit
+from ..refine.refit import num_passes, refit
 from ..runtime.load import grouped_class_of
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
-from ..surgery import site_tensors
+from ..surgery import Refits, site_heads
 from .source import Opened, Progress, context_limit, open_source, refuse_existing, refuse_two_inputs, silent
 
 DEFAULT_CALIBRATION = "self"
@@ -236,14 +236,14 @@ class OriginalRun:
         """What the calibration data is, for the record."""
         return self.data.facts(self.sample)
 
-    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> dict[str, Tensor]:
-        """Output projections refitted to the original's, by names on disk."""
+    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> Refits:
+        """Heads refitted to the original's answers."""
         read, model = self.source.checkpoint.read, self.model
-        advance = self._count("refit", calibrating.num_tokens(self.sample) * len(self.source.sites))
+        advance = self._count("refit", calibrating.num_tokens(self.sample) * len(self.source.sites) * num_passes())
         return refit(
             model,
             self.source.sites,
-            lambda site: site_tensors(site, plan, read, stats, num_groups=site.num_groups),
+            lambda site: site_heads(site, plan, read, stats),
             self.sample,
             progress=advance,
         )

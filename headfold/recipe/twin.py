@@ -7,16 +7,14 @@ from torch import Tensor
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..families.layout import planned_shapes
-from ..surgery import site_tensors
+from ..surgery import Refits, site_tensors
 from .source import Opened
 
 
 class Twin(Mapping[str, Tensor]):
     """The head-repeated twin's tensors by name on disk, in the source's shapes, one site made at a time."""
 
-    def __init__(
-        self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Mapping[str, Tensor] | None
-    ) -> None:
+    def __init__(self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
         shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
         self._site_of = {

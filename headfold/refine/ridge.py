@@ -1,0 +1,42 @@
+"""W_o by ridge least squares on what the merged heads bring to it.
+
+Minimises Σ ‖y − W a − b‖² + λ ‖W − W_before‖² over the calibration tokens, y what the original attention answers and a what the
+merged heads bring to W_o. λ is `ridge` times the mean energy of a, so that directions the data hardly show keep the
+weights they had (never zero). Normal equations, summed in float64.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.heads import Heads
+from .trial import Trial
+
+
+@torch.no_grad()
+def refit_output(trial: Trial, heads: Heads, ridge: float) -> Heads:
+    """The heads with new `o`, and a new `o_bias` where the site has one."""
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for number in range(len(trial)):
+        seen = trial.run(heads, number)
+        a = torch.cat([seen.heads, seen.heads.new_ones(len(seen.heads), 1)], 1)
+        gram = gram.to(a.device) + (a.T @ a).double()
+        cross = cross.to(a.device) + (a.T @ (seen.answer - seen.output)).double()
+    step = _solved(gram, cross, ridge, intercept=heads.o_bias is not None).to(heads.o)
+    o = heads.o + step[:-1].reshape(heads.o.shape)
+    return replace(heads, o=o, o_bias=None if heads.o_bias is None else heads.o_bias + step[-1])
+
+
+def _solved(
+    gram: Float[Tensor, "n_plus_1 n_plus_1"], cross: Float[Tensor, "n_plus_1 model"], ridge: float, *, intercept: bool
+) -> Float[Tensor, "n_plus_1 model"]:
+    """The change of [W_o; b_o]; its last row, never shrunk, is zero without an intercept."""
+    gram = gram.clone()
+    energies = gram.diagonal()[:-1]
+    energies += ridge * energies.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    size = len(gram) if intercept else len(gram) - 1
+    step = torch.zeros_like(cross)
+    step[:size] = torch.linalg.solve(gram[:size, :size], cross[:size])
+    return step

@@ -1,0 +1,92 @@
+"""Try other heads in an attention block: the stock module, run on the calls that the original received."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..core.heads import Heads
+from ..families.layout import write_heads
+from ..families.spec import Site
+from .blocks import Call, twin
+
+
+class Recorded(NamedTuple):
+    """One call of the original attention, what its output projection answered, and which positions are no padding."""
+
+    call: Call
+    answer: Float[Tensor, "batch token model"]
+    mask: Bool[Tensor, "batch token"] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that keeping it costs, masks and positions of all sites counted once each."""
+        (args, kwargs), answer = self.call, self.answer
+        return sum(t.nbytes for t in (*args, *kwargs.values(), answer) if isinstance(t, Tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one call brought to the output projection and what that answered, and what the values were made of; padding left out."""
+
+    heads: Float[Tensor, "position head_times_dim"]
+    output: Float[Tensor, "position model"]
+    answer: Float[Tensor, "position model"]
+    source: Float[Tensor, "position_of_values model"]
+
+
+class Trial:
+    """One site of the original with its recorded calls.
+
+    `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
+    heads are summed over those who read them.
+    """
+
+    def __init__(self, attention: nn.Module, site: Site, recorded: Sequence[Recorded], heard: Callable[[int], None]):
+        self.site, self._recorded, self._heard = site, recorded, heard
+        self._module = twin(attention, site, {})
+        self._parameters = dict(self._module.named_parameters())
+        self._output = self._submodule("o")
+        self._values = self._submodule("v" if "v" in site.paths else "qkv")
+
+    def _submodule(self, role: str) -> nn.Module:
+        return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def run(self, heads: Heads, number: int) -> Seen:
+        """The call of that number with other heads; float32 at least, as sums in half precision would drown a ridge."""
+        (args, kwargs), answer, mask = self._recorded[number]
+        found: list[Tensor] = []
+        hooks = [
+            self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
+            self._output.register_forward_hook(lambda module, inputs, output: found.extend((inputs[0], output))),
+        ]
+        try:
+            torch.func.functional_call(self._module, self._tensors(heads), args, kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._heard(number)
+        source, inputs, output = found
+        kept = None if mask is None else mask.flatten()
+        inputs, output, answer = (_rows(t, kept) for t in (inputs, output, answer))
+        # Keys' padding is left out where they are the queries' own; elsewhere it weighs little in a preconditioner.
+        same = source.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
+        return Seen(inputs, output, answer, _rows(source, kept if same else None))
+
+    def _tensors(self, heads: Heads) -> dict[str, Tensor]:
+        """The module's parameters that the heads decide, by name in the module."""
+        tensors = write_heads(self.site, heads.expand(self.site.num_groups))
+        local = {self.site.parameters[name].removeprefix(f"{self.site.module}."): t for name, t in tensors.items()}
+        return {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
+
+
+def _rows(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows if kept is None else rows[kept]

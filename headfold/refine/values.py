@@ -1,0 +1,95 @@
+"""W_v of the shared heads by least squares on the attended values: attention weights and W_o as they stand.
+
+A block's output is linear in W_v once its attention weights are fixed, y = Σ_h W_o,h W_v,g(h) z_h with z_h the inputs
+that head h attends to. The merge, which never sees attention weights, weighs the inputs as if all were attended alike; this weighs
+them as the model does. Minimises Σ ‖y − ŷ‖² + λ ‖W_v − W_before‖²_M by preconditioned conjugate gradients on the normal equations
+(Hestenes & Stiefel 1952), each step one forward and one backward pass of the block alone. M is the same quadratic form for inputs
+all attended alike, Σ_h W_oᵀ W_o ⊗ Σ x xᵀ: it serves as the preconditioner and as the ridge's measure. Few steps, as directions that
+the data do not show come last.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.heads import Heads
+from .trial import Trial
+
+_DAMPING = 1e-3
+"""Of both factors of M, over their mean energy."""
+
+Rows = Float[Tensor, "group dim width"]
+
+
+def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
+    """The heads with other `v`; its bias column stays as it is where the site has none."""
+    width = heads.v.shape[2] if {"v", "qkv"} & set(trial.site.biases) else heads.v.shape[2] - 1
+    second = torch.zeros(width, width, dtype=torch.float64)
+    rest = -_gradient(trial, heads, heads.v[..., :width], to_answer=True, moments=second)
+    measure, precondition = _measure(heads, second)
+    blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
+    linear = replace(heads, o_bias=blank)  # without what does not depend on V
+    change = torch.zeros_like(heads.v[..., :width])
+    energy, direction = None, torch.zeros_like(change)
+    for _ in range(steps):
+        turned = precondition(rest)
+        before, energy = energy, (rest * turned).sum()
+        direction = turned if before is None else turned + energy / before * direction
+        image = _gradient(trial, linear, direction, to_answer=False) + ridge * measure(direction)
+        curvature = (direction * image).sum()
+        if not curvature > 0:  # nothing left to gain: a perfect fold, or all V zero
+            break
+        change += energy / curvature * direction
+        rest -= energy / curvature * image
+    return replace(heads, v=_with(heads.v, heads.v[..., :width] + change))
+
+
+def _with(v: Tensor, rows: Rows) -> Tensor:
+    """v with its first columns replaced."""
+    return torch.cat([rows, v[..., rows.shape[2] :]], 2)
+
+
+def _gradient(
+    trial: Trial, heads: Heads, rows: Rows, *, to_answer: bool, moments: Float[Tensor, "width width"] | None = None
+) -> Rows:
+    """Of ½ Σ ‖ŷ − y‖² by the values at `rows`; y = 0 unless `to_answer`, and then the values are `rows` alone.
+
+    Adds Σ x xᵀ of the inputs x = [inputs, 1] (its first columns) to `moments`.
+    """
+    leaf = rows.clone().requires_grad_()
+    total = torch.zeros_like(rows)
+    for number in range(len(trial)):
+        with torch.enable_grad():
+            v = _with(heads.v if to_answer else torch.zeros_like(heads.v), leaf)
+            seen = trial.run(replace(heads, v=v), number)
+            missing = seen.output - seen.answer if to_answer else seen.output
+            total += torch.autograd.grad(0.5 * missing.square().sum(), leaf)[0]
+        if moments is not None:
+            x = torch.cat([seen.source, seen.source.new_ones(len(seen.source), 1)], 1)[:, : len(moments)]
+            moments += (x.T @ x).double().cpu()
+    return total
+
+
+def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:
+    """M and its inverse, applied to rows of the values; `second` is Σ x xᵀ."""
+    second = _damped(second)
+    own = (heads.o @ heads.o.mT).double().unflatten(0, (heads.num_groups, -1)).sum(1)
+    read = torch.stack([_damped(one) for one in own])
+    root, read_root = torch.linalg.cholesky(second), torch.linalg.cholesky(read)
+
+    def measure(rows: Rows) -> Rows:
+        return (read @ rows.double() @ second).to(rows.dtype)
+
+    def precondition(rows: Rows) -> Rows:
+        left = torch.cholesky_solve(rows.double(), read_root)
+        return torch.cholesky_solve(left.mT, root).mT.to(rows.dtype)
+
+    return measure, precondition
+
+
+def _damped(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    energy = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return matrix + _DAMPING * energy * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
