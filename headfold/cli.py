@@ -175,7 +175,8 @@ def fold(
     group: Group = None,
     merge: Merge = None,
     refit: Annotated[
-        bool, typer.Option("--refit/--no-refit", help="Refit W_o of every block to the original's output.")
+        bool,
+        typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output."),
     ] = True,
     calibration: Calibration = None,
     tokens: Tokens = None,

@@ -61,7 +61,12 @@ class Groups:
     @property
     def is_contiguous(self) -> bool:
         """Whether head h reads group h // (heads / groups), as in a stock GQA checkpoint."""
-        return self.is_even and list(self.kv_of_query) == sorted(self.kv_of_query)
+        return self.is_even and self.is_ordered
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether each group's heads are neighbours and the groups in order, equal or not."""
+        return list(self.kv_of_query) == sorted(self.kv_of_query)
 
     def standard_order(self) -> tuple[int, ...]:
         """The permutation of heads (new position → old head) that makes the groups contiguous; stable inside a group."""

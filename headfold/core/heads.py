@@ -88,11 +88,11 @@ class Heads:
         return replace(self, k=self.k[index], v=self.v[index], kv_of_query=own)
 
     def expand(self, num_groups: int) -> "Heads":
-        """The same function written with `num_groups` K/V heads, each repeated equally often (`num_groups` a multiple of ours)."""
-        repeats = num_groups // self.num_groups
-        assert repeats * self.num_groups == num_groups and self.kv_of_query.is_contiguous
-        k, v = (t.repeat_interleave(repeats, 0) for t in (self.k, self.v))
-        return replace(self, k=k, v=v, kv_of_query=Groups.contiguous(self.num_heads, num_groups))
+        """The same function written with `num_groups` K/V heads for equally many neighbouring queries each: ours, repeated."""
+        own = Groups.contiguous(self.num_heads, num_groups)
+        shared = torch.tensor([self.kv_of_query.kv_of_query[queries[0]] for queries in own.members])
+        assert own.compose(Groups.of(shared.tolist())) == Groups.of(self.kv_of_query.kv_of_query)
+        return replace(self, k=self.k[shared], v=self.v[shared], kv_of_query=own)
 
     def reorder(self, order: tuple[int, ...]) -> "Heads":
         """Query heads in the given order: q rows and o columns move together, so the site computes the same function."""

@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from ..core.errors import UserError
 from ..corpus import open_corpus
 from ..corpus.windows import token_stream
-from ..runtime.load import grouped_class_of
+from ..runtime.load import layer_counts, own_class
 from ..stock import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def evaluate(
 
 def _open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
     config = json.loads((Path(path) / "config.json").read_text())
-    model = open_model(path, dtype=dtype, device=device, model_class=grouped_class_of(config))
+    model = open_model(path, dtype=dtype, device=device, model_class=own_class(config))
     if model.get_output_embeddings() is None:
         name = type(model).__name__
         raise UserError(
@@ -151,7 +151,10 @@ def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tens
 
 def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
+    counts = layer_counts(model.config.to_dict())
     config = _text_config(model)
+    if counts is not None:
+        return sum(2 * count * config.head_dim for count in counts) * dtype.itemsize
     sites = (getattr(config, "headfold", None) or {}).get("sites")
     if sites:
         return sum(2 * site["kv_heads"] * site["head_dim"] for site in sites) * dtype.itemsize

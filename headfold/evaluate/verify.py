@@ -106,7 +106,12 @@ def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
         sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
     sample = {name: tensor for name, tensor in sample.items() if name != "labels"}
     without_cache = {"use_cache": False} if "use_cache" in known else {}
-    return {name: t.to(input_device(model)) for name, t in sample.items() if name in known} | without_cache
+    return {name: _placed(tensor, model) for name, tensor in sample.items() if name in known} | without_cache
+
+
+def _placed(tensor: Tensor, model: "PreTrainedModel") -> Tensor:
+    tensor = tensor.to(input_device(model))
+    return tensor.to(model.dtype) if tensor.is_floating_point() else tensor
 
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from .padding import reordered
 from .pieces import Export
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "seed_oss")
-CODE = Path(__file__).with_name("modeling_decilm.py")
+CODE = Path(__file__).parents[1] / "runtime" / "modeling_decilm.py"
 STEP = 256
 """Of the width of the MLP, where it is told by `ffn_mult`."""
 _COMMON = (

@@ -5,7 +5,7 @@ Then heads times their width is no longer the model's, so the class must read `h
 a model width that its heads do not divide, Qwen 2 is read without `head_dim` by engines. Mistral and Seed-OSS compute the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
@@ -46,7 +46,7 @@ def standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Expor
 def pad(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Unequal groups, each filled up to the largest of all layers."""
     width, num_groups = max(entry.width for entry in source.entries), source.counts[0]
-    config = _padded_config(source, width * num_groups)
+    config = padded_config(source, [width * num_groups])
     shape = {"num_attention_heads": width * num_groups, "num_key_value_heads": num_groups}
     config |= shape | {"head_dim": source.entries[0].head_dim}
     pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, width)]
@@ -64,10 +64,11 @@ def reordered(checkpoint: Checkpoint, entry: Entry, width: int) -> Iterator[Piec
         yield Linear(entry.names[role], entry.names[role], block=entry.head_dim, **{axis: slots}).piece(checkpoint)
 
 
-def _padded_config(source: Folded, num_heads: int) -> dict[str, Any]:
-    """The config of a class that takes `num_heads`, but for the heads."""
+def padded_config(source: Folded, num_heads: Collection[int]) -> dict[str, Any]:
+    """The config of a class that takes these counts of query heads, all of them in one model, but for the heads."""
     stock = stock_config(source)
-    divides = source.model_type == "llama" and stock.hidden_size % num_heads == 0
+    # Llama's config divides by the count before it knows that layers have counts of their own.
+    divides = source.model_type == "llama" and len(num_heads) == 1 and stock.hidden_size % min(num_heads) == 0
     if divides or source.model_type in READ_HEAD_DIM:
         return without_code(source.config)
     biases = _biases(source.model_type, stock)

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..checkpoint.reader import Checkpoint
 from .folded import Entry, Folded, without_code
-from .padding import reordered
+from .padding import padded_config, reordered
 from .pieces import Export
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-CODE = Path(__file__).with_name("modeling_per_layer.py")
+CODE = Path(__file__).parents[1] / "runtime" / "modeling_per_layer.py"
 
 
 def why_not(source: Folded) -> str | None:
@@ -28,9 +28,13 @@ def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Every layer with its own count; unequal groups inside a layer are filled up to the largest of that layer."""
     shapes = [_shape(entry) for entry in source.entries]
     usual = dict(Counter(tuple(shape.items()) for shape in shapes).most_common(1)[0][0])
-    names = {auto: f"PerLayer{_stem(source)}{task}" for auto, task in _AUTOS.items()}
+    heads = {shape["num_attention_heads"] for shape in shapes}
+    own = heads == {source.entries[0].num_heads}
+    base = without_code(source.config) if own else padded_config(source, heads)
+    stem = base["architectures"][0].removesuffix("ForCausalLM")
+    names = {auto: f"PerLayer{stem}{task}" for auto, task in _AUTOS.items()}
     config = {
-        **without_code(source.config),
+        **base,
         **usual,
         "architectures": [names["AutoModelForCausalLM"]],
         "head_dim": source.entries[0].head_dim,
@@ -48,10 +52,6 @@ def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
 
 
 _AUTOS = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-
-
-def _stem(source: Folded) -> str:
-    return source.config["architectures"][0].removesuffix("ForCausalLM")
 
 
 def _shape(entry: Entry) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def picked(
     inside: Sequence[int] | None = None,
 ) -> Float[Tensor, "..."]:
     """Blocks of an axis in another order, one past the last being zeros; and each of them reordered `inside`."""
+    if order is None and inside is None:
+        return tensor
     blocks = tensor.unflatten(axis, (-1, block))
     if order is not None:
         blocks = torch.cat([blocks, torch.zeros_like(blocks.narrow(axis, 0, 1))], axis)

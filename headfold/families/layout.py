@@ -88,7 +88,7 @@ def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
 
     A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears.
     """
-    assert heads.kv_of_query.is_contiguous
+    assert heads.kv_of_query.is_ordered
     joined = {role: rearrange(getattr(heads, role), _inverse(_ROWS)) for role in ("q", "k", "v")}
     splits = site.splits(heads.num_groups)
     names = {**site.weights, **(site.unfused if splits else {})}

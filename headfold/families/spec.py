@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ..core.errors import UserError
-from ..core.groups import check_group_count
+from ..core.groups import Groups, check_group_count
 from ..core.heads import KeyFreedom, QueryOrder
 
 FusedRows = Literal["segments", "per-group"]
@@ -296,22 +296,36 @@ def _num_groups(
 
 
 def folded_config(
-    family: Family, config: Mapping[str, Any], sites: Iterable[Site], num_groups: Mapping[str, int]
+    family: Family,
+    config: Mapping[str, Any],
+    sites: Iterable[Site],
+    num_groups: Mapping[str, int],
+    uneven: Mapping[str, Groups] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The config of a fold; `num_groups` by site name. Everything but the counts of K/V heads is kept as it stands.
 
-    A class that knows such a count gets its field set; for another one the sites are listed under `headfold`, for the runtime.
+    A class that knows such a count gets its field set, if it is the same at all its sites; otherwise the sites are listed under
+    `headfold`, for the runtime. `uneven` has the groups of query heads, in standard order, where they are not equal.
+
+    Raises:
+        UserError: such a class has groups that are not equal, or not equally many, and q, k and v are one tensor.
     """
     fields = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
     folded = [site for site in sites if site.name in num_groups]
-    native = {num_groups[site.name] for site in folded if site.native}
-    assert len(native) <= 1, native
-    counts = dict.fromkeys(fields, native.pop()) if native else {}
-    listed = [_entry(site, num_groups[site.name]) for site in folded if not site.native]
+    native = [site for site in folded if site.native]
+    different = {num_groups[site.name] for site in native}
+    told = len(different) == 1 and not any(site.name in uneven for site in native)
+    if not told and any("qkv" in site.weights for site in native):
+        raise UserError(
+            f"{config.get('model_type')}: expected equal groups, as many at every site, since q, k and v are one tensor on disk; "
+            f"got {', '.join(map(str, sorted(different)))} K/V heads; make the plan with --kv-heads"
+        )
+    counts = dict.fromkeys(fields, different.pop()) if told else {}
+    listed = [_entry(s, num_groups[s.name], uneven.get(s.name)) for s in folded if not (told and s.native)]
     return {**config, **counts, **({"headfold": {"sites": listed}} if listed else {})}
 
 
-def _entry(site: Site, num_groups: int) -> dict[str, Any]:
+def _entry(site: Site, num_groups: int, uneven: Groups | None) -> dict[str, Any]:
     """What the runtime has to know of a grouped site."""
     local = {role: site.paths[role].removeprefix(f"{site.core}.") for role in "qkv" if role in site.paths}
     fused = {}
@@ -319,4 +333,5 @@ def _entry(site: Site, num_groups: int) -> dict[str, Any]:
         local = {role: f"{role}_proj" for role in "qkv"}
         fused = {"fused": site.paths["qkv"].removeprefix(f"{site.core}.")}
     counts = {"heads": site.num_heads, "kv_heads": num_groups, "head_dim": site.head_dim}
-    return {"module": site.core, **local, **fused, **counts}
+    groups = {} if uneven is None else {"kv_of_query": list(uneven.kv_of_query)}
+    return {"module": site.core, **local, **fused, **counts, **groups}

@@ -17,10 +17,9 @@ from ..evaluate.verify import TOLERANCE
 from ..export.card import exported_card
 from ..export.folded import Folded, open_folded
 from ..export.layouts import choose_layout, make_export
-from ..export.opening import model_class
 from ..export.pieces import Export, write_export
 from ..export.rounding import Unrounded
-from ..runtime.load import grouped_class_of
+from ..runtime.load import own_class
 from ..stock import open_model, stored_dtype
 from .source import Progress, silent
 from .verifying import random_sample
@@ -125,10 +124,10 @@ def _compare(checkpoint: Checkpoint, made: Export, staging: Path, progress: Prog
     size = sample["input_ids"].numel()
     progress("verify", 0, size)
     dtype = torch.promote_types(stored_dtype(checkpoint.path), torch.float32)
-    ours = grouped_class_of(checkpoint.config)
+    ours = own_class(checkpoint.config)
     expected = open_model(checkpoint.path, dtype=dtype, model_class=ours)(**sample, use_cache=False).logits
     overlay = Unrounded(checkpoint, made, staging, dtype)
-    exported = open_model(staging, dtype=dtype, model_class=model_class(made.config), overlay=overlay)
+    exported = open_model(staging, dtype=dtype, model_class=own_class(made.config), overlay=overlay)
     found = exported(**sample, use_cache=False).logits
     progress("verify", size, size)
     difference = (found - expected).abs().max().item()

@@ -24,18 +24,18 @@ from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_stag
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
+from ..core.groups import Groups
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..evaluate.verify import verify as compare_with_twin
 from ..export.card import exported_card
 from ..export.layouts import choose_layout
-from ..export.opening import model_class
 from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site, folded_config
 from ..report.card import CardFacts, model_card
-from ..runtime.load import grouped_class_of
+from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
 from .exporting import write_layout
@@ -56,6 +56,8 @@ class FoldResult:
     num_heads: int
     kv_heads_before: int
     kv_heads_after: int
+    """Of the site with most; `kv_heads_least` of that with fewest."""
+    kv_heads_least: int
     kv_bytes_before: int
     """Per token, over all layers, in the checkpoint's dtype."""
     kv_bytes_after: int
@@ -87,7 +89,8 @@ def _result(
         family=source.checkpoint.config["model_type"],
         num_heads=site.num_heads,
         kv_heads_before=site.num_groups,
-        kv_heads_after=counts[site.name],
+        kv_heads_after=max(counts.values()),
+        kv_heads_least=min(counts.values()),
         kv_bytes_before=source.kv_bytes_per_token(),
         kv_bytes_after=source.kv_bytes_per_token(counts),
         plan=made,
@@ -240,8 +243,8 @@ class Job:
 
     def _config(self, plan: Plan) -> dict[str, Any]:
         sites = {site.name: site for site in self.source.sites}
-        changed = _changed(sites, plan.num_groups)
-        return folded_config(self.source.family, self.source.checkpoint.config, sites.values(), changed)
+        counts, uneven = _changed(sites, plan.num_groups), _uneven(sites, plan)
+        return folded_config(self.source.family, self.source.checkpoint.config, sites.values(), counts, uneven)
 
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
@@ -263,8 +266,8 @@ class Job:
             twin,
             sample,
             renamed=twin.renamed,
-            source_class=grouped_class_of(self.source.checkpoint.config),
-            fold_class=grouped_class_of(config) or model_class(config),
+            source_class=own_class(self.source.checkpoint.config),
+            fold_class=own_class(config),
             unrounded=self._unrounded(),
         )
         self.progress("verify", size, size)
@@ -310,6 +313,7 @@ class Job:
             num_heads=result.num_heads,
             kv_heads_before=result.kv_heads_before,
             kv_heads_after=result.kv_heads_after,
+            kv_heads_least=result.kv_heads_least,
             kv_bytes_before=result.kv_bytes_before,
             kv_bytes_after=result.kv_bytes_after,
             method=self.settings["merge"],
@@ -361,3 +365,12 @@ def _data_words(data: Mapping[str, Any]) -> list[str]:
 def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
     """Counts of the sites that a config must speak of: those of a class without K/V heads only where they are fewer."""
     return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_groups}
+
+
+def _uneven(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
+    """Query head → K/V head in standard order, of the sites whose groups are not equal."""
+    queries = {
+        name: Groups.contiguous(site.num_heads, site.num_groups).compose(plan.sites[name].groups)
+        for name, site in sites.items()
+    }
+    return {name: Groups(tuple(sorted(q.kv_of_query))) for name, q in queries.items() if not q.is_even}

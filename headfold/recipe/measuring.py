@@ -18,7 +18,7 @@ from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
 from ..refine.refit import num_passes, refit
-from ..runtime.load import grouped_class_of
+from ..runtime.load import own_class
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import Refits, site_heads
 from .source import Opened, Progress, context_limit, open_source, refuse_existing, refuse_two_inputs, silent
@@ -156,7 +156,7 @@ class OriginalRun:
             path = self.source.checkpoint.path
             dtype, why = compute_dtype(stored_dtype(path), self.device)
             self.notes.append(why)
-            chosen = grouped_class_of(self.source.checkpoint.config)
+            chosen = own_class(self.source.checkpoint.config)
             self._model = open_model(path, dtype=dtype, device=self.device, model_class=chosen)
             for name, parameter in self._model.named_parameters():
                 if not parameter.is_meta:

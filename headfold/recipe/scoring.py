@@ -13,6 +13,7 @@ from ..core.errors import UserError
 from ..corpus.pairs import read_pairs
 from ..corpus.samples import draw_sample, image_sample_blocks, kind_of
 from ..evaluate import classification, embedding, perplexity, translation
+from ..runtime.load import own_class
 from ..stock import open_model, open_tokenizer, stored_dtype
 from .measuring import default_device
 from .source import Progress, silent
@@ -123,12 +124,9 @@ def facts(found: perplexity.Evaluation | Scores) -> dict[str, Any]:
 
 
 def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
-    """With grouped attention of its own where the checkpoint needs it, else by stock transformers."""
-    if "headfold" not in json.loads((directory / "config.json").read_text()):
-        return open_model(directory, dtype=dtype, device=device)
-    from ..runtime.load import load
-
-    return load(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+    """With a class of our own where the checkpoint needs it, else by stock transformers."""
+    config = json.loads((directory / "config.json").read_text())
+    return open_model(directory, dtype=dtype, device=device, model_class=own_class(config))
 
 
 def _context(directory: Path, config: Mapping[str, Any]) -> int:

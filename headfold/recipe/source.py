@@ -15,7 +15,9 @@ from ..families import family_of, is_known
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
+from ..runtime.load import layer_counts
 
+_ORIGINAL = "fold the original to fewer heads instead"
 _POSITIONS_BEHIND_PADDING = {"roberta", "xlm-roberta", "camembert"}
 
 Progress = Callable[[str, int, int], None]
@@ -68,15 +70,25 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     """
     checkpoint = Checkpoint.open(resolve(str(model)))
     where = f"{model}/config.json"
+    _refuse_folded(checkpoint.config, where)
     family, proven = _family(checkpoint, where)
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
-        raise UserError(
-            f"{where}: this checkpoint is folded already, and its q, k and v lie apart; fold the original to fewer heads instead"
-        )
+        raise UserError(f"{where}: this checkpoint is folded already, and its q, k and v lie apart; {_ORIGINAL}")
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
     return Opened(str(model), checkpoint, family, sites, encoder, proven)
+
+
+def _refuse_folded(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a fold whose K/V heads no single count tells: what could be folded further is the original."""
+    listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
+    known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
+    native = listed and known and any(attention.kv_heads for attention in known)
+    if layer_counts(config) is not None or native or any("kv_of_query" in site for site in listed):
+        raise UserError(
+            f"{where}: this checkpoint is folded already, to groups or counts of K/V heads that differ; {_ORIGINAL}"
+        )
 
 
 def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:

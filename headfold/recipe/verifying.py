@@ -54,7 +54,7 @@ def random_sample(kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
         frames = 2 * config.get("max_source_positions", 1500)
         features = torch.randn((ITEMS, config.get("num_mel_bins", 80), frames), generator=generator)
         return {"input_features": features, "labels": _tokens(config, ITEMS, 16)}
-    tokens = _tokens(config, ITEMS, 32)
+    tokens = _tokens(config, ITEMS, min(32, context_limit(config) or 32))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return inputs if kind == "sentences" else {**inputs, "labels": _tokens(config, ITEMS, 24)}
 

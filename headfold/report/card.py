@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tables import markdown_table, percent, size
+from .tables import counts, markdown_table, percent, size
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the source's card that holds for the fold as well."""
@@ -24,6 +24,7 @@ class CardFacts:
     num_heads: int
     kv_heads_before: int
     kv_heads_after: int
+    kv_heads_least: int
     kv_bytes_before: int
     kv_bytes_after: int
     method: str
@@ -46,10 +47,10 @@ class CardFacts:
 
 def model_card(source: Path, facts: CardFacts) -> str:
     """The whole card. `source` is the checkpoint directory that was folded: licence and language come from its card."""
-    name = model_name(facts.base_model)
+    name, kv_heads = model_name(facts.base_model), counts(facts.kv_heads_least, facts.kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
-        f"# {name} with {facts.kv_heads_after} K/V heads",
+        f"# {name} with {kv_heads} K/V heads",
         _summary(name, facts),
         _facts_table(facts),
         _load(facts),
@@ -97,9 +98,12 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 def _summary(name: str, facts: CardFacts) -> str:
     linked = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
-    refit = ", then `W_o` of every block was refitted to the original's output" if facts.refit else ""
+    refit = (
+        ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
+    )
+    after = counts(facts.kv_heads_least, facts.kv_heads_after)
     return (
-        f"This is {linked} with {facts.kv_heads_after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
+        f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {facts.kv_bytes_before / facts.kv_bytes_after:.3g} times smaller. Heads were grouped by "
         f"`{facts.group}` and merged by `{facts.method}`{refit}. Nothing was trained; all tensors outside attention are the "
         "original's, byte for byte."
@@ -109,7 +113,7 @@ def _summary(name: str, facts: CardFacts) -> str:
 def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", str(facts.num_heads), str(facts.num_heads)],
-        ["K/V heads", str(facts.kv_heads_before), str(facts.kv_heads_after)],
+        ["K/V heads", str(facts.kv_heads_before), counts(facts.kv_heads_least, facts.kv_heads_after)],
         ["K/V cache per token", size(facts.kv_bytes_before), size(facts.kv_bytes_after)],
         ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
     ]

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
+def counts(least: int, most: int) -> str:
+    """A count, or the range of counts that differ."""
+    return str(most) if least == most else f"{least} to {most}"
+
+
 def size(num_bytes: float) -> str:
     """Bytes with a binary unit and three digits: `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

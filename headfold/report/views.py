@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from .tables import duration, percent, show_table, size
+from .tables import counts, duration, percent, show_table, size
 
 CONTEXT = 32 * 1024
 FRACTIONS = ("1/2", "1/4", "1/8")
@@ -76,7 +76,7 @@ def show_fold(result: Any) -> None:
     """A `recipe.FoldResult`."""
     before, after = result.kv_bytes_before, result.kv_bytes_after
     rows = [
-        ["K/V heads", str(result.kv_heads_before), str(result.kv_heads_after)],
+        ["K/V heads", str(result.kv_heads_before), counts(result.kv_heads_least, result.kv_heads_after)],
         ["K/V cache per token", size(before), size(after)],
         ["K/V cache at 32k tokens", size(before * CONTEXT), size(after * CONTEXT)],
     ]

@@ -194,6 +194,9 @@ def stock_eager(attention: type) -> Attention:
 
 def eager_attention(module: nn.Module, *states: Tensor | None, **keywords: Any) -> tuple[Tensor, Tensor | None]:
     """The attention `headfold-eager`: stock numbers and weights from grouped heads."""
+    if getattr(module, "sinks", None) is not None:  # which stock attentions take from the module, one per query head
+        sinks = module.sinks.reshape(1, -1, 1, 1)
+        return packed(plain_attention, module, *states, sinks=sinks, **keywords)
     return packed(stock_eager(type(module)), module, *states, **keywords)
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
     """The model of a folded checkpoint, of the class that its config names: in eval mode, in its own dtype.
 
-    It is the stock class where that reads its count of K/V heads from the config, else the grouped class made from it.
+    It is the stock class where that reads its count of K/V heads from the config, else a class made from it: grouped, or with
+    the counts of the layouts per-layer and decilm.
     `keywords` go to `from_pretrained` (`dtype`, `device_map`, `attn_implementation` …).
 
     Raises:
@@ -38,20 +39,44 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
-    """The class that `architectures` names, grouped where the config lists sites."""
+    """The class that `architectures` names: one of ours where the checkpoint needs it."""
     import transformers
 
+    name = (config.get("architectures") or [""])[0]
+    return own_class(config) or getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+
+
+def own_class(config: Mapping[str, Any]) -> Any:
+    """The class of ours that opens a checkpoint, without code from its directory; None where a stock class does."""
     name = (config.get("architectures") or [""])[0]
     if "headfold" in config:
         from .modeling_headfold import grouped_class  # and with it the attention `headfold`
 
         return grouped_class(name)
-    return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    if "per_layer_config" in config and name.startswith("PerLayer"):
+        from .modeling_per_layer import per_layer_class
+
+        return per_layer_class(name.removeprefix("PerLayer"))
+    if name == "DeciLMForCausalLM":
+        from transformers import AutoConfig
+
+        from .modeling_decilm import DeciLMConfig, DeciLMForCausalLM
+
+        AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
+        return DeciLMForCausalLM
+    return None
 
 
-def grouped_class_of(config: Mapping[str, Any]) -> Any:
-    """The grouped class of a config that lists sites; None where the stock class does."""
-    return _model_class(config) if "headfold" in config else None
+def layer_counts(config: Mapping[str, Any]) -> list[int] | None:
+    """K/V heads by layer where a config tells them by layer, as the layouts per-layer and decilm do; else None."""
+    num_heads = config.get("num_attention_heads")
+    if "block_configs" in config:
+        return [num_heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
+    if "per_layer_config" in config:
+        usual, own = config["num_key_value_heads"], config["per_layer_config"]
+        layers = range(config["num_hidden_layers"])
+        return [own.get(str(layer), {}).get("num_key_value_heads", usual) for layer in layers]
+    return None
 
 
 def check(directory: Path) -> dict[str, Any]:
@@ -64,8 +89,9 @@ def check(directory: Path) -> dict[str, Any]:
     sites = _listed_sites(config, directory)
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")
-        if sites:
-            _check_sites(directory, plan, sites)
+        counts = [site["kv_heads"] for site in sites] or layer_counts(config)
+        if counts:
+            _check_counts(directory, plan, counts)
         else:
             _check_fields(directory, plan, config)
     return config
@@ -84,8 +110,8 @@ def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[st
     return listed
 
 
-def _check_sites(directory: Path, plan: Plan, sites: list[Mapping[str, Any]]) -> None:
-    planned, found = Counter(plan.num_groups.values()), Counter(site["kv_heads"] for site in sites)
+def _check_counts(directory: Path, plan: Plan, counts: list[int]) -> None:
+    planned, found = Counter(plan.num_groups.values()), Counter(counts)
     if planned != found:
         raise UserError(
             f"{directory}: plan.json says {_counts(planned)}, config.json {_counts(found)}; "

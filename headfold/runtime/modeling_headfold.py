@@ -23,6 +23,8 @@ STACKS = {"encoder", "decoder", "text_model", "vision_model"}
 """Parts that some classes of a model lack."""
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 """What stock attention classes call the width of a head."""
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
+"""What they call the count of K/V heads, where they keep it."""
 
 register(replace=IN_PACKAGE)
 
@@ -100,9 +102,9 @@ def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
     module.headfold_site = dict(site)
     module.kv_of_query = None if uneven is None else tuple(uneven)
     module.num_key_value_groups = 1 if uneven else site["heads"] // site["kv_heads"]
-    for name in HEAD_WIDTHS:
-        if hasattr(module, name):
-            setattr(module, name, site["head_dim"])
+    sizes = dict.fromkeys(HEAD_WIDTHS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
+    for name in sizes.keys() & vars(module).keys():
+        setattr(module, name, sizes[name])
     forward = own_forward(type(module))
     if forward is not None:
         module.__class__ = _with_forward(type(module), forward)

@@ -1,0 +1,147 @@
+"""Plans whose groups, or counts of K/V heads, differ: what `fold --plan` makes of them under headfold and in stock layouts."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grades import assert_differs, assert_tight, assert_tight_through_float32_norms
+from tiny import (
+    FLOAT32_NORMS,
+    FOREIGN,
+    TINY,
+    answer_of,
+    stock_model,
+    tiny_checkpoint,
+    tiny_sample,
+    tiny_sites,
+)
+
+import headfold
+from headfold.core.errors import UserError
+from headfold.core.groups import Groups
+from headfold.core.plan import Plan
+from headfold.families.spec import Site
+from headfold.recipe.source import open_source
+from headfold.surgery import site_tensors
+
+ALONE = sorted({*TINY, *FOREIGN} - {"clip", "falcon-multi-query", "phi3", "phi3-partial-gqa"})
+"""phi3's q, k and v are one tensor that its own class splits; a whole CLIP is refused, a multi-query model has nothing to share."""
+BLIND: dict[str, Any] = dict(refit=False)
+
+
+def uneven(num_heads: int) -> Groups:
+    """All but the last share one K/V head."""
+    return Groups((*(0,) * (num_heads - 1), 1))
+
+
+def shared(site: Site, number: int, kinds: str) -> Groups:
+    """Groups of the source's K/V heads: unequal at even sites and one group at odd ones, where the order is free."""
+    count = site.num_groups
+    one = Groups((0,) * count)
+    return one if kinds == "counts" and number % 2 and site.query_order != "stack" else uneven(count)
+
+
+def opened(directory: Path) -> Any:
+    # The grouped matmul that transformers picks for experts has no float64.
+    return headfold.load(directory, experts_implementation="eager")
+
+
+def planned(directory: Path, kinds: str, target: Path) -> Plan:
+    headfold.plan(directory, target, kv_heads=1, group="contiguous", merge="mean")
+    made, sites = Plan.load(target), {site.name: site for site in open_source(directory).sites}
+    rows = {
+        name: replace(row, groups=shared(sites[name], number, kinds))
+        for number, (name, row) in enumerate(made.sites.items())
+    }
+    made = replace(made, sites=rows)
+    target.write_text(json.dumps(made.to_json()))
+    return made
+
+
+@torch.no_grad()
+def twin_answer(directory: Path, plan: Plan, name: str, at: Path) -> torch.Tensor:
+    """The head-repeated twin under stock transformers."""
+    tensors: Mapping[str, torch.Tensor] = open_source(directory).checkpoint.read
+    model = stock_model(directory)
+    parameters = dict(model.named_parameters())
+    for site, _ in tiny_sites(directory):
+        if site.name in plan.sites:
+            for key, tensor in site_tensors(site, plan, tensors, num_groups=site.num_groups).items():
+                parameters[site.parameters[key]].copy_(tensor)
+    return answer_of(model, tiny_sample(name))
+
+
+@pytest.mark.parametrize("kinds", ["sizes", "counts"])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_plan_of_unequal_groups_folds(name: str, kinds: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(name)
+    plan = planned(directory, kinds, tmp_path / "plan.json")
+    result = headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
+    assert result.verification is not None and result.verification.passed
+    found = answer_of(opened(tmp_path / "out"), tiny_sample(name)).detach()
+    expected = twin_answer(directory, plan, name, tmp_path)
+    grade = assert_tight_through_float32_norms if name in FLOAT32_NORMS | set(FOREIGN) else assert_tight
+    grade(found, expected)
+    assert_differs(found, answer_of(stock_model(directory), tiny_sample(name)).detach())
+    assert result.kv_bytes_after < result.kv_bytes_before
+    least, most = min(plan.num_groups.values()), max(plan.num_groups.values())
+    assert (result.kv_heads_least, result.kv_heads_after) == (least, most)
+    assert (
+        f"with {most if least == most else f'{least} to {most}'} K/V heads" in (tmp_path / "out/README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "layout"),
+    [("llama", "sizes", "padded"), ("llama", "counts", "per-layer"), ("qwen3", "counts", "per-layer")],
+)
+def test_a_stock_layout_is_chosen_where_there_is_one(name: str, kinds: str, layout: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoint(name)
+    planned(directory, kinds, tmp_path / "plan.json")
+    result = headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert any(f"layout {layout}:" in note for note in result.notes) and "headfold" not in config
+    found = answer_of(headfold.load(tmp_path / "out"), tiny_sample(name))
+    ours = headfold.fold(directory, tmp_path / "own", plan=tmp_path / "plan.json", layout="headfold", **BLIND)
+    assert "headfold" in json.loads((tmp_path / "own/config.json").read_text()) and ours.plan == result.plan
+    assert_tight_through_float32_norms(
+        found.detach(), answer_of(headfold.load(tmp_path / "own"), tiny_sample(name)).detach()
+    )
+
+
+def test_a_fused_class_with_one_count_says_what_it_cannot_be(tmp_path: Path) -> None:
+    directory = tiny_checkpoint("phi3")
+    planned(directory, "counts", tmp_path / "plan.json")
+    with pytest.raises(UserError, match="q, k and v are one tensor on disk; got 1, 2 K/V heads"):
+        headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+
+
+@pytest.mark.parametrize("layout", ["headfold", "per-layer", "decilm"])
+def test_a_fold_without_one_count_is_not_folded_again(layout: str, tmp_path: Path) -> None:
+    directory = tiny_checkpoint("llama")
+    made = planned(directory, "counts", tmp_path / "plan.json")
+    even = {
+        name: replace(row, groups=Groups.contiguous(row.groups.num_heads, 1 + i))
+        for i, (name, row) in enumerate(made.sites.items())
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(replace(made, sites=even).to_json()))
+    headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", layout=layout, **BLIND)
+    assert answer_of(headfold.load(tmp_path / "out"), tiny_sample("llama")).isfinite().all()
+    with pytest.raises(UserError, match="folded already, to groups or counts of K/V heads that differ"):
+        headfold.fold(tmp_path / "out", tmp_path / "again", kv_heads=1, **BLIND)
+
+
+def test_a_layout_whose_counts_are_not_the_plans_is_refused(tmp_path: Path) -> None:
+    directory = tiny_checkpoint("llama")
+    planned(directory, "counts", tmp_path / "plan.json")
+    headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["num_key_value_heads"] += 1
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="one was changed after the fold"):
+        headfold.load(tmp_path / "out")
