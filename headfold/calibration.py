@@ -116,6 +116,8 @@ def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
 
 def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | None:
     """Which positions of x are no padding: x is what the site's queries, or its keys, are made of. None: all count."""
+    if site.stack == "vision" and "input_ids" in batch:
+        return None  # the mask is that of the texts beside the images
     decodes = "labels" in batch and batch["labels"].ndim == 2 and site.stack == "decoder"
     mask = (
         batch["labels"] != IGNORED if decodes and (queries or not site.reads_encoder) else batch.get("attention_mask")

@@ -77,14 +77,15 @@ def image_blocks(
     names, where = _columns(rows, columns), Path(source).parent
     drawn = rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None)
     mode = "RGB" if num_channels == 3 else "L"
-    for block in _blocks(drawn, source):
-        images = [_decoded(value(row, names[0]), where, mode, rows.name) for row in block]
-        sample = {"pixel_values": _processed(images, processor, rows.name)}
+    for block in in_blocks(drawn, source):
+        images = [decoded(value(row, names[0]), where, mode, rows.name) for row in block]
+        sample = {"pixel_values": processed(images, processor, rows.name)}
         labels = [label_id(value(row, names[1]), label2id or {}, rows.name) for row in block] if names[1:] else []
         yield sample | ({"labels": torch.tensor(labels)} if labels else {})
 
 
-def _blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
+def in_blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
+    """Rows, `BLOCK` together; refused where there is none."""
     block = list(itertools.islice(drawn, BLOCK))
     if not block:
         raise UserError(f"{source}: expected images, found none; give another source")
@@ -93,7 +94,7 @@ def _blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
         block = list(itertools.islice(drawn, BLOCK))
 
 
-def _decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
+def decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
     """The picture that a row holds: its bytes, a mapping with `bytes` or `path`, or a path (from the source's folder)."""
     try:
         from PIL import Image
@@ -115,7 +116,8 @@ def _decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
         raise UserError(f"{where}{what}: unreadable image ({reason}); remove it or name another column") from error
 
 
-def _processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
+def processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
+    """Pictures as the model takes them, in float32."""
     try:
         return processor(images=images, return_tensors="pt")["pixel_values"].float()
     except ValueError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..stock import open_processor, open_tokenizer
 from .audio import encode_audio, read_audio
+from .captions import read_captions
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
 from .sentences import encode_sentences, read_sentences
@@ -27,7 +28,7 @@ _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What a model of this config.json takes: "text", "pairs", "sentences", "images" or "audio".
+    """What a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images with text) or "audio".
 
     The head that `architectures` names decides; a bare model is judged by its `model_type`. Text is the rest.
     """
@@ -37,6 +38,9 @@ def kind_of(config: Mapping[str, Any]) -> str:
         return "audio"
     if head.endswith(("ForCausalLM", "LMHeadModel")):
         return "text"
+    towers = {"text_config", "vision_config"} <= config.keys() and head.endswith(("CLIPModel", "SiglipModel"))
+    if towers:
+        return "captions"
     if head.endswith("EncoderModel"):
         return "sentences"
     if config.get("is_encoder_decoder"):
@@ -61,9 +65,10 @@ def draw_sample(
 
     text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 where padded).
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
-    images: `pixel_values`, `labels` if known. audio: `input_features`, `labels` if there are transcripts. Texts are cut at `context`
-    tokens. A source with fewer items gives all; without `num_items` it always does. Without a seed (not for text) the first are
-    taken, in the source's order. Images of a large source are better read by `image_sample_blocks`.
+    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there
+    are transcripts. Texts are cut at `context` tokens. A source with fewer items gives all; without `num_items` it always does.
+    Without a seed (not for text) the first are taken, in the source's order. Images of a large source are better read by
+    `image_sample_blocks`.
 
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
@@ -78,6 +83,8 @@ def draw_sample(
         start = _config(path).get("decoder_start_token_id")
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
     tokenizer = open_tokenizer(path)
+    if kind == "captions":
+        return read_captions(source, open_processor("images", path), tokenizer, context, columns, num_items, seed)
     if kind == "pairs":
         return encode_pairs(read_pairs(*asked), tokenizer, context)
     if kind == "sentences":

@@ -50,7 +50,8 @@ def evaluate(
 ) -> Embedding:
     """Embeddings of an open model beside those of its reference, on one sample, or on many read as they are needed.
 
-    `pooling` is "mean" (over the attention mask), "cls" (the first token) or "max".
+    `pooling` is "mean" (over the attention mask), "cls" (the first token) or "max"; "projected" for a model with a tower for texts and
+    one for images: what it compares of either, texts and images each an item.
 
     Raises:
         UserError: no reference, another width than the reference's, or an unknown pooling.
@@ -86,6 +87,9 @@ def embed(
         UserError: an unknown pooling.
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
+    if pooling == "projected":
+        outputs = [model(**placed(batch, model)) for batch in batches(inputs, batch_size)]
+        return torch.cat([o[name].cpu().double() for name in ("text_embeds", "image_embeds") for o in outputs])
     pooled = []
     for batch in batches(inputs, batch_size):
         states = model.base_model(**placed(batch, model)).last_hidden_state.cpu().double()

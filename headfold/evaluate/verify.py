@@ -26,7 +26,7 @@ a random 40-layer model (3e-5; 4e-6 on a trained one of 6 layers). In float64 it
 decide, hence 1e-5. A wrong or misplaced head moves logits by about their own size.
 """
 
-OUTPUTS = ("logits", "prediction_logits", "start_logits", "last_hidden_state")
+OUTPUTS = ("logits", "logits_per_text", "prediction_logits", "start_logits", "last_hidden_state")
 """What is compared: the first of these that the model gives."""
 
 

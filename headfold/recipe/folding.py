@@ -12,7 +12,7 @@ from ..core.plan import Plan
 from .deciding import needs_statistics, plan_source
 from .job import FoldResult, Job
 from .measuring import CalibrationData, OriginalRun, default_device
-from .source import Opened, Progress, open_source, open_stats, refuse_two_inputs, silent
+from .source import Opened, Progress, open_source, open_stats, silent
 
 
 def fold(
@@ -51,7 +51,6 @@ def fold(
     if (kv_heads is None) == (plan is None):
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
     source = open_source(model, encoder)
-    refuse_two_inputs(source)
     refuse_overlap(source.checkpoint.path, Path(out))
     given = open_stats(stats, source)
     ready = _ready_plan(plan, source)

@@ -21,11 +21,11 @@ from ..refine.refit import num_passes, refit
 from ..runtime.load import own_class
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import Refits, site_heads
-from .source import Opened, Progress, context_limit, open_source, refuse_existing, refuse_two_inputs, silent
+from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
-DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "audio": 512}
+DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512}
 """Of what is not one stream of text. On a small T5 2,048 pairs lose a tenth less than 512; large images of that number would not fit."""
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
@@ -74,7 +74,6 @@ def calibrate(
     path = Path(stats)
     refuse_existing(path, force)
     source = open_source(model)
-    refuse_two_inputs(source)
     data = CalibrationData.chosen(source, calibration, tokens, items, tuple(columns), context, seed)
     run = OriginalRun(source, data, device or default_device(), progress or silent)
     started = time.monotonic()
@@ -121,7 +120,10 @@ class CalibrationData:
         """
         kind = kind_of(opened.checkpoint.config)
         if source is None and kind != "text":
-            wanted = {"pairs": "pairs of text", "sentences": "sentences", "images": "images", "audio": "sound"}[kind]
+            wanted = {
+                "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts",
+                "audio": "sound",
+            }[kind]  # fmt: skip
             raise UserError(
                 f"{opened.name}: calibrates on {wanted}, and there is no default for those; pass --calibration SOURCE"
             )

@@ -132,7 +132,8 @@ def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel"
 def _context(directory: Path, config: Mapping[str, Any]) -> int:
     """Tokens that a text may have: what the config and sentence-transformers allow, at most `MAX_CONTEXT`."""
     fields = ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions")
-    limits = [config[field] for field in fields if isinstance(config.get(field), int)]
+    parts = (config, config.get("text_config") or {})
+    limits = [part[field] for part in parts for field in fields if isinstance(part.get(field), int)]
     file = directory / "sentence_bert_config.json"
     limits += [json.loads(file.read_text()).get("max_seq_length") or MAX_CONTEXT] if file.is_file() else []
     # roberta counts its positions from pad_token_id + 1, so that many fewer tokens fit.
@@ -210,4 +211,9 @@ def _classifies(opened: _Opened) -> bool:
     return heads[0].removeprefix("Grouped").endswith(("ForImageClassification", "ForSequenceClassification"))
 
 
-_MEASURES = {"pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences}
+def _captions(opened: _Opened) -> embedding.Embedding:
+    """Embeddings of both towers, those of the texts first."""
+    return embedding.evaluate(opened.model, _sample("captions", opened), opened.reference, pooling="projected")
+
+
+_MEASURES = {"captions": _captions, "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences}

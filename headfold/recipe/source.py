@@ -108,24 +108,13 @@ def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
     """Tokens that the model takes at once, under whichever name its config has it."""
-    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
+    inner = config.get("text_config") or {}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    named = (config.get(name) or inner.get(name) for name in names)
     limit = next((value for value in named if value), None)
     # Their positions begin behind the padding token's number.
     offset = config.get("pad_token_id", 1) + 1 if config.get("model_type") in _POSITIONS_BEHIND_PADDING else 0
     return limit and limit - offset
-
-
-def refuse_two_inputs(source: Opened) -> None:
-    """Refuse a model whose towers each want inputs of their own.
-
-    Raises:
-        UserError: what to fold instead.
-    """
-    if "text_config" in source.checkpoint.config and "vision_config" in source.checkpoint.config:
-        raise UserError(
-            f"{source.name}: has a text and a vision tower, and runs on both at once; save each alone "
-            "(model.text_model, model.vision_model) and fold that"
-        )
 
 
 def open_stats(path: str | Path | None, source: Opened) -> StatsFile | None:

@@ -46,6 +46,11 @@ def _windows(source: Opened, notes: list[str]) -> Tensor:
 def random_sample(kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Inputs of the right shapes, for a model of which nothing else is known."""
     generator = torch.Generator().manual_seed(0)
+    if kind == "captions":
+        texts, pictures = (
+            random_sample(k, config[f"{n}_config"]) for k, n in (("sentences", "text"), ("images", "vision"))
+        )
+        return {**texts, **pictures}
     if kind == "images":
         size = config.get("image_size", 224)
         shape = (ITEMS, config.get("num_channels", 3), *((size, size) if isinstance(size, int) else size))

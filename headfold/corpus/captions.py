@@ -1,0 +1,57 @@
+"""Images with a text each, for models with a tower for either: one column of images, one of text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from . import images
+from .pairs import text_of
+from .rows import TABLES, Stream, Table, is_table, open_rows, require, value
+from .sentences import encode_sentences
+
+COLUMNS = ("text", "caption", "sentence")
+
+
+def read_captions(
+    source: str,
+    processor: Any,
+    tokenizer: Any,
+    context: int,
+    columns: Sequence[str] = (),
+    num_items: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `pixel_values`: the first `num_items` of the source or, given a seed, as many drawn from all of it.
+
+    Raises:
+        UserError: a source that is no table, an empty one, a missing column, or an image that does not decode.
+    """
+    if not is_table(source):
+        raise UserError(f"{source}: expected images with a text each; give {TABLES}")
+    rows, where = open_rows(source), Path(source).parent
+    names = require(rows, columns) if columns else _columns(rows)
+    if len(names) != 2:
+        raise UserError(f"{source}: expected two columns, got {', '.join(names)}; name them with --columns IMAGE,TEXT")
+    drawn = rows.draw(
+        names, num_items, seed, lambda r: value(r, names[0]) is not None and bool(text_of(r, names[1], source).strip())
+    )
+    texts, pixels = [], []
+    for block in images.in_blocks(drawn, source):
+        decoded = [images.decoded(value(row, names[0]), where, "RGB", source) for row in block]
+        pixels.append(images.processed(decoded, processor, source))
+        texts += [value(row, names[1]) for row in block]
+    return {**encode_sentences(texts, tokenizer, context), "pixel_values": torch.cat(pixels)}
+
+
+def _columns(rows: Table | Stream) -> tuple[str, ...]:
+    found = [next((name for name in names if name in rows.columns), None) for names in (images.COLUMNS, COLUMNS)]
+    if None in found:
+        raise UserError(
+            f"{rows.name}: expected a column of images and one of text, found {', '.join(rows.columns)}; "
+            "name them with --columns IMAGE,TEXT"
+        )
+    return tuple(name for name in found if name is not None)
