@@ -122,6 +122,6 @@ def _plan_site(
 ) -> SitePlan:
     # A site of a 7B model is 134 MB: read only where there is something to predict from.
     if stats is None:
-        return SitePlan(groups, str(merge))
+        return SitePlan(groups, str(merge), site.head_dim)
     moments = site_moments(read_heads(site, read), stats)
-    return SitePlan(groups, str(merge), grouped_error(moments, groups), site_energy(moments))
+    return SitePlan(groups, str(merge), site.head_dim, grouped_error(moments, groups), site_energy(moments))

@@ -166,7 +166,7 @@ def test_plan_card_and_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grouped("gpt_neox", [EVEN, EVEN], tmp_path / "folded")
-    sites = {f"layers.{layer}.self": SitePlan(Groups(EVEN), "mean") for layer in range(LAYERS)}
+    sites = {f"layers.{layer}.self": SitePlan(Groups(EVEN), "mean", 8) for layer in range(LAYERS)}
     (tmp_path / "folded" / "plan.json").write_text(json.dumps(Plan(sites, "contiguous", "source").to_json()))
     words = ["headfold", "export", str(tmp_path / "folded"), str(tmp_path / "out"), "--layout", "native", "--json"]
     monkeypatch.setattr(sys, "argv", words)

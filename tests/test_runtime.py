@@ -384,7 +384,7 @@ def test_a_stock_model_takes_headfold_attention(name: str) -> None:
 def test_disagreements_are_named(tmp_path: Path) -> None:
     CASES["opt"].grouped().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    planned = {f"layers.{i}.self": SitePlan(Groups((0, 1, 2, 0, 1, 2)), "mean") for i in range(2)}
+    planned = {f"layers.{i}.self": SitePlan(Groups((0, 1, 2, 0, 1, 2)), "mean", 8) for i in range(2)}
     (tmp_path / "plan.json").write_text(json.dumps(Plan(planned, "contiguous", "0").to_json()))
     with pytest.raises(UserError, match="plan.json says 3 K/V heads at 2 sites, config.json 2 K/V heads at 2 sites"):
         headfold.load(tmp_path)

@@ -1,7 +1,7 @@
 """Plans whose groups, or counts of K/V heads, differ: what `fold --plan` makes of them under headfold and in stock layouts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,3 +145,30 @@ def test_a_layout_whose_counts_are_not_the_plans_is_refused(tmp_path: Path) -> N
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="one was changed after the fold"):
         headfold.load(tmp_path / "out")
+
+
+def broken(name: str, change: Callable[[int, dict[str, Any]], None], target: Path) -> Path:
+    planned(tiny_checkpoint(name), "sizes", target)
+    data = json.loads(target.read_text())
+    for number, row in enumerate(data["sites"].values()):
+        change(number, row)
+    target.write_text(json.dumps(data))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("llama", lambda i, row: row["kv_of_source_head"].append(0), "expected 8 entries, one per K/V head, got 9"),
+        ("llama", lambda i, row: row.update(head_dim=99), "expected the source's 8, got 99"),
+        ("bloom", lambda i, row: row["kv_of_source_head"].reverse(), "only neighbours can share"),
+        ("t5", lambda i, row: row["kv_of_source_head"].__setitem__(i % 2, 1), "all its sites need the same groups"),
+    ],
+)
+def test_a_plan_that_a_site_cannot_have_is_refused(
+    name: str, change: Callable[[int, dict[str, Any]], None], words: str, tmp_path: Path
+) -> None:
+    plan = broken(name, change, tmp_path / "plan.json")
+    with pytest.raises(UserError, match=words) as refusal:
+        headfold.fold(tiny_checkpoint(name), tmp_path / "out", plan=plan, **BLIND)
+    assert "\n" not in str(refusal.value) and sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]

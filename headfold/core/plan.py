@@ -1,7 +1,7 @@
 """Which K/V heads share one, how they become one, and what that is predicted to lose: the plan, a file of its own."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,14 @@ class Named(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def query_order(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,8 @@ class SitePlan:
     """Source K/V head → new K/V head."""
     merge: str
     """Method with its options, as on the command line."""
+    head_dim: int
+    """Width of a new K/V head, and of the queries that read it."""
     error: SiteError | None = None
     """Predicted: K in logit² before the softmax scale, V in output², per token, summed over query heads."""
     energy: SiteError | None = None
@@ -56,6 +66,7 @@ class Plan:
             name: {
                 "kv_of_source_head": list(site.groups.kv_of_query),
                 "merge": site.merge,
+                "head_dim": site.head_dim,
                 "error": site.error and asdict(site.error),
                 "energy": site.energy and asdict(site.energy),
             }
@@ -82,12 +93,38 @@ class Plan:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not JSON ({error}); make a plan with headfold plan") from error
 
-    def check_source(self, fingerprint: str, sites: Iterable[Named]) -> None:
-        """Refuse to apply a plan to another checkpoint than the one it was made for."""
+    def check_source(self, fingerprint: str, sites: Sequence[Named]) -> None:
+        """Refuse to apply a plan to another checkpoint than the one it was made for, or groups that it cannot have."""
         if self.source != fingerprint or self.sites.keys() != {site.name for site in sites}:
             raise UserError("plan: made for another checkpoint (fingerprints differ); make it again with headfold plan")
+        stacks: dict[str, Groups] = {}
+        for site in sites:
+            planned = self.sites[site.name]
+            reason = _misfit(planned, site, stacks.get(site.stack, planned.groups))
+            if reason:
+                raise UserError(f"plan: {site.name}: {reason}")
+            if site.query_order == "stack":
+                stacks.setdefault(site.stack, planned.groups)
+
+
+def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
+    """Why a site cannot be folded so, None where it can."""
+    groups = planned.groups
+    if groups.num_heads != site.num_groups:
+        return f"kv_of_source_head: expected {site.num_groups} entries, one per K/V head, got {groups.num_heads}"
+    if planned.head_dim != site.head_dim:
+        return (
+            f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}; other widths are not built yet"
+        )
+    if site.query_order == "fixed" and not groups.is_ordered:
+        return "its heads' order is fixed (a slope each), so only neighbours can share; make kv_of_source_head ascend"
+    if site.query_order == "stack" and groups != of_stack:
+        return (
+            "its stack shares one position bias, so all its sites need the same groups; give them one kv_of_source_head"
+        )
+    return None
 
 
 def _site_plan(row: Mapping[str, Any]) -> SitePlan:
     error, energy = (SiteError(**row[name]) if row[name] else None for name in ("error", "energy"))
-    return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], error, energy)
+    return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], row["head_dim"], error, energy)

@@ -9,6 +9,7 @@ from .. import planning
 from ..checkpoint.staging import refuse_overlap
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..refine.refit import num_passes
 from .deciding import needs_statistics, plan_source
 from .job import FoldResult, Job
 from .measuring import CalibrationData, OriginalRun, default_device
@@ -67,7 +68,8 @@ def fold(
     data = _data(source, calibration, tokens, items, tuple(columns), context, seed, said, needs_data or refit)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
-        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": refit, "data": data and asdict(data),
+        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0,
+        "data": data and asdict(data),
         "encoder": source.encoder, "layout": layout, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
     job = Job(source, Path(out), settings, force, progress or silent)
