@@ -27,7 +27,7 @@ from headfold.evaluate import classification, embedding, translation
 from headfold.recipe.source import Opened, open_source
 from headfold.refine.refit import refit
 from headfold.stock import open_model, open_tokenizer
-from headfold.surgery import site_heads, site_tensors
+from headfold.surgery import query_order, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -130,7 +130,10 @@ class Bench:
         def merged(site: Any) -> Any:
             return site_heads(site, plan, read, stats)
 
-        refits = refit(self.model, self.source.sites, merged, sample) if row.refit else None
+        def order(site: Any) -> Any:
+            return query_order(site, plan)
+
+        refits = refit(self.model, self.source.sites, merged, sample, order=order) if row.refit else None
         seconds = time.monotonic() - started
         self._load({name: t for site in self.source.sites for name, t in twin(site, refits).items()})
         found = self.measure()

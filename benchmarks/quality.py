@@ -29,7 +29,7 @@ from headfold.evaluate.perplexity import compare_models, split_windows
 from headfold.recipe.source import Opened, open_source
 from headfold.refine.refit import VALUE_STEPS, refit
 from headfold.stock import open_model, open_tokenizer
-from headfold.surgery import Refits, site_heads, site_tensors
+from headfold.surgery import Refits, query_order, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -134,6 +134,7 @@ class Bench:
             self.source.sites,
             lambda site: site_heads(site, plan, read, stats),
             {"input_ids": windows},
+            order=lambda site: query_order(site, plan),
             value_steps=row.value_steps,
         )
 

@@ -12,6 +12,7 @@ from types import ModuleType
 KEEPER = "transformers.modeling_utils"
 """It is not imported for this: most of what headfold does needs no transformers, which takes seconds to import."""
 ATTENTION = "headfold.runtime.modeling_headfold"
+REGISTERS = "headfold.runtime.attention"
 
 
 def announce() -> None:
@@ -49,4 +50,5 @@ class _Behind(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(ATTENTION)
+        if REGISTERS not in sys.modules:  # else it is being imported now, and brought transformers along
+            import_module(ATTENTION)

@@ -31,7 +31,8 @@ ITEMS_PER_BATCH = 64
 def batches(sample: Sample) -> Iterator[Sample]:
     """Items in batches of about `TOKENS_PER_BATCH` tokens, without the columns that only items of other batches need."""
     tokens = sample.get("input_ids")
-    return in_batches(dict(sample), ITEMS_PER_BATCH if tokens is None else max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+    by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
 
 
 def num_tokens(batch: Sample) -> int:

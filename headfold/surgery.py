@@ -9,6 +9,7 @@ from torch import Tensor
 from . import merge as merges
 from .core import plugins
 from .core.errors import UserError
+from .core.groups import Groups
 from .core.heads import Heads
 from .core.plan import Plan, SitePlan
 from .core.stats import SiteStats
@@ -66,6 +67,11 @@ def site_heads(
     heads = read_heads(site, read)
     merged = merged_heads(heads, plan.sites[site.name], stats and stats[site.name], plan.seed)
     return replace(merged, **(refits or {}).get(site.name, {})).to(heads.k.dtype)
+
+
+def query_order(site: Site, plan: Plan) -> tuple[int, ...]:
+    """The order of a folded site's query heads: new position → head of the source."""
+    return Groups.contiguous(site.num_heads, site.num_groups).compose(plan.sites[site.name].groups).standard_order()
 
 
 def site_tensors(

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,11 +23,11 @@ from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.planning import make_plan
 from headfold.refine.blocks import calls
-from headfold.refine.refit import refit
+from headfold.refine.refit import num_passes, refit, total_tokens
 from headfold.refine.trial import Recorded, Trial
 from headfold.refine.values import refit_values
 from headfold.stock import is_streamed, open_model
-from headfold.surgery import Refits, site_heads, site_tensors
+from headfold.surgery import Refits, query_order, site_heads, site_tensors
 
 FAMILIES = ["llama", "llama-bias-gqa", "phi", "phi3", "qwen3", "cohere", "starcoder2", "mixtral"]
 WITH_OUTPUT_BIAS = ["llama-bias-gqa", "phi", "cohere", "starcoder2"]
@@ -184,13 +184,13 @@ def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
     assert_tight_through_float32_norms(damping * step, still.T @ a)
 
 
-def trial(directory: Path, site: Site, sample: Mapping[str, Tensor]) -> Trial:
+def trial(directory: Path, site: Site, sample: Mapping[str, Tensor], order: Sequence[int] | None = None) -> Trial:
     model = stock_model(directory)
     recorded = [
         Recorded(call, answer, mask_of(site, sample, answer, queries=True))
         for _, call, answer in calls(model, [site], sample)
     ]
-    return Trial(model.get_submodule(site.module), site, recorded, lambda number: None)
+    return Trial(model.get_submodule(site.module), site, recorded, order or range(site.num_heads))
 
 
 @torch.no_grad()
@@ -231,3 +231,52 @@ def test_values_that_carry_nothing_stay() -> None:
     heads = case.merged(site)
     blind = dataclasses.replace(heads, o=torch.zeros_like(heads.o))
     assert_bitwise(refit_values(trial(case.directory, site, SAMPLE), blind, 0.0, 3).v, heads.v)
+
+
+@pytest.mark.parametrize("name", sorted({*TINY, *FOREIGN} - {"bloom", "mpt", "falcon-alibi"}))
+def test_a_site_in_another_order_is_tried_as_the_same_function(name: str) -> None:
+    """T5's layers get their position bias handed over from the first, in the original's order."""
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 4)
+    for site, heads in tiny_sites(directory):
+        if site.num_groups == site.num_heads and site.query_order != "fixed":
+            order = [*range(1, site.num_heads), 0]
+            moved = heads.reorder(tuple(order))
+            moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], kv_of_query=heads.kv_of_query)
+            assert lacking(trial(directory, site, sample, order), moved) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "clip", "llama"])
+def test_portions_change_nothing_and_progress_ends_where_it_should(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 12)
+    sites = [site for site, _ in tiny_sites(directory)]
+    read = load_file(directory / "model.safetensors").__getitem__
+    model = stock_model(directory)
+    plan = make_plan(
+        sites, read, "1/2", source="tiny", group="random", merge="absorb", stats=collect(model, sites, sample)
+    )
+    stats, found, heard = collect(model, sites, sample), [], []
+    for size in (2**31, 1):
+        monkeypatch.setattr("headfold.refine.refit.PORTION_BYTES", size)
+        heard.append(0)
+
+        def count(tokens: int) -> None:
+            heard[-1] += tokens
+
+        found.append(
+            refit(
+                model,
+                sites,
+                lambda site: site_heads(site, plan, read, stats),
+                sample,
+                order=lambda site: query_order(site, plan),
+                progress=count,
+            )
+        )
+    for site in sites:
+        for field, tensor in found[0][site.name].items():
+            assert_bitwise(tensor, found[1][site.name][field])
+        tried = trial(directory, site, sample, query_order(site, plan))
+        merged = site_heads(site, plan, read, stats)
+        refitted = dataclasses.replace(merged, **{f: t.double() for f, t in found[0][site.name].items()})
+        assert lacking(tried, refitted) < lacking(tried, merged)
+    assert heard == [total_tokens(sample) * len(sites) * num_passes()] * 2

@@ -28,8 +28,8 @@ from headfold.families.spec import Site
 from headfold.recipe.source import open_source
 from headfold.surgery import site_tensors
 
-ALONE = sorted({*TINY, *FOREIGN} - {"clip", "falcon-multi-query", "phi3", "phi3-partial-gqa"})
-"""phi3's q, k and v are one tensor that its own class splits; a whole CLIP is refused, a multi-query model has nothing to share."""
+ALONE = sorted({*TINY, *FOREIGN} - {"falcon-multi-query", "phi3", "phi3-partial-gqa"})
+"""phi3's q, k and v are one tensor that its own class splits; a multi-query model has nothing to share."""
 BLIND: dict[str, Any] = dict(refit=False)
 
 

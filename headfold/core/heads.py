@@ -75,8 +75,8 @@ class Heads:
         """Width of one K head."""
         return self.k.shape[1]
 
-    def to(self, dtype: torch.dtype) -> "Heads":
-        """The same heads computed in `dtype`; integers stay."""
+    def to(self, dtype: torch.dtype | torch.device) -> "Heads":
+        """The same heads computed in another dtype, or on another device; extras stay."""
         names = ("q", "k", "v", "o", "o_bias", "q_gain", "k_gain")
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
+from . import padding
 from .folded import Entry, Folded, without_code
-from .padding import padded_config, reordered
 from .pieces import Export
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -21,7 +21,14 @@ def why_not(source: Folded) -> str | None:
         return "heads of different widths in different layers have no class: they would turn by different angles"
     if source.is_uniform and source.is_even:
         return "expected counts of K/V heads that differ between layers, got the same everywhere; use --layout native"
+    if not _keeps_heads(source):
+        return padding.why_not(source)
     return None
+
+
+def _keeps_heads(source: Folded) -> bool:
+    """Whether every layer has the source's count of query heads, so that the source's own class can have them."""
+    return all(entry.width * entry.groups.num_groups == entry.num_heads for entry in source.entries)
 
 
 def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
@@ -29,8 +36,7 @@ def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     shapes = [_shape(entry) for entry in source.entries]
     usual = dict(Counter(tuple(shape.items()) for shape in shapes).most_common(1)[0][0])
     heads = {shape["num_attention_heads"] for shape in shapes}
-    own = heads == {source.entries[0].num_heads}
-    base = without_code(source.config) if own else padded_config(source, heads)
+    base = without_code(source.config) if _keeps_heads(source) else padding.padded_config(source, heads)
     stem = base["architectures"][0].removesuffix("ForCausalLM")
     names = {auto: f"PerLayer{stem}{task}" for auto, task in _AUTOS.items()}
     config = {
@@ -45,7 +51,7 @@ def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
         },
         "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in names.items()},
     }
-    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
+    pieces = [piece for entry in source.entries for piece in padding.reordered(checkpoint, entry, entry.width)]
     counts = ", ".join(map(str, source.counts))
     said = f"per_layer_config with {counts} K/V heads: loads in transformers with trust_remote_code=True"
     return Export(layout, config, pieces, said, {CODE.name: CODE.read_text()})

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site, folded_config
 from ..report.card import CardFacts, model_card
+from ..report.tables import counts
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
@@ -82,13 +83,12 @@ def _result(
     notes: list[str],
     seconds: dict[str, float],
 ) -> FoldResult:
-    site = source.sites[0]
     counts = made.num_groups
     return FoldResult(
         out=out,
         family=source.checkpoint.config["model_type"],
-        num_heads=site.num_heads,
-        kv_heads_before=site.num_groups,
+        num_heads=max(s.num_heads for s in source.sites),
+        kv_heads_before=max(s.num_groups for s in source.sites),
         kv_heads_after=max(counts.values()),
         kv_heads_least=min(counts.values()),
         kv_bytes_before=source.kv_bytes_per_token(),
@@ -310,8 +310,8 @@ class Job:
         return CardFacts(
             base_model=self.source.name,
             family=result.family,
-            num_heads=result.num_heads,
-            kv_heads_before=result.kv_heads_before,
+            num_heads=counts(*_range(site.num_heads for site in self.source.sites)),
+            kv_heads_before=counts(*_range(site.num_groups for site in self.source.sites)),
             kv_heads_after=result.kv_heads_after,
             kv_heads_least=result.kv_heads_least,
             kv_bytes_before=result.kv_bytes_before,
@@ -363,8 +363,8 @@ def _data_words(data: Mapping[str, Any]) -> list[str]:
 
 
 def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts of the sites that a config must speak of: those of a class without K/V heads only where they are fewer."""
-    return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_groups}
+    """Counts of the sites that a config must speak of: those of a class without K/V heads only where these are fewer."""
+    return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_heads}
 
 
 def _uneven(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
@@ -374,3 +374,9 @@ def _uneven(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
         for name, site in sites.items()
     }
     return {name: Groups(tuple(sorted(q.kv_of_query))) for name, q in queries.items() if not q.is_even}
+
+
+def _range(numbers: Iterable[int]) -> tuple[int, int]:
+    """Least and greatest."""
+    found = list(numbers)
+    return min(found), max(found)

@@ -212,7 +212,7 @@ def _classifies(opened: _Opened) -> bool:
 
 
 def _captions(opened: _Opened) -> embedding.Embedding:
-    """Embeddings of both towers, those of the texts first."""
+    """Embeddings of both towers."""
     return embedding.evaluate(opened.model, _sample("captions", opened), opened.reference, pooling="projected")
 
 

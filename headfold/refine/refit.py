@@ -1,11 +1,11 @@
 """Refit W_o and the shared W_v of every block to the original's output, by least squares.
 
-Each block alone, on the original's own inputs: W_o, then W_v for the attended values, then W_o again, each the minimum of the same
-Σ ‖y − ŷ‖² over the calibration tokens with everything else fixed (`ridge.py`, `values.py`). The merged heads' errors add up across heads
-in y, which a merge, one group at a time, cannot see.
+Each block alone, on the original's own inputs: W_o, then W_v for the attended values, then W_o again, each a step toward the
+minimum of the same Σ ‖y − ŷ‖² over the calibration tokens with everything else fixed (`ridge.py`, `values.py`). The merged
+heads' errors add up across heads in y, which a merge, one group at a time, cannot see.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,7 @@ VALUE_STEPS = 3
 """Conjugate gradients for W_v. Measured at 2 of 8 heads: rises of 0.2008 without, 0.1858 with three, 0.1840 with six steps on a small
 Llama; 0.0665, 0.0574 and 0.0572 on a T5."""
 PORTION_BYTES = 2**31
-"""Of recorded calls and normal equations held at once where blocks cannot be walked one by one."""
+"""Of recorded calls held at once where blocks cannot be walked one by one."""
 
 
 def num_passes(value_steps: int = VALUE_STEPS) -> int:
@@ -43,26 +43,39 @@ def refit(
     merged: Callable[[Site], Heads],
     sample: Sample,
     *,
+    order: Callable[[Site], Sequence[int]] = lambda site: range(site.num_heads),
     ridge: float = RIDGE,
     value_steps: int = VALUE_STEPS,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, dict[str, Tensor]]:
     """By site, the fields of its merged heads that replace the merge's: `o`, `o_bias` where there is one, and `v`; float32.
 
-    `model` is the original under stock transformers; `merged(site)` gives the site's folded heads in standard order. `value_steps=0`
-    fits W_o alone. `progress` hears tokens per site, batch and pass. Decoders of packed text whose class knows K/V heads (their
-    blocks take hidden states alone by position) are walked, so that one block is in memory; others are run
-    whole, a portion of their sites at a time.
+    `model` is the original under stock transformers; `merged(site)` gives the site's folded heads in standard order, `order(site)`
+    that order: new position → query head of the original. `value_steps=0` fits W_o alone. `progress` hears tokens per site, batch
+    and pass. Decoders of packed text whose class knows K/V heads (their blocks take hidden states alone by position) are walked,
+    so that one block is in memory; others are run whole, a portion of their sites at a time.
     """
     every = list(batches(sample))
     found = {}
     for site, recorded in _recorded(model, sites, sample, every):
-        trial = Trial(
-            model.get_submodule(site.module), site, recorded, lambda number: progress(num_tokens(every[number]))
-        )
-        heads = merged(site).to(torch.promote_types(model.dtype, torch.float32))
+        left = total_tokens(sample) * num_passes(value_steps)
+
+        def heard(number: int) -> None:
+            nonlocal left
+            left -= num_tokens(every[number])
+            progress(num_tokens(every[number]))
+
+        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard)
+        heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(recorded[0].answer.device)
         found[site.name] = _fitted(trial, heads, ridge, value_steps)
+        progress(left)  # of a perfect fold, whose values need no steps
+        del trial, recorded  # before the next site's calls are recorded
     return found
+
+
+def total_tokens(sample: Sample) -> int:
+    """What one pass over the sample counts."""
+    return sum(num_tokens(batch) for batch in batches(sample))
 
 
 def _fitted(trial: Trial, heads: Heads, ridge: float, value_steps: int) -> dict[str, Tensor]:
@@ -96,13 +109,14 @@ def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterat
 
 
 def _portions(model: "PreTrainedModel", sites: list[Site], every: list[Sample]) -> Iterator[list[Site]]:
-    """As many sites at a time as fit into `PORTION_BYTES`, by what a call of each holds in the first batch."""
-    sizes = {site.name: one.num_bytes * len(every) for site, one in _calls(model, sites, every[0])}
+    """As many sites at a time, but at least one, as fit into `PORTION_BYTES`, by what the calls of the first batch hold."""
+    storages = {site.name: one.storages() for site, one in _calls(model, sites, every[0])}
     portion: list[Site] = []
+    held: dict[int, int] = {}
     for site in sites:
-        portion.append(site)
-        if sum(sizes[s.name] for s in portion) > PORTION_BYTES:
+        both = held | storages[site.name]
+        if portion and sum(both.values()) * len(every) > PORTION_BYTES:
             yield portion
-            portion = []
-    if portion:
-        yield portion
+            portion, both = [], storages[site.name]
+        portion, held = [*portion, site], both
+    yield portion

@@ -21,11 +21,10 @@ class Recorded(NamedTuple):
     answer: Float[Tensor, "batch token model"]
     mask: Bool[Tensor, "batch token"] | None
 
-    @property
-    def num_bytes(self) -> int:
-        """Of memory that keeping it costs, masks and positions of all sites counted once each."""
+    def storages(self) -> dict[int, int]:
+        """Address → bytes of every tensor that keeping it holds; what sites share (masks, an encoder's output) has one address."""
         (args, kwargs), answer = self.call, self.answer
-        return sum(t.nbytes for t in (*args, *kwargs.values(), answer) if isinstance(t, Tensor))
+        return {t.data_ptr(): t.nbytes for t in (*args, *kwargs.values(), answer) if isinstance(t, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,20 @@ class Trial:
     """One site of the original with its recorded calls.
 
     `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
-    heads are summed over those who read them.
+    heads are summed over those who read them. `order` is the standard order's: new position → query head of the original, by which
+    a position bias that the call brings along (T5's, made in the first layer of a stack) is put in order too.
     """
 
-    def __init__(self, attention: nn.Module, site: Site, recorded: Sequence[Recorded], heard: Callable[[int], None]):
+    def __init__(
+        self,
+        attention: nn.Module,
+        site: Site,
+        recorded: Sequence[Recorded],
+        order: Sequence[int],
+        heard: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self.site, self._recorded, self._heard = site, recorded, heard
+        self._order = torch.tensor(order)
         self._module = twin(attention, site, {})
         self._parameters = dict(self._module.named_parameters())
         self._output = self._submodule("o")
@@ -61,6 +69,9 @@ class Trial:
     def run(self, heads: Heads, number: int) -> Seen:
         """The call of that number with other heads; float32 at least, as sums in half precision would drown a ridge."""
         (args, kwargs), answer, mask = self._recorded[number]
+        bias = kwargs.get("position_bias")
+        if isinstance(bias, Tensor) and bias.shape[1] == len(self._order):
+            kwargs = {**kwargs, "position_bias": bias.index_select(1, self._order.to(bias.device))}
         found: list[Tensor] = []
         hooks = [
             self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),

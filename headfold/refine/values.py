@@ -27,7 +27,7 @@ Rows = Float[Tensor, "group dim width"]
 def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
     """The heads with other `v`; its bias column stays as it is where the site has none."""
     width = heads.v.shape[2] if {"v", "qkv"} & set(trial.site.biases) else heads.v.shape[2] - 1
-    second = torch.zeros(width, width, dtype=torch.float64)
+    second = torch.zeros(width, width, dtype=torch.float64, device=heads.v.device)
     rest = -_gradient(trial, heads, heads.v[..., :width], to_answer=True, moments=second)
     measure, precondition = _measure(heads, second)
     blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
@@ -69,7 +69,7 @@ def _gradient(
             total += torch.autograd.grad(0.5 * missing.square().sum(), leaf)[0]
         if moments is not None:
             x = torch.cat([seen.source, seen.source.new_ones(len(seen.source), 1)], 1)[:, : len(moments)]
-            moments += (x.T @ x).double().cpu()
+            moments += (x.T @ x).double()
     return total
 
 

@@ -21,8 +21,9 @@ class CardFacts:
 
     base_model: str
     family: str
-    num_heads: int
-    kv_heads_before: int
+    num_heads: str
+    """As are the counts before, a number or a range: `report.tables.counts`."""
+    kv_heads_before: str
     kv_heads_after: int
     kv_heads_least: int
     kv_bytes_before: int
@@ -112,8 +113,8 @@ def _summary(name: str, facts: CardFacts) -> str:
 
 def _facts_table(facts: CardFacts) -> str:
     rows = [
-        ["query heads", str(facts.num_heads), str(facts.num_heads)],
-        ["K/V heads", str(facts.kv_heads_before), counts(facts.kv_heads_least, facts.kv_heads_after)],
+        ["query heads", facts.num_heads, facts.num_heads],
+        ["K/V heads", facts.kv_heads_before, counts(facts.kv_heads_least, facts.kv_heads_after)],
         ["K/V cache per token", size(facts.kv_bytes_before), size(facts.kv_bytes_after)],
         ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
     ]

@@ -15,6 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from .decoding import FEW, choose
+
 NAME = "headfold"
 EAGER_NAME = "headfold-eager"
 """What `eager` becomes at a grouped site: the eager attention of the site's own class, on packed queries."""
@@ -114,15 +116,20 @@ def headfold_attention(
     if keywords.pop("cache", None) is not None or (attention_mask is not None and attention_mask.dim() != 4):
         raise ValueError("headfold attention: expected a mask of 4 dimensions and no paged cache; use sdpa instead")
     tokens = query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and causal and tokens > 1:
+    causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal and tokens > 1:
         # Keys beyond the queries are a static cache's unwritten ones: without a mask the cache was empty before.
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         position_bias = None if position_bias is None else position_bias[..., :tokens]
+    plain = s_aux is not None or keywords.get("softcap") is not None
+    if tokens > FEW and not plain and (position_bias is None or not causal):
+        mask = _added(attention_mask, position_bias, query.dtype)
+        return repeated(module, query, key, value, mask, is_causal=causal, **keywords)
+    if causal and tokens > 1:
         attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
     mask = _added(attention_mask, position_bias, query.dtype)
     sinks = None if s_aux is None else s_aux.reshape(1, -1, 1, 1)
-    inner = _sdpa if sinks is None and keywords.get("softcap") is None else plain_attention
+    inner = plain_attention if plain else _decode
     output, _ = packed(inner, module, query, key, value, mask, sinks=sinks, **keywords)
     return output, None
 
@@ -134,20 +141,35 @@ def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tens
     return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
 
 
-def _sdpa(
+def _decode(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
+) -> tuple[Tensor, None]:
+    """Packed rows by whichever way is faster here."""
+    return choose(query, key, mask)(module, query, key, value, mask, **keywords)
+
+
+def repeated(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    *,
+    is_causal: bool,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    """Many queries: their products dwarf a copy of K and V, and the fused kernel skips what a causal mask hides."""
+    index = getattr(module, "kv_of_query", None)
+    if index is None:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    else:
+        key, value = (t[:, list(index)] for t in (key, value))
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
     )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def plain_attention(
@@ -224,3 +246,7 @@ def register(*, replace: bool) -> None:
         AttentionInterface.register(EAGER_NAME, eager_attention)
         AttentionMaskInterface.register(NAME, headfold_mask)
         AttentionMaskInterface.register(EAGER_NAME, eager_mask)
+
+
+if __name__.startswith("headfold."):
+    register(replace=True)

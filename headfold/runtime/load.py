@@ -21,7 +21,8 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
 
     It is the stock class where that reads its count of K/V heads from the config, else a class made from it: grouped, or with
     the counts of the layouts per-layer and decilm.
-    `keywords` go to `from_pretrained` (`dtype`, `device_map`, `attn_implementation` …).
+    `keywords` go to `from_pretrained` (`dtype`, `device_map`, `attn_implementation` …). Unless one is named there, attention is
+    `headfold`, which decodes without copies of K and V; `generate` has caches that grow in place.
 
     Raises:
         UserError: no checkpoint there, an unfinished one, one whose config and plan disagree, or one that does not load.
@@ -30,12 +31,23 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
     config = check(directory)
     try:
         with quiet():
-            return _model_class(config).from_pretrained(
+            model = _model_class(config).from_pretrained(
                 directory, **{"dtype": "auto", "local_files_only": True, **keywords}
             )
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{directory}: transformers does not load this checkpoint: {line}") from error
+    return _decoding_fast(model, keep_attention="attn_implementation" in keywords)
+
+
+def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTrainedModel":
+    """With the attention `headfold` where the class takes one by its name, and caches that grow in place."""
+    from .attention import NAME
+    from .cache import generate_in_place
+
+    if not keep_attention and model._supports_sdpa:
+        model.set_attn_implementation(NAME)
+    return generate_in_place(model) if model.can_generate() else model
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
@@ -69,10 +81,11 @@ def own_class(config: Mapping[str, Any]) -> Any:
 
 def layer_counts(config: Mapping[str, Any]) -> list[int] | None:
     """K/V heads by layer where a config tells them by layer, as the layouts per-layer and decilm do; else None."""
-    num_heads = config.get("num_attention_heads")
-    if "block_configs" in config:
-        return [num_heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
-    if "per_layer_config" in config:
+    name, num_heads = (config.get("architectures") or [""])[0], config.get("num_attention_heads")
+    if name == "DeciLMForCausalLM":
+        sizes = [block["attention"]["n_heads_in_group"] for block in config.get("block_configs") or []]
+        return [num_heads // size for size in sizes] if sizes and all(sizes) else None
+    if name.startswith("PerLayer") and "per_layer_config" in config:
         usual, own = config["num_key_value_heads"], config["per_layer_config"]
         layers = range(config["num_hidden_layers"])
         return [own.get(str(layer), {}).get("num_key_value_heads", usual) for layer in layers]
@@ -112,7 +125,9 @@ def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[st
 
 def _check_counts(directory: Path, plan: Plan, counts: list[int]) -> None:
     planned, found = Counter(plan.num_groups.values()), Counter(counts)
-    if planned != found:
+    # Sites that keep all their heads need not be listed.
+    same = Counter(s.groups.num_groups for s in plan.sites.values() if s.groups.num_groups == s.groups.num_heads)
+    if found - planned or planned - found - same:
         raise UserError(
             f"{directory}: plan.json says {_counts(planned)}, config.json {_counts(found)}; "
             "one was changed after the fold, fold again"
@@ -125,8 +140,10 @@ def _counts(sites: Mapping[int, int]) -> str:
 
 def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
     # An architecture without a literal was probed when it was folded, and all such count their K/V heads under this name.
-    family = family_of(config, f"{directory}/config.json") if is_known(config.get("model_type")) else Family(())
-    named = {attention.kv_heads for attention in family.attentions if attention.kv_heads} or {"num_key_value_heads"}
+    known = is_known(config.get("model_type"))
+    family = family_of(config, f"{directory}/config.json") if known else Family(())
+    named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
+    named = named if known else {"num_key_value_heads"}
     planned = sorted(set(plan.num_groups.values()))
     for field in named:
         if [read_field(family, config, field)] != planned:

@@ -1,0 +1,118 @@
+"""Attention of few queries over long keys: two ways to compute it, and which one is faster here.
+
+Processors differ: with bf16 matrix units two batched products win, on those without them they are many times slower than the
+fused kernel. So both are tried once per device, dtype and class of shapes, for milliseconds, and the winner is kept.
+"""
+
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW = 16
+"""Query tokens that still count as decoding: beyond, a fused kernel that skips what is masked wins."""
+MEASURED = 2**24
+"""Numbers in the keys that a trial runs on, at most."""
+ROUNDS = 5
+
+Inner = Callable[..., tuple[Tensor, None]]
+_log = logging.getLogger("headfold")
+
+
+def sdpa(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """torch's fused kernel on packed rows: (batch, group, row, dim) over (batch, group, key, dim) → (batch, row, group, dim)."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output.transpose(1, 2), None
+
+
+def matmuls(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same by two batched products, with the softmax between them in float32 at least."""
+    scores = query @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
+    return (weights @ value).transpose(1, 2), None
+
+
+CANDIDATES: dict[str, Inner] = {"sdpa": sdpa, "matmuls": matmuls}
+
+
+def choose(query: Tensor, key: Tensor, mask: Tensor | None) -> Inner:
+    """The faster candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, float64)."""
+    if torch.compiler.is_compiling() or query.dtype == torch.float64 or query.requires_grad or key.requires_grad:
+        return sdpa
+    shape = tuple(map(_class, (len(query) * query.shape[1], query.shape[2], key.shape[2])))
+    return CANDIDATES[fastest(query.device.type, query.dtype, *shape, query.shape[-1], mask is not None)]
+
+
+def _class(size: int) -> int:
+    """The power of two at or above: sizes of one class share a measurement."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+@functools.cache
+def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, dim: int, masked: bool) -> str:
+    """The name of the candidate that takes least time on random numbers: (groups, rows, dim) over (groups, keys, dim)."""
+    keys = max(1, min(keys, MEASURED // (groups * dim)))
+    with torch.no_grad():
+        query = torch.randn(1, groups, rows, dim, device=device).to(dtype)
+        key, value = (torch.randn(1, groups, keys, dim, device=device).to(dtype) for _ in range(2))
+        mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if masked else None
+        taken = {
+            name: _median(lambda run=run: run(None, query, key, value, mask), device)
+            for name, run in CANDIDATES.items()
+        }
+    best = min(taken, key=taken.__getitem__)
+    times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in taken.items())
+    _log.debug(
+        "decode attention, %s %s, %d groups × %d rows × %d keys: %s (%s)",
+        device,
+        dtype,
+        groups,
+        rows,
+        keys,
+        best,
+        times,
+    )
+    return best
+
+
+def _median(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run: the median of a few, after one that warms up."""
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
