@@ -19,6 +19,8 @@ FEW = 16
 MEASURED = 2**24
 """Numbers in the keys that a trial runs on, at most."""
 ROUNDS = 5
+HOPELESS = 4
+"""Times the best so far: a candidate whose first run takes longer is not run again."""
 
 Inner = Callable[..., tuple[Tensor, None]]
 _log = logging.getLogger("headfold")
@@ -87,10 +89,10 @@ def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, 
         query = torch.randn(1, groups, rows, dim, device=device).to(dtype)
         key, value = (torch.randn(1, groups, keys, dim, device=device).to(dtype) for _ in range(2))
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if masked else None
-        taken = {
-            name: _median(lambda run=run: run(None, query, key, value, mask), device)
-            for name, run in CANDIDATES.items()
-        }
+        taken: dict[str, float] = {}
+        for name, run in CANDIDATES.items():
+            limit = HOPELESS * min(taken.values(), default=float("inf"))
+            taken[name] = _median(lambda run=run: run(None, query, key, value, mask), device, limit)
     best = min(taken, key=taken.__getitem__)
     times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in taken.items())
     _log.debug(
@@ -106,13 +108,15 @@ def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, 
     return best
 
 
-def _median(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run: the median of a few, after one that warms up."""
-    seconds = []
+def _median(run: Callable[[], Any], device: str, limit: float) -> float:
+    """Seconds of one run: the median of a few, after one that warms up; that one where it is beyond the limit."""
+    seconds: list[float] = []
     for _ in range(ROUNDS + 1):
         started = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+        if seconds[0] > limit:
+            return seconds[0]
     return statistics.median(seconds[1:])
