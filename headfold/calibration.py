@@ -41,6 +41,11 @@ def num_tokens(batch: Sample) -> int:
     return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
 
 
+def total_tokens(sample: Sample) -> int:
+    """What one pass over the sample counts."""
+    return sum(num_tokens(batch) for batch in batches(sample))
+
+
 def run(model: "PreTrainedModel", batch: Sample) -> Any:
     """One forward pass without cache, loss or, where the model has a body apart, its head."""
     body = model.base_model

@@ -16,14 +16,14 @@ from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_
 from torch import Tensor
 
 from headfold import calibration
-from headfold.calibration import collect, mask_of
+from headfold.calibration import collect, mask_of, total_tokens
 from headfold.core.heads import Heads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.planning import make_plan
 from headfold.refine.blocks import calls
-from headfold.refine.refit import num_passes, refit, total_tokens
+from headfold.refine.refit import num_passes, refit
 from headfold.refine.trial import Recorded, Trial
 from headfold.refine.values import refit_values
 from headfold.stock import is_streamed, open_model

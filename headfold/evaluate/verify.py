@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..calibration import Sample, decoder_inputs, num_tokens
-from ..stock import input_device, open_model, stored_dtype
+from ..stock import open_model, stored_dtype
+from .placing import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,14 +105,9 @@ def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
     labels = sample.get("labels")
     if labels is not None and labels.ndim == 2 and getattr(model.config, "is_encoder_decoder", False):
         sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
-    sample = {name: tensor for name, tensor in sample.items() if name != "labels"}
+    wanted = {name: tensor for name, tensor in sample.items() if name != "labels" and name in known}
     without_cache = {"use_cache": False} if "use_cache" in known else {}
-    return {name: _placed(tensor, model) for name, tensor in sample.items() if name in known} | without_cache
-
-
-def _placed(tensor: Tensor, model: "PreTrainedModel") -> Tensor:
-    tensor = tensor.to(input_device(model))
-    return tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+    return placed(wanted, model) | without_cache
 
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:

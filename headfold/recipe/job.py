@@ -34,8 +34,8 @@ from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site, folded_config
+from ..report import tables
 from ..report.card import CardFacts, model_card
-from ..report.tables import counts
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
@@ -310,8 +310,8 @@ class Job:
         return CardFacts(
             base_model=self.source.name,
             family=result.family,
-            num_heads=counts(*_range(site.num_heads for site in self.source.sites)),
-            kv_heads_before=counts(*_range(site.num_groups for site in self.source.sites)),
+            num_heads=tables.counts(*_range(site.num_heads for site in self.source.sites)),
+            kv_heads_before=tables.counts(*_range(site.num_groups for site in self.source.sites)),
             kv_heads_after=result.kv_heads_after,
             kv_heads_least=result.kv_heads_least,
             kv_bytes_before=result.kv_bytes_before,

@@ -17,7 +17,7 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
-from ..refine.refit import num_passes, refit, total_tokens
+from ..refine.refit import num_passes, refit
 from ..runtime.load import own_class
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import Refits, query_order, site_heads
@@ -228,7 +228,7 @@ class OriginalRun:
     def write_statistics(self, path: Path) -> dict[str, str]:
         """Calibrate, write the file, return its metadata."""
         sample, model = self.sample, self.model
-        advance = self._count("calibrate", total_tokens(sample))
+        advance = self._count("calibrate", calibrating.total_tokens(sample))
         sums = calibrating.collect(model, self.source.every_site, sample, advance)
         metadata = {"model": self.source.checkpoint.fingerprint(), **self.facts()}
         write_stats(path, sums, metadata, sample)
@@ -241,7 +241,7 @@ class OriginalRun:
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> Refits:
         """Heads refitted to the original's answers."""
         read, model = self.source.checkpoint.read, self.model
-        advance = self._count("refit", total_tokens(self.sample) * len(self.source.sites) * num_passes())
+        advance = self._count("refit", calibrating.total_tokens(self.sample) * len(self.source.sites) * num_passes())
         return refit(
             model,
             self.source.sites,

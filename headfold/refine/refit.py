@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calibration import Sample, batches, mask_of, num_tokens
+from ..calibration import Sample, batches, mask_of, num_tokens, total_tokens
 from ..core.heads import Heads
 from ..families.spec import Site
 from .blocks import calls, walk
@@ -71,11 +71,6 @@ def refit(
         progress(left)  # of a perfect fold, whose values need no steps
         del trial, recorded  # before the next site's calls are recorded
     return found
-
-
-def total_tokens(sample: Sample) -> int:
-    """What one pass over the sample counts."""
-    return sum(num_tokens(batch) for batch in batches(sample))
 
 
 def _fitted(trial: Trial, heads: Heads, ridge: float, value_steps: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .decoding import FEW, choose
+from .decoding import FEW, choose, plain_attention, sdpa
 
 NAME = "headfold"
 EAGER_NAME = "headfold-eager"
@@ -156,9 +156,7 @@ def repeated(
     mask: Tensor | None,
     *,
     is_causal: bool,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Many queries: their products dwarf a copy of K and V, and the fused kernel skips what a causal mask hides."""
     index = getattr(module, "kv_of_query", None)
@@ -166,44 +164,8 @@ def repeated(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     else:
         key, value = (t[:, list(index)] for t in (key, value))
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-def plain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention step by step, for what no kernel takes and for those who want the weights. One K/V head per query head.
-
-    Logits are `softcap`ped, biased, masked; `sinks` (1, head, 1 or token, 1) join the softmax, which runs in float32 at least.
-    """
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores if position_bias is None else scores + position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
-    weights = scores.softmax(-1).to(value.dtype)
-    weights = weights if sinks is None else weights[..., :-1]
-    output = nn.functional.dropout(weights, dropout) @ value
-    return output.transpose(1, 2), weights
+    output, _ = sdpa(module, query, key, value, mask, is_causal=is_causal, **keywords)
+    return output.contiguous(), None
 
 
 def stock_eager(attention: type) -> Attention:

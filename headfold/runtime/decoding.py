@@ -34,35 +34,53 @@ def sdpa(
     mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """torch's fused kernel on packed rows: (batch, group, row, dim) over (batch, group, key, dim) → (batch, row, group, dim)."""
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
     )
     return output.transpose(1, 2), None
 
 
-def matmuls(
-    module: nn.Module | None,
+def plain_attention(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     **_: Any,
-) -> tuple[Tensor, None]:
-    """The same by two batched products, with the softmax between them in float32 at least."""
-    scores = query @ key.transpose(-1, -2)
+) -> tuple[Tensor, Tensor]:
+    """Attention step by step, for what no kernel takes and for those who want the weights. One K/V head per query head.
+
+    Logits are `softcap`ped, biased, masked; `sinks` (1, head, 1 or token, 1) join the softmax, which runs in float32 at least.
+    """
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
-    return (weights @ value).transpose(1, 2), None
+    scores = scores if position_bias is None else scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).to(value.dtype)
+    weights = weights if sinks is None else weights[..., :-1]
+    output = nn.functional.dropout(weights, dropout) @ value
+    return output.transpose(1, 2), weights
+
+
+def matmuls(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
+    """Two batched products with the softmax between them: the plain attention, on packed rows."""
+    return plain_attention(*arguments, **keywords)[0], None
 
 
 CANDIDATES: dict[str, Inner] = {"sdpa": sdpa, "matmuls": matmuls}
