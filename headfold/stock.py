@@ -1,7 +1,9 @@
 """Open a checkpoint directory as a stock transformers model, whole or streamed from disk one linear at a time."""
 
 import contextlib
+import functools
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,8 @@ from .core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOW_PRECISION_UNITS = {
-    torch.bfloat16: frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
-    torch.float16: frozenset({"amx_fp16", "avx512_fp16", "asimdhp"}),
-}
-"""Processor flags (x86 and ARM) that mean matrix products in the dtype run at least as fast as in float32."""
+PRODUCT = 512, 1024, 1024
+"""Rows, inner and outer size of the matrix product that tells whether a dtype is worth computing in."""
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Either is where a directory says how images or sound become inputs."""
@@ -31,15 +30,29 @@ MEMORY_SHARE = 0.6
 def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype, str]:
     """The dtype to run a model of dtype `source` in, and why.
 
-    The source's own, except that a CPU without matrix units for it runs bf16 and fp16 in float32: there a 1024-row product
-    is several times faster, and more exact.
+    The source's own, except that a CPU on which float32 multiplies matrices faster than bf16 or fp16 runs these in float32, which
+    is more exact too. Which it is, is measured once: processors without matrix units for bf16 take several times as long.
     """
-    if torch.device(device).type != "cpu" or source not in _LOW_PRECISION_UNITS:
+    if torch.device(device).type != "cpu" or source not in (torch.bfloat16, torch.float16):
         return source, f"computed in the checkpoint's own {_short(source)}"
-    units = sorted(_LOW_PRECISION_UNITS[source] & processor_flags())
-    if units:
-        return source, f"computed in the checkpoint's own {_short(source)}: this processor has {', '.join(units)}"
-    return torch.float32, f"{_short(source)} weights computed in float32: this processor has no matrix units for them"
+    own, float32 = product_seconds(source), product_seconds(torch.float32)
+    times = f"a matrix product takes {own * 1e3:.3g} ms here, in float32 {float32 * 1e3:.3g} ms"
+    if own <= float32:
+        return source, f"computed in the checkpoint's own {_short(source)}: {times}"
+    return torch.float32, f"{_short(source)} weights computed in float32: {times}"
+
+
+@functools.cache
+def product_seconds(dtype: torch.dtype) -> float:
+    """Least seconds of a product of matrices of `PRODUCT`'s size on this CPU, of three."""
+    rows, inner, outer = PRODUCT
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(outer, inner, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def processor_flags() -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Decoding over grouped heads: every way to compute attention gives the same, and caches that grow in place give what stock ones do."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 import headfold
-from headfold.runtime import decoding
+from headfold.runtime import decoding, kernel
 from headfold.runtime.attention import headfold_attention
 from headfold.runtime.cache import GrowingCache, GrowingLayer, generate_in_place
 
@@ -50,28 +51,140 @@ def test_attention_is_what_one_head_at_a_time_gives(kv_of_query: tuple[int, ...]
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "added"])
-@pytest.mark.parametrize("name", decoding.CANDIDATES)
+@pytest.mark.parametrize("name", ["sdpa", "matmuls"])
 def test_candidates_agree(name: str, mask: str | None) -> None:
     query, key, value = drawn(2, 3, 4, 8), drawn(2, 3, 20, 8, seed=1), drawn(2, 3, 20, 8, seed=2)
     seen = torch.ones(2, 1, 4, 20, dtype=torch.bool).tril(16)
     given_mask = {None: None, "boolean": seen, "added": torch.where(seen, drawn(2, 1, 4, 20, seed=3), -1e30)}[mask]
     found, _ = decoding.CANDIDATES[name](None, query, key, value, given_mask, scaling=0.3)
-    scores = query @ key.mT * 0.3
-    if mask == "boolean":
-        scores = scores.masked_fill(~seen, -torch.inf)
-    elif mask == "added":
-        scores = scores + given_mask
-    assert_tight(found, (scores.softmax(-1) @ value).transpose(1, 2))
+    assert_tight(found, in_float64(query, key, value, given_mask))
 
 
-def test_the_choice_is_measured_once_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def in_float64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    scores = query.double() @ key.double().mT * 0.3
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float64).min)  # all alike where nothing may be seen
+    elif mask is not None:
+        scores = scores + mask.double()
+    return (scores.softmax(-1) @ value.double()).transpose(1, 2)
+
+
+needs_kernel = pytest.mark.skipif(not kernel.library()[0], reason=f"no decode kernel here: {kernel.library()[1]}")
+
+
+@needs_kernel
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 11),
+    keys=st.one_of(st.integers(1, 5), st.integers(60, 70), st.integers(500, 1100)),
+    pairs=st.integers(1, 5),
+    mask=st.sampled_from(["none", "keys", "rows", "nothing", "bias", "bias of all heads"]),
+    layout=st.sampled_from(["plain", "room", "by token"]),
+    threads=st.integers(1, 3),
+)
+def test_the_kernel_is_exact(
+    dtype: torch.dtype, batch: int, groups: int, rows: int, keys: int, pairs: int, mask: str, layout: str, threads: int
+) -> None:
+    dim = pairs * kernel.library()[0].headfold_width()
+    query = (3 * drawn(batch, groups, rows, dim)).to(dtype)
+    key, value = (laid_out(drawn(batch, groups, keys, dim, seed=s).to(dtype), layout) for s in (1, 2))
+    given_mask = {
+        "none": lambda: None,
+        "keys": lambda: drawn(batch, 1, 1, keys) > 0,
+        "rows": lambda: drawn(batch, groups, rows, keys) > 0,
+        "nothing": lambda: torch.zeros(batch, 1, 1, keys, dtype=torch.bool),
+        "bias": lambda: (5 * drawn(1, groups, rows, keys)).to(dtype),
+        "bias of all heads": lambda: (5 * drawn(batch, 1, rows, keys)).to(dtype),
+    }[mask]()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, _ = kernel.kernel(None, query, key, value, given_mask, scaling=0.3)
+    finally:
+        torch.set_num_threads(before)
+    exact = in_float64(query, key, value, given_mask)
+    assert found.dtype == dtype and found.shape == exact.shape
+    # Sums of positive weights and bounded values in float32, and one rounding to the dtype at the end.
+    assert (found - exact).abs().max() <= (1e-5 + torch.finfo(dtype).eps / 2) * value.abs().max()
+
+
+def laid_out(states: Tensor, layout: str) -> Tensor:
+    """The same numbers as caches hold them: the beginning of a larger room, or tokens outside heads."""
+    if layout == "room":
+        return torch.cat([states, torch.full_like(states, torch.nan)], 2)[:, :, : states.shape[2]]
+    return states.transpose(1, 2).contiguous().transpose(1, 2) if layout == "by token" else states
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", ["columns apart", "other width of values", "gradients"])
+def test_what_the_kernel_cannot_take_goes_to_the_fused_one(change: str) -> None:
+    query, key, value = (drawn(1, 2, n, 32, seed=n).float() for n in (3, 40, 40))
+    if change == "columns apart":
+        key = key.mT.contiguous().mT
+    elif change == "other width of values":
+        value = value[..., :16]
+    else:
+        key.requires_grad_()
+        assert decoding.choose(query, key, None) is decoding.sdpa
+        return
+    found, _ = kernel.kernel(None, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found.double(), in_float64(query, key, value, None), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_the_kernel_refuses_what_no_call_of_it_takes() -> None:
+    for query in (drawn(1, 2, 3, 32), drawn(1, 2, 3, 32).half(), drawn(1, 2, 3, 24).float()):
+        with pytest.raises(decoding.Unsuited, match="float16|float64|heads of 24"):
+            kernel.kernel(None, query, query, query, None)
+
+
+@pytest.fixture
+def fresh_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is built yet, and nothing of what happens here stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel.library.cache_clear()
+    yield monkeypatch
+    kernel.library.cache_clear()
     decoding.fastest.cache_clear()
-    query, key = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 100, 8)
-    with caplog.at_level("DEBUG", logger="headfold"):
-        chosen = {decoding.choose(query, key[:, :, :length], None).__name__ for length in (70, 90, 100)}
-    assert len(chosen) == 1 and chosen <= set(decoding.CANDIDATES)
-    assert len(caplog.records) == 1 and "sdpa" in caplog.text and "matmuls" in caplog.text and " ms" in caplog.text
-    assert decoding.choose(query.double(), key.double(), None) is decoding.sdpa
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "false", "false failed"), ("HEADFOLD_KERNEL", "0", "HEADFOLD_KERNEL=0")],
+)  # fmt: skip
+def test_without_a_compiler_the_others_decode(
+    fresh_kernel: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, reason: str
+) -> None:
+    fresh_kernel.setenv(name, value)
+    decoding.fastest.cache_clear()
+    assert kernel.library()[0] is None
+    query, key = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 100, 32)
+    assert decoding.choose(query, key, None) in (decoding.sdpa, decoding.matmuls)
+    assert reason in decoding.TRIALS[-1].unsuited["kernel"] and reason in str(decoding.TRIALS[-1])
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_kernel
+def test_the_kernel_is_built_once(fresh_kernel: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert kernel.library()[0]
+    (built,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kernel.library.cache_clear()
+    written = built.stat().st_mtime_ns
+    assert kernel.library()[0] and built.stat().st_mtime_ns == written
+
+
+def test_a_candidate_that_errs_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
+        return decoding.sdpa(*arguments, **keywords)[0] * 1.2, None
+
+    monkeypatch.setattr(decoding, "CANDIDATES", {"wrong": wrong, "sdpa": decoding.sdpa})
+    decoding.fastest.cache_clear()
+    assert decoding.choose(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 100, 8), None) is decoding.sdpa
+    assert "wrong" in decoding.TRIALS[-1].unsuited
+    decoding.fastest.cache_clear()
 
 
 def changed(layer: DynamicLayer, step: str, batch: int) -> None:

@@ -107,15 +107,18 @@ def test_memory_decides_unless_told(monkeypatch):
         assert stock.is_streamed(stock.open_model(path)) == streamed
 
 
-def test_low_precision_is_computed_in_float32_without_matrix_units(monkeypatch):
-    monkeypatch.setattr(stock, "processor_flags", lambda: frozenset({"avx2"}))
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_low_precision_is_computed_in_what_multiplies_faster(monkeypatch, faster):
+    monkeypatch.setattr(stock, "product_seconds", lambda dtype: 0.01 if dtype == faster else 0.02)
     dtype, reason = stock.compute_dtype(torch.bfloat16)
-    assert dtype == torch.float32 and "bfloat16" in reason and "float32" in reason
+    assert dtype == faster and "bfloat16" in reason and "10 ms" in reason and "20 ms" in reason
+    assert stock.compute_dtype(torch.float16)[0] == (torch.float32 if faster == torch.float32 else torch.float16)
     assert stock.compute_dtype(torch.float64)[0] == torch.float64
     assert stock.compute_dtype(torch.bfloat16, "cuda")[0] == torch.bfloat16
-    monkeypatch.setattr(stock, "processor_flags", lambda: frozenset({"avx2", "amx_bf16"}))
-    assert stock.compute_dtype(torch.bfloat16)[0] == torch.bfloat16
-    assert stock.compute_dtype(torch.float16)[0] == torch.float32
+
+
+def test_the_product_is_measured():
+    assert 0 < stock.product_seconds(torch.float32) < 60
 
 
 def test_stored_dtype_is_that_of_most_numbers(tmp_path):

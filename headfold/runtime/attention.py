@@ -211,4 +211,6 @@ def register(*, replace: bool) -> None:
 
 
 if __name__.startswith("headfold."):
+    from . import kernel  # noqa: F401 - one more candidate, which a file beside a checkpoint does without
+
     register(replace=True)

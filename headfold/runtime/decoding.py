@@ -1,14 +1,14 @@
-"""Attention of few queries over long keys: two ways to compute it, and which one is faster here.
+"""Attention of few queries over long keys: the ways to compute it, and which one is fastest here.
 
 Processors differ: with bf16 matrix units two batched products win, on those without them they are many times slower than the
-fused kernel. So both are tried once per device, dtype and class of shapes, for milliseconds, and the winner is kept.
+fused kernel. So all are tried once per device, dtype and class of shapes, for milliseconds, and the winner is kept.
 """
 
 import functools
 import logging
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,18 @@ MEASURED = 2**24
 """Numbers in the keys that a trial runs on, at most."""
 ROUNDS = 5
 HOPELESS = 4
-"""Times the best so far: a candidate whose first run takes longer is not run again."""
+"""Times the best so far: a candidate that takes longer at first is not run again."""
+
+WRONG = 0.05
+"""Part of the largest output by which a candidate may miss the fused kernel's; bfloat16 rounds to 0.004."""
 
 Inner = Callable[..., tuple[Tensor, None]]
+
+
+class Unsuited(Exception):
+    """A candidate cannot run here, or not on such states; says why."""
+
+
 _log = logging.getLogger("headfold")
 
 
@@ -86,8 +95,39 @@ def matmuls(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
 CANDIDATES: dict[str, Inner] = {"sdpa": sdpa, "matmuls": matmuls}
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What was measured for one class of shapes: seconds by candidate, and why the others did not run."""
+
+    device: str
+    dtype: torch.dtype
+    groups: int
+    rows: int
+    keys: int
+    masked: bool
+    seconds: dict[str, float]
+    unsuited: dict[str, str]
+
+    @property
+    def best(self) -> str:
+        """The name of the fastest candidate."""
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+    def __str__(self) -> str:
+        ranked = sorted(self.seconds.items(), key=lambda item: item[1])
+        times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in ranked)
+        without = "".join(f"; no {name}: {reason}" for name, reason in self.unsuited.items())
+        mask = ", masked" if self.masked else ""
+        shape = f"{self.groups} groups × {self.rows} rows × {self.keys} keys{mask}"
+        return f"decode attention, {self.device} {str(self.dtype).removeprefix('torch.')}, {shape}: {times}{without}"
+
+
+TRIALS: list[Trial] = []
+"""All that were made so far."""
+
+
 def choose(query: Tensor, key: Tensor, mask: Tensor | None) -> Inner:
-    """The faster candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, float64)."""
+    """The fastest candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, float64)."""
     if torch.compiler.is_compiling() or query.dtype == torch.float64 or query.requires_grad or key.requires_grad:
         return sdpa
     shape = tuple(map(_class, (len(query) * query.shape[1], query.shape[2], key.shape[2])))
@@ -107,34 +147,36 @@ def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, 
         query = torch.randn(1, groups, rows, dim, device=device).to(dtype)
         key, value = (torch.randn(1, groups, keys, dim, device=device).to(dtype) for _ in range(2))
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if masked else None
-        taken: dict[str, float] = {}
-        for name, run in CANDIDATES.items():
-            limit = HOPELESS * min(taken.values(), default=float("inf"))
-            taken[name] = _median(lambda run=run: run(None, query, key, value, mask), device, limit)
-    best = min(taken, key=taken.__getitem__)
-    times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in taken.items())
-    _log.debug(
-        "decode attention, %s %s, %d groups × %d rows × %d keys: %s (%s)",
-        device,
-        dtype,
-        groups,
-        rows,
-        keys,
-        best,
-        times,
-    )
-    return best
+
+        def run(candidate: Inner) -> tuple[float, Tensor]:
+            started = time.perf_counter()
+            output, _ = candidate(None, query, key, value, mask)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started, output
+
+        seconds, unsuited = _measured(run)
+    TRIALS.append(Trial(device, dtype, groups, rows, keys, masked, seconds, unsuited))
+    _log.debug("%s", TRIALS[-1])
+    return TRIALS[-1].best
 
 
-def _median(run: Callable[[], Any], device: str, limit: float) -> float:
-    """Seconds of one run: the median of a few, after one that warms up; that one where it is beyond the limit."""
-    seconds: list[float] = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        if seconds[0] > limit:
-            return seconds[0]
-    return statistics.median(seconds[1:])
+def _measured(run: Callable[[Inner], tuple[float, Tensor]]) -> tuple[dict[str, float], dict[str, str]]:
+    """Least seconds of each candidate, taken in turns: what disturbs the machine for a while disturbs them all."""
+    seconds: dict[str, float] = {}
+    unsuited: dict[str, str] = {}
+    _, expected = run(sdpa)
+    for name, candidate in CANDIDATES.items():
+        try:
+            seconds[name], found = run(candidate)
+        except Unsuited as reason:
+            unsuited[name] = str(reason)
+            continue
+        if not (found - expected).abs().max() <= WRONG * expected.abs().max():
+            unsuited[name] = "its output is wrong here"
+            del seconds[name]
+    for number in range(ROUNDS):
+        limit = HOPELESS * min(seconds.values()) if number else float("inf")
+        for name in [name for name in seconds if seconds[name] <= limit]:
+            seconds[name] = min(seconds[name], run(CANDIDATES[name])[0])
+    return seconds, unsuited
