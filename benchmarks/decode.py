@@ -1,108 +1,175 @@
-"""Attention and cache by themselves: time of a new token through `generate`, headfold's against stock's, interleaved in one run.
+"""Decoding: time of a new token through `generate`, headfold's attention and caches against stock's, in turns inside each run.
 
-    python benchmarks/decode.py [--dtype bfloat16] [--prompt 2048] [--batch 4] [--kv-heads 8 32] [--padded] [--rounds 5]
+    python benchmarks/decode.py [--parts main padded sweep alone kernel shapes figure6] [--dtypes bfloat16 float32]
 
-Two layers of 32 query heads of 128 behind a model of width 512 and an MLP of 64, so that little else than attention costs time. The time
-of a new token is that of `--new` tokens less that of one, so prefill does not count; medians over rounds. Results are added to
-benchmarks/results/decode.json.
+main     the shape `attention` (2 layers of 32 query heads of 128, little else) at 8 and 32 K/V heads, prompt 2048, batch 4
+padded   the same, half of the batch padded on the left
+sweep    1,024 to 16,384 tokens of context, batch 1 and 4, 1 / 4 / 8 / 32 K/V heads
+alone    the attention alone, as a share of the read bandwidth measured beside it
+kernel   main with and without the C++ kernel among the candidates
+shapes   Llama-2-7B and T5-XXL cut to a few layers, MHA, 8 and 1 K/V heads, and where the time goes
+figure6  T5-XXL of one layer against the number of groups, as in figure 6 of 2305.13245
+
+Results go to benchmarks/results/decode.json, one entry per part and dtype, with the processor's flags. CPU or GPU, whatever there is.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from headfold.recipe.benching import bench
+from headfold.recipe.measuring import default_device
+from headfold.report.timings import plot_bench, show_bench
+from headfold.runtime import decoding
 from headfold.runtime.cache import generate_in_place
-from headfold.runtime.decoding import fastest
+from headfold.timing.generation import Setting, generate
+from headfold.timing.machine import read_bandwidth
+from headfold.timing.shapes import random_model, shape_config
 
-OUT = Path(__file__).parent / "results" / "decode.json"
-HEADS, DIM, LAYERS = 32, 128, 2
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5
 
 
-def model(kv_heads: int, dtype: torch.dtype, attention: str) -> Any:
-    """Random weights; `headfold` with its own cache, everything else as stock."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=512, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=kv_heads, head_dim=DIM, max_position_embeddings=1 << 17,
+def main_row(dtype: str) -> dict[str, Any]:
+    return shown(bench(shape="attention", kv_heads=(8, 32), contexts=(2048,), batches=(4,), dtype=dtype, rounds=3))
+
+
+def padded(dtype: str) -> dict[str, Any]:
+    options = dict(kv_heads=(8, 32), contexts=(2048,), batches=(4,), dtype=dtype, padded=True, skip_prefill=True)
+    return shown(bench(shape="attention", **options, rounds=ROUNDS))
+
+
+def sweep(dtype: str) -> dict[str, Any]:
+    options = dict(contexts=(1024, 4096, 16384), batches=(1, 4), dtype=dtype, skip_prefill=True)
+    return shown(bench(shape="attention", kv_heads=(1, 4, 8, 32), **options, new_tokens=12, rounds=3))
+
+
+def alone(dtype: str) -> dict[str, Any]:
+    """The chosen candidate on (4, kv, 32 / kv, 128) over (4, kv, keys, 128)."""
+    kind, device, rows = getattr(torch, dtype), default_device(), []
+    for kv, keys in [(8, 2048), (8, 4096), (8, 16384), (1, 4096), (4, 4096), (32, 4096)]:
+        query = torch.randn(4, kv, 32 // kv, 128, device=device).to(kind)
+        key, value = (torch.randn(4, kv, keys, 128, device=device).to(kind) for _ in range(2))
+        chosen = decoding.choose(query, key, None)
+        seconds, reads = [], []
+        for _ in range(5 * ROUNDS):
+            seconds.append(timed(lambda: chosen(None, query, key, value, None)))
+        for _ in range(3):
+            reads.append(read_bandwidth(device))
+        taken, read = statistics.median(seconds), max(reads)
+        rate = 2 * key.nbytes / taken
+        rows.append(
+            {
+                "kv_heads": kv, "keys": keys, "candidate": chosen.__name__, "seconds": taken, "bytes_per_second": rate,
+                "read_bandwidth": read, "share": rate / read,
+            }
+        )  # fmt: skip
+        print(
+            f"{dtype} {kv:2d} K/V heads, {keys:6,} keys: {chosen.__name__} {taken * 1e3:.2f} ms, {rate / read:.1%} of {read / 1e9:.1f} GB/s"
+        )
+    return {"rows": rows, "paths": [str(trial) for trial in decoding.TRIALS]}
+
+
+def timed(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def candidates(*, kernel: bool) -> Iterator[None]:
+    """Decode with or without the kernel among the candidates; what was measured for one choice does not count for the other."""
+    before = decoding.CANDIDATES, decoding.fastest
+    known = {name: run for name, run in decoding.CANDIDATES.items() if kernel or name != "kernel"}
+    decoding.CANDIDATES, decoding.fastest = known, MEASURED[kernel]
+    try:
+        yield
+    finally:
+        decoding.CANDIDATES, decoding.fastest = before
+
+
+MEASURED = {choice: functools.cache(decoding.fastest.__wrapped__) for choice in (True, False)}
+
+
+def kernel(dtype: str) -> dict[str, Any]:
+    rows = []
+    for kv in (8, 32):
+        model = random_model(shape_config("attention"), kv, dtype=getattr(torch, dtype), where="attention")
+        model.set_attn_implementation("headfold")
+        generate_in_place(model)
+        setting = Setting(2048, 4, 32, skip_prefill=True)
+        tokens: dict[bool, list[float]] = {True: [], False: []}
+        for number in range(ROUNDS + 1):
+            for choice, found in tokens.items():
+                with candidates(kernel=choice):
+                    timing = generate(model, setting, grows=True)
+                found += timing.tokens if number else ()
+        medians = {choice: statistics.median(found) for choice, found in tokens.items()}
+        ratio = medians[False] / medians[True]
+        rows.append({"kv_heads": kv, "with_kernel": medians[True], "without": medians[False], "ratio": ratio})
+        print(
+            f"{dtype} {kv:2d} K/V heads: {medians[True] * 1e3:.2f} ms with the kernel, {ratio:.2f} × without",
+            flush=True,
+        )
+    return {"rows": rows}
+
+
+def shapes(dtype: str) -> dict[str, Any]:
+    found = {}
+    for shape, layers in (("llama-2-7b", 4), ("t5-xxl", 2)):
+        for batch in (1, 16):
+            made = [
+                bench(shape=shape, kv_heads=counts, layers=layers, contexts=(2048,), batches=(batch,), dtype=dtype, skip_prefill=True,
+                      new_tokens=12, rounds=3, profile=RESULTS.parent / "traces")
+                for counts in [(64, 8, 1) if shape == "t5-xxl" else (32, 8, 1)]
+            ]  # fmt: skip
+            found[f"{shape}, batch {batch}"] = shown(made[0])
+    return found
+
+
+def figure6(dtype: str) -> dict[str, Any]:
+    made = bench(
+        shape="t5-xxl", kv_heads=(1, 4, 8, 16, 64), layers=1, contexts=(2048,), batches=(16,), dtype=dtype, skip_prefill=True,
+        new_tokens=24, rounds=2,
     )  # fmt: skip
-    made = LlamaForCausalLM(config).to(dtype).eval()
-    made.set_attn_implementation(attention)
-    return generate_in_place(made) if attention == "headfold" else made
+    plot_bench(RESULTS / f"figure6-{dtype}.png", made)
+    return shown(made)
 
 
-def per_token(made: Any, inputs: dict[str, torch.Tensor], new: int) -> float:
-    """Seconds of one new token of the whole batch."""
-    taken = []
-    for count in (1, new + 1):
-        started = time.perf_counter()
-        made.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        taken.append(time.perf_counter() - started)
-    return (taken[1] - taken[0]) / new
+def shown(made: Any) -> dict[str, Any]:
+    show_bench(made)
+    print(flush=True)
+    return made.to_json()
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all cores read: the best of a few sums over 1 GiB."""
-    data = torch.ones(1 << 28)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return data.nbytes / best
+PARTS = {
+    "main": main_row, "padded": padded, "sweep": sweep, "alone": alone, "kernel": kernel, "shapes": shapes, "figure6": figure6,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--padded", action="store_true", help="pad half of the batch on the left")
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    ids = torch.randint(1, 256, (options.batch, options.prompt), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    if options.padded:
-        mask[::2, : options.prompt // 8] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    cases = {(kv, name): model(kv, dtype, name) for kv in options.kv_heads for name in ("headfold", "sdpa")}
-    times: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
-    for number in range(options.rounds + 1):
-        for case, made in cases.items():
-            seconds = per_token(made, inputs, options.new)
-            if number:  # the first round warms up, and is where headfold measures its candidates
-                times[case].append(seconds)
-    medians = {case: statistics.median(found) for case, found in times.items()}
-    rows = []
-    for (kv, name), seconds in medians.items():
-        length = options.prompt + options.new / 2
-        num_bytes = 2 * LAYERS * options.batch * kv * DIM * length * dtype.itemsize
-        rows.append(
-            {
-                "kv_heads": kv, "attention": name, "ms_per_token": round(seconds * 1e3, 3),
-                "cache_gb_per_s": round(num_bytes / seconds / 1e9, 2),
-            }
-        )  # fmt: skip
-        print(
-            f"{kv:3d} K/V heads  {name:9s} {seconds * 1e3:8.2f} ms  {num_bytes / seconds / 1e9:6.2f} GB/s of cache",
-            flush=True,
-        )
-    bandwidth = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; choices measured: {fastest.cache_info().currsize}")
-    setting = {name: getattr(options, name) for name in ("dtype", "prompt", "batch", "padded", "new", "rounds")}
-    done = json.loads(OUT.read_text())["runs"] if OUT.exists() else []
-    done = [run for run in done if {name: run[name] for name in setting} != setting]
-    runs = [*done, {**setting, "read_gb_per_s": round(bandwidth / 1e9, 1), "rows": rows}]
-    OUT.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
+    for part in options.parts:
+        for dtype in options.dtypes:
+            result = PARTS[part](dtype)
+            known = json.loads(options.out.read_text()) if options.out.exists() else {}
+            known |= {"machine": describe(), f"{part} {dtype}": result}
+            options.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -130,8 +130,10 @@ def choose(query: Tensor, key: Tensor, mask: Tensor | None) -> Inner:
     """The fastest candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, float64)."""
     if torch.compiler.is_compiling() or query.dtype == torch.float64 or query.requires_grad or key.requires_grad:
         return sdpa
-    shape = tuple(map(_class, (len(query) * query.shape[1], query.shape[2], key.shape[2])))
-    return CANDIDATES[fastest(query.device.type, query.dtype, *shape, query.shape[-1], mask is not None)]
+    dim = query.shape[-1]
+    groups, rows, keys = map(_class, (len(query) * query.shape[1], query.shape[2], key.shape[2]))
+    keys = max(1, min(keys, MEASURED // (groups * dim)))
+    return CANDIDATES[fastest(query.device.type, query.dtype, groups, rows, keys, dim, mask is not None)]
 
 
 def _class(size: int) -> int:
@@ -142,7 +144,6 @@ def _class(size: int) -> int:
 @functools.cache
 def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, dim: int, masked: bool) -> str:
     """The name of the candidate that takes least time on random numbers: (groups, rows, dim) over (groups, keys, dim)."""
-    keys = max(1, min(keys, MEASURED // (groups * dim)))
     with torch.no_grad():
         query = torch.randn(1, groups, rows, dim, device=device).to(dtype)
         key, value = (torch.randn(1, groups, keys, dim, device=device).to(dtype) for _ in range(2))

@@ -1,0 +1,75 @@
+"""headfold on the command line: verbs to functions, and nothing else."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from . import looking, making, timing
+
+app = typer.Typer(
+    name="headfold",
+    help="Fold a checkpoint's key/value heads: the same model with a smaller KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"headfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+) -> None:
+    """Fold a checkpoint's key/value heads: the same model with a smaller KV cache."""
+
+
+app.command(epilog="Example: headfold inspect meta-llama/Llama-2-7b-hf")(looking.inspect)
+app.command(epilog="Example: headfold calibrate my-model stats.safetensors --calibration notes.txt --tokens 100000")(
+    making.calibrate
+)
+app.command(epilog="Example: headfold plan my-model plan.json --kv-heads 1/4 --stats stats.safetensors")(making.plan)
+app.command(epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4")(making.fold)
+app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")(making.export)
+app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
+    looking.evaluate
+)
+app.command(epilog="Example: headfold bench my-model my-model-gqa --context 2048,8192")(timing.bench)
+app.command(epilog="Example: headfold probe my-model --out my_family.py")(looking.probe)
+app.command(epilog="Example: headfold methods absorb")(looking.methods)
+
+
+def _one_line(error: UserError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """What a user can cause ends as one line on stderr and exit code 2; an interrupt as one line and 130."""
+    try:
+        app(prog_name="headfold")
+    except SystemExit as leaving:
+        if leaving.code == 130:
+            print("headfold: interrupted", file=sys.stderr)
+        raise
+    except (UserError, OSError) as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        print(f"headfold: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What verbs do with their options and with their result."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user wrote; the others keep the defaults of the functions."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def answer(facts: Mapping[str, Any], as_json: bool) -> bool:
+    """Print the machines' form if it was asked for, and say whether."""
+    if as_json:
+        print(json.dumps(_finite(facts), default=str))
+    return as_json
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

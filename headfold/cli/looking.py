@@ -1,0 +1,121 @@
+"""Verbs that look: inspect, eval, probe, methods."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..report import views
+from ..report.progress import ProgressReport
+from .answers import answer, given
+from .options import Context, Debug, Force, Json, Model, StatsFile
+
+
+def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show heads, cache size and the predicted cost of folding.
+
+    The strips show, layer by layer, the error predicted for keeping 1/2, 1/4 and 1/8 of the K/V heads."""
+    from .. import recipe
+
+    found = recipe.inspect(model, stats=stats)
+    answer(found.to_json(), as_json) or views.show_inspection(found)
+
+
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="ORIGINAL", help="The model it was folded from.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="SOURCE",
+            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); "
+            "sentences; a folder or table of images. Default, for language models alone: the bundled text.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
+    ] = None,
+    beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams that BLEU is written with.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Where an output for BLEU is cut at the latest.")
+    ] = 128,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Items to measure on; tokens of plain text.")
+    ] = None,
+    context: Context = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, BLEU, accuracy or embeddings.
+
+    By what the model is: a language model's perplexity and KL to the original, BLEU and loss of an encoder-decoder, accuracy of a
+    classifier, likeness of an encoder's embeddings to the original's. With --reference always beside the original."""
+    from ..recipe import scoring
+
+    chosen = given(columns=columns and tuple(columns.split(",")), limit=limit, context=context)
+    writing = {"beams": beams, "max_new_tokens": max_new_tokens}
+    with ProgressReport(silent=as_json) as progress:
+        found = scoring.evaluate(model, reference=reference, text=text, progress=progress, **writing, **chosen)
+    answer(scoring.facts(found), as_json) or views.show_evaluation(found)
+
+
+def probe(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id or a model_type of transformers.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FAMILY.py", help="Write the literal as Python source.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find an architecture's attention and prove it foldable.
+
+    A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
+    is tried on it, and the literal that follows must pass all laws."""
+    from ..recipe import probing
+
+    found = probing.probe(model, out=out, force=force)
+    answer(found.to_json(), as_json) or views.show_probe(found, out)
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, for its whole page.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods, or show the page of one."""
+    from .. import group, merge
+    from ..core import plugins
+    from ..group import costs
+
+    axes = {"--merge": (merge, "merge"), "--group": (group, "group"), "--group METHOD:cost=": (costs, "cost")}
+    pages = [
+        _page(option, found, plugins.load(package, found), entry)
+        for option, (package, entry) in axes.items()
+        for found in plugins.names(package)
+        if name in (None, found)
+    ]
+    if not pages:
+        plugins.load(merge, name or "")  # refuses, suggesting near names
+    if answer({"methods": pages}, as_json):
+        return
+    if name is None:
+        views.show_methods(
+            {option: {p["name"]: p["summary"] for p in pages if p["option"] == option} for option in axes}
+        )
+    for page in pages if name else []:
+        views.show_page(page["option"], page["name"], page["page"], page["options"])
+
+
+def _page(option: str, name: str, module: Any, entry: str) -> dict[str, Any]:
+    from ..core import plugins
+
+    page = (module.__doc__ or "").strip()
+    defaults = plugins.option_defaults(getattr(module, entry))
+    return {"option": option, "name": name, "summary": plugins.summary(module), "page": page, "options": defaults}

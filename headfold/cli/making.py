@@ -1,0 +1,156 @@
+"""Verbs that write: calibrate, plan, fold, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from ..report import views
+from ..report.progress import ProgressReport
+from .answers import answer, given, names
+from .options import (
+    Calibration,
+    Columns,
+    Context,
+    Debug,
+    Encoder,
+    Force,
+    Group,
+    Items,
+    Json,
+    KvHeads,
+    Layout,
+    Merge,
+    Model,
+    Seed,
+    StatsFile,
+    Tokens,
+)
+
+
+def calibrate(
+    model: Model,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
+    context: Context = None,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure once what attention sees, for any number of folds."""
+    from .. import recipe
+
+    chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
+    with ProgressReport(silent=as_json) as progress:
+        result = recipe.calibrate(model, stats, seed=seed, force=force, progress=progress, **chosen)
+    answer(result.to_json(), as_json) or views.show_calibration(result)
+
+
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The file to write.")],
+    kv_heads: KvHeads = None,
+    group: Group = None,
+    merge: Merge = None,
+    stats: StatsFile = None,
+    encoder: Encoder = False,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Decide which heads share one, and predict the loss."""
+    if kv_heads is None:
+        raise UserError("plan: expected --kv-heads N, a count such as 4 or a share such as 1/2; got none")
+    from .. import recipe
+
+    chosen = given(group=group, merge=merge, stats=stats)
+    with ProgressReport(silent=as_json) as progress:
+        made = recipe.plan(
+            model, out, kv_heads=kv_heads, encoder=encoder, seed=seed, force=force, progress=progress, **chosen
+        )
+    if not answer(made.to_json(), as_json):
+        views.show_plan_errors(made)
+        print(f"wrote {out}")
+
+
+def fold(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    kv_heads: KvHeads = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="What headfold plan wrote.")] = None,
+    group: Group = None,
+    merge: Merge = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output."),
+    ] = True,
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
+    context: Context = None,
+    encoder: Encoder = False,
+    stats: StatsFile = None,
+    layout: Layout = None,
+    seed: Seed = 0,
+    force: Force = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the result and compare its logits.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model again with fewer K/V heads.
+
+    OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
+    _check_fold(kv_heads, plan, group, merge)
+    from .. import recipe
+
+    chosen = given(
+        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
+        columns=names(columns), context=context, stats=stats, layout=layout,
+    )  # fmt: skip
+    with ProgressReport(silent=as_json) as progress:
+        result = recipe.fold(
+            model, out, refit=refit, encoder=encoder, seed=seed, force=force, verify=verify, progress=progress, **chosen
+        )
+    answer(result.to_json(), as_json) or views.show_fold(result)
+
+
+def export(
+    folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="What headfold fold wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    layout: Layout = None,
+    force: Force = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reload the result and compare its logits.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a fold again in another layout, the same function.
+
+    Layouts are checkpoint forms that stock classes or engines read: see --layout."""
+    from ..recipe import exporting
+
+    with ProgressReport(silent=as_json) as progress:
+        result = exporting.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
+    answer(result.to_json(), as_json) or exporting.show(result)
+
+
+def _check_fold(kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None) -> None:
+    """The options of fold that exclude each other."""
+    if (kv_heads is None) == (plan is None):
+        given = "none" if plan is None else "both"
+        raise UserError(f"fold: expected either --kv-heads N or --plan PLAN.json, got {given}; give one")
+    refused = [option for option, value in (("--group", group), ("--merge", merge)) if value is not None]
+    if plan is not None and refused:
+        raise UserError(
+            f"fold: {' and '.join(refused)} beside --plan {plan}; the plan decides, leave them out or make another plan"
+        )

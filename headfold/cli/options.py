@@ -1,0 +1,70 @@
+"""Arguments and options that several verbs share, with their help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")]
+StatsFile = Annotated[Path | None, typer.Option("--stats", metavar="STATS", help="What headfold calibrate wrote.")]
+KvHeads = Annotated[
+    str | None, typer.Option("--kv-heads", metavar="N", help="K/V heads to keep: a count (4) or a share (1/2).")
+]
+Group = Annotated[
+    str | None,
+    typer.Option("--group", metavar="METHOD", help="Who shares a head; see headfold methods. Default: swap."),
+]
+Merge = Annotated[
+    str | None,
+    typer.Option("--merge", metavar="METHOD", help="How they become one; see headfold methods. Default: absorb."),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="SOURCE",
+        help="A text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], a hub dataset "
+        "(hub:NAME[:CONFIG][:SPLIT][:COLUMN]), stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens of a language model. Default: 65536."),
+]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        "--items",
+        metavar="N",
+        min=1,
+        help="Calibration items of other models. Default: 2048 pairs or sentences, 512 images or sounds.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", metavar="NAME,NAME", help="Where a source has them under other names than source,target or image."
+    ),
+]
+Encoder = Annotated[
+    bool, typer.Option("--encoder", help="Fold an encoder-decoder's encoder too; by default only its decoder.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", min=2, help="Tokens per window. Default: the model's own, at most 1024 (eval: 2048)."
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        help="native, padded (unequal groups), per-layer or decilm (a count per layer), or headfold (its own runtime's). "
+        "Default: the one that stock transformers loads, if there is one.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn at random.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]

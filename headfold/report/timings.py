@@ -1,0 +1,106 @@
+"""What `headfold bench` shows: a table, which way of decoding ran and why, and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .plot import COLOURS
+from .tables import percent, show_table, size
+
+
+def show_bench(found: Any) -> None:
+    """A `recipe.benching.Bench`."""
+    rows = found.rows
+    varied = [name for name in ("context", "batch") if len({getattr(row, name) for row in rows}) > 1]
+    parts = list(rows[0].parts or ())
+    header = ["model", "attention", "K/V heads", *varied]
+    header += [*([] if found.skip_prefill else ["first token"]), "new token", "tokens/s"]
+    header += [*([] if found.skip_prefill else ["sample"]), "K/V cache", "peak", "read", *parts]
+    show_table(header, [_cells(row, found, varied, parts) for row in rows])
+    same = [f"{name} {getattr(rows[0], name)}" for name in ("context", "batch") if name not in varied]
+    padded = ", half of the samples padded" if found.padded else ""
+    print(
+        f"{found.new_tokens} new tokens, {', '.join([*same, found.dtype])}{padded}; medians of {found.rounds} rounds in turns; "
+        "new token: of the whole batch; peak: beyond weights"
+    )
+    print(
+        f"{found.device}, {found.threads} threads: reads {found.read_bandwidth / 1e9:.1f} GB/s; read: weights and cache of a token"
+    )
+    for line in (*found.paths, *(f"note: {note}" for note in found.notes)):
+        print(line)
+
+
+def _cells(row: Any, found: Any, varied: Sequence[str], parts: Sequence[str]) -> list[str]:
+    whole = [] if found.skip_prefill else [_time(row.first_token)]
+    sample = [] if found.skip_prefill else [_time(row.per_sample)]
+    share = percent(row.bytes_per_second / found.read_bandwidth)
+    return [
+        row.model,
+        row.attention,
+        " and ".join(map(str, row.kv_heads)),
+        *(f"{getattr(row, name):,}" for name in varied),
+        *whole,
+        _time(row.per_token),
+        f"{row.tokens_per_second:.3g}",
+        *sample,
+        size(row.kv_bytes),
+        "" if row.peak_bytes is None else size(row.peak_bytes),
+        f"{row.bytes_per_second / 1e9:.3g} GB/s ({share})",
+        *(_time(row.parts[part]) for part in parts),
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def plot_bench(path: Path, found: Any) -> None:
+    """Write a picture: time against K/V heads where these differ, else against the context or the batch.
+
+    The time is that of a whole sample (figure 6 of 2305.13245), or of a new token where no prompt was read.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    attribute, unit = ("per_token", "new token") if found.skip_prefill else ("per_sample", "sample")
+    places = {"kv_heads": "K/V heads", "context": "tokens of context", "batch": "samples at once"}
+    along = next((name for name in places if len({getattr(row, name) for row in found.rows}) > 1), "context")
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    ticks = sorted({_place(row, along) for row in found.rows})
+    for number, (label, points) in enumerate(_curves(found.rows, along, attribute).items()):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.8, color=colour)
+        axes.annotate(label, points[-1], (8, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15 * (ticks[-1] / ticks[0]) ** 0.35)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(places[along])
+    axes.set_ylabel(f"seconds per {unit}")
+    axes.set_title(f"{found.new_tokens} new tokens, {found.dtype}, {found.device}", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _place(row: Any, along: str) -> int:
+    found = getattr(row, along)
+    return max(found) if along == "kv_heads" else found
+
+
+def _curves(rows: Sequence[Any], along: str, attribute: str) -> dict[str, list[tuple[int, float]]]:
+    """Label → points from left to right; a label tells what is different between curves."""
+    others = [name for name in ("model", "attention", "kv_heads", "context", "batch") if name != along]
+    told = [name for name in others if len({str(getattr(row, name)) for row in rows}) > 1]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        words = {"model": row.model, "attention": row.attention, "kv_heads": f"{max(row.kv_heads)} K/V heads"}
+        words |= {"context": f"{row.context:,} tokens", "batch": f"batch {row.batch}"}
+        label = ", ".join(words[name] for name in told) or row.model
+        curves.setdefault(label, []).append((_place(row, along), getattr(row, attribute)))
+    return {label: sorted(points) for label, points in curves.items()}

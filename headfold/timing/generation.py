@@ -1,0 +1,155 @@
+"""Time of every new token inside `generate`, with the prompt read or a cache filled in its stead."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation.streamers import BaseStreamer
+
+from ..runtime.cache import GrowingCache
+from .machine import peak_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is generated: `new_tokens` behind a prompt of `context` tokens, for `batch` samples at once.
+
+    `padded`: half of the samples are an eighth shorter, padded on the left. `skip_prefill`: the cache of all tokens but the last is
+    filled with arbitrary numbers, which tells the time of new tokens without that of reading the prompt.
+    """
+
+    context: int
+    batch: int
+    new_tokens: int
+    padded: bool = False
+    skip_prefill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one call of `generate`. `first` is the time to the first token, `tokens` that of each further one, in seconds."""
+
+    first: float
+    tokens: tuple[float, ...]
+    kv_heads: tuple[int, ...]
+    """By cached layer of the decoder, cross-attention behind self-attention."""
+    kv_bytes: int
+    """What the cache holds at the end."""
+    peak_bytes: int | None
+    """Memory taken beyond that of before, at most."""
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens arrive; calls `on_first` at the first new one."""
+
+    def __init__(self, on_first: "Callable[[], Any] | None" = None) -> None:
+        self.times: list[float] = []
+        self._on_first = on_first
+
+    def put(self, value: Tensor) -> None:
+        """The prompt comes first, then the tokens of each step."""
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2 and self._on_first is not None:
+            self._on_first()
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def generate(
+    model: "PreTrainedModel", setting: Setting, *, grows: bool, on_first: "Callable[[], Any] | None" = None
+) -> Timing:
+    """Generate greedily, and time it. `grows`: the cache is one that grows in place, where it is made here."""
+    clock = Clock(on_first)
+    inputs = _inputs(model, setting)
+    count = setting.new_tokens
+    with torch.no_grad(), peak_memory(str(model.device)) as peak:
+        if setting.skip_prefill:
+            inputs |= _filled(model, setting, grows=grows)
+        started = time.perf_counter()
+        said = model.generate(
+            **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=0,
+            streamer=clock, return_dict_in_generate=True,
+        )  # fmt: skip
+    arrived = clock.times[1:]
+    layers = [layer for part in parts(said.past_key_values) for layer in part.layers if layer.keys is not None]
+    return Timing(
+        first=arrived[0] - started,
+        tokens=tuple(after - before for before, after in zip(arrived, arrived[1:], strict=False)),
+        kv_heads=tuple(layer.keys.shape[1] for layer in layers),
+        kv_bytes=sum(states.numel() * states.element_size() for layer in layers for states in (layer.keys, layer.values)),
+        peak_bytes=peak.num_bytes,
+    )  # fmt: skip
+
+
+def cache_bytes(model: "PreTrainedModel", setting: Setting) -> int:
+    """What the cache of all tokens will hold, as if no layer had a window."""
+    *own, last = parts(_example(model))
+    lengths = [setting.context + setting.new_tokens] if not own else [setting.new_tokens, setting.context]
+    return setting.batch * sum(
+        length * (layer.keys.nbytes + layer.values.nbytes)
+        for part, length in zip([*own, last], lengths, strict=True)
+        for layer in part.layers
+    )
+
+
+def parts(cache: Cache) -> tuple[Cache, ...]:
+    """The cache of self-attention and, in an encoder-decoder, that of cross-attention."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return (cache,)
+
+
+def _inputs(model: "PreTrainedModel", setting: Setting) -> dict[str, Tensor]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, vocabulary, (setting.batch, setting.context), generator=draw)
+    mask = torch.ones_like(ids)
+    if setting.padded:
+        mask[::2, : setting.context // 8] = 0
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _filled(model: "PreTrainedModel", setting: Setting, *, grows: bool) -> dict[str, Any]:
+    """The cache of a prompt that was not read: for `generate`, beside the prompt's tokens or in place of the encoder."""
+    config = model.config
+    if not config.is_encoder_decoder:
+        limit = setting.context + setting.new_tokens
+        cache = GrowingCache(config, limit) if grows else DynamicCache(config=config)
+        return {"past_key_values": _fill(cache, _example(model), setting, setting.context - 1)}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    example = _example(model)
+    own = GrowingCache(config, setting.new_tokens + 1) if grows else DynamicCache(config=config)
+    cross = _fill(DynamicCache(), example.cross_attention_cache, setting, setting.context)
+    cache = EncoderDecoderCache(own, cross)
+    cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
+    width = model.get_encoder().config.hidden_size
+    hidden = torch.zeros(setting.batch, setting.context, width, dtype=model.dtype, device=model.device)
+    return {"past_key_values": cache, "encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+
+
+def _example(model: "PreTrainedModel") -> Cache:
+    """The cache of one token: its layers' heads and widths."""
+    one = torch.full((1, 1), 2, device=model.device)
+    extra = {"decoder_input_ids": one} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=one, use_cache=True, **extra).past_key_values
+
+
+def _fill(cache: Cache, example: Cache, setting: Setting, length: int) -> Cache:
+    """Numbers of the usual size, in memory of their own: pages that were never written would all be one page."""
+    for number, layer in enumerate(example.layers):
+        one = torch.randn(1, 1, 256, layer.keys.shape[-1], device=layer.keys.device).to(layer.keys.dtype)
+        groups = layer.keys.shape[1]
+        states = one.repeat(1, 1, -(-length // 256), 1)[:, :, :length].expand(setting.batch, groups, -1, -1)
+        cache.update(states, states, number)
+    return cache
