@@ -60,12 +60,9 @@ def alone(dtype: str) -> dict[str, Any]:
         query = torch.randn(4, kv, 32 // kv, 128, device=device).to(kind)
         key, value = (torch.randn(4, kv, keys, 128, device=device).to(kind) for _ in range(2))
         chosen = decoding.choose(query, key, None)
-        seconds, reads = [], []
-        for _ in range(5 * ROUNDS):
-            seconds.append(timed(lambda: chosen(None, query, key, value, None)))
-        for _ in range(3):
-            reads.append(read_bandwidth(device))
-        taken, read = statistics.median(seconds), max(reads)
+        run = functools.partial(chosen, None, query, key, value, None)
+        taken = statistics.median(timed(run) for _ in range(5 * ROUNDS))
+        read = max(read_bandwidth(device) for _ in range(3))
         rate = 2 * key.nbytes / taken
         rows.append(
             {

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import headfold
 from headfold.runtime import decoding, kernel
 from headfold.runtime.attention import headfold_attention
-from headfold.runtime.cache import GrowingCache, GrowingLayer, generate_in_place
+from headfold.runtime.cache import GrowingCache, GrowingLayer, GrowingSlidingLayer, generate_in_place
 
 UNEVEN = (0, 0, 0, 1, 0, 2)
 
@@ -198,16 +198,23 @@ def changed(layer: DynamicLayer, step: str, batch: int) -> None:
         layer.batch_select_indices(torch.tensor([batch - 1]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from(["add", "add many", "crop", "reorder", "repeat", "select", "reset"]), max_size=24),
-    st.booleans(),
+    st.sampled_from(["free", "limited", "window of 1", "window of 5", "window of 90", "recording"]),
 )
-def test_a_growing_layer_holds_what_a_dynamic_one_does(steps: list[str], limited: bool) -> None:
-    ours, stock = GrowingLayer(40 if limited else None), DynamicLayer()
+def test_a_growing_layer_holds_what_a_dynamic_one_does(steps: list[str], kind: str) -> None:
+    if kind in ("free", "limited"):
+        ours, stock = GrowingLayer(40 if kind == "limited" else None), DynamicLayer()
+    else:
+        window = int(kind.split()[-1]) if kind != "recording" else 5
+        ours, stock = GrowingSlidingLayer(window), DynamicSlidingWindowLayer(window)
+        for layer in (ours, stock) if kind == "recording" else ():
+            layer.activate_past_recording()
     batch = 3
     for number, step in enumerate(steps):
         count = {"add": 1, "add many": 70}.get(step)
+        full = stock.is_sliding and stock.get_seq_length() >= stock.sliding_window and not stock.record_past
         if count:
             new = [drawn(batch, 2, count, 4, seed=2 * number + i) for i in range(2)]
             for found, expected in zip(ours.update(*new), stock.update(*new), strict=True):
@@ -215,10 +222,21 @@ def test_a_growing_layer_holds_what_a_dynamic_one_does(steps: list[str], limited
         elif step == "reset":
             ours.reset(), stock.reset()
             batch = 3
-        elif stock.get_seq_length() > 1:
+        elif stock.get_seq_length() > 1 and not (step == "crop" and full):  # which stock refuses
             changed(ours, step, batch), changed(stock, step, batch)
             batch = {"repeat": 2 * batch, "select": 1}.get(step, batch)
         assert ours.get_seq_length() == stock.get_seq_length()
+        assert ours.get_mask_sizes(1) == stock.get_mask_sizes(1)
+
+
+def test_a_window_is_copied_once_in_a_window() -> None:
+    layer, room, rooms = GrowingSlidingLayer(100), None, 0
+    for step in range(1000):
+        keys, _ = layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=-step - 1))
+        rooms += keys._base is not room
+        room = keys._base
+        assert room.shape[2] <= 200
+    assert layer.keys.shape[2] == 99 and rooms <= 12
 
 
 def test_new_tokens_are_written_where_the_old_ones_lie() -> None:
@@ -270,7 +288,7 @@ def test_generate_writes_what_it_writes_with_stock_caches(name: str, how: dict[s
     found = generate_in_place(model).generate(**inputs, **options)
     assert torch.equal(found.sequences, expected.sequences)
     cache = getattr(found.past_key_values, "self_attention_cache", found.past_key_values)
-    assert (GrowingLayer in {type(layer) for layer in cache.layers}) == (name != "mistral")  # whose layers all slide
+    assert {type(layer) for layer in cache.layers} == {GrowingSlidingLayer if name == "mistral" else GrowingLayer}
 
 
 def test_a_stock_model_takes_a_growing_cache() -> None:

@@ -75,7 +75,8 @@ def plot_bench(path: Path, found: Any) -> None:
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.8, color=colour)
         axes.annotate(label, points[-1], (8, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    names = {_place(row, along): row.model for row in found.rows} if _one_each(found.rows, along) else {}
+    axes.set_xticks(ticks, [f"{tick:,}\n{names[tick]}" if names else f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15 * (ticks[-1] / ticks[0]) ** 0.35)
     axes.set_ylim(bottom=0)
@@ -93,14 +94,22 @@ def _place(row: Any, along: str) -> int:
     return max(found) if along == "kv_heads" else found
 
 
+def _one_each(rows: Sequence[Any], along: str) -> bool:
+    """Whether the models are told apart by their K/V heads alone."""
+    models = {(row.model, row.kv_heads) for row in rows}
+    return along == "kv_heads" and len({m for m, _ in models}) == len({h for _, h in models}) == len(models) > 1
+
+
 def _curves(rows: Sequence[Any], along: str, attribute: str) -> dict[str, list[tuple[int, float]]]:
     """Label → points from left to right; a label tells what is different between curves."""
     others = [name for name in ("model", "attention", "kv_heads", "context", "batch") if name != along]
     told = [name for name in others if len({str(getattr(row, name)) for row in rows}) > 1]
+    joined = _one_each(rows, along)
+    told = [name for name in told if name != "model" or not joined]
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         words = {"model": row.model, "attention": row.attention, "kv_heads": f"{max(row.kv_heads)} K/V heads"}
         words |= {"context": f"{row.context:,} tokens", "batch": f"batch {row.batch}"}
-        label = ", ".join(words[name] for name in told) or row.model
+        label = ", ".join(words[name] for name in told) or (row.attention if joined else row.model)
         curves.setdefault(label, []).append((_place(row, along), getattr(row, attribute)))
     return {label: sorted(points) for label, points in curves.items()}

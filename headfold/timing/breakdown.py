@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from ..runtime.cache import GrowingLayer
+from ..runtime.cache import GrowingLayer, GrowingSlidingLayer
 from .generation import Setting, generate
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _watching(model: "PreTrainedModel", watches: Stopwatches) -> Iterator[None]:
             if isinstance(module, WEIGHTED):
                 module.forward = watches.timed("weights", module.forward)
                 stack.callback(delattr, module, "forward")
-        for layer in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer):
+        for layer in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, GrowingSlidingLayer):
             _replace(stack, layer, "update", watches.timed("cache", layer.update))
         name = model.config._attn_implementation
         if name in ALL_ATTENTION_FUNCTIONS:
