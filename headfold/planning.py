@@ -1,17 +1,21 @@
 """Make a plan: group the K/V heads of every site and predict what that loses. No model is run here."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from . import group as solvers
 from . import merge as merges
 from .core import plugins
+from .core.costs import Cost, summed
 from .core.errors import UserError
 from .core.groups import Groups, check_group_count
-from .core.moments import site_moments
+from .core.heads import Heads
+from .core.moments import Moments, site_moments
 from .core.plan import Plan, SitePlan
 from .core.predict import grouped_error, site_energy
 from .core.stats import SiteStats
@@ -19,12 +23,16 @@ from .families.layout import read_heads
 from .families.spec import Site
 from .group import costs
 
+Read = Callable[[str], Tensor]
+LARGE = 2048
+"""Inputs of a site above which Gram matrices are multiplied out in float32: their terms are many, and only sums of errors are wanted."""
 
-def parse_kv_heads(text: str | int, num_groups: int) -> int:
+
+def parse_kv_heads(text: str | int, num_groups: int, *, unequal: bool = False) -> int:
     """`4` or `1/2` (of the source's K/V heads) → a count.
 
     Raises:
-        UserError: not a number, or one that does not split the source's K/V heads equally.
+        UserError: not a number, or one that does not split the source's K/V heads equally where groups have to be equal.
     """
     try:
         value = Fraction(str(text))
@@ -33,15 +41,59 @@ def parse_kv_heads(text: str | int, num_groups: int) -> int:
     if "/" in str(text) or value.denominator != 1:
         value *= num_groups
     if value.denominator != 1 or value < 1:
-        choices = ", ".join(str(n) for n in range(1, num_groups + 1) if num_groups % n == 0)
+        choices = ", ".join(map(str, divisors(num_groups)))
         raise UserError(f"--kv-heads {text}: {float(value):g} of {num_groups} K/V heads; choose {choices}")
-    check_group_count(f"--kv-heads {text}", num_groups, int(value))
+    if not unequal or value > num_groups:
+        check_group_count(f"--kv-heads {text}", num_groups, int(value))
     return int(value)
+
+
+def divisors(num_heads: int) -> list[int]:
+    """Counts of K/V heads that equal groups allow."""
+    return [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """`--group`: a solver, the cost it asks, and whether its groups may differ in size."""
+
+    solver: plugins.Method
+    cost: plugins.Method | None
+    unequal: bool
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that it cannot do without; a cost that says nothing needs some."""
+        return () if self.cost is None else getattr(inspect.getmodule(self.cost.function), "NEEDS", ("second",))
+
+
+def parse_group(text: str) -> Grouping:
+    """`SOLVER[:cost=COST,option=value]`; where no cost is named, the solver's own or absorb's."""
+    name, _, tail = text.partition(":")
+    items = [item for item in tail.split(",") if item]
+    named = [item.removeprefix("cost=") for item in items if item.startswith("cost=")]
+    rest = ",".join(item for item in items if not item.startswith("cost="))
+    solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, "group")
+    page = inspect.getmodule(solver.function)
+    unequal = solver.options.get("unequal", getattr(page, "UNEQUAL", False))
+    if not getattr(page, "ASKS_COST", True):
+        return Grouping(solver, None, unequal)
+    return Grouping(
+        solver, plugins.parse(costs, named[0] if named else getattr(page, "COST", "absorb"), "cost"), unequal
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Sites that are decided together, and what becomes of each of them by the count of K/V heads."""
+
+    sites: tuple[Site, ...]
+    plans: Mapping[int, tuple[SitePlan, ...]]
 
 
 def make_plan(
     sites: list[Site],
-    read: Callable[[str], Tensor],
+    read: Read,
     kv_heads: str | int,
     *,
     source: str,
@@ -61,19 +113,58 @@ def make_plan(
     Raises:
         UserError: unknown method or option; a count that does not split the heads.
     """
-    chosen = plugins.parse(merges, merge, "merge")
-    solver, cost_of = parse_group(group)
-    planned: dict[str, SitePlan] = {}
+    grouping = parse_group(group)
+
+    def count(site: Site) -> list[int]:
+        return [parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")]
+
+    made = choices(sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, progress=progress)
+    return assemble(sites, [(choice, next(iter(choice.plans))) for choice in made], group, source, seed, calibration)
+
+
+def choices(
+    sites: Sequence[Site],
+    read: Read,
+    counts: Callable[[Site], Sequence[int]],
+    *,
+    grouping: Grouping,
+    merge: str,
+    stats: Mapping[str, SiteStats] | None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Choice]:
+    """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose."""
+    merging = str(plugins.parse(merges, merge, "merge"))
+    made = []
     for together in _decided_together(sites):
         progress(together[0].name)
-        num_groups = parse_kv_heads(kv_heads, together[0].num_groups)
-        groups = _grouped(together, read, solver, cost_of, num_groups, stats, seed)
-        for site in together:
-            planned[site.name] = _plan_site(site, read, groups, chosen, stats and stats[site.name])
-    return Plan({site.name: planned[site.name] for site in sites}, group, source, seed, calibration or {})
+        views = [_View.of(site, read, stats) for site in together]
+        planned = {}
+        for num_groups in counts(together[0]):
+            groups = _grouped(views, grouping, num_groups, seed)
+            planned[num_groups] = tuple(view.plan(groups, merging) for view in views)
+        made.append(Choice(tuple(together), planned))
+    return made
 
 
-def _decided_together(sites: list[Site]) -> list[list[Site]]:
+def assemble(
+    sites: Sequence[Site],
+    chosen: Iterable[tuple[Choice, int]],
+    group: str,
+    source: str,
+    seed: int,
+    calibration: Mapping[str, str] | None,
+) -> Plan:
+    """The plan that takes of each choice the count beside it."""
+    found = {
+        site.name: plan
+        for choice, count in chosen
+        for site, plan in zip(choice.sites, choice.plans[count], strict=True)
+    }
+    return Plan({site.name: found[site.name] for site in sites}, group, source, seed, calibration or {})
+
+
+def _decided_together(sites: Sequence[Site]) -> list[list[Site]]:
     """Each site alone, but the sites of a stack with one order of query heads at once."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
@@ -81,47 +172,55 @@ def _decided_together(sites: list[Site]) -> list[list[Site]]:
     return list(stacks.values())
 
 
-def parse_group(text: str) -> tuple[plugins.Method, plugins.Method | None]:
-    """`SOLVER[:cost=COST,option=value]` → the solver and the cost it asks, absorb's where none is named."""
-    name, _, tail = text.partition(":")
-    items = [item for item in tail.split(",") if item]
-    named = [item.removeprefix("cost=") for item in items if item.startswith("cost=")]
-    rest = ",".join(item for item in items if not item.startswith("cost="))
-    solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, "group")
-    if not getattr(inspect.getmodule(solver.function), "ASKS_COST", True):
-        return solver, None
-    return solver, plugins.parse(costs, named[0] if named else "absorb", "cost")
+@dataclass(slots=True)
+class _View:
+    """A site with what was computed of it, each thing once and only if asked for."""
 
+    site: Site
+    read: Read
+    stats: SiteStats | None
+    _heads: Heads | None = None
+    _moments: Moments | None = None
 
-def _grouped(
-    sites: list[Site],
-    read: Callable[[str], Tensor],
-    solver: plugins.Method,
-    cost_of: plugins.Method | None,
-    num_groups: int,
-    stats: Mapping[str, SiteStats] | None,
-    seed: int,
-) -> Groups:
-    """One partition for all of `sites`."""
-    num_heads = sites[0].num_groups
-    if num_groups in (1, num_heads) or sites[0].query_order == "fixed":
-        return Groups.contiguous(num_heads, num_groups)
-    if cost_of is None:
-        return solver(None, num_heads, num_groups, seed=seed)
-    costs = []
-    for site in sites:
-        heads = read_heads(site, read)
-        costs.append(
-            cost_of(heads, stats[site.name] if stats is not None else SiteStats.isotropic(heads.k.shape[2] - 1))
+    @classmethod
+    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None) -> "_View":
+        return cls(site, read, None if stats is None else stats[site.name])
+
+    @property
+    def heads(self) -> Heads:
+        # A site of a 7B model is 134 MB: read only where there is something to compute from.
+        self._heads = read_heads(self.site, self.read) if self._heads is None else self._heads
+        return self._heads
+
+    @property
+    def moments(self) -> Moments:
+        if self._moments is None:
+            given = self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1)
+            large = self.heads.k.shape[2] > LARGE
+            self._moments = site_moments(self.heads, given, products=torch.float32 if large else torch.float64)
+        return self._moments
+
+    def cost(self, method: plugins.Method) -> Cost:
+        page = inspect.getmodule(method.function)
+        if hasattr(page, "cost_of"):
+            return page.cost_of(self.moments, **method.options)
+        return method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
+
+    def plan(self, groups: Groups, merge: str) -> SitePlan:
+        if self.stats is None:
+            return SitePlan(groups, merge, self.site.head_dim)
+        return SitePlan(
+            groups, merge, self.site.head_dim, grouped_error(self.moments, groups), site_energy(self.moments)
         )
-    return solver(lambda members: sum(cost(members) for cost in costs), num_heads, num_groups, seed=seed)
 
 
-def _plan_site(
-    site: Site, read: Callable[[str], Tensor], groups: Groups, merge: plugins.Method, stats: SiteStats | None
-) -> SitePlan:
-    # A site of a 7B model is 134 MB: read only where there is something to predict from.
-    if stats is None:
-        return SitePlan(groups, str(merge), site.head_dim)
-    moments = site_moments(read_heads(site, read), stats)
-    return SitePlan(groups, str(merge), site.head_dim, grouped_error(moments, groups), site_energy(moments))
+def _grouped(views: Sequence[_View], grouping: Grouping, num_groups: int, seed: int) -> Groups:
+    """One partition for all of the sites."""
+    site = views[0].site
+    num_heads = site.num_groups
+    if num_groups in (1, num_heads) or site.query_order == "fixed":
+        return Groups.contiguous(num_heads, num_groups)
+    if grouping.cost is None:
+        return grouping.solver(None, num_heads, num_groups, seed=seed)
+    cost = summed([view.cost(grouping.cost) for view in views])
+    return grouping.solver(cost, num_heads, num_groups, seed=seed)

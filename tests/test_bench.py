@@ -1,6 +1,7 @@
 """Timing: what is counted is what is there, what is watched is let go, and what cannot be timed is refused before it is begun."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ def test_a_shape_is_timed_at_several_counts(run) -> None:  # noqa: F811
         (("--shape", "attention", "--kv-heads", "3"), "divides its 32"),
         (("--shape", "attention", "--kv-heads", "many"), "counts such as"),
         (("--shape", "attention", "--dtype", "int8"), "bfloat16"),
+        (("--shape", "attention", "--plot", "plot.xyz"), ".png"),
+        (("--shape", "llama-2-13b", "--dtype", "float64"), "fewer --layers"),
         (("--shape", "attention", "--attention", "nonsense", "--layers", "1"), "nonsense"),
         (("--shape", "attention", "--batch", "0"), "counts such as"),
         (("--shape", "attention", "--context", "1000000"), "at most 131072"),
@@ -178,9 +181,35 @@ def test_what_cannot_be_timed_is_refused_in_a_line(run, words: tuple[str, ...], 
     assert len(refused.err.strip().splitlines()) == 1, refused.err
 
 
-def test_models_that_write_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match="generates"):
-        bench([tiny_checkpoint("vit", torch.float32)])
+@pytest.mark.parametrize("name", ["vit", "bert", "whisper"])
+def test_models_that_write_no_text_from_text_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="writes text"):
+        bench([tiny_checkpoint(name, torch.float32)])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [("{", "expected JSON"), ("{}", "architectures"), ('{"architectures": ["Strange"]}', "Strange")],
+)
+def test_a_shape_that_is_none_is_refused(run, tmp_path: Path, config: str, said: str) -> None:  # noqa: F811
+    (tmp_path / "config.json").write_text(config)
+    refused = run("bench", "--shape", tmp_path)
+    assert refused.code == 2 and said in refused.err and len(refused.err.strip().splitlines()) == 1
+
+
+def test_classes_without_named_attention_run_their_own(run) -> None:  # noqa: F811
+    found = bench([tiny_checkpoint("bloom", torch.float32)], **SMALL)
+    assert [row.attention for row in found.rows] == ["eager in place", "eager"]
+    assert any("takes no attention by name" in note for note in found.notes)
+    found = bench([tiny_checkpoint("gemma2", torch.float32)], **SMALL)
+    assert [row.attention for row in found.rows] == ["headfold", "eager"]
+
+
+def test_labels_tell_models_apart(tmp_path: Path) -> None:
+    for parent in "ab":
+        shutil.copytree(tiny_checkpoint("llama", torch.float32), tmp_path / parent / "out")
+    found = bench([tmp_path / "a" / "out", tmp_path / "b" / "out"], attentions=("headfold",), **SMALL)
+    assert [row.model for row in found.rows] == ["a/out", "b/out"]
 
 
 def row(**facts: Any) -> Any:

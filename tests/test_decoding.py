@@ -1,7 +1,7 @@
 """Decoding over grouped heads: every way to compute attention gives the same, and caches that grow in place give what stock ones do."""
 
 import copy
-from collections.abc import Iterator
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import headfold
-from headfold.runtime import decoding, kernel
+from headfold.runtime import decoding
 from headfold.runtime.attention import headfold_attention
 from headfold.runtime.cache import GrowingCache, GrowingLayer, GrowingSlidingLayer, generate_in_place
 
@@ -69,120 +69,13 @@ def in_float64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     return (scores.softmax(-1) @ value.double()).transpose(1, 2)
 
 
-needs_kernel = pytest.mark.skipif(not kernel.library()[0], reason=f"no decode kernel here: {kernel.library()[1]}")
-
-
-@needs_kernel
-@settings(max_examples=150, deadline=None)
-@given(
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    batch=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    rows=st.integers(1, 11),
-    keys=st.one_of(st.integers(1, 5), st.integers(60, 70), st.integers(500, 1100)),
-    pairs=st.integers(1, 5),
-    mask=st.sampled_from(["none", "keys", "rows", "nothing", "bias", "bias of all heads"]),
-    layout=st.sampled_from(["plain", "room", "by token"]),
-    threads=st.integers(1, 3),
-)
-def test_the_kernel_is_exact(
-    dtype: torch.dtype, batch: int, groups: int, rows: int, keys: int, pairs: int, mask: str, layout: str, threads: int
-) -> None:
-    dim = pairs * kernel.library()[0].headfold_width()
-    query = (3 * drawn(batch, groups, rows, dim)).to(dtype)
-    key, value = (laid_out(drawn(batch, groups, keys, dim, seed=s).to(dtype), layout) for s in (1, 2))
-    given_mask = {
-        "none": lambda: None,
-        "keys": lambda: drawn(batch, 1, 1, keys) > 0,
-        "rows": lambda: drawn(batch, groups, rows, keys) > 0,
-        "nothing": lambda: torch.zeros(batch, 1, 1, keys, dtype=torch.bool),
-        "bias": lambda: (5 * drawn(1, groups, rows, keys)).to(dtype),
-        "bias of all heads": lambda: (5 * drawn(batch, 1, rows, keys)).to(dtype),
-    }[mask]()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found, _ = kernel.kernel(None, query, key, value, given_mask, scaling=0.3)
-    finally:
-        torch.set_num_threads(before)
-    exact = in_float64(query, key, value, given_mask)
-    assert found.dtype == dtype and found.shape == exact.shape
-    # Sums of positive weights and bounded values in float32, and one rounding to the dtype at the end.
-    assert (found - exact).abs().max() <= (1e-5 + torch.finfo(dtype).eps / 2) * value.abs().max()
-
-
-def laid_out(states: Tensor, layout: str) -> Tensor:
-    """The same numbers as caches hold them: the beginning of a larger room, or tokens outside heads."""
-    if layout == "room":
-        return torch.cat([states, torch.full_like(states, torch.nan)], 2)[:, :, : states.shape[2]]
-    return states.transpose(1, 2).contiguous().transpose(1, 2) if layout == "by token" else states
-
-
-@needs_kernel
-@pytest.mark.parametrize("change", ["columns apart", "other width of values", "gradients"])
-def test_what_the_kernel_cannot_take_goes_to_the_fused_one(change: str) -> None:
-    query, key, value = (drawn(1, 2, n, 32, seed=n).float() for n in (3, 40, 40))
-    if change == "columns apart":
-        key = key.mT.contiguous().mT
-    elif change == "other width of values":
-        value = value[..., :16]
-    else:
-        key.requires_grad_()
-        assert decoding.choose(query, key, None) is decoding.sdpa
-        return
-    found, _ = kernel.kernel(None, query, key, value, None, scaling=0.3)
-    torch.testing.assert_close(found.double(), in_float64(query, key, value, None), rtol=1e-5, atol=1e-5)
-
-
-@needs_kernel
-def test_the_kernel_refuses_what_no_call_of_it_takes() -> None:
-    for query in (drawn(1, 2, 3, 32), drawn(1, 2, 3, 32).half(), drawn(1, 2, 3, 24).float()):
-        with pytest.raises(decoding.Unsuited, match="float16|float64|heads of 24"):
-            kernel.kernel(None, query, query, query, None)
-
-
-@pytest.fixture
-def fresh_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is built yet, and nothing of what happens here stays."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel.library.cache_clear()
-    yield monkeypatch
-    kernel.library.cache_clear()
-    decoding.fastest.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "false", "false failed"), ("HEADFOLD_KERNEL", "0", "HEADFOLD_KERNEL=0")],
-)  # fmt: skip
-def test_without_a_compiler_the_others_decode(
-    fresh_kernel: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, reason: str
-) -> None:
-    fresh_kernel.setenv(name, value)
-    decoding.fastest.cache_clear()
-    assert kernel.library()[0] is None
-    query, key = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 100, 32)
-    assert decoding.choose(query, key, None) in (decoding.sdpa, decoding.matmuls)
-    assert reason in decoding.TRIALS[-1].unsuited["kernel"] and reason in str(decoding.TRIALS[-1])
-    assert not list(tmp_path.rglob("*.so"))
-
-
-@needs_kernel
-def test_the_kernel_is_built_once(fresh_kernel: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert kernel.library()[0]
-    (built,) = (path for path in tmp_path.rglob("*") if path.is_file())
-    kernel.library.cache_clear()
-    written = built.stat().st_mtime_ns
-    assert kernel.library()[0] and built.stat().st_mtime_ns == written
-
-
 def test_a_candidate_that_errs_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
         return decoding.sdpa(*arguments, **keywords)[0] * 1.2, None
 
     monkeypatch.setattr(decoding, "CANDIDATES", {"wrong": wrong, "sdpa": decoding.sdpa})
     decoding.fastest.cache_clear()
-    assert decoding.choose(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 100, 8), None) is decoding.sdpa
+    assert decoding.choose(torch.randn(2, 2, 4, 8), *torch.randn(2, 2, 2, 100, 8), None) is decoding.sdpa
     assert "wrong" in decoding.TRIALS[-1].unsuited
     decoding.fastest.cache_clear()
 
@@ -203,9 +96,10 @@ def changed(layer: DynamicLayer, step: str, batch: int) -> None:
     st.lists(st.sampled_from(["add", "add many", "crop", "reorder", "repeat", "select", "reset"]), max_size=24),
     st.sampled_from(["free", "limited", "window of 1", "window of 5", "window of 90", "recording"]),
 )
+@torch.no_grad()
 def test_a_growing_layer_holds_what_a_dynamic_one_does(steps: list[str], kind: str) -> None:
     if kind in ("free", "limited"):
-        ours, stock = GrowingLayer(40 if kind == "limited" else None), DynamicLayer()
+        ours, stock = GrowingLayer(limit=40 if kind == "limited" else None), DynamicLayer()
     else:
         window = int(kind.split()[-1]) if kind != "recording" else 5
         ours, stock = GrowingSlidingLayer(window), DynamicSlidingWindowLayer(window)
@@ -229,16 +123,18 @@ def test_a_growing_layer_holds_what_a_dynamic_one_does(steps: list[str], kind: s
         assert ours.get_mask_sizes(1) == stock.get_mask_sizes(1)
 
 
+@torch.no_grad()
 def test_a_window_is_copied_once_in_a_window() -> None:
     layer, room, rooms = GrowingSlidingLayer(100), None, 0
     for step in range(1000):
-        keys, _ = layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=-step - 1))
-        rooms += keys._base is not room
-        room = keys._base
+        layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=-step - 1))
+        rooms += layer._rooms[0] is not room
+        room = layer._rooms[0]
         assert room.shape[2] <= 200
     assert layer.keys.shape[2] == 99 and rooms <= 12
 
 
+@torch.no_grad()
 def test_new_tokens_are_written_where_the_old_ones_lie() -> None:
     layer, addresses = GrowingLayer(), []
     for step in range(200):
@@ -252,6 +148,7 @@ def test_new_tokens_are_written_where_the_old_ones_lie() -> None:
     assert layer.keys.data_ptr() == at and layer.keys.shape[2] == 191
 
 
+@torch.no_grad()
 def test_copies_do_not_share_room() -> None:
     layer = GrowingLayer()
     layer.update(drawn(1, 2, 5, 4), drawn(1, 2, 5, 4))
@@ -269,6 +166,89 @@ def test_gradients_flow_through_a_cache() -> None:
     keys, _ = layer.update(second, second)
     keys.square().sum().backward()
     assert first.grad is not None and second.grad is not None
+
+
+def test_gradients_of_queries_flow_over_several_steps() -> None:
+    """Keys and values without gradients are still needed by the backward pass of the queries."""
+    layer, query, total = GrowingLayer(), drawn(1, 2, 1, 4).requires_grad_(), 0
+    for step in range(3):
+        keys, values = layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=step + 9))
+        total = total + ((query @ keys.mT).softmax(-1) @ values).sum()
+    total.backward()
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("which", ["query", "value", "mask"])
+def test_gradients_are_never_lost_to_a_kernel(which: str) -> None:
+    states = {
+        "query": drawn(1, 2, 1, 32).float(),
+        "key": drawn(1, 2, 40, 32).float(),
+        "value": drawn(1, 2, 40, 32).float(),
+    }
+    states["mask"] = drawn(1, 2, 1, 40).float()
+    states[which].requires_grad_()
+    assert decoding.choose(*states.values()) is decoding.sdpa
+    output, _ = headfold_attention(nn.Module(), *states.values())
+    assert output.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_caches_grow_in_place_in_either_mode(mode: Any) -> None:
+    layer, rooms = GrowingLayer(), []
+    with mode():
+        for step in range(60):
+            layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=step))
+            rooms.append(layer._rooms[0])
+    assert all(room is rooms[0] for room in rooms)
+
+
+@torch.no_grad()
+def test_a_limit_that_proved_too_low_costs_no_copies() -> None:
+    layer, rooms = GrowingLayer(limit=10), set()
+    for step in range(100):
+        layer.update(drawn(1, 2, 1, 4, seed=step), drawn(1, 2, 1, 4, seed=step))
+        rooms.add(layer._rooms[0].shape[2])
+    assert rooms == {10, 64, 130}
+
+
+def test_samples_are_those_of_stock_on_the_first_call_too() -> None:
+    """Measuring candidates draws nothing from the generator that sampling draws from."""
+    model = stock_model(tiny_checkpoint("llama"), torch.float32)
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=True, pad_token_id=0)
+    said = []
+    for attention in ("sdpa", "headfold"):
+        model.set_attn_implementation(attention)
+        decoding.fastest.cache_clear()
+        torch.manual_seed(0)
+        said.append(model.generate(tiny_tokens(2, 9), **options))
+    assert torch.equal(*said)
+
+
+def test_a_model_that_decodes_in_place_pickles() -> None:
+    model = generate_in_place(stock_model(tiny_checkpoint("llama")))
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        cache = other.generate(tiny_tokens(1, 5), max_new_tokens=3, pad_token_id=0, return_dict_in_generate=True)
+        assert {type(layer) for layer in cache.past_key_values.layers} == {GrowingLayer}
+        assert other._prepare_cache_for_generation.model is other
+
+
+def test_a_model_with_windows_assists() -> None:
+    target, assistant = (stock_model(tiny_checkpoint(name)) for name in ("llama", "mistral"))
+    options = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
+    expected = target.generate(tiny_tokens(1, 9), **options)
+    said = target.generate(tiny_tokens(1, 9), assistant_model=generate_in_place(assistant), **options)
+    assert torch.equal(said, expected)
+
+
+def test_a_cache_goes_on_growing_in_another_call() -> None:
+    model = generate_in_place(stock_model(tiny_checkpoint("llama")))
+    options = dict(min_new_tokens=4, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True)
+    first = model.generate(tiny_tokens(1, 9), **options)
+    limit = first.past_key_values.layers[0].limit
+    again = model.generate(first.sequences, past_key_values=first.past_key_values, **options)
+    assert again.past_key_values.layers[0].limit == limit + 4
+    plain = model.generate(tiny_tokens(1, 9), min_new_tokens=8, max_new_tokens=8, pad_token_id=0)
+    assert torch.equal(again.sequences, plain)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, turn
 
 from headfold import group as solvers
 from headfold.core import plugins
+from headfold.core.costs import many, of_pairs, summed
 from headfold.core.disguise import disguise, repeat_and_disguise
+from headfold.core.errors import UserError
 from headfold.core.groups import Groups
+from headfold.core.heads import Heads
 from headfold.group import costs, swap
 
 Cost = Callable[[tuple[int, ...]], float]
@@ -23,7 +26,16 @@ Cost = Callable[[tuple[int, ...]], float]
 EVERY_SOLVER = pytest.mark.parametrize("name", plugins.names(solvers))
 EVERY_COST = pytest.mark.parametrize("name", plugins.names(costs))
 EVERY_FREEDOM = pytest.mark.parametrize("freedom", sorted(FREEDOMS))
-UNDONE = {"absorb": repeat_and_disguise, "procrustes": turned_copies}
+
+
+def shuffled_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
+    """Each K/V head several times, as it is, in an order of no pattern."""
+    own = heads.expand(heads.num_groups * num_copies)
+    order = random.Random(seed).sample(range(own.num_groups), own.num_groups)
+    return replace(own, **{role: getattr(own, role)[order] for role in ("q", "k", "v", "o")})
+
+
+UNDONE = {"absorb": repeat_and_disguise, "procrustes": turned_copies, "wse": shuffled_copies, "cosine": shuffled_copies}
 """Copies of heads that each cost promises to see through."""
 SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
@@ -72,7 +84,8 @@ def test_the_answer_is_a_balanced_partition_in_canonical_labels_and_repeatable(
     num_heads, num_groups = sizes
     groups = solve(name, generic_cost(seed), num_heads, num_groups, seed)
     assert (groups.num_heads, groups.num_groups) == sizes
-    assert set(groups.sizes) == {num_heads // num_groups}
+    if not getattr(plugins.load(solvers, name), "UNEQUAL", False):
+        assert set(groups.sizes) == {num_heads // num_groups}
     assert groups == Groups.of(groups.kv_of_query)
     assert groups == solve(name, generic_cost(seed), num_heads, num_groups, seed)
 
@@ -139,7 +152,7 @@ def test_local_search_ends_where_no_swap_gains(seed: int) -> None:
 
 
 @EVERY_SOLVER
-def test_a_solver_asks_only_for_sorted_sets_of_the_right_size(name: str) -> None:
+def test_a_solver_asks_only_for_sorted_sets(name: str) -> None:
     asked = []
 
     def cost(members: tuple[int, ...]) -> float:
@@ -149,7 +162,86 @@ def test_a_solver_asks_only_for_sorted_sets_of_the_right_size(name: str) -> None
     solve(name, cost, 8, 2)
     solve(name, cost, 16, 4)
     assert bool(asked) == getattr(plugins.load(solvers, name), "ASKS_COST", True)
-    assert all(len(members) == 4 and list(members) == sorted(set(members)) for members in asked)
+    assert all(list(members) == sorted(set(members)) for members in asked)
+    # Pairs stand in for what is dear; beyond them only what is asked of is.
+    unequal = getattr(plugins.load(solvers, name), "UNEQUAL", False)
+    assert unequal or {len(members) for members in asked} <= {2, 4}
+
+
+UNEQUAL_SOLVERS = [
+    name
+    for name in plugins.names(solvers)
+    if "unequal" in plugins.option_defaults(plugins.load(solvers, name).group)
+    or getattr(plugins.load(solvers, name), "UNEQUAL", False)
+]
+
+
+def solve_unequal(name: str, cost: Cost, num_heads: int, num_groups: int, seed: int = 0) -> Groups:
+    asked = {} if getattr(plugins.load(solvers, name), "UNEQUAL", False) else {"unequal": True}
+    return solve(name, cost, num_heads, num_groups, seed, **asked)
+
+
+@pytest.mark.parametrize("name", UNEQUAL_SOLVERS)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 9), st.data())
+def test_unequal_groups_are_a_partition_into_as_many_as_asked(name: str, num_heads: int, data: st.DataObject) -> None:
+    num_groups = data.draw(st.integers(1, num_heads))
+    groups = solve_unequal(name, pairwise_cost(num_heads), num_heads, num_groups)
+    assert (groups.num_heads, groups.num_groups) == (num_heads, num_groups)
+    assert groups == Groups.of(groups.kv_of_query)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_exact_search_of_unequal_groups_is_exact(seed: int) -> None:
+    cost = generic_cost(seed)
+    every = [labels for labels in itertools.product(range(3), repeat=6) if len(set(labels)) == 3]
+    cheapest = min(total(cost, Groups.of(labels)) for labels in every)
+    equal(total(cost, solve("exact", cost, 6, 3, unequal=True)), cheapest)
+
+
+@pytest.mark.parametrize("name", sorted({*UNEQUAL_SOLVERS} - {"exact"}))
+def test_searches_of_unequal_groups_find_the_odd_head(name: str) -> None:
+    """Seven heads alike and one apart: no equal groups are right."""
+    spots = torch.tensor([0.0, 0.01, 0.02, 5.0, 0.03, 0.04, 0.05, 0.06])
+    cost = of_pairs((spots[:, None] - spots).abs().double())
+    found = solve_unequal(name, cost, 8, 2)
+    assert sorted(found.sizes) == [1, 7] and found.members[found.sizes.index(1)] == (3,)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swap_is_never_worse_than_evolution(seed: int) -> None:
+    """On costs that are sums over pairs and on the weight-sharing error, in equal groups and in others."""
+    for cost in (pairwise_cost(seed), cost_of("wse", random_site("halves", 16))):
+        for unequal in (False, True):
+            evolved = solve("qcqa", cost, 16, 4, seed, unequal=unequal)
+            assert total(cost, solve("swap", cost, 16, 4, seed, unequal=unequal)) <= total(cost, evolved) * (1 + 1e-12)
+
+
+def test_what_is_too_much_to_try_is_refused() -> None:
+    with pytest.raises(UserError, match="choose --group swap"):
+        solve("exact", generic_cost(0), 32, 4)
+    with pytest.raises(UserError, match="at most 14 heads"):
+        solve("exact", generic_cost(0), 15, 4, unequal=True)
+
+
+def test_many_costs_are_those_one_by_one() -> None:
+    site = random_site("partial pairs", 6)
+    sets = [*itertools.combinations(range(6), 2), *itertools.combinations(range(6), 3), (0,), (0, 1, 2, 3, 4, 5)]
+    for name in plugins.names(costs):
+        together, alone = many(cost_of(name, site), sets), [cost_of(name, site)(members) for members in sets]
+        assert_tight(torch.tensor(together), torch.tensor(alone))
+        twice = many(summed([cost_of(name, site)] * 2), sets)
+        assert_tight(torch.tensor(twice), 2 * torch.tensor(alone))
+
+
+def test_weight_sharing_error_is_the_distance_from_the_mean() -> None:
+    """QCQA's definition spelled out; for two heads half the squared distance."""
+    site = random_site("halves", 5)
+    cost = cost_of("wse", site)
+    rows = torch.cat([site.heads.k.flatten(1), site.heads.v.flatten(1)], 1).double()
+    for members in [(0, 1), (1, 3, 4), (0, 1, 2, 3, 4)]:
+        chosen = rows[list(members)]
+        equal(cost(members), float((chosen - chosen.mean(0)).square().sum()), 100)
 
 
 @EVERY_COST
@@ -168,7 +260,8 @@ def test_local_search_finds_planted_groups(name: str, freedom: str) -> None:
 
 def check_planted(name: str, freedom: str, num_groups: int, num_copies: int) -> None:
     few = random_site(freedom, num_groups, num_copies)
-    site = replace(few, heads=repeat_and_disguise(few.heads, num_copies, seed=4))
+    hide = repeat_and_disguise if name in ("absorb", "procrustes") else shuffled_copies
+    site = replace(few, heads=hide(few.heads, num_copies, seed=4))
     expected = planted(site.heads)
     assert expected.sizes == (num_copies,) * num_groups and not expected.is_contiguous
     assert solve("swap", cost_of(name, site), num_groups * num_copies, num_groups) == expected

@@ -76,6 +76,8 @@ def bench(
     from ..recipe import benching
     from ..report import timings
 
+    if plot is not None:
+        timings.require_plot(plot)
     chosen = given(
         contexts=context and _counts("--context", context),
         kv_heads=kv_heads and _counts("--kv-heads", kv_heads),
@@ -86,9 +88,9 @@ def bench(
             models or (), attentions=[name.strip() for name in attention.split(",")], batches=_counts("--batch", batch),
             new_tokens=new_tokens, rounds=rounds, padded=padded, skip_prefill=skip_prefill, progress=progress, **chosen,
         )  # fmt: skip
+    answer(found.to_json(), as_json) or timings.show_bench(found)
     if plot is not None:
         timings.plot_bench(plot, found)
-    answer(found.to_json(), as_json) or timings.show_bench(found)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:

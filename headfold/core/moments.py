@@ -62,14 +62,21 @@ class Moments:
 
 
 def site_moments(
-    heads: Heads, stats: SiteStats, *, query_weighting: bool = True, output_weighting: bool = True
+    heads: Heads,
+    stats: SiteStats,
+    *,
+    query_weighting: bool = True,
+    output_weighting: bool = True,
+    products: torch.dtype = torch.float64,
 ) -> Moments:
-    """All Gram matrices of a site. `heads` may be of any float dtype; computed in float64.
+    """All Gram matrices of a site, in float64. `heads` may be of any float dtype.
 
     The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
+    `products` is the dtype of the long sums over a site's inputs. In float32 they are twice as fast and good for predictions; a
+    merge, which divides by small eigenvalues, needs float64.
     """
-    heads, second = heads.to(torch.float64), stats.mean("second")
-    asked = stats.mean("query_second") if "query_second" in stats.tensors else second
+    heads, second = heads.to(products), stats.mean("second").to(products)
+    asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
     readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_groups, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
     planes = _planes(heads, second, readers) if rotary else None
@@ -77,13 +84,13 @@ def site_moments(
     if rotary < heads.head_dim:
         moment = torch.zeros_like(second)
         # A key component that is constant over a sequence shifts all its logits alike: softmax ignores it.
-        moment[:-1, :-1] = stats.mean("scatter")
+        moment[:-1, :-1] = stats.mean("scatter").to(products)
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
     metric = output_metric(heads) if output_weighting else _identities(heads.num_groups, heads.v.shape[1])
     mean = None
     if heads.o_bias is not None:
         # Attention weights sum to one, so E[v] passes through unchanged: the output bias takes it, exactly.
-        mean = heads.v @ second[:, -1]
+        mean = (heads.v @ second[:, -1]).double()
         second = second - torch.outer(second[:, -1], second[:, -1])
     return Moments(planes, flat, _weighted(heads.v, metric, second), mean)
 
@@ -94,17 +101,17 @@ def _identities(num_groups: int, dim: int) -> Float[Tensor, "group dim dim"]:
 
 def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "group dim dim"]:
     """Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
-    moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b")
+    moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b").double()
     if heads.key_freedom.normed:
         length = torch.diagonal(moments, dim1=1, dim2=2).mean(1)
-        gain = heads.q_gain if heads.q_gain is not None else torch.ones_like(moments[0, 0])
+        gain = heads.q_gain.double() if heads.q_gain is not None else torch.ones_like(moments[0, 0])
         moments = moments / length[:, None, None] * torch.outer(gain, gain)
     return _sum_over_queries(heads, moments)
 
 
 def output_metric(heads: Heads) -> Float[Tensor, "group dim dim"]:
     """Σ W_oᵀ W_o over the query heads of each K/V head: how much a change of v moves the output."""
-    return _sum_over_queries(heads, einsum(heads.o, heads.o, "head a model, head b model -> head a b"))
+    return _sum_over_queries(heads, einsum(heads.o, heads.o, "head a model, head b model -> head a b").double())
 
 
 def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
@@ -115,10 +122,10 @@ def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
 def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
     rotary = heads.key_freedom.rotary_dim
     keys = heads.k[:, :rotary]
-    gram = einsum(keys @ second, keys, "i a model, l b model -> i a l b")
-    scale = keys.new_ones(heads.num_groups)
+    gram = einsum(keys @ second, keys, "i a model, l b model -> i a l b").double()
+    scale = gram.new_ones(heads.num_groups)
     if heads.key_freedom.normed:
-        gain = heads.k_gain if heads.k_gain is not None else keys.new_ones(rotary)
+        gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
         scale = einsum(gram, "i a i a -> i a").mean(1).sqrt()
         gram = gram * einsum(gain / scale[:, None], gain / scale[:, None], "i a, l b -> i a l b")
     first, other = heads.key_freedom.planes().T
@@ -132,8 +139,8 @@ def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
 
 def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> Weighted:
     root, inverse = roots(metric)
-    rows = root @ rows
-    return Weighted(einsum(rows @ moment, rows, "i a model, l b model -> i a l b"), root, inverse)
+    rows = root.to(rows.dtype) @ rows
+    return Weighted(einsum(rows @ moment, rows, "i a model, l b model -> i a l b").double(), root, inverse)
 
 
 def roots(

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .groups import Groups
 from .moments import Moments, Planes, Weighted
 from .shared import align_signs
+
+BATCH = 2**24
+"""Numbers of the Gram matrices that are taken apart at once."""
+DIRECT = 1024
+"""Size of a Gram matrix above which only its leading eigenvalues are found, by iteration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ def site_energy(moments: Moments) -> SiteError:
     """What would be lost if K, or V, were dropped altogether: the scale for relative errors."""
     key = 0.0
     if moments.planes is not None:
-        key += _half(torch.diagonal(moments.planes.weighted, dim1=1, dim2=2).real.sum())
+        key += 0.5 * float(torch.diagonal(moments.planes.weighted, dim1=1, dim2=2).real.sum())
     if moments.keys is not None:
         key += float(torch.einsum("iaia->", moments.keys.gram))
     return SiteError(max(key, _tiny()), max(float(torch.einsum("iaia->", moments.values.gram)), _tiny()))
@@ -34,14 +40,24 @@ def site_energy(moments: Moments) -> SiteError:
 
 def predicted_error(moments: Moments, members: list[int], *, values: bool = True) -> SiteError:
     """The error of the best head that `members` can share (docs/absorb.md), `values=False` to leave V out (0)."""
-    if len(members) == 1:
-        return SiteError(0.0, 0.0)
-    key = 0.0
+    keys, of_values = predicted_errors(moments, torch.tensor([members]), values=values)
+    return SiteError(float(keys), float(of_values))
+
+
+def predicted_errors(
+    moments: Moments, sets: Int[Tensor, "set member"], *, values: bool = True
+) -> tuple[Float[Tensor, " set"], Float[Tensor, " set"]]:
+    """The same for many sets of one size at once: errors of K, and of V."""
+    nothing = torch.zeros(len(sets), dtype=torch.float64)
+    if sets.shape[1] == 1:
+        return nothing, nothing
+    keys = nothing
     if moments.planes is not None:
-        key += _half(_plane_error(moments.planes, members))
+        # E[(Re q̄δ)²] = ½ E|q|² E|δ|²: under RoPE the phase between query and key error runs through all relative positions.
+        keys = keys + 0.5 * _plane_errors(moments.planes, sets)
     if moments.keys is not None:
-        key += _tail(moments.keys, members)
-    return SiteError(key, _tail(moments.values, members) if values else 0.0)
+        keys = keys + _tails(moments.keys, sets)
+    return keys, _tails(moments.values, sets) if values else nothing
 
 
 def grouped_error(moments: Moments, groups: Groups) -> SiteError:
@@ -49,28 +65,41 @@ def grouped_error(moments: Moments, groups: Groups) -> SiteError:
     return sum((predicted_error(moments, list(members)) for members in groups.members), SiteError(0.0, 0.0))
 
 
-def _half(product_energy: Tensor) -> float:
-    # E[(Re q̄δ)²] = ½ E|q|² E|δ|²: under RoPE the phase between query and key error runs through all relative positions.
-    return 0.5 * float(product_energy)
-
-
 def _tiny() -> float:
     return torch.finfo(torch.float64).tiny
 
 
-def _plane_error(planes: Planes, members: list[int]) -> Tensor:
-    weighted = planes.weighted[:, members][:, :, members]
-    total = torch.diagonal(weighted, dim1=1, dim2=2).real.sum()
+def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
+    weighted = planes.weighted[:, sets[:, :, None], sets[:, None, :]]
+    total = torch.diagonal(weighted, dim1=2, dim2=3).real.sum((0, 2))
     if planes.normed:
-        energy = planes.energy[:, members]
-        product = energy[:, :, None] * planes.gram.real[:, members][:, :, members] * energy[:, None, :]
-        signs = align_signs(product)
-        return total - (torch.einsum("fi,fil,fl->f", signs, product, signs) / energy.sum(1)).sum()
-    return total - torch.linalg.eigvalsh(weighted)[:, -1].sum()
+        energy = planes.energy[:, sets]
+        product = energy[..., None] * planes.gram.real[:, sets[:, :, None], sets[:, None, :]] * energy[..., None, :]
+        signs = align_signs(product.flatten(0, 1)).view_as(energy)
+        kept = torch.einsum("fni,fnil,fnl->fn", signs, product, signs) / energy.sum(2)
+        return (total - kept.sum(0)).double()
+    return (total - torch.linalg.eigvalsh(weighted)[..., -1].sum(0)).double()
 
 
-def _tail(weighted: Weighted, members: list[int]) -> float:
+def _tails(weighted: Weighted, sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
     """Energy beyond the `dim` leading directions."""
-    gram = weighted.gram[members][:, :, members]
-    values = torch.linalg.eigvalsh(rearrange(gram, "i a l b -> (i a) (l b)"))
-    return float(values[: -gram.shape[1]].clamp_min(0).sum())
+    dim = weighted.gram.shape[1]
+    by_pair = rearrange(weighted.gram, "i a l b -> i l a b")
+    size = sets.shape[1] * dim
+    at_once = max(1, BATCH // size**2)
+    found = []
+    for some in sets.split(at_once):
+        grams = rearrange(by_pair[some[:, :, None], some[:, None, :]], "n i l a b -> n (i a) (l b)")
+        total = torch.diagonal(grams, dim1=1, dim2=2).sum(1)
+        found.append(total - leading_energy(grams, dim))
+    return torch.cat(found).clamp_min(0).double()
+
+
+def leading_energy(grams: Float[Tensor, "set size size"], num_kept: int) -> Float[Tensor, " set"]:
+    """The sum of the largest eigenvalues of each matrix."""
+    if grams.shape[1] <= DIRECT:
+        return torch.linalg.eigvalsh(grams)[:, -num_kept:].clamp_min(0).sum(1)
+    from scipy.sparse.linalg import eigsh
+
+    sums = [eigsh(gram.numpy(), k=num_kept, return_eigenvectors=False, tol=1e-6).sum() for gram in grams]
+    return torch.tensor(sums, dtype=grams.dtype)

@@ -95,11 +95,18 @@ def verify(
 
 def _outputs(model: "PreTrainedModel", sample: Sample) -> Float[Tensor, "item *output"]:
     """Logits, or the last hidden states of a model without a head."""
-    output = model(**_inputs(model, sample))
-    return next(output[name] for name in OUTPUTS if name in output).cpu()
+    return model_output(model, sample)[1].cpu()
 
 
-def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
+def model_output(model: "PreTrainedModel", sample: Sample) -> tuple[str, Tensor]:
+    """The first of `OUTPUTS` that the model gives, with its name."""
+    output = model(**model_inputs(model, sample))
+    name = next(name for name in OUTPUTS if name in output)
+    return name, output[name]
+
+
+def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
+    """What of a sample the model takes, placed where it is: no labels, no cache."""
     known = inspect.signature(model.forward).parameters
     # Not as labels: a loss over them is no business of this comparison, and not every head can take them.
     labels = sample.get("labels")
@@ -112,7 +119,7 @@ def _inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:
     """Embeddings, then the output of each layer; of an encoder-decoder those of the encoder first."""
-    output = model(**_inputs(model, sample), output_hidden_states=True)
+    output = model(**model_inputs(model, sample), output_hidden_states=True)
     names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
     return tuple(state.cpu() for name in names for state in output.get(name) or ())
 

@@ -1,66 +1,109 @@
-"""Swap heads between equal groups while that lowers the summed cost, from several starts; exact up to 12 heads.
+"""Swap heads between groups while that lowers the summed cost, from several starts; exact up to 12 heads.
 
-Minimises Σ over groups of cost(group) over balanced partitions. Up to `exact_up_to` heads the optimum is found by
-dynamic programming over subsets (each step fills the group of the lowest free head); above, first-improvement local search from
-the contiguous and from `restarts` − 1 random partitions. Local search by swaps is the scheme that 2406.14963 and
-2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group swap:cost=NAME`).
-Cost: at most C(H−1, size−1) cost calls per level of the programme; per sweep of the search, every pair of heads in different groups once.
+Minimises Σ over groups of cost(group) over balanced partitions; `unequal=true` lets heads move to other groups as well. Up to
+`exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none gains, on the sum
+of what every two heads of a group cost together: exact for costs that are sums over pairs (cosine, procrustes; wse in equal
+groups), a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
+are then ranked by the true cost and, up to `descend_up_to` heads, the best goes on with that. Local search by swaps is the scheme
+that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group swap:cost=NAME`).
 """
 
 import itertools
 import random
-from collections.abc import Callable
-from functools import cache
 
+import torch
+from torch import Tensor
+
+from ..core.costs import Cost, many, pair_matrix
 from ..core.groups import Groups
+from . import exact
 
-Cost = Callable[[tuple[int, ...]], float]
+GAIN = 1e-12
+"""Relative gain below which a change is rounding."""
+Partition = list[tuple[int, ...]]
 
 
 def group(
-    cost: Cost, num_heads: int, num_groups: int, *, seed: int = 0, restarts: int = 8, exact_up_to: int = 12
+    cost: Cost,
+    num_heads: int,
+    num_groups: int,
+    *,
+    seed: int = 0,
+    unequal: bool = False,
+    restarts: int = 32,
+    exact_up_to: int = 12,
+    descend_up_to: int = 16,
 ) -> Groups:
-    """`num_groups` equal groups of `num_heads` heads. `cost` takes the sorted heads of one group."""
-    size = num_heads // num_groups
-    if size == 1 or num_groups == 1:
+    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
+    if num_groups in (1, num_heads):
         return Groups.contiguous(num_heads, num_groups)
-    cost = cache(cost)
     if num_heads <= exact_up_to:
-        return Groups.from_members(_exact(cost, num_heads, size))
+        return exact.group(cost, num_heads, num_groups, unequal=unequal)
     draw = random.Random(seed)
-    starts = [list(range(num_heads))] + [draw.sample(range(num_heads), num_heads) for _ in range(restarts - 1)]
-    found = [_descend(cost, [sorted(start[at : at + size]) for at in range(0, num_heads, size)]) for start in starts]
-    return Groups.from_members(min(found, key=lambda members: sum(cost(tuple(heads)) for heads in members)))
+    size = num_heads / num_groups
+    labels = [int(head / size) for head in range(num_heads)]
+    drawn = [labels, *(draw.sample(labels, num_heads) for _ in range(restarts - 1))]
+    pairs = pair_matrix(cost, num_heads)
+    ends = list(dict.fromkeys(_settled(pairs, start, num_groups, unequal=unequal) for start in drawn))
+    best = min(ends, key=lambda groups: _total(cost, list(groups.members)))
+    if num_heads > descend_up_to:
+        return best
+    return Groups.from_members(descend(cost, list(best.members), unequal=unequal))
 
 
-def _exact(cost: Cost, num_heads: int, size: int) -> list[tuple[int, ...]]:
-    """The cheapest partition into groups of `size`, by dynamic programming over the set of heads still free."""
-
-    @cache
-    def best(free: frozenset[int]) -> tuple[float, tuple[tuple[int, ...], ...]]:
-        if not free:
-            return 0.0, ()
-        lowest, *others = sorted(free)
-        options = []
-        for rest in itertools.combinations(others, size - 1):
-            heads = (lowest, *rest)
-            tail, groups = best(free.difference(heads))
-            options.append((cost(heads) + tail, (heads, *groups)))
-        return min(options, key=lambda option: option[0])
-
-    return list(best(frozenset(range(num_heads)))[1])
+def _total(cost: Cost, members: Partition) -> float:
+    return sum(many(cost, members))
 
 
-def _descend(cost: Cost, members: list[list[int]]) -> list[list[int]]:
-    """Swap until no single swap gains."""
+def _settled(pairs: Tensor, labels: list[int], num_groups: int, *, unequal: bool) -> Groups:
+    """The best swap or move, again and again, where costs are sums over pairs."""
+    group = torch.tensor(labels)
+    inside = torch.nn.functional.one_hot(group, num_groups).to(pairs.dtype)
+    scale = GAIN * pairs.abs().sum().item()
+    while True:
+        to = pairs @ inside  # (head, group): what a head costs with the heads of a group
+        here = to.gather(1, group[:, None])
+        moved = to - here
+        swapped = moved[:, group] + moved[:, group].T - 2 * pairs
+        swapped[group[:, None] == group] = 0
+        swap = int(swapped.argmin())
+        gain, change = float(swapped.flatten()[swap]), (swap // len(group), swap % len(group))
+        if unequal:
+            moved[inside.sum(0)[group] == 1] = 0  # a group of one would be left empty
+            move = int(moved.argmin())
+            if float(moved.flatten()[move]) < gain:
+                gain, change = float(moved.flatten()[move]), (move // num_groups, None)
+        if gain >= -scale:
+            return Groups.of(group.tolist())
+        i, j = change
+        group[i], other = (group[j] if j is not None else move % num_groups), group[i].clone()
+        if j is not None:
+            group[j] = other
+        inside = torch.nn.functional.one_hot(group, num_groups).to(pairs.dtype)
+
+
+def descend(cost: Cost, members: Partition, *, unequal: bool = False) -> Partition:
+    """The best swap (or move) of the true cost between two groups, until none gains."""
     improved = True
     while improved:
         improved = False
         for a, b in itertools.combinations(range(len(members)), 2):
-            for i, j in itertools.product(range(len(members[a])), range(len(members[b]))):
-                left = sorted(members[a][:i] + members[a][i + 1 :] + [members[b][j]])
-                right = sorted(members[b][:j] + members[b][j + 1 :] + [members[a][i]])
-                now = cost(tuple(members[a])) + cost(tuple(members[b]))
-                if cost(tuple(left)) + cost(tuple(right)) < now - 1e-12 * abs(now):
-                    members[a], members[b], improved = left, right, True
+            options = list(_changes(members[a], members[b], unequal=unequal))
+            prices = many(cost, [one for option in options for one in option])
+            totals = [left + right for left, right in zip(prices[::2], prices[1::2], strict=True)]
+            now = sum(many(cost, [members[a], members[b]]))
+            if options and min(totals) < now - GAIN * abs(now):
+                members[a], members[b] = options[totals.index(min(totals))]
+                improved = True
     return members
+
+
+def _changes(left: tuple[int, ...], right: tuple[int, ...], *, unequal: bool) -> list[tuple[tuple[int, ...], ...]]:
+    """Two groups after every swap and, if asked, every move between them."""
+    made = [
+        (tuple(sorted({*left, j} - {i})), tuple(sorted({*right, i} - {j}))) for i, j in itertools.product(left, right)
+    ]
+    if unequal:
+        made += [(tuple(h for h in left if h != i), tuple(sorted({*right, i}))) for i in left if len(left) > 1]
+        made += [(tuple(sorted({*left, j})), tuple(h for h in right if h != j)) for j in right if len(right) > 1]
+    return made

@@ -13,8 +13,8 @@ from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..runtime.attention import NAME
 from ..runtime.cache import generate_in_place
-from ..runtime.decoding import TRIALS
-from ..runtime.load import load
+from ..runtime.decoding import TRIALS, fastest
+from ..runtime.load import load, takes_attention
 from ..stock import available_memory, compute_dtype, processor_flags
 from ..timing.breakdown import breakdown, weights_read, write_trace
 from ..timing.generation import Setting, Timing, cache_bytes, generate
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CONTEXT, BATCH, NEW_TOKENS, ROUNDS = 2048, 4, 32, 5
 ATTENTIONS = (NAME, "sdpa")
+IN_PLACE = " in place"
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 SHORT = 64
 """Keys below which a choice of ours does not matter, nor is told."""
 COPIES = 2.2
@@ -40,7 +42,7 @@ class Row:
 
     model: str
     attention: str
-    """`headfold` with caches that grow in place; any other with stock's."""
+    """`headfold`, and any name with ` in place` behind it, with caches that grow in place; others with stock's."""
     kv_heads: tuple[int, ...]
     """The different counts of its decoder's sites."""
     context: int
@@ -130,7 +132,7 @@ def bench(
     progress, device = progress or silent, device or default_device()
     kind = _dtype(dtype)
     subjects = [
-        *(_opened(str(model), attentions, kind, device) for model in models),
+        *_opened_all(models, attentions, kind, device),
         *_built(shape, kv_heads, layers, attentions, kind or torch.bfloat16, device),
     ]
     if not subjects:
@@ -138,6 +140,7 @@ def bench(
     contexts = contexts or (max(1, min(CONTEXT, *(_longest(subject.model) - new_tokens for subject in subjects))),)
     settings = [Setting(c, b, new_tokens, padded, skip_prefill) for c, b in product(contexts, batches)]
     _check(subjects, settings, device)
+    fastest.cache_clear()  # what this run decides is measured in it, and told
     first_trial = len(TRIALS)
     rows: list[Row] = []
     for number, setting in enumerate(settings):
@@ -165,18 +168,43 @@ def bench(
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UserError(f"bench: expected a dtype such as bfloat16, float16 or float32, got {name}")
-    return found
+    if name not in (None, *DTYPES):
+        raise UserError(f"bench: --dtype: expected one of {', '.join(DTYPES)}, got {name}")
+    return None if name is None else getattr(torch, name)
+
+
+def _opened_all(
+    models: Sequence[str | Path], attentions: Sequence[str], dtype: torch.dtype | None, device: str
+) -> list[_Subject]:
+    opened = [_opened(str(model), attentions, dtype, device) for model in models]
+    _shorten(opened)
+    return opened
 
 
 def _opened(name: str, attentions: Sequence[str], dtype: torch.dtype | None, device: str) -> _Subject:
     """A checkpoint, folded or not, as `headfold.load` opens it."""
     model = load(resolve(name), **({} if dtype is None else {"dtype": dtype})).to(device)
-    if not model.can_generate():
-        raise UserError(f"{name}: expected a model that generates, got {type(model).__name__}; bench times new tokens")
-    return _Subject(Path(name).name, model, _attentions(model, attentions))
+    _require_text(name, model)
+    return _Subject(name.rstrip("/"), model, _attentions(model, attentions))
+
+
+def _require_text(name: str, model: "PreTrainedModel") -> None:
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        raise UserError(
+            f"{name}: expected a model that writes text from text, got {type(model).__name__}; bench times new tokens"
+        )
+
+
+def _shorten(subjects: Sequence[_Subject]) -> None:
+    """Labels of as few parts of a path as tell the models apart."""
+    paths = {subject.label: Path(subject.label).parts for subject in subjects}
+    for subject in subjects:
+        parts = paths[subject.label]
+        for length in range(1, len(parts) + 1):
+            same = [label for label, other in paths.items() if other[-length:] == parts[-length:]]
+            if len(same) == 1:
+                break
+        subject.label = str(Path(*parts[-length:]))
 
 
 def _built(
@@ -200,16 +228,19 @@ def _built(
     for count in kv_heads or [None]:
         model = random_model(config, count, dtype=dtype, device=device, like=like, where=shape)
         like = like or model
-        if not model.can_generate():
-            raise UserError(
-                f"{shape}: expected a model that generates, got {type(model).__name__}; bench times new tokens"
-            )
+        _require_text(shape, model)
         yield _Subject(name, model, _attentions(model, attentions))
 
 
 def _attentions(model: "PreTrainedModel", asked: Sequence[str]) -> tuple[str, ...]:
-    """Those asked for, where the class takes an attention by name; else its own one alone."""
-    return tuple(asked) if model._supports_sdpa else (model.config._attn_implementation,)
+    """Those asked for, where the class takes an attention by name; else its own one, with our caches and with stock ones.
+
+    Where a class has no sdpa (soft-capped logits, sinks), eager is what stock transformers runs.
+    """
+    own = model.config._attn_implementation
+    if not takes_attention(model):
+        return own + IN_PLACE, own
+    return tuple("eager" if name == "sdpa" and not model._supports_sdpa else name for name in asked)
 
 
 def _longest(model: "PreTrainedModel") -> int:
@@ -246,7 +277,7 @@ def _round(subjects: Sequence[_Subject], setting: Setting, number: int, profile:
     start = number % len(cases)
     for subject, name in cases[start:] + cases[:start]:
         _use(subject, name)
-        grows = name == NAME
+        grows = name == NAME or name.endswith(IN_PLACE)
         if number:
             subject.timings[name].append(generate(subject.model, setting, grows=grows))
             continue
@@ -258,13 +289,17 @@ def _round(subjects: Sequence[_Subject], setting: Setting, number: int, profile:
             heads = "-".join(map(str, sorted(set(warm.kv_heads))))
             label = f"{subject.label} {heads} heads {name} {setting.context} x {setting.batch}"
             write_trace(
-                profile / f"{label.replace(', ', '-').replace(' ', '-')}.json", subject.model, setting, grows=grows
+                profile / f"{label.replace(', ', '-').replace(' ', '-').replace('/', '-')}.json",
+                subject.model,
+                setting,
+                grows=grows,
             )
 
 
 def _use(subject: _Subject, name: str) -> None:
     """Let the model decode under an attention: ours with our caches, others with stock ones."""
-    model = subject.model
+    model, grows = subject.model, name == NAME or name.endswith(IN_PLACE)
+    name = name.removesuffix(IN_PLACE)
     if model.config._attn_implementation != name:
         try:
             model.set_attn_implementation(name)
@@ -272,7 +307,7 @@ def _use(subject: _Subject, name: str) -> None:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{subject.label}: attention {name}: {reason}; choose another --attention") from error
     vars(model).pop("_prepare_cache_for_generation", None)
-    if name == NAME:
+    if grows:
         generate_in_place(model)
 
 
@@ -304,10 +339,15 @@ def _row(subject: _Subject, name: str, setting: Setting) -> Row:
 def _notes(subjects: Sequence[_Subject], device: str) -> list[str]:
     """What a user might take for a fault of the fold."""
     notes = [
-        f"{subject.label}: its class takes no attention by name; timed under its own, {subject.attentions[0]}"
+        f"{subject.label}: its class takes no attention by name; timed under its own, {subject.attentions[-1]}"
         for subject in subjects
-        if not subject.model._supports_sdpa
+        if not takes_attention(subject.model)
     ]
+    for subject in subjects:
+        if any(parameter.dim() > 2 for parameter in subject.model.parameters()):
+            notes.append(f"{subject.label}: experts are not counted among the weights that a token reads")
+        if any(getattr(module, "kv_of_query", None) for module in subject.model.modules()):
+            notes.append(f"{subject.label}: unequal groups, so any name but eager stands for headfold's attention")
     for dtype in {subject.model.dtype for subject in subjects}:
         faster, why = compute_dtype(dtype, device)
         if faster != dtype:

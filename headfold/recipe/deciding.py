@@ -71,7 +71,6 @@ def plan_source(
 
 
 def needs_statistics(group: str, merge: str) -> bool:
-    """Whether a method asks for statistics. A grouping cost always does: without data it would group by weights alone, unasked."""
-    _, cost = planning.parse_group(group)
+    """Whether a method asks for statistics. A grouping cost mostly does: without data it would group by weights alone, unasked."""
     method = plugins.parse(merges, merge, "merge")
-    return cost is not None or bool(plugins.needs(method))
+    return bool(planning.parse_group(group).needs) or bool(plugins.needs(method))

@@ -1,18 +1,23 @@
 """What `headfold bench` shows: a table, which way of decoding ran and why, and a picture."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
 from .plot import COLOURS
 from .tables import percent, show_table, size
+
+PARTS = ("weights", "attention", "cache", "rest")
+"""The order of columns that say where time goes."""
 
 
 def show_bench(found: Any) -> None:
     """A `recipe.benching.Bench`."""
     rows = found.rows
     varied = [name for name in ("context", "batch") if len({getattr(row, name) for row in rows}) > 1]
-    parts = list(rows[0].parts or ())
+    parts = [part for part in PARTS if any(part in (row.parts or ()) for row in rows)]
     header = ["model", "attention", "K/V heads", *varied]
     header += [*([] if found.skip_prefill else ["first token"]), "new token", "tokens/s"]
     header += [*([] if found.skip_prefill else ["sample"]), "K/V cache", "peak", "read", *parts]
@@ -46,12 +51,24 @@ def _cells(row: Any, found: Any, varied: Sequence[str], parts: Sequence[str]) ->
         size(row.kv_bytes),
         "" if row.peak_bytes is None else size(row.peak_bytes),
         f"{row.bytes_per_second / 1e9:.3g} GB/s ({share})",
-        *(_time(row.parts[part]) for part in parts),
+        *(_time(row.parts[part]) if part in row.parts else "" for part in parts),
     ]
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def require_plot(path: Path) -> None:
+    """Refuse, before anything is measured, what could not be drawn.
+
+    Raises:
+        UserError: matplotlib is not installed, or it does not write such files.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'headfold[plot]', or leave --plot out")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {path}: expected a file name ending in .png, .pdf or .svg; choose another")
 
 
 def plot_bench(path: Path, found: Any) -> None:

@@ -145,7 +145,7 @@ def _decode(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
     """Packed rows by whichever way is faster here."""
-    return choose(query, key, mask)(module, query, key, value, mask, **keywords)
+    return choose(query, key, value, mask)(module, query, key, value, mask, **keywords)
 
 
 def repeated(

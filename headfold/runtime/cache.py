@@ -1,11 +1,10 @@
 """A K/V cache that grows in place: room is kept ahead, and a new token is written into it instead of copying all that came before.
 
 Stock `DynamicCache` concatenates at every step, that is it copies the whole cache for each new token. The layers here are drop-in:
-`GrowingCache(config)` goes wherever a `DynamicCache` does, with any stock model, and `headfold.load` gives it to `generate`.
+`GrowingCache(config)` goes wherever a `DynamicCache` does, with any stock model, and `headfold.load` gives it to `generate`. They write in
+place under `no_grad` or in inference mode; where gradients are enabled, or a compiler traces, they concatenate as stock does.
 """
 
-from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +22,24 @@ States = Float[Tensor, "batch group token dim"]
 
 
 class _InPlace(DynamicLayer):
-    """What is common to layers that grow in place. `keys` and `values` are views of the written part of a larger room."""
+    """What is common to layers that grow in place. `keys` and `values` are views of the written part of a larger room.
+
+    `limit` is how long the cache will get, where that is known: the first rooms are no larger.
+    """
+
+    def __init__(self, *arguments: Any, limit: int | None = None, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.limit = limit
+        self._rooms: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def lazy_initialization(self, key_states: States, value_states: States) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+
+    def reset(self) -> None:
+        """Empty, and its rooms let go."""
+        super().reset()
+        self._rooms = (None, None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams that stay where they are cost nothing; the others are copied into their places."""
@@ -41,28 +53,24 @@ class _InPlace(DynamicLayer):
         for states in (self.keys, self.values):
             states[moved] = states[index[moved]]
 
-    def _grown(self, key_states: States, value_states: States, limit: int | None) -> tuple[States, States] | None:
-        """Keys and values with the new ones behind; None under autograd, which forbids to write in place."""
+    def _grown(self, key_states: States, value_states: States) -> tuple[States, States] | None:
+        """Keys and values with the new ones behind; None where autograd may need the old, or a compiler traces."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.requires_grad or value_states.requires_grad or self.keys.requires_grad:
-            return None
-        return _appended(self.keys, key_states, limit), _appended(self.values, value_states, limit)
+        keys, key_room = _appended(self.keys, key_states, self._rooms[0], self.limit)
+        values, value_room = _appended(self.values, value_states, self._rooms[1], self.limit)
+        self._rooms = (key_room, value_room)
+        return keys, values
 
 
 class GrowingLayer(_InPlace):
-    """The cache of one layer.
-
-    `limit` is how long the cache will get, where that is known: no room is made beyond it.
-    """
-
-    def __init__(self, limit: int | None = None, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        self.limit = limit
+    """The cache of one layer."""
 
     def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
-        """Write the new tokens behind the old; returns all of them. Under autograd as stock."""
-        grown = self._grown(key_states, value_states, self.limit)
+        """Write the new tokens behind the old; returns all of them. With gradients enabled as stock."""
+        grown = self._grown(key_states, value_states)
         if grown is None:
             return super().update(key_states, value_states, *args, **keywords)
         self.keys, self.values = grown
@@ -73,11 +81,12 @@ class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
     """The cache of one layer that sees a window: this slides along a room of twice its size, and is copied only at its end."""
 
     def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
-        """Write the new tokens behind the old; returns those that the new ones may see. Under autograd as stock."""
+        """Write the new tokens behind the old; returns those that the new ones may see. With gradients enabled as stock."""
         count, kept = key_states.shape[-2], self.sliding_window - 1
         # A long prompt is not worth a room: nearly all of it is out of sight at the next token.
-        grown = self._grown(key_states, value_states, None) if count <= kept else None
+        grown = self._grown(key_states, value_states) if count <= kept else None
         if grown is None:
+            self._rooms = (None, None)
             return super().update(key_states, value_states, *args, **keywords)
         self.cumulative_length += count
         if self.record_past:
@@ -87,36 +96,33 @@ class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         return grown
 
 
-def _appended(states: States, new: States, limit: int | None) -> States:
-    """`states` with `new` behind, in the room that they lie in or, where that is full, in one twice as large."""
+def _appended(states: States, new: States, room: Tensor | None, limit: int | None) -> tuple[States, Tensor]:
+    """`states` with `new` behind, and where they lie: in `room` if they do already and it takes them, else in one twice as large."""
     length = states.shape[-2] + new.shape[-2]
-    room, start = _room(states, new)
-    if room is None:
+    start = None if room is None else _place(states, new, room)
+    if start is None:
         size = max(LEAST_ROOM, 2 * length)
-        size = max(length, min(size, limit)) if limit is not None else size
-        room = new.new_empty(*new.shape[:2], size, new.shape[-1])
+        size = max(length, min(size, limit)) if limit is not None and length <= limit else size
+        start, room = 0, new.new_empty(*new.shape[:2], size, new.shape[-1])
         room[..., : states.shape[-2], :] = states
     room[..., start + states.shape[-2] : start + length, :] = new
-    return room[..., start : start + length, :]
+    return room[..., start : start + length, :], room
 
 
-def _room(states: States, new: States) -> tuple[Tensor | None, int]:
-    """The tensor that `states` lie in, and the token of it that is their first; none if it cannot take what is new."""
-    room = states._base
-    fits = (
-        room is not None
-        and room.dim() == 4
+def _place(states: States, new: States, room: Tensor) -> int | None:
+    """The token of the room that is the first of `states`; None where these lie elsewhere, or the room cannot take what is new."""
+    inside = (
+        states.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
         and room.shape[:2] == states.shape[:2]
         and room.stride() == states.stride()
-        and not room.requires_grad
         and states.shape[-2] > 0
-        and (not room.is_inference() or torch.is_inference_mode_enabled())
         and states.dtype == new.dtype
+        and (not room.is_inference() or torch.is_inference_mode_enabled())
     )
-    if not fits:
-        return None, 0
+    if not inside:
+        return None
     start = (states.data_ptr() - room.data_ptr()) // (room.stride(-2) * room.element_size())
-    return (room, start) if start + states.shape[-2] + new.shape[-2] <= room.shape[-2] else (None, 0)
+    return start if start + states.shape[-2] + new.shape[-2] <= room.shape[-2] else None
 
 
 class GrowingCache(DynamicCache):
@@ -143,22 +149,33 @@ def grow_in_place(cache: Cache, limit: int | None = None) -> None:
 def _growing(layer: Any, limit: int | None) -> Any:
     """The same kind of layer, empty, growing in place; any other kind as it is."""
     if type(layer) is DynamicSlidingWindowLayer:
-        return GrowingSlidingLayer(layer.sliding_window)
-    return GrowingLayer(limit) if type(layer) is DynamicLayer else layer
+        made = GrowingSlidingLayer(layer.sliding_window, limit=limit)
+        made.record_past = layer.record_past
+        return made
+    return GrowingLayer(limit=limit) if type(layer) is DynamicLayer else layer
+
+
+class _InPlaceCaches:
+    """`_prepare_cache_for_generation` of one model: dynamic caches that it makes grow in place. A class, so that models pickle."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, longest: int, *rest: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        stock = type(self.model)._prepare_cache_for_generation
+        stock(self.model, generation_config, model_kwargs, mode, batch, longest, *rest)
+        cache = model_kwargs.get("past_key_values")
+        if given is None and cache is not None:
+            grow_in_place(cache, longest)
+        for layer in getattr(getattr(given, "self_attention_cache", given), "layers", ()):
+            if isinstance(layer, _InPlace):
+                layer.limit = longest
 
 
 def generate_in_place(model: "PreTrainedModel") -> "PreTrainedModel":
     """Let `generate` of a model use caches that grow in place wherever it would take dynamic ones; returns the model."""
-    stock: Callable[..., None] = type(model)._prepare_cache_for_generation
-
-    def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, longest: int, *rest: Any
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        stock(self, generation_config, model_kwargs, mode, batch, longest, *rest)
-        cache = model_kwargs.get("past_key_values")
-        if given is None and cache is not None:
-            grow_in_place(cache, longest)
-
-    model._prepare_cache_for_generation = MethodType(prepare, model)
+    model._prepare_cache_for_generation = _InPlaceCaches(model)
     return model

@@ -91,10 +91,10 @@ inline Eight sums_of(const Vector* v) {
     return PICK(d[0], d[1], 0, 2, 8, 10, 4, 6, 12, 14) + PICK(d[0], d[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-// 2^x for x <= 0, to about 2e-7 of it; never below 2^-126, so a row that may see nothing sees all alike, as in the plain attention.
+// 2^x for x <= 0, to about 2e-7 of it; never below 2^-126, so a row that may see nothing sees all alike. NaN stays NaN.
 inline Eight exp2(Eight x) {
     const Eight low = Eight{} - 126.0f;
-    x = x > low ? x : low;
+    x = x < low ? low : x;
     const Eight shifted = x + 12582912.0f;  // 1.5 · 2^23: what is left in the last bits is the nearest integer
     const Eight f = x - (shifted - 12582912.0f);
     Eight p = 1.5403530e-4f * f + 1.3333558e-3f;  // Taylor's series of 2^f, |f| <= 1/2

@@ -1,7 +1,7 @@
 """Attention of few queries over long keys: the ways to compute it, and which one is fastest here.
 
 Processors differ: with bf16 matrix units two batched products win, on those without them they are many times slower than the
-fused kernel. So all are tried once per device, dtype and class of shapes, for milliseconds, and the winner is kept.
+fused kernel. So all are tried once per device, dtype and class of shapes, which takes some tenths of a second, and the winner is kept.
 """
 
 import functools
@@ -126,9 +126,12 @@ TRIALS: list[Trial] = []
 """All that were made so far."""
 
 
-def choose(query: Tensor, key: Tensor, mask: Tensor | None) -> Inner:
-    """The fastest candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, float64)."""
-    if torch.compiler.is_compiling() or query.dtype == torch.float64 or query.requires_grad or key.requires_grad:
+def choose(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Inner:
+    """The fastest candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, gradients, float64)."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    states = (query, key, value, mask)
+    learning = torch.is_grad_enabled() and any(state is not None and state.requires_grad for state in states)
+    if tracing or learning or query.dtype == torch.float64:
         return sdpa
     dim = query.shape[-1]
     groups, rows, keys = map(_class, (len(query) * query.shape[1], query.shape[2], key.shape[2]))
@@ -145,8 +148,12 @@ def _class(size: int) -> int:
 def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, dim: int, masked: bool) -> str:
     """The name of the candidate that takes least time on random numbers: (groups, rows, dim) over (groups, keys, dim)."""
     with torch.no_grad():
-        query = torch.randn(1, groups, rows, dim, device=device).to(dtype)
-        key, value = (torch.randn(1, groups, keys, dim, device=device).to(dtype) for _ in range(2))
+        draw = torch.Generator(device).manual_seed(0)  # of its own: what a user samples stays what it was
+
+        def drawn(length: int) -> Tensor:
+            return torch.randn(1, groups, length, dim, device=device, generator=draw).to(dtype)
+
+        query, key, value = drawn(rows), drawn(keys), drawn(keys)
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if masked else None
 
         def run(candidate: Inner) -> tuple[float, Tensor]:

@@ -45,9 +45,14 @@ def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTra
     from .attention import NAME
     from .cache import generate_in_place
 
-    if not keep_attention and model._supports_sdpa:
+    if not keep_attention and takes_attention(model):
         model.set_attn_implementation(NAME)
     return generate_in_place(model) if model.can_generate() else model
+
+
+def takes_attention(model: "PreTrainedModel") -> bool:
+    """Whether the class lets its attention be named: `sdpa`, or the interface of transformers where sdpa lacks what it needs (Gemma 2)."""
+    return bool(model._supports_sdpa or getattr(model, "_supports_attention_backend", False))
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
@@ -98,7 +103,10 @@ def check(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again, it goes on from there")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: expected a checkpoint directory, found no config.json there; check the path")
-    config = json.loads((directory / "config.json").read_text())
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: expected JSON ({error}); is the file whole?") from error
     sites = _listed_sites(config, directory)
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")

@@ -58,11 +58,15 @@ class Stopwatches:
 
 
 def breakdown(model: "PreTrainedModel", setting: Setting, *, grows: bool) -> dict[str, float]:
-    """Seconds of a new token by part (`PARTS`), mean over the tokens behind the first."""
+    """Seconds of a new token by part (`PARTS`), mean over the tokens behind the first.
+
+    Attention that is not called by a name (`eager`) cannot be told from the rest, and is left out.
+    """
     watches = Stopwatches(model.device)
     with _watching(model, watches):
         timing = generate(model, setting, grows=grows, on_first=watches.seconds.clear)
-    found = {part: watches.seconds[part] / len(timing.tokens) for part in PARTS[:-1]}
+    seen = [part for part in PARTS[:-1] if part != "attention" or watches.seconds[part]]
+    found = {part: watches.seconds[part] / len(timing.tokens) for part in seen}
     return {**found, "rest": max(0.0, sum(timing.tokens) / len(timing.tokens) - sum(found.values()))}
 
 

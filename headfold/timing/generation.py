@@ -77,7 +77,7 @@ def generate(
         started = time.perf_counter()
         said = model.generate(
             **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, num_beams=1, pad_token_id=0,
-            streamer=clock, return_dict_in_generate=True,
+            use_cache=True, streamer=clock, return_dict_in_generate=True,
         )  # fmt: skip
     arrived = clock.times[1:]
     layers = [layer for part in parts(said.past_key_values) for layer in part.layers if layer.keys is not None]

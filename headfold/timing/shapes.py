@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..families import family_of
 from ..families.spec import folded_config, sites
 from ..runtime.load import own_class
-from ..stock import quiet
+from ..stock import available_memory, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ little else than attention in them."""
 
 BLOCK = 1 << 16
 LAYERS = (
-    "num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
 """What configs call their counts of layers."""
 
@@ -76,13 +76,30 @@ def shape_config(shape: str, *, layers: int | None = None) -> dict[str, Any]:
         raise UserError(
             f"{shape}: expected a directory with a config.json or one of the shapes {', '.join(SHAPES)}; got neither"
         )
-    config = dict(SHAPES[shape]) if shape in SHAPES else json.loads(file.read_text())
-    for name in LAYERS if layers is not None else ():
-        if isinstance(config.get(name), int):
-            if not 1 <= layers <= config[name]:
-                raise UserError(f"{shape}: expected 1 to {config[name]} layers, got {layers}")
-            config[name] = layers
-            config.pop("layer_types", None)
+    config = dict(SHAPES[shape]) if shape in SHAPES else _read(file)
+    named = [name for name in LAYERS if isinstance(config.get(name), int)]
+    if layers is not None and not named:
+        raise UserError(f"{file}: expected a count of layers ({', '.join(LAYERS)}), found none; leave --layers out")
+    for name in named if layers is not None else ():
+        if not 1 <= layers <= config[name]:
+            raise UserError(f"{shape}: expected 1 to {config[name]} layers, got {layers}")
+        config[name] = layers
+        config.pop("layer_types", None)
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: expected JSON, got something else ({error}); is the file whole?") from error
+    import transformers
+
+    name = (config.get("architectures") or [None])[0]
+    if own_class(config) is None and not hasattr(transformers, str(name)):
+        raise UserError(
+            f"{file}: architectures: expected a model class of transformers, got {name}; correct the config"
+        )
     return config
 
 
@@ -106,8 +123,9 @@ def random_model(
     from transformers.initialization import no_init_weights
 
     config = dict(config) if kv_heads is None else _grouped(config, kv_heads, where)
-    name = config["architectures"][0]
-    model_class = own_class(config) or getattr(transformers, name)
+    model_class = own_class(config) or getattr(transformers, config["architectures"][0])
+    if like is None:
+        _require_memory(model_class, config, dtype, device, where)
     with quiet(), no_init_weights(), torch.device(device):
         made = model_class._from_config(model_class.config_class.from_dict(config), dtype=dtype)
     known = {} if like is None else dict(like.named_parameters())
@@ -118,7 +136,18 @@ def random_model(
                 setattr(module, name, shared)
             else:
                 _fill(parameter.data)
+    made.tie_weights()
     return made.eval()
+
+
+def _require_memory(model_class: Any, config: Mapping[str, Any], dtype: torch.dtype, device: str, where: str) -> None:
+    with quiet(), torch.device("meta"):
+        sizes = [p.numel() for p in model_class(model_class.config_class.from_dict(dict(config))).parameters()]
+    needed, free = sum(sizes) * dtype.itemsize, available_memory(device)
+    if needed > free:
+        raise UserError(
+            f"{where}: its weights take {needed / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; give fewer --layers"
+        )
 
 
 def _fill(parameter: Tensor) -> None:

@@ -5,29 +5,27 @@ The two errors have different units, so each is divided by its site's own energy
 weights are a choice made by measurement (benchmarks/quality.py --rows ablation), not a theorem.
 """
 
-from collections.abc import Callable
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from ...core.costs import Cost, SetCost
 from ...core.heads import Heads
 from ...core.moments import Moments, site_moments
-from ...core.predict import predicted_error, site_energy
+from ...core.predict import predicted_errors, site_energy
 from ...core.stats import SiteStats
 
 
-def cost(
-    heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0
-) -> Callable[[tuple[int, ...]], float]:
+def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
     return cost_of(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
 
 
-def cost_of(
-    moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0
-) -> Callable[[tuple[int, ...]], float]:
+def cost_of(moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
     """The same from moments that are at hand already."""
     energy = site_energy(moments)
 
-    def of(members: tuple[int, ...]) -> float:
-        error = predicted_error(moments, list(members), values=value_weight != 0)
-        return key_weight * error.key / energy.key + value_weight * error.value / energy.value
+    def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
+        keys, values = predicted_errors(moments, sets, values=value_weight != 0)
+        return key_weight * keys / energy.key + value_weight * values / energy.value
 
-    return of
+    return SetCost(compute)

@@ -4,25 +4,16 @@ cost = Σ over pairs of (1 − cos K) + (1 − cos V), the cosine taken over all
 groups by K or by V; here both count alike.
 """
 
-from collections.abc import Callable
-
-import torch
-
+from ...core.costs import Cost, of_pairs
 from ...core.heads import Heads
 from ...core.rotations import aligned_similarity, pair_grams
 from ...core.stats import SiteStats
 
 
-def cost(heads: Heads, stats: SiteStats) -> Callable[[tuple[int, ...]], float]:
+def cost(heads: Heads, stats: SiteStats) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
     grams = pair_grams(heads, stats)
     similarity = aligned_similarity(heads.key_freedom, grams.k, keys=True) + aligned_similarity(
         heads.key_freedom, grams.v, keys=False
     )
-    distance = 2 - similarity
-
-    def of(members: tuple[int, ...]) -> float:
-        index = torch.tensor(members)
-        return float(distance[index][:, index].triu(1).sum())
-
-    return of
+    return of_pairs(2 - similarity)

@@ -1,0 +1,158 @@
+"""Spread K/V heads over layers: the counts that lose least within a budget, or need least for a loss, found exactly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .core.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One count of K/V heads for what is decided together: what it costs in cache and what it loses."""
+
+    kv_heads: int
+    kv_bytes: int
+    """Per token."""
+    loss: float
+
+
+Options = Mapping[str, Sequence[Option]]
+"""By name of what is decided together (a site, or a stack's first site)."""
+Spread = dict[str, int]
+"""The chosen count by the same name."""
+POINTS = 33
+"""Budgets that a frontier tries."""
+
+
+def spread(options: Options, *, max_bytes: float | None = None, max_loss: float | None = None) -> Spread:
+    """The counts of least loss within `max_bytes` per token or, with `max_loss`, of fewest bytes within that loss.
+
+    An integer programme of one choice per name, solved exactly (HiGHS through scipy). Of equal losses the one with fewer bytes counts.
+
+    Raises:
+        UserError: even the smallest counts take more bytes, or even the largest lose more.
+    """
+    assert (max_bytes is None) != (max_loss is None)
+    names = [(name, option) for name, listed in options.items() for option in listed]
+    num_bytes = np.array([option.kv_bytes for _, option in names], dtype=float)
+    loss = np.array([option.loss for _, option in names], dtype=float)
+    _check(options, max_bytes, max_loss)
+    # The other quantity decides between equals: a millionth of its share cannot outweigh a real difference.
+    scale = 1e-6 * (loss.max() or 1.0) / num_bytes.sum()
+    if max_bytes is not None:
+        chosen = _solved(options, loss + scale * num_bytes, num_bytes, max_bytes)
+    else:
+        chosen = _solved(options, num_bytes + 1e-6 * loss / (loss.max() or 1.0), loss, max_loss)
+    return {name: option.kv_heads for (name, option), taken in zip(names, chosen, strict=True) if taken}
+
+
+def _check(options: Options, max_bytes: float | None, max_loss: float | None) -> None:
+    least_bytes = sum(min(option.kv_bytes for option in listed) for listed in options.values())
+    least_loss = sum(min(option.loss for option in listed) for listed in options.values())
+    if max_bytes is not None and least_bytes > max_bytes:
+        raise UserError(
+            f"K/V budget: {max_bytes:.0f} bytes per token, but the fewest K/V heads allowed everywhere take {least_bytes:.0f}; "
+            "allow fewer heads or raise the budget"
+        )
+    if max_loss is not None and least_loss > max_loss:
+        raise UserError(
+            f"--max-rise {max_loss:g}: the most K/V heads allowed everywhere are predicted to lose {least_loss:.3g}; "
+            "allow more heads"
+        )
+
+
+def _solved(options: Options, objective: np.ndarray, weight: np.ndarray, limit: float) -> np.ndarray:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    rows = np.zeros((len(options), len(objective)))
+    at = 0
+    for row, listed in zip(rows, options.values(), strict=True):
+        row[at : at + len(listed)] = 1
+        at += len(listed)
+    scale = max(limit, weight.max()) or 1.0
+    constraints = [LinearConstraint(rows, 1, 1), LinearConstraint(weight[None] / scale, ub=limit / scale * (1 + 1e-9))]
+    found = milp(
+        objective / (np.abs(objective).max() or 1.0), integrality=np.ones(len(objective)), bounds=Bounds(0, 1),
+        constraints=constraints, options={"mip_rel_gap": 0.0},
+    )  # fmt: skip
+    assert found.x is not None, found.message
+    return found.x > 0.5
+
+
+def frontier(options: Options) -> list[Spread]:
+    """Spreads from fewest to most bytes, each losing less than all with fewer; the best of `POINTS` evenly spaced budgets."""
+    least = sum(min(option.kv_bytes for option in listed) for listed in options.values())
+    most = sum(max(option.kv_bytes for option in listed) for listed in options.values())
+    found: list[Spread] = []
+    best = float("inf")
+    for max_bytes in np.unique(np.linspace(least, most, POINTS).round()):
+        made = spread(options, max_bytes=float(max_bytes))
+        lost = total(options, made).loss
+        if lost < best - 1e-12:
+            found.append(made)
+            best = lost
+    return found
+
+
+def total(options: Options, made: Mapping[str, int]) -> Option:
+    """Heads, bytes and loss of a spread, summed."""
+    taken = [next(option for option in options[name] if option.kv_heads == count) for name, count in made.items()]
+    return Option(
+        sum(option.kv_heads for option in taken),
+        sum(option.kv_bytes for option in taken),
+        sum(option.loss for option in taken),
+    )
+
+
+def spread_qcqa(
+    options: Options, max_bytes: float, *, seed: int = 1234, population: int = 100, generations: int = 100
+) -> Spread:
+    """QCQA's second stage (2406.10247): NSGA-II chooses the layers that are grouped; the others keep their heads.
+
+    Of each name the option with fewest heads is the grouped one. Loss and bytes are minimised together; of all that was tried the least
+    loss within the budget counts. For comparison: `spread` is exact, and chooses the count as well.
+
+    Raises:
+        UserError: pymoo is not installed, or no choice of layers is within the budget.
+    """
+    try:
+        from pymoo.algorithms.moo.nsga2 import NSGA2
+        from pymoo.core.problem import Problem
+        from pymoo.operators.crossover.pntx import TwoPointCrossover
+        from pymoo.operators.mutation.bitflip import BitflipMutation
+        from pymoo.optimize import minimize
+    except ImportError as error:
+        raise UserError("--spread qcqa needs pymoo: pip install 'headfold[evolve]', or leave it out") from error
+    _check(options, max_bytes, None)
+    ends = [(min(o, key=lambda x: x.kv_heads), max(o, key=lambda x: x.kv_heads)) for o in options.values()]
+    bytes_of, loss_of = (
+        np.array([[getattr(end, name) for end in pair] for pair in ends]) for name in ("kv_bytes", "loss")
+    )
+    best: tuple[float, np.ndarray | None] = (np.inf, None)
+
+    class Layers(Problem):
+        def _evaluate(self, x: np.ndarray, out: dict, *_: object, **__: object) -> None:
+            nonlocal best
+            kept = np.where(x, 0, 1)
+            layer = np.arange(len(ends))
+            num_bytes, loss = bytes_of[layer, kept].sum(1), loss_of[layer, kept].sum(1)
+            for row, paid, lost in zip(x, num_bytes, loss, strict=True):
+                if paid <= max_bytes and lost < best[0]:
+                    best = float(lost), row.copy()
+            out["F"] = np.stack([num_bytes, loss], 1)
+
+    # All grouped is tried first: it is within every budget that _check lets pass.
+    first = np.random.default_rng(seed).random((population, len(ends))) < 0.5
+    first[0] = True
+    algorithm = NSGA2(
+        pop_size=population, sampling=first, crossover=TwoPointCrossover(prob=0.9),
+        mutation=BitflipMutation(), eliminate_duplicates=True,
+    )  # fmt: skip
+    minimize(Layers(n_var=len(ends), n_obj=2, xl=0, xu=1, vtype=bool), algorithm, ("n_gen", generations), seed=seed)
+    assert best[1] is not None
+    return {
+        name: pair[0 if grouped else 1].kv_heads
+        for name, pair, grouped in zip(options, ends, best[1], strict=True)
+    }  # fmt: skip

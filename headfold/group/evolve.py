@@ -1,0 +1,122 @@
+"""Evolutionary search by NSGA-II, through pymoo (`pip install headfold[evolve]`): the solver of QCQA (2406.10247) for any cost.
+
+Equal groups: a genome is an order of the heads, cut into blocks; the cost is minimised. `unequal=true`: a genome is a label per
+head, and both the number of groups and the cost are minimised; of all that was tried the cheapest with the asked number counts.
+Kept for comparison: swap and exact find partitions at least as cheap in a fraction of the time.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from ..core.costs import Cost, many
+from ..core.errors import UserError
+from ..core.groups import Groups
+
+
+def group(
+    cost: Cost,
+    num_heads: int,
+    num_groups: int,
+    *,
+    seed: int = 0,
+    unequal: bool = False,
+    population: int = 100,
+    generations: int = 100,
+) -> Groups:
+    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+
+    Raises:
+        UserError: pymoo is not installed.
+    """
+    if num_groups in (1, num_heads):
+        return Groups.contiguous(num_heads, num_groups)
+    search = _unequal if unequal else _equal
+    return search(cost, num_heads, num_groups, seed=seed, population=population, generations=generations)
+
+
+def _pymoo() -> None:
+    try:
+        import pymoo  # noqa: F401
+    except ImportError as error:
+        raise UserError("--group evolve and qcqa need pymoo: pip install 'headfold[evolve]', or choose swap") from error
+
+
+def _minimise(problem: Any, algorithm: Any, generations: int, seed: int) -> None:
+    from pymoo.optimize import minimize
+
+    minimize(problem, algorithm, ("n_gen", generations), seed=seed, verbose=False)
+
+
+def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
+    _pymoo()
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.ox import OrderCrossover
+    from pymoo.operators.mutation.inversion import InversionMutation
+    from pymoo.operators.sampling.rnd import PermutationRandomSampling
+
+    size, best = num_heads // num_groups, _Best()
+
+    class Blocks(Problem):
+        def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
+            made = [[tuple(sorted(map(int, block))) for block in row.reshape(num_groups, size)] for row in x]
+            out["F"] = best.prices(cost, made)[:, None]
+
+    algorithm = NSGA2(
+        pop_size=population, sampling=PermutationRandomSampling(), crossover=OrderCrossover(),
+        mutation=InversionMutation(), eliminate_duplicates=True,
+    )  # fmt: skip
+    _minimise(Blocks(n_var=num_heads, n_obj=1, xl=0, xu=num_heads - 1, vtype=int), algorithm, generations, seed)
+    return Groups.from_members(best.members)
+
+
+def _unequal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
+    _pymoo()
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.sbx import SBX
+    from pymoo.operators.mutation.pm import PM
+    from pymoo.operators.repair.rounding import RoundingRepair
+    from pymoo.operators.sampling.rnd import IntegerRandomSampling
+
+    best = _Best(num_groups)
+
+    class Labels(Problem):
+        def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
+            made = [list(Groups.of(row.tolist()).members) for row in x.astype(int)]
+            counts = np.array([len(members) for members in made], dtype=float)
+            out["F"] = np.stack([counts / num_heads, best.prices(cost, made)], 1)
+
+    algorithm = NSGA2(
+        pop_size=population, sampling=IntegerRandomSampling(),
+        crossover=SBX(prob=0.9, vtype=float, repair=RoundingRepair()),
+        mutation=PM(prob=1 / num_heads, vtype=float, repair=RoundingRepair()), eliminate_duplicates=True,
+    )  # fmt: skip
+    _minimise(Labels(n_var=num_heads, n_obj=2, xl=0, xu=num_groups - 1, vtype=int), algorithm, generations, seed)
+    return Groups.from_members(_split(cost, best.members or [tuple(range(num_heads))], num_groups))
+
+
+class _Best:
+    """The cheapest partition seen so far, among those of the asked number of groups where one is asked."""
+
+    def __init__(self, num_groups: int | None = None) -> None:
+        self.members: list[tuple[int, ...]] = []
+        self._price, self._num_groups = np.inf, num_groups
+
+    def prices(self, cost: Cost, made: list[list[tuple[int, ...]]]) -> np.ndarray:
+        flat = iter(many(cost, [members for groups in made for members in groups]))
+        prices = np.array([sum(next(flat) for _ in groups) for groups in made])
+        for groups, price in zip(made, prices, strict=True):
+            if price < self._price and self._num_groups in (None, len(groups)):
+                self.members, self._price = groups, price
+        return prices
+
+
+def _split(cost: Cost, members: list[tuple[int, ...]], num_groups: int) -> list[tuple[int, ...]]:
+    """Fewer groups than asked: the costliest give up their last head, one by one."""
+    while len(members) < num_groups:
+        prices = [price if len(one) > 1 else -np.inf for one, price in zip(members, many(cost, members), strict=True)]
+        worst = int(np.argmax(prices))
+        members = [*members[:worst], members[worst][:-1], members[worst][-1:], *members[worst + 1 :]]
+    return members

@@ -1,0 +1,82 @@
+"""The cheapest partition there is, by dynamic programming over sets of heads.
+
+Minimises Σ over groups of cost(group); each step fills the group of the lowest head that is still free. Equal groups:
+C(H, size) costs. `unequal=true`: groups of any sizes, every subset's cost and 3^H steps, so up to 14 heads.
+"""
+
+import itertools
+import math
+from functools import cache
+
+from ..core.costs import Cost, many
+from ..core.errors import UserError
+from ..core.groups import Groups
+
+MOST_SETS = 20_000
+MOST_UNEQUAL = 14
+
+
+def group(cost: Cost, num_heads: int, num_groups: int, *, seed: int = 0, unequal: bool = False) -> Groups:
+    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+
+    Raises:
+        UserError: more sets than can be tried.
+    """
+    if num_groups in (1, num_heads):
+        return Groups.contiguous(num_heads, num_groups)
+    size = num_heads // num_groups
+    num_sets = math.comb(num_heads, size)
+    if (unequal and num_heads > MOST_UNEQUAL) or (not unequal and num_sets > MOST_SETS):
+        limit = f"{MOST_UNEQUAL} heads" if unequal else f"{MOST_SETS} sets"
+        tried = f"{num_heads} heads" if unequal else f"{num_sets} sets of {size} of {num_heads} heads"
+        raise UserError(f"--group exact: expected at most {limit}, got {tried}; choose --group swap")
+    return Groups.from_members((_unequal if unequal else _equal)(cost, num_heads, num_groups))
+
+
+def _equal(cost: Cost, num_heads: int, num_groups: int) -> list[tuple[int, ...]]:
+    size = num_heads // num_groups
+    sets = list(itertools.combinations(range(num_heads), size))
+    price = dict(zip(sets, many(cost, sets), strict=True))
+
+    @cache
+    def best(free: frozenset[int]) -> tuple[float, tuple[tuple[int, ...], ...]]:
+        if not free:
+            return 0.0, ()
+        lowest, *others = sorted(free)
+        options = []
+        for rest in itertools.combinations(others, size - 1):
+            heads = (lowest, *rest)
+            tail, groups = best(free.difference(heads))
+            options.append((price[heads] + tail, (heads, *groups)))
+        return min(options, key=lambda option: option[0])
+
+    return list(best(frozenset(range(num_heads)))[1])
+
+
+def _unequal(cost: Cost, num_heads: int, num_groups: int) -> list[tuple[int, ...]]:
+    """Sets are bit masks; `best[mask]` is the cheapest way to split a mask into so many groups, and its last group."""
+    members = [tuple(head for head in range(num_heads) if mask >> head & 1) for mask in range(1 << num_heads)]
+    price = [0.0, *many(cost, members[1:])]
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for _ in range(num_groups):
+        found: dict[int, tuple[float, int]] = {}
+        for done, (paid, _) in best[-1].items():
+            free = ~done & ((1 << num_heads) - 1)
+            lowest = free & -free
+            rest = free ^ lowest
+            part = rest
+            while lowest:  # all subsets of what is free that hold its lowest head
+                mask = part | lowest
+                total = paid + price[mask]
+                if total < found.get(done | mask, (math.inf, 0))[0]:
+                    found[done | mask] = total, mask
+                if not part:
+                    break
+                part = (part - 1) & rest
+        best.append(found)
+    groups, done = [], (1 << num_heads) - 1
+    for step in reversed(best[1:]):
+        mask = step[done][1]
+        groups.append(members[mask])
+        done ^= mask
+    return groups
