@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -102,6 +103,7 @@ def make_plan(
     stats: Mapping[str, SiteStats] | None = None,
     calibration: Mapping[str, str] | None = None,
     seed: int = 0,
+    workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
     """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
@@ -118,7 +120,9 @@ def make_plan(
     def count(site: Site) -> list[int]:
         return [parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")]
 
-    made = choices(sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, progress=progress)
+    made = choices(
+        sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, workers=workers, progress=progress
+    )
     return assemble(sites, [(choice, next(iter(choice.plans))) for choice in made], group, source, seed, calibration)
 
 
@@ -131,20 +135,29 @@ def choices(
     merge: str,
     stats: Mapping[str, SiteStats] | None,
     seed: int = 0,
+    workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
-    """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose."""
+    """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose.
+
+    `workers` sites are looked at side by side, each in a thread of its own.
+    """
     merging = str(plugins.parse(merges, merge, "merge"))
-    made = []
-    for together in _decided_together(sites):
+
+    def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
         views = [_View.of(site, read, stats) for site in together]
         planned = {}
         for num_groups in counts(together[0]):
             groups = _grouped(views, grouping, num_groups, seed)
             planned[num_groups] = tuple(view.plan(groups, merging) for view in views)
-        made.append(Choice(tuple(together), planned))
-    return made
+        return Choice(tuple(together), planned)
+
+    apart = _decided_together(sites)
+    if workers == 1:
+        return [decide(together) for together in apart]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(decide, apart))
 
 
 def assemble(
@@ -181,6 +194,7 @@ class _View:
     stats: SiteStats | None
     _heads: Heads | None = None
     _moments: Moments | None = None
+    _cost: Cost | None = None
 
     @classmethod
     def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None) -> "_View":
@@ -201,10 +215,13 @@ class _View:
         return self._moments
 
     def cost(self, method: plugins.Method) -> Cost:
+        """Of the one method that a run groups by; it remembers sets, so all counts share what they ask."""
         page = inspect.getmodule(method.function)
-        if hasattr(page, "cost_of"):
-            return page.cost_of(self.moments, **method.options)
-        return method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
+        if self._cost is None and hasattr(page, "cost_of"):
+            self._cost = page.cost_of(self.moments, **method.options)
+        elif self._cost is None:
+            self._cost = method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
+        return self._cost
 
     def plan(self, groups: Groups, merge: str) -> SitePlan:
         if self.stats is None:

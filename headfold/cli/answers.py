@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.errors import UserError
+
 
 def names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
@@ -29,3 +31,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counts(option: str, text: str) -> tuple[int, ...]:
+    """Counts in a list such as 1,8,32."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{option}: expected counts such as 8 or 1,8,32, got {text}")
+    return tuple(map(int, words))

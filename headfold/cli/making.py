@@ -8,8 +8,9 @@ import typer
 from ..core.errors import UserError
 from ..report import views
 from ..report.progress import ProgressReport
-from .answers import answer, given, names
+from .answers import answer, counts, given, names
 from .options import (
+    Allowed,
     Calibration,
     Columns,
     Context,
@@ -19,13 +20,20 @@ from .options import (
     Group,
     Items,
     Json,
+    KvBudget,
+    KvBytes,
     KvHeads,
     Layout,
+    MaxRise,
     Merge,
     Model,
     Seed,
+    Sensitivity,
+    Spread,
     StatsFile,
     Tokens,
+    Tp,
+    Workers,
 )
 
 
@@ -55,25 +63,38 @@ def plan(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The file to write.")],
     kv_heads: KvHeads = None,
+    kv_budget: KvBudget = None,
+    kv_bytes: KvBytes = None,
+    max_rise: MaxRise = None,
+    allowed: Allowed = None,
+    tp: Tp = 1,
+    spread: Spread = "exact",
+    sensitivity: Sensitivity = None,
     group: Group = None,
     merge: Merge = None,
     stats: StatsFile = None,
     encoder: Encoder = False,
     seed: Seed = 0,
+    workers: Workers = 1,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Decide which heads share one, and predict the loss."""
-    if kv_heads is None:
-        raise UserError("plan: expected --kv-heads N, a count such as 4 or a share such as 1/2; got none")
+    """Decide which heads share one, and predict the loss.
+
+    With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-rise layers get counts of their own: each is
+    folded alone on a little of the calibration data to see what that costs, and the best spread of the budget is found exactly."""
     from .. import recipe
 
-    chosen = given(group=group, merge=merge, stats=stats)
+    chosen = given(
+        kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_rise=max_rise, sensitivity=sensitivity, group=group,
+        merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed),
+    )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         made = recipe.plan(
-            model, out, kv_heads=kv_heads, encoder=encoder, seed=seed, force=force, progress=progress, **chosen
-        )
+            model, out, tp=tp, spread=spread, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
+            **chosen,
+        )  # fmt: skip
     if not answer(made.to_json(), as_json):
         views.show_plan_errors(made)
         print(f"wrote {out}")

@@ -68,3 +68,37 @@ Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn a
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+
+KvBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-budget", metavar="SHARE", help="Share of the K/V cache to keep, spread over layers: 25% or 1/4."
+    ),
+]
+KvBytes = Annotated[
+    str | None,
+    typer.Option("--kv-bytes", metavar="SIZE", help="K/V bytes per token to keep, spread over layers: 40KiB."),
+]
+MaxRise = Annotated[
+    float | None,
+    typer.Option("--max-rise", metavar="NATS", help="The least cache whose predicted loss per token is at most this."),
+]
+Allowed = Annotated[
+    str | None,
+    typer.Option("--allowed", metavar="N,N", help="Counts of K/V heads that a layer may get, beside its own."),
+]
+Tp = Annotated[
+    int, typer.Option("--tp", metavar="N", min=1, help="Devices of tensor parallelism: counts are multiples of it.")
+]
+Spread = Annotated[
+    str, typer.Option("--spread", metavar="METHOD", help="exact, or qcqa: its second stage, for comparison.")
+]
+Sensitivity = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="Where the damage of single layers is kept, and read again. Default: beside the plan.",
+    ),
+]
+Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Layers that are decided side by side.")]

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import UserError
 from ..report.progress import ProgressReport
-from .answers import answer, given
+from .answers import answer, counts, given
 from .options import Debug, Json
 
 
@@ -79,22 +78,15 @@ def bench(
     if plot is not None:
         timings.require_plot(plot)
     chosen = given(
-        contexts=context and _counts("--context", context),
-        kv_heads=kv_heads and _counts("--kv-heads", kv_heads),
+        contexts=context and counts("--context", context),
+        kv_heads=kv_heads and counts("--kv-heads", kv_heads),
         shape=shape, layers=layers, dtype=dtype, profile=profile,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = benching.bench(
-            models or (), attentions=[name.strip() for name in attention.split(",")], batches=_counts("--batch", batch),
+            models or (), attentions=[name.strip() for name in attention.split(",")], batches=counts("--batch", batch),
             new_tokens=new_tokens, rounds=rounds, padded=padded, skip_prefill=skip_prefill, progress=progress, **chosen,
         )  # fmt: skip
     answer(found.to_json(), as_json) or timings.show_bench(found)
     if plot is not None:
         timings.plot_bench(plot, found)
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"bench: {option}: expected counts such as 8 or 1,8,32, got {text}")
-    return tuple(map(int, words))

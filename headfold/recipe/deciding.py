@@ -1,5 +1,6 @@
 """Decide who shares: a plan from headers, weights and statistics."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import merge as merges
@@ -9,36 +10,117 @@ from ..checkpoint.stats_file import StatsFile
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
+from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
+from .spreading import Curves, Wish, choose, curves
 
 
 def plan(
     model: str | Path,
     out: str | Path | None = None,
     *,
-    kv_heads: str | int,
+    kv_heads: str | int | None = None,
+    kv_budget: str | None = None,
+    kv_bytes: str | None = None,
+    max_rise: float | None = None,
+    allowed: Sequence[int] = (),
+    tp: int = 1,
+    spread: str = "exact",
+    sensitivity: str | Path | None = None,
     group: str = "swap",
     merge: str = "absorb",
     stats: str | Path | None = None,
     encoder: bool = False,
     seed: int = 0,
+    workers: int = 1,
     force: bool = False,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide which K/V heads share one and predict the loss; writes the plan to `out` if one is given.
 
-    An encoder-decoder's encoder stays as it is unless `encoder` is true.
+    Either every site gets `kv_heads`, or a budget is spread over them: `kv_budget` (a share of the source's K/V bytes), `kv_bytes` (per
+    token), or `max_rise` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone,
+    to put the layers' losses on one scale; what was measured lies in the file `sensitivity` (default: beside `out`) and is used again.
+    `allowed` counts, multiples of `tp`, may be used. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
+    unless `encoder` is true.
 
     Raises:
-        UserError: see `open_source`, `parse_kv_heads`; a method that needs statistics without `stats`.
+        UserError: see `open_source`, `parse_kv_heads`, `Wish`; a method that needs statistics without `stats`.
     """
+    wish = Wish(kv_budget, kv_bytes, max_rise, tuple(allowed), tp, spread)
+    wish.check()
+    budgeted = (kv_budget, kv_bytes, max_rise) != (None, None, None)
+    if budgeted == (kv_heads is not None):
+        given = "both" if budgeted else "none"
+        raise UserError(f"plan: expected --kv-heads, or --kv-budget, --kv-bytes or --max-rise; got {given}; give one")
+    if not budgeted and (allowed or tp != 1 or spread != "exact"):
+        raise UserError("plan: --allowed, --tp and --spread go with a budget, not with --kv-heads; leave them out")
     if out is not None:
         refuse_existing(Path(out), force)
     source = open_source(model, encoder)
-    made = plan_source(source, kv_heads, group, merge, open_stats(stats, source), seed, progress or silent)
+    given_stats, progress = open_stats(stats, source), progress or silent
+    if budgeted:
+        path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
+        made, _ = plan_budget(source, wish, group, merge, given_stats, seed, path, workers, device, progress)
+    else:
+        made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, workers)
     if out is not None:
         write_json(Path(out), made.to_json())
     return made
+
+
+def beside(out: Path) -> Path:
+    """Where measured sensitivities lie if no file is named."""
+    return out.with_name(f"{out.name.removesuffix('.json')}.sensitivity.json")
+
+
+def plan_budget(
+    source: Opened,
+    wish: Wish,
+    group: str,
+    merge: str,
+    stats: StatsFile | None,
+    seed: int,
+    sensitivity: Path,
+    workers: int,
+    device: str | None,
+    progress: Progress,
+) -> tuple[Plan, Curves]:
+    """The plan of a budget, and the curves that it was chosen from."""
+    found, run = budget_curves(source, wish, group, merge, stats, seed, sensitivity, workers, device, progress)
+    run.close()
+    like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, stats.metadata)
+    return found.plan(choose(found, wish, source), like), found
+
+
+def budget_curves(
+    source: Opened,
+    wish: Wish,
+    group: str,
+    merge: str,
+    stats: StatsFile | None,
+    seed: int,
+    sensitivity: Path,
+    workers: int,
+    device: str | None,
+    progress: Progress,
+) -> tuple[Curves, OriginalRun]:
+    """Curves of every site, and the running original that they were measured on.
+
+    Raises:
+        UserError: no statistics, which losses are predicted from.
+    """
+    if stats is None:
+        raise UserError("plan: a budget is spread by predicted losses: run headfold calibrate and pass --stats")
+    said = stats.metadata
+    kind = CalibrationData.chosen(
+        source, said.get("source"), int(said.get("tokens", 0)) or None, int(said.get("tokens", 0)) or None,
+        tuple(filter(None, said.get("columns", "").split(","))), None, int(said.get("seed", 0)),
+    )  # fmt: skip
+    run = OriginalRun(source, kind, device or default_device(), progress)
+    run.use_sample(stats)
+    return curves(source, wish, group, merge, stats, seed, run, sensitivity, workers, progress), run
 
 
 def plan_source(
@@ -49,7 +131,9 @@ def plan_source(
     stats: StatsFile | None,
     seed: int,
     progress: Progress,
+    workers: int = 1,
 ) -> Plan:
+    """One count of K/V heads, or share, for all sites."""
     if stats is None and needs_statistics(group, merge):
         raise UserError(
             f"--group {group} --merge {merge} need calibration statistics: run headfold calibrate and pass --stats, "
@@ -66,6 +150,7 @@ def plan_source(
         stats=stats,
         calibration=None if stats is None else stats.metadata,
         seed=seed,
+        workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )
 

@@ -1,0 +1,280 @@
+"""Spread a K/V budget over layers: loss curves of every site on one scale, and the counts that lose least."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import planning
+from ..budget import Option, Options, spread, spread_qcqa
+from ..checkpoint.staging import write_json
+from ..checkpoint.stats_file import StatsFile
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..evaluate.sensitivity import alone
+from ..planning import Choice
+from ..stock import is_streamed
+from ..surgery import site_tensors
+from .measuring import OriginalRun
+from .source import Opened, Progress
+
+TOKENS = 8192
+"""Of the calibration data, on which the damage of one site is measured."""
+MEASURED = 3
+"""Counts of a site at which its damage is measured; between them it follows the predicted error."""
+FORMAT = "headfold-sensitivity-1"
+SPREADS = ("exact", "qcqa")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of a plan: one of these, and what counts of K/V heads may be used."""
+
+    kv_budget: str | None = None
+    """Share of the source's K/V bytes, such as `25%` or `1/4`."""
+    kv_bytes: str | None = None
+    """Bytes of K and V per token, such as `40KiB`."""
+    max_rise: float | None = None
+    """Predicted loss, in nats per token."""
+    allowed: Sequence[int] = ()
+    """Counts of K/V heads; none: all that split the heads equally."""
+    tp: int = 1
+    """Devices of tensor parallelism: counts must be multiples of it."""
+    spread: str = "exact"
+
+    def check(self) -> None:
+        """Refuse contradictions before anything is opened.
+
+        Raises:
+            UserError: several of the three, an unknown spread, or one that needs a budget.
+        """
+        given = {"--kv-budget": self.kv_budget, "--kv-bytes": self.kv_bytes, "--max-rise": self.max_rise}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise UserError(f"plan: {' and '.join(named)} exclude each other; give one")
+        if self.spread not in SPREADS:
+            raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
+        if self.spread == "qcqa" and self.max_rise is not None:
+            raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
+        if self.max_rise is not None and not self.max_rise > 0:
+            raise UserError(f"--max-rise {self.max_rise:g}: expected a loss above 0, in nats per token")
+
+    def counts(self, num_groups: int) -> list[int]:
+        """Counts below a site's own that may be used, ascending.
+
+        Raises:
+            UserError: none is left.
+        """
+        possible = [n for n in planning.divisors(num_groups) if n < num_groups]
+        found = [n for n in possible if (not self.allowed or n in self.allowed) and n % self.tp == 0]
+        if not found:
+            limits = [f"--allowed {','.join(map(str, self.allowed))}"] if self.allowed else []
+            limits += [f"--tp {self.tp}"] if self.tp > 1 else []
+            raise UserError(
+                f"{' and '.join(limits) or 'plan'}: expected a count that splits {num_groups} K/V heads equally and is less, "
+                f"such as {', '.join(map(str, possible)) or 'none'}; allow more"
+            )
+        return found
+
+    def limit(self, source: Opened) -> float | None:
+        """Bytes per token that may be used; None where the loss is limited instead.
+
+        Raises:
+            UserError: not a share of 0 to 100 %, or not a size.
+        """
+        if self.kv_budget is not None:
+            return _share(self.kv_budget) * source.kv_bytes_per_token()
+        return None if self.kv_bytes is None else _size(self.kv_bytes)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--kv-budget {text}: expected a share such as 25% or 1/4") from error
+    if not 0 < value <= 1:
+        raise UserError(f"--kv-budget {text}: expected more than 0 and at most 100 %")
+    return value
+
+
+def _size(text: str) -> float:
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(|k|M|G)(i?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise UserError(f"--kv-bytes {text}: expected bytes per token such as 40KiB or 65536")
+    power = " kmg".index(found[2].lower() or " ")
+    return number * (1024 if found[3] else 1000) ** power
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What every choice of heads costs and loses. `measured` is the damage of single sites by name and count."""
+
+    choices: Sequence[Choice]
+    options: Options
+    measured: Mapping[str, Mapping[int, float]]
+
+    def plan(self, counts: Mapping[str, int], like: Plan) -> Plan:
+        """The plan with these counts, by the first site of each choice."""
+        chosen = [(choice, counts[choice.sites[0].name]) for choice in self.choices]
+        sites = [site for choice in self.choices for site in choice.sites]
+        order = {name: place for place, name in enumerate(like.sites)}
+        sites.sort(key=lambda site: order[site.name])
+        return planning.assemble(sites, chosen, like.group, like.source, like.seed, like.calibration)
+
+
+def curves(
+    source: Opened,
+    wish: Wish,
+    group: str,
+    merge: str,
+    stats: StatsFile,
+    seed: int,
+    run: OriginalRun,
+    sensitivity: Path,
+    workers: int,
+    progress: Progress,
+) -> Curves:
+    """Group every site at every count, measure a few of the sites alone or read what was measured, and put both together.
+
+    Raises:
+        UserError: a file of other measurements, or a model that does not fit into memory.
+    """
+    names = [site.name for site in source.sites]
+    choices = planning.choices(
+        source.sites, source.checkpoint.read, lambda site: [*wish.counts(site.num_groups), site.num_groups],
+        grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, workers=workers,
+        progress=lambda name: progress("plan", names.index(name), len(names)),
+    )  # fmt: skip
+    about = {"source": source.checkpoint.fingerprint(), "group": group, "merge": merge, "stats": dict(stats.metadata)}
+    measured = _read(sensitivity, about)
+    wanted = {choice.sites[0].name: _measured_counts(list(choice.plans)[:-1]) for choice in choices}
+    missing = [(c, n) for c in choices for n in wanted[c.sites[0].name] if n not in measured.get(c.sites[0].name, {})]
+    if missing:
+        found = _measure(source, missing, group, seed, stats, run, progress)
+        measured = {name: {**measured.get(name, {}), **found.get(name, {})} for name in {**measured, **found}}
+        write_json(sensitivity, {"format": FORMAT, **about, "damage": measured})
+    options = {choice.sites[0].name: _options(choice, source, measured[choice.sites[0].name]) for choice in choices}
+    return Curves(choices, options, measured)
+
+
+def _measured_counts(counts: Sequence[int]) -> list[int]:
+    """The least, the most and one between."""
+    if len(counts) <= MEASURED:
+        return list(counts)
+    return sorted({counts[round(at * (len(counts) - 1) / (MEASURED - 1))] for at in range(MEASURED)})
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        same = found["format"] == FORMAT and all(found[name] == value for name, value in about.items())
+        damage = {name: {int(n): float(x) for n, x in row.items()} for name, row in found["damage"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: expected sensitivities that headfold wrote; remove the file or name another"
+        ) from error
+    if not same:
+        raise UserError(f"{path}: measured on another model, data or method; remove the file or name another")
+    return damage
+
+
+def _measure(
+    source: Opened,
+    missing: Sequence[tuple[Choice, int]],
+    group: str,
+    seed: int,
+    stats: StatsFile,
+    run: OriginalRun,
+    progress: Progress,
+) -> dict[str, dict[int, float]]:
+    """The damage that each choice does alone."""
+    if is_streamed(run.model):
+        raise UserError(f"{source.name}: too large for this machine's memory, which sensitivities need; use --kv-heads")
+
+    def change(choice: Choice, count: int) -> Mapping[str, Tensor]:
+        plans = {site.name: plan for site, plan in zip(choice.sites, choice.plans[count], strict=True)}
+        return twin_parameters(choice.sites, Plan(plans, group, "", seed), source, stats)
+
+    changes = {(choice.sites[0].name, count): lambda c=choice, n=count: change(c, n) for choice, count in missing}
+    done = iter(range(len(changes)))
+    return alone(run.model, few(run.sample), changes, lambda name: progress("sensitivity", next(done), len(changes)))
+
+
+def twin_parameters(sites: Sequence[Any], plan: Plan, source: Opened, stats: StatsFile | None) -> dict[str, Tensor]:
+    """By the model's names, the parameters of these sites with shared heads repeated: the fold in the source's shapes."""
+    made = {}
+    for site in sites:
+        named = site.parameters
+        tensors = site_tensors(site, plan, source.checkpoint.read, stats, num_groups=site.num_groups)
+        made.update({named.get(name, name): tensor for name, tensor in tensors.items()})
+    return made
+
+
+def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor]:
+    """As much of the calibration data as a measurement takes: from its beginning, or its end."""
+    first = next(iter(sample.values()))
+    per_item = first[0].numel() if first.ndim == 2 else 64
+    count = max(1, min(len(first), TOKENS // per_item))
+    return {name: tensor[-count:] if last else tensor[:count] for name, tensor in sample.items()}
+
+
+def _options(choice: Choice, source: Opened, measured: Mapping[int, float]) -> list[Option]:
+    predicted = {count: _predicted(choice, count) for count in choice.plans}
+    return [
+        Option(count, _bytes(choice, count, source), loss_at(count, predicted, measured)) for count in choice.plans
+    ]  # fmt: skip
+
+
+def _predicted(choice: Choice, count: int) -> float:
+    """Relative errors of K and V, summed."""
+    return sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in choice.plans[count])
+
+
+def _bytes(choice: Choice, count: int, source: Opened) -> int:
+    return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites if not site.optional)
+
+
+def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, float]) -> float:
+    """Measured damage where there is some; elsewhere a power of the predicted error through the nearest measured points.
+
+    `predicted` has every count, the full one with error 0, where nothing is lost.
+    """
+    if predicted[count] <= 0 or count == max(predicted):
+        return 0.0
+    if count in measured:
+        return measured[count]
+    points = sorted((predicted[n], measured[n]) for n in measured if predicted[n] > 0 and measured[n] > 0)
+    if not points:
+        return 0.0
+    here = predicted[count]
+    above = next((place for place, (error, _) in enumerate(points) if error >= here), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(0, above - 1)], points[above]
+    power = math.log(y1 / y0) / math.log(x1 / x0) if x1 > x0 and y1 > y0 else 1.0
+    return y1 * (here / x1) ** power
+
+
+def choose(found: Curves, wish: Wish, source: Opened) -> dict[str, int]:
+    """The counts that the wish asks for.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    limit = wish.limit(source)
+    if limit is None:
+        return spread(found.options, max_loss=wish.max_rise)
+    fixed = source.kv_bytes_per_token() - sum(max(o.kv_bytes for o in listed) for listed in found.options.values())
+    if wish.spread == "qcqa":
+        return spread_qcqa(found.options, limit - fixed)
+    return spread(found.options, max_bytes=limit - fixed)
