@@ -1,6 +1,7 @@
 """headfold: fold a checkpoint's key/value heads. Same model, smaller KV cache.
 
-The public functions are those of the command line: `fold`, `calibrate`, `plan`, `inspect`, `eval`, `bench`, and `load`, which opens
+The public functions are those of the command line: `fold`, `calibrate`, `plan`, `inspect`, `eval`, `frontier`, `compare`, `bench`, and
+`load`, which opens
 what `fold` wrote. Nothing heavy is imported before one of them is asked for. With this package imported, any transformers model may be
 opened with `attn_implementation="headfold"`.
 """
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from .recipe import calibrate, fold, inspect, plan
     from .recipe import evaluate as eval
     from .recipe.benching import bench
+    from .recipe.comparing import compare
+    from .recipe.frontier import frontier
     from .runtime.load import load
 
     __version__: str
@@ -25,11 +28,13 @@ _HOMES = {
     "inspect": ("recipe", "inspect"),
     "eval": ("recipe", "evaluate"),
     "bench": ("recipe.benching", "bench"),
+    "frontier": ("recipe.frontier", "frontier"),
+    "compare": ("recipe.comparing", "compare"),
     "load": ("runtime.load", "load"),
 }
 """Public name → module and name there. A public name must not be that of a submodule, which would take its place."""
 
-__all__ = ["__version__", "bench", "calibrate", "eval", "fold", "inspect", "load", "plan"]
+__all__ = ["__version__", "bench", "calibrate", "compare", "eval", "fold", "frontier", "inspect", "load", "plan"]
 
 
 announce()

@@ -38,7 +38,7 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
-VERBS = ("inspect", "calibrate", "plan", "fold", "eval", "export", "bench", "probe", "methods")
+VERBS = ("inspect", "calibrate", "plan", "fold", "eval", "export", "frontier", "compare", "bench", "probe", "methods")
 
 
 def name_of(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from . import looking, making, timing
+from . import comparing, looking, making, timing
 
 app = typer.Typer(
     name="headfold",
@@ -44,6 +44,8 @@ app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layo
 app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
     looking.evaluate
 )
+app.command(epilog="Example: headfold frontier my-model front --stats stats.safetensors")(comparing.frontier)
+app.command(epilog="Example: headfold compare my-model --kv-heads 1/2,1/4 --text notes.txt")(comparing.compare)
 app.command(epilog="Example: headfold bench my-model my-model-gqa --context 2048,8192")(timing.bench)
 app.command(epilog="Example: headfold probe my-model --out my_family.py")(looking.probe)
 app.command(epilog="Example: headfold methods absorb")(looking.methods)

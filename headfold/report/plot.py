@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .tables import size
 
@@ -64,6 +65,45 @@ def plot_perplexity(
     axes.set_xlabel("K/V cache per token")
     axes.set_ylabel("perplexity on held-out text")
     axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_frontier(path: Path, points: Sequence[Any], *, title: str) -> None:
+    """Write a picture of `recipe.frontier.Point`s: predicted losses as a line, measured ones as marks, equal counts apart."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    for uniform, colour, name in ((False, COLOURS[0], "best spread"), (True, COLOURS[1], "one count everywhere")):
+        chosen = [point for point in points if point.uniform == uniform and point.predicted > 0]
+        seen = [(point.kv_bytes_per_token, point.measured) for point in chosen if point.measured]
+        line = [(point.kv_bytes_per_token, point.predicted) for point in chosen]
+        if line:
+            axes.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                linewidth=1.6,
+                linestyle="--" if uniform else "-",
+                label=f"{name}, predicted",
+            )
+        if seen:
+            axes.plot(*zip(*seen, strict=True), "o", color=colour, markersize=5, label=f"{name}, measured")
+    ticks = sorted({point.kv_bytes_per_token for point in points if point.uniform})
+    if ticks:
+        axes.set_xticks(ticks, [size(num_bytes) for num_bytes in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yscale("log")
+    axes.set_xlabel("K/V cache per token")
+    axes.set_ylabel("loss (KL to the original, nats)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", color="0.92")
     path.parent.mkdir(parents=True, exist_ok=True)

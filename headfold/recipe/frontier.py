@@ -1,0 +1,145 @@
+"""The Pareto front of K/V bytes against loss: a plan per point, predicted at all of them and measured at some."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..budget import Spread, total
+from ..budget import frontier as best_spreads
+from ..checkpoint.staging import write_json
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..evaluate.sensitivity import Damage, replaced
+from ..report.plot import plot_frontier
+from .deciding import budget_curves
+from .source import Progress, open_source, open_stats, silent
+from .spreading import Curves, Wish, few, twin_parameters
+
+MEASURED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One spread of K/V heads. Losses are damages as `evaluate.sensitivity.Damage` has them: KL in nats for models with logits."""
+
+    plan: str
+    """File name, beside frontier.json."""
+    kv_bytes_per_token: int
+    kv_heads: dict[str, int]
+    predicted: float
+    measured: float | None
+    """On calibration data that single layers were not measured on, without refit."""
+    uniform: bool
+    """Whether every layer has the same count: what --kv-heads gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All points, from fewest bytes to most, and how well predictions order what was measured."""
+
+    points: list[Point]
+    rank_correlation: float | None
+    """Spearman's, of predicted and measured losses at the points that were measured."""
+    site_rank_correlation: float | None
+    """Spearman's, of the predicted relative errors and the measured damages of single sites: what predictions are worth as they stand."""
+    directory: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def frontier(
+    model: str | Path,
+    out: str | Path,
+    *,
+    allowed: Sequence[int] = (),
+    tp: int = 1,
+    group: str = "swap",
+    merge: str = "absorb",
+    stats: str | Path | None = None,
+    sensitivity: str | Path | None = None,
+    measured: int = MEASURED,
+    encoder: bool = False,
+    seed: int = 0,
+    workers: int = 1,
+    force: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """Write frontier.json, frontier.png and a plan per point into the directory `out`.
+
+    Beside the best spreads stand those of one count everywhere. `measured` of each kind, evenly spaced, are folded in memory and measured
+    on calibration data of their own. `headfold fold --plan` makes any of them.
+
+    Raises:
+        UserError: see `recipe.plan`; a directory in the way without `force`.
+    """
+    directory, progress = Path(out), progress or silent
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise UserError(
+            f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
+        )
+    source = open_source(model, encoder)
+    given = open_stats(stats, source)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = Path(sensitivity or directory / "sensitivity.json")
+    wish = Wish(allowed=tuple(allowed), tp=tp)
+    found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress)
+    like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, given.metadata)
+    best = best_spreads(found.options)
+    uniform = [counts for n in wish.counts(source.sites[0].num_groups) if (counts := _uniform(found, n)) is not None]
+    chosen = _spaced(best, measured) + uniform
+    damage = Damage(run.model, few(run.sample, last=True)) if measured else None
+    points: list[Point] = []
+    for number, counts in enumerate([*best, *(one for one in uniform if one not in best)]):
+        progress("frontier", number, len(best) + len(uniform))
+        made = found.plan(counts, like)
+        lost = None
+        if damage is not None and counts in chosen:
+            with replaced(run.model, twin_parameters(source.sites, made, source, given)):
+                lost = damage()
+        sums = total(found.options, counts)
+        fixed = source.kv_bytes_per_token() - sum(max(o.kv_bytes for o in listed) for listed in found.options.values())
+        name = f"plan-{sums.kv_bytes + fixed}{'-uniform' if counts in uniform else ''}.json"
+        write_json(directory / name, made.to_json())
+        points.append(Point(name, sums.kv_bytes + fixed, dict(counts), sums.loss, lost, counts in uniform))
+    points.sort(key=lambda point: (point.kv_bytes_per_token, point.uniform))
+    both = [(point.predicted, point.measured) for point in points if point.measured is not None]
+    result = Frontier(points, rank_correlation(both), _site_correlation(found), str(directory))
+    write_json(directory / "frontier.json", result.to_json())
+    plot_frontier(directory / "frontier.png", points, title=f"{Path(str(model)).name}, {group}, {merge}, no refit")
+    return result
+
+
+def _uniform(found: Curves, count: int) -> Spread | None:
+    """The same count everywhere, where every site can have it."""
+    spread = {name: count for name in found.options}
+    possible = all(count in {option.kv_heads for option in listed} for listed in found.options.values())
+    return spread if possible else None
+
+
+def _spaced(spreads: list[Spread], number: int) -> list[Spread]:
+    if len(spreads) <= number or not number:
+        return list(spreads) if number else []
+    places = torch.linspace(0, len(spreads) - 1, number).round().int().tolist()
+    return [spreads[place] for place in sorted(set(places))]
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's; None of fewer than three pairs."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
+
+
+def _site_correlation(found: Curves) -> float | None:
+    pairs = []
+    for choice in found.choices:
+        for count, lost in found.measured[choice.sites[0].name].items():
+            plans = choice.plans[count]
+            error = sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in plans)
+            pairs.append((error, lost))
+    return rank_correlation(pairs)

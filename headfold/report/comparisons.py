@@ -1,0 +1,96 @@
+"""What `headfold frontier` and `headfold compare` show."""
+
+from pathlib import Path
+from typing import Any
+
+from .plot import COLOURS
+from .tables import duration, show_table, size
+from .timings import require_plot
+
+__all__ = ["plot_comparison", "require_plot", "show_comparison", "show_frontier"]
+
+
+def show_frontier(found: Any) -> None:
+    """A `recipe.frontier.Frontier`."""
+    rows = [
+        [
+            size(point.kv_bytes_per_token),
+            ",".join(map(str, point.kv_heads.values())),
+            f"{point.predicted:.4f}",
+            "" if point.measured is None else f"{point.measured:.4f}",
+            point.plan,
+        ]
+        for point in found.points
+    ]
+    show_table(["K/V per token", "K/V heads", "predicted", "measured", "plan"], rows)
+    agree = [
+        ("predicted errors of single layers and their measured damage", found.site_rank_correlation),
+        ("predicted and measured losses of the points", found.rank_correlation),
+    ]
+    for what, correlation in agree:
+        if correlation is not None:
+            print(f"rank correlation of {what}: {correlation:.2f}")
+    print(f"wrote {found.directory}: headfold fold MODEL OUT --plan {found.directory}/plan-….json makes a point")
+
+
+def show_comparison(found: Any) -> None:
+    """A `recipe.comparing.Comparison`: by count, the best of each marked."""
+    rows = []
+    for count in dict.fromkeys(row.kv_heads for row in found.rows):
+        same = [row for row in found.rows if row.kv_heads == count]
+        best = min(same, key=lambda row: row.rise)
+        rows += [
+            [
+                row.method + (" *" if row is best else ""),
+                str(count),
+                size(row.kv_bytes_per_token),
+                f"{row.value:.4f}",
+                f"{row.rise:.4f}",
+                "" if row.kl is None else f"{row.kl:.4f}",
+                duration(row.seconds),
+                "" if row.peak_bytes is None else size(row.peak_bytes),
+            ]
+            for row in same
+        ]
+    if not found.rows:
+        print("nothing was compared")
+    else:
+        first = found.rows[0]
+        header = ["method", "K/V heads", "K/V per token", first.metric, "rise", "KL", "fold", "memory"]
+        show_table(header, rows, title=f"{found.model} on {found.data}")
+        original = "" if first.original is None else f"; the original has {first.original:.4f}"
+        print(f"rise: how much worse{original}; *: the best at that count; rows in {found.directory}/compare.json")
+    for what, reason in found.skipped.items():
+        print(f"left out: {what}: {reason}")
+
+
+def plot_comparison(path: Path, found: Any) -> None:
+    """Write a picture of what is lost against the cache, the methods with most left out where there are more than colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in found.rows:
+        curves.setdefault(row.method, []).append((row.kv_bytes_per_token, max(row.rise, 1e-5)))
+    shown = sorted(curves, key=lambda name: sum(lost for _, lost in curves[name]) / len(curves[name]))[: len(COLOURS)]
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for colour, name in zip(COLOURS, shown, strict=False):
+        line = sorted(curves[name])
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.8, color=colour, label=name)
+    ticks = sorted({row.kv_bytes_per_token for row in found.rows})
+    axes.set_xticks(ticks, [size(tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("K/V cache per token")
+    axes.set_ylabel(
+        f"rise of {found.rows[0].metric}" if found.rows[0].metric == "nll" else f"loss of {found.rows[0].metric}"
+    )
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
