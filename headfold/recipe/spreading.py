@@ -260,6 +260,7 @@ def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, f
         return 0.0
     here = predicted[count]
     above = next((place for place, (error, _) in enumerate(points) if error >= here), len(points) - 1)
+    above = max(above, min(1, len(points) - 1))
     (x0, y0), (x1, y1) = points[max(0, above - 1)], points[above]
     power = math.log(y1 / y0) / math.log(x1 / x0) if x1 > x0 and y1 > y0 else 1.0
     return y1 * (here / x1) ** power

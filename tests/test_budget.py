@@ -1,0 +1,291 @@
+"""Budgets: the spread is the best there is, losses are measured on one scale, and what cannot be had is said in a line."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import copy, model, run  # noqa: F401 - fixtures
+from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
+
+import headfold
+from headfold.budget import Option, frontier, spread, spread_qcqa, total
+from headfold.core.errors import UserError
+from headfold.core.plan import Plan
+from headfold.evaluate.sensitivity import Damage, alone, replaced
+from headfold.recipe.comparing import METHODS, compare
+from headfold.recipe.spreading import Wish, _share, _size, loss_at
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> dict[str, list[Option]]:
+    """A few sites, each with counts whose loss falls as their bytes rise."""
+    made = {}
+    for name in "abcd"[: draw(st.integers(1, 4))]:
+        width = draw(st.sampled_from([16, 24]))
+        losses = sorted(draw(st.lists(st.integers(1, 1000), min_size=3, max_size=3)), reverse=True)
+        made[name] = [Option(n, n * width, x / 100) for n, x in zip((1, 2, 4), losses, strict=True)] + [
+            Option(8, 8 * width, 0.0)
+        ]
+    return made
+
+
+def every_spread(options: dict[str, list[Option]]) -> list[dict[str, int]]:
+    counts = itertools.product(*([option.kv_heads for option in listed] for listed in options.values()))
+    return [dict(zip(options, found, strict=True)) for found in counts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves(), st.floats(0.13, 1))
+def test_no_spread_within_the_budget_loses_less(options: dict[str, list[Option]], share: float) -> None:
+    limit = share * sum(listed[-1].kv_bytes for listed in options.values())
+    found = total(options, spread(options, max_bytes=limit))
+    assert found.kv_bytes <= limit
+    within = [total(options, made) for made in every_spread(options)]
+    assert found.loss <= min(one.loss for one in within if one.kv_bytes <= limit) + 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves(), st.floats(0, 20))
+def test_no_spread_within_the_loss_takes_less(options: dict[str, list[Option]], limit: float) -> None:
+    found = total(options, spread(options, max_loss=limit))
+    assert found.loss <= limit + 1e-6
+    within = [total(options, made) for made in every_spread(options)]
+    assert found.kv_bytes == min(one.kv_bytes for one in within if one.loss <= limit)
+
+
+@settings(max_examples=20, deadline=None)
+@given(curves())
+def test_a_frontier_falls(options: dict[str, list[Option]]) -> None:
+    points = [total(options, made) for made in frontier(options)]
+    assert points[-1].loss == 0
+    for less, more in itertools.pairwise(points):
+        assert less.kv_bytes < more.kv_bytes and less.loss > more.loss
+
+
+@settings(max_examples=5, deadline=None)
+@given(curves())
+def test_the_second_stage_of_qcqa_is_within_the_budget_and_not_better(options: dict[str, list[Option]]) -> None:
+    limit = 0.6 * sum(listed[-1].kv_bytes for listed in options.values())
+    theirs = spread_qcqa(options, limit, generations=10)
+    assert set(theirs.values()) <= {1, 8} and total(options, theirs).kv_bytes <= limit
+    assert total(options, spread(options, max_bytes=limit)).loss <= total(options, theirs).loss + 1e-4
+
+
+def test_budgets_that_nothing_meets_are_refused() -> None:
+    options = {"a": [Option(1, 16, 2.0), Option(2, 32, 1.0)]}
+    with pytest.raises(UserError, match="fewest K/V heads"):
+        spread(options, max_bytes=8)
+    with pytest.raises(UserError, match="most K/V heads"):
+        spread(options, max_loss=0.5)
+    with pytest.raises(UserError, match="fewest K/V heads"):
+        spread_qcqa(options, 8)
+
+
+def test_loss_between_measured_counts_follows_the_prediction() -> None:
+    predicted = {1: 0.8, 2: 0.4, 4: 0.2, 8: 0.1, 16: 0.0}
+    measured = {1: 3 * 0.8**2, 4: 3 * 0.2**2}
+    for count, error in predicted.items():
+        assert math.isclose(loss_at(count, predicted, measured), 3 * error**2, rel_tol=1e-9), count
+    assert loss_at(2, predicted, {4: 0.1}) == pytest.approx(0.2)  # of one point: in proportion
+
+
+@pytest.mark.parametrize(("text", "size"), [("40KiB", 40960), ("65536", 65536), ("1.5 kB", 1500), ("2MiB", 2 << 20)])
+def test_sizes(text: str, size: float) -> None:
+    assert _size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "4 apples", "1.2.3"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--kv-bytes"):
+        _size(text)
+
+
+def test_shares() -> None:
+    assert _share("25%") == 0.25 and _share("1/4") == 0.25 and _share("0.5") == 0.5
+    for text in ("0", "101%", "1/0", "much"):
+        with pytest.raises(UserError, match="--kv-budget"):
+            _share(text)
+
+
+def test_counts_are_those_that_engines_take() -> None:
+    assert Wish().counts(8) == [1, 2, 4]
+    assert Wish(allowed=(2, 3, 4)).counts(8) == [2, 4]
+    assert Wish(tp=4).counts(32) == [4, 8, 16]
+    with pytest.raises(UserError, match="--tp 16"):
+        Wish(tp=16).counts(8)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "vit"])
+def test_damage_is_nothing_or_something(name: str) -> None:
+    """Of the unchanged model none; of a changed one some, and it is the original again afterwards."""
+    tiny = stock_model(tiny_checkpoint(name))
+    damage = Damage(tiny, tiny_sample(name, 4))
+    parameter = next(
+        n for n, p in tiny.named_parameters() if p.dim() == 2 and ("attention" in n.lower() or "attn" in n)
+    )
+    before = tiny.get_parameter(parameter).clone()
+    assert damage() == pytest.approx(0, abs=1e-9)
+    with replaced(tiny, {parameter: before * 1.5}):
+        hurt = damage()
+    assert hurt > 1e-8 and torch.equal(tiny.get_parameter(parameter), before)
+    found = alone(
+        tiny,
+        tiny_sample(name, 4),
+        {("a", 1): lambda: {parameter: before * 1.5}, ("a", 2): lambda: {parameter: before}},
+    )
+    assert found["a"][1] == pytest.approx(hurt) and found["a"][2] == pytest.approx(0, abs=1e-9)
+
+
+def test_damage_is_the_divergence_per_position() -> None:
+    tiny = stock_model(tiny_checkpoint("llama"))
+    sample = {"input_ids": tiny_tokens(3, 10)}
+    damage = Damage(tiny, sample)
+    weight = tiny.lm_head.weight.clone()
+    with torch.no_grad():
+        p = tiny(**sample).logits.log_softmax(-1)
+        with replaced(tiny, {"lm_head.weight": weight * 1.3}):
+            q, found = tiny(**sample).logits.log_softmax(-1), damage()
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def stats(model: Path) -> Path:  # noqa: F811
+    path = model.parent / "budget-stats.safetensors"
+    headfold.calibrate(model, path, calibration=str(model.parent / "text.txt"), tokens=1024)
+    return path
+
+
+def test_a_budget_becomes_a_plan_and_a_fold(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    plan = tmp_path / "plan.json"
+    words = ("plan", model, plan, "--stats", stats, "--kv-budget", "50%")
+    done = run(*words)
+    assert done.code == 0, done.err
+    made = Plan.load(plan)
+    assert sum(made.num_groups.values()) <= 8
+    measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())
+    assert set(measured["damage"]) == set(made.sites) and all(
+        set(row) == {"1", "2", "4"} for row in measured["damage"].values()
+    )
+    before = (tmp_path / "plan.sensitivity.json").stat().st_mtime_ns
+    assert run(*words, "--force", "--workers", 2).code == 0 and Plan.load(plan) == made
+    assert (tmp_path / "plan.sensitivity.json").stat().st_mtime_ns == before  # read, not measured again
+    assert run("fold", model, tmp_path / "out", "--plan", plan, "--stats", stats, "--no-refit").code == 0
+    assert headfold.load(tmp_path / "out") is not None
+
+
+def test_a_loss_becomes_a_plan(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = ("plan", model, tmp_path / "plan.json", "--stats", stats, "--sensitivity", tmp_path / "s.json", "--force")
+    assert run(*words, "--max-rise", 1e-9).code == 0
+    assert set(Plan.load(tmp_path / "plan.json").num_groups.values()) == {8}
+    assert run(*words, "--max-rise", 1e9).code == 0
+    assert set(Plan.load(tmp_path / "plan.json").num_groups.values()) == {1}
+    assert run(*words, "--kv-bytes", "600").code == 0  # of 1,024
+    assert sum(Plan.load(tmp_path / "plan.json").num_groups.values()) <= 9
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--kv-heads, or --kv-budget"),
+        (("--kv-heads", "2", "--kv-budget", "50%"), "both"),
+        (("--kv-budget", "50%", "--kv-bytes", "1KiB"), "exclude each other"),
+        (("--kv-budget", "5%"), "fewest K/V heads"),
+        (("--kv-budget", "150%"), "at most 100 %"),
+        (("--kv-bytes", "lots"), "40KiB"),
+        (("--kv-budget", "50%", "--allowed", "3,5"), "--allowed 3,5"),
+        (("--kv-budget", "50%", "--tp", "16"), "--tp 16"),
+        (("--kv-heads", "2", "--tp", "2"), "go with a budget"),
+        (("--max-rise", "0.1", "--spread", "qcqa"), "--kv-budget"),
+        (("--kv-budget", "50%", "--spread", "fair"), "exact, qcqa"),
+        (("--kv-budget", "50%", "--group", "evolv"), "evolve"),
+    ],
+)
+def test_what_no_plan_can_be_is_refused_in_a_line(
+    run, model: Path, stats: Path, tmp_path: Path, words: tuple[str, ...], said: str  # noqa: F811
+) -> None:  # fmt: skip
+    refused = run("plan", model, tmp_path / "plan.json", "--stats", stats, *words)
+    assert refused.code == 2 and said in refused.err and not (tmp_path / "plan.json").exists()
+    assert len(refused.err.strip().splitlines()[-1:]) == 1
+
+
+def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = (
+        "plan",
+        model,
+        tmp_path / "plan.json",
+        "--stats",
+        stats,
+        "--kv-budget",
+        "50%",
+        "--sensitivity",
+        tmp_path / "s.json",
+    )
+    assert run(*words).code == 0
+    refused = run(*words, "--force", "--merge", "mean")
+    assert refused.code == 2 and "another model, data or method" in refused.err
+    (tmp_path / "s.json").write_text("[]")
+    assert "that headfold wrote" in run(*words, "--force").err
+
+
+def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    shown = run("frontier", model, tmp_path / "front", "--stats", stats, "--measure", 3)
+    assert shown.code == 0 and "rank correlation" in shown.out, shown.err
+    found = json.loads((tmp_path / "front" / "frontier.json").read_text())
+    for point in found["points"]:
+        plan = Plan.load(tmp_path / "front" / point["plan"])
+        assert sum(plan.num_groups.values()) * 2 * 8 * 4 == point["kv_bytes_per_token"]
+    assert sum(point["measured"] is not None for point in found["points"]) >= 3
+    assert (tmp_path / "front" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    refused = run("frontier", model, tmp_path / "front", "--stats", stats)
+    assert refused.code == 2 and "--force" in refused.err
+
+
+def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    text = model.parent / "text.txt"
+    words = ("compare", model, "--kv-heads", "4,1", "--stats", stats, "--text", text, "--out", tmp_path / "c")
+    first = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
+    assert [(row["method"], row["kv_heads"]) for row in first] == [
+        ("mean", 4),
+        ("absorb", 4),
+        ("mean", 1),
+        ("absorb", 1),
+    ]
+    needed = {"method", "kv_heads", "kv_bytes_per_token", "metric", "value", "rise", "kl", "seconds"}
+    assert all(needed <= row.keys() for row in first)
+    assert first[1]["rise"] == pytest.approx(first[1]["value"] - first[1]["original"])
+    shown = run(*words, "--methods", "mean,absorb,absorb+refit", "--plot", tmp_path / "c.png")
+    assert shown.code == 0 and "absorb+refit" in shown.out and " *" in shown.out, shown.err
+    again = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
+    assert again == first  # seconds and all: not computed again
+    assert (tmp_path / "c.png").exists() and not (tmp_path / "c" / "folded").exists()
+    refused = run(*words, "--limit", 50)
+    assert refused.code == 2 and "--out" in refused.err
+
+
+def test_every_method_compares(model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    found = compare(
+        model, [2], methods=list(METHODS), stats=stats, text=str(model.parent / "text.txt"), out=tmp_path / "c"
+    )
+    assert [row.method for row in found.rows] == list(METHODS) and not found.skipped
+    assert len({row.kv_bytes_per_token for row in found.rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--kv-heads"),
+        (("--kv-heads", "3"), "choose"),
+        (("--kv-heads", "2", "--methods", "men"), "mean"),
+        (("--kv-heads", "2", "--methods", "random+refit"), "no method"),
+        (("--kv-heads", "2", "--plot", "x.xyz"), ".png"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(run, model: Path, words: tuple[str, ...], said: str) -> None:  # noqa: F811
+    refused = run("compare", model, *words)
+    assert refused.code == 2 and said in refused.err
