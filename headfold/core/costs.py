@@ -11,9 +11,15 @@ Cost = Callable[[tuple[int, ...]], float]
 
 
 class SetCost:
-    """A cost that is cheaper for many sets at once. Every set is computed once."""
+    """A cost that is cheaper for many sets at once. Every set is computed once.
 
-    def __init__(self, compute: Callable[[Int[Tensor, "set member"]], Float[Tensor, " set"]]) -> None:
+    `cheap`: it is a sum over a table, so that a search may ask as often as it likes.
+    """
+
+    def __init__(
+        self, compute: Callable[[Int[Tensor, "set member"]], Float[Tensor, " set"]], *, cheap: bool = False
+    ) -> None:
+        self.cheap = cheap
         self._compute = compute
         self._known: dict[tuple[int, ...], float] = {}
 
@@ -46,13 +52,13 @@ def summed(costs: Sequence[Cost]) -> Cost:
         listed = [tuple(members) for members in sets.tolist()]
         return torch.tensor([many(cost, listed) for cost in costs], dtype=torch.float64).sum(0)
 
-    return SetCost(compute)
+    return SetCost(compute, cheap=all(isinstance(cost, SetCost) and cost.cheap for cost in costs))
 
 
 def of_pairs(distance: Float[Tensor, "head head"]) -> SetCost:
     """The sum of a symmetric matrix over the pairs inside a set; its diagonal does not count."""
     distance = distance - torch.diag(torch.diagonal(distance))
-    return SetCost(lambda sets: distance[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2)
+    return SetCost(lambda sets: distance[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True)
 
 
 def around_mean(gram: Float[Tensor, "head head"]) -> SetCost:
@@ -61,7 +67,8 @@ def around_mean(gram: Float[Tensor, "head head"]) -> SetCost:
     return SetCost(
         lambda sets: (
             diagonal[sets].sum(1) - gram[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / sets.shape[1]
-        ).clamp_min(0)
+        ).clamp_min(0),
+        cheap=True,
     )
 
 

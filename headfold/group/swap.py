@@ -4,8 +4,9 @@ Minimises Σ over groups of cost(group) over balanced partitions; `unequal=true`
 `exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none gains, on the sum
 of what every two heads of a group cost together: exact for costs that are sums over pairs (cosine, procrustes; wse in equal
 groups), a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
-are then ranked by the true cost and, up to `descend_up_to` heads, the best goes on with that. Local search by swaps is the scheme
-that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group swap:cost=NAME`).
+are then ranked by the true cost and, if that is cheap or up to `descend_up_to` heads, the best goes on with that. Local search by
+swaps is the scheme that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group
+swap:cost=NAME`).
 """
 
 import itertools
@@ -14,12 +15,14 @@ import random
 import torch
 from torch import Tensor
 
-from ..core.costs import Cost, many, pair_matrix
+from ..core.costs import Cost, SetCost, many, pair_matrix
 from ..core.groups import Groups
 from . import exact
 
 GAIN = 1e-12
 """Relative gain below which a change is rounding."""
+FURTHER = 8
+"""Ends that go on with the true cost where that is cheap."""
 Partition = list[tuple[int, ...]]
 
 
@@ -45,10 +48,12 @@ def group(
     drawn = [labels, *(draw.sample(labels, num_heads) for _ in range(restarts - 1))]
     pairs = pair_matrix(cost, num_heads)
     ends = list(dict.fromkeys(_settled(pairs, start, num_groups, unequal=unequal) for start in drawn))
-    best = min(ends, key=lambda groups: _total(cost, list(groups.members)))
-    if num_heads > descend_up_to:
-        return best
-    return Groups.from_members(descend(cost, list(best.members), unequal=unequal))
+    ends.sort(key=lambda groups: _total(cost, list(groups.members)))
+    cheap = isinstance(cost, SetCost) and cost.cheap
+    if num_heads > descend_up_to and not cheap:
+        return ends[0]
+    further = [descend(cost, list(end.members), unequal=unequal) for end in ends[: FURTHER if cheap else 1]]
+    return Groups.from_members(min(further, key=lambda members: _total(cost, members)))
 
 
 def _total(cost: Cost, members: Partition) -> float:
