@@ -21,12 +21,13 @@ from headfold.core.plan import Plan
 from headfold.evaluate.perplexity import compare_models
 from headfold.evaluate.sensitivity import alone
 from headfold.recipe.frontier import rank_correlation
-from headfold.recipe.spreading import few, twin_parameters
+from headfold.recipe.spreading import few, refitted, twin_parameters
 
 
 def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Options, list[tuple[float, float]]]:
     """Choices of every site, their options, and pairs of predicted error and measured damage."""
     windows, stats = bench.measured(DEFAULT, seed)
+    sample = {"input_ids": windows}
     sites, read = bench.source.sites, bench.source.checkpoint.read
     choices = planning.choices(
         sites, read, lambda site: planning.divisors(site.num_groups), grouping=planning.parse_group(DEFAULT.group),
@@ -35,14 +36,16 @@ def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Optio
 
     def change(choice: planning.Choice, count: int) -> dict:
         plans = {site.name: plan for site, plan in zip(choice.sites, choice.plans[count], strict=True)}
-        return twin_parameters(choice.sites, Plan(plans, DEFAULT.group, "", seed), bench.source, stats)
+        plan = Plan(plans, DEFAULT.group, "", seed)
+        refits = refitted(choice.sites, plan, bench.source, stats, bench.model, few(sample))
+        return twin_parameters(choice.sites, plan, bench.source, stats, refits)
 
     changes = {
         (choice.sites[0].name, count): lambda c=choice, n=count: change(c, n)
         for choice in choices
         for count in list(choice.plans)[:-1]
     }
-    damage = alone(bench.model, few({"input_ids": windows}), changes)
+    damage = alone(bench.model, few(sample, last=True), changes)
     pairs = [
         (sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in choice.plans[count]), lost)
         for choice in choices

@@ -22,6 +22,7 @@ from .options import (
     Json,
     Merge,
     Model,
+    Refit,
     Seed,
     Sensitivity,
     StatsFile,
@@ -37,6 +38,7 @@ def frontier(
     allowed: Allowed = None,
     tp: Tp = 1,
     sensitivity: Sensitivity = None,
+    refit: Refit = True,
     measure: Annotated[
         int,
         typer.Option(
@@ -64,7 +66,7 @@ def frontier(
     )
     with ProgressReport(silent=as_json) as progress:
         found = find(
-            model, out, tp=tp, measured=measure, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
+            model, out, tp=tp, measured=measure, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
             **chosen,
         )  # fmt: skip
     answer(found.to_json(), as_json) or comparisons.show_frontier(found)

@@ -27,6 +27,7 @@ from .options import (
     MaxRise,
     Merge,
     Model,
+    Refit,
     Seed,
     Sensitivity,
     Spread,
@@ -70,6 +71,7 @@ def plan(
     tp: Tp = 1,
     spread: Spread = "exact",
     sensitivity: Sensitivity = None,
+    refit: Refit = True,
     group: Group = None,
     merge: Merge = None,
     stats: StatsFile = None,
@@ -92,7 +94,7 @@ def plan(
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         made = recipe.plan(
-            model, out, tp=tp, spread=spread, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
+            model, out, tp=tp, spread=spread, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
             **chosen,
         )  # fmt: skip
     if not answer(made.to_json(), as_json):
@@ -107,10 +109,7 @@ def fold(
     plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="What headfold plan wrote.")] = None,
     group: Group = None,
     merge: Merge = None,
-    refit: Annotated[
-        bool,
-        typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output."),
-    ] = True,
+    refit: Refit = True,
     calibration: Calibration = None,
     tokens: Tokens = None,
     items: Items = None,

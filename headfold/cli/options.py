@@ -102,3 +102,6 @@ Sensitivity = Annotated[
     ),
 ]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Layers that are decided side by side.")]
+Refit = Annotated[
+    bool, typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output.")
+]

@@ -27,6 +27,7 @@ def plan(
     tp: int = 1,
     spread: str = "exact",
     sensitivity: str | Path | None = None,
+    refit: bool = True,
     group: str = "swap",
     merge: str = "absorb",
     stats: str | Path | None = None,
@@ -40,8 +41,9 @@ def plan(
     """Decide which K/V heads share one and predict the loss; writes the plan to `out` if one is given.
 
     Either every site gets `kv_heads`, or a budget is spread over them: `kv_budget` (a share of the source's K/V bytes), `kv_bytes` (per
-    token), or `max_rise` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone,
-    to put the layers' losses on one scale; what was measured lies in the file `sensitivity` (default: beside `out`) and is used again.
+    token), or `max_rise` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone (and
+    with `refit` refitted, as `fold` will), to put the layers' losses on one scale; what was measured lies in the file `sensitivity`
+    (default: beside `out`) and is used again.
     `allowed` counts, multiples of `tp`, may be used. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
     unless `encoder` is true.
 
@@ -62,7 +64,7 @@ def plan(
     given_stats, progress = open_stats(stats, source), progress or silent
     if budgeted:
         path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
-        made, _ = plan_budget(source, wish, group, merge, given_stats, seed, path, workers, device, progress)
+        made, _ = plan_budget(source, wish, group, merge, given_stats, seed, path, workers, device, progress, refit)
     else:
         made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, workers)
     if out is not None:
@@ -86,9 +88,10 @@ def plan_budget(
     workers: int,
     device: str | None,
     progress: Progress,
+    refit: bool = True,
 ) -> tuple[Plan, Curves]:
     """The plan of a budget, and the curves that it was chosen from."""
-    found, run = budget_curves(source, wish, group, merge, stats, seed, sensitivity, workers, device, progress)
+    found, run = budget_curves(source, wish, group, merge, stats, seed, sensitivity, workers, device, progress, refit)
     run.close()
     like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, stats.metadata)
     return found.plan(choose(found, wish, source), like), found
@@ -105,6 +108,7 @@ def budget_curves(
     workers: int,
     device: str | None,
     progress: Progress,
+    refit: bool = True,
 ) -> tuple[Curves, OriginalRun]:
     """Curves of every site, and the running original that they were measured on.
 
@@ -120,7 +124,8 @@ def budget_curves(
     )  # fmt: skip
     run = OriginalRun(source, kind, device or default_device(), progress)
     run.use_sample(stats)
-    return curves(source, wish, group, merge, stats, seed, run, sensitivity, workers, progress), run
+    made = curves(source, wish, group, merge, stats, seed, run, sensitivity, workers, progress, refitting=refit)
+    return made, run
 
 
 def plan_source(

@@ -16,7 +16,7 @@ from ..evaluate.sensitivity import Damage, replaced
 from ..report.plot import plot_frontier
 from .deciding import budget_curves
 from .source import Progress, open_source, open_stats, silent
-from .spreading import Curves, Wish, few, twin_parameters
+from .spreading import Curves, Wish, few, refitted, twin_parameters
 
 MEASURED = 5
 
@@ -31,7 +31,7 @@ class Point:
     kv_heads: dict[str, int]
     predicted: float
     measured: float | None
-    """On calibration data that single layers were not measured on, without refit."""
+    """On the calibration data that single layers were measured on; with refit unless it was left out."""
     uniform: bool
     """Whether every layer has the same count: what --kv-heads gives."""
 
@@ -61,6 +61,7 @@ def frontier(
     merge: str = "absorb",
     stats: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    refit: bool = True,
     measured: int = MEASURED,
     encoder: bool = False,
     seed: int = 0,
@@ -71,8 +72,9 @@ def frontier(
 ) -> Frontier:
     """Write frontier.json, frontier.png and a plan per point into the directory `out`.
 
-    Beside the best spreads stand those of one count everywhere. `measured` of each kind, evenly spaced, are folded in memory and measured
-    on calibration data of their own. `headfold fold --plan` makes any of them.
+    Beside the best spreads stand those of one count everywhere. These, and `measured` others, are folded in memory (and refitted on a
+    little
+    data, with `refit`) and measured. `headfold fold --plan` makes any of them.
 
     Raises:
         UserError: see `recipe.plan`; a directory in the way without `force`.
@@ -87,7 +89,7 @@ def frontier(
     directory.mkdir(parents=True, exist_ok=True)
     path = Path(sensitivity or directory / "sensitivity.json")
     wish = Wish(allowed=tuple(allowed), tp=tp)
-    found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress)
+    found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
     like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, given.metadata)
     best = best_spreads(found.options)
     uniform = [counts for n in wish.counts(source.sites[0].num_groups) if (counts := _uniform(found, n)) is not None]
@@ -99,7 +101,8 @@ def frontier(
         made = found.plan(counts, like)
         lost = None
         if damage is not None and counts in chosen:
-            with replaced(run.model, twin_parameters(source.sites, made, source, given)):
+            refits = refitted(source.sites, made, source, given, run.model, few(run.sample)) if refit else None
+            with replaced(run.model, twin_parameters(source.sites, made, source, given, refits)):
                 lost = damage()
         sums = total(found.options, counts)
         fixed = source.kv_bytes_per_token() - sum(max(o.kv_bytes for o in listed) for listed in found.options.values())
@@ -110,7 +113,11 @@ def frontier(
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
     result = Frontier(points, rank_correlation(both), _site_correlation(found), str(directory))
     write_json(directory / "frontier.json", result.to_json())
-    plot_frontier(directory / "frontier.png", points, title=f"{Path(str(model)).name}, {group}, {merge}, no refit")
+    plot_frontier(
+        directory / "frontier.png",
+        points,
+        title=f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}",
+    )
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,12 +17,18 @@ from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..core.stats import SiteStats
 from ..evaluate.sensitivity import alone
+from ..families.spec import Site
 from ..planning import Choice
+from ..refine.refit import refit
 from ..stock import is_streamed
-from ..surgery import site_tensors
+from ..surgery import Refits, query_order, site_heads, site_tensors
 from .measuring import OriginalRun
 from .source import Opened, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 8192
 """Of the calibration data, on which the damage of one site is measured."""
@@ -143,8 +149,12 @@ def curves(
     sensitivity: Path,
     workers: int,
     progress: Progress,
+    *,
+    refitting: bool = True,
 ) -> Curves:
-    """Group every site at every count, measure a few of the sites alone or read what was measured, and put both together.
+    """Group every site at every count, measure the sites alone or read what was measured, and put both together.
+
+    `refitting`: a site is measured after a refit of its own, since that changes which sites are dear.
 
     Raises:
         UserError: a file of other measurements, or a model that does not fit into memory.
@@ -155,12 +165,15 @@ def curves(
         grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )  # fmt: skip
-    about = {"source": source.checkpoint.fingerprint(), "group": group, "merge": merge, "stats": dict(stats.metadata)}
+    about = {
+        "source": source.checkpoint.fingerprint(), "group": group, "merge": merge, "refit": refitting, "seed": seed,
+        "stats": dict(stats.metadata),
+    }  # fmt: skip
     measured = _read(sensitivity, about)
     wanted = {choice.sites[0].name: _measured_counts(list(choice.plans)[:-1]) for choice in choices}
     missing = [(c, n) for c in choices for n in wanted[c.sites[0].name] if n not in measured.get(c.sites[0].name, {})]
     if missing:
-        found = _measure(source, missing, group, seed, stats, run, progress)
+        found = _measure(source, missing, group, seed, stats, run, progress, refitting=refitting)
         measured = {name: {**measured.get(name, {}), **found.get(name, {})} for name in {**measured, **found}}
         write_json(sensitivity, {"format": FORMAT, **about, "damage": measured})
     options = {choice.sites[0].name: _options(choice, source, measured[choice.sites[0].name]) for choice in choices}
@@ -198,26 +211,56 @@ def _measure(
     stats: StatsFile,
     run: OriginalRun,
     progress: Progress,
+    *,
+    refitting: bool,
 ) -> dict[str, dict[int, float]]:
-    """The damage that each choice does alone."""
+    """The damage that each choice does alone, on the end of the calibration data; refits see its beginning."""
     if is_streamed(run.model):
         raise UserError(f"{source.name}: too large for this machine's memory, which sensitivities need; use --kv-heads")
 
     def change(choice: Choice, count: int) -> Mapping[str, Tensor]:
         plans = {site.name: plan for site, plan in zip(choice.sites, choice.plans[count], strict=True)}
-        return twin_parameters(choice.sites, Plan(plans, group, "", seed), source, stats)
+        plan = Plan(plans, group, "", seed)
+        refits = refitted(choice.sites, plan, source, stats, run.model, few(run.sample)) if refitting else None
+        return twin_parameters(choice.sites, plan, source, stats, refits)
 
     changes = {(choice.sites[0].name, count): lambda c=choice, n=count: change(c, n) for choice, count in missing}
     done = iter(range(len(changes)))
-    return alone(run.model, few(run.sample), changes, lambda name: progress("sensitivity", next(done), len(changes)))
+    sample = few(run.sample, last=True)
+    return alone(run.model, sample, changes, lambda name: progress("sensitivity", next(done), len(changes)))
 
 
-def twin_parameters(sites: Sequence[Any], plan: Plan, source: Opened, stats: StatsFile | None) -> dict[str, Tensor]:
+def refitted(
+    sites: Sequence[Site],
+    plan: Plan,
+    source: Opened,
+    stats: Mapping[str, SiteStats],
+    model: "PreTrainedModel",
+    sample: Mapping[str, Tensor],
+) -> Refits:
+    """Refits of some sites on a little data, the others being the original's."""
+    read = source.checkpoint.read
+    return refit(
+        model,
+        list(sites),
+        lambda site: site_heads(site, plan, read, stats),
+        sample,
+        order=lambda site: query_order(site, plan),
+    )
+
+
+def twin_parameters(
+    sites: Sequence[Site],
+    plan: Plan,
+    source: Opened,
+    stats: Mapping[str, SiteStats] | None,
+    refits: Refits | None = None,
+) -> dict[str, Tensor]:
     """By the model's names, the parameters of these sites with shared heads repeated: the fold in the source's shapes."""
     made = {}
     for site in sites:
         named = site.parameters
-        tensors = site_tensors(site, plan, source.checkpoint.read, stats, num_groups=site.num_groups)
+        tensors = site_tensors(site, plan, source.checkpoint.read, stats, refits, num_groups=site.num_groups)
         made.update({named.get(name, name): tensor for name, tensor in tensors.items()})
     return made
 
