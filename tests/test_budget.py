@@ -286,6 +286,9 @@ def test_every_method_compares(model: Path, stats: Path, tmp_path: Path) -> None
         (("--kv-heads", "2", "--plot", "x.xyz"), ".png"),
     ],
 )
-def test_comparisons_that_cannot_be_are_refused(run, model: Path, words: tuple[str, ...], said: str) -> None:  # noqa: F811
+def test_comparisons_that_cannot_be_are_refused(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     refused = run("compare", model, *words)
-    assert refused.code == 2 and said in refused.err
+    assert refused.code == 2 and said in refused.err and not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError, suggest
 from ..evaluate import classification, embedding, perplexity, translation
+from ..planning import parse_kv_heads
 from ..timing.machine import peak_memory
 from .folding import fold
 from .measuring import calibrate, default_device
@@ -103,6 +104,7 @@ def compare(
         if name.removesuffix(REFIT) not in METHODS or name in {one + REFIT for one in WITHOUT_REFIT}:
             raise UserError(f"compare: no method {name!r}; {suggest(name, list(DEFAULT))}")
     source, progress = open_source(model), progress or silent
+    wanted = [(name, _count(source, count)) for count in kv_heads for name in methods]
     directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
     settings = {
         "model": source.checkpoint.fingerprint(), "text": text, "limit": limit, "calibration": calibration, "tokens": tokens,
@@ -130,18 +132,16 @@ def compare(
         except UserError as error:
             if "--text" in str(error) or "calibrat" in str(error):
                 raise
-            skipped[f"{name} at {asked}"] = str(error)
+            skipped[f"{name} at {count}"] = str(error)
         write_json(directory / "compare.json", {"settings": settings, "rows": [asdict(row) for row in rows.values()]})
     progress("compare", len(wanted), len(wanted))
-    order = {pair: place for place, pair in enumerate((name, _count(source, count)) for name, count in wanted)}
+    order = {pair: place for place, pair in enumerate(wanted)}
     chosen = sorted((pair for pair in rows if pair in order), key=order.__getitem__)
     said = text or "the bundled text"
     return Comparison(str(model), said, str(directory), [rows[pair] for pair in chosen], skipped)
 
 
 def _count(source: Opened, asked: str | int) -> int:
-    from ..planning import parse_kv_heads
-
     return parse_kv_heads(asked, max(site.num_groups for site in source.sites))
 
 
