@@ -119,15 +119,13 @@ def compare(
             progress=progress,
         )  # fmt: skip
     rows, skipped = {(row.method, row.kv_heads): row for row in known}, {}
-    wanted = [(name, count) for count in kv_heads for name in methods]
     for number, (name, count) in enumerate(wanted):
         progress("compare", number, len(wanted))
-        asked = _count(source, count)
-        if (name, asked) in rows:
+        if (name, count) in rows:
             continue
         try:
-            rows[name, asked] = _row(
-                source, name, asked, directory, measured, text, limit, columns, context, seed, device
+            rows[name, count] = _row(
+                source, name, count, directory, measured, text, limit, columns, context, seed, device
             )
         except UserError as error:
             if "--text" in str(error) or "calibrat" in str(error):
