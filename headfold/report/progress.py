@@ -10,7 +10,9 @@ from .tables import duration, size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-UNITS = {"plan": "sites", "write": "bytes"}
+UNITS = {
+    "plan": "sites", "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
+}  # fmt: skip
 """What a stage counts; tokens where it is not listed."""
 
 
