@@ -138,8 +138,8 @@ def shapes(dtype: str) -> dict[str, Any]:
 
 def figure6(dtype: str) -> dict[str, Any]:
     made = bench(
-        shape="t5-xxl", kv_heads=(1, 4, 8, 16, 64), layers=1, contexts=(2048,), batches=(16,), dtype=dtype, skip_prefill=True,
-        new_tokens=24, rounds=2,
+        shape="t5-xxl", kv_heads=(1, 4, 8, 16, 64), layers=1, contexts=(2048,), batches=(4,), dtype=dtype, skip_prefill=True,
+        new_tokens=16, rounds=2,
     )  # fmt: skip
     plot_bench(RESULTS / f"figure6-{dtype}.png", made)
     return shown(made)
