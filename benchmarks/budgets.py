@@ -21,7 +21,7 @@ from headfold.core.plan import Plan
 from headfold.evaluate.perplexity import compare_models
 from headfold.evaluate.sensitivity import alone
 from headfold.recipe.frontier import rank_correlation
-from headfold.recipe.spreading import few, refitted, twin_parameters
+from headfold.recipe.spreading import few, predicted_error, refitted, twin_parameters
 
 
 def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Options, list[tuple[float, float]]]:
@@ -47,7 +47,7 @@ def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Optio
     }
     damage = alone(bench.model, few(sample, last=True), changes)
     pairs = [
-        (sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in choice.plans[count]), lost)
+        (predicted_error(choice, count), lost)
         for choice in choices
         for count, lost in damage[choice.sites[0].name].items()
     ]

@@ -277,7 +277,7 @@ def _round(subjects: Sequence[_Subject], setting: Setting, number: int, profile:
     start = number % len(cases)
     for subject, name in cases[start:] + cases[:start]:
         _use(subject, name)
-        grows = name == NAME or name.endswith(IN_PLACE)
+        grows = _grows(name)
         if number:
             subject.timings[name].append(generate(subject.model, setting, grows=grows))
             continue
@@ -296,9 +296,14 @@ def _round(subjects: Sequence[_Subject], setting: Setting, number: int, profile:
             )
 
 
+def _grows(attention: str) -> bool:
+    """Whether a case has our caches."""
+    return attention == NAME or attention.endswith(IN_PLACE)
+
+
 def _use(subject: _Subject, name: str) -> None:
     """Let the model decode under an attention: ours with our caches, others with stock ones."""
-    model, grows = subject.model, name == NAME or name.endswith(IN_PLACE)
+    model, grows = subject.model, _grows(name)
     name = name.removesuffix(IN_PLACE)
     if model.config._attn_implementation != name:
         try:

@@ -64,7 +64,11 @@ def plan(
     given_stats, progress = open_stats(stats, source), progress or silent
     if budgeted:
         path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
-        made, _ = plan_budget(source, wish, group, merge, given_stats, seed, path, workers, device, progress, refit)
+        found, run = budget_curves(
+            source, wish, group, merge, given_stats, seed, path, workers, device, progress, refit
+        )
+        run.close()
+        made = found.plan(choose(found, wish))
     else:
         made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, workers)
     if out is not None:
@@ -75,26 +79,6 @@ def plan(
 def beside(out: Path) -> Path:
     """Where measured sensitivities lie if no file is named."""
     return out.with_name(f"{out.name.removesuffix('.json')}.sensitivity.json")
-
-
-def plan_budget(
-    source: Opened,
-    wish: Wish,
-    group: str,
-    merge: str,
-    stats: StatsFile | None,
-    seed: int,
-    sensitivity: Path,
-    workers: int,
-    device: str | None,
-    progress: Progress,
-    refit: bool = True,
-) -> tuple[Plan, Curves]:
-    """The plan of a budget, and the curves that it was chosen from."""
-    found, run = budget_curves(source, wish, group, merge, stats, seed, sensitivity, workers, device, progress, refit)
-    run.close()
-    like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, stats.metadata)
-    return found.plan(choose(found, wish, source), like), found
 
 
 def budget_curves(

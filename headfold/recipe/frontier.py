@@ -11,12 +11,11 @@ from ..budget import Spread, total
 from ..budget import frontier as best_spreads
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
-from ..core.plan import Plan
 from ..evaluate.sensitivity import Damage, replaced
 from ..report.plot import plot_frontier
 from .deciding import budget_curves
 from .source import Progress, open_source, open_stats, silent
-from .spreading import Curves, Wish, few, refitted, twin_parameters
+from .spreading import Curves, Wish, few, predicted_error, refitted, twin_parameters
 
 MEASURED = 5
 
@@ -72,9 +71,8 @@ def frontier(
 ) -> Frontier:
     """Write frontier.json, frontier.png and a plan per point into the directory `out`.
 
-    Beside the best spreads stand those of one count everywhere. These, and `measured` others, are folded in memory (and refitted on a
-    little
-    data, with `refit`) and measured. `headfold fold --plan` makes any of them.
+    Beside the best spreads stand those of one count everywhere. These, and `measured` others, are folded in memory (and with
+    `refit` refitted on a little data) and measured. `headfold fold --plan` makes any of them.
 
     Raises:
         UserError: see `recipe.plan`; a directory in the way without `force`.
@@ -90,7 +88,6 @@ def frontier(
     path = Path(sensitivity or directory / "sensitivity.json")
     wish = Wish(allowed=tuple(allowed), tp=tp)
     found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
-    like = Plan({s.name: None for s in source.sites}, group, source.checkpoint.fingerprint(), seed, given.metadata)
     best = best_spreads(found.options)
     uniform = [counts for n in wish.counts(source.sites[0].num_groups) if (counts := _uniform(found, n)) is not None]
     chosen = _spaced(best, measured) + uniform
@@ -98,17 +95,17 @@ def frontier(
     points: list[Point] = []
     for number, counts in enumerate([*best, *(one for one in uniform if one not in best)]):
         progress("frontier", number, len(best) + len(uniform))
-        made = found.plan(counts, like)
+        made = found.plan(counts)
         lost = None
         if damage is not None and counts in chosen:
             refits = refitted(source.sites, made, source, given, run.model, few(run.sample)) if refit else None
             with replaced(run.model, twin_parameters(source.sites, made, source, given, refits)):
                 lost = damage()
         sums = total(found.options, counts)
-        fixed = source.kv_bytes_per_token() - sum(max(o.kv_bytes for o in listed) for listed in found.options.values())
-        name = f"plan-{sums.kv_bytes + fixed}{'-uniform' if counts in uniform else ''}.json"
+        num_bytes = sums.kv_bytes + found.fixed_bytes
+        name = f"plan-{num_bytes}{'-uniform' if counts in uniform else ''}.json"
         write_json(directory / name, made.to_json())
-        points.append(Point(name, sums.kv_bytes + fixed, dict(counts), sums.loss, lost, counts in uniform))
+        points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in uniform))
     points.sort(key=lambda point: (point.kv_bytes_per_token, point.uniform))
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
     result = Frontier(points, rank_correlation(both), _site_correlation(found), str(directory))
@@ -143,10 +140,10 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _site_correlation(found: Curves) -> float | None:
-    pairs = []
-    for choice in found.choices:
-        for count, lost in found.measured[choice.sites[0].name].items():
-            plans = choice.plans[count]
-            error = sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in plans)
-            pairs.append((error, lost))
-    return rank_correlation(pairs)
+    return rank_correlation(
+        [
+            (predicted_error(choice, count), lost)
+            for choice in found.choices
+            for count, lost in found.measured[choice.sites[0].name].items()
+        ]
+    )

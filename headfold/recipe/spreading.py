@@ -125,17 +125,25 @@ def _size(text: str) -> float:
 class Curves:
     """What every choice of heads costs and loses. `measured` is the damage of single sites by name and count."""
 
+    source: Opened
     choices: Sequence[Choice]
     options: Options
     measured: Mapping[str, Mapping[int, float]]
+    group: str
+    seed: int
+    calibration: Mapping[str, str]
 
-    def plan(self, counts: Mapping[str, int], like: Plan) -> Plan:
+    def plan(self, counts: Mapping[str, int]) -> Plan:
         """The plan with these counts, by the first site of each choice."""
         chosen = [(choice, counts[choice.sites[0].name]) for choice in self.choices]
-        sites = [site for choice in self.choices for site in choice.sites]
-        order = {name: place for place, name in enumerate(like.sites)}
-        sites.sort(key=lambda site: order[site.name])
-        return planning.assemble(sites, chosen, like.group, like.source, like.seed, like.calibration)
+        fingerprint = self.source.checkpoint.fingerprint()
+        return planning.assemble(self.source.sites, chosen, self.group, fingerprint, self.seed, self.calibration)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """K/V bytes per token of what is not decided here."""
+        decided = sum(max(option.kv_bytes for option in listed) for listed in self.options.values())
+        return self.source.kv_bytes_per_token() - decided
 
 
 def curves(
@@ -177,7 +185,7 @@ def curves(
         measured = {name: {**measured.get(name, {}), **found.get(name, {})} for name in {**measured, **found}}
         write_json(sensitivity, {"format": FORMAT, **about, "damage": measured})
     options = {choice.sites[0].name: _options(choice, source, measured[choice.sites[0].name]) for choice in choices}
-    return Curves(choices, options, measured)
+    return Curves(source, choices, options, measured, group, seed, stats.metadata)
 
 
 def _measured_counts(counts: Sequence[int]) -> list[int]:
@@ -274,13 +282,13 @@ def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor
 
 
 def _options(choice: Choice, source: Opened, measured: Mapping[int, float]) -> list[Option]:
-    predicted = {count: _predicted(choice, count) for count in choice.plans}
+    predicted = {count: predicted_error(choice, count) for count in choice.plans}
     return [
         Option(count, _bytes(choice, count, source), loss_at(count, predicted, measured)) for count in choice.plans
     ]  # fmt: skip
 
 
-def _predicted(choice: Choice, count: int) -> float:
+def predicted_error(choice: Choice, count: int) -> float:
     """Relative errors of K and V, summed."""
     return sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in choice.plans[count])
 
@@ -309,16 +317,15 @@ def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, f
     return y1 * (here / x1) ** power
 
 
-def choose(found: Curves, wish: Wish, source: Opened) -> dict[str, int]:
+def choose(found: Curves, wish: Wish) -> dict[str, int]:
     """The counts that the wish asks for.
 
     Raises:
         UserError: it cannot be had.
     """
-    limit = wish.limit(source)
+    limit = wish.limit(found.source)
     if limit is None:
         return spread(found.options, max_loss=wish.max_rise)
-    fixed = source.kv_bytes_per_token() - sum(max(o.kv_bytes for o in listed) for listed in found.options.values())
     if wish.spread == "qcqa":
-        return spread_qcqa(found.options, limit - fixed)
-    return spread(found.options, max_bytes=limit - fixed)
+        return spread_qcqa(found.options, limit - found.fixed_bytes)
+    return spread(found.options, max_bytes=limit - found.fixed_bytes)

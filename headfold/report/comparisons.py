@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .plot import COLOURS
+from .plot import COLOURS, new_axes, save
 from .tables import duration, show_table, size
 from .timings import require_plot
 
@@ -66,18 +66,13 @@ def show_comparison(found: Any) -> None:
 
 def plot_comparison(path: Path, found: Any) -> None:
     """Write a picture of what is lost against the cache, the methods with most left out where there are more than colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in found.rows:
         curves.setdefault(row.method, []).append((row.kv_bytes_per_token, max(row.rise, 1e-5)))
     shown = sorted(curves, key=lambda name: sum(lost for _, lost in curves[name]) / len(curves[name]))[: len(COLOURS)]
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
+    axes = new_axes()
     axes.set_yscale("log")
     for colour, name in zip(COLOURS, shown, strict=False):
         line = sorted(curves[name])
@@ -90,7 +85,4 @@ def plot_comparison(path: Path, found: Any) -> None:
         f"rise of {found.rows[0].metric}" if found.rows[0].metric == "nll" else f"loss of {found.rows[0].metric}"
     )
     axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", which="major", color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(axes, path)

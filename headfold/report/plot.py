@@ -2,12 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .tables import size
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a6d3b", "#6d597a")
 """Dark enough to be read on white; the first is the method that the plot is about."""
+
+
+def new_axes() -> "Axes":
+    """An empty picture; what is drawn lies along a logarithmic axis of sizes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    return axes
+
+
+def save(axes: "Axes", path: Path) -> None:
+    """Write the picture that these axes are in."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path)
 
 
 def plot_perplexity(
@@ -21,14 +44,9 @@ def plot_perplexity(
 
     Every curve starts at the original and is labelled at its other end; both axes are logarithmic.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
+    axes = new_axes()
     axes.set_yscale("log")
     axes.axhline(original[1], color="0.6", linewidth=1, linestyle=(0, (4, 3)))
     for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
@@ -65,22 +83,14 @@ def plot_perplexity(
     axes.set_xlabel("K/V cache per token")
     axes.set_ylabel("perplexity on held-out text")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", which="major", color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(axes, path)
 
 
 def plot_frontier(path: Path, points: Sequence[Any], *, title: str) -> None:
     """Write a picture of `recipe.frontier.Point`s: predicted losses as a line, measured ones as marks, equal counts apart."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
+    axes = new_axes()
     for uniform, colour, name in ((False, COLOURS[0], "best spread"), (True, COLOURS[1], "one count everywhere")):
         chosen = [point for point in points if point.uniform == uniform and point.predicted > 0]
         seen = [(point.kv_bytes_per_token, point.measured) for point in chosen if point.measured]
@@ -104,7 +114,4 @@ def plot_frontier(path: Path, points: Sequence[Any], *, title: str) -> None:
     axes.set_ylabel("loss (KL to the original, nats)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", which="major", color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(axes, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .plot import COLOURS
+from .plot import COLOURS, new_axes, save
 from .tables import percent, show_table, size
 
 PARTS = ("weights", "attention", "cache", "rest")
@@ -76,17 +76,12 @@ def plot_bench(path: Path, found: Any) -> None:
 
     The time is that of a whole sample (figure 6 of 2305.13245), or of a new token where no prompt was read.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     attribute, unit = ("per_token", "new token") if found.skip_prefill else ("per_sample", "sample")
     places = {"kv_heads": "K/V heads", "context": "tokens of context", "batch": "samples at once"}
     along = next((name for name in places if len({getattr(row, name) for row in found.rows}) > 1), "context")
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
+    axes = new_axes()
     ticks = sorted({_place(row, along) for row in found.rows})
     for number, (label, points) in enumerate(_curves(found.rows, along, attribute).items()):
         colour = COLOURS[number % len(COLOURS)]
@@ -100,10 +95,7 @@ def plot_bench(path: Path, found: Any) -> None:
     axes.set_xlabel(places[along])
     axes.set_ylabel(f"seconds per {unit}")
     axes.set_title(f"{found.new_tokens} new tokens, {found.dtype}, {found.device}", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", which="major", color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(axes, path)
 
 
 def _place(row: Any, along: str) -> int:
