@@ -11,6 +11,7 @@ without. Results go to benchmarks/results/NAME-budgets.json.
 import argparse
 import json
 import statistics
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from machine import describe
@@ -21,7 +22,7 @@ from headfold.core.plan import Plan
 from headfold.evaluate.perplexity import compare_models
 from headfold.evaluate.sensitivity import alone
 from headfold.recipe.frontier import rank_correlation
-from headfold.recipe.spreading import few, predicted_error, refitted, twin_parameters
+from headfold.recipe.spreading import few, folded_in_memory, predicted_error, refitted
 
 
 def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Options, list[tuple[float, float]]]:
@@ -34,11 +35,11 @@ def curves(bench: Bench, seed: int) -> tuple[list[planning.Choice], budget.Optio
         merge=DEFAULT.merge, stats=stats, seed=seed,
     )  # fmt: skip
 
-    def change(choice: planning.Choice, count: int) -> dict:
+    def change(choice: planning.Choice, count: int) -> AbstractContextManager[None]:
         plans = {site.name: plan for site, plan in zip(choice.sites, choice.plans[count], strict=True)}
         plan = Plan(plans, DEFAULT.group, "", seed)
         refits = refitted(choice.sites, plan, bench.source, stats, bench.model, few(sample))
-        return twin_parameters(choice.sites, plan, bench.source, stats, refits)
+        return folded_in_memory(bench.model, choice.sites, plan, bench.source, stats, refits)
 
     changes = {
         (choice.sites[0].name, count): lambda c=choice, n=count: change(c, n)

@@ -17,7 +17,7 @@ from .core.errors import UserError
 from .core.groups import Groups, check_group_count
 from .core.heads import Heads
 from .core.moments import Moments, site_moments
-from .core.plan import Plan, SitePlan
+from .core.plan import Plan, SitePlan, not_wide
 from .core.predict import grouped_error, site_energy
 from .core.stats import SiteStats
 from .families.layout import read_heads
@@ -103,10 +103,13 @@ def make_plan(
     stats: Mapping[str, SiteStats] | None = None,
     calibration: Mapping[str, str] | None = None,
     seed: int = 0,
+    head_width: int = 1,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
     """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
+
+    The cache is that of `kv_heads` heads of the source's width: with a `head_width` of 2 there are half as many, twice as wide.
 
     Sites that share one order of query heads (T5's stacks) are grouped alike, by the sum of their costs; where the order is
     fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs
@@ -121,8 +124,9 @@ def make_plan(
         return [parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")]
 
     made = choices(
-        sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, workers=workers, progress=progress
-    )
+        sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, head_width=head_width, workers=workers,
+        progress=progress,
+    )  # fmt: skip
     return assemble(sites, [(choice, next(iter(choice.plans))) for choice in made], group, source, seed, calibration)
 
 
@@ -135,22 +139,30 @@ def choices(
     merge: str,
     stats: Mapping[str, SiteStats] | None,
     seed: int = 0,
+    head_width: int = 1,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
     """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose.
 
+    Counts are of heads of the source's width, whose cache `head_width` times fewer, wider ones share.
     `workers` sites are looked at side by side, each in a thread of its own.
     """
     merging = str(plugins.parse(merges, merge, "merge"))
+    if head_width > 1:
+        check_head_width(head_width, sites, merge, grouping)
 
     def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
-        views = [_View.of(site, read, stats) for site in together]
+        views = [_View.of(site, read, stats, head_width) for site in together]
         planned = {}
-        for num_groups in counts(together[0]):
-            groups = _grouped(views, grouping, num_groups, seed)
-            planned[num_groups] = tuple(view.plan(groups, merging) for view in views)
+        for count in counts(together[0]):
+            if count % head_width:
+                raise UserError(
+                    f"--kv-heads {count} --head-width {head_width}: expected a count that the width divides"
+                )
+            groups = _grouped(views, grouping, count // head_width, seed)
+            planned[count] = tuple(view.plan(groups, merging) for view in views)
         return Choice(tuple(together), planned)
 
     apart = _decided_together(sites)
@@ -158,6 +170,31 @@ def choices(
         return [decide(together) for together in apart]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(decide, apart))
+
+
+def check_head_width(head_width: int, sites: Iterable[Site], merge: str, grouping: Grouping) -> None:
+    """Refuse heads wider than the source's where a method or a site cannot have them.
+
+    Raises:
+        UserError: says which.
+    """
+    asked = f"--head-width {head_width}"
+    name = merge.partition(":")[0]
+    if not getattr(plugins.load(merges, name), "HEAD_WIDTH", False):
+        raise UserError(f"{asked}: --merge {name} knows heads of the source's width alone; use --merge absorb")
+    for site in sites:
+        if reason := not_wide(site):
+            raise UserError(f"{asked}: {site.name}: {reason}; leave it out")
+        if site.rigid:
+            raise UserError(f"{asked}: {site.name}: its class takes heads of the source's width alone; leave it out")
+        if "qkv" in site.weights and site.native:
+            raise UserError(
+                f"{asked}: {site.name}: q, k and v are one tensor on disk, which has no wide form; leave it out"
+            )
+        if head_width > site.num_groups:
+            raise UserError(f"{asked}: {site.name}: expected at most {site.num_groups}, its count of K/V heads")
+    if grouping.unequal:
+        raise UserError(f"{asked}: expected equal groups; leave out unequal=true")
 
 
 def assemble(
@@ -192,13 +229,14 @@ class _View:
     site: Site
     read: Read
     stats: SiteStats | None
+    head_width: int = 1
     _heads: Heads | None = None
     _moments: Moments | None = None
     _cost: Cost | None = None
 
     @classmethod
-    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None) -> "_View":
-        return cls(site, read, None if stats is None else stats[site.name])
+    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None, head_width: int) -> "_View":
+        return cls(site, read, None if stats is None else stats[site.name], head_width)
 
     @property
     def heads(self) -> Heads:
@@ -218,17 +256,18 @@ class _View:
         """Of the one method that a run groups by; it remembers sets, so all counts share what they ask."""
         page = inspect.getmodule(method.function)
         if self._cost is None and hasattr(page, "cost_of"):
-            self._cost = page.cost_of(self.moments, **method.options)
+            width = {"head_width": self.head_width} if getattr(page, "HEAD_WIDTH", False) else {}
+            self._cost = page.cost_of(self.moments, **method.options, **width)
         elif self._cost is None:
             self._cost = method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
         return self._cost
 
     def plan(self, groups: Groups, merge: str) -> SitePlan:
+        dim = self.head_width * self.site.head_dim
         if self.stats is None:
-            return SitePlan(groups, merge, self.site.head_dim)
-        return SitePlan(
-            groups, merge, self.site.head_dim, grouped_error(self.moments, groups), site_energy(self.moments)
-        )
+            return SitePlan(groups, merge, dim)
+        error = grouped_error(self.moments, groups, self.head_width)
+        return SitePlan(groups, merge, dim, error, site_energy(self.moments))
 
 
 def _grouped(views: Sequence[_View], grouping: Grouping, num_groups: int, seed: int) -> Groups:

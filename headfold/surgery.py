@@ -23,7 +23,13 @@ Refits = Mapping[str, Mapping[str, Tensor]]
 def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: int) -> Heads:
     """The site folded, query heads in standard order; dtype is the merge's own (float64 for those that align)."""
     method = plugins.parse(merges, plan.merge, "merge")
-    return method(heads, plan.groups, stats, seed=seed).standard()
+    head_width = plan.head_dim // heads.head_dim
+    if head_width > 1 and not getattr(plugins.load(merges, method.name), "HEAD_WIDTH", False):
+        raise UserError(
+            f"plan: {method.name} knows heads of the source's width alone; make the plan with --merge absorb"
+        )
+    wide = {"head_width": head_width} if head_width > 1 else {}
+    return method(heads, plan.groups, stats, seed=seed, **wide).standard()
 
 
 def kept_weights(site: Site, plan: Plan, refits: Refits | None = None) -> dict[str, int]:
@@ -63,9 +69,15 @@ def site_heads(
     stats: Mapping[str, SiteStats] | None = None,
     refits: Refits | None = None,
 ) -> Heads:
-    """The site's heads as the plan has them: grouped, in standard order, in the source's dtype."""
+    """The site's heads as the plan has them: grouped, in standard order, in the source's dtype.
+
+    Queries of wide heads are scaled up where their class divides logits by the root of the width.
+    """
     heads = read_heads(site, read)
-    merged = merged_heads(heads, plan.sites[site.name], stats and stats[site.name], plan.seed)
+    planned = plan.sites[site.name]
+    merged = merged_heads(heads, planned, stats and stats[site.name], plan.seed)
+    if planned.head_dim > site.head_dim and site.free_width and site.scaled_by_width:
+        merged = replace(merged, q=merged.q * (planned.head_dim / site.head_dim) ** 0.5)
     return replace(merged, **(refits or {}).get(site.name, {})).to(heads.k.dtype)
 
 
@@ -85,13 +97,15 @@ def site_tensors(
 ) -> dict[str, Tensor]:
     """The site's new tensors by their names on disk, in the source's dtype.
 
-    `num_groups` asks for the head-repeated twin with that many K/V heads (the same function in the source's shapes).
+    `num_groups` asks for the head-repeated twin with that many K/V heads: the same function in the source's shapes, or slot by slot
+    where heads are wide.
 
     Raises:
         UserError: NaN or infinite weights in the source, or a merge that overflows the checkpoint's dtype.
     """
     heads = site_heads(site, plan, read, stats, refits)
-    tensors = write_heads(site, heads if num_groups is None else heads.expand(num_groups))
+    twin = num_groups is not None
+    tensors = write_heads(site, heads.expand(num_groups) if twin else heads, in_slots=twin)
     bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(f"{site.name}: {bad[0]} is not finite after folding; the source has NaN or overflows its dtype")

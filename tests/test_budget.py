@@ -136,7 +136,10 @@ def test_damage_is_nothing_or_something(name: str) -> None:
     found = alone(
         tiny,
         tiny_sample(name, 4),
-        {("a", 1): lambda: {parameter: before * 1.5}, ("a", 2): lambda: {parameter: before}},
+        {
+            ("a", 1): lambda: replaced(tiny, {parameter: before * 1.5}),
+            ("a", 2): lambda: replaced(tiny, {parameter: before}),
+        },
     )
     assert found["a"][1] == pytest.approx(hurt) and found["a"][2] == pytest.approx(0, abs=1e-9)
 

@@ -18,6 +18,7 @@ from .options import (
     Encoder,
     Force,
     Group,
+    HeadWidth,
     Items,
     Json,
     KvBudget,
@@ -67,6 +68,7 @@ def plan(
     kv_budget: KvBudget = None,
     kv_bytes: KvBytes = None,
     max_rise: MaxRise = None,
+    head_width: HeadWidth = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     spread: Spread = "exact",
@@ -90,7 +92,7 @@ def plan(
 
     chosen = given(
         kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_rise=max_rise, sensitivity=sensitivity, group=group,
-        merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed),
+        merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed), head_width=head_width,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         made = recipe.plan(
@@ -107,6 +109,7 @@ def fold(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
     kv_heads: KvHeads = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="What headfold plan wrote.")] = None,
+    head_width: HeadWidth = None,
     group: Group = None,
     merge: Merge = None,
     refit: Refit = True,
@@ -129,12 +132,12 @@ def fold(
     """Write the model again with fewer K/V heads.
 
     OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
-    _check_fold(kv_heads, plan, group, merge)
+    _check_fold(kv_heads, plan, group, merge, head_width)
     from .. import recipe
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats, layout=layout,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_width=head_width,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = recipe.fold(
@@ -164,12 +167,15 @@ def export(
     answer(result.to_json(), as_json) or exporting.show(result)
 
 
-def _check_fold(kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None) -> None:
+def _check_fold(
+    kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None, head_width: str | None
+) -> None:
     """The options of fold that exclude each other."""
     if (kv_heads is None) == (plan is None):
         given = "none" if plan is None else "both"
         raise UserError(f"fold: expected either --kv-heads N or --plan PLAN.json, got {given}; give one")
-    refused = [option for option, value in (("--group", group), ("--merge", merge)) if value is not None]
+    decided = {"--group": group, "--merge": merge, "--head-width": head_width}
+    refused = [option for option, value in decided.items() if value is not None]
     if plan is not None and refused:
         raise UserError(
             f"fold: {' and '.join(refused)} beside --plan {plan}; the plan decides, leave them out or make another plan"

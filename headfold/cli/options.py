@@ -10,6 +10,15 @@ StatsFile = Annotated[Path | None, typer.Option("--stats", metavar="STATS", help
 KvHeads = Annotated[
     str | None, typer.Option("--kv-heads", metavar="N", help="K/V heads to keep: a count (4) or a share (1/2).")
 ]
+HeadWidth = Annotated[
+    str | None,
+    typer.Option(
+        "--head-width",
+        metavar="N",
+        help="Make K/V heads N times as wide and N times fewer: the same cache, a better fold, N times larger W_q and W_o. auto: as wide "
+        "as kernels take (256).",
+    ),
+]
 Group = Annotated[
     str | None,
     typer.Option("--group", metavar="METHOD", help="Who shares a head; see headfold methods. Default: swap."),

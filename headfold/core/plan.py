@@ -1,13 +1,14 @@
 """Which K/V heads share one, how they become one, and what that is predicted to lose: the plan, a file of its own."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UserError
 from .groups import Groups
+from .heads import KeyFreedom
 from .predict import SiteError
 
 FORMAT = "headfold-plan-1"
@@ -26,6 +27,8 @@ class Named(Protocol):
     def query_order(self) -> str: ...
     @property
     def stack(self) -> str: ...
+    @property
+    def key_freedom(self) -> KeyFreedom: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class SitePlan:
     merge: str
     """Method with its options, as on the command line."""
     head_dim: int
-    """Width of a new K/V head, and of the queries that read it."""
+    """Width of a new K/V head, and of the queries that read it: the source's, or a multiple of it."""
     error: SiteError | None = None
     """Predicted: K in logit² before the softmax scale, V in output², per token, summed over query heads."""
     energy: SiteError | None = None
@@ -60,6 +63,10 @@ class Plan:
     def num_groups(self) -> dict[str, int]:
         """K/V heads of the folded checkpoint, by site."""
         return {name: site.groups.num_groups for name, site in self.sites.items()}
+
+    def head_widths(self, sites: Iterable[Named]) -> dict[str, int]:
+        """Widths of their new K/V heads in heads of the source, by name."""
+        return {site.name: self.sites[site.name].head_dim // site.head_dim for site in sites}
 
     def to_json(self) -> dict[str, Any]:
         rows = {
@@ -107,15 +114,22 @@ class Plan:
                 stacks.setdefault(site.stack, planned.groups)
 
 
+def not_wide(site: Named) -> str | None:
+    """Why the site gains nothing from heads wider than the source's, None where it may."""
+    return (
+        "its keys pass a norm per head, so a wide head is no better than several" if site.key_freedom.normed else None
+    )
+
+
 def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
     """Why a site cannot be folded so, None where it can."""
     groups = planned.groups
     if groups.num_heads != site.num_groups:
         return f"kv_of_source_head: expected {site.num_groups} entries, one per K/V head, got {groups.num_heads}"
-    if planned.head_dim != site.head_dim:
-        return (
-            f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}; other widths are not built yet"
-        )
+    if planned.head_dim < 1 or planned.head_dim % site.head_dim:
+        return f"head_dim: expected the source's {site.head_dim} or a multiple, got {planned.head_dim}"
+    if planned.head_dim != site.head_dim and (reason := not_wide(site)):
+        return f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}: {reason}"
     if site.query_order == "fixed" and not groups.is_ordered:
         return "its heads' order is fixed (a slope each), so only neighbours can share; make kv_of_source_head ascend"
     if site.query_order == "stack" and groups != of_stack:

@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import UserError, suggest
 
+OF_THE_CALLER = ("seed", "head_width")
+"""Keyword-only parameters that are no options of a method: the plan says them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -45,9 +48,9 @@ def load(package: ModuleType, name: str) -> ModuleType:
 
 
 def option_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of a method with their defaults; `seed` is the caller's, not an option."""
+    """The keyword-only parameters of a method with their defaults, but for those that the caller decides."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "seed"}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OF_THE_CALLER}
 
 
 def parse(package: ModuleType, text: str, entry: str) -> Method:

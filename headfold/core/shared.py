@@ -17,11 +17,11 @@ def top_functionals(
 
 
 def top_planes(
-    gram: Complex[Tensor, "plane member member"],
-) -> tuple[Complex[Tensor, "plane member"], Float[Tensor, " plane"]]:
-    """The leading eigenvector of every plane's Hermitian Gram matrix, and its eigenvalue."""
+    gram: Complex[Tensor, "plane member member"], num_kept: int = 1
+) -> tuple[Complex[Tensor, "plane member kept"], Float[Tensor, "plane kept"]]:
+    """The `num_kept` leading eigenvectors of every plane's Hermitian Gram matrix, and their eigenvalues, largest first."""
     values, vectors = torch.linalg.eigh(gram)
-    return vectors[..., -1], values[..., -1].clamp_min(0)
+    return vectors.flip(2)[..., :num_kept], values.flip(1)[:, :num_kept].clamp_min(0)
 
 
 def align_signs(product: Float[Tensor, "plane member member"]) -> Float[Tensor, "plane member"]:

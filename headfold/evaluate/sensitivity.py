@@ -1,7 +1,7 @@
 """What folding one site alone does to the model: the yardstick that makes predicted errors of different layers comparable."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,13 +79,13 @@ class Damage:
 def alone(
     model: "PreTrainedModel",
     sample: Sample,
-    changes: Mapping[tuple[str, int], Callable[[], Mapping[str, Tensor]]],
+    changes: Mapping[tuple[str, int], Callable[[], AbstractContextManager[None]]],
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[int, float]]:
-    """The damage of each change alone. `changes` maps (name, K/V heads) to what makes the new parameters."""
+    """The damage of each change alone. `changes` maps (name, K/V heads) to what makes the model a changed one while it is entered."""
     damage, found = Damage(model, sample), {}
     for (name, count), make in changes.items():
         progress(name)
-        with replaced(model, make()):
+        with make():
             found.setdefault(name, {})[count] = damage()
     return found

@@ -1,7 +1,7 @@
 """Whether a folded checkpoint, under stock transformers, is the head-repeated twin of its plan: same logits on real tokens."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ def verify(
     source_class: Any = None,
     fold_class: Any = None,
     unrounded: Mapping[str, Tensor] | None = None,
+    dressed: Callable[["PreTrainedModel"], "PreTrainedModel"] | None = None,
     device: str = "cpu",
     memory_limit: int | None = None,
 ) -> Verification:
@@ -62,7 +63,8 @@ def verify(
 
     `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
     twin; it may be lazy; `renamed` and the classes are those of `open_model`. `unrounded` is what the fold's weights were before
-    they were rounded, where it multiplied some. The models are opened one after the other,
+    they were rounded, where it multiplied some. `dressed` makes the twin of the opened source, where it has other shapes than
+    that. The models are opened one after the other,
     streamed from disk where they exceed the memory, so a few windows of logits are all that is held besides. A wrong logit
     anywhere, NaN included, fails.
 
@@ -73,6 +75,8 @@ def verify(
     opening = {"dtype": dtype, "device": device, "memory_limit": memory_limit}
 
     def open_twin() -> "PreTrainedModel":
+        if dressed is not None:
+            return dressed(open_model(source_dir, model_class=source_class, **opening))
         return open_model(source_dir, overlay=expected, renamed=renamed, model_class=source_class, **opening)
 
     def open_fold() -> "PreTrainedModel":

@@ -12,6 +12,7 @@ FAMILY = Family(
             k="k_proj",
             v="v_proj",
             o="o_proj",
+            scale="query_pre_attn_scalar",
             q_norm="q_norm",
             k_norm="k_norm",
         ),

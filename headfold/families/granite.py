@@ -12,6 +12,7 @@ FAMILY = Family(
             k="k_proj",
             v="v_proj",
             o="o_proj",
+            scale="attention_multiplier",
         ),
     ),
     position=Rope(),

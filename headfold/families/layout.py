@@ -1,9 +1,11 @@
 """Names and layouts on disk ↔ `Heads`: the only place that reshapes checkpoints."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from einops import rearrange
+from jaxtyping import Int
 from torch import Tensor
 
 from ..core.errors import UserError
@@ -22,9 +24,10 @@ def _inverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
-def _rows(site: Site, num_groups: int) -> dict[str, int]:
+def _rows(site: Site, num_groups: int, head_width: int = 1) -> dict[str, int]:
     """Rows of each projection."""
-    each = {"q": site.num_heads * site.head_dim, "k": num_groups * site.head_dim, "v": num_groups * site.head_dim}
+    dim = head_width * site.head_dim
+    each = {"q": site.num_heads * dim, "k": num_groups * dim, "v": num_groups * dim}
     return {**each, "qkv": sum(each.values())}
 
 
@@ -83,14 +86,19 @@ def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
     return rearrange(torch.cat([q, k, v], 1), "group slot dim model -> (group slot dim) model")
 
 
-def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
+def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str, Tensor]:
     """The tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order.
 
-    A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears.
+    A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears. Wide heads lie as their class rotates
+    them or, `in_slots` or where it takes none, slot by slot, with q, k and v apart.
     """
     assert heads.kv_of_query.is_ordered
+    head_width = heads.head_dim // site.head_dim
+    if head_width > 1 and site.free_width and not in_slots:
+        order = rotary_order(site, head_width)
+        heads = replace(heads, q=heads.q[:, order], k=heads.k[:, order])
     joined = {role: rearrange(getattr(heads, role), _inverse(_ROWS)) for role in ("q", "k", "v")}
-    splits = site.splits(heads.num_groups)
+    splits = site.splits(heads.num_groups) or (in_slots and head_width > 1 and "qkv" in site.weights)
     names = {**site.weights, **(site.unfused if splits else {})}
     if "qkv" in site.weights and not splits:
         joined = {"qkv": _fuse(site, joined)}
@@ -107,11 +115,27 @@ def write_heads(site: Site, heads: Heads) -> dict[str, Tensor]:
     return tensors | {site.tensor(role): extra.movedim(0, -1).contiguous() for role, extra in heads.per_head.items()}
 
 
+def rotary_order(site: Site, head_width: int) -> Int[Tensor, " slot_times_dim"]:
+    """Where each dim of a wide head that rotates as one is found in its slots.
+
+    Frequencies fall, each as often as there are slots (frequency, slot); behind them the dims that do not rotate (slot, dim).
+    """
+    freedom = site.key_freedom
+    wide = replace(freedom, rotary_dim=head_width * freedom.rotary_dim)
+    slots = site.head_dim * torch.arange(head_width)
+    order = torch.empty(head_width * site.head_dim, dtype=torch.long)
+    if freedom.rotary_dim:
+        order[wide.planes()] = (freedom.planes()[:, None] + slots[:, None]).flatten(0, 1)
+    rest = torch.arange(freedom.rotary_dim, site.head_dim)
+    order[wide.rotary_dim :] = (slots[:, None] + rest).flatten()
+    return order
+
+
 def planned_shapes(
-    site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]]
+    site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]], head_width: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that `write_heads` will give once the site has `num_groups` K/V heads; nothing is read."""
-    rows = _rows(site, num_groups)
+    rows = _rows(site, num_groups, head_width)
     splits = site.splits(num_groups)
     shapes = {}
     shapes |= {site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights}
@@ -121,7 +145,9 @@ def planned_shapes(
                 continue
             old = tuple(shape_of(f"{site.weights[role]}.{suffix}"))
             if role == "o":
-                shapes[f"{site.weights[role]}.{suffix}"] = old
+                inputs = site.num_heads * head_width * site.head_dim
+                wide = (inputs, *old[1:]) if site.transposed else (*old[:1], inputs)
+                shapes[f"{site.weights[role]}.{suffix}"] = wide if suffix == "weight" else old
                 continue
             turned = site.transposed and suffix == "weight"
             model = (old[:1] if turned else old[1:]) if suffix == "weight" else ()
@@ -150,10 +176,6 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
         UserError: where, expected, got, what to do.
     """
     expected = planned_shapes(site, site.num_groups, shape_of)
-    output = f"{site.weights['o']}.weight"
-    model = shape_of(output)[1 if site.transposed else 0]
-    columns = site.num_heads * site.head_dim
-    expected[output] = (columns, model) if site.transposed else (model, columns)
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
     }

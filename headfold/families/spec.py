@@ -1,6 +1,6 @@
 """What a family literal may say, and nothing more: the four projections of each attention, and how position enters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -60,6 +60,11 @@ class Attention:
     kv_heads: str = "num_key_value_heads"
     """Empty where the class knows no such field: the fold then runs in headfold's own runtime."""
     head_dim: str = "head_dim"
+    free_width: bool = True
+    """Of a class with K/V heads: whether it takes any `head_dim` and a table with a factor for every frequency (`longrope`); one that
+    does not is never given wide heads."""
+    scale: str = ""
+    """Config field that says the softmax scale; empty where it is one over the root of the head's width."""
     width: str = "hidden_size"
     stack: str = ""
     """Attentions that share one order of query heads where `order` is `stack`."""
@@ -115,6 +120,12 @@ class Site:
     """Path in the model of the module that attends; that is `module` wherever the projections are its own."""
     native: bool = True
     """Whether the stock class reads its count of K/V heads from the config."""
+    free_width: bool = False
+    """Whether it takes heads of any width; elsewhere wide heads are slots in headfold's runtime."""
+    rigid: bool = False
+    """Whether it can have neither."""
+    scaled_by_width: bool = True
+    """Whether its softmax scale follows from that width."""
     fused: FusedRows = "segments"
     transposed: bool = False
     stack: str = ""
@@ -262,12 +273,31 @@ def _site(
         paths={role: f"{module}.{attention.model_names.get(role, local[role])}" for role in weights},
         core=f"{module}.{attention.core}" if attention.core else module,
         native=bool(attention.kv_heads),
+        free_width=bool(attention.kv_heads) and attention.free_width and has_one_table(family, config, head_dim),
+        rigid=bool(attention.kv_heads) and not attention.free_width,
+        scaled_by_width=not attention.scale,
         fused=attention.fused,
         transposed=attention.transposed,
         stack=attention.stack,
         reads_encoder=attention.reads_encoder,
         optional=attention.optional,
     )
+
+
+TABLES = ("default", "linear", "llama3", "yarn", "longrope")
+"""Kinds of rotary tables that one with a factor for every frequency can stand for."""
+
+
+def has_one_table(family: Family, config: Mapping[str, Any], head_dim: int) -> bool:
+    """Whether all rotating layers share one table of frequencies, the same at every length, that covers whole dims."""
+    if family.position is None:
+        return True
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    share = read_field(family, config, family.position.fraction) if family.position.fraction else None
+    whole = float(head_dim * (1 if share is None else share)).is_integer()
+    return whole and not family.position.dim and rope.get("rope_type", rope.get("type", "default")) in TABLES and not any(
+        isinstance(value, Mapping) for value in rope.values()
+    )  # fmt: skip
 
 
 def _is_base_model(config: Mapping[str, Any]) -> bool:
@@ -301,8 +331,12 @@ def folded_config(
     sites: Iterable[Site],
     num_groups: Mapping[str, int],
     uneven: Mapping[str, Groups] = MappingProxyType({}),
+    head_widths: Mapping[str, int] = MappingProxyType({}),
+    rotary: Callable[[int], Mapping[str, Any]] = lambda head_width: {},
 ) -> dict[str, Any]:
     """The config of a fold; `num_groups` by site name. Everything but the counts of K/V heads is kept as it stands.
+
+    `head_widths` are in heads of the source, 1 where none is named; `rotary` gives the fields of a rotary table that many times as wide.
 
     A class that knows such a count gets its field set, if it is the same at all its sites; otherwise the sites are listed under
     `headfold`, for the runtime. `uneven` has the groups of query heads, in standard order, where they are not equal.
@@ -314,19 +348,36 @@ def folded_config(
     folded = [site for site in sites if site.name in num_groups]
     native = [site for site in folded if site.native]
     different = {num_groups[site.name] for site in native}
-    told = len(different) == 1 and not any(site.name in uneven for site in native)
+    widths = {head_widths.get(site.name, 1) for site in native}
+    slotted = widths != {1} and not all(site.free_width for site in native)
+    told = len(different) == 1 and not slotted and not any(site.name in uneven for site in native)
     if not told and any("qkv" in site.weights for site in native):
         raise UserError(
             f"{config.get('model_type')}: expected equal groups, as many at every site, since q, k and v are one tensor on disk; "
             f"got {', '.join(map(str, sorted(different)))} K/V heads; make the plan with --kv-heads"
         )
-    counts = dict.fromkeys(fields, different.pop()) if told else {}
-    listed = [_entry(s, num_groups[s.name], uneven.get(s.name)) for s in folded if not (told and s.native)]
-    return {**config, **counts, **({"headfold": {"sites": listed}} if listed else {})}
+    changes: dict[str, Any] = dict.fromkeys(fields, different.pop()) if told else {}
+    if native and not slotted and widths != {1}:
+        if len(widths) > 1:
+            raise UserError(f"{config.get('model_type')}: expected one head width at every site, got {sorted(widths)}")
+        width = widths.pop()
+        changes |= {attention.head_dim: width * native[0].head_dim for attention in family.attentions}
+        changes |= rotary(width) if native[0].key_freedom.rotary_dim else {}
+    listed = [
+        entry(s, num_groups[s.name], uneven.get(s.name), head_widths.get(s.name, 1), in_slots=slotted or not s.native)
+        for s in folded
+        if not (told and s.native)
+    ]
+    return {**config, **changes, **({"headfold": {"sites": listed}} if listed else {})}
 
 
-def _entry(site: Site, num_groups: int, uneven: Groups | None) -> dict[str, Any]:
-    """What the runtime has to know of a grouped site."""
+def entry(
+    site: Site, num_groups: int, uneven: Groups | None = None, head_width: int = 1, *, in_slots: bool = True
+) -> dict[str, Any]:
+    """What the runtime has to know of a grouped site. Wide heads are slots of the source's width or, else, simply wide.
+
+    A site whose class takes wide heads has their softmax scale in W_q (`surgery.site_heads`), which slots undo.
+    """
     local = {role: site.paths[role].removeprefix(f"{site.core}.") for role in "qkv" if role in site.paths}
     fused = {}
     if "qkv" in site.paths:
@@ -334,4 +385,10 @@ def _entry(site: Site, num_groups: int, uneven: Groups | None) -> dict[str, Any]
         fused = {"fused": site.paths["qkv"].removeprefix(f"{site.core}.")}
     counts = {"heads": site.num_heads, "kv_heads": num_groups, "head_dim": site.head_dim}
     groups = {} if uneven is None else {"kv_of_query": list(uneven.kv_of_query)}
-    return {"module": site.core, **local, **fused, **counts, **groups}
+    wide = {}
+    if head_width > 1 and in_slots:
+        wide = {"slots": head_width, "o": site.paths["o"]}
+        wide |= {"scale": head_width**-0.5} if site.free_width and site.scaled_by_width else {}
+    elif head_width > 1:
+        counts["head_dim"] *= head_width
+    return {"module": site.core, **local, **fused, **counts, **groups, **wide}

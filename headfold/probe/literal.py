@@ -28,6 +28,7 @@ def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments"
     numbers = {role: name for role, name in found.fields.items() if name}
     numbers["kv_heads"] = numbers.get("kv_heads", "") if found.native else ""
     return Attention(
+        free_width=False,  # only what was probed is claimed
         name="layers.{layer}.self",
         at=stored_at,
         **local,

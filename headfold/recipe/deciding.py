@@ -1,10 +1,12 @@
 """Decide who shares: a plan from headers, weights and statistics."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .. import merge as merges
 from .. import planning
+from ..budget import total
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core import plugins
@@ -13,6 +15,7 @@ from ..core.plan import Plan
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
 from .spreading import Curves, Wish, choose, curves
+from .widths import possible, widest
 
 
 def plan(
@@ -23,6 +26,7 @@ def plan(
     kv_budget: str | None = None,
     kv_bytes: str | None = None,
     max_rise: float | None = None,
+    head_width: str | int = 1,
     allowed: Sequence[int] = (),
     tp: int = 1,
     spread: str = "exact",
@@ -44,6 +48,7 @@ def plan(
     token), or `max_rise` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone (and
     with `refit` refitted, as `fold` will), to put the layers' losses on one scale; what was measured lies in the file `sensitivity`
     (default: beside `out`) and is used again.
+    `head_width` makes K/V heads that many times as wide as the source's, and as many times fewer, in the same cache; `auto` chooses.
     `allowed` counts, multiples of `tp`, may be used. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
     unless `encoder` is true.
 
@@ -62,18 +67,65 @@ def plan(
         refuse_existing(Path(out), force)
     source = open_source(model, encoder)
     given_stats, progress = open_stats(stats, source), progress or silent
+    widths = possible(source, head_width, group, merge)
     if budgeted:
         path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
-        found, run = budget_curves(
-            source, wish, group, merge, given_stats, seed, path, workers, device, progress, refit
+        made = _within_budget(
+            source, wish, widths, group, merge, given_stats, seed, path, workers, device, progress, refit
         )
-        run.close()
-        made = found.plan(choose(found, wish))
     else:
-        made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, workers)
+        width = widest(source, widths, kv_heads)
+        made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, width, workers)
     if out is not None:
         write_json(Path(out), made.to_json())
     return made
+
+
+def _within_budget(
+    source: Opened,
+    wish: Wish,
+    widths: Sequence[int],
+    group: str,
+    merge: str,
+    stats: StatsFile | None,
+    seed: int,
+    sensitivity: Path,
+    workers: int,
+    device: str | None,
+    progress: Progress,
+    refit: bool,
+) -> Plan:
+    """The best spread at the width that loses least or, where the loss is given, takes fewest bytes."""
+    best: tuple[float, Plan] | None = None
+    refusal: UserError | None = None
+    for width in widths:
+        asked = replace(wish, head_width=width)
+        try:
+            asked.counts(min(site.num_groups for site in source.sites))
+        except UserError as error:  # no count left at this width
+            refusal = error
+            continue
+        path = of_width(sensitivity, width)
+        found, run = budget_curves(source, asked, group, merge, stats, seed, path, workers, device, progress, refit)
+        run.close()
+        try:
+            counts = choose(found, asked)
+        except UserError as error:  # the least cache of wide heads is larger
+            refusal = error
+            continue
+        reached = total(found.options, counts)
+        value = reached.loss if wish.max_rise is None else reached.kv_bytes
+        if best is None or value < best[0]:
+            best = value, found.plan(counts)
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return best[1]
+
+
+def of_width(sensitivity: Path, head_width: int) -> Path:
+    """The file of sensitivities of heads of this width."""
+    return sensitivity if head_width == 1 else sensitivity.with_suffix(f".width-{head_width}{sensitivity.suffix}")
 
 
 def beside(out: Path) -> Path:
@@ -120,6 +172,7 @@ def plan_source(
     stats: StatsFile | None,
     seed: int,
     progress: Progress,
+    head_width: int = 1,
     workers: int = 1,
 ) -> Plan:
     """One count of K/V heads, or share, for all sites."""
@@ -139,6 +192,7 @@ def plan_source(
         stats=stats,
         calibration=None if stats is None else stats.metadata,
         seed=seed,
+        head_width=head_width,
         workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )

@@ -11,11 +11,11 @@ from ..budget import Spread, total
 from ..budget import frontier as best_spreads
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
-from ..evaluate.sensitivity import Damage, replaced
+from ..evaluate.sensitivity import Damage
 from ..report.plot import plot_frontier
 from .deciding import budget_curves
 from .source import Progress, open_source, open_stats, silent
-from .spreading import Curves, Wish, few, predicted_error, refitted, twin_parameters
+from .spreading import Curves, Wish, few, folded_in_memory, predicted_error, refitted
 
 MEASURED = 5
 
@@ -99,7 +99,7 @@ def frontier(
         lost = None
         if damage is not None and counts in chosen:
             refits = refitted(source.sites, made, source, given, run.model, few(run.sample)) if refit else None
-            with replaced(run.model, twin_parameters(source.sites, made, source, given, refits)):
+            with folded_in_memory(run.model, source.sites, made, source, given, refits):
                 lost = damage()
         sums = total(found.options, counts)
         num_bytes = sums.kv_bytes + found.fixed_bytes

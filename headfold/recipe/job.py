@@ -38,6 +38,7 @@ from ..report import tables
 from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
+from ..runtime.rotary import wide_table
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
 from .exporting import write_layout
 from .measuring import OriginalRun
@@ -92,7 +93,7 @@ def _result(
         kv_heads_after=max(counts.values()),
         kv_heads_least=min(counts.values()),
         kv_bytes_before=source.kv_bytes_per_token(),
-        kv_bytes_after=source.kv_bytes_per_token(counts),
+        kv_bytes_after=source.kv_bytes_per_token(made),
         plan=made,
         refitted=refitted,
         verification=verification,
@@ -201,8 +202,9 @@ class Job:
         """Weights, config, plan and everything that lies beside the source's weights."""
         checkpoint, counts = self.source.checkpoint, plan.num_groups
         sites = {site.name: site for site in self.source.sites}
+        widths = plan.head_widths(sites.values())
         planned = {
-            name: planned_shapes(site, counts[name], lambda n: checkpoint.tensors[n].shape)
+            name: planned_shapes(site, counts[name], lambda n: checkpoint.tensors[n].shape, widths[name])
             for name, site in sites.items()
         }
         kept = {name: axis for site in sites.values() for name, axis in kept_weights(site, plan, refits).items()}
@@ -244,7 +246,11 @@ class Job:
     def _config(self, plan: Plan) -> dict[str, Any]:
         sites = {site.name: site for site in self.source.sites}
         counts, uneven = _changed(sites, plan.num_groups), _uneven(sites, plan)
-        return folded_config(self.source.family, self.source.checkpoint.config, sites.values(), counts, uneven)
+        config = self.source.checkpoint.config
+        return folded_config(
+            self.source.family, config, sites.values(), counts, uneven, plan.head_widths(sites.values()),
+            partial(wide_table, config),
+        )  # fmt: skip
 
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
@@ -256,6 +262,7 @@ class Job:
             UserError: they differ; the output is left as `OUT.partial`, and the next run starts anew.
         """
         twin = Twin(self.source, plan, stats, refits)
+        wide = any(width > 1 for width in plan.head_widths(self.source.sites).values())
         sample = verification_sample(self.source, run, self.notes)
         size = num_tokens(sample)
         self.progress("verify", 0, size)
@@ -269,6 +276,7 @@ class Job:
             source_class=own_class(self.source.checkpoint.config),
             fold_class=own_class(config),
             unrounded=self._unrounded(),
+            dressed=twin.dress if wide else None,
         )
         self.progress("verify", size, size)
         if not math.isfinite(found.tolerance):
@@ -345,7 +353,13 @@ class Job:
         if asked["plan"]:
             words += ["--plan plan.json"]
         else:
-            words += [f"--kv-heads {asked['kv_heads']}", f"--group {asked['group']}", f"--merge {asked['merge']}"]
+            wide = [f"--head-width {asked['head_width']}"] if asked["head_width"] > 1 else []
+            words += [
+                f"--kv-heads {asked['kv_heads']}",
+                *wide,
+                f"--group {asked['group']}",
+                f"--merge {asked['merge']}",
+            ]
         words += ["--refit" if asked["refit"] else "--no-refit"]
         words += _data_words(asked["data"]) if asked["data"] else []
         words += ["--encoder"] if asked["encoder"] else []

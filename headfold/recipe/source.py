@@ -11,6 +11,7 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
+from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
@@ -52,14 +53,16 @@ class Opened:
     def dtype(self) -> torch.dtype:
         return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
 
-    def kv_bytes_per_token(self, num_groups: Mapping[str, int] | None = None) -> int:
-        """Bytes of K and V that one token leaves in the cache, over all sites, in the checkpoint's dtype.
+    def kv_bytes_per_token(self, plan: Plan | None = None) -> int:
+        """Bytes of K and V that one token leaves in the cache, over all sites, in the checkpoint's dtype, as a plan folds them.
 
-        `num_groups` counts those folded. An encoder beside a decoder caches nothing.
+        An encoder beside a decoder caches nothing.
         """
-        counts = {site.name: site.num_groups for site in self.every_site} | dict(num_groups or {})
+        dims = {site.name: site.num_groups * site.head_dim for site in self.every_site}
+        planned = plan.sites.items() if plan else ()
+        dims |= {name: site.groups.num_groups * site.head_dim for name, site in planned}
         cached = [site for site in self.every_site if not site.optional] or self.every_site
-        return sum(2 * counts[site.name] * site.head_dim * self.dtype.itemsize for site in cached)
+        return sum(2 * dims[site.name] * self.dtype.itemsize for site in cached)
 
 
 def open_source(model: str | Path, encoder: bool = False) -> Opened:

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,10 +19,11 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.stats import SiteStats
-from ..evaluate.sensitivity import alone
+from ..evaluate.sensitivity import alone, replaced
 from ..families.spec import Site
 from ..planning import Choice
 from ..refine.refit import refit
+from ..runtime.wearing import wearing
 from ..stock import is_streamed
 from ..surgery import Refits, query_order, site_heads, site_tensors
 from .measuring import OriginalRun
@@ -53,6 +55,8 @@ class Wish:
     tp: int = 1
     """Devices of tensor parallelism: counts must be multiples of it."""
     spread: str = "exact"
+    head_width: int = 1
+    """Of the new K/V heads, in heads of the source; counts are of the source's, so they must be multiples of it."""
 
     def check(self) -> None:
         """Refuse contradictions before anything is opened.
@@ -78,10 +82,13 @@ class Wish:
             UserError: none is left.
         """
         possible = [n for n in planning.divisors(num_groups) if n < num_groups]
-        found = [n for n in possible if (not self.allowed or n in self.allowed) and n % self.tp == 0]
+        found = [
+            n for n in possible if (not self.allowed or n in self.allowed) and n % (self.tp * self.head_width) == 0
+        ]
         if not found:
             limits = [f"--allowed {','.join(map(str, self.allowed))}"] if self.allowed else []
             limits += [f"--tp {self.tp}"] if self.tp > 1 else []
+            limits += [f"--head-width {self.head_width}"] if self.head_width > 1 else []
             raise UserError(
                 f"{' and '.join(limits) or 'plan'}: expected a count that splits {num_groups} K/V heads equally and is less, "
                 f"such as {', '.join(map(str, possible)) or 'none'}; allow more"
@@ -170,11 +177,12 @@ def curves(
     names = [site.name for site in source.sites]
     choices = planning.choices(
         source.sites, source.checkpoint.read, lambda site: [*wish.counts(site.num_groups), site.num_groups],
-        grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, workers=workers,
+        grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, head_width=wish.head_width, workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )  # fmt: skip
     about = {
         "source": source.checkpoint.fingerprint(), "group": group, "merge": merge, "refit": refitting, "seed": seed,
+        "head_width": wish.head_width,
         "stats": dict(stats.metadata),
     }  # fmt: skip
     measured = _read(sensitivity, about)
@@ -226,11 +234,11 @@ def _measure(
     if is_streamed(run.model):
         raise UserError(f"{source.name}: too large for this machine's memory, which sensitivities need; use --kv-heads")
 
-    def change(choice: Choice, count: int) -> Mapping[str, Tensor]:
+    def change(choice: Choice, count: int) -> AbstractContextManager[None]:
         plans = {site.name: plan for site, plan in zip(choice.sites, choice.plans[count], strict=True)}
         plan = Plan(plans, group, "", seed)
         refits = refitted(choice.sites, plan, source, stats, run.model, few(run.sample)) if refitting else None
-        return twin_parameters(choice.sites, plan, source, stats, refits)
+        return folded_in_memory(run.model, choice.sites, plan, source, stats, refits)
 
     changes = {(choice.sites[0].name, count): lambda c=choice, n=count: change(c, n) for choice, count in missing}
     done = iter(range(len(changes)))
@@ -271,6 +279,28 @@ def twin_parameters(
         tensors = site_tensors(site, plan, source.checkpoint.read, stats, refits, num_groups=site.num_groups)
         made.update({named.get(name, name): tensor for name, tensor in tensors.items()})
     return made
+
+
+@contextmanager
+def folded_in_memory(
+    model: "PreTrainedModel",
+    sites: Sequence[Site],
+    plan: Plan,
+    source: Opened,
+    stats: Mapping[str, SiteStats] | None,
+    refits: Refits | None = None,
+) -> Iterator[None]:
+    """The original with these sites folded as the plan says, by shared heads repeated or, where they are wide, slot by slot."""
+    widths = plan.head_widths(sites)
+    narrow = [site for site in sites if widths[site.name] == 1]
+    read = source.checkpoint.read
+    clothes = (
+        (site, site_tensors(site, plan, read, stats, refits, num_groups=site.num_groups), site.num_groups, width)
+        for site in sites
+        if (width := widths[site.name]) > 1
+    )
+    with replaced(model, twin_parameters(narrow, plan, source, stats, refits)), wearing(model, clothes):
+        yield
 
 
 def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor]:

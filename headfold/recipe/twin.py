@@ -1,14 +1,19 @@
 """What a fold must equal: the source with its attention replaced by the shared heads, each repeated."""
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..families.layout import planned_shapes
+from ..runtime.wearing import dress
 from ..surgery import Refits, site_tensors
 from .source import Opened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Twin(Mapping[str, Tensor]):
@@ -26,6 +31,16 @@ class Twin(Mapping[str, Tensor]):
     def renamed(self) -> dict[str, str]:
         """Names on disk of the parameters that the model calls otherwise."""
         return {parameter: name for site in self._source.sites for name, parameter in site.parameters.items()}
+
+    def dress(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """The twin in a model of the source, where heads are wide: slot by slot, under the source's own table of frequencies."""
+        for site in self._source.sites:
+            tensors = site_tensors(
+                site, self._plan, self._source.checkpoint.read, self._stats, self._refits, num_groups=site.num_groups
+            )
+            width = self._plan.sites[site.name].head_dim // site.head_dim
+            dress(model, site, tensors, site.num_groups, width)
+        return model
 
     def __getitem__(self, name: str) -> Tensor:
         site = self._site_of[name]

@@ -65,8 +65,9 @@ def refit(
             left -= num_tokens(every[number])
             progress(num_tokens(every[number]))
 
-        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard)
         heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(recorded[0].answer.device)
+        width = heads.head_dim // site.head_dim
+        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard, model, width)
         found[site.name] = _fitted(trial, heads, ridge, value_steps)
         progress(left)  # of a perfect fold, whose values need no steps
         del trial, recorded  # before the next site's calls are recorded

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
+from ..runtime.wearing import local_names, regrouped
 from .blocks import Call, twin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Recorded(NamedTuple):
@@ -41,8 +45,8 @@ class Trial:
     """One site of the original with its recorded calls.
 
     `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
-    heads are summed over those who read them. `order` is the standard order's: new position → query head of the original, by which
-    a position bias that the call brings along (T5's, made in the first layer of a stack) is put in order too.
+    heads are summed over those who read them; wide heads run slot by slot. `order` is the standard
+    order's: new position → query head of the original, by which a position bias that the call brings along (T5's, made in the first layer of a stack) is put in order too.
     """
 
     def __init__(
@@ -52,13 +56,23 @@ class Trial:
         recorded: Sequence[Recorded],
         order: Sequence[int],
         heard: Callable[[int], None] = lambda number: None,
+        model: "PreTrainedModel | None" = None,
+        head_width: int = 1,
     ) -> None:
         self.site, self._recorded, self._heard = site, recorded, heard
-        self._order = torch.tensor(order)
+        self._order, self._head_width = torch.tensor(order), head_width
         self._module = twin(attention, site, {})
+        if head_width > 1:  # which the stock module has no room for
+            assert model is not None
+            regrouped(self._module, site, site.num_groups, head_width, model)
         self._parameters = dict(self._module.named_parameters())
         self._output = self._submodule("o")
-        self._values = self._submodule("v" if "v" in site.paths else "qkv")
+        if "v" in site.paths:
+            self._values = self._submodule("v")
+        elif head_width > 1:
+            self._values = self._module.get_submodule(f"{site.core}.v_proj".removeprefix(f"{site.module}."))
+        else:
+            self._values = self._submodule("qkv")
 
     def _submodule(self, role: str) -> nn.Module:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
@@ -92,8 +106,9 @@ class Trial:
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
         """The module's parameters that the heads decide, by name in the module."""
-        tensors = write_heads(self.site, heads.expand(self.site.num_groups))
-        local = {self.site.parameters[name].removeprefix(f"{self.site.module}."): t for name, t in tensors.items()}
+        tensors = write_heads(self.site, heads.expand(self.site.num_groups), in_slots=self._head_width > 1)
+        names = local_names(self.site)
+        local = {names[name]: t for name, t in tensors.items()}
         return {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
 
 

@@ -110,6 +110,8 @@ def headfold_attention(
 ) -> tuple[Tensor, None]:
     """The attention `headfold`: what `sdpa` computes. Shapes as in `packed`; a mask is boolean (True: attend) or added.
 
+    Where the module's heads are several slots wide, `query`, `key` and `value` hold each slot as a head of its own.
+
     Raises:
         ValueError: a mask or a cache in the form of another implementation.
     """
@@ -121,6 +123,10 @@ def headfold_attention(
         # Keys beyond the queries are a static cache's unwritten ones: without a mask the cache was empty before.
         key, value = key[:, :, :tokens], value[:, :, :tokens]
         position_bias = None if position_bias is None else position_bias[..., :tokens]
+    query, keywords = in_slots(module, query, keywords)
+    slots = getattr(module, "headfold_slots", 1)
+    if slots > 1:  # a view: at every new token, joining the slots would copy the cache
+        key, value = (t.unflatten(1, (-1, slots)) for t in (key, value))
     plain = s_aux is not None or keywords.get("softcap") is not None
     if tokens > FEW and not plain and (position_bias is None or not causal):
         mask = _added(attention_mask, position_bias, query.dtype)
@@ -129,7 +135,7 @@ def headfold_attention(
         attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
     mask = _added(attention_mask, position_bias, query.dtype)
     sinks = None if s_aux is None else s_aux.reshape(1, -1, 1, 1)
-    inner = plain_attention if plain else _decode
+    inner = plain_attention if plain or slots > 1 else _decode
     output, _ = packed(inner, module, query, key, value, mask, sinks=sinks, **keywords)
     return output, None
 
@@ -159,6 +165,7 @@ def repeated(
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Many queries: their products dwarf a copy of K and V, and the fused kernel skips what a causal mask hides."""
+    key, value = (t.transpose(2, 3).flatten(3) if t.dim() == 5 else t for t in (key, value))
     index = getattr(module, "kv_of_query", None)
     if index is None:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
@@ -176,17 +183,45 @@ def stock_eager(attention: type) -> Attention:
     )
 
 
-def eager_attention(module: nn.Module, *states: Tensor | None, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+def in_slots(module: nn.Module, query: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Queries (batch, head · slot, token, dim) → (batch, head, token, slot · dim), and the keywords with the scale of their logits."""
+    slots = getattr(module, "headfold_slots", 1)
+    if slots == 1:
+        return query, keywords
+    scaling = keywords.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return join(query, slots), {**keywords, "scaling": scaling * module.headfold_scale}
+
+
+def join(heads: Tensor, slots: int) -> Tensor:
+    """(batch, head · slot, token, dim) → (batch, head, token, slot · dim)."""
+    return heads.unflatten(1, (-1, slots)).transpose(2, 3).flatten(3) if slots > 1 else heads
+
+
+def joined(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, keywords: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """For attentions that know heads alone: all three with their slots joined, a copy where there are several."""
+    slots = getattr(module, "headfold_slots", 1)
+    query, keywords = in_slots(module, query, keywords)
+    return (query, join(key, slots), join(value, slots)), keywords
+
+
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
+) -> tuple[Tensor, Tensor | None]:
     """The attention `headfold-eager`: stock numbers and weights from grouped heads."""
+    heads, keywords = joined(module, query, key, value, keywords)
+    states = (*heads, mask)
     if getattr(module, "sinks", None) is not None:  # which stock attentions take from the module, one per query head
         sinks = module.sinks.reshape(1, -1, 1, 1)
         return packed(plain_attention, module, *states, sinks=sinks, **keywords)
     return packed(stock_eager(type(module)), module, *states, **keywords)
 
 
-def implementation(name: str, *, uneven: bool) -> str:
-    """The attention that a grouped site runs when its model asks for `name`."""
-    return EAGER_NAME if name == "eager" else NAME if uneven else name
+def implementation(name: str, *, special: bool) -> str:
+    """The attention that a grouped site runs when its model asks for `name`; `special` groups or widths none but ours knows."""
+    return EAGER_NAME if name == "eager" else NAME if special else name
 
 
 def headfold_mask(*sizes: Any, config: Any = None, **keywords: Any) -> Tensor | None:

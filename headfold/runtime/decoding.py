@@ -68,9 +68,13 @@ def plain_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step, for what no kernel takes and for those who want the weights. One K/V head per query head.
 
+    K and V may be (batch, group, slot, key, dim): heads of several slots, whose products are summed and whose outputs are joined.
     Logits are `softcap`ped, biased, masked; `sinks` (1, head, 1 or token, 1) join the softmax, which runs in float32 at least.
     """
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    wide = key.dim() == 5
+    rows = query.unflatten(-1, (key.shape[2], -1)).transpose(2, 3) if wide else query
+    products = rows @ key.transpose(-1, -2)
+    scores = (products.sum(2) if wide else products) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -83,7 +87,8 @@ def plain_attention(
         scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1).to(value.dtype)
     weights = weights if sinks is None else weights[..., :-1]
-    output = nn.functional.dropout(weights, dropout) @ value
+    kept = nn.functional.dropout(weights, dropout)
+    output = (kept.unsqueeze(2) @ value).transpose(2, 3).flatten(3) if wide else kept @ value
     return output.transpose(1, 2), weights
 
 

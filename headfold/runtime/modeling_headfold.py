@@ -3,6 +3,7 @@
 The sites, and how many heads each has, are listed in the config under `headfold`.
 """
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -33,8 +34,8 @@ def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTr
     """Give the attention sites of a model, in place, the K/V heads that are listed; the weights of new linears are to be loaded.
 
     A site names its `module`, the linears `q`, `k` and `v` in it, `heads`, `kv_heads` and `head_dim`; with `fused`, the stock
-    projection that the three replace; with `kv_of_query`, groups that are not equal. Sites of a stack that the class lacks
-    (the decoder of an encoder) are passed over.
+    projection that the three replace; with `kv_of_query`, groups that are not equal; with `slots`, heads that many times as
+    wide, and the output projection `o`. Sites of a stack that the class lacks (the decoder of an encoder) are passed over.
 
     Raises:
         ValueError: a site that the model should have and has not.
@@ -42,10 +43,18 @@ def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTr
     for site in sites:
         path = _find(model, site["module"])
         if path is not None:
-            module = model.get_submodule(path)
-            _reproject(module, site)
-            _attach(module, site, _config_above(model, path))
+            output = _find(model, site["o"]) if "o" in site else None
+            regroup_module(model, path, output, site, config_above(model, path))
     return model
+
+
+def regroup_module(root: nn.Module, path: str, output: str | None, site: Mapping[str, Any], config: Any) -> None:
+    """The same for one site below any module: where it attends, and where its output projection is if that gets wider."""
+    module = root.get_submodule(path)
+    _reproject(module, site)
+    if output is not None:
+        _widen_output(root, output, site["heads"] * site["slots"] * site["head_dim"])
+    _attach(module, site, config)
 
 
 def _find(model: PreTrainedModel, path: str) -> str | None:
@@ -63,7 +72,7 @@ def _find(model: PreTrainedModel, path: str) -> str | None:
     )
 
 
-def _config_above(model: PreTrainedModel, path: str) -> Any:
+def config_above(model: PreTrainedModel, path: str) -> Any:
     """The config of the innermost model around a module."""
     around = [model, *(model.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == ".")]
     return next(module.config for module in reversed(around) if isinstance(module, PreTrainedModel))
@@ -73,7 +82,7 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
     """Linears of the listed sizes; one that has its size already stays, weights and all."""
     fused = module.get_submodule(site["fused"]) if "fused" in site else None
     for role in "qkv":
-        rows = site["heads" if role == "q" else "kv_heads"] * site["head_dim"]
+        rows = site["heads" if role == "q" else "kv_heads"] * site.get("slots", 1) * site["head_dim"]
         parent, _, leaf = site[role].rpartition(".")
         holder = module.get_submodule(parent)
         stock = getattr(holder, leaf, fused)
@@ -82,6 +91,22 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
     if fused is not None:
         parent, _, leaf = site["fused"].rpartition(".")
         delattr(module.get_submodule(parent), leaf)
+
+
+def _widen_output(root: nn.Module, path: str, columns: int) -> None:
+    """An output projection, linear or Conv1D, with that many inputs."""
+    parent, _, leaf = path.rpartition(".")
+    holder = root.get_submodule(parent)
+    stock = getattr(holder, leaf)
+    is_linear = isinstance(stock, nn.Linear)
+    if stock.weight.shape[1 if is_linear else 0] == columns:
+        return
+    outputs = stock.weight.shape[0 if is_linear else 1]
+    weight = stock.weight.new_empty((outputs, columns) if is_linear else (columns, outputs))
+    wide = copy.deepcopy(stock)
+    wide.weight = nn.Parameter(weight, requires_grad=stock.weight.requires_grad)
+    setattr(wide, "in_features" if is_linear else "nx", columns)
+    setattr(holder, leaf, wide)
 
 
 def _num_rows(linear: nn.Module) -> int:
@@ -98,9 +123,11 @@ def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
 
 def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
     """Tell a module of its groups, and give it a forward that heeds them where the stock one does not."""
-    uneven = site.get("kv_of_query")
+    uneven, slots = site.get("kv_of_query"), site.get("slots", 1)
+    special = bool(uneven) or slots > 1
     module.headfold_site = dict(site)
     module.kv_of_query = None if uneven is None else tuple(uneven)
+    module.headfold_slots, module.headfold_scale = slots, site.get("scale", 1.0)
     module.num_key_value_groups = 1 if uneven else site["heads"] // site["kv_heads"]
     sizes = dict.fromkeys(HEAD_WIDTHS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
     for name in sizes.keys() & vars(module).keys():
@@ -109,8 +136,8 @@ def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
     if forward is not None:
         module.__class__ = _with_forward(type(module), forward)
         module.config = getattr(module, "config", config)
-    elif uneven or (site["kv_heads"] < site["heads"] and not _repeats_itself(type(module))):
-        module.config = SiteConfig(module.config, uneven=uneven is not None)
+    elif special or (site["kv_heads"] < site["heads"] and not _repeats_itself(type(module))):
+        module.config = SiteConfig(module.config, special=special)
 
 
 def _repeats_itself(attention: type) -> bool:
@@ -138,17 +165,17 @@ def _with_forward(attention: type, forward: Callable[..., Any]) -> type:
 class SiteConfig:
     """A config as a grouped site reads it: all but the attention implementation is the model's, now and later."""
 
-    def __init__(self, config: Any, *, uneven: bool) -> None:
-        self.__dict__.update(_config=config, _uneven=uneven)
+    def __init__(self, config: Any, *, special: bool) -> None:
+        self.__dict__.update(_config=config, _special=special)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_config", "_uneven"):
+        if name.startswith("__") or name in ("_config", "_special"):
             raise AttributeError(name)
         return getattr(self._config, name)
 
     @property
     def _attn_implementation(self) -> str:
-        return implementation(self._config._attn_implementation, uneven=self._uneven)
+        return implementation(self._config._attn_implementation, special=self._special)
 
 
 class GroupedModel(PreTrainedModel):

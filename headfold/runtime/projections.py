@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import EAGER_NAME, Attention, implementation, packed, stock_eager
+from .attention import EAGER_NAME, Attention, implementation, joined, packed, stock_eager
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -64,9 +64,11 @@ def attend(
     `eager` takes the place of the eager attention beside the stock class.
     """
     keywords["dropout"] = dropout if module.training else 0.0
-    name = implementation(module.config._attn_implementation, uneven=module.kv_of_query is not None)
+    special = module.kv_of_query is not None or module.headfold_slots > 1
+    name = implementation(module.config._attn_implementation, special=special)
     if name == EAGER_NAME:
-        output, weights = packed(eager or stock_eager(type(module)), module, query, key, value, mask, **keywords)
+        heads, keywords = joined(module, query, key, value, keywords)
+        output, weights = packed(eager or stock_eager(type(module)), module, *heads, mask, **keywords)
     else:
         output, weights = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **keywords)
     return output.flatten(2), weights

@@ -14,18 +14,21 @@ from ...core.moments import Moments, site_moments
 from ...core.predict import predicted_errors, site_energy
 from ...core.stats import SiteStats
 
+HEAD_WIDTH = True
+"""It knows what a shared head of several heads' width loses."""
+
 
 def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
     return cost_of(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
 
 
-def cost_of(moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
-    """The same from moments that are at hand already."""
+def cost_of(moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_width: int = 1) -> Cost:
+    """The same from moments that are at hand already; `head_width` as in `core.predict`."""
     energy = site_energy(moments)
 
     def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
-        keys, values = predicted_errors(moments, sets, values=value_weight != 0)
+        keys, values = predicted_errors(moments, sets, values=value_weight != 0, head_width=head_width)
         return key_weight * keys / energy.key + value_weight * values / energy.value
 
     return SetCost(compute)

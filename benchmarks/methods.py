@@ -1,0 +1,83 @@
+"""Every method on one model without training, as `headfold compare` measures it: medians over calibration seeds.
+
+    python benchmarks/methods.py MODEL --name NAME --kv-heads 4,2,1 --text SOURCE [--limit N] [--calibration SOURCE] [--tokens N]
+        [--items N] [--columns A,B] [--context N] [--seeds 3] [--methods NAME,…]
+
+Our default has all seeds, and so has every method without refit; the published methods with refit, which is ours, have the first alone.
+Each seed is a comparison of its own, kept in `--work` and resumed there. Results go to benchmarks/results/NAME-methods.json after
+each seed.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+from headfold.recipe.comparing import DEFAULT, REFIT, Comparison, Row, compare
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "absorb"
+
+
+def listed(found: dict[int, Comparison]) -> list[dict[str, Any]]:
+    """One row per method and count: the median over its seeds, and the extremes of the rise."""
+    runs: dict[tuple[str, int], list[Row]] = {}
+    for comparison in found.values():
+        for row in comparison.rows:
+            runs.setdefault((row.method, row.kv_heads), []).append(row)
+    table = []
+    for (method, count), rows in runs.items():
+        rises = sorted(row.rise for row in rows)
+        middle = {
+            field: statistics.median(getattr(row, field) for row in rows)
+            for field in ("value", "rise", "kl", "seconds", "peak_bytes", "kv_bytes_per_token")
+            if getattr(rows[0], field) is not None
+        }
+        table.append(
+            {"method": method, "kv_heads": count, "metric": rows[0].metric, "original": rows[0].original, "num_seeds": len(rows),
+             **middle, "least_rise": rises[0], "greatest_rise": rises[-1]}
+        )  # fmt: skip
+    return sorted(table, key=lambda row: (-row["kv_heads"], row["rise"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--kv-heads", required=True)
+    parser.add_argument("--text")
+    parser.add_argument("--calibration")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--items", type=int)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--columns", default="")
+    parser.add_argument("--methods", default=",".join(DEFAULT))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True)
+    options = parser.parse_args()
+    data = {name: getattr(options, name) for name in ("text", "calibration", "limit", "tokens", "items", "context")}
+    found: dict[int, Comparison] = {}
+    for seed in range(options.seeds):
+        methods = [
+            name for name in options.methods.split(",") if not (seed and name.endswith(REFIT)) or name.startswith(OURS)
+        ]
+        found[seed] = compare(
+            options.model, options.kv_heads.split(","), methods=methods, out=options.work / f"{options.name}-{seed}",
+            columns=[name for name in options.columns.split(",") if name], seed=seed, **data,
+        )  # fmt: skip
+        facts = {"machine": describe(), "model": options.name, "settings": data, "skipped": found[seed].skipped}
+        facts["settings"] = {
+            name: Path(value).name if name in ("text", "calibration") and value else value
+            for name, value in data.items()
+        }
+        (RESULTS / f"{options.name}-methods.json").write_text(
+            json.dumps({**facts, "rows": listed(found)}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""How wide K/V heads may become: what `--head-width` asks for, and what the model and the engines take."""
+
+from collections.abc import Sequence
+
+from .. import planning
+from ..core.errors import UserError
+from .source import Opened
+
+LARGEST = 256
+"""Dims of a head that attention kernels take, and `auto` therefore goes to (flash attention, TRT-LLM, FlashInfer)."""
+
+
+def possible(source: Opened, asked: str | int, group: str, merge: str) -> list[int]:
+    """The widths that are asked for, in heads of the source, ascending: one, or for `auto` all that can be had.
+
+    Raises:
+        UserError: not a width, or one that a site or a method cannot have.
+    """
+    grouping = planning.parse_group(group)
+    if str(asked) != "auto":
+        if not str(asked).isdigit() or int(asked) < 1:
+            raise UserError(f"--head-width {asked}: expected a number such as 2, or auto")
+        if int(asked) > 1:
+            planning.check_head_width(int(asked), source.sites, merge, grouping)
+        return [int(asked)]
+    found = [1]
+    for width in range(2, LARGEST // max(site.head_dim for site in source.sites) + 1):
+        try:
+            planning.check_head_width(width, source.sites, merge, grouping)
+        except UserError:
+            continue
+        found.append(width)
+    return found
+
+
+def widest(source: Opened, widths: Sequence[int], kv_heads: str | int) -> int:
+    """The widest of `widths` for a cache of `kv_heads`: never worse than any narrower (Eckart and Young).
+
+    Raises:
+        UserError: none divides the count.
+    """
+    counts = {planning.parse_kv_heads(kv_heads, site.num_groups) for site in source.sites}
+    found = [width for width in widths if all(count % width == 0 for count in counts)]
+    if not found:
+        said = ", ".join(map(str, sorted(counts)))
+        raise UserError(
+            f"--head-width {widths[0]}: does not divide the {said} K/V heads that are asked for; choose another"
+        )
+    return found[-1]

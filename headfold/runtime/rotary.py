@@ -1,0 +1,71 @@
+"""A rotary table for wide heads: every frequency of the source's table several times, as transformers' `longrope` reads it.
+
+longrope divides the frequencies θ^(-2p/dim) of a head by a factor each, so any table can be written down (methods: docs/absorb.md, 7).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
+    """The config fields of a table `head_width` times as wide: plane p has the source's frequency p // head_width.
+
+    The same at every context length, but for a source whose table is a longrope already: it keeps its two.
+
+    Raises:
+        KeyError: the source's kind of table changes with the context, or per layer (`families.spec.has_one_table`).
+    """
+    from transformers import CONFIG_MAPPING
+
+    source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    source.standardize_rope_params()
+    rope = dict(source.rope_parameters)
+    longest = source.max_position_embeddings
+    trained = rope.get("original_max_position_embeddings", longest) if rope["rope_type"] == "longrope" else longest
+    short, scaling = _frequencies(source, None)
+    long, _ = _frequencies(source, trained + 1)
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    fields = {
+        "rope_type": "longrope",
+        **kept,
+        "short_factor": _factors(short, rope["rope_theta"], head_width),
+        "long_factor": _factors(long, rope["rope_theta"], head_width),
+        "attention_factor": scaling,
+        "factor": 1.0,
+        "original_max_position_embeddings": trained,
+    }
+    return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
+
+
+def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane"], float]:
+    """Of the source's table, in float32 as it computes them, and what cosine and sine are multiplied by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = source.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](source, torch.device("cpu"), seq_len=length)
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    return 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
+
+
+def _factors(frequencies: Float[Tensor, " plane"], theta: float, head_width: int) -> list[float]:
+    """One per plane of the wide head, such that longrope's own float32 arithmetic comes nearest to the source's frequencies."""
+    wanted = frequencies.repeat_interleave(head_width)
+    dim = 2 * len(wanted)
+    own = theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    first = (1.0 / (own.double() * wanted.double())).float()
+    steps = [first]
+    for direction in (-math.inf, math.inf):
+        step = first
+        for _ in range(4):
+            step = torch.nextafter(step, torch.tensor(direction))
+            steps.append(step)
+    tried = torch.stack(steps)
+    missed = (1.0 / (tried * own) - wanted).abs()
+    return tried.gather(0, missed.argmin(0, keepdim=True))[0].tolist()
