@@ -45,8 +45,9 @@ class Trial:
     """One site of the original with its recorded calls.
 
     `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
-    heads are summed over those who read them; wide heads run slot by slot. `order` is the standard
-    order's: new position → query head of the original, by which a position bias that the call brings along (T5's, made in the first layer of a stack) is put in order too.
+    heads are summed over those who read them; wide heads run slot by slot. `order` is the standard order's: new position → query
+    head of the original, by which a position bias that the call brings along (T5's, made in the first layer of a stack) is put
+    in order too.
     """
 
     def __init__(
