@@ -1,5 +1,6 @@
 """Spread K/V heads over layers: the counts that lose least within a budget, or need least for a loss, found exactly."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ def spread(options: Options, *, max_bytes: float | None = None, max_loss: float 
     # The other quantity decides between equals: a millionth of its share cannot outweigh a real difference.
     scale = 1e-6 * (loss.max() or 1.0) / num_bytes.sum()
     if max_bytes is not None:
-        chosen = _solved(options, loss + scale * num_bytes, num_bytes, max_bytes)
+        # Bytes come whole, and the solver's tolerance must not let one too many through.
+        chosen = _solved(options, loss + scale * num_bytes, num_bytes, math.floor(max_bytes))
     else:
         chosen = _solved(options, num_bytes + 1e-6 * loss / (loss.max() or 1.0), loss, max_loss)
     return {name: option.kv_heads for (name, option), taken in zip(names, chosen, strict=True) if taken}

@@ -160,7 +160,7 @@ def broken(name: str, change: Callable[[int, dict[str, Any]], None], target: Pat
     ("name", "change", "words"),
     [
         ("llama", lambda i, row: row["kv_of_source_head"].append(0), "expected 8 entries, one per K/V head, got 9"),
-        ("llama", lambda i, row: row.update(head_dim=99), "expected the source's 8, got 99"),
+        ("llama", lambda i, row: row.update(head_dim=99), "expected the source's 8 or a multiple, got 99"),
         ("bloom", lambda i, row: row["kv_of_source_head"].reverse(), "only neighbours can share"),
         ("t5", lambda i, row: row["kv_of_source_head"].__setitem__(i % 2, 1), "all its sites need the same groups"),
     ],

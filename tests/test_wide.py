@@ -16,7 +16,8 @@ WIDE = sorted(
     for name in [*TINY, *FOREIGN]
     if name != "clip"
     and not any(
-        not_wide(site) or ("qkv" in site.weights and site.native) for site, _ in tiny_sites(tiny_checkpoint(name))
+        not_wide(site) or site.rigid or site.num_groups < 2 or ("qkv" in site.weights and site.native)
+        for site, _ in tiny_sites(tiny_checkpoint(name))
     )
 )
 
