@@ -33,7 +33,16 @@ def listed(found: dict[int, Comparison]) -> list[dict[str, Any]]:
         rises = sorted(row.rise for row in rows)
         middle = {
             field: statistics.median(getattr(row, field) for row in rows)
-            for field in ("value", "rise", "kl", "seconds", "peak_bytes", "kv_bytes_per_token")
+            for field in (
+                "value",
+                "rise",
+                "kl",
+                "seconds",
+                "peak_bytes",
+                "kv_bytes_per_token",
+                "weight_bytes",
+                "flops_per_token",
+            )
             if getattr(rows[0], field) is not None
         }
         table.append(

@@ -161,14 +161,20 @@ def open_model(
     """
     checkpoint = Checkpoint.open(Path(path))
     dtype = dtype or compute_dtype(_main_dtype(checkpoint), device)[0]
-    needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
-    limit = MEMORY_SHARE * available_memory(device) if memory_limit is None else memory_limit
     with quiet():
-        if needed > limit:
+        if exceeds_memory(checkpoint, dtype, device, memory_limit):
             model = _streamed(checkpoint, dtype, device, overlay or {}, model_class)
         else:
             model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class).to(device)
     return model.eval().requires_grad_(False)
+
+
+def exceeds_memory(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None
+) -> bool:
+    """Whether `open_model` streams it."""
+    needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
+    return needed > (MEMORY_SHARE * available_memory(device) if memory_limit is None else memory_limit)
 
 
 def is_streamed(model: "PreTrainedModel") -> bool:

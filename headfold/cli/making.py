@@ -89,6 +89,7 @@ def plan(
     With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-rise layers get counts of their own: each is
     folded alone on a little of the calibration data to see what that costs, and the best spread of the budget is found exactly."""
     from .. import recipe
+    from ..recipe.price import prices
 
     chosen = given(
         kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_rise=max_rise, sensitivity=sensitivity, group=group,
@@ -100,7 +101,7 @@ def plan(
             **chosen,
         )  # fmt: skip
     if not answer(made.to_json(), as_json):
-        views.show_plan_errors(made)
+        views.show_plan(made, prices(model, made, encoder))
         print(f"wrote {out}")
 
 

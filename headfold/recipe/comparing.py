@@ -31,8 +31,10 @@ METHODS: dict[str, dict[str, str]] = {
     "asymgqa": {"merge": "mean", "group": "asymgqa"},
     "asymgqa-unequal": {"merge": "mean", "group": "asymgqa:unequal=true"},
     "absorb": {"merge": "absorb", "group": "swap"},
+    "absorb-wide": {"merge": "absorb", "group": "swap", "head_width": "2"},
 }
-"""The published methods and ours (`absorb+refit` is the default of fold); each may have `+refit` behind its name."""
+"""The published methods and ours (`absorb+refit` is the default of fold); each may have `+refit` behind its name. Of `absorb-wide` half as
+many heads, twice as wide, share the cache of that count: the same bytes, at the price that its row names."""
 WITHOUT_REFIT = ("random",)
 """Whose heads are to be trained: there is nothing to refit to."""
 DEFAULT = tuple(name + end for name in METHODS for end in ("", REFIT) if not (end and name in WITHOUT_REFIT))
@@ -44,6 +46,7 @@ class Row:
 
     method: str
     kv_heads: int
+    """Whose cache it takes, in heads of the source's width."""
     kv_bytes_per_token: int
     metric: str
     value: float
@@ -55,6 +58,9 @@ class Row:
     """Of the fold: plan, merge, refit and writing, without calibration."""
     peak_bytes: int | None
     """Memory that the fold took, at most."""
+    weight_bytes: int
+    """Of attention, and beside it its arithmetic in a prompt: `recipe.price.Price`."""
+    flops_per_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +208,10 @@ def _row(
     finally:
         shutil.rmtree(made, ignore_errors=True)
     metric, value, original, rise, kl = scored(found)
-    return Row(name, count, result.kv_bytes_after, metric, value, original, rise, kl, round(seconds, 2), peak.num_bytes)
+    return Row(
+        name, count, result.kv_bytes_after, metric, value, original, rise, kl, round(seconds, 2), peak.num_bytes,
+        result.after.weight_bytes, result.after.flops_per_token,
+    )  # fmt: skip
 
 
 def scored(found: perplexity.Evaluation | Scores) -> tuple[str, float, float | None, float, float | None]:

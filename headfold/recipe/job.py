@@ -39,9 +39,12 @@ from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
 from ..runtime.rotary import wide_table
+from ..stock import exceeds_memory
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
+from .command import command_of
 from .exporting import write_layout
 from .measuring import OriginalRun
+from .price import Price, price
 from .source import Opened, Progress
 from .twin import Twin
 from .verifying import verification_sample
@@ -60,9 +63,8 @@ class FoldResult:
     kv_heads_after: int
     """Of the site with most; `kv_heads_least` of that with fewest."""
     kv_heads_least: int
-    kv_bytes_before: int
-    """Per token, over all layers, in the checkpoint's dtype."""
-    kv_bytes_after: int
+    before: Price
+    after: Price
     plan: Plan
     refitted: bool
     verification: Verification | None
@@ -72,7 +74,17 @@ class FoldResult:
     def to_json(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in self.__slots__}
         verification = None if self.verification is None else asdict(self.verification)
-        return {**facts, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+        prices = {"before": asdict(self.before), "after": asdict(self.after)}
+        return {**facts, **prices, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """Per token, over all layers, in the checkpoint's dtype."""
+        return self.before.kv_bytes_per_token
+
+    @property
+    def kv_bytes_after(self) -> int:
+        return self.after.kv_bytes_per_token
 
 
 def _result(
@@ -92,8 +104,8 @@ def _result(
         kv_heads_before=max(s.num_groups for s in source.sites),
         kv_heads_after=max(counts.values()),
         kv_heads_least=min(counts.values()),
-        kv_bytes_before=source.kv_bytes_per_token(),
-        kv_bytes_after=source.kv_bytes_per_token(made),
+        before=price(source),
+        after=price(source, made),
         plan=made,
         refitted=refitted,
         verification=verification,
@@ -255,7 +267,9 @@ class Job:
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
 
-    def verify(self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> Verification:
+    def verify(
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None
+    ) -> Verification | None:
         """Compare the written weights with the head-repeated twin, both under stock transformers.
 
         Raises:
@@ -263,6 +277,11 @@ class Job:
         """
         twin = Twin(self.source, plan, stats, refits)
         wide = any(width > 1 for width in plan.head_widths(self.source.sites).values())
+        if wide and exceeds_memory(self.source.checkpoint, torch.promote_types(self.source.dtype, torch.float32)):
+            self.notes.append(
+                "wide heads are compared with their twin in memory, which this model exceeds: not verified"
+            )
+            return None
         sample = verification_sample(self.source, run, self.notes)
         size = num_tokens(sample)
         self.progress("verify", 0, size)
@@ -322,14 +341,13 @@ class Job:
             kv_heads_before=tables.counts(*_range(site.num_groups for site in self.source.sites)),
             kv_heads_after=result.kv_heads_after,
             kv_heads_least=result.kv_heads_least,
-            kv_bytes_before=result.kv_bytes_before,
-            kv_bytes_after=result.kv_bytes_after,
+            prices=(result.before, result.after),
             method=self.settings["merge"],
             group=self.settings["group"],
             refit=result.refitted,
             calibration=stats.metadata if stats else {},
             refit_text=self.refit_text,
-            command=self._command(),
+            command=command_of(self.settings, self.source.name, self.out.name),
             site_errors=errors or None,
             grouped_class=self._grouped_class(),
             verification=found and (
@@ -344,36 +362,6 @@ class Job:
         name = f".Grouped{next(iter(config.get('architectures') or ['']))}"
         found = [auto for auto, target in (config.get("auto_map") or {}).items() if target.endswith(name)]
         return (found or ["AutoModel"])[0] if "headfold" in config else ""
-
-    def _command(self) -> str:
-        """What makes this fold again, in the words of the command line."""
-        asked = self.settings
-        name = self.source.name if not Path(self.source.name).exists() else Path(self.source.name).name
-        words = ["headfold fold", name, self.out.name]
-        if asked["plan"]:
-            words += ["--plan plan.json"]
-        else:
-            wide = [f"--head-width {asked['head_width']}"] if asked["head_width"] > 1 else []
-            words += [
-                f"--kv-heads {asked['kv_heads']}",
-                *wide,
-                f"--group {asked['group']}",
-                f"--merge {asked['merge']}",
-            ]
-        words += ["--refit" if asked["refit"] else "--no-refit"]
-        words += _data_words(asked["data"]) if asked["data"] else []
-        words += ["--encoder"] if asked["encoder"] else []
-        words += ["--stats stats.safetensors"] if asked["stats"] else []
-        words += [f"--layout {asked['layout']}"] if asked["layout"] else []
-        words += [f"--seed {asked['seed']}"]
-        return " ".join(words)
-
-
-def _data_words(data: Mapping[str, Any]) -> list[str]:
-    amount = f"--tokens {data['tokens']}" if data["kind"] == "text" else f"--items {data['items']}"
-    words = [f"--calibration {data['source']}", amount]
-    words += [f"--columns {','.join(data['columns'])}"] if data["columns"] else []
-    return words + ([f"--context {data['context']}"] if data["context"] else [])
 
 
 def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:

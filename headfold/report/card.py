@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tables import counts, markdown_table, percent, size
+from .tables import counts, markdown_table, percent, price_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the source's card that holds for the fold as well."""
@@ -15,7 +15,7 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 class CardFacts:
     """What the card says beyond what the source's own card does.
 
-    `base_model` is a hub id or a directory; K/V bytes are per token over all layers; `site_errors` gives, by site, the
+    `base_model` is a hub id or a directory; `site_errors` gives, by site, the
     predicted error of K and of V as shares (0 to 1) of their energy, None where nothing was measured.
     """
 
@@ -26,8 +26,8 @@ class CardFacts:
     kv_heads_before: str
     kv_heads_after: int
     kv_heads_least: int
-    kv_bytes_before: int
-    kv_bytes_after: int
+    prices: tuple[Any, Any]
+    """`recipe.price.Price` before and after."""
     method: str
     group: str
     refit: bool
@@ -103,9 +103,10 @@ def _summary(name: str, facts: CardFacts) -> str:
         ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
     )
     after = counts(facts.kv_heads_least, facts.kv_heads_after)
+    before, now = facts.prices
     return (
         f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
-        f"headfold: its KV cache is {facts.kv_bytes_before / facts.kv_bytes_after:.3g} times smaller. Heads were grouped by "
+        f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
         f"`{facts.group}` and merged by `{facts.method}`{refit}. Nothing was trained; all tensors outside attention are the "
         "original's, byte for byte."
     )
@@ -115,8 +116,7 @@ def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", facts.num_heads, facts.num_heads],
         ["K/V heads", facts.kv_heads_before, counts(facts.kv_heads_least, facts.kv_heads_after)],
-        ["K/V cache per token", size(facts.kv_bytes_before), size(facts.kv_bytes_after)],
-        ["K/V cache at 32k tokens", size(facts.kv_bytes_before * 32768), size(facts.kv_bytes_after * 32768)],
+        *price_rows(*facts.prices),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .plot import COLOURS, new_axes, save
-from .tables import duration, show_table, size
+from .tables import duration, flops, show_table, size
 from .timings import require_plot
 
 __all__ = ["plot_comparison", "require_plot", "show_comparison", "show_frontier"]
@@ -49,6 +49,8 @@ def show_comparison(found: Any) -> None:
                 "" if row.kl is None else f"{row.kl:.4f}",
                 duration(row.seconds),
                 "" if row.peak_bytes is None else size(row.peak_bytes),
+                size(row.weight_bytes),
+                flops(row.flops_per_token),
             ]
             for row in same
         ]
@@ -56,10 +58,22 @@ def show_comparison(found: Any) -> None:
         print("nothing was compared")
     else:
         first = found.rows[0]
-        header = ["method", "K/V heads", "K/V per token", first.metric, "rise", "KL", "fold", "memory"]
+        header = [
+            "method",
+            "K/V heads",
+            "K/V per token",
+            first.metric,
+            "rise",
+            "KL",
+            "fold",
+            "memory",
+            "weights",
+            "FLOPs",
+        ]
         show_table(header, rows, title=f"{found.model} on {found.data}")
         original = "" if first.original is None else f"; the original has {first.original:.4f}"
         print(f"rise: how much worse{original}; *: the best at that count; rows in {found.directory}/compare.json")
+        print("weights and FLOPs: of attention, FLOPs per token of a prompt of 2,048")
     for what, reason in found.skipped.items():
         print(f"left out: {what}: {reason}")
 

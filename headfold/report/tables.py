@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def counts(least: int, most: int) -> str:
@@ -30,6 +30,26 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def price_rows(before: Any, after: Any) -> list[list[str]]:
+    """What the cache takes and what wide heads cost for it, of two `recipe.price.Price`."""
+    return [
+        ["width of a K/V head", before.head_width, after.head_width],
+        ["K/V cache per token", size(before.kv_bytes_per_token), size(after.kv_bytes_per_token)],
+        ["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in (before, after))],
+        ["attention weights", size(before.weight_bytes), size(after.weight_bytes)],
+        ["attention FLOPs per prompt token", *(flops(one.flops_per_token) for one in (before, after))],
+    ]
+
+
+def flops(number: float) -> str:
+    """Floating-point operations with a decimal unit and three digits: `1.5 M`."""
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 999.5 or unit == "T":
+            break
+        number /= 1000
+    return f"{number:.3g} {unit}".rstrip()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

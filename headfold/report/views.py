@@ -5,9 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from .tables import counts, duration, percent, show_table, size
+from .tables import counts, duration, percent, price_rows, show_table, size
 
-CONTEXT = 32 * 1024
 FRACTIONS = ("1/2", "1/4", "1/8")
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
@@ -74,11 +73,9 @@ def level(share: float, num_levels: int) -> int:
 
 def show_fold(result: Any) -> None:
     """A `recipe.FoldResult`."""
-    before, after = result.kv_bytes_before, result.kv_bytes_after
     rows = [
         ["K/V heads", str(result.kv_heads_before), counts(result.kv_heads_least, result.kv_heads_after)],
-        ["K/V cache per token", size(before), size(after)],
-        ["K/V cache at 32k tokens", size(before * CONTEXT), size(after * CONTEXT)],
+        *price_rows(result.before, result.after),
     ]
     show_plan_errors(result.plan)
     show_table([f"{result.family}, {result.num_heads} query heads", "before", "after"], rows)
@@ -106,6 +103,12 @@ def show_plan_errors(plan: Any) -> None:
         show_table(["attention", "K", "V", "groups"][: len(rows[0])], rows, title=title)
     else:
         print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
+
+
+def show_plan(plan: Any, prices: Any) -> None:
+    """A `core.plan.Plan` and the pair of `recipe.price.Price` around it."""
+    show_plan_errors(plan)
+    show_table(["", "before", "after"], price_rows(*prices))
 
 
 def _shares(site: Any) -> list[str]:

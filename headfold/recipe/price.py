@@ -1,0 +1,51 @@
+"""What attention costs to serve: cache, weights and arithmetic, of a checkpoint as it is and as a plan folds it."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ..core.plan import Plan
+from ..families.layout import planned_shapes
+from .source import Opened, open_source
+
+CONTEXT = 2048
+"""Tokens of the prompt that `flops_per_token` is for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Of all attention sites together. Wide heads buy a better cache with the last two."""
+
+    head_width: str
+    """Dims of a K/V head, a range where sites differ."""
+    kv_bytes_per_token: int
+    weight_bytes: int
+    """Of W_q, W_k, W_v and W_o."""
+    flops_per_token: int
+    """Of projections and attention, per token of a prompt of `CONTEXT` tokens, causal where it may be."""
+
+
+def price(source: Opened, plan: Plan | None = None) -> Price:
+    """The price of the source, or of what `plan` makes of it."""
+    shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
+    dims, elements, products = set(), 0, 0
+    for site in source.every_site:
+        planned = plan.sites.get(site.name) if plan else None
+        num_groups = planned.groups.num_groups if planned else site.num_groups
+        width = planned.head_dim if planned else site.head_dim
+        shapes = planned_shapes(site, num_groups, shape_of, width // site.head_dim)
+        elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+        products += site.num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
+        dims.add(width)
+    said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"
+    return Price(said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products)
+
+
+def prices(model: str | Path, plan: Plan, encoder: bool = False) -> tuple[Price, Price]:
+    """Before and after `plan`.
+
+    Raises:
+        UserError: see `open_source`.
+    """
+    source = open_source(model, encoder)
+    return price(source), price(source, plan)
