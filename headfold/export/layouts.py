@@ -27,6 +27,13 @@ def choose_layout(config: Mapping[str, Any], asked: str | None = None, where: st
     """
     if asked == OWN or (asked is None and "headfold" not in config):
         return None
+    if any("slots" in site for site in config.get("headfold", {}).get("sites", [])):
+        if asked is None:
+            return None
+        raise UserError(
+            f"{where}: layout {asked}: heads wider than the source's have no layout but headfold's; {_LEAVE_OUT}, or make them "
+            "of the source's width"
+        )
     if config["model_type"] not in MODEL_TYPES:
         if asked is None:
             return None

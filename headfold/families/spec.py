@@ -61,8 +61,10 @@ class Attention:
     """Empty where the class knows no such field: the fold then runs in headfold's own runtime."""
     head_dim: str = "head_dim"
     free_width: bool = True
-    """Of a class with K/V heads: whether it takes any `head_dim` and a table with a factor for every frequency (`longrope`); one that
-    does not is never given wide heads."""
+    """Of a class with K/V heads: whether it takes any `head_dim` and a table with a factor for every frequency (`longrope`). Wide heads
+    run in headfold's runtime where it does not."""
+    rigid: bool = False
+    """Whether it cannot be given wide heads there either, as it reshapes to sizes of its own."""
     scale: str = ""
     """Config field that says the softmax scale; empty where it is one over the root of the head's width."""
     width: str = "hidden_size"
@@ -274,7 +276,7 @@ def _site(
         core=f"{module}.{attention.core}" if attention.core else module,
         native=bool(attention.kv_heads),
         free_width=bool(attention.kv_heads) and attention.free_width and has_one_table(family, config, head_dim),
-        rigid=bool(attention.kv_heads) and not attention.free_width,
+        rigid=attention.rigid,
         scaled_by_width=not attention.scale,
         fused=attention.fused,
         transposed=attention.transposed,

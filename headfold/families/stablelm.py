@@ -13,6 +13,7 @@ FAMILY = Family(
             v="v_proj",
             o="o_proj",
             free_width=False,
+            rigid=True,
         ),
     ),
     position=Rope(fraction="partial_rotary_factor"),

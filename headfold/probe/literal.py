@@ -29,6 +29,7 @@ def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments"
     numbers["kv_heads"] = numbers.get("kv_heads", "") if found.native else ""
     return Attention(
         free_width=False,  # only what was probed is claimed
+        rigid=True,
         name="layers.{layer}.self",
         at=stored_at,
         **local,

@@ -128,7 +128,7 @@ def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
     module.headfold_site = dict(site)
     module.kv_of_query = None if uneven is None else tuple(uneven)
     module.headfold_slots, module.headfold_scale = slots, site.get("scale", 1.0)
-    module.num_key_value_groups = 1 if uneven else site["heads"] // site["kv_heads"]
+    module.num_key_value_groups = 1 if special else site["heads"] // site["kv_heads"]
     sizes = dict.fromkeys(HEAD_WIDTHS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
     for name in sizes.keys() & vars(module).keys():
         setattr(module, name, sizes[name])
