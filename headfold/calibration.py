@@ -13,7 +13,7 @@ from .core.stats import SiteStats
 from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
 from .families.spec import Site
-from .measure import second_moment
+from .measure import attended, second_moment
 from .stock import input_device
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def collect(
 
     hooks = [(key_path(site), observer(site, queries=False)) for site in sites]
     hooks += [(site.paths["q"], observer(site, queries=True)) for site in sites if site.reads_encoder]
-    with _pre_hooks(hooks, model):
+    with _pre_hooks(hooks, model), _watching(model, sites, sums):
         for batch in batches(sample):
             current[:] = [batch]
             run(model, batch)
@@ -109,6 +109,36 @@ def collect(
                 f"{name}: activations are not finite on calibration text; does the source have NaN weights?"
             )
     return sums
+
+
+@contextmanager
+def _watching(model: "PreTrainedModel", sites: list[Site], sums: dict[str, SiteStats]) -> Iterator[None]:
+    """Note how far back the sites look that rotate: their attention runs as before, and is looked at on its way.
+
+    Classes with an attention of their own inside, and those that do without the fused one, are not seen.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    name = getattr(model.config, "_attn_implementation", None)
+    watched = {model.get_submodule(s.core): s for s in sites if s.key_freedom.rotary_dim and not s.key_freedom.normed}
+    if not watched or name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        yield
+        return
+    stock = ALL_ATTENTION_FUNCTIONS[name]
+
+    def watch(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any, **keywords: Any
+    ) -> Any:
+        if module in watched and query.shape[2] > 1:
+            asked = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
+            _add(sums, watched[module].name, SiteStats(attended.observe(query, key, mask, **asked), 0))
+        return stock(module, query, key, value, mask, *rest, **keywords)
+
+    AttentionInterface.register(name, watch)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, stock)
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from grades import assert_bitwise, assert_differs, assert_tight
+from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from tiny import TINY, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
 
 from headfold import calibration
 from headfold.calibration import collect
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
-from headfold.measure import second_moment
+from headfold.measure import attended, second_moment
 
 EVERY_TINY = pytest.mark.parametrize("name", sorted(TINY))
 WINDOWS = tiny_tokens(7, 12)
@@ -21,8 +22,9 @@ def observed(x: Tensor) -> SiteStats:
 
 
 def same(found: SiteStats, expected: SiteStats) -> None:
+    """The moments, which every site has."""
     assert found.count == expected.count
-    assert found.tensors.keys() == expected.tensors.keys() == {"second", "scatter"}
+    assert found.tensors.keys() - {"attended"} == expected.tensors.keys() - {"attended"} == {"second", "scatter"}
     for name, tensor in expected.tensors.items():
         assert_tight(found.tensors[name], tensor)
 
@@ -84,6 +86,42 @@ def test_batches_sum_to_one_batch(tokens_per_batch: int, monkeypatch: pytest.Mon
     assert heard == [min(tokens_per_batch // 12 or 1, 7 - at) * 12 for at in range(0, 7, tokens_per_batch // 12 or 1)]
     for site in sites:
         same(parts[site.name], whole[site.name])
+        assert_tight(parts[site.name].tensors["attended"], whole[site.name].tensors["attended"])
+
+
+ROTATING = ("llama", "llama-bias-gqa", "glm", "phi", "mistral-window", "gemma")
+
+
+@pytest.mark.parametrize("name", [name for name in ROTATING if name in TINY])
+def test_how_far_back_attention_looks_is_what_stock_probabilities_say(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tokens = tiny_checkpoint(name), WINDOWS.shape[1]
+    monkeypatch.setattr(attended, "QUERIES", tokens)
+    sites = [site for site, _ in tiny_sites(path)]
+    found = collect(stock_model(path), sites, {"input_ids": WINDOWS})
+    eager = stock_model(path)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = eager(WINDOWS, output_attentions=True).attentions
+    for site, of_layer in zip(sites, weights, strict=True):
+        mass = torch.stack([of_layer.diagonal(-back, dim1=2, dim2=3).sum((0, 2)) for back in range(tokens)], 1)
+        mass = mass.unflatten(0, (site.num_groups, -1)).sum(1)
+        # Stock attention takes its softmax in float32.
+        assert_tight_through_float32_norms(found[site.name].tensors["attended"][:, :tokens], mass)
+        assert not found[site.name].tensors["attended"][:, tokens:].any()
+
+
+def test_attention_is_looked_at_in_passing() -> None:
+    before = dict(AttentionInterface._global_mapping)
+    model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
+    with pytest.raises(IndexError):
+        collect(model, sites, {"input_ids": WINDOWS + 1000})
+    collect(model, sites, {"input_ids": WINDOWS})
+    assert dict(AttentionInterface._global_mapping) == before
+    normed = [site for site, _ in tiny_sites(tiny_checkpoint("qwen3"))]
+    seen = collect(stock_model(tiny_checkpoint("qwen3")), normed, {"input_ids": WINDOWS})
+    assert not any("attended" in stats.tensors for stats in seen.values())
 
 
 def test_a_pass_leaves_no_hook_and_asks_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,10 @@ class KeyFreedom:
     rotary_dim: int = 0
     interleaved: bool = False
     """Whether the dims (2f, 2f + 1) form plane f; else (f, f + rotary_dim / 2) do."""
+    frequencies: tuple[float, ...] = ()
+    """Radians per token of every plane; empty where they are not known."""
+    context: int = 0
+    """Tokens that attention may span, as far as that is known."""
 
     def planes(self) -> Int[Tensor, "plane 2"]:
         """The two dims of each frequency plane, in order of falling frequency."""

@@ -59,6 +59,10 @@ class Moments:
     values: Weighted
     value_mean: Float[Tensor, "group dim"] | None
     """E[v], present where the site has an output bias that can take it."""
+    readers: Float[Tensor, "group dim dim"] | None = None
+    """Σ E[q qᵀ] over the queries of each K head; with the next only where they are asked for."""
+    key_grams: tuple[Float[Tensor, "group dim group dim"], Float[Tensor, "group dim group dim"]] | None = None
+    """E[k kᵀ] of all K heads, and the same about the mean of each sequence."""
 
 
 def site_moments(
@@ -68,12 +72,13 @@ def site_moments(
     query_weighting: bool = True,
     output_weighting: bool = True,
     products: torch.dtype = torch.float64,
+    whole_keys: bool = False,
 ) -> Moments:
     """All Gram matrices of a site, in float64. `heads` may be of any float dtype.
 
     The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
     `products` is the dtype of the long sums over a site's inputs. In float32 they are twice as fast and good for predictions; a
-    merge, which divides by small eigenvalues, needs float64.
+    merge, which divides by small eigenvalues, needs float64. `whole_keys` asks for `readers` and `key_grams`.
     """
     heads, second = heads.to(products), stats.mean("second").to(products)
     asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
@@ -81,18 +86,21 @@ def site_moments(
     rotary = heads.key_freedom.rotary_dim
     planes = _planes(heads, second, readers) if rotary else None
     flat = None
-    if rotary < heads.head_dim:
-        moment = torch.zeros_like(second)
+    moment = torch.zeros_like(second)
+    if rotary < heads.head_dim or whole_keys:
         # A key component that is constant over a sequence shifts all its logits alike: softmax ignores it.
         moment[:-1, :-1] = stats.mean("scatter").to(products)
+    if rotary < heads.head_dim:
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
+    grams = (_gram(heads.k, second), _gram(heads.k, moment)) if whole_keys else None
     metric = output_metric(heads) if output_weighting else _identities(heads.num_groups, heads.v.shape[1])
     mean = None
     if heads.o_bias is not None:
         # Attention weights sum to one, so E[v] passes through unchanged: the output bias takes it, exactly.
         mean = (heads.v @ second[:, -1]).double()
         second = second - torch.outer(second[:, -1], second[:, -1])
-    return Moments(planes, flat, _weighted(heads.v, metric, second), mean)
+    values = _weighted(heads.v, metric, second)
+    return Moments(planes, flat, values, mean, readers if whole_keys else None, grams)
 
 
 def _identities(num_groups: int, dim: int) -> Float[Tensor, "group dim dim"]:
@@ -122,7 +130,7 @@ def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
 def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
     rotary = heads.key_freedom.rotary_dim
     keys = heads.k[:, :rotary]
-    gram = einsum(keys @ second, keys, "i a model, l b model -> i a l b").double()
+    gram = _gram(keys, second)
     scale = gram.new_ones(heads.num_groups)
     if heads.key_freedom.normed:
         gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
@@ -137,10 +145,14 @@ def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
     return Planes(torch.complex(real, imaginary), energy.clamp_min(floor), scale, heads.key_freedom.normed)
 
 
+def _gram(rows: Float[Tensor, "group dim m"], moment: Float[Tensor, "m m"]) -> Float[Tensor, "group dim group dim"]:
+    return einsum(rows @ moment, rows, "i a model, l b model -> i a l b").double()
+
+
 def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> Weighted:
     root, inverse = roots(metric)
     rows = root.to(rows.dtype) @ rows
-    return Weighted(einsum(rows @ moment, rows, "i a model, l b model -> i a l b").double(), root, inverse)
+    return Weighted(_gram(rows, moment), root, inverse)
 
 
 def roots(

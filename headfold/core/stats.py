@@ -15,7 +15,8 @@ class SiteStats:
     `tensors` holds, by the name of the measure that made them, at least
     `second` (model+1, model+1): Σ [x, 1][x, 1]ᵀ of the K/V input x;
     `scatter` (model, model): Σ over sequences of Σ (x − x̄)(x − x̄)ᵀ with x̄ the sequence's own mean;
-    cross-attention also `query_second`, as `second` but of the input of the queries.
+    cross-attention also `query_second`, as `second` but of the input of the queries; sites that rotate, where stock transformers lets
+    it be seen, `attended` (group, bin): attention mass by distance (`core.distances`).
     `count` is the number of tokens of x. The queries' own number need not be the same: their sum's last element is it.
     """
 

@@ -7,6 +7,8 @@ the leading eigenvectors of the Gram matrix of the group's heads, weighed by que
 the rotation: one complex number per frequency plane, so each plane keeps one of the group's functionals. Without
 position on K, and always for V, T_i and S_i are unrestricted and the best `dim` of all the group's directions stay.
 Under q/k-norm T_i is a sign per plane, and the shared key is the energy-weighted mean of the aligned, normalised keys.
+From there, where the frequencies of the planes are known, T_i and the shared key are fitted by turns over the distances that
+attention covers: a plane that hardly turns over them is nearly as free as a dim without position (`core.turning`).
 
 Undoes every transformation that `key_freedom` allows, on K, and any invertible one on V: exact for heads that differ by those.
 Needs the statistics `second` and `scatter`; cost: one eigenproblem of (group size · dim)² per group.
@@ -16,15 +18,17 @@ import dataclasses
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from ..core.distances import Distances
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.moments import Moments, Planes, Weighted, site_moments
 from ..core.shared import align_signs, top_functionals, top_planes
 from ..core.stats import SiteStats
+from ..core.turning import fit
 
 NEEDS = ("second", "scatter")
 """Statistics it cannot do without."""
@@ -41,11 +45,13 @@ def merge(
     head_width: int = 1,
     query_weighting: bool = True,
     output_weighting: bool = True,
+    distances: bool = True,
 ) -> Heads:
     """`groups` partitions the source's K/V heads. Computed in float64 and returned in it.
 
     A shared head is `head_width` of the source's wide (docs/absorb.md, 7): that many slots of the source's dims, each of
-    which rotates as a head of the source does. A group of no more heads than slots loses nothing.
+    which rotates as a head of the source does. A group of no more heads than slots loses nothing. Without `distances` each plane stays
+    on its own.
 
     Raises:
         UserError: no statistics.
@@ -55,7 +61,10 @@ def merge(
             "absorb needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean"
         )
     heads = heads.to(torch.float64)
-    moments = site_moments(heads, stats, query_weighting=query_weighting, output_weighting=output_weighting)
+    turning = distances and bool(heads.key_freedom.frequencies) and not heads.key_freedom.normed
+    moments = site_moments(
+        heads, stats, query_weighting=query_weighting, output_weighting=output_weighting, whole_keys=turning
+    )
     kept = [members[0] for members in groups.members]
     merged = dataclasses.replace(
         heads,
@@ -88,8 +97,12 @@ def _absorb_group(
     head_width: int,
 ) -> Float[Tensor, " model"]:
     """Writes the shared head and its read-outs into `merged`, in place. Returns what the mean of V adds to the output."""
-    shared, readout = _shared_key(heads, moments, members, head_width)
-    values, value_readout = _shared_flat(heads.v, moments.values, members, head_width)
+    mix, readout = _shared_key(heads, moments, members, head_width)
+    if moments.key_grams is not None:
+        mix, readout = _turned(heads, moments, stats, members, mix, readout)
+    shared = mix @ heads.k[members].flatten(0, 1)
+    value_mix, value_readout = _shared_flat(moments.values, members, head_width)
+    values = value_mix @ heads.v[members].flatten(0, 1)
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
     for query, kv_head in enumerate(heads.kv_of_query.kv_of_query):
         if kv_head not in members:
@@ -105,74 +118,106 @@ def _absorb_group(
 
 
 def _shared_key(heads: Heads, moments: Moments, members: list[int], head_width: int) -> tuple[Tensor, Tensor]:
-    """Shared K head (slot · dim, model+1) and each member's read-out T (member, dim, slot · dim).
+    """What the shared K head is of the members' (slot · dim, member · dim), and each member's read-out T (member, dim, slot · dim).
 
     In every slot the rotating planes come first, then the rest.
     """
     rotary, dim = heads.key_freedom.rotary_dim, heads.head_dim
     readout = heads.k.new_zeros(len(members), dim, head_width, dim)
-    shared = heads.k.new_zeros(head_width, dim, heads.k.shape[2])
+    mix = heads.k.new_zeros(head_width, dim, len(members), dim)
     if moments.planes is not None and heads.key_freedom.normed:
-        shared[0, :rotary], readout[:, :rotary, 0, :rotary] = _shared_signs(heads, moments.planes, members)
+        mix[0, :rotary, :, :rotary], readout[:, :rotary, 0, :rotary] = _shared_signs(heads, moments.planes, members)
     elif moments.planes is not None:
-        shared[:, :rotary], readout[:, :rotary, :, :rotary] = _shared_planes(heads, moments.planes, members, head_width)
+        mix[:, :rotary, :, :rotary], readout[:, :rotary, :, :rotary] = _shared_planes(
+            heads, moments.planes, members, head_width
+        )
     if moments.keys is not None:
-        rows, flat = _shared_flat(heads.k[:, rotary:], moments.keys, members, head_width)
-        shared[:, rotary:] = rearrange(rows, "(slot dim) m -> slot dim m", slot=head_width)
+        rows, flat = _shared_flat(moments.keys, members, head_width)
+        mix[:, rotary:, :, rotary:] = rearrange(
+            rows, "(slot dim) (member b) -> slot dim member b", slot=head_width, member=len(members)
+        )
         readout[:, rotary:, :, rotary:] = rearrange(flat, "member a (slot b) -> member a slot b", slot=head_width)
-    return shared.flatten(0, 1), readout.flatten(2)
+    return mix.flatten(2).flatten(0, 1), readout.flatten(2)
 
 
-def _shared_flat(
-    rows: Float[Tensor, "group dim m"], weighted: Weighted, members: list[int], head_width: int = 1
+def _turned(
+    heads: Heads, moments: Moments, stats: SiteStats, members: list[int], mix: Tensor, readout: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Both fitted on, over the distances that calibration saw attended, or over what is assumed of them."""
+    freedom = heads.key_freedom
+    if "attended" in stats.tensors:
+        distances = Distances.measured(stats.tensors["attended"], freedom.context)
+    else:
+        distances = Distances.assumed(heads.num_groups, freedom.context)
+    second, scatter = (gram[members][:, :, members] for gram in moments.key_grams)
+    fitted = fit(second, scatter, moments.readers[members], mix, readout, freedom, distances.of(members))
+    return (mix, readout) if fitted is None else _balanced(heads, moments, members, fitted.mix, fitted.readout)
+
+
+def _balanced(
+    heads: Heads, moments: Moments, members: list[int], mix: Tensor, readout: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scale of every plane split evenly between the shared head and its read-outs, for half precision's sake."""
+    gram = moments.key_grams[0][members][:, :, members].flatten(2).flatten(0, 1)
+    key = (mix @ gram * mix).sum(1)
+    query = torch.einsum("mad,mab,mbd->d", readout, moments.readers[members], readout)
+    of_planes = (t.unflatten(0, (-1, heads.head_dim)) for t in (key, query))
+    key, query = (_over_planes(heads, t).flatten() for t in of_planes)
+    scale = torch.where((key > 0) & (query > 0), query / key, 1.0).pow(0.25)
+    return mix * scale[:, None], readout / scale
+
+
+def _over_planes(heads: Heads, energy: Float[Tensor, "slot dim"]) -> Float[Tensor, "slot dim"]:
+    """The dims of a plane have to keep one scale, or their rotation would be lost."""
+    first, other = heads.key_freedom.planes().T
+    energy = energy.clone()
+    energy[:, first] = energy[:, other] = energy[:, first] + energy[:, other]
+    return energy
+
+
+def _shared_flat(weighted: Weighted, members: list[int], head_width: int = 1) -> tuple[Tensor, Tensor]:
     """Unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), docs/absorb.md, 2."""
-    dim = rows.shape[1]
+    dim = weighted.root.shape[1]
     vectors, values = top_functionals(weighted.gram[members][:, :, members], head_width * dim)
     if (missing := head_width * dim - len(values)) > 0:  # fewer directions than dims: the others stay empty
         vectors, values = (nn.functional.pad(t, (0, missing)) for t in (vectors, values))
     # The fourth root of the eigenvalue splits the scale evenly between the shared head and its read-outs.
     scale = values.clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
-    shared = torch.einsum("iad,iam->dm", vectors / scale, weighted.root[members] @ rows[members])
-    return shared, weighted.inverse_root[members] @ (vectors * scale)
+    mix = torch.einsum("iad,iab->dib", vectors / scale, weighted.root[members]).flatten(1)
+    return mix, weighted.inverse_root[members] @ (vectors * scale)
 
 
 def _shared_planes(
     heads: Heads, planes: Planes, members: list[int], head_width: int
-) -> tuple[Float[Tensor, "slot rotary m"], Float[Tensor, "member rotary slot rotary"]]:
+) -> tuple[Float[Tensor, "slot rotary member rotary"], Float[Tensor, "member rotary slot rotary"]]:
     """One complex number per plane, member and slot: a = uᴴ y, t_i = u_i / √energy_i, docs/absorb.md, 3."""
-    first, other = heads.key_freedom.planes().T
     vectors, values = top_planes(planes.weighted[:, members][:, :, members], head_width)
     energy = planes.energy[:, members].sqrt()
-    z = torch.complex(heads.k[members][:, first], heads.k[members][:, other])
-    rows = z.real.new_zeros(head_width, heads.key_freedom.rotary_dim, z.shape[2])
-    readout = rows.new_zeros(len(members), rows.shape[1], head_width, rows.shape[1])
+    rotary = heads.key_freedom.rotary_dim
+    mix = heads.k.new_zeros(head_width, rotary, len(members), rotary)
+    readout = heads.k.new_zeros(len(members), rotary, head_width, rotary)
     for slot in range(values.shape[1]):
         u = vectors[..., slot]
         scale = values[:, slot, None].clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
-        shared = torch.einsum("fi,ifm->fm", (u.conj() * energy / scale), z)
-        factors = rearrange(u * scale / energy, "plane member -> member plane")
-        rows[slot], readout[:, :, slot] = _from_complex(heads, shared, factors)
-    return rows, readout
+        mix[slot] = rearrange(_blocks(heads, (u.conj() * energy / scale).mT), "member a b -> a member b")
+        readout[:, :, slot] = _blocks(heads, (u * scale / energy).mT)
+    return mix, readout
 
 
 def _shared_signs(heads: Heads, planes: Planes, members: list[int]) -> tuple[Tensor, Tensor]:
     """One sign per plane and member; the shared key is the energy-weighted mean of the aligned, normalised keys."""
-    first, other = heads.key_freedom.planes().T
     energy = planes.energy[:, members]
     signs = align_signs(energy[:, :, None] * planes.gram.real[:, members][:, :, members] * energy[:, None, :])
     weight = energy * signs / energy.sum(1, keepdim=True) / planes.scale[members]
-    z = torch.complex(heads.k[members][:, first], heads.k[members][:, other])
-    shared = torch.einsum("fi,ifm->fm", weight.to(z.dtype), z)
-    return _from_complex(heads, shared, rearrange(signs.to(z.dtype), "plane member -> member plane"))
+    mix, readout = (_blocks(heads, t.to(planes.gram.dtype).mT) for t in (weight, signs))
+    return rearrange(mix, "member a b -> a member b"), readout
 
 
-def _from_complex(heads: Heads, shared: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Complex functionals (plane, m) and factors (member, plane) as real rows and real 2 × 2 blocks of T."""
+def _blocks(heads: Heads, factors: Complex[Tensor, "member plane"]) -> Float[Tensor, "member rotary rotary"]:
+    """Multiplication by a complex number per plane, as real 2 × 2 blocks."""
     first, other = heads.key_freedom.planes().T
-    rows = heads.k.new_zeros(heads.key_freedom.rotary_dim, shared.shape[1])
-    rows[first], rows[other] = shared.real, shared.imag
-    readout = heads.k.new_zeros(len(factors), len(rows), len(rows))
-    readout[:, first, first], readout[:, other, other] = factors.real, factors.real
-    readout[:, first, other], readout[:, other, first] = -factors.imag, factors.imag
-    return rows, readout
+    rotary = heads.key_freedom.rotary_dim
+    blocks = heads.k.new_zeros(len(factors), rotary, rotary)
+    blocks[:, first, first], blocks[:, other, other] = factors.real, factors.real
+    blocks[:, first, other], blocks[:, other, first] = -factors.imag, factors.imag
+    return blocks

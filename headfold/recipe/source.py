@@ -1,7 +1,7 @@
 """A checkpoint opened by its headers alone, checked to be one that can be folded."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
 from ..runtime.load import layer_counts
+from ..runtime.rotary import plane_frequencies
 
 _ORIGINAL = "fold the original to fewer heads instead"
 _POSITIONS_BEHIND_PADDING = {"roberta", "xlm-roberta", "camembert"}
+
+UNKNOWN_CONTEXT = 2048
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); units as the stage counts them: tokens, sites or bytes."""
@@ -80,7 +83,20 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-    return Opened(str(model), checkpoint, family, sites, encoder, proven)
+    return Opened(str(model), checkpoint, family, _turning(sites, checkpoint.config), encoder, proven)
+
+
+def _turning(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
+    """The sites with the frequencies of their planes, where the config tells one table for all."""
+    if not any(site.key_freedom.rotary_dim for site in sites):
+        return sites
+    found, context = plane_frequencies(config), context_limit(config) or UNKNOWN_CONTEXT
+    return [
+        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=context))
+        if site.key_freedom.rotary_dim == 2 * len(found) > 0
+        else site
+        for site in sites
+    ]
 
 
 def _refuse_folded(config: Mapping[str, Any], where: str) -> None:

@@ -42,6 +42,18 @@ def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
     return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
 
 
+def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
+    """Radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        source.standardize_rope_params()
+        return tuple(_frequencies(source, None)[0].tolist())
+    except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
+        return ()
+
+
 def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane"], float]:
     """Of the source's table, in float32 as it computes them, and what cosine and sine are multiplied by."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -1,0 +1,71 @@
+"""How far back attention looks: shares of its mass by distance, and what rotations average to over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+NUM_SINGLE = 64
+"""Distances from 0 that have a bin of their own; every further bin is wider than the one before it."""
+GROWTH = 1.05
+LONGEST = 2**22
+NEAR = 8.0
+"""Where the assumed mass begins to fall: as 1 / (distance + `NEAR`), the same in every octave."""
+ASSUMED_SHARE = 0.2
+"""Of the mass that is assumed beside the measured one, so that no distance up to the whole context counts nothing."""
+
+
+@cache
+def edges() -> tuple[int, ...]:
+    """First distance of every bin, and the end of the last."""
+    found = list(range(NUM_SINGLE + 1))
+    while found[-1] < LONGEST:
+        found.append(max(found[-1] + 1, round(found[-1] * GROWTH)))
+    return tuple(found)
+
+
+NUM_BINS = len(edges()) - 1
+
+
+def bin_of(distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    return torch.bucketize(distance, torch.tensor(edges()[1:-1], device=distance.device), right=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """Shares of the attention mass by distance, one row per K/V head; inside a bin all distances count alike."""
+
+    shares: Float[Tensor, "group bin"]
+
+    @classmethod
+    def assumed(cls, num_groups: int, context: int) -> "Distances":
+        """Where nothing was measured: mass falls with the distance, and pairs grow rarer toward the whole context."""
+        first, end = (torch.tensor(side, dtype=torch.float64) for side in (edges()[:-1], edges()[1:]))
+        middle = (first + end - 1) / 2
+        mass = (context - middle).clamp_min(0) / (middle + NEAR) * (end - first)
+        return cls((mass / mass.sum()).expand(num_groups, -1))
+
+    @classmethod
+    def measured(cls, mass: Float[Tensor, "group bin"], context: int) -> "Distances":
+        """As calibration saw it, and `ASSUMED_SHARE` of what is assumed."""
+        own = mass.double() / mass.double().sum(1, keepdim=True)
+        assumed = cls.assumed(len(mass), context).shares
+        return cls((1 - ASSUMED_SHARE) * own + ASSUMED_SHARE * assumed)
+
+    def of(self, members: Sequence[int]) -> "Distances":
+        return Distances(self.shares[list(members)])
+
+    def average(self, frequency: Float[Tensor, "*shape"]) -> Complex[Tensor, "group *shape"]:
+        """E[exp(−j · frequency · distance)]: the mean of a rotation by so many radians per token."""
+        used = self.shares.amax(0) > 0
+        first, end = (torch.tensor(side, dtype=torch.float64)[used] for side in (edges()[:-1], edges()[1:]))
+        angle = frequency.double()[..., None]
+        size = end - first
+        half = torch.sin(angle / 2)
+        # The mean over the distances of a bin is a geometric series.
+        inside = torch.where(half.abs() < 1e-9, 1.0, torch.sin(size * angle / 2) / (size * half))
+        terms = inside * torch.polar(torch.ones_like(inside), -angle * (first + end - 1) / 2)
+        return torch.einsum("gb,...b->g...", self.shares[:, used].to(terms.dtype), terms)
