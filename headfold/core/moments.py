@@ -84,7 +84,9 @@ def site_moments(
     asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
     readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_groups, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
-    planes = _planes(heads, second, readers) if rotary else None
+    # Without `whole_keys` the dims that do not rotate need not be multiplied with those that do.
+    gram = _gram(heads.k if whole_keys else heads.k[:, :rotary], second) if rotary else None
+    planes = None if gram is None else _planes(heads, gram[:, :rotary, :, :rotary], readers)
     flat = None
     moment = torch.zeros_like(second)
     if rotary < heads.head_dim or whole_keys:
@@ -92,7 +94,7 @@ def site_moments(
         moment[:-1, :-1] = stats.mean("scatter").to(products)
     if rotary < heads.head_dim:
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
-    grams = (_gram(heads.k, second), _gram(heads.k, moment)) if whole_keys else None
+    grams = (gram, _gram(heads.k, moment)) if whole_keys and gram is not None else None
     metric = output_metric(heads) if output_weighting else _identities(heads.num_groups, heads.v.shape[1])
     mean = None
     if heads.o_bias is not None:
@@ -127,10 +129,8 @@ def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
     return total.index_add(0, torch.tensor(heads.kv_of_query.kv_of_query), per_query)
 
 
-def _planes(heads: Heads, second: Tensor, readers: Tensor) -> Planes:
+def _planes(heads: Heads, gram: Float[Tensor, "group rotary group rotary"], readers: Tensor) -> Planes:
     rotary = heads.key_freedom.rotary_dim
-    keys = heads.k[:, :rotary]
-    gram = _gram(keys, second)
     scale = gram.new_ones(heads.num_groups)
     if heads.key_freedom.normed:
         gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
