@@ -18,6 +18,7 @@ from .options import (
     Encoder,
     Force,
     Group,
+    HeadWidth,
     Items,
     Json,
     Merge,
@@ -35,6 +36,7 @@ from .options import (
 def frontier(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
+    head_width: HeadWidth = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     sensitivity: Sensitivity = None,
@@ -62,8 +64,9 @@ def frontier(
     from ..recipe.frontier import frontier as find
 
     chosen = given(
-        allowed=allowed and counts("--allowed", allowed), sensitivity=sensitivity, group=group, merge=merge, stats=stats
-    )
+        allowed=allowed and counts("--allowed", allowed), sensitivity=sensitivity, group=group, merge=merge, stats=stats,
+        head_width=head_width,
+    )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = find(
             model, out, tp=tp, measured=measure, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, progress=progress,
@@ -115,11 +118,12 @@ def compare(
     Rows that
     were computed before are kept: run the same command again to go on."""
     from ..recipe.comparing import compare as run
+    from ..report.plot import require_plot
 
     if kv_heads is None:
         raise UserError("compare: expected --kv-heads N,N, counts such as 4,2,1 or shares such as 1/2,1/4; got none")
     if plot is not None:
-        comparisons.require_plot(plot)
+        require_plot(plot)
     chosen = given(
         methods=names(methods), out=out, text=text, limit=limit, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats,

@@ -74,9 +74,10 @@ def bench(
     inside one run. Says which way of decoding was chosen here, and why."""
     from ..recipe import benching
     from ..report import timings
+    from ..report.plot import require_plot
 
     if plot is not None:
-        timings.require_plot(plot)
+        require_plot(plot)
     chosen = given(
         contexts=context and counts("--context", context),
         kv_heads=kv_heads and counts("--kv-heads", kv_heads),

@@ -10,12 +10,16 @@ import torch
 from ..budget import Spread, total
 from ..budget import frontier as best_spreads
 from ..checkpoint.staging import write_json
+from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..evaluate.sensitivity import Damage
-from ..report.plot import plot_frontier
-from .deciding import budget_curves
-from .source import Progress, open_source, open_stats, silent
+from ..report.plot import plot_frontier, require_plot
+from .deciding import budget_curves, of_width
+from .measuring import OriginalRun
+from .price import price
+from .source import Opened, Progress, open_source, open_stats, silent
 from .spreading import Curves, Wish, few, folded_in_memory, predicted_error, refitted
+from .widths import possible
 
 MEASURED = 5
 
@@ -33,6 +37,10 @@ class Point:
     """On the calibration data that single layers were measured on; with refit unless it was left out."""
     uniform: bool
     """Whether every layer has the same count: what --kv-heads gives."""
+    head_width: int = 1
+    """Of K/V heads, in heads of the source."""
+    weight_bytes: int = 0
+    """Of attention (`recipe.price.Price`), which wide heads enlarge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,7 @@ def frontier(
     model: str | Path,
     out: str | Path,
     *,
+    head_width: str | int = 1,
     allowed: Sequence[int] = (),
     tp: int = 1,
     group: str = "swap",
@@ -72,43 +81,39 @@ def frontier(
     """Write frontier.json, frontier.png and a plan per point into the directory `out`.
 
     Beside the best spreads stand those of one count everywhere. These, and `measured` others, are folded in memory (and with
-    `refit` refitted on a little data) and measured. `headfold fold --plan` makes any of them.
+    `refit` refitted on a little data) and measured. `headfold fold --plan` makes any of them. With `head_width` `auto` the points of all
+    widths that kernels take compete.
 
     Raises:
-        UserError: see `recipe.plan`; a directory in the way without `force`.
+        UserError: see `recipe.plan`; a directory in the way without `force`; matplotlib is not installed.
     """
     directory, progress = Path(out), progress or silent
+    require_plot(directory / "frontier.png", "headfold frontier")
     if directory.exists() and any(directory.iterdir()) and not force:
         raise UserError(
             f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
         )
     source = open_source(model, encoder)
     given = open_stats(stats, source)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = Path(sensitivity or directory / "sensitivity.json")
-    wish = Wish(allowed=tuple(allowed), tp=tp)
-    found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
-    best = best_spreads(found.options)
-    uniform = [counts for n in wish.counts(source.sites[0].num_groups) if (counts := _uniform(found, n)) is not None]
-    chosen = _spaced(best, measured) + uniform
-    damage = Damage(run.model, few(run.sample, last=True)) if measured else None
+    widths = possible(source, head_width, group, merge)
+    _clear(directory)
     points: list[Point] = []
-    for number, counts in enumerate([*best, *(one for one in uniform if one not in best)]):
-        progress("frontier", number, len(best) + len(uniform))
-        made = found.plan(counts)
-        lost = None
-        if damage is not None and counts in chosen:
-            refits = refitted(source.sites, made, source, given, run.model, few(run.sample)) if refit else None
-            with folded_in_memory(run.model, source.sites, made, source, given, refits):
-                lost = damage()
-        sums = total(found.options, counts)
-        num_bytes = sums.kv_bytes + found.fixed_bytes
-        name = f"plan-{num_bytes}{'-uniform' if counts in uniform else ''}.json"
-        write_json(directory / name, made.to_json())
-        points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in uniform))
-    points.sort(key=lambda point: (point.kv_bytes_per_token, point.uniform))
+    correlation: float | None = None
+    for width in widths:
+        wish = Wish(allowed=tuple(allowed), tp=tp, head_width=width)
+        if width > widths[0] and not _has_counts(wish, source):
+            continue
+        path = of_width(Path(sensitivity or directory / "sensitivity.json"), width)
+        found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
+        first = width == widths[0]
+        correlation = _site_correlation(found) if first else correlation
+        points += _points(directory, source, wish, found, run, given, measured, refit, uniform=first, progress=progress)
+        run.close()
+    points = _undominated(points)
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
-    result = Frontier(points, rank_correlation(both), _site_correlation(found), str(directory))
+    result = Frontier(points, rank_correlation(both), correlation, str(directory))
+    for left in {path.name for path in directory.glob("plan-*.json")} - {point.plan for point in points}:
+        (directory / left).unlink()
     write_json(directory / "frontier.json", result.to_json())
     plot_frontier(
         directory / "frontier.png",
@@ -116,6 +121,68 @@ def frontier(
         title=f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}",
     )
     return result
+
+
+def _clear(directory: Path) -> None:
+    """Make the directory, without the plans of an earlier front."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in [*directory.glob("plan-*.json"), directory / "frontier.json", directory / "frontier.png"]:
+        name.unlink(missing_ok=True)
+
+
+def _has_counts(wish: Wish, source: Opened) -> bool:
+    try:
+        return bool(wish.counts(source.sites[0].num_groups))
+    except UserError:
+        return False
+
+
+def _points(
+    directory: Path,
+    source: Opened,
+    wish: Wish,
+    found: Curves,
+    run: OriginalRun,
+    stats: StatsFile | None,
+    measured: int,
+    refit: bool,
+    *,
+    uniform: bool,
+    progress: Progress,
+) -> list[Point]:
+    """The front at one width, and with `uniform` what one count everywhere gives; writes the plans."""
+    best = best_spreads(found.options)
+    counts_of = wish.counts(source.sites[0].num_groups) if uniform else []
+    equal = [counts for n in counts_of if (counts := _uniform(found, n)) is not None]
+    chosen = _spaced(best, measured) + equal
+    damage = Damage(run.model, few(run.sample, last=True)) if measured else None
+    points: list[Point] = []
+    every = [*best, *(one for one in equal if one not in best)]
+    for number, counts in enumerate(every):
+        progress("frontier", number, len(every))
+        made = found.plan(counts)
+        lost = None
+        if damage is not None and counts in chosen:
+            refits = refitted(source.sites, made, source, stats, run.model, few(run.sample)) if refit else None
+            with folded_in_memory(run.model, source.sites, made, source, stats, refits):
+                lost = damage()
+        sums = total(found.options, counts)
+        num_bytes = sums.kv_bytes + found.fixed_bytes
+        wide = f"-width-{wish.head_width}" if wish.head_width > 1 else ""
+        name = f"plan-{num_bytes}{wide}{'-uniform' if counts in equal else ''}.json"
+        write_json(directory / name, made.to_json())
+        weights = price(source, made).weight_bytes
+        points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights))
+    return points
+
+
+def _undominated(points: list[Point]) -> list[Point]:
+    """By bytes; without those that another point beats, of equal ones the narrowest. One count everywhere stays, for comparison."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.kv_bytes_per_token, p.predicted, p.head_width)):
+        if point.uniform or not any(other.predicted <= point.predicted for other in kept if not other.uniform):
+            kept.append(point)
+    return sorted(kept, key=lambda point: (point.kv_bytes_per_token, point.uniform))
 
 
 def _uniform(found: Curves, count: int) -> Spread | None:

@@ -36,7 +36,7 @@ TOKENS = 8192
 """Of the calibration data, on which the damage of one site is measured."""
 MEASURED = 3
 """Counts of a site at which its damage is measured; between them it follows the predicted error."""
-FORMAT = "headfold-sensitivity-1"
+FORMAT = "headfold-sensitivity-2"
 SPREADS = ("exact", "qcqa")
 
 

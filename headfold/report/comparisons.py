@@ -5,9 +5,6 @@ from typing import Any
 
 from .plot import COLOURS, new_axes, save
 from .tables import duration, flops, show_table, size
-from .timings import require_plot
-
-__all__ = ["plot_comparison", "require_plot", "show_comparison", "show_frontier"]
 
 
 def show_frontier(found: Any) -> None:
@@ -15,14 +12,17 @@ def show_frontier(found: Any) -> None:
     rows = [
         [
             size(point.kv_bytes_per_token),
-            ",".join(map(str, point.kv_heads.values())),
+            ",".join(map(str, point.kv_heads.values())) + (f" × {point.head_width}" if point.head_width > 1 else ""),
+            size(point.weight_bytes),
             f"{point.predicted:.4f}",
             "" if point.measured is None else f"{point.measured:.4f}",
             point.plan,
         ]
         for point in found.points
     ]
-    show_table(["K/V per token", "K/V heads", "predicted", "measured", "plan"], rows)
+    show_table(["K/V per token", "K/V heads", "weights", "predicted", "measured", "plan"], rows)
+    if any(point.head_width > 1 for point in found.points):
+        print("× 2: half as many heads as that, of twice the width, in the same cache; weights: of attention")
     agree = [
         ("predicted errors of single layers and their measured damage", found.site_rank_correlation),
         ("predicted and measured losses of the points", found.rank_correlation),

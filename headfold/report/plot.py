@@ -1,9 +1,11 @@
 """Perplexity against K/V bytes per token, one labelled line per method."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import UserError
 from .tables import size
 
 if TYPE_CHECKING:
@@ -11,6 +13,18 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a6d3b", "#6d597a")
 """Dark enough to be read on white; the first is the method that the plot is about."""
+
+
+def require_plot(path: Path, asked: str = "--plot") -> None:
+    """Refuse, before anything is measured, what could not be drawn for `asked`.
+
+    Raises:
+        UserError: matplotlib is not installed, or it does not write such files.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{asked} needs matplotlib: pip install 'headfold[plot]', or leave it out")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{asked} {path}: expected a file name ending in .png, .pdf or .svg; choose another")
 
 
 def new_axes() -> "Axes":

@@ -1,11 +1,9 @@
 """What `headfold bench` shows: a table, which way of decoding ran and why, and a picture."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
 from .plot import COLOURS, new_axes, save
 from .tables import percent, show_table, size
 
@@ -57,18 +55,6 @@ def _cells(row: Any, found: Any, varied: Sequence[str], parts: Sequence[str]) ->
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def require_plot(path: Path) -> None:
-    """Refuse, before anything is measured, what could not be drawn.
-
-    Raises:
-        UserError: matplotlib is not installed, or it does not write such files.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'headfold[plot]', or leave --plot out")
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {path}: expected a file name ending in .png, .pdf or .svg; choose another")
 
 
 def plot_bench(path: Path, found: Any) -> None:
