@@ -154,7 +154,8 @@ def _errors(facts: CardFacts) -> str:
         return ""
     rows = [[site, percent(key), percent(value)] for site, (key, value) in facts.site_errors.items()]
     text = (
-        "## Predicted error\n\nOf the best heads that these groups can share, before any refit, on the calibration text: "
+        "## Predicted error\n\nOf what these groups can share with every frequency plane on its own, before any fit or refit, on "
+        "the calibration text: "
         "squared error of the attention logits (K) and of the block's output (V), as shares of their energy."
     )
     return f"{text}\n\n{markdown_table(['attention', 'K', 'V'], rows)}"

@@ -99,7 +99,7 @@ def show_plan_errors(plan: Any) -> None:
     """A `core.plan.Plan`: predicted error per site, K and V apart; nothing where there were no statistics."""
     rows = [[name, *_shares(site), *_members(site)] for name, site in plan.sites.items() if site.error is not None]
     if rows:
-        title = "predicted error of the best heads that the groups can share, as shares of the energy"
+        title = "predicted error of what the groups share, every frequency plane on its own, as shares of the energy"
         show_table(["attention", "K", "V", "groups"][: len(rows[0])], rows, title=title)
     else:
         print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
