@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError, suggest
-from ..evaluate import classification, embedding, perplexity, translation
+from ..evaluate import classification, embedding, perplexity
 from ..planning import parse_kv_heads
 from ..timing.machine import peak_memory
 from .folding import fold
@@ -203,7 +203,7 @@ def _row(
     try:
         options = {} if context is None else {"context": context}
         found = evaluate(
-            made, reference=source.name, text=text, limit=limit, columns=columns, device=device, **options
+            made, reference=source.name, text=text, limit=limit, columns=columns, device=device, max_new_tokens=0, **options
         )  # fmt: skip
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -222,5 +222,4 @@ def scored(found: perplexity.Evaluation | Scores) -> tuple[str, float, float | N
         return "accuracy", value, original, original - value, measured.kl
     if isinstance(measured, embedding.Embedding):
         return "cosine", measured.cosine, None, 1 - measured.cosine, None
-    kl = None if isinstance(measured, translation.Translation) else measured.kl
-    return "nll", measured.nll, measured.reference_nll, measured.nll - measured.reference_nll, kl
+    return "nll", measured.nll, measured.reference_nll, measured.nll - measured.reference_nll, measured.kl
