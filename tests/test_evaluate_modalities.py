@@ -135,6 +135,26 @@ def test_translation_of_what_the_model_writes_is_perfect(tokenizer):
     assert (alone.nll, alone.bleu) == (found.reference_nll, found.reference_bleu) and alone.reference_nll is None
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_divergence_of_translations_is_that_of_each_token(batch_size: int, tokenizer):
+    model, other, sample = writer("bart"), writer("bart", seed=1), encode_pairs(PAIRS, tokenizer, 32)
+    total = count = 0
+    for place in range(len(PAIRS)):
+        one = {name: x[place : place + 1] for name, x in sample.items()}
+        kept = one["labels"][0] != -100
+        p, q = (of(**one).logits[0][kept].softmax(-1) for of in (other, model))
+        total, count = total + (p * (p / q).log()).sum().item(), count + int(kept.sum())
+    found = translation.target_kl(model, other, sample, batch_size=batch_size)
+    assert found == pytest.approx(total / count, rel=1e-5)
+    assert translation.target_kl(model, model, sample) == pytest.approx(0, abs=1e-7)
+
+
+def test_without_new_tokens_nothing_is_written(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(translation, "written", None)
+    found = translation.evaluate(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
+    assert found.bleu is None and found.reference_bleu is None and found.kl > 0
+
+
 def items(family: str) -> dict[str, Tensor]:
     """Labelled images, or sentences of several lengths, padded at their ends."""
     generator, labels = torch.Generator().manual_seed(1), torch.arange(13) % 5
