@@ -13,11 +13,14 @@ from test_cli import copy, model, run  # noqa: F401 - fixtures
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
 
 import headfold
+from headfold import planning
 from headfold.budget import Option, frontier, spread, spread_qcqa, total
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
 from headfold.evaluate.sensitivity import Damage, alone, replaced
 from headfold.recipe.comparing import METHODS, compare
+from headfold.recipe.config import config_of
+from headfold.recipe.source import open_source
 from headfold.recipe.spreading import Wish, _share, _size, loss_at
 
 
@@ -247,6 +250,49 @@ def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tm
     assert (tmp_path / "front" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     refused = run("frontier", model, tmp_path / "front", "--stats", stats)
     assert refused.code == 2 and "--force" in refused.err
+
+
+def test_points_of_several_widths_compete(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = (
+        "frontier",
+        model,
+        tmp_path / "front",
+        "--stats",
+        stats,
+        "--measure",
+        1,
+        "--head-width",
+        "auto",
+        "--no-refit",
+    )
+    shown = run(*words)
+    assert shown.code == 0 and "× 2" in shown.out, shown.err
+    found = json.loads((tmp_path / "front" / "frontier.json").read_text())["points"]
+    best = [point for point in found if not point["uniform"]]
+    assert len({point["head_width"] for point in best}) > 1
+    assert [p["predicted"] for p in best] == sorted((p["predicted"] for p in best), reverse=True)
+    for point in found:
+        dims = {site.head_dim for site in Plan.load(tmp_path / "front" / point["plan"]).sites.values()}
+        assert dims == {8 * point["head_width"]}
+    assert run(*words[:-3], "--force", "--no-refit").code == 0  # of one width: what is left of the others goes
+    names = {point["plan"] for point in json.loads((tmp_path / "front" / "frontier.json").read_text())["points"]}
+    assert {path.name for path in (tmp_path / "front").glob("plan-*.json")} == names
+
+
+def test_counts_that_the_files_cannot_hold_are_refused_by_the_plan(tmp_path: Path) -> None:
+    """q, k and v of Phi-3 are one tensor: one count for all layers."""
+    source = open_source(tiny_checkpoint("phi3", torch.float32))
+    choices = planning.choices(
+        source.sites, source.checkpoint.read, lambda site: [2, 4], grouping=planning.parse_group("contiguous"), merge="mean",
+        stats=None,
+    )  # fmt: skip
+    for counts, possible in (((2, 2), True), ((2, 4), False)):
+        made = planning.assemble(source.sites, list(zip(choices, counts, strict=True)), "contiguous", "", 0, None)
+        if possible:
+            assert config_of(source, made)["num_key_value_heads"] == 2
+        else:
+            with pytest.raises(UserError, match="as many at every site"):
+                config_of(source, made)
 
 
 def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -41,7 +41,10 @@ def evaluate(
     ] = None,
     beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams that BLEU is written with.")] = 1,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=0, help="Where an output for BLEU is cut at the latest; 0: no BLEU.")
+        int,
+        typer.Option(
+            "--max-new-tokens", metavar="N", min=0, help="Where an output for BLEU is cut at the latest; 0: no BLEU."
+        ),
     ] = 128,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Items to measure on; tokens of plain text.")

@@ -129,14 +129,11 @@ def compare(
         progress("compare", number, len(wanted))
         if (name, count) in rows:
             continue
-        try:
-            rows[name, count] = _row(
-                source, name, count, directory, measured, text, limit, columns, context, seed, device
-            )
-        except UserError as error:
-            if "--text" in str(error) or "calibrat" in str(error):
-                raise
-            skipped[f"{name} at {count}"] = str(error)
+        found = _row(source, name, count, directory, measured, text, limit, columns, context, seed, device)
+        if isinstance(found, str):
+            skipped[f"{name} at {count}"] = found
+            continue
+        rows[name, count] = found
         write_json(directory / "compare.json", {"settings": settings, "rows": [asdict(row) for row in rows.values()]})
     progress("compare", len(wanted), len(wanted))
     order = {pair: place for place, pair in enumerate(wanted)}
@@ -188,17 +185,21 @@ def _row(
     context: int | None,
     seed: int,
     device: str | None,
-) -> Row:
+) -> Row | str:
+    """The row, or why the method cannot have this count."""
     made = directory / "folded"
     for left in (made, made.with_name("folded.partial")):
         shutil.rmtree(left, ignore_errors=True)
     largest = max(site.num_groups for site in source.sites)
     started = time.monotonic()
-    with peak_memory(device or default_device()) as peak:
-        result = fold(
-            source.name, made, kv_heads=f"{count}/{largest}", refit=name.endswith(REFIT), stats=stats, seed=seed, verify=False,
-            device=device, **METHODS[name.removesuffix(REFIT)],
-        )  # fmt: skip
+    try:
+        with peak_memory(device or default_device()) as peak:
+            result = fold(
+                source.name, made, kv_heads=f"{count}/{largest}", refit=name.endswith(REFIT), stats=stats, seed=seed, verify=False,
+                device=device, **METHODS[name.removesuffix(REFIT)],
+            )  # fmt: skip
+    except UserError as error:
+        return str(error)
     seconds = time.monotonic() - started
     try:
         options = {} if context is None else {"context": context}

@@ -12,6 +12,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
+from .config import config_of
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
 from .spreading import Curves, Wish, choose, curves
@@ -76,6 +77,7 @@ def plan(
     else:
         width = widest(source, widths, kv_heads)
         made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, width, workers)
+    config_of(source, made)  # refuses what could not be written
     if out is not None:
         write_json(Path(out), made.to_json())
     return made

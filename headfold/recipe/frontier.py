@@ -12,8 +12,10 @@ from ..budget import frontier as best_spreads
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
+from ..core.plan import Plan
 from ..evaluate.sensitivity import Damage
 from ..report.plot import plot_frontier, require_plot
+from .config import config_of
 from .deciding import budget_curves, of_width
 from .measuring import OriginalRun
 from .price import price
@@ -161,6 +163,8 @@ def _points(
     for number, counts in enumerate(every):
         progress("frontier", number, len(every))
         made = found.plan(counts)
+        if not _can_be_written(source, made):
+            continue
         lost = None
         if damage is not None and counts in chosen:
             refits = refitted(source.sites, made, source, stats, run.model, few(run.sample)) if refit else None
@@ -174,6 +178,15 @@ def _points(
         weights = price(source, made).weight_bytes
         points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights))
     return points
+
+
+def _can_be_written(source: Opened, plan: Plan) -> bool:
+    """Not where q, k and v are one tensor on disk, which has one count of K/V heads."""
+    try:
+        config_of(source, plan)
+    except UserError:
+        return False
+    return True
 
 
 def _undominated(points: list[Point]) -> list[Point]:

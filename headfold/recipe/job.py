@@ -24,7 +24,6 @@ from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_stag
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
-from ..core.groups import Groups
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..evaluate.verify import verify as compare_with_twin
@@ -33,15 +32,14 @@ from ..export.layouts import choose_layout
 from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
-from ..families.spec import Site, folded_config
 from ..report import tables
 from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
-from ..runtime.rotary import wide_table
 from ..stock import exceeds_memory
 from ..surgery import Refits, kept_weights, reading_without, site_tensors
 from .command import command_of
+from .config import config_of
 from .exporting import write_layout
 from .measuring import OriginalRun
 from .price import Price, price
@@ -226,7 +224,7 @@ class Job:
         owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
         total, done = output_bytes(checkpoint, shapes, instead), 0
 
-        config, layout = self._config(plan), self._layout(plan)
+        config, layout = config_of(self.source, plan), self._layout(plan)
         target = self.work / "grouped" if layout else self.staging
         target.mkdir(exist_ok=True)
 
@@ -255,17 +253,8 @@ class Job:
             self.exported = write_layout(target, self.staging, layout, partial(self.progress, "export"))
             self.notes.append(f"layout {layout}: {self.exported.said}")
 
-    def _config(self, plan: Plan) -> dict[str, Any]:
-        sites = {site.name: site for site in self.source.sites}
-        counts, uneven = _changed(sites, plan.num_groups), _uneven(sites, plan)
-        config = self.source.checkpoint.config
-        return folded_config(
-            self.source.family, config, sites.values(), counts, uneven, plan.head_widths(sites.values()),
-            partial(wide_table, config),
-        )  # fmt: skip
-
     def _layout(self, plan: Plan) -> str | None:
-        return choose_layout(self._config(plan), self.settings["layout"], f"{self.source.name}/config.json")
+        return choose_layout(config_of(self.source, plan), self.settings["layout"], f"{self.source.name}/config.json")
 
     def verify(
         self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None
@@ -362,20 +351,6 @@ class Job:
         name = f".Grouped{next(iter(config.get('architectures') or ['']))}"
         found = [auto for auto, target in (config.get("auto_map") or {}).items() if target.endswith(name)]
         return (found or ["AutoModel"])[0] if "headfold" in config else ""
-
-
-def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts of the sites that a config must speak of: those of a class without K/V heads only where these are fewer."""
-    return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_heads}
-
-
-def _uneven(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
-    """Query head → K/V head in standard order, of the sites whose groups are not equal."""
-    queries = {
-        name: Groups.contiguous(site.num_heads, site.num_groups).compose(plan.sites[name].groups)
-        for name, site in sites.items()
-    }
-    return {name: Groups(tuple(sorted(q.kv_of_query))) for name, q in queries.items() if not q.is_even}
 
 
 def _range(numbers: Iterable[int]) -> tuple[int, int]:

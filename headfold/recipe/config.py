@@ -1,0 +1,45 @@
+"""The config of what a plan makes of a checkpoint."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ..core.groups import Groups
+from ..core.plan import Plan
+from ..families.spec import Site, folded_config
+from ..runtime.rotary import wide_table
+from .source import Opened
+
+
+def config_of(source: Opened, plan: Plan) -> dict[str, Any]:
+    """As config.json will have it, in headfold's own form where no stock class reads it.
+
+    Raises:
+        UserError: the model's files have no place for these counts (`families.spec.folded_config`).
+    """
+    sites = {site.name: site for site in source.sites}
+    counts, uneven = _changed(sites, plan.num_groups), _uneven(sites, plan)
+    config = source.checkpoint.config
+    return folded_config(
+        source.family,
+        config,
+        sites.values(),
+        counts,
+        uneven,
+        plan.head_widths(sites.values()),
+        partial(wide_table, config),
+    )
+
+
+def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the sites that a config must speak of: those of a class without K/V heads only where these are fewer."""
+    return {name: counts[name] for name, site in sites.items() if site.native or counts[name] < site.num_heads}
+
+
+def _uneven(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
+    """Query head → K/V head in standard order, of the sites whose groups are not equal."""
+    queries = {
+        name: Groups.contiguous(site.num_heads, site.num_groups).compose(plan.sites[name].groups)
+        for name, site in sites.items()
+    }
+    return {name: Groups(tuple(sorted(q.kv_of_query))) for name, q in queries.items() if not q.is_even}
