@@ -108,7 +108,7 @@ def frontier(
         path = of_width(Path(sensitivity or directory / "sensitivity.json"), width)
         found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
         first = width == widths[0]
-        correlation = _site_correlation(found) if first else correlation
+        correlation = site_correlation(found) if first else correlation
         points += _points(directory, source, wish, found, run, given, measured, refit, uniform=first, progress=progress)
         run.close()
     points = _undominated(points)
@@ -219,7 +219,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
 
 
-def _site_correlation(found: Curves) -> float | None:
+def site_correlation(found: Curves) -> float | None:
     return rank_correlation(
         [
             (predicted_error(choice, count), lost)
