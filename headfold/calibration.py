@@ -1,6 +1,8 @@
 """Run the model over calibration data and sum what each attention site sees."""
 
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -111,34 +113,75 @@ def collect(
     return sums
 
 
+_WATCHED: dict[nn.Module, Callable[..., None]] = {}
+"""Attention modules that are looked at now, by any calibration of this process, each with what to call."""
+_WATCHING = threading.Lock()
+
+
 @contextmanager
 def _watching(model: "PreTrainedModel", sites: list[Site], sums: dict[str, SiteStats]) -> Iterator[None]:
     """Note how far back the sites look that rotate: their attention runs as before, and is looked at on its way.
 
-    Classes with an attention of their own inside, and those that do without the fused one, are not seen.
+    Classes whose attention does not go through transformers' interface are not seen.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = getattr(model.config, "_attn_implementation", None)
-    watched = {model.get_submodule(s.core): s for s in sites if s.key_freedom.rotary_dim and not s.key_freedom.normed}
-    if not watched or name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        yield
-        return
-    stock = ALL_ATTENTION_FUNCTIONS[name]
+    def noting(site: Site) -> Callable[..., None]:
+        def note(query: Tensor, key: Tensor, mask: Tensor | None, **asked: Any) -> None:
+            _add(sums, site.name, SiteStats(attended.observe(query, key, mask, **asked), 0))
 
-    def watch(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any, **keywords: Any
-    ) -> Any:
-        if module in watched and query.shape[2] > 1:
-            asked = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
-            _add(sums, watched[module].name, SiteStats(attended.observe(query, key, mask, **asked), 0))
-        return stock(module, query, key, value, mask, *rest, **keywords)
+        return note
 
-    AttentionInterface.register(name, watch)
+    turning = [site for site in sites if site.key_freedom.rotary_dim and not site.key_freedom.normed]
+    watched = {model.get_submodule(site.core): noting(site) for site in turning}
+    name = getattr(model.config, "_attn_implementation", None) or "eager"
+    with _WATCHING:
+        if watched and not isinstance(ALL_ATTENTION_FUNCTIONS.get(name), _Watch):
+            ALL_ATTENTION_FUNCTIONS[name] = _Watch(ALL_ATTENTION_FUNCTIONS, name)
+        _WATCHED.update(watched)
     try:
         yield
     finally:
-        AttentionInterface.register(name, stock)
+        with _WATCHING:
+            for module in watched:
+                del _WATCHED[module]
+            if not _WATCHED:
+                for each in list(ALL_ATTENTION_FUNCTIONS.values()):
+                    if isinstance(each, _Watch):
+                        each.leave()
+
+
+class _Watch:
+    """An attention function that shows the queries and keys of watched modules to those who watch, in the place of the stock one."""
+
+    def __init__(self, functions: Any, name: str) -> None:
+        self._functions, self._name = functions, name
+        self._local = functions._local_mapping.get(name)
+        self._stock = functions.get(name)
+
+    def leave(self) -> None:
+        """Everything back in its place."""
+        if self._local is None:
+            del self._functions[self._name]
+        else:
+            self._functions[self._name] = self._local
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *rest: Any,
+        **keywords: Any,
+    ) -> Any:
+        if (note := _WATCHED.get(module)) is not None and query.shape[2] > 1:
+            asked = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
+            note(query, key, mask, **asked)
+        # `eager` has no entry: every class brings its own.
+        stock = self._stock or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        return stock(module, query, key, value, mask, *rest, **keywords)
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:

@@ -183,18 +183,12 @@ def check_head_width(head_width: int, sites: Iterable[Site], merge: str, groupin
     if not getattr(plugins.load(merges, name), "HEAD_WIDTH", False):
         raise UserError(f"{asked}: --merge {name} knows heads of the source's width alone; use --merge absorb")
     for site in sites:
-        if reason := not_wide(site):
-            raise UserError(f"{asked}: {site.name}: {reason}; leave it out")
-        if site.rigid:
-            raise UserError(f"{asked}: {site.name}: its class takes heads of the source's width alone; leave it out")
-        if "qkv" in site.weights and site.native:
-            raise UserError(
-                f"{asked}: {site.name}: q, k and v are one tensor on disk, which has no wide form; leave it out"
-            )
-        if head_width > site.num_groups:
-            raise UserError(f"{asked}: {site.name}: expected at most {site.num_groups}, its count of K/V heads")
+        if reason := not_wide(site, head_width):
+            raise UserError(f"{asked}: {site.name}: {reason}; choose another, or leave it out")
     if grouping.unequal:
-        raise UserError(f"{asked}: expected equal groups; leave out unequal=true")
+        raise UserError(
+            f"{asked}: expected equal groups; leave out unequal=true, or choose another --group than kmeans"
+        )
 
 
 def assemble(

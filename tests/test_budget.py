@@ -274,6 +274,10 @@ def test_points_of_several_widths_compete(run, model: Path, stats: Path, tmp_pat
     for point in found:
         dims = {site.head_dim for site in Plan.load(tmp_path / "front" / point["plan"]).sites.values()}
         assert dims == {8 * point["head_width"]}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "front").iterdir()}
+    for refused in (("--merge", "absorb:distances=false"), ("--head-width", "3"), ("--allowed", "5")):
+        assert run(*words[:-3], "--no-refit", "--force", *refused).code == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "front").iterdir()} == before
     assert run(*words[:-3], "--force", "--no-refit").code == 0  # of one width: what is left of the others goes
     names = {point["plan"] for point in json.loads((tmp_path / "front" / "frontier.json").read_text())["points"]}
     assert {path.name for path in (tmp_path / "front").glob("plan-*.json")} == names

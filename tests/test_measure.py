@@ -5,7 +5,7 @@ import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from tiny import TINY, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 from torch import Tensor
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headfold import calibration
 from headfold.calibration import collect
@@ -112,13 +112,41 @@ def test_how_far_back_attention_looks_is_what_stock_probabilities_say(
         assert not found[site.name].tensors["attended"][:, tokens:].any()
 
 
+def test_calibrations_may_overlap() -> None:
+    """Each sees its own model alone, whichever ends first, and what was there before is back when the last has ended."""
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    path = tiny_checkpoint("llama")
+    sites = [site for site, _ in tiny_sites(path)]
+    models, sums = [stock_model(path), stock_model(path)], ({}, {})
+    first, second = (calibration._watching(model, sites, seen) for model, seen in zip(models, sums, strict=True))
+    first.__enter__()
+    second.__enter__()
+    with torch.no_grad():
+        models[0](WINDOWS)
+        first.__exit__(None, None, None)
+        models[1](WINDOWS)
+    second.__exit__(None, None, None)
+    for site in sites:
+        assert_bitwise(*(seen[site.name].tensors["attended"] for seen in sums))
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+def test_eager_attention_is_seen_too() -> None:
+    path = tiny_checkpoint("llama")
+    sites, eager = [site for site, _ in tiny_sites(path)], stock_model(path)
+    eager.set_attn_implementation("eager")
+    found, expected = (collect(model, sites, {"input_ids": WINDOWS}) for model in (eager, stock_model(path)))
+    for site in sites:
+        assert_tight_through_float32_norms(*(of[site.name].tensors["attended"] for of in (found, expected)))
+
+
 def test_attention_is_looked_at_in_passing() -> None:
-    before = dict(AttentionInterface._global_mapping)
+    before = dict(ALL_ATTENTION_FUNCTIONS)
     model, sites = stock_model(tiny_checkpoint("llama")), [site for site, _ in tiny_sites(tiny_checkpoint("llama"))]
     with pytest.raises(IndexError):
         collect(model, sites, {"input_ids": WINDOWS + 1000})
     collect(model, sites, {"input_ids": WINDOWS})
-    assert dict(AttentionInterface._global_mapping) == before
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
     normed = [site for site, _ in tiny_sites(tiny_checkpoint("qwen3"))]
     seen = collect(stock_model(tiny_checkpoint("qwen3")), normed, {"input_ids": WINDOWS})
     assert not any("attended" in stats.tensors for stats in seen.values())

@@ -8,6 +8,7 @@ import torch
 from grades import assert_tight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_checkpoint
 from torch import Tensor
 
 import headfold
@@ -151,6 +152,21 @@ def test_nothing_is_done_where_frequencies_are_unknown_or_nothing_is_lost() -> N
         readout[member, :, member * DIM : (member + 1) * DIM] = torch.eye(DIM)
     found = fit(keys, keys, queries, mix, readout, LAYOUTS["halves"], short())
     assert found.before < 1e-12 and torch.equal(found.mix, mix) and torch.equal(found.readout, readout)
+
+
+def test_a_head_that_was_never_seen_to_attend_has_what_is_assumed() -> None:
+    mass = torch.zeros(2, NUM_BINS)
+    mass[0, 3] = 1
+    found = Distances.measured(mass, 100).shares
+    assert_tight(found[1], Distances.assumed(1, 100).shares[0])
+
+
+def test_distances_end_with_the_window() -> None:
+    path = tiny_checkpoint("cohere2")
+    kinds = json.loads((path / "config.json").read_text())["layer_types"]
+    spans = [site.key_freedom.context for site in open_source(path).sites]
+    rotating = [span for span, kind in zip(spans, kinds, strict=True) if kind == "sliding_attention"]
+    assert rotating and set(rotating) == {json.loads((path / "config.json").read_text())["sliding_window"]}
 
 
 BUNDLED = Path(headfold.__file__).parent / "bundled"

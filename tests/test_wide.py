@@ -1,5 +1,6 @@
 """Wide heads: fewer K/V heads of several heads' width, in stock classes and in slots."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ from headfold.core.errors import UserError
 from headfold.core.plan import not_wide
 from headfold.planning import make_plan
 from headfold.recipe.source import Opened, open_source
+from headfold.recipe.twin import Twin
 from headfold.refine.refit import refit
 from headfold.runtime.rotary import wide_table
 from headfold.runtime.wearing import wearing
@@ -49,10 +51,7 @@ def opened(name: str) -> tuple[Opened, dict]:
 
 def may_be_wide(name: str) -> bool:
     """A whole CLIP is folded tower by tower."""
-    return name != "clip" and not any(
-        not_wide(site) or site.rigid or site.num_groups < WIDTH or ("qkv" in site.weights and site.native)
-        for site, _ in tiny_sites(tiny_checkpoint(name))
-    )
+    return name != "clip" and not any(not_wide(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
 WIDE = sorted(name for name in [*TINY, *FOREIGN] if may_be_wide(name))
@@ -101,7 +100,7 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
     assert "headfold" not in config and result.verification.passed
     site = open_source(tiny_checkpoint(name)).sites[0]
     assert result.after.kv_bytes_per_token == result.before.kv_bytes_per_token
-    assert result.after.head_width == str(WIDTH * site.head_dim) and result.kv_heads_after == site.num_groups // WIDTH
+    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.kv_heads_after == site.num_groups // WIDTH
     longest = min(config.get("max_position_embeddings", 64), 64)
     tokens = tiny_tokens(2, longest)
     # Frequencies are float32 numbers, of which some are missed by their last bit.
@@ -254,6 +253,8 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
             "--merge mean knows heads of the source's width alone",
         ),
         (["--kv-heads", 4, "--head-width", 16], "expected at most 8"),
+        (["--kv-heads", 4, "--head-width", "²"], "expected a number such as 2, or auto"),
+        (["--kv-heads", 4, "--head-width", "auto", "--merge", "mean"], "--head-width auto: --merge mean knows heads"),
     ]:
         found = run("fold", model, tmp_path / "out", *words, "--calibration", text)
         assert found.code == 2 and said in found.err and len(found.err.strip().splitlines()) == 1, found.err
@@ -274,6 +275,45 @@ def test_families_without_wide_heads_are_refused(name: str, said: str, tmp_path:
         headfold.fold(tiny_checkpoint(name), tmp_path / "out", kv_heads="1/1", head_width=WIDTH)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "t5"])
+def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> None:
+    """As only a plan made by hand has them; the twin of the narrow sites is an ordinary one."""
+    source, stats = opened(name)
+    read = source.checkpoint.read
+    wide, plain = (
+        make_plan(source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_width=w)
+        for kv_heads, w in (("1/1", WIDTH), ("1/2", 1))
+    )  # fmt: skip
+    mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: wide.sites[source.sites[0].name]})
+    mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)
+    Twin(source, mixed, stats, None).dress(mixture)
+    Twin(source, plain, stats, None).dress(expected)
+    sample = tiny_sample(name)
+    assert_differs(answer_of(mixture, sample), answer_of(expected, sample))
+    for site in source.sites[1:]:
+        a, b = (dict(one.get_submodule(site.module).named_parameters()) for one in (mixture, expected))
+        for parameter in a:
+            assert_bitwise(a[parameter], b[parameter])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class takes"), ("llama", "at most 8")]
+)
+def test_a_plan_of_widths_that_cannot_be_had_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    source = open_source(tiny_checkpoint(name))
+    made = make_plan(source.sites, source.checkpoint.read, "1/2", source=source.checkpoint.fingerprint(), merge="mean")
+    times = 16 if name == "llama" else 2
+    sites = {key: dataclasses.replace(site, head_dim=times * site.head_dim) for key, site in made.sites.items()}
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(made, sites=sites).check_source(source.checkpoint.fingerprint(), source.sites)
+
+
+def test_slots_are_not_folded_again(tmp_path: Path) -> None:
+    folded("t5", tmp_path / "out", verify=False)
+    with pytest.raises(UserError, match="folded already"):
+        open_source(tmp_path / "out")
+
+
 def test_a_layout_for_slots_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="layout native: heads wider than the source's have no layout"):
         folded("gpt_neox", tmp_path / "out", layout="native")
@@ -285,7 +325,7 @@ def test_auto_takes_the_widest_heads_that_the_count_allows(run, model: Path, tmp
     found = run("fold", model, tmp_path / "out", "--kv-heads", 4, *options)
     assert found.code == 0, found.err
     result = json.loads(found.out)
-    assert result["kv_heads_after"] == 1 and result["after"]["head_width"] == "32"
+    assert result["kv_heads_after"] == 1 and result["after"]["head_dims"] == "32"
     assert result["after"]["kv_bytes_per_token"] * 2 == result["before"]["kv_bytes_per_token"]
     assert result["after"]["weight_bytes"] > result["before"]["weight_bytes"]
     assert "--head-width 4" in (tmp_path / "out/README.md").read_text()

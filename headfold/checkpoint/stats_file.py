@@ -98,6 +98,10 @@ class StatsFile(Mapping[str, SiteStats]):
             found = {name: file.get_tensor(f"{_SAMPLE}{name}") for name in sorted(names)}
         return {name: t.to(torch.int64) if t.dtype == torch.int32 else t for name, t in found.items()} or None
 
+    def holds(self, site: str, name: str) -> bool:
+        """Whether a statistic was measured at a site; nothing is read."""
+        return f"{site}/{name}" in self._keys
+
     def __contains__(self, site: object) -> bool:
         return site in self._counts
 
@@ -119,8 +123,12 @@ def add_stats(a: StatsFile, b: StatsFile) -> dict[str, SiteStats]:
             other[site]
     differing = [site for site in a if _layout(a[site]) != _layout(b[site])]
     if differing:
+        names = ", ".join(
+            sorted({name for name, _ in _layout(a[differing[0]]).items() ^ _layout(b[differing[0]]).items()})
+        )
         raise UserError(
-            f"{b.path}: {differing[0]}: expected statistics as in {a.path}, got others; calibrate the same model with both"
+            f"{b.path}: {differing[0]}: expected statistics as in {a.path}, but they differ in {names}; calibrate both with the same "
+            "version on the same model"
         )
     return {site: a[site] + b[site] for site in a}
 

@@ -51,8 +51,8 @@ class Distances:
     @classmethod
     def measured(cls, mass: Float[Tensor, "group bin"], context: int) -> "Distances":
         """As calibration saw it, and `ASSUMED_SHARE` of what is assumed."""
-        own = mass.double() / mass.double().sum(1, keepdim=True)
-        assumed = cls.assumed(len(mass), context).shares
+        assumed, total = cls.assumed(len(mass), context).shares, mass.double().sum(1, keepdim=True)
+        own = torch.where(total > 0, mass.double() / total, assumed)
         return cls((1 - ASSUMED_SHARE) * own + ASSUMED_SHARE * assumed)
 
     def of(self, members: Sequence[int]) -> "Distances":

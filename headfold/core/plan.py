@@ -29,6 +29,12 @@ class Named(Protocol):
     def stack(self) -> str: ...
     @property
     def key_freedom(self) -> KeyFreedom: ...
+    @property
+    def weights(self) -> Mapping[str, str]: ...
+    @property
+    def native(self) -> bool: ...
+    @property
+    def rigid(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +120,17 @@ class Plan:
                 stacks.setdefault(site.stack, planned.groups)
 
 
-def not_wide(site: Named) -> str | None:
-    """Why the site gains nothing from heads wider than the source's, None where it may."""
-    return (
-        "its keys pass a norm per head, so a wide head is no better than several" if site.key_freedom.normed else None
-    )
+def not_wide(site: Named, head_width: int) -> str | None:
+    """Why the site cannot have heads that many times as wide as the source's, or gains nothing from them; None where it may."""
+    if site.key_freedom.normed:
+        return "its keys pass a norm per head, so a wide head is no better than several"
+    if site.rigid:
+        return "its class takes heads of the source's width alone"
+    if "qkv" in site.weights and site.native:
+        return "q, k and v are one tensor on disk, which has no wide form"
+    if head_width > site.num_groups:
+        return f"expected at most {site.num_groups}, its count of K/V heads"
+    return None
 
 
 def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
@@ -128,7 +140,7 @@ def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
         return f"kv_of_source_head: expected {site.num_groups} entries, one per K/V head, got {groups.num_heads}"
     if planned.head_dim < 1 or planned.head_dim % site.head_dim:
         return f"head_dim: expected the source's {site.head_dim} or a multiple, got {planned.head_dim}"
-    if planned.head_dim != site.head_dim and (reason := not_wide(site)):
+    if planned.head_dim != site.head_dim and (reason := not_wide(site, planned.head_dim // site.head_dim)):
         return f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}: {reason}"
     if site.query_order == "fixed" and not groups.is_ordered:
         return "its heads' order is fixed (a slope each), so only neighbours can share; make kv_of_source_head ascend"

@@ -14,7 +14,9 @@ from .shared import align_signs
 BATCH = 2**24
 """Numbers of the Gram matrices that are taken apart at once."""
 DIRECT = 1024
-"""Size of a Gram matrix above which only its leading eigenvalues are found, by iteration."""
+"""Size of a Gram matrix above which only its leading eigenvalues are found, by iteration,"""
+FEW = 16
+"""if they are fewer than one in so many: a sixteenth of them takes as long that way as all do directly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_width: int)
 
 def leading_energy(grams: Float[Tensor, "set size size"], num_kept: int) -> Float[Tensor, " set"]:
     """The sum of the largest eigenvalues of each matrix."""
-    if grams.shape[1] <= DIRECT:
+    if grams.shape[1] <= DIRECT or num_kept * FEW > grams.shape[1]:
         return torch.linalg.eigvalsh(grams)[:, -num_kept:].clamp_min(0).sum(1)
     from scipy.sparse.linalg import eigsh
 

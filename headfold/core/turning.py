@@ -37,6 +37,8 @@ class Frame:
     order: Int[Tensor, " dim"]
     """First dims of all pairs, then their second ones."""
     frequencies: Float[Tensor, " pair"]
+    """Of one slot; every slot has them."""
+    slots: int = 1
 
     @classmethod
     def of(cls, freedom: KeyFreedom, head_dim: int, slots: int = 1) -> "Frame | None":
@@ -49,7 +51,7 @@ class Frame:
         turning = torch.tensor(freedom.frequencies, dtype=torch.float64)
         turning = torch.cat([turning, turning.new_zeros(len(rest) // 2)])
         at = head_dim * torch.arange(slots)[:, None]
-        return cls(torch.cat([(at + half).flatten() for half in halves]), turning.repeat(slots))
+        return cls(torch.cat([(at + half).flatten() for half in halves]), turning, slots)
 
 
 class Average:
@@ -57,7 +59,9 @@ class Average:
 
     def __init__(self, a: Frame, b: Frame, distances: Distances) -> None:
         left, right = a.frequencies[:, None], b.frequencies[None]
-        self._linear, self._antilinear = distances.average(right - left), distances.average(-left - right)
+        self._linear, self._antilinear = (
+            distances.average(turn).repeat(1, a.slots, b.slots) for turn in (right - left, -left - right)
+        )
 
     def __call__(self, x: Float[Tensor, "#member a b"]) -> Float[Tensor, "member a b"]:
         return self._applied(x, self._linear, self._antilinear)

@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from ..core.distances import Distances
+from ..core.distances import NUM_BINS, Distances
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
@@ -145,10 +145,14 @@ def _turned(
 ) -> tuple[Tensor, Tensor]:
     """Both fitted on, over the distances that calibration saw attended, or over what is assumed of them."""
     freedom = heads.key_freedom
-    if "attended" in stats.tensors:
-        distances = Distances.measured(stats.tensors["attended"], freedom.context)
-    else:
-        distances = Distances.assumed(heads.num_groups, freedom.context)
+    seen = stats.tensors.get("attended")
+    if seen is not None and seen.shape != (heads.num_groups, NUM_BINS):
+        raise UserError(
+            f"statistics: attended has shape {tuple(seen.shape)}, expected {(heads.num_groups, NUM_BINS)}; made by another version "
+            "of headfold, calibrate again"
+        )
+    context = freedom.context
+    distances = Distances.assumed(heads.num_groups, context) if seen is None else Distances.measured(seen, context)
     second, scatter = (gram[members][:, :, members] for gram in moments.key_grams)
     fitted = fit(second, scatter, moments.readers[members], mix, readout, freedom, distances.of(members))
     return (mix, readout) if fitted is None else _balanced(heads, moments, members, fitted.mix, fitted.readout)

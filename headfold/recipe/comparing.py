@@ -160,9 +160,11 @@ def _known(directory: Path, settings: Mapping[str, Any], force: bool) -> list[Ro
         same = found["settings"] == json.loads(json.dumps(settings, default=str))
         rows = [Row(**row) for row in found["rows"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: expected rows that headfold wrote; remove the file or choose another --out"
-        ) from error
+        if not force:
+            raise UserError(
+                f"{file}: expected rows of this version of headfold; choose another --out, or --force to begin anew"
+            ) from error
+        same, rows = False, []
     if same:
         return rows
     if not force:

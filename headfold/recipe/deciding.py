@@ -15,7 +15,7 @@ from ..core.plan import Plan
 from .config import config_of
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
-from .spreading import Curves, Wish, choose, curves
+from .spreading import Curves, Wish, choose, curves, refuse_unreachable
 from .widths import possible, widest
 
 
@@ -103,17 +103,17 @@ def _within_budget(
     for width in widths:
         asked = replace(wish, head_width=width)
         try:
-            asked.counts(min(site.num_groups for site in source.sites))
-        except UserError as error:  # no count left at this width
-            refusal = error
+            refuse_unreachable(source, asked)
+        except UserError as error:  # no count left at this width, or none small enough
+            refusal = refusal or error
             continue
         path = of_width(sensitivity, width)
         found, run = budget_curves(source, asked, group, merge, stats, seed, path, workers, device, progress, refit)
         run.close()
         try:
             counts = choose(found, asked)
-        except UserError as error:  # the least cache of wide heads is larger
-            refusal = error
+        except UserError as error:
+            refusal = refusal or error
             continue
         reached = total(found.options, counts)
         value = reached.loss if wish.max_rise is None else reached.kv_bytes
@@ -135,6 +135,12 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.json')}.sensitivity.json")
 
 
+def require_statistics(stats: StatsFile | None) -> None:
+    """Raises: UserError without any."""
+    if stats is None:
+        raise UserError("plan: a budget is spread by predicted losses: run headfold calibrate and pass --stats")
+
+
 def budget_curves(
     source: Opened,
     wish: Wish,
@@ -153,8 +159,7 @@ def budget_curves(
     Raises:
         UserError: no statistics, which losses are predicted from.
     """
-    if stats is None:
-        raise UserError("plan: a budget is spread by predicted losses: run headfold calibrate and pass --stats")
+    require_statistics(stats)
     said = stats.metadata
     kind = CalibrationData.chosen(
         source, said.get("source"), int(said.get("tokens", 0)) or None, int(said.get("tokens", 0)) or None,

@@ -16,11 +16,11 @@ from ..core.plan import Plan
 from ..evaluate.sensitivity import Damage
 from ..report.plot import plot_frontier, require_plot
 from .config import config_of
-from .deciding import budget_curves, of_width
+from .deciding import budget_curves, of_width, require_statistics
 from .measuring import OriginalRun
 from .price import price
 from .source import Opened, Progress, open_source, open_stats, silent
-from .spreading import Curves, Wish, few, folded_in_memory, predicted_error, refitted
+from .spreading import Curves, Wish, few, folded_in_memory, predicted_error, refitted, refuse_unreachable
 from .widths import possible
 
 MEASURED = 5
@@ -98,8 +98,11 @@ def frontier(
     source = open_source(model, encoder)
     given = open_stats(stats, source)
     widths = possible(source, head_width, group, merge)
-    _clear(directory)
+    require_statistics(given)
+    refuse_unreachable(source, Wish(allowed=tuple(allowed), tp=tp, head_width=widths[0]))
+    directory.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
+    plans: dict[str, Plan] = {}
     correlation: float | None = None
     for width in widths:
         wish = Wish(allowed=tuple(allowed), tp=tp, head_width=width)
@@ -109,13 +112,15 @@ def frontier(
         found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
         first = width == widths[0]
         correlation = site_correlation(found) if first else correlation
-        points += _points(directory, source, wish, found, run, given, measured, refit, uniform=first, progress=progress)
+        points += _points(plans, source, wish, found, run, given, measured, refit, uniform=first, progress=progress)
         run.close()
     points = _undominated(points)
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
     result = Frontier(points, rank_correlation(both), correlation, str(directory))
-    for left in {path.name for path in directory.glob("plan-*.json")} - {point.plan for point in points}:
-        (directory / left).unlink()
+    for left in directory.glob("plan-*.json"):  # of an earlier front, which --force gave up
+        left.unlink()
+    for point in points:
+        write_json(directory / point.plan, plans[point.plan].to_json())
     write_json(directory / "frontier.json", result.to_json())
     plot_frontier(
         directory / "frontier.png",
@@ -123,13 +128,6 @@ def frontier(
         title=f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}",
     )
     return result
-
-
-def _clear(directory: Path) -> None:
-    """Make the directory, without the plans of an earlier front."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in [*directory.glob("plan-*.json"), directory / "frontier.json", directory / "frontier.png"]:
-        name.unlink(missing_ok=True)
 
 
 def _has_counts(wish: Wish, source: Opened) -> bool:
@@ -140,7 +138,7 @@ def _has_counts(wish: Wish, source: Opened) -> bool:
 
 
 def _points(
-    directory: Path,
+    plans: dict[str, Plan],
     source: Opened,
     wish: Wish,
     found: Curves,
@@ -152,7 +150,7 @@ def _points(
     uniform: bool,
     progress: Progress,
 ) -> list[Point]:
-    """The front at one width, and with `uniform` what one count everywhere gives; writes the plans."""
+    """The front at one width, and with `uniform` what one count everywhere gives; notes the plans by file name."""
     best = best_spreads(found.options)
     counts_of = wish.counts(source.sites[0].num_groups) if uniform else []
     equal = [counts for n in counts_of if (counts := _uniform(found, n)) is not None]
@@ -174,7 +172,7 @@ def _points(
         num_bytes = sums.kv_bytes + found.fixed_bytes
         wide = f"-width-{wish.head_width}" if wish.head_width > 1 else ""
         name = f"plan-{num_bytes}{wide}{'-uniform' if counts in equal else ''}.json"
-        write_json(directory / name, made.to_json())
+        plans[name] = made
         weights = price(source, made).weight_bytes
         points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights))
     return points

@@ -32,6 +32,7 @@ from ..export.layouts import choose_layout
 from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
+from ..families.spec import Site
 from ..report import tables
 from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
@@ -73,6 +74,7 @@ class FoldResult:
         facts = {name: getattr(self, name) for name in self.__slots__}
         verification = None if self.verification is None else asdict(self.verification)
         prices = {"before": asdict(self.before), "after": asdict(self.after)}
+        prices |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
         return {**facts, **prices, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
 
     @property
@@ -181,6 +183,12 @@ class Job:
         if self.source.proven:
             model_type = self.source.checkpoint.config["model_type"]
             self.notes.append(f"no literal for {model_type}: its architecture was probed, and every law holds")
+        if "headfold" in json.loads((self.staging / "config.json").read_text()):
+            self.notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
+        if blind := [site.name for site in self.source.sites if _is_blind(site, plan, stats)]:
+            self.notes.append(
+                f"how far back attention looks was not seen at {len(blind)} of its sites, so it is assumed there"
+            )
         notes = run.notes + self.notes
         result = _result(self.source, self.out, plan, refits is not None, verification, notes, self.seconds)
         self.finish(result, stats)
@@ -351,6 +359,16 @@ class Job:
         name = f".Grouped{next(iter(config.get('architectures') or ['']))}"
         found = [auto for auto, target in (config.get("auto_map") or {}).items() if target.endswith(name)]
         return (found or ["AutoModel"])[0] if "headfold" in config else ""
+
+
+def _is_blind(site: Site, plan: Plan, stats: StatsFile | None) -> bool:
+    """Whether absorb would fit over distances that the statistics do not tell."""
+    fits = (
+        plan.sites[site.name].merge.startswith("absorb")
+        and site.key_freedom.frequencies
+        and not site.key_freedom.normed
+    )
+    return bool(fits) and stats is not None and not stats.holds(site.name, "attended")
 
 
 def _range(numbers: Iterable[int]) -> tuple[int, int]:

@@ -16,8 +16,8 @@ CONTEXT = 2048
 class Price:
     """Of all attention sites together. Wide heads buy a better cache with the last two."""
 
-    head_width: str
-    """Dims of a K/V head, a range where sites differ."""
+    head_dims: str
+    """Width of a cached K/V head, a range where sites differ."""
     kv_bytes_per_token: int
     weight_bytes: int
     """Of W_q, W_k, W_v and W_o."""
@@ -36,7 +36,8 @@ def price(source: Opened, plan: Plan | None = None) -> Price:
         shapes = planned_shapes(site, num_groups, shape_of, width // site.head_dim)
         elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
         products += site.num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
-        dims.add(width)
+        if not site.optional or all(other.optional for other in source.every_site):
+            dims.add(width)
     said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"
     return Price(said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products)
 

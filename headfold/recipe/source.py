@@ -90,13 +90,24 @@ def _turning(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
     """The sites with the frequencies of their planes, where the config tells one table for all."""
     if not any(site.key_freedom.rotary_dim for site in sites):
         return sites
-    found, context = plane_frequencies(config), context_limit(config) or UNKNOWN_CONTEXT
+    found = plane_frequencies(config)
     return [
-        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=context))
+        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_span(config, place)))
         if site.key_freedom.rotary_dim == 2 * len(found) > 0
         else site
-        for site in sites
+        for place, site in enumerate(sites)
     ]
+
+
+def _span(config: Mapping[str, Any], layer: int) -> int:
+    """Tokens that attention of a layer may look back: its window, or the whole context."""
+    whole, kinds = context_limit(config) or UNKNOWN_CONTEXT, config.get("layer_types") or ()
+    if kinds:
+        slides = "sliding" in kinds[min(layer, len(kinds) - 1)]
+    else:
+        slides = config.get("use_sliding_window", config["model_type"] in ("mistral", "mixtral", "starcoder2", "phi3"))
+    window = config.get("sliding_window") if slides else None
+    return min(whole, window) if window else whole
 
 
 def _refuse_folded(config: Mapping[str, Any], where: str) -> None:
@@ -104,9 +115,9 @@ def _refuse_folded(config: Mapping[str, Any], where: str) -> None:
     listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
     known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
     native = listed and known and any(attention.kv_heads for attention in known)
-    if layer_counts(config) is not None or native or any("kv_of_query" in site for site in listed):
+    if layer_counts(config) is not None or native or any({"kv_of_query", "slots"} & site.keys() for site in listed):
         raise UserError(
-            f"{where}: this checkpoint is folded already, to groups or counts of K/V heads that differ; {_ORIGINAL}"
+            f"{where}: this checkpoint is folded already, to groups, counts or widths of K/V heads that differ; {_ORIGINAL}"
         )
 
 

@@ -91,7 +91,7 @@ class Wish:
             limits += [f"--head-width {self.head_width}"] if self.head_width > 1 else []
             raise UserError(
                 f"{' and '.join(limits) or 'plan'}: expected a count that splits {num_groups} K/V heads equally and is less, "
-                f"such as {', '.join(map(str, possible)) or 'none'}; allow more"
+                f"of {', '.join(map(str, possible)) or 'none'}, and fits all of these; none does, allow more"
             )
         return found
 
@@ -345,6 +345,23 @@ def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, f
     (x0, y0), (x1, y1) = points[max(0, above - 1)], points[above]
     power = math.log(y1 / y0) / math.log(x1 / x0) if x1 > x0 and y1 > y0 else 1.0
     return y1 * (here / x1) ** power
+
+
+def refuse_unreachable(source: Opened, wish: Wish) -> None:
+    """Refuse, before anything is measured, what the fewest heads everywhere cannot do.
+
+    Raises:
+        UserError: no count is left, or even the fewest heads take more bytes.
+    """
+    fewest = {site.name: min(wish.counts(site.num_groups)) for site in source.sites}
+    cached = [site for site in source.sites if not site.optional]
+    saved = sum(2 * (s.num_groups - fewest[s.name]) * s.head_dim * source.dtype.itemsize for s in cached)
+    least, limit = source.kv_bytes_per_token() - saved, wish.limit(source)
+    if limit is not None and least > limit:
+        raise UserError(
+            f"K/V budget: {limit:.0f} bytes per token, but the fewest K/V heads allowed everywhere take {least:.0f}; "
+            "allow fewer heads or raise the budget"
+        )
 
 
 def choose(found: Curves, wish: Wish) -> dict[str, int]:

@@ -39,7 +39,12 @@ class Twin(Mapping[str, Tensor]):
                 site, self._plan, self._source.checkpoint.read, self._stats, self._refits, num_groups=site.num_groups
             )
             width = self._plan.sites[site.name].head_dim // site.head_dim
-            dress(model, site, tensors, site.num_groups, width)
+            if width > 1:
+                dress(model, site, tensors, site.num_groups, width)
+                continue
+            for name, tensor in tensors.items():
+                parameter = model.get_parameter(site.parameters.get(name, name))
+                parameter.data.copy_(tensor)
         return model
 
     def __getitem__(self, name: str) -> Tensor:

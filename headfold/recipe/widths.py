@@ -18,7 +18,7 @@ def possible(source: Opened, asked: str | int, group: str, merge: str) -> list[i
     """
     grouping = planning.parse_group(group)
     if str(asked) != "auto":
-        if not str(asked).isdigit() or int(asked) < 1:
+        if not str(asked).isdecimal() or int(asked) < 1:
             raise UserError(f"--head-width {asked}: expected a number such as 2, or auto")
         if int(asked) > 1:
             planning.check_head_width(int(asked), source.sites, merge, grouping)
@@ -27,7 +27,9 @@ def possible(source: Opened, asked: str | int, group: str, merge: str) -> list[i
     for width in range(2, LARGEST // max(site.head_dim for site in source.sites) + 1):
         try:
             planning.check_head_width(width, source.sites, merge, grouping)
-        except UserError:
+        except UserError as error:
+            if width == 2:  # whatever refuses the narrowest refuses all
+                raise UserError(str(error).replace("--head-width 2", "--head-width auto")) from error
             continue
         found.append(width)
     return found

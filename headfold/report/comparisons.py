@@ -22,7 +22,7 @@ def show_frontier(found: Any) -> None:
     ]
     show_table(["K/V per token", "K/V heads", "weights", "predicted", "measured", "plan"], rows)
     if any(point.head_width > 1 for point in found.points):
-        print("× 2: half as many heads as that, of twice the width, in the same cache; weights: of attention")
+        print("× N: N times fewer heads than that, N times as wide, in the same cache; weights: of attention")
     agree = [
         ("predicted errors of single layers and their measured damage", found.site_rank_correlation),
         ("predicted and measured losses of the points", found.rank_correlation),

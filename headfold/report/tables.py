@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 def price_rows(before: Any, after: Any) -> list[list[str]]:
     """What the cache takes and what wide heads cost for it, of two `recipe.price.Price`."""
     return [
-        ["width of a K/V head", before.head_width, after.head_width],
+        ["width of a K/V head", before.head_dims, after.head_dims],
         ["K/V cache per token", size(before.kv_bytes_per_token), size(after.kv_bytes_per_token)],
         ["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in (before, after))],
         ["attention weights", size(before.weight_bytes), size(after.weight_bytes)],

@@ -53,7 +53,7 @@ def regroup_module(root: nn.Module, path: str, output: str | None, site: Mapping
     module = root.get_submodule(path)
     _reproject(module, site)
     if output is not None:
-        _widen_output(root, output, site["heads"] * site["slots"] * site["head_dim"])
+        _widen_output(root, output, site["heads"] * site.get("slots", 1) * site["head_dim"])
     _attach(module, site, config)
 
 

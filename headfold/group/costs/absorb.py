@@ -16,6 +16,8 @@ from ...core.stats import SiteStats
 
 HEAD_WIDTH = True
 """It knows what a shared head of several heads' width loses."""
+LARGE = 1024
+"""Dims of a group's values above which they are left out under RoPE: an eigenproblem of that size takes a second for every set."""
 
 
 def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
@@ -26,9 +28,12 @@ def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weigh
 def cost_of(moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_width: int = 1) -> Cost:
     """The same from moments that are at hand already; `head_width` as in `core.predict`."""
     energy = site_energy(moments)
+    dim = moments.values.gram.shape[1]
 
     def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
-        keys, values = predicted_errors(moments, sets, values=value_weight != 0, head_width=head_width)
+        # Where all of K rotates, V loses far less and is by far the dearer to predict.
+        dear = moments.keys is None and sets.shape[1] * dim > LARGE
+        keys, values = predicted_errors(moments, sets, values=value_weight != 0 and not dear, head_width=head_width)
         return key_weight * keys / energy.key + value_weight * values / energy.value
 
     return SetCost(compute)
