@@ -22,8 +22,8 @@ from headfold.group.costs import cosine, wse
 from headfold.recipe.source import open_source, open_stats
 
 SOLVERS = (
-    "contiguous", "random", "qcqa", "evolve", "asymgqa", "swap", "qcqa:unequal=true", "evolve:unequal=true", "asymgqa:unequal=true",
-    "swap:unequal=true", "kmeans",
+    "contiguous", "random", "qcqa", "evolve", "asymgqa", "swap:restarts=1", "swap", "qcqa:unequal=true", "evolve:unequal=true",
+    "asymgqa:unequal=true", "swap:restarts=1,unequal=true", "swap:unequal=true", "kmeans",
 )  # fmt: skip
 
 
