@@ -74,11 +74,14 @@ def site_heads(
     Queries of wide heads are scaled up where their class divides logits by the root of the width.
     """
     heads = read_heads(site, read)
-    planned = plan.sites[site.name]
-    merged = merged_heads(heads, planned, stats and stats[site.name], plan.seed)
-    if planned.head_dim > site.head_dim and site.free_width and site.scaled_by_width:
-        merged = replace(merged, q=merged.q * (planned.head_dim / site.head_dim) ** 0.5)
-    return replace(merged, **(refits or {}).get(site.name, {})).to(heads.k.dtype)
+    planned, fields = plan.sites[site.name], dict((refits or {}).get(site.name, {}))
+    if fields.keys() >= {"q", "k", "v", "o"}:  # merged before: what is left to take over is the order
+        merged = replace(heads, kv_of_query=heads.kv_of_query.compose(planned.groups)).standard()
+    else:
+        merged = merged_heads(heads, planned, stats and stats[site.name], plan.seed)
+        if planned.head_dim > site.head_dim and site.free_width and site.scaled_by_width:
+            merged = replace(merged, q=merged.q * (planned.head_dim / site.head_dim) ** 0.5)
+    return replace(merged, **fields).to(heads.k.dtype)
 
 
 def query_order(site: Site, plan: Plan) -> tuple[int, ...]:

@@ -132,6 +132,33 @@ def test_refit_gives_output_projections_and_values_alone(name: str) -> None:
         assert refitted(name, SMALL, 0)[site.name].keys() == found[site.name].keys() - {"v"}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_merged_before_is_not_merged_again(name: str) -> None:
+    """With all four fields given, heads are those of the merge with the refitted ones put in, bit by bit."""
+    case = folded(name)
+    for site in case.sites:
+        merged, fields = case.merged(site), refitted(name)[site.name]
+        whole = {site.name: {"q": merged.q, "k": merged.k, **fields}}
+        again = site_heads(site, case.plan, case.read, None, whole)  # without statistics, which the merge needs
+        expected = site_heads(site, case.plan, case.read, case.stats, {site.name: fields})
+        for field in ("q", "k", "v", "o"):
+            assert_bitwise(getattr(again, field), getattr(expected, field))
+        assert again.kv_of_query == expected.kv_of_query and again.per_head.keys() == expected.per_head.keys()
+        for extra, tensor in again.per_head.items():
+            assert_bitwise(tensor, expected.per_head[extra])
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_sites_are_given_away_one_by_one_and_passed_over(name: str) -> None:
+    case, given = folded(name), {}
+    model, first = open_model(case.directory, dtype=torch.float64), case.sites[0].name
+    left = refit(model, case.sites, case.merged, SAMPLE, ridge=SMALL, skip={first}, keep=given.__setitem__)
+    assert left == {} and given.keys() == {site.name for site in case.sites[1:]}
+    for site, fields in given.items():
+        for field, tensor in fields.items():
+            assert_bitwise(tensor, refitted(name)[site][field])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_an_infinite_ridge_keeps_the_merged_heads(name: str) -> None:
     case = folded(name)

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..calibration import num_tokens
-from ..checkpoint.disk import disk_errors, flush, require_space
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
 from ..checkpoint.stats_file import StatsFile
@@ -42,6 +39,7 @@ from ..surgery import Refits, kept_weights, reading_without, site_tensors
 from .command import command_of
 from .config import config_of
 from .exporting import write_layout
+from .fitted import FittedHeads
 from .measuring import OriginalRun
 from .price import Price, price
 from .source import Opened, Progress
@@ -196,25 +194,11 @@ class Job:
 
     def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Refits:
         """Heads refitted; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
-        path = self.work / "refit.safetensors"
-        if not path.exists():
-            fitted = {
-                f"{site}/{name}": tensor.contiguous()
-                for site, fields in run.refit(plan, stats).items()
-                for name, tensor in fields.items()
-            }
-            with disk_errors(path, sum(t.nbytes for t in fitted.values())):
-                require_space(path.parent, sum(t.nbytes for t in fitted.values()))
-                save_file(fitted, path.with_suffix(".partial"), run.facts())
-                flush(path.with_suffix(".partial"))
-                path.with_suffix(".partial").replace(path)
-        with safe_open(path, "pt") as file:
-            self.refit_text = dict(sorted(file.metadata().items()))
-        refits: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(path).items():
-            site, _, name = key.rpartition("/")
-            refits.setdefault(site, {})[name] = tensor
-        return refits
+        fitted = FittedHeads(self.work / "refit")
+        if any(site.name not in fitted for site in self.source.sites):
+            run.refit(plan, stats, fitted)
+        self.refit_text = fitted.facts
+        return fitted
 
     def write(self, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         """Weights, config, plan and everything that lies beside the source's weights."""

@@ -13,14 +13,17 @@ from .. import calibration as calibrating
 from ..checkpoint.reader import check_finite
 from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
+from ..core.heads import Heads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
+from ..families.spec import Site
 from ..refine.refit import num_passes, refit
 from ..runtime.load import own_class
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
-from ..surgery import Refits, query_order, site_heads
+from ..surgery import kept_weights, query_order, site_heads
+from .fitted import FittedHeads
 from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
@@ -238,15 +241,29 @@ class OriginalRun:
         """What the calibration data is, for the record."""
         return self.data.facts(self.sample)
 
-    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None) -> Refits:
-        """Heads refitted to the original's answers."""
+    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedHeads) -> None:
+        """Refit the heads that are not yet there to the original's answers; what their merge made of W_q and W_k is kept too."""
         read, model = self.source.checkpoint.read, self.model
+        merged: dict[str, Heads] = {}
+        sites = {site.name: site for site in self.source.sites}
+
+        def merge(site: Site) -> Heads:
+            merged.clear()  # one at a time
+            merged[site.name] = site_heads(site, plan, read, stats)
+            return merged[site.name]
+
+        def keep(name: str, fields: dict[str, Tensor]) -> None:
+            both = {} if kept_weights(sites[name], plan) else {"q": merged[name].q, "k": merged[name].k}
+            fitted.put(name, {**both, **fields}, self.facts())
+
         advance = self._count("refit", calibrating.total_tokens(self.sample) * len(self.source.sites) * num_passes())
-        return refit(
+        refit(
             model,
             self.source.sites,
-            lambda site: site_heads(site, plan, read, stats),
+            merge,
             self.sample,
             order=lambda site: query_order(site, plan),
+            skip=fitted,
+            keep=keep,
             progress=advance,
         )

@@ -5,7 +5,7 @@ minimum of the same Σ ‖y − ŷ‖² over the calibration tokens with everyth
 heads' errors add up across heads in y, which a merge, one group at a time, cannot see.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,12 +46,15 @@ def refit(
     order: Callable[[Site], Sequence[int]] = lambda site: range(site.num_heads),
     ridge: float = RIDGE,
     value_steps: int = VALUE_STEPS,
+    skip: Container[str] = (),
+    keep: Callable[[str, dict[str, Tensor]], None] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, dict[str, Tensor]]:
     """By site, the fields of its merged heads that replace the merge's: `o`, `o_bias` where there is one, and `v`; float32.
 
     `model` is the original under stock transformers; `merged(site)` gives the site's folded heads in standard order, `order(site)`
-    that order: new position → query head of the original. `value_steps=0` fits W_o alone. `progress` hears tokens per site, batch
+    that order: new position → query head of the original. `value_steps=0` fits W_o alone. The sites in `skip` are passed over; `keep` is
+    given each site's fields as soon as they are known, in place of the result. `progress` hears tokens per site, batch
     and pass. Decoders of packed text whose class knows K/V heads (their blocks take hidden states alone by position) are walked,
     so that one block is in memory; others are run whole, a portion of their sites at a time.
     """
@@ -59,6 +62,9 @@ def refit(
     found = {}
     for site, recorded in _recorded(model, sites, sample, every):
         left = total_tokens(sample) * num_passes(value_steps)
+        if site.name in skip:
+            progress(left)
+            continue
 
         def heard(number: int) -> None:
             nonlocal left
@@ -68,7 +74,11 @@ def refit(
         heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(recorded[0].answer.device)
         width = heads.head_dim // site.head_dim
         trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard, model, width)
-        found[site.name] = _fitted(trial, heads, ridge, value_steps)
+        fields = _fitted(trial, heads, ridge, value_steps)
+        if keep is None:
+            found[site.name] = fields
+        else:
+            keep(site.name, fields)
         progress(left)  # of a perfect fold, whose values need no steps
         del trial, recorded  # before the next site's calls are recorded
     return found
