@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight_through_float32_norms
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import stock_logits, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 from torch import Tensor
@@ -20,7 +20,7 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
-from headfold.recipe import folding, job
+from headfold.recipe import fitted, folding, job
 from headfold.recipe.measuring import OriginalRun
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -182,6 +182,7 @@ KILLED_AT: dict[str, tuple[Any, str, int]] = {
     "calibrate": (OriginalRun, "write_statistics", 0),
     "plan": (folding, "plan_source", 0),
     "refit": (OriginalRun, "refit", 0),
+    "refit, second site": (fitted, "save_file", 1),
     "write, first site": (job, "site_tensors", 0),
     "write, second site": (job, "site_tensors", 1),
     "side files": (job, "copy_side_files", 0),
@@ -212,6 +213,20 @@ def test_killed_and_run_again_gives_the_same_bytes(moment: str, readable: Path, 
     headfold.fold(readable, out, **options)
     same_bytes(out, calm)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_refit_goes_on_at_the_site_where_it_was(readable: Path, tmp_path: Path) -> None:
+    options, out, put = dict(kv_heads=4, **CALIBRATED), tmp_path / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitted, "save_file", failing(fitted.save_file, 1))
+        with pytest.raises(KeyboardInterrupt):
+            headfold.fold(readable, out, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fitted, "save_file", lambda tensors, path, facts: put.append(path.stem) or save_file(tensors, path, facts)
+        )
+        headfold.fold(readable, out, **options)
+    assert put == ["layers.1.self"]
 
 
 def test_killed_in_shards_and_run_again_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
