@@ -61,6 +61,8 @@ DEFAULT = Row("absorb (default)", "swap", "absorb", True)
 ABLATION = (
     DEFAULT,
     Row("without refit", "swap", "absorb", False),
+    Row("without distances", "swap", "absorb:distances=false", True),
+    Row("without distances and refit", "swap", "absorb:distances=false", False),
     Row("refit of W_o alone", "swap", "absorb", True, value_steps=0),
     Row("without swap", "contiguous", "absorb", True),
     Row("without query weighting", "swap", "absorb:query_weighting=false", True),
