@@ -43,7 +43,9 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    reader = parser(__doc__)
+    reader.add_argument("--no-refit", action="store_true")
+    options = reader.parse_args()
     out = RESULTS / f"{options.name}-budgets.json"
     found = json.loads(out.read_text()) if out.exists() else {}
     runs: dict[Key, dict[str, Any]] = {tuple(run.pop("key")): run for run in found.get("runs", [])}

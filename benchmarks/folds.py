@@ -1,4 +1,4 @@
-"""Folds as a user makes them, verified by reload and measured against the original: what wide.py and budgets.py share."""
+"""Folds as a user makes them, verified by reload and measured: what wide.py and budgets.py share; methods.py shares the options."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ from headfold.recipe import calibrate, evaluate, fold
 from headfold.recipe.comparing import scored
 
 RESULTS = Path(__file__).parent / "results"
+DATA = ("text", "calibration", "limit", "tokens", "items", "context")
+"""Options that say what is measured on what."""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -18,7 +20,6 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("model")
     made.add_argument("--name", required=True)
     made.add_argument("--kv-heads", required=True)
-    made.add_argument("--no-refit", action="store_true")
     made.add_argument("--text")
     made.add_argument("--calibration")
     made.add_argument("--limit", type=int)
@@ -37,8 +38,7 @@ def columns(options: argparse.Namespace) -> list[str]:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What was measured on what, without the places where it lies."""
-    names = ("text", "calibration", "limit", "tokens", "items", "context")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in DATA}
     return {key: Path(v).name if key in ("text", "calibration") and v else v for key, v in given.items()}
 
 

@@ -8,17 +8,15 @@ Each seed is a comparison of its own, kept in `--work` and resumed there. Result
 each seed.
 """
 
-import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
+from folds import DATA, RESULTS, columns, parser, settings
 from machine import describe
 
 from headfold.recipe.comparing import DEFAULT, REFIT, Comparison, Row, compare
 
-RESULTS = Path(__file__).parent / "results"
 OURS = "absorb"
 
 
@@ -53,22 +51,10 @@ def listed(found: dict[int, Comparison]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--kv-heads", required=True)
-    parser.add_argument("--text")
-    parser.add_argument("--calibration")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--items", type=int)
-    parser.add_argument("--context", type=int)
-    parser.add_argument("--columns", default="")
-    parser.add_argument("--methods", default=",".join(DEFAULT))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
-    data = {name: getattr(options, name) for name in ("text", "calibration", "limit", "tokens", "items", "context")}
+    reader = parser(__doc__)
+    reader.add_argument("--methods", default=",".join(DEFAULT))
+    options = reader.parse_args()
+    data = {name: getattr(options, name) for name in DATA}
     found: dict[int, Comparison] = {}
     for seed in range(options.seeds):
         methods = [
@@ -76,13 +62,11 @@ def main() -> None:
         ]
         found[seed] = compare(
             options.model, options.kv_heads.split(","), methods=methods, out=options.work / f"{options.name}-{seed}",
-            columns=[name for name in options.columns.split(",") if name], seed=seed, **data,
+            columns=columns(options), seed=seed, **data,
         )  # fmt: skip
-        facts = {"machine": describe(), "model": options.name, "settings": data, "skipped": found[seed].skipped}
-        facts["settings"] = {
-            name: Path(value).name if name in ("text", "calibration") and value else value
-            for name, value in data.items()
-        }
+        facts = {
+            "machine": describe(), "model": options.name, "settings": settings(options), "skipped": found[seed].skipped,
+        }  # fmt: skip
         (RESULTS / f"{options.name}-methods.json").write_text(
             json.dumps({**facts, "rows": listed(found)}, indent=1) + "\n"
         )

@@ -38,6 +38,7 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     reader = parser(__doc__)
+    reader.add_argument("--no-refit", action="store_true")
     reader.add_argument("--widths", default="1,2,4")
     options = reader.parse_args()
     out = RESULTS / f"{options.name}-wide.json"

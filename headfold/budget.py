@@ -50,14 +50,23 @@ def spread(options: Options, *, max_bytes: float | None = None, max_loss: float 
     return {name: option.kv_heads for (name, option), taken in zip(names, chosen, strict=True) if taken}
 
 
+def check_bytes(least: float, limit: float | None) -> None:
+    """Refuse a limit, in bytes per token, that even the least cannot keep.
+
+    Raises:
+        UserError: says both.
+    """
+    if limit is not None and least > limit:
+        raise UserError(
+            f"K/V budget: {limit:.0f} bytes per token, but the fewest K/V heads allowed everywhere take {least:.0f}; "
+            "allow fewer heads or raise the budget"
+        )
+
+
 def _check(options: Options, max_bytes: float | None, max_loss: float | None) -> None:
     least_bytes = sum(min(option.kv_bytes for option in listed) for listed in options.values())
     least_loss = sum(min(option.loss for option in listed) for listed in options.values())
-    if max_bytes is not None and least_bytes > max_bytes:
-        raise UserError(
-            f"K/V budget: {max_bytes:.0f} bytes per token, but the fewest K/V heads allowed everywhere take {least_bytes:.0f}; "
-            "allow fewer heads or raise the budget"
-        )
+    check_bytes(least_bytes, max_bytes)
     if max_loss is not None and least_loss > max_loss:
         raise UserError(
             f"--max-rise {max_loss:g}: the most K/V heads allowed everywhere are predicted to lose {least_loss:.3g}; "

@@ -28,7 +28,7 @@ class Price:
 def price(source: Opened, plan: Plan | None = None) -> Price:
     """The price of the source, or of what `plan` makes of it."""
     shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
-    dims, elements, products = set(), 0, 0
+    dims, elements, products, cached = set(), 0, 0, source.cached_sites
     for site in source.every_site:
         planned = plan.sites.get(site.name) if plan else None
         num_groups = planned.groups.num_groups if planned else site.num_groups
@@ -36,7 +36,7 @@ def price(source: Opened, plan: Plan | None = None) -> Price:
         shapes = planned_shapes(site, num_groups, shape_of, width // site.head_dim)
         elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
         products += site.num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
-        if not site.optional or all(other.optional for other in source.every_site):
+        if site in cached:
             dims.add(width)
     said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"
     return Price(said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products)

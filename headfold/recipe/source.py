@@ -53,6 +53,11 @@ class Opened:
         return chosen or self.every_site
 
     @property
+    def cached_sites(self) -> list[Site]:
+        """Those whose K and V are cached: an encoder beside a decoder caches nothing."""
+        return [site for site in self.every_site if not site.optional] or self.every_site
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
 
@@ -64,8 +69,7 @@ class Opened:
         dims = {site.name: site.num_groups * site.head_dim for site in self.every_site}
         planned = plan.sites.items() if plan else ()
         dims |= {name: site.groups.num_groups * site.head_dim for name, site in planned}
-        cached = [site for site in self.every_site if not site.optional] or self.every_site
-        return sum(2 * dims[site.name] * self.dtype.itemsize for site in cached)
+        return sum(2 * dims[site.name] * self.dtype.itemsize for site in self.cached_sites)
 
 
 def open_source(model: str | Path, encoder: bool = False) -> Opened:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import planning
-from ..budget import Option, Options, spread, spread_qcqa
+from ..budget import Option, Options, check_bytes, spread, spread_qcqa
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
@@ -356,12 +356,7 @@ def refuse_unreachable(source: Opened, wish: Wish) -> None:
     fewest = {site.name: min(wish.counts(site.num_groups)) for site in source.sites}
     cached = [site for site in source.sites if not site.optional]
     saved = sum(2 * (s.num_groups - fewest[s.name]) * s.head_dim * source.dtype.itemsize for s in cached)
-    least, limit = source.kv_bytes_per_token() - saved, wish.limit(source)
-    if limit is not None and least > limit:
-        raise UserError(
-            f"K/V budget: {limit:.0f} bytes per token, but the fewest K/V heads allowed everywhere take {least:.0f}; "
-            "allow fewer heads or raise the budget"
-        )
+    check_bytes(source.kv_bytes_per_token() - saved, wish.limit(source))
 
 
 def choose(found: Curves, wish: Wish) -> dict[str, int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..families.layout import planned_shapes
+from ..families.spec import Site
 from ..runtime.wearing import dress
 from ..surgery import Refits, site_tensors
 from .source import Opened
@@ -35,9 +36,7 @@ class Twin(Mapping[str, Tensor]):
     def dress(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """The twin in a model of the source, where heads are wide: slot by slot, under the source's own table of frequencies."""
         for site in self._source.sites:
-            tensors = site_tensors(
-                site, self._plan, self._source.checkpoint.read, self._stats, self._refits, num_groups=site.num_groups
-            )
+            tensors = self._made(site)
             width = self._plan.sites[site.name].head_dim // site.head_dim
             if width > 1:
                 dress(model, site, tensors, site.num_groups, width)
@@ -47,12 +46,14 @@ class Twin(Mapping[str, Tensor]):
                 parameter.data.copy_(tensor)
         return model
 
+    def _made(self, site: Site) -> dict[str, Tensor]:
+        read = self._source.checkpoint.read
+        return site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
+
     def __getitem__(self, name: str) -> Tensor:
         site = self._site_of[name]
         if self._last[0] != site.name:
-            read = self._source.checkpoint.read
-            made = site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
-            self._last = (site.name, made)
+            self._last = (site.name, self._made(site))
         return self._last[1][name]
 
     def __iter__(self) -> Iterator[str]:

@@ -20,10 +20,7 @@ def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
     Raises:
         KeyError: the source's kind of table changes with the context, or per layer (`families.spec.has_one_table`).
     """
-    from transformers import CONFIG_MAPPING
-
-    source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    source.standardize_rope_params()
+    source = _read(config)
     rope = dict(source.rope_parameters)
     longest = source.max_position_embeddings
     trained = rope.get("original_max_position_embeddings", longest) if rope["rope_type"] == "longrope" else longest
@@ -44,14 +41,19 @@ def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
 
 def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
     """Radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
-    from transformers import CONFIG_MAPPING
-
     try:
-        source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        source.standardize_rope_params()
-        return tuple(_frequencies(source, None)[0].tolist())
+        return tuple(_frequencies(_read(config), None)[0].tolist())
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
         return ()
+
+
+def _read(config: Mapping[str, Any]) -> Any:
+    """As its class reads it, with rotary parameters of the present form."""
+    from transformers import CONFIG_MAPPING
+
+    source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    source.standardize_rope_params()
+    return source
 
 
 def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane"], float]:
