@@ -30,10 +30,10 @@ ITEMS_PER_BATCH = 64
 """Of what has no tokens to count: images, sound."""
 
 
-def batches(sample: Sample) -> Iterator[Sample]:
-    """Items in batches of about `TOKENS_PER_BATCH` tokens, without the columns that only items of other batches need."""
+def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
+    """Items in batches of about `num_tokens` (default `TOKENS_PER_BATCH`), without the columns that only items of other batches need."""
     tokens = sample.get("input_ids")
-    by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, (num_tokens or TOKENS_PER_BATCH) // tokens.shape[1])
     return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
 
 

@@ -283,7 +283,7 @@ def test_portions_change_nothing_and_progress_ends_where_it_should(name: str, mo
     )
     stats, found, heard = collect(model, sites, sample), [], []
     for size in (2**31, 1):
-        monkeypatch.setattr("headfold.refine.refit.PORTION_BYTES", size)
+        monkeypatch.setattr("headfold.refine.fitting.PORTION_BYTES", size)
         heard.append(0)
 
         def count(tokens: int) -> None:

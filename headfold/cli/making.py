@@ -19,6 +19,8 @@ from .options import (
     Force,
     Group,
     HeadWidth,
+    Heal,
+    HealTokens,
     Items,
     Json,
     KvBudget,
@@ -114,6 +116,8 @@ def fold(
     group: Group = None,
     merge: Merge = None,
     refit: Refit = True,
+    heal: Heal = False,
+    heal_tokens: HealTokens = None,
     calibration: Calibration = None,
     tokens: Tokens = None,
     items: Items = None,
@@ -138,11 +142,20 @@ def fold(
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats, layout=layout, head_width=head_width,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_width=head_width, heal_tokens=heal_tokens,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = recipe.fold(
-            model, out, refit=refit, encoder=encoder, seed=seed, force=force, verify=verify, progress=progress, **chosen
+            model,
+            out,
+            refit=refit,
+            heal=heal,
+            encoder=encoder,
+            seed=seed,
+            force=force,
+            verify=verify,
+            progress=progress,
+            **chosen,
         )
     answer(result.to_json(), as_json) or views.show_fold(result)
 

@@ -111,6 +111,18 @@ Sensitivity = Annotated[
     ),
 ]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Layers that are decided side by side.")]
+Heal = Annotated[
+    bool, typer.Option("--heal", help="Then train every block's attention alone to the original's output (minutes).")
+]
+HealTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--heal-tokens",
+        metavar="N",
+        min=1,
+        help="Calibration tokens (or items) that --heal trains every block with, more than once where there are fewer. Default: 524288.",
+    ),
+]
 Refit = Annotated[
     bool, typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output.")
 ]

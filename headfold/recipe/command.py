@@ -19,6 +19,7 @@ def command_of(asked: Mapping[str, Any], source: str, out: str) -> str:
             f"--merge {asked['merge']}",
         ]
     words += ["--refit" if asked["refit"] else "--no-refit"]
+    words += [f"--heal --heal-tokens {asked['heal']}"] if asked["heal"] else []
     words += _data_words(asked["data"]) if asked["data"] else []
     words += ["--encoder"] if asked["encoder"] else []
     words += ["--stats stats.safetensors"] if asked["stats"] else []

@@ -9,6 +9,7 @@ from .. import planning
 from ..checkpoint.staging import refuse_overlap
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..refine import heal as healing
 from ..refine.refit import num_passes
 from .deciding import needs_statistics, plan_source
 from .job import FoldResult, Job
@@ -27,6 +28,8 @@ def fold(
     group: str = "swap",
     merge: str = "absorb",
     refit: bool = True,
+    heal: bool = False,
+    heal_tokens: int | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
     items: int | None = None,
@@ -46,6 +49,9 @@ def fold(
     With a `head_width` of 2 there are half as many, twice as wide: the same cache, a better fold, larger W_q and W_o; `auto` takes the
     widest heads that kernels take.
 
+    With `heal` every block's attention is then trained alone, with `heal_tokens` tokens of the calibration data (default
+    `refine.heal.TOKENS`; items where there are no tokens).
+
     The result is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is
     renamed when it is whole and, unless `verify=False`, equal to its head-repeated twin under stock transformers; the same
     call after a kill goes on from there and gives the same bytes. Statistics and refit use the same text: `calibration`, else
@@ -56,6 +62,9 @@ def fold(
     """
     if (kv_heads is None) == (plan is None):
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
+    if heal_tokens is not None and not heal:
+        raise UserError("fold: heal_tokens goes with heal; pass both (--heal --heal-tokens N) or leave it out")
+    heal_tokens = (heal_tokens or healing.TOKENS) if heal else 0
     source = open_source(model, encoder)
     refuse_overlap(source.checkpoint.path, Path(out))
     given = open_stats(stats, source)
@@ -72,10 +81,10 @@ def fold(
         needs_data = needs_statistics("contiguous", merge)
     said = given.metadata if given is not None else ready.calibration if ready else {}
     same_data = (calibration, tokens, items, context) == (None, None, None, None)
-    data = _data(source, calibration, tokens, items, tuple(columns), context, seed, said, needs_data or refit)
+    data = _data(source, calibration, tokens, items, tuple(columns), context, seed, said, needs_data or refit or heal)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads), "head_width": width,
-        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0,
+        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0, "heal": heal_tokens,
         "data": data and asdict(data),
         "encoder": source.encoder, "layout": layout, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
@@ -87,7 +96,7 @@ def fold(
         statistics = job.statistics(run, given, needs_data)
         with job.timed("plan"):
             made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress, width)
-        return job.carry_out(run, made, statistics, refit=refit, verify=verify)
+        return job.carry_out(run, made, statistics, refit=refit, heal=heal_tokens, verify=verify)
 
 
 def _data(

@@ -64,6 +64,8 @@ class FoldResult:
     after: Price
     plan: Plan
     refitted: bool
+    healed: int
+    """Tokens, or items, that every block was trained with; 0: not at all."""
     verification: Verification | None
     notes: list[str]
     seconds: dict[str, float]
@@ -90,6 +92,7 @@ def _result(
     out: Path,
     made: Plan,
     refitted: bool,
+    healed: int,
     verification: Verification | None,
     notes: list[str],
     seconds: dict[str, float],
@@ -106,6 +109,7 @@ def _result(
         after=price(source, made),
         plan=made,
         refitted=refitted,
+        healed=healed,
         verification=verification,
         notes=notes,
         seconds=seconds,
@@ -166,13 +170,16 @@ class Job:
             return stats
 
     def carry_out(
-        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, verify: bool
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, heal: int, verify: bool
     ) -> FoldResult:
-        """Refit, write, verify, rename."""
+        """Refit, train every block with `heal` tokens, write, verify, rename."""
         self._layout(plan)  # refuses before anything is computed
         shrinks = any(plan.num_groups[site.name] < site.num_groups for site in self.source.sites)
         with self.timed("refit"):
             refits = self.refits(run, plan, stats) if refit and shrinks else None
+        if heal and shrinks:
+            with self.timed("heal"):
+                refits = self.healed(run, plan, stats, refits, heal)
         run.close()
         with self.timed("write"):
             self.write(plan, stats, refits)
@@ -188,7 +195,8 @@ class Job:
                 f"how far back attention looks was not seen at {len(blind)} of its sites, so it is assumed there"
             )
         notes = run.notes + self.notes
-        result = _result(self.source, self.out, plan, refits is not None, verification, notes, self.seconds)
+        done = (refit and shrinks, heal if shrinks else 0)
+        result = _result(self.source, self.out, plan, *done, verification, notes, self.seconds)
         self.finish(result, stats)
         return result
 
@@ -199,6 +207,16 @@ class Job:
             run.refit(plan, stats, fitted)
         self.refit_text = fitted.facts
         return fitted
+
+    def healed(
+        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None, tokens: int
+    ) -> Refits:
+        """Heads trained block by block, from where merge and refit end."""
+        trained = FittedHeads(self.work / "heal")
+        if any(site.name not in trained for site in self.source.sites):
+            run.heal(plan, stats, refits, trained, tokens, self.settings["seed"])
+        self.refit_text = trained.facts
+        return trained
 
     def write(self, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         """Weights, config, plan and everything that lies beside the source's weights."""
@@ -326,6 +344,7 @@ class Job:
             method=self.settings["merge"],
             group=self.settings["group"],
             refit=result.refitted,
+            healed=result.healed,
             calibration=stats.metadata if stats else {},
             refit_text=self.refit_text,
             command=command_of(self.settings, self.source.name, self.out.name),

@@ -1,8 +1,9 @@
-"""What needs the original running: its calibration text, statistics and refit."""
+"""What needs the original running: its calibration text, statistics, refit and healing."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
 from ..families.spec import Site
-from ..refine.refit import num_passes, refit
+from ..refine import heal, refit
 from ..runtime.load import own_class
 from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
-from ..surgery import kept_weights, query_order, site_heads
+from ..surgery import Refits, kept_weights, query_order, site_heads
 from .fitted import FittedHeads
 from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
 
@@ -145,7 +146,7 @@ class CalibrationData:
 
 @dataclass(slots=True)
 class OriginalRun:
-    """What needs the running original: its calibration data, statistics and refit, with the model opened at most once."""
+    """What needs the running original: its calibration data, statistics, refit, healing; the model is opened at most once."""
 
     source: Opened
     data: CalibrationData
@@ -243,27 +244,46 @@ class OriginalRun:
 
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedHeads) -> None:
         """Refit the heads that are not yet there to the original's answers; what their merge made of W_q and W_k is kept too."""
+        total = calibrating.total_tokens(self.sample) * refit.num_passes()
+        self._fit("refit", refit.refit, total, plan, stats, None, fitted)
+
+    def heal(
+        self,
+        plan: Plan,
+        stats: Mapping[str, SiteStats] | None,
+        refits: Refits | None,
+        healed: FittedHeads,
+        tokens: int,
+        seed: int,
+    ) -> None:
+        """Train the heads that are not yet there, each block alone with so many tokens, from where merge and `refits` end."""
+        total = heal.cost(self.sample, tokens)
+        self._fit("heal", partial(heal.heal, tokens=tokens, seed=seed), total, plan, stats, refits, healed)
+
+    def _fit(
+        self,
+        stage: str,
+        fit: Callable[..., Any],
+        tokens: int,
+        plan: Plan,
+        stats: Mapping[str, SiteStats] | None,
+        refits: Refits | None,
+        fitted: FittedHeads,
+    ) -> None:
+        """`fit` on every site that is not yet in `fitted`; it runs `tokens` through each."""
         read, model = self.source.checkpoint.read, self.model
         merged: dict[str, Heads] = {}
         sites = {site.name: site for site in self.source.sites}
 
         def merge(site: Site) -> Heads:
             merged.clear()  # one at a time
-            merged[site.name] = site_heads(site, plan, read, stats)
+            merged[site.name] = site_heads(site, plan, read, stats, refits)
             return merged[site.name]
 
         def keep(name: str, fields: dict[str, Tensor]) -> None:
             both = {} if kept_weights(sites[name], plan) else {"q": merged[name].q, "k": merged[name].k}
             fitted.put(name, {**both, **fields}, self.facts())
 
-        advance = self._count("refit", calibrating.total_tokens(self.sample) * len(self.source.sites) * num_passes())
-        refit(
-            model,
-            self.source.sites,
-            merge,
-            self.sample,
-            order=lambda site: query_order(site, plan),
-            skip=fitted,
-            keep=keep,
-            progress=advance,
-        )
+        advance = self._count(stage, tokens * len(sites))
+        order = partial(query_order, plan=plan)
+        fit(model, self.source.sites, merge, self.sample, order=order, skip=fitted, keep=keep, progress=advance)

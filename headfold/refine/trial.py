@@ -81,6 +81,11 @@ class Trial:
     def __len__(self) -> int:
         return len(self._recorded)
 
+    def answer(self, number: int) -> Float[Tensor, "position model"]:
+        """What the original answered to the call of that number; float32 at least, padding left out."""
+        _, answer, mask = self._recorded[number]
+        return _rows(answer, None if mask is None else mask.flatten())
+
     def run(self, heads: Heads, number: int) -> Seen:
         """The call of that number with other heads; float32 at least, as sums in half precision would drown a ridge."""
         (args, kwargs), answer, mask = self._recorded[number]

@@ -31,13 +31,15 @@ class CardFacts:
     method: str
     group: str
     refit: bool
+    healed: int
+    """Tokens, or items, that every block was trained with; 0: not at all."""
     calibration: Mapping[str, str]
     command: str
     site_errors: Mapping[str, tuple[float, float]] | None = None
     license: str | None = None
     """Overrides the one in the source's card."""
     refit_text: Mapping[str, str] = field(default_factory=dict)
-    """What `W_o` was refitted on, as `calibration` for the statistics."""
+    """What blocks were refitted or healed on, as `calibration` for the statistics."""
     verification: str | None = None
     """One line on what comparing the fold with its twin found; None where it was skipped."""
     grouped_class: str = ""
@@ -107,9 +109,15 @@ def _summary(name: str, facts: CardFacts) -> str:
     return (
         f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
-        f"`{facts.group}` and merged by `{facts.method}`{refit}. Nothing was trained; all tensors outside attention are the "
+        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts.healed)}; all tensors outside attention are the "
         "original's, byte for byte."
     )
+
+
+def _training(healed: int) -> str:
+    if not healed:
+        return "Nothing was trained"
+    return f"Every attention block was then trained alone, on {healed:,} tokens or items, to answer what the original's does"
 
 
 def _facts_table(facts: CardFacts) -> str:
@@ -120,7 +128,7 @@ def _facts_table(facts: CardFacts) -> str:
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():
-        lines.append(f"- Refitted on: {_calibration(facts.refit_text)}")
+        lines.append(f"- {'Healed' if facts.healed else 'Refitted'} on: {_calibration(facts.refit_text)}")
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
     return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
 

@@ -1,0 +1,119 @@
+"""One block after another: record what the original's attention is given and answers, hand both to a solver, keep its heads.
+
+Every block is fitted alone, on the original's own inputs. Measured on a small Llama at 2 of 8 heads: healing on what the already folded
+prefix makes of them, toward the original's residual stream, ends at a rise of 0.0328 instead of 0.0341, for twice the time, and then no
+block can be fitted before the last one is.
+"""
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..calibration import Sample, mask_of, num_tokens
+from ..core.heads import Heads
+from ..families.spec import Site
+from .blocks import calls, walk
+from .trial import Recorded, Trial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PORTION_BYTES = 2**31
+"""Of recorded calls held at once where blocks cannot be walked one by one."""
+
+Fields = dict[str, Tensor]
+Keep = Callable[[str, Fields], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """What makes better heads of merged ones: the fields that change, float32, and how many tokens it runs through a block for that."""
+
+    solve: Callable[[Trial, Heads], Mapping[str, Tensor]]
+    tokens: int
+
+
+@torch.no_grad()
+def fit(
+    model: "PreTrainedModel",
+    sites: list[Site],
+    merged: Callable[[Site], Heads],
+    every: list[Sample],
+    solver: Solver,
+    *,
+    order: Callable[[Site], Sequence[int]] = lambda site: range(site.num_heads),
+    skip: Container[str] = (),
+    keep: Keep | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Fields]:
+    """By site, the fields of its merged heads that replace the merge's.
+
+    `model` is the original under stock transformers; `merged(site)` gives the site's folded heads in standard order, `order(site)`
+    that order: new position → query head of the original; `every` are the batches. The sites in `skip` are passed over; `keep` is
+    given each site's fields as soon as they are known, in place of the result. `progress` hears tokens. Decoders of packed text whose
+    class knows K/V heads (their blocks take hidden states alone by position) are walked, so that one block is in memory; others are run
+    whole, a portion of their sites at a time.
+    """
+    found: dict[str, Fields] = {}
+    for site, recorded in _recorded(model, sites, every):
+        left = solver.tokens
+        if site.name in skip:
+            progress(left)
+            continue
+
+        def heard(number: int) -> None:
+            nonlocal left
+            passed = min(left, num_tokens(every[number]))
+            left -= passed
+            progress(passed)
+
+        heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(recorded[0].answer.device)
+        width = heads.head_dim // site.head_dim
+        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard, model, width)
+        fields = {name: tensor.to("cpu", torch.float32) for name, tensor in solver.solve(trial, heads).items()}
+        if keep is None:
+            found[site.name] = fields
+        else:
+            keep(site.name, fields)
+        progress(left)  # of what needed fewer steps than it might have
+        del trial, recorded  # before the next site's calls are recorded
+    return found
+
+
+def _recorded(
+    model: "PreTrainedModel", sites: list[Site], every: list[Sample]
+) -> Iterator[tuple[Site, list[Recorded]]]:
+    """Every site with all the calls that its attention received."""
+    if every[0].keys() == {"input_ids"} and all(site.native for site in sites):
+        for block, visit in walk(model, sites, [batch["input_ids"] for batch in every]):
+            yield block.site, [Recorded(*visit(number), None) for number in range(len(every))]
+        return
+    for portion in _portions(model, sites, every):
+        recorded: dict[str, list[Recorded]] = {site.name: [] for site in portion}
+        for batch in every:
+            for site, one in _calls(model, portion, batch):
+                recorded[site.name].append(one)
+        for site in portion:
+            yield site, recorded.pop(site.name)
+
+
+def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterator[tuple[Site, Recorded]]:
+    for site, call, answer in calls(model, sites, batch):
+        yield site, Recorded(call, answer, mask_of(site, batch, answer, queries=True))
+
+
+def _portions(model: "PreTrainedModel", sites: list[Site], every: list[Sample]) -> Iterator[list[Site]]:
+    """As many sites at a time, but at least one, as fit into `PORTION_BYTES`, by what the calls of the first batch hold."""
+    storages = {site.name: one.storages() for site, one in _calls(model, sites, every[0])}
+    portion: list[Site] = []
+    held: dict[int, int] = {}
+    for site in sites:
+        both = held | storages[site.name]
+        if portion and sum(both.values()) * len(every) > PORTION_BYTES:
+            yield portion
+            portion, both = [], storages[site.name]
+        portion, held = [*portion, site], both
+    yield portion
