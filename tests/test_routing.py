@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,16 @@ def test_settling_asks_nobody_how_items_were_put_together() -> None:
             trained(model, tiny_sample("llama", seed=3), steps)
             maps.append(routing.freeze(model, batches))
     assert maps[0] == maps[2] and maps[1] == maps[3]
+    model, used = grouped("llama"), []
+    routing.attach(model, "kdgqa:published=true")
+
+    def watched() -> Iterator[dict[str, Tensor]]:
+        for item in range(3):
+            yield one_of(sample, item)
+            used.append(model.model.layers[1].self_attn.kv_of_query)
+
+    settled = routing.freeze(model, watched())
+    assert used == [runs(even(8, 4))] * 3 and used[0] not in settled.values()
 
 
 def by_hand(model: PreTrainedModel, path: str, kv_of_query: Sequence[int]) -> None:
