@@ -268,3 +268,25 @@ def test_what_cannot_be_routed_is_refused() -> None:
     routing.freeze(model, [sample])
     with pytest.raises(UserError, match=r"K/V head \d is left without a query.*leave published=true out"):
         routing.frozen_plan(model, "0")
+
+
+def test_a_resumed_trainer_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """In the middle of a window: weights and routes are those of a run in one go."""
+    ids = tiny_sample("llama", num_items=32)["input_ids"]
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def after(place: str, steps: int, resume: bool) -> PreTrainedModel:
+        model = grouped("llama").float()
+        routing.attach(model, "dgqa:window=3")
+        asked = transformers.TrainingArguments(
+            str(tmp_path / place), max_steps=steps, save_steps=4, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            lr_scheduler_type="constant", learning_rate=1e-2, disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(model, asked, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model
+
+    whole, _ = after("whole", 8, False), after("cut", 4, False)
+    resumed = after("cut", 8, True)
+    for name, tensor in whole.state_dict().items():
+        assert_bitwise(resumed.state_dict()[name], tensor)
+    assert all(router.state.step == 8 for router in routing.routers(resumed).values())

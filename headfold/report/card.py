@@ -68,7 +68,7 @@ def routed_card(
     rows = [[site, " + ".join(map(str, each))] for site, each in sizes.items()]
     text = (
         f"Query heads, in their order, were divided among the K/V heads by `{route}` (headfold methods {route.partition(':')[0]}), "
-        f"from the norms of keys on {_calibration(calibration)}, and stay so: no answer depends on its batch. The weights of "
+        f"settled on {_calibration(calibration)}, and stay so: no answer depends on its batch. The weights of "
         f"`{name}` are untouched, byte for byte."
     )
     section = f"## Route\n\n{text}\n\n{markdown_table(['attention', 'query heads of each K/V head'], rows)}"

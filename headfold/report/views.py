@@ -124,9 +124,9 @@ def _members(site: Any) -> list[str]:
 def show_route(result: Any) -> None:
     """A `recipe.routing.RouteResult`."""
     rows = [[name, " + ".join(map(str, sizes))] for name, sizes in result.sizes.items()]
-    title = (
-        f"{result.route}, settled on {result.calibration['tokens']} items or tokens of {result.calibration['source']}"
-    )
+    said = result.calibration
+    amount = f"{said['tokens']} {'tokens' if said['kind'] == 'text' else 'items'}"
+    title = f"{result.route}, settled on {amount} of {said['source']}"
     show_table(["attention", "query heads of each K/V head"], rows, title=title)
     for note in result.notes:
         print(f"note: {note}")
