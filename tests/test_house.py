@@ -14,6 +14,7 @@ import headfold.cli
 import headfold.group
 import headfold.group.costs
 import headfold.merge
+import headfold.runtime.routes
 from headfold.core import plugins
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,9 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
-VERBS = ("inspect", "calibrate", "plan", "fold", "eval", "export", "frontier", "compare", "bench", "probe", "methods")
+VERBS = (
+    "inspect", "calibrate", "plan", "fold", "eval", "export", "route", "frontier", "compare", "bench", "probe", "methods",
+)  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -116,7 +119,7 @@ def test_modules_say_what_they_are(path: Path) -> None:
 
 PAGES = [
     (package, name)
-    for package in (headfold.merge, headfold.group, headfold.group.costs)
+    for package in (headfold.merge, headfold.group, headfold.group.costs, headfold.runtime.routes)
     for name in plugins.names(package)
 ]
 

@@ -41,6 +41,7 @@ app.command(epilog="Example: headfold calibrate my-model stats.safetensors --cal
 app.command(epilog="Example: headfold plan my-model plan.json --kv-heads 1/4 --stats stats.safetensors")(making.plan)
 app.command(epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4")(making.fold)
 app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")(making.export)
+app.command(epilog="Example: headfold route my-vit-gqa my-vit-routed --route kdgqa --calibration images/")(making.route)
 app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
     looking.evaluate
 )

@@ -96,8 +96,10 @@ def methods(
     from .. import group, merge
     from ..core import plugins
     from ..group import costs
+    from ..runtime import routes
 
     axes = {"--merge": (merge, "merge"), "--group": (group, "group"), "--group METHOD:cost=": (costs, "cost")}
+    axes["--route"] = (routes, "route")
     pages = [
         _page(option, found, plugins.load(package, found), entry)
         for option, (package, entry) in axes.items()

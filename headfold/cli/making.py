@@ -1,4 +1,4 @@
-"""Verbs that write: calibrate, plan, fold, export."""
+"""Verbs that write: calibrate, plan, fold, export, route."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ from .options import (
     Merge,
     Model,
     Refit,
+    Route,
     Seed,
     Sensitivity,
     Spread,
@@ -179,6 +180,32 @@ def export(
     with ProgressReport(silent=as_json) as progress:
         result = exporting.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
     answer(result.to_json(), as_json) or exporting.show(result)
+
+
+def route(
+    folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="A checkpoint with grouped K/V heads.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    route: Route = "kdgqa",
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
+    context: Context = None,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Divide query heads among K/V heads by the norms of keys.
+
+    The route measures the keys on calibration data and fixes who reads what: groups of different sizes, the same weights and cache. OUT
+    is opened again and compared with the routed model."""
+    from ..recipe import routing
+
+    chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
+    with ProgressReport(silent=as_json) as progress:
+        result = routing.route(folded, out, route=route, seed=seed, force=force, progress=progress, **chosen)
+    answer(result.to_json(), as_json) or views.show_route(result)
 
 
 def _check_fold(

@@ -27,6 +27,9 @@ Merge = Annotated[
     str | None,
     typer.Option("--merge", metavar="METHOD", help="How they become one; see headfold methods. Default: absorb."),
 ]
+Route = Annotated[
+    str, typer.Option("--route", metavar="ROUTE", help="How to divide them; see headfold methods. Default: kdgqa.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -63,6 +63,21 @@ def model_card(source: Path, facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def routed_card(
+    card: str, name: str, route: str, sizes: Mapping[str, tuple[int, ...]], calibration: Mapping[str, str]
+) -> str:
+    """The card of a checkpoint whose route is settled: that of the folded one, `name`, with a section on who reads what."""
+    rows = [[site, " + ".join(map(str, each))] for site, each in sizes.items()]
+    text = (
+        f"Query heads, in their order, were divided among the K/V heads by `{route}` (headfold methods {route.partition(':')[0]}), "
+        f"settled on {_calibration(calibration)}, and stay so: no answer depends on its batch. The weights of "
+        f"`{name}` are untouched, byte for byte."
+    )
+    section = f"## Route\n\n{text}\n\n{markdown_table(['attention', 'query heads of each K/V head'], rows)}"
+    before, heading, after = (card or f"# {name}, routed").partition("\n## Made by")
+    return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"
+
+
 def model_name(base_model: str) -> str:
     """A hub id as it stands; of a path the last component alone, so that no card tells where it was made."""
     is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))

@@ -121,6 +121,23 @@ def _members(site: Any) -> list[str]:
     return [written] if len(written) <= 50 else []
 
 
+def show_route(result: Any) -> None:
+    """A `recipe.routing.RouteResult`."""
+    rows = [[name, " + ".join(map(str, sizes))] for name, sizes in result.sizes.items()]
+    said = result.calibration
+    amount = f"{said['tokens']} {'tokens' if said['kind'] == 'text' else 'items'}"
+    title = f"{result.route}, settled on {amount} of {said['source']}"
+    show_table(["attention", "query heads of each K/V head"], rows, title=title)
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.batch_dependent:
+        print("note: as published this route depends on the batch that an item is in; settled as here, on none")
+    print(
+        f"verified: the checkpoint says what the routed model says to {result.difference:.2g} (tolerance {result.tolerance:.2g})"
+    )
+    print(f"wrote {result.out}")
+
+
 def show_calibration(result: Any) -> None:
     """A `recipe.CalibrationResult`."""
     print(f"{result.tokens:,} tokens of {result.source} through {result.sites} sites in {duration(result.seconds)}")

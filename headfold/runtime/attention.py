@@ -96,6 +96,24 @@ def packed(
     return output, None if weights is None else by.heads(weights, tokens)
 
 
+def routed(attention: Attention) -> Attention:
+    """The same attention where, if the module has a route, that says first who reads which K/V head, and then sees the output."""
+
+    @functools.wraps(attention)
+    def run(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        route = getattr(module, "headfold_route", None)
+        if route is None:
+            return attention(module, query, key, value, attention_mask, **keywords)
+        module.kv_of_query = route(key, attention_mask)
+        output, weights = attention(module, query, key, value, attention_mask, **keywords)
+        return route.perturbed(output), weights
+
+    return run
+
+
+@routed
 def headfold_attention(
     module: nn.Module,
     query: Tensor,
@@ -207,6 +225,7 @@ def joined(
     return (query, join(key, slots), join(value, slots)), keywords
 
 
+@routed
 def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, Tensor | None]:

@@ -1,13 +1,14 @@
 """The one attention of all own forwards: grouped projections, the cache, the output; a page per family says what differs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import EAGER_NAME, Attention, implementation, joined, packed, stock_eager
+from .attention import EAGER_NAME, Attention, implementation, joined, packed, routed, stock_eager
 
 Turn = Callable[[Tensor], Tensor]
 
@@ -68,7 +69,8 @@ def attend(
     name = implementation(module.config._attn_implementation, special=special)
     if name == EAGER_NAME:
         heads, keywords = joined(module, query, key, value, keywords)
-        output, weights = packed(eager or stock_eager(type(module)), module, *heads, mask, **keywords)
+        inner = partial(packed, eager or stock_eager(type(module)))
+        output, weights = routed(inner)(module, *heads, mask, **keywords)
     else:
         output, weights = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **keywords)
     return output.flatten(2), weights

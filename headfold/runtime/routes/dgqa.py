@@ -1,0 +1,85 @@
+"""K/V heads whose keys are long, or grow fast, get more query heads, once in a window of steps (DGQA, 2408.08454).
+
+With n_g the norm of the keys of K/V head g and c_g what the last cut kept of it, shares are ρ_g = 0.9 n_g + 0.1 c_g, or
+|c_g − n_g| with `difference=true`; of the H query heads, in their order, head g gets a run of about H · ρ_g / Σρ.
+
+Repaired (default): n_g is the mean over the window's samples of the root mean square of a key, padding left out; at the end of
+every `window` steps of training, and of what is measured in `freeze`, every head gets one query and the other H − G go by ρ, by
+largest remainders (evenly where no norm has moved); then c = ρ, a true moving average, or c = n for differences. c starts at 0, so
+the first cut is by n. Outside training nothing moves: an answer depends on no batch.
+
+`published=true`: n_g is the Frobenius norm over positions, padding too, and dims, summed over one batch. In training only steps
+0, window, 2 · window … count (`runtime.routing.new_epoch` is the published restart): a = H · ρ / Σρ is rounded, halves to the even
+number, and as long as the sum is wrong a head drawn at random (`seed`) wins or loses one, none below 0; then c ← (c + n) / window,
+which leaves c so small that both shares come to n alone, and the cut is nearly even. Outside training every batch is cut anew and
+c ← n, so an answer depends on its batch, on the one before and on chance; the same batch twice is 0/0 for differences, refused here.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ...core.routes import Norms, RouteState, apportion, rounded
+
+NEW = 0.9
+"""Weight of the new norms in their moving average, as published."""
+BATCH_DEPENDENT = True
+"""Of the published form; the repaired one never is."""
+
+
+def route(
+    state: RouteState,
+    norms: Norms,
+    training: bool,
+    *,
+    published: bool = False,
+    difference: bool = False,
+    window: int = 300,
+    seed: int = 0,
+) -> RouteState:
+    """One forward pass. `window` is in steps of training."""
+    if published:
+        return _published(state, norms.whole.sum(0), training, difference, window, seed)
+    if not training:
+        return state
+    state = replace(state.measured(norms.per_token), step=state.step + 1)
+    return state if state.step % window else settle(state, difference=difference)
+
+
+def settle(state: RouteState, *, published: bool = False, difference: bool = False, window: int = 300) -> RouteState:
+    """The window closed here, as long as it is; what the published form did last is all that it has to say."""
+    if published or state.count == 0:
+        return state
+    found = shares(state.kept, state.mean, difference)
+    sizes = apportion(found.tolist(), state.num_heads)
+    kept = state.mean if difference else found
+    return replace(state, sizes=sizes, kept=kept, mean=0 * state.mean, count=0)
+
+
+def shares(kept: Float[Tensor, " group"], norms: Float[Tensor, " group"], difference: bool) -> Float[Tensor, " group"]:
+    """ρ."""
+    return (kept - norms).abs() if difference else NEW * norms + (1 - NEW) * kept
+
+
+def _published(
+    state: RouteState, norms: Float[Tensor, " group"], training: bool, difference: bool, window: int, seed: int
+) -> RouteState:
+    if training and state.step % window:
+        return replace(state, step=state.step + 1)
+    norms = norms.to(state.kept)
+    found = rounded("dgqa:published=true", shares(state.kept, norms, difference).tolist(), state.num_heads)
+    sizes = corrected(found, state.num_heads, random.Random(f"{seed} {state.draws}"))
+    kept = (state.kept + norms) / window if training else norms
+    return replace(state, sizes=sizes, kept=kept, step=state.step + training, draws=state.draws + 1)
+
+
+def corrected(sizes: Sequence[int], num_heads: int, draw: random.Random) -> tuple[int, ...]:
+    """One more, or one less where there is one, for groups drawn at random until the sum is right."""
+    sizes = list(sizes)
+    while (wrong := num_heads - sum(sizes)) != 0:
+        group = draw.randrange(len(sizes))
+        sizes[group] += 1 if wrong > 0 else -(sizes[group] > 0)
+    return tuple(sizes)
