@@ -104,11 +104,22 @@ def differences(
     first, *others = models
     assert all(len(other) == len(first) for other in others), [len(model) for model in models]
     if len(first) < 2:
-        raise UserError(f"{len(first)} {first.of}: expected at least 2 to draw from; give more data or shorter windows")
+        raise UserError(
+            f"--compare: expected at least 2 {first.of} to draw from, got {len(first)}; give more data, or a shorter --context"
+        )
     blocks = [[model.resampled(counts) for model in models] for counts in draws(len(first), resamples, seed)]
     values = [np.concatenate(block) for block in zip(*blocks, strict=True)]
     pairs = zip(others, values[1:], strict=True)
     return [_difference(other.total - first.total, drawn - values[0], level) for other, drawn in pairs]
+
+
+def interval(
+    units: Resampled, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> tuple[float, float]:
+    """The percentile interval of one model's metric, from the draws that `differences` has; NaN where a resample has no value."""
+    drawn = np.concatenate([units.resampled(counts) for counts in draws(len(units), resamples, seed)])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def draws(num_units: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "resample unit"]]:

@@ -23,7 +23,7 @@ from ..stock import compute_dtype, input_device, open_model, open_tokenizer, sto
 from .bootstrap import Units
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MAX_CONTEXT = 2048
 """Default window where the model's own context is longer."""
@@ -99,16 +99,13 @@ def evaluate(
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
             fewer than two tokens.
     """
-    source, documents = open_text(text)
-    tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
-    if len(tokens) < 2:
-        raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
+    source, tokens = read_tokens(model_dir, text, max_tokens)
     stored = stored_dtype(model_dir)
     dtype, _ = compute_dtype(stored, device)
     model = open_language_model(model_dir, dtype, device)
     reference = None if reference_dir is None else open_language_model(reference_dir, dtype, device)
     reference_bytes = None if reference_dir is None else kv_bytes_per_token(reference, stored_dtype(reference_dir))
-    context = context or default_context(model)
+    context = context or default_context(model.config)
     windows = split_windows(tokens, context)
     scores = compare_models(model, reference, windows, batch_size=batch_size)
     return Evaluation(
@@ -124,7 +121,25 @@ def evaluate(
     )
 
 
+def read_tokens(model_dir: str | Path, text: str | None, max_tokens: int | None) -> tuple[str, Int[Tensor, " token"]]:
+    """The name of a text, and its first tokens by the model's tokenizer.
+
+    Raises:
+        UserError: a text or tokenizer that cannot be read, or fewer than two tokens.
+    """
+    source, documents = _text(text)
+    tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
+    if len(tokens) < 2:
+        raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
+    return source, tokens
+
+
 def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """The model of a directory, of a class of ours where it needs one.
+
+    Raises:
+        UserError: it does not open, or has no language-model head.
+    """
     config = json.loads((Path(path) / "config.json").read_text())
     model = open_model(path, dtype=dtype, device=device, model_class=own_class(config))
     if model.get_output_embeddings() is None:
@@ -135,7 +150,7 @@ def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "P
     return model
 
 
-def open_text(source: str | None) -> tuple[str, Iterator[str]]:
+def _text(source: str | None) -> tuple[str, Iterator[str]]:
     """The name and documents of a source; the bundled text where none is named."""
     if source is not None:
         corpus = open_corpus(source)
@@ -146,9 +161,9 @@ def open_text(source: str | None) -> tuple[str, Iterator[str]]:
     return HELDOUT, iter([bundled.read_text(encoding="utf-8")])
 
 
-def default_context(model: "PreTrainedModel") -> int:
-    """Tokens of a window where nobody says how many."""
-    return min(getattr(_text_config(model), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
+def default_context(config: "PreTrainedConfig") -> int:
+    """Tokens of a window where nobody says how many: all positions of the model, at most `MAX_CONTEXT`."""
+    return min(getattr(config.get_text_config(decoder=True), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
 
 
 def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:

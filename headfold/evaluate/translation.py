@@ -77,13 +77,10 @@ def evaluate(
         UserError: the metric's package is not installed, or the model has no language-model head.
     """
     start, options = time.perf_counter(), {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    own = measure(model, pairs, tokenizer, metric=metric, context=context, **options)
-    beside = {}
-    if reference is not None:
-        other = measure(reference, pairs, tokenizer, metric=metric, context=context, **options)
-        beside = {f"reference_{units.metric}": units.total for units in other}
-        sample = encode_pairs(pairs, tokenizer, context)
-        beside["kl"] = target_kl(model, reference, sample, batch_size=batch_size)
+    options |= {"metric": metric, "context": context}
+    own = measure(model, pairs, tokenizer, reference=reference, **options)
+    other = [] if reference is None else measure(reference, pairs, tokenizer, **options)
+    beside = {f"reference_{units.metric}": units.total for units in other}
     totals = {units.metric: units.total for units in own}
     num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
     return Translation(num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, **totals, **beside)
@@ -94,13 +91,14 @@ def measure(
     pairs: Sequence[tuple[str, str]],
     tokenizer: Any,
     *,
+    reference: "PreTrainedModel | None" = None,
     metric: str = "bleu",
     context: int = 512,
+    batch_size: int = BATCH_SIZE,
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = BATCH_SIZE,
 ) -> list[Units]:
-    """What `evaluate` says of one model, pair by pair: the loss, then what `metric` makes of its outputs.
+    """What `evaluate` says of the model, pair by pair: the loss, KL beside a reference, and what `metric` makes of its outputs.
 
     Raises:
         UserError: as `evaluate`.
@@ -108,13 +106,18 @@ def measure(
     if max_new_tokens:
         METRICS[metric].require()  # before hours of writing
     sample = encode_pairs(pairs, tokenizer, context)
-    losses = target_losses(model, sample, batch_size=batch_size).numpy()
-    found = [Units(metric="nll", of="pairs", sums=losses, lower_is_better=True)]
+    found = [_per_token("nll", target_losses(model, sample, batch_size=batch_size))]
+    if reference is not None:
+        found.append(_per_token("kl", target_divergences(model, reference, sample, batch_size=batch_size)))
     if max_new_tokens:
         options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         outputs = written(model, sample, tokenizer, **options)
         found += METRICS[metric].units(outputs, [target for _, target in pairs])
     return found
+
+
+def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
+    return Units(metric=metric, of="pairs", sums=sums.numpy(), lower_is_better=True)
 
 
 @torch.no_grad()
