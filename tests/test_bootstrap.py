@@ -135,7 +135,7 @@ def test_a_missing_package_is_named(page, package, monkeypatch):
 
 
 def test_one_unit_has_no_interval():
-    with pytest.raises(UserError, match="1 windows: expected at least 2"):
+    with pytest.raises(UserError, match="expected at least 2 windows to draw from, got 1"):
         differences([mean_of("nll", "windows", np.ones(1))] * 2)
 
 
