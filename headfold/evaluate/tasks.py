@@ -140,6 +140,11 @@ def run(
         UserError: whatever the harness fails on.
     """
     harness = require()
+    writing = [name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+    if writing and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--task {writing[0]}: the model is to write, but its tokenizer names no eos_token; add it there"
+        )
     _set_examples(tasks["tasks"], num_fewshot)
     try:
         with _silenced(), _seeded(), quiet():

@@ -11,11 +11,11 @@ from ..core.errors import UserError
 from ..corpus.samples import kind_of
 from ..evaluate import tasks as harness
 from ..evaluate.bootstrap import LEVEL, RESAMPLES, interval
+from ..evaluate.perplexity import open_language_model
 from ..evaluate.tasks import TaskUnits
 from ..stock import compute_dtype, open_tokenizer, stored_dtype
 from .contrasting import Contrast, check_several, contrasted
 from .measuring import default_device
-from .scoring import open_own
 from .source import Progress, silent
 
 KINDS = ("text", "pairs")
@@ -150,7 +150,7 @@ def _measured(
         dtype, _ = compute_dtype(stored_dtype(directory), device)
         found.append(
             harness.run(
-                open_own(directory, dtype, device),
+                open_language_model(directory, dtype, device),
                 open_tokenizer(directory),
                 tasks,
                 num_fewshot=num_fewshot,
