@@ -269,6 +269,7 @@ def test_a_task_that_says_no_examples_means_it(model, folder):
 
 
 def test_generators_are_left_as_they_were(model, folder):
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     tasks.run(open_model(model), open_tokenizer(model), tasks.load_tasks(["my_writing"], folder), limit=2)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
