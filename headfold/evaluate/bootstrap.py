@@ -74,7 +74,8 @@ def mean_of(metric: str, of: str, values: Float[np.ndarray, " unit"], *, lower_i
 class Difference:
     """How far a metric is from the first model's, the percentile interval of that, and the chance of it without a difference.
 
-    `p` is two-sided and agrees with the interval: below 1 - `LEVEL` where that leaves out zero (to one draw). All but `value` are NaN
+    `p` is two-sided and agrees with the interval: below 1 - `LEVEL` where that leaves out zero (to one draw). That of sacrebleu's
+    paired bootstrap looks at one side, so it is about half as large. All but `value` are NaN
     where a resample has no value.
     """
 
