@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.corpus.sentences import encode_sentences
-from headfold.evaluate import classification, embedding, translation
+from headfold.evaluate import bleu, classification, embedding, translation
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(58))]
@@ -119,9 +119,9 @@ def test_outputs_are_those_of_each_item_alone(family, beams, tokenizer):
 
 
 def test_bleu_is_the_geometric_mean_of_matches():
-    assert translation.corpus_bleu(["a b c d", "e f g h"], ["a b c d", "e f g h"]) == pytest.approx(100, rel=1e-12)
+    assert bleu.corpus_bleu(["a b c d", "e f g h"], ["a b c d", "e f g h"]) == pytest.approx(100, rel=1e-12)
     expected = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25  # no match of four: half a match by exponential smoothing
-    assert translation.corpus_bleu(["a b c d"], ["a b c e"]) == pytest.approx(expected, rel=1e-12)
+    assert bleu.corpus_bleu(["a b c d"], ["a b c e"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_translation_of_what_the_model_writes_is_perfect(tokenizer):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from . import comparing, looking, making, timing
+from . import comparing, evaluating, looking, making, timing
 
 app = typer.Typer(
     name="headfold",
@@ -43,7 +43,7 @@ app.command(epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4"
 app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")(making.export)
 app.command(epilog="Example: headfold route my-vit-gqa my-vit-routed --route kdgqa --calibration images/")(making.route)
 app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
-    looking.evaluate
+    evaluating.evaluate
 )
 app.command(epilog="Example: headfold frontier my-model front --stats stats.safetensors")(comparing.frontier)
 app.command(epilog="Example: headfold compare my-model --kv-heads 1/2,1/4 --text notes.txt")(comparing.compare)

@@ -1,4 +1,4 @@
-"""Verbs that look: inspect, eval, probe, methods."""
+"""Verbs that look: inspect, probe, methods."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from ..report import views
-from ..report.progress import ProgressReport
-from .answers import answer, given
-from .options import Context, Debug, Force, Json, Model, StatsFile
+from .answers import answer
+from .options import Debug, Force, Json, Model, StatsFile
 
 
 def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
@@ -19,51 +18,6 @@ def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug:
 
     found = recipe.inspect(model, stats=stats)
     answer(found.to_json(), as_json) or views.show_inspection(found)
-
-
-def evaluate(
-    model: Model,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="ORIGINAL", help="The model it was folded from.")
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            metavar="SOURCE",
-            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); "
-            "sentences; a folder or table of images. Default, for language models alone: the bundled text.",
-        ),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option("--columns", metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
-    ] = None,
-    beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams that BLEU is written with.")] = 1,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-new-tokens", metavar="N", min=0, help="Where an output for BLEU is cut at the latest; 0: no BLEU."
-        ),
-    ] = 128,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Items to measure on; tokens of plain text.")
-    ] = None,
-    context: Context = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity, BLEU, accuracy or embeddings.
-
-    By what the model is: a language model's perplexity and KL to the original, BLEU and loss of an encoder-decoder, accuracy of a
-    classifier, likeness of an encoder's embeddings to the original's. With --reference always beside the original."""
-    from ..recipe import scoring
-
-    chosen = given(columns=columns and tuple(columns.split(",")), limit=limit, context=context)
-    writing = {"beams": beams, "max_new_tokens": max_new_tokens}
-    with ProgressReport(silent=as_json) as progress:
-        found = scoring.evaluate(model, reference=reference, text=text, progress=progress, **writing, **chosen)
-    answer(scoring.facts(found), as_json) or views.show_evaluation(found)
 
 
 def probe(

@@ -12,12 +12,16 @@ from torch.nn.functional import kl_div
 
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
+from .bootstrap import Units, mean_of
 from .placing import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_SIZE = 64
+QUANTITIES = ("accuracy", "cross_entropy", "reference_accuracy", "reference_cross_entropy", "kl", "agreement")
+"""Of every item; the first two without a reference."""
+LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,6 @@ class Classification:
     agreement: float | None = None
 
 
-@torch.no_grad()
 def evaluate(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
@@ -50,27 +53,54 @@ def evaluate(
     Raises:
         UserError: the items have no labels or the model no such class; the model has no classifier.
     """
-    start, count = time.perf_counter(), 0
-    sums = torch.zeros(6, dtype=torch.float64)
+    start = time.perf_counter()
+    items = _items(model, sample, reference, batch_size)
+    means = dict(zip(QUANTITIES, (items.sum(0) / len(items)).tolist(), strict=True))
+    seconds = time.perf_counter() - start
+    return Classification(num_items=len(items), seconds=seconds, **{name: means[name] for name in _measured(reference)})
+
+
+def measure(
+    model: "PreTrainedModel",
+    sample: Sample | Iterable[Sample],
+    *,
+    reference: "PreTrainedModel | None" = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[Units]:
+    """What `evaluate` says of the model, item by item.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    items = _items(model, sample, reference, batch_size)
+    names = [name for name in _measured(reference) if not name.startswith("reference_")]
+    return [
+        mean_of(name, "items", items[:, QUANTITIES.index(name)].numpy(), lower_is_better=name in LOSSES)
+        for name in names
+    ]
+
+
+def _measured(reference: "PreTrainedModel | None") -> tuple[str, ...]:
+    return QUANTITIES[: 2 if reference is None else None]
+
+
+@torch.no_grad()
+def _items(
+    model: "PreTrainedModel",
+    sample: Sample | Iterable[Sample],
+    reference: "PreTrainedModel | None",
+    batch_size: int,
+) -> Float[Tensor, "item quantity"]:
+    """`QUANTITIES` of every item, in float64."""
+    rows = []
     for part in [sample] if isinstance(sample, dict) else sample:
         for batch in batches(part, batch_size):
             inputs, labels = _split(batch)
             ours = _log_probabilities(model, inputs, labels)
             theirs = ours if reference is None else _log_probabilities(reference, inputs, labels)
-            sums += torch.stack([*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs)])
-            count += len(labels)
-    accuracy, loss, reference_accuracy, reference_loss, kl, agreement = (sums / count).tolist()
-    seconds = time.perf_counter() - start
-    alone = {"num_items": count, "accuracy": accuracy, "cross_entropy": loss, "seconds": seconds}
-    if reference is None:
-        return Classification(**alone)
-    return Classification(
-        **alone,
-        reference_accuracy=reference_accuracy,
-        reference_cross_entropy=reference_loss,
-        kl=kl,
-        agreement=agreement,
-    )
+            columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
+            rows.append(torch.stack([column.double() for column in columns], 1))
+    return torch.cat(rows)
 
 
 def _split(batch: Sample) -> tuple[Sample, Tensor]:
@@ -92,13 +122,15 @@ def _log_probabilities(model: "PreTrainedModel", inputs: Sample, labels: Tensor)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
 
 
-def _scores(log_probabilities: Float[Tensor, "item class"], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Right answers and losses, each summed in float64."""
-    losses = -log_probabilities.gather(1, labels[:, None])
-    return (log_probabilities.argmax(1) == labels).double().sum(), losses.double().sum()
+def _scores(log_probabilities: Float[Tensor, "item class"], labels: Tensor) -> tuple[Tensor, Float[Tensor, " item"]]:
+    """Right answers and losses."""
+    losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
+    return log_probabilities.argmax(1) == labels, losses
 
 
-def _beside(ours: Float[Tensor, "item class"], theirs: Float[Tensor, "item class"]) -> tuple[Tensor, Tensor]:
-    """KL(theirs || ours) and equal answers, each summed in float64."""
+def _beside(
+    ours: Float[Tensor, "item class"], theirs: Float[Tensor, "item class"]
+) -> tuple[Float[Tensor, " item"], Tensor]:
+    """KL(theirs || ours) and equal answers."""
     divergences = kl_div(ours, theirs, reduction="none", log_target=True)
-    return divergences.double().sum(), (ours.argmax(1) == theirs.argmax(1)).double().sum()
+    return divergences.double().sum(1), ours.argmax(1) == theirs.argmax(1)

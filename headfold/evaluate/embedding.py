@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
+from .bootstrap import Units, mean_of
 from .placing import placed
 
 if TYPE_CHECKING:
@@ -56,16 +57,8 @@ def evaluate(
     Raises:
         UserError: no reference, another width than the reference's, or an unknown pooling.
     """
-    if reference is None:
-        raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
-    start, ours, theirs = time.perf_counter(), [], []
-    for part in [sample] if isinstance(sample, dict) else sample:
-        for batch in batches(part, batch_size):
-            ours.append(embed(model, batch, pooling=pooling))
-            theirs.append(embed(reference, batch, pooling=pooling))
-    ours, theirs = (normalize(torch.cat(found), dim=1) for found in (ours, theirs))
-    if ours.shape != theirs.shape:
-        raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
+    start = time.perf_counter()
+    ours, theirs = _both(model, sample, reference, pooling, batch_size)
     cosines = (ours * theirs).sum(1)
     return Embedding(
         num_items=len(ours),
@@ -75,6 +68,44 @@ def evaluate(
         rank_correlation=rank_correlation(_similarities(ours), _similarities(theirs)),
         seconds=time.perf_counter() - start,
     )
+
+
+def measure(
+    model: "PreTrainedModel",
+    sample: Sample | Iterable[Sample],
+    reference: "PreTrainedModel | None" = None,
+    *,
+    pooling: str = "mean",
+    batch_size: int = BATCH_SIZE,
+) -> list[Units]:
+    """Cosine of every item's embedding to the reference's: what `evaluate` takes the mean of.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    ours, theirs = _both(model, sample, reference, pooling, batch_size)
+    return [mean_of("cosine", "items", (ours * theirs).sum(1).numpy())]
+
+
+def _both(
+    model: "PreTrainedModel",
+    sample: Sample | Iterable[Sample],
+    reference: "PreTrainedModel | None",
+    pooling: str,
+    batch_size: int,
+) -> tuple[Float[Tensor, "item model"], Float[Tensor, "item model"]]:
+    """Unit vectors of the model and of its reference."""
+    if reference is None:
+        raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
+    ours, theirs = [], []
+    for part in [sample] if isinstance(sample, dict) else sample:
+        for batch in batches(part, batch_size):
+            ours.append(embed(model, batch, pooling=pooling))
+            theirs.append(embed(reference, batch, pooling=pooling))
+    ours, theirs = (normalize(torch.cat(found), dim=1) for found in (ours, theirs))
+    if ours.shape != theirs.shape:
+        raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
+    return ours, theirs
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,9 +20,10 @@ from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..runtime.load import layer_counts, own_class
 from ..stock import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
+from .bootstrap import Units
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MAX_CONTEXT = 2048
 """Default window where the model's own context is longer."""
@@ -97,16 +99,13 @@ def evaluate(
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
             fewer than two tokens.
     """
-    source, documents = _text(text)
-    tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
-    if len(tokens) < 2:
-        raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
+    source, tokens = read_tokens(model_dir, text, max_tokens)
     stored = stored_dtype(model_dir)
     dtype, _ = compute_dtype(stored, device)
-    model = _open_language_model(model_dir, dtype, device)
-    reference = None if reference_dir is None else _open_language_model(reference_dir, dtype, device)
+    model = open_language_model(model_dir, dtype, device)
+    reference = None if reference_dir is None else open_language_model(reference_dir, dtype, device)
     reference_bytes = None if reference_dir is None else kv_bytes_per_token(reference, stored_dtype(reference_dir))
-    context = context or min(getattr(_text_config(model), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
+    context = context or default_context(model.config)
     windows = split_windows(tokens, context)
     scores = compare_models(model, reference, windows, batch_size=batch_size)
     return Evaluation(
@@ -122,7 +121,25 @@ def evaluate(
     )
 
 
-def _open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+def read_tokens(model_dir: str | Path, text: str | None, max_tokens: int | None) -> tuple[str, Int[Tensor, " token"]]:
+    """The name of a text, and its first tokens by the model's tokenizer.
+
+    Raises:
+        UserError: a text or tokenizer that cannot be read, or fewer than two tokens.
+    """
+    source, documents = _text(text)
+    tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
+    if len(tokens) < 2:
+        raise UserError(f"{source}: gives {len(tokens)} tokens; need at least 2 to predict one from the other")
+    return source, tokens
+
+
+def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """The model of a directory, of a class of ours where it needs one.
+
+    Raises:
+        UserError: it does not open, or has no language-model head.
+    """
     config = json.loads((Path(path) / "config.json").read_text())
     model = open_model(path, dtype=dtype, device=device, model_class=own_class(config))
     if model.get_output_embeddings() is None:
@@ -142,6 +159,11 @@ def _text(source: str | None) -> tuple[str, Iterator[str]]:
     if not bundled.is_file():
         raise UserError("bundled/heldout.txt: expected in this installation, found none; name a text with --text FILE")
     return HELDOUT, iter([bundled.read_text(encoding="utf-8")])
+
+
+def default_context(config: "PreTrainedConfig") -> int:
+    """Tokens of a window where nobody says how many: all positions of the model, at most `MAX_CONTEXT`."""
+    return min(getattr(config.get_text_config(decoder=True), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
 
 
 def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:
@@ -168,7 +190,6 @@ def _text_config(model: "PreTrainedModel") -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-@torch.no_grad()
 def compare_models(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
@@ -184,17 +205,34 @@ def compare_models(
     """
     start, context = time.perf_counter(), max(len(window) for window in windows)
     num_bins = min(num_bins, context - 1)
-    totals = torch.zeros(5, num_bins, dtype=torch.float64)  # tokens, nll, reference nll, kl, agreements
-    for batch in _batches(windows, batch_size or max(1, LOGIT_BUDGET // (context * _text_config(model).vocab_size))):
-        sums = _sums(model, reference, batch)
-        bins = torch.arange(batch.shape[1] - 1) * num_bins // (context - 1)
-        totals.index_add_(1, bins, sums)
+    totals = torch.zeros(5, num_bins, dtype=torch.float64)
+    for quantities in _quantities(model, reference, windows, batch_size):
+        bins = torch.arange(quantities.shape[2]) * num_bins // (context - 1)
+        totals.index_add_(1, bins, quantities.sum(1))
     count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
     alone = Comparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
     if reference is None:
         return alone
     beside = (reference_nll / count, _means(totals, 2), kl / count, agreements / count)
     return Comparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
+
+
+def measure(
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
+    windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
+    *,
+    batch_size: int | None = None,
+) -> list[Units]:
+    """What `compare_models` says of the model, window by window: loss, and beside a reference KL and top-1 agreement, per token."""
+    blocks = [part.sum(2) for part in _quantities(model, reference, windows, batch_size)]
+    tokens, nll, _, kl, agreements = torch.cat(blocks, 1).numpy()
+
+    def per_token(metric: str, sums: np.ndarray, lower_is_better: bool = True) -> Units:
+        return Units(metric=metric, of="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
+
+    alone = [per_token("nll", nll)]
+    return alone if reference is None else [*alone, per_token("kl", kl), per_token("top1_agreement", agreements, False)]
 
 
 def _means(totals: Float[Tensor, "quantity bin"], row: int) -> tuple[float, ...]:
@@ -212,10 +250,19 @@ def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window posi
     yield torch.stack(batch)
 
 
-def _sums(
+@torch.no_grad()
+def _quantities(
+    model: "PreTrainedModel", reference: "PreTrainedModel | None", windows: Any, batch_size: int | None
+) -> Iterator[Float[Tensor, "quantity window position_minus_1"]]:
+    """One, nll, reference nll, KL and agreement of every predicted token, a batch of windows at a time."""
+    longest = max(len(window) for window in windows)
+    for batch in _batches(windows, batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))):
+        yield _of_batch(model, reference, batch)
+
+
+def _of_batch(
     model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
-) -> Float[Tensor, "quantity position_minus_1"]:
-    """Tokens, nll, reference nll, KL and agreements of one batch, each summed over its windows, by position."""
+) -> Float[Tensor, "quantity window position_minus_1"]:
     logits, other = (_logits(m, batch) if m is not None else None for m in (model, reference))
     targets = batch[:, 1:]
     per_token = torch.zeros(5, *targets.shape, dtype=torch.float64)
@@ -227,7 +274,7 @@ def _sums(
             per_token[(slice(1, 5), *part)] = _scores(
                 logits[part], None if other is None else other[part], targets[part].to(logits.device)
             ).to("cpu", torch.float64)
-    return per_token.sum(1)
+    return per_token
 
 
 def _logits(model: "PreTrainedModel", batch: Int[Tensor, "window position"]) -> Float[Tensor, "window position vocab"]:

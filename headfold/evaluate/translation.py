@@ -1,4 +1,4 @@
-"""How well an encoder-decoder expects given outputs (teacher-forced), and how good the outputs are that it writes (BLEU)."""
+"""How well an encoder-decoder expects given outputs (teacher-forced), and how good the outputs are that it writes (BLEU, ROUGE)."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -14,6 +14,8 @@ from ..core.errors import UserError
 from ..corpus.pairs import IGNORED, encode_pairs
 from ..corpus.samples import Sample, batches
 from ..stock import quiet
+from . import bleu, rouge
+from .bootstrap import Units
 from .placing import placed
 
 if TYPE_CHECKING:
@@ -23,19 +25,34 @@ BATCH_SIZE = 64
 MAX_NEW_TOKENS = 128
 
 
+METRICS = {"bleu": bleu, "rouge": rouge}
+"""What outputs may be measured by: pages with `require()` and `units(hypotheses, targets)`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """`nll` is in nats per target token, teacher-forced; `bleu` is sacrebleu's corpus BLEU (13a), None where nothing was written;
-    `kl` is the mean KL(reference || model) per target token."""
+    """`nll` is in nats per target token, teacher-forced; `kl` is the mean KL(reference || model) per target token.
+
+    `bleu` is sacrebleu's corpus BLEU (13a), or the four of rouge-score are mean F1, all in percent: None where others were asked for,
+    or nothing was written.
+    """
 
     num_items: int
     num_tokens: int
     nll: float
-    bleu: float | None
+    bleu: float | None = None
+    rouge1: float | None = None
+    rouge2: float | None = None
+    rougeL: float | None = None
+    rougeLsum: float | None = None
     beams: int
     seconds: float
     reference_nll: float | None = None
     reference_bleu: float | None = None
+    reference_rouge1: float | None = None
+    reference_rouge2: float | None = None
+    reference_rougeL: float | None = None
+    reference_rougeLsum: float | None = None
     kl: float | None = None
 
 
@@ -45,6 +62,7 @@ def evaluate(
     tokenizer: Any,
     *,
     reference: "PreTrainedModel | None" = None,
+    metric: str = "bleu",
     context: int = 512,
     batch_size: int = BATCH_SIZE,
     beams: int = 1,
@@ -52,71 +70,114 @@ def evaluate(
 ) -> Translation:
     """Both measures of open models on pairs of (input, expected output), cut at `context` tokens a side for the model only.
 
-    With `max_new_tokens=0` nothing is written, and there is no BLEU: that takes most of the time.
+    Outputs are measured by `metric`, one of `METRICS`. With `max_new_tokens=0` nothing is written, and there is none: that takes most of
+    the time.
 
     Raises:
-        UserError: sacrebleu is not installed, or the model has no language-model head.
+        UserError: the metric's package is not installed, or the model has no language-model head.
     """
-    start, sample = time.perf_counter(), encode_pairs(pairs, tokenizer, context)
-    nll, num_tokens = target_nll(model, sample, batch_size=batch_size)
-    targets = [target for _, target in pairs]
+    start, options = time.perf_counter(), {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options |= {"metric": metric, "context": context}
+    own = measure(model, pairs, tokenizer, reference=reference, **options)
+    other = [] if reference is None else measure(reference, pairs, tokenizer, **options)
+    beside = {f"reference_{units.metric}": units.total for units in other}
+    totals = {units.metric: units.total for units in own}
+    num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
+    return Translation(num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, **totals, **beside)
 
-    def bleu(of: "PreTrainedModel") -> float | None:
-        if max_new_tokens == 0:
-            return None
-        options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        return corpus_bleu(written(of, sample, tokenizer, **options), targets)
 
-    reached, beside = bleu(model), {}
+def measure(
+    model: "PreTrainedModel",
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    *,
+    reference: "PreTrainedModel | None" = None,
+    metric: str = "bleu",
+    context: int = 512,
+    batch_size: int = BATCH_SIZE,
+    beams: int = 1,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Units]:
+    """What `evaluate` says of the model, pair by pair: the loss, KL beside a reference, and what `metric` makes of its outputs.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    if max_new_tokens:
+        METRICS[metric].require()  # before hours of writing
+    sample = encode_pairs(pairs, tokenizer, context)
+    found = [_per_token("nll", target_losses(model, sample, batch_size=batch_size))]
     if reference is not None:
-        beside["reference_nll"] = target_nll(reference, sample, batch_size=batch_size)[0]
-        beside["reference_bleu"] = bleu(reference)
-        beside["kl"] = target_kl(model, reference, sample, batch_size=batch_size)
-    seconds = time.perf_counter() - start
-    return Translation(
-        num_items=len(pairs), num_tokens=num_tokens, nll=nll, bleu=reached, beams=beams, seconds=seconds, **beside
-    )
+        found.append(_per_token("kl", target_divergences(model, reference, sample, batch_size=batch_size)))
+    if max_new_tokens:
+        options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        outputs = written(model, sample, tokenizer, **options)
+        found += METRICS[metric].units(outputs, [target for _, target in pairs])
+    return found
+
+
+def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
+    return Units(metric=metric, of="pairs", sums=sums.numpy(), lower_is_better=True)
 
 
 @torch.no_grad()
+def target_divergences(
+    model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
+) -> Float[Tensor, "item 2"]:
+    """KL(reference || model) summed over the labels that are no padding, in nats, teacher-forced, and how many; in the sample's order."""
+    rows, order = [], _by_length(sample)
+    for batch in batches(_reordered(sample, order), batch_size):
+        kept = batch["labels"] != IGNORED
+        expected, found = (
+            log_softmax(one(**placed(batch, one), use_cache=False).logits.cpu()[kept].float(), -1)
+            for one in (reference, model)
+        )
+        divergences = torch.zeros(kept.shape, dtype=torch.float64)
+        divergences[kept] = kl_div(found, expected, reduction="none", log_target=True).sum(-1).double()
+        rows.append(torch.stack([divergences.sum(1), kept.double().sum(1)], 1))
+    return torch.cat(rows)[order.argsort()]
+
+
 def target_kl(
     model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
 ) -> float:
-    """Mean KL(reference || model) per label that is not padding, in nats, teacher-forced."""
-    total, count = 0.0, 0
-    for batch in batches(_reordered(sample, _by_length(sample)), batch_size):
-        kept = batch["labels"].flatten() != IGNORED
-        expected, found = (
-            log_softmax(logits.float().cpu().flatten(0, 1)[kept], -1)
-            for logits in (one(**placed(batch, one), use_cache=False).logits for one in (reference, model))
-        )
-        total += kl_div(found, expected, reduction="sum", log_target=True).item()
-        count += int(kept.sum())
+    """Mean KL(reference || model) per label that is no padding, in nats, teacher-forced."""
+    total, count = target_divergences(model, reference, sample, batch_size=batch_size).sum(0).tolist()
     return total / count
 
 
 @torch.no_grad()
-def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> tuple[float, int]:
-    """Mean loss per label that is not padding, in nats, teacher-forced, and how many there are.
+def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> Float[Tensor, "item 2"]:
+    """Loss summed over the labels that are no padding, in nats, teacher-forced, and how many; in the sample's order.
 
     Items of like length run together. Log-probabilities are taken in float32 (float64 for float64 logits), summed in float64.
 
     Raises:
         UserError: the model gives no logits.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches(_reordered(sample, _by_length(sample)), batch_size):
+    rows, order = [], _by_length(sample)
+    for batch in batches(_reordered(sample, order), batch_size):
         output = model(**placed(batch, model), use_cache=False)
         if "logits" not in output:
             raise UserError(
                 f"{type(model).__name__}: expected a language-model head, found none; name one in config.json"
             )
-        logits, labels = output.logits, batch["labels"].flatten()
+        logits, labels = output.logits, batch["labels"]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        losses = cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORED, reduction="none")
-        total += losses.double().sum().cpu()
-        count += int((labels != IGNORED).sum())
-    return total.item() / count, count
+        losses = cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none")
+        losses = losses.cpu().double().view(labels.shape)
+        rows.append(torch.stack([losses.sum(1), (labels != IGNORED).double().sum(1)], 1))
+    return torch.cat(rows)[order.argsort()]
+
+
+def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> tuple[float, int]:
+    """Mean loss per label that is no padding, in nats, teacher-forced, and how many there are.
+
+    Raises:
+        UserError: the model gives no logits.
+    """
+    total, count = target_losses(model, sample, batch_size=batch_size).sum(0).tolist()
+    return total / count, int(count)
 
 
 @torch.no_grad()
@@ -143,19 +204,6 @@ def written(
             )
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [texts[place] for place in order.argsort().tolist()]
-
-
-def corpus_bleu(hypotheses: Sequence[str], targets: Sequence[str]) -> float:
-    """BLEU in percent, by sacrebleu with its defaults (13a tokenisation, exponential smoothing), one reference an item.
-
-    Raises:
-        UserError: sacrebleu is not installed.
-    """
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise UserError("BLEU needs sacrebleu; pip install 'headfold[translation]'") from error
-    return sacrebleu.corpus_bleu(list(hypotheses), [list(targets)], force=True).score
 
 
 def _fitting(num_tokens: int, model: "PreTrainedModel") -> int:

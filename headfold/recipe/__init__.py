@@ -2,10 +2,10 @@
 
 from ..evaluate.perplexity import Evaluation
 from .deciding import plan
+from .evaluating import evaluate
 from .folding import FoldResult, fold
 from .inspecting import Inspection, SiteInspection, inspect
 from .measuring import DEFAULT_CALIBRATION, DEFAULT_TOKENS, CalibrationResult, calibrate
-from .scoring import evaluate
 from .source import Progress
 
 __all__ = [

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 UNITS = {
     "plan": "sites", "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
+    "models": "models", "requests": "requests",
 }  # fmt: skip
 """What a stage counts; tokens where it is not listed."""
 
@@ -75,7 +76,7 @@ class ProgressReport:
 
 def amount(stage: str, number: float) -> str:
     """`12,300 tokens`, `5 sites`, `1.2 GiB`."""
-    unit = UNITS.get(stage, "tokens")
+    unit = UNITS.get(stage.split()[0], "tokens")
     if unit == "bytes":
         return size(number)
     return f"{number:,.0f} {unit}" if number >= 10 or number == int(number) else f"{number:.1f} {unit}"

@@ -149,6 +149,10 @@ def show_calibration(result: Any) -> None:
 _MEASURES = (
     ("NLL (nats per target token)", "{:.4f}", "nll"),
     ("BLEU", "{:.2f}", "bleu"),
+    ("ROUGE-1", "{:.2f}", "rouge1"),
+    ("ROUGE-2", "{:.2f}", "rouge2"),
+    ("ROUGE-L", "{:.2f}", "rougeL"),
+    ("ROUGE-Lsum", "{:.2f}", "rougeLsum"),
     ("accuracy", "{:.2%}", "accuracy"),
     ("cross-entropy (nats)", "{:.4f}", "cross_entropy"),
     ("KL(reference || model)", "{:.4f}", "kl"),

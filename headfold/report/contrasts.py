@@ -1,0 +1,56 @@
+"""What `headfold eval --compare` and `--task` show."""
+
+from typing import Any
+
+from .tables import show_table
+
+HEADER = ["metric", "model", "value", "difference", "interval", "p", ""]
+
+
+def show_contrast(found: Any) -> None:
+    """A `recipe.contrasting.Contrast`: metric by metric, the first model and the others beside it."""
+    numbers = dict.fromkeys(f"{row.num_units:,}" for row in found.rows)
+    title = f"{' and '.join(numbers)} {found.rows[0].units} of {found.source}"
+    show_table(HEADER, [_cells(row, at, found.rows) for at, row in enumerate(found.rows)], title=title)
+    level = f"{100 * found.level:.0f} %"
+    print(
+        f"difference: to {found.rows[0].model}, with its {level} interval by paired bootstrap, {found.resamples:,} resamples"
+    )
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def show_tasks(found: Any) -> None:
+    """A `recipe.tasking.TaskScores`."""
+    header = ["task", "metric", "shots", "items", found.model, "interval"]
+    header += [] if found.reference is None else [found.reference]
+    rows = []
+    for row in found.tasks:
+        start = [row.task, f"{row.metric} {_arrow(row)}", "" if row.num_fewshot is None else str(row.num_fewshot)]
+        values = [_number(row.value), f"[{_number(row.low)}, {_number(row.high)}]"]
+        beside = [] if row.reference is None else [_number(row.reference)]
+        rows.append([*start, f"{row.num_items:,}", *values, *beside])
+    show_table(header, rows)
+    print(f"interval: {100 * found.level:.0f} % by bootstrap over items, {found.resamples:,} resamples")
+
+
+def _arrow(row: Any) -> str:
+    return "↓" if row.lower_is_better else "↑"
+
+
+def _cells(row: Any, at: int, rows: Any) -> list[str]:
+    said = at and rows[at - 1].metric == row.metric
+    start = ["" if said else f"{row.metric} {_arrow(row)}", row.model, _number(row.value)]
+    if row.difference is None:
+        return [*start, "", "", "", ""]
+    difference, low, high = (f"{number:+.{_digits(row.value)}f}" for number in (row.difference, row.low, row.high))
+    return [*start, difference, f"[{low}, {high}]", f"{row.p:.2g}", row.verdict]
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    """After the point: four of losses and shares, two of what counts in tens (percent, perplexities)."""
+    return 4 if abs(value) < 10 else 2
