@@ -1,4 +1,4 @@
-"""Folds as a user makes them, verified by reload and measured: what wide.py and budgets.py share; methods.py shares the options."""
+"""Folds as a user makes them, verified by reload and measured: what wide.py, budgets.py and healing.py share; methods.py: the options."""
 
 import argparse
 import json
@@ -72,6 +72,8 @@ def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any
         "flops_per_token": result.after.flops_per_token, "class": "stock" if stock else "headfold's runtime",
         "verified": result.verification is not None and result.verification.passed,
     }  # fmt: skip
+    if result.healed:
+        row["heal_seconds"] = result.seconds["heal"]
     if getattr(found, "nll_by_position", None):
         pairs = zip(found.nll_by_position, found.reference_nll_by_position, strict=True)
         row["rise_by_position"] = [round(one - other, 5) for one, other in pairs]

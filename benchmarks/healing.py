@@ -1,0 +1,78 @@
+"""What healing buys over refit, and what mean pooling loses: folds as a user makes them, verified by reload and measured.
+
+    python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--heal-tokens N] [--text SOURCE] [--limit N]
+        [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
+
+Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit).
+Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
+"""
+
+import json
+import statistics
+from typing import Any
+
+from folds import RESULTS, measure, parser, settings
+from machine import describe
+
+Key = tuple[int, str, int]
+"""K/V heads, way, seed."""
+
+
+def ways(heal_tokens: int | None) -> dict[str, dict[str, Any]]:
+    return {
+        "mean": {"merge": "mean", "group": "contiguous", "refit": False},
+        "refit": {},
+        "heal": {"heal": True, "heal_tokens": heal_tokens},
+    }
+
+
+def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over seeds, and rises as shares of mean pooling's and of refit's."""
+    rows = []
+    for count, way in dict.fromkeys(key[:2] for key in runs):
+        values = {
+            other: [run["rise"] for key, run in runs.items() if key[:2] == (count, other)] for other in (way, "mean", "refit")
+        }  # fmt: skip
+        middle = {other: statistics.median(found) for other, found in values.items() if found}
+        row = {"kv_heads": count, "way": way, "num_seeds": len(values[way]), "rise": middle[way]}
+        row |= {"least_rise": min(values[way]), "greatest_rise": max(values[way])}
+        same = [run for key, run in runs.items() if key[:2] == (count, way)]
+        for field in ("kl", "seconds", "heal_seconds"):
+            known = [run[field] for run in same if run.get(field) is not None]
+            row |= {field: statistics.median(known)} if known else {}
+        row |= {f"of_{other}": middle[way] / middle[other] for other in ("mean", "refit") if middle.get(other, 0) > 0}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    reader = parser(__doc__)
+    reader.add_argument("--heal-tokens", type=int)
+    options = reader.parse_args()
+    out = RESULTS / f"{options.name}-healing.json"
+    kept = json.loads(out.read_text())["runs"] if out.exists() else []
+    runs: dict[Key, dict[str, Any]] = {tuple(run.pop("key")): run for run in kept}
+    for seed in range(options.seeds):
+        for count in map(int, options.kv_heads.split(",")):
+            for way, how in ways(options.heal_tokens).items():
+                key = (count, way, seed)
+                if key in runs or (way == "mean" and seed):  # mean pooling sees no data
+                    continue
+                runs[key] = measure(options, seed, kv_heads=count, **how)
+                print(
+                    key,
+                    {k: v for k, v in runs[key].items() if k in ("rise", "kl", "seconds", "heal_seconds")},
+                    flush=True,
+                )
+                listed = [{"key": list(key), **run} for key, run in sorted(runs.items())]
+                facts = {
+                    "machine": describe(),
+                    "model": options.name,
+                    "settings": {**settings(options), "heal_tokens": options.heal_tokens},
+                    "rows": table(runs),
+                }
+                out.write_text(json.dumps({**facts, "runs": listed}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
