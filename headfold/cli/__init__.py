@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from . import comparing, evaluating, looking, making, timing
+from . import comparing, evaluating, looking, making, timing, training
 
 app = typer.Typer(
     name="headfold",
@@ -42,6 +42,9 @@ app.command(epilog="Example: headfold plan my-model plan.json --kv-heads 1/4 --s
 app.command(epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4")(making.fold)
 app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")(making.export)
 app.command(epilog="Example: headfold route my-vit-gqa my-vit-routed --route kdgqa --calibration images/")(making.route)
+app.command(epilog="Example: headfold uptrain my-model-gqa OUT --distill my-model --data text/ --tokens 10000000")(
+    training.uptrain
+)
 app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
     evaluating.evaluate
 )

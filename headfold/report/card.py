@@ -78,6 +78,17 @@ def routed_card(
     return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"
 
 
+def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
+    """The card of a checkpoint that was trained on: that of the folded one, `name`, with a section on how."""
+    section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
+    text = (card or f"# {name}, uptrained").replace(
+        "Nothing was trained; all tensors outside attention are the original's, byte for byte.",
+        "It was then trained on (see below).",
+    )
+    before, heading, after = text.partition("\n## Made by")
+    return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"
+
+
 def model_name(base_model: str) -> str:
     """A hub id as it stands; of a path the last component alone, so that no card tells where it was made."""
     is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))

@@ -47,6 +47,23 @@ def save(axes: "Axes", path: Path) -> None:
     axes.figure.savefig(path)
 
 
+def draw_curve(path: Path, curve: Sequence[Mapping[str, float]], title: str) -> None:
+    """The loss of a training run by step, and its parts where it has several; the losses lie along a logarithmic axis."""
+    axes = new_axes()
+    axes.set_xscale("linear")
+    axes.set_yscale("log")
+    parts = {"loss": "loss", "kl": "KL to the original", "site_error": "error of the attentions"}
+    shown = [name for name in parts if any(name in entry for entry in curve)]
+    for name, colour in zip(shown, COLOURS, strict=False):
+        points = [(entry["step"], entry[name]) for entry in curve if name in entry]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6 if name == "loss" else 1.0, label=parts[name])
+    if len(shown) > 1:
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    axes.set_title(title, loc="left", fontsize=10)
+    save(axes, path)
+
+
 def plot_perplexity(
     path: Path,
     curves: Mapping[str, Sequence[tuple[int, float]]],

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 UNITS = {
-    "plan": "sites", "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
+    "plan": "sites", "uptrain": "tokens or items",
+    "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
     "models": "models", "requests": "requests",
 }  # fmt: skip
 """What a stage counts; tokens where it is not listed."""
@@ -46,6 +47,15 @@ class ProgressReport:
         if self._bars is not None and self._task is not None:
             rate = self._rate() if total > 1 else ""
             self._bars.update(self._task, completed=done, total=total or None, rate=rate)
+
+    def say(self, line: str) -> None:
+        """A line beside the bars."""
+        if self._silent:
+            return
+        if self._bars is not None:
+            self._bars.console.print(line, highlight=False)
+        else:
+            print(line, file=self._to, flush=True)
 
     def _begin(self, stage: str, total: int) -> None:
         self._stage, self._start, self._done = stage, time.monotonic(), 0

@@ -138,6 +138,27 @@ def show_route(result: Any) -> None:
     print(f"wrote {result.out}")
 
 
+def show_uptraining(result: Any) -> None:
+    """A `recipe.uptraining.UptrainResult`."""
+    recipe, unit = result.recipe, "tokens" if result.kind == "text" else "items"
+    begun = f", from step {result.resumed_at:,} on" if result.resumed_at else ""
+    rows = [
+        ["trained", f"{result.train}: {result.num_trained:,} of {result.num_parameters:,} parameters"],
+        ["data", f"{result.tokens:,} {unit} of {result.data}"],
+        ["steps", f"{recipe.steps:,} of {recipe.batch} items{begun}"],
+        ["optimizer", f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup}"],
+        ["speed", f"{result.tokens_per_second:,.0f} {unit}/s, {duration(result.seconds)}"],
+    ]
+    for name, label in (("loss", "loss"), ("kl", "KL to the original"), ("site_error", "error of the attentions")):
+        found = [entry[name] for entry in result.curve if name in entry]
+        rows += [[label, f"{found[0]:.4f} first, {found[-1]:.4f} last"]] if found else []
+    show_table([str(result.out), ""], rows)
+    print(
+        f"verified: the checkpoint says what the trained model says to {result.difference:.2g} (tolerance {result.tolerance:.2g})"
+    )
+    print(f"wrote {result.out}")
+
+
 def show_calibration(result: Any) -> None:
     """A `recipe.CalibrationResult`."""
     print(f"{result.tokens:,} tokens of {result.source} through {result.sites} sites in {duration(result.seconds)}")

@@ -1,0 +1,1 @@
+"""Floor 7: train a folded model on, as a whole: data, objectives, and the transformers Trainer around them."""

@@ -1,0 +1,99 @@
+"""Where the grouped attentions of a running model are, and what trains of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Scope = Literal["attention", "all", "lora"]
+SCOPES: tuple[Scope, ...] = ("attention", "all", "lora")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q_norm", "k_norm")
+"""What stock classes with K/V heads call what makes queries, keys and values."""
+RANK = 16
+"""Of LoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention: the path of the module that holds all its projections, and of the one that makes its output."""
+
+    module: str
+    output: str
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """Those with grouped heads, in headfold's runtime or in a stock class that counts K/V heads.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [_attention(model, path, site) for path, site in _cores(model)]
+    if not found:
+        raise UserError(
+            f"{type(model).__name__}: expected attention with grouped heads, found none; fold the model first"
+        )
+    return found
+
+
+def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """Paths of the modules that hold q, k and v, each with their names in it."""
+    for path, module in model.named_modules():
+        site = getattr(module, "headfold_site", None)
+        if site is not None:
+            yield path, {site[role] for role in "qkv" if role in site}
+        elif isinstance(getattr(module, "num_key_value_groups", None), int) and _linears(module):
+            yield path, set(PROJECTIONS)
+
+
+def _attention(model: nn.Module, core: str, inputs: set[str]) -> Attention:
+    """The output projection is the last linear that makes no heads: in the core, or in a module around it (BERT, ViT)."""
+    path = core
+    while path:
+        own = [name for name in _linears(model.get_submodule(path)) if name.rpartition(".")[2] not in inputs]
+        if own:
+            return Attention(path, f"{path}.{own[-1]}")
+        path = path.rpartition(".")[0]
+    raise AssertionError(f"{core}: no output projection")
+
+
+def _linears(module: nn.Module) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+
+
+def prepared(model: "PreTrainedModel", scope: Scope, rank: int = RANK) -> Any:
+    """The model with what `scope` names left to train: the attentions alone, everything, or low-rank updates of the attentions
+    (LoRA, 2106.09685; needs `peft`).
+
+    Raises:
+        UserError: another scope, or no peft.
+    """
+    if scope not in SCOPES:
+        raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
+    modules = [attention.module for attention in attentions(model)]
+    if scope == "lora":
+        return _with_lora(model, modules, rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(scope == "all" or any(name.startswith(f"{module}.") for module in modules))
+    return model
+
+
+def _with_lora(model: "PreTrainedModel", modules: list[str], rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--train lora: needs the package peft; pip install headfold[train]") from error
+    targets = [f"{module}.{name}" for module in modules for name in _linears(model.get_submodule(module))]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+
+def merged(model: Any) -> "PreTrainedModel":
+    """The ordinary model again, low-rank updates added to the weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,0 +1,112 @@
+"""Learn from the original: its next-token (or class) distribution, and what each of its attentions answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from ..calibration import decoder_inputs
+from ..core.errors import UserError
+from ..corpus.pairs import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SITE_WEIGHT = 1.0
+"""Of the mean relative error of the attentions' outputs, beside the KL in nats."""
+
+
+class Distillation:
+    """KL(teacher ‖ student), mean over positions, + `weight` · mean over attentions of Σ ‖ŷ − y‖² / Σ ‖y‖².
+
+    Both models run on the same batch, each on its own hidden states; y is what an attention's output projection answers. Hinton et al.
+    2015 (1503.02531) at temperature 1; the second part is that of hidden-state distillation, at the attentions alone. A model that gives
+    no logits (a sentence encoder) is trained on its hidden states' relative error in their place.
+    """
+
+    def __init__(
+        self, teacher: "PreTrainedModel", student: nn.Module, outputs: Sequence[str], weight: float = SITE_WEIGHT
+    ) -> None:
+        """`outputs`: paths of the output projections, the same in both models; hooks stay on them until `close`.
+
+        Raises:
+            UserError: the teacher is of another architecture or vocabulary.
+        """
+        self.teacher, self.weight = teacher.eval().requires_grad_(False), weight
+        self._seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+        missing = [path for path in outputs if path not in dict(teacher.named_modules())]
+        if missing:
+            raise UserError(f"--distill: expected the model that this was folded from, got one without {missing[0]}")
+        ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
+        if ours != theirs:
+            raise UserError(
+                f"--distill: expected a teacher with the student's vocabulary of {ours} tokens, got {theirs}"
+            )
+        models = {"teacher": teacher, "student": student}
+        self._hooks = [
+            model.get_submodule(path).register_forward_hook(self._noting(name))
+            for name, model in models.items()
+            for path in outputs
+        ]
+
+    def _noting(self, name: str) -> Any:
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if torch._C._current_graph_task_id() == -1:  # not in the recomputation of gradient checkpointing
+                self._seen[name].append(output)
+
+        return note
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one batch, and its parts for the record; `model` is the student, as the Trainer has wrapped it."""
+        labels = inputs.get("labels")
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        if getattr(self.teacher.config, "is_encoder_decoder", False):
+            given["decoder_input_ids"] = decoder_inputs(self.teacher, labels)
+        for seen in self._seen.values():
+            seen.clear()
+        with torch.no_grad():
+            theirs = self.teacher(**given)
+        ours = model(**given)
+        apart = self._between(ours, theirs, labels, given.get("attention_mask"))
+        sites = torch.stack([relative(s, t) for s, t in zip(self._seen["student"], self._seen["teacher"], strict=True)])
+        parts = {"kl": float(apart.detach()), "site_error": float(sites.mean().detach())}
+        return apart + self.weight * sites.mean(), parts
+
+    def _between(self, ours: Any, theirs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        if getattr(ours, "logits", None) is None:
+            return relative(ours.last_hidden_state, theirs.last_hidden_state)
+        logits = ours.logits
+        kept = next((m for m in (_of_labels(labels), mask) if m is not None and m.shape == logits.shape[:-1]), None)
+        return divergence(logits, theirs.logits, None if kept is None else kept.bool())
+
+
+def _of_labels(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None or labels.ndim != 2 else labels != IGNORED
+
+
+def divergence(
+    ours: Float[Tensor, "*position vocab"],
+    theirs: Float[Tensor, "*position vocab"],
+    kept: Bool[Tensor, "*position"] | None,
+) -> Float[Tensor, ""]:
+    """KL(theirs ‖ ours) in nats, mean over the positions kept; in float32 at least."""
+    if kept is not None:
+        ours, theirs = ours[kept], theirs[kept]
+    log_q, log_p = (
+        t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)).log_softmax(-1) for t in (ours, theirs)
+    )
+    return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> Float[Tensor, ""]:
+    """Σ ‖ŷ − y‖² / Σ ‖y‖²."""
+    ours, theirs = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (ours, theirs))
+    return (ours - theirs).square().sum() / theirs.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
