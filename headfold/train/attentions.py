@@ -1,5 +1,6 @@
 """Where the grouped attentions of a running model are, and what trains of it."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,7 +92,9 @@ def _with_lora(model: "PreTrainedModel", modules: list[str], rank: int) -> Any:
     except ImportError as error:
         raise UserError("--train lora: needs the package peft; pip install headfold[train]") from error
     targets = [f"{module}.{name}" for module in modules for name in _linears(model.get_submodule(module))]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
 def merged(model: Any) -> "PreTrainedModel":
