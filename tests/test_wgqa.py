@@ -39,8 +39,10 @@ def shake(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", GROUPS)
 def test_it_starts_at_the_mean_fold(name: str, kind: str) -> None:
     model, fold = attached(name, f"wgqa:kind={kind}"), load(fold_of(name)[1])
-    for (*_, ours, _), (*_, mean, _) in zip(linears(model, name), linears(fold, name), strict=True):
+    for (*_, ours, heads), (*_, mean, _) in zip(linears(model, name), linears(fold, name), strict=True):
         assert_bitwise(ours.weight, mean.weight)
+        rows = [heads[list(members), :, :-1].mean(0) for members in Groups(GROUPS[name]).members]
+        assert_tight(ours.weight, torch.cat(rows))
     assert_tight(answer(model, name), answer(fold, name))
     assert_differs(answer(attached(name, f"wgqa:kind={kind},init=random"), name), answer(fold, name))
 
