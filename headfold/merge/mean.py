@@ -6,10 +6,7 @@ RoPE, where every head has a phase of its own, the average cancels. Exact only w
 
 import dataclasses
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from ..core.combining import combine, equal_weights
 from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.stats import SiteStats
@@ -20,11 +17,6 @@ READS_QUERIES = False
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
     """`groups` partitions the source's K/V heads. Returns heads with `groups.num_groups` of them; q and o are kept."""
-    k, v = (torch.stack([_mean(t, members) for members in groups.members]) for t in (heads.k, heads.v))
+    weights = equal_weights(groups)
+    k, v = (combine(rows, weights, groups) for rows in (heads.k, heads.v))
     return dataclasses.replace(heads, k=k, v=v, kv_of_query=heads.kv_of_query.compose(groups))
-
-
-def _mean(rows: Float[Tensor, "group dim m"], members: tuple[int, ...]) -> Float[Tensor, "dim m"]:
-    # Half-precision weights are summed in float32 and rounded once.
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return rows[list(members)].to(wide).mean(0).to(rows.dtype)
