@@ -40,7 +40,7 @@ SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 VERBS = (
-    "inspect", "calibrate", "plan", "fold", "eval", "export", "route", "frontier", "compare", "bench", "probe", "methods",
+    "inspect", "calibrate", "plan", "fold", "eval", "export", "route", "uptrain", "frontier", "compare", "bench", "probe", "methods",
 )  # fmt: skip
 
 

@@ -40,6 +40,17 @@ def uptrain(
             "--train", metavar="WHAT", help="attention, all, or lora: low-rank updates of attention, merged in."
         ),
     ] = "attention",
+    wgqa: Annotated[
+        str | None,
+        typer.Option(
+            "--wgqa",
+            metavar="OPTIONS",
+            help="K and V as weighted sums of the original's heads while training: kind=scalar|row|column,init=mean|random,frozen=true.",
+        ),
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option("--original", metavar="MODEL", help="Whose heads --wgqa weighs. Default: --distill.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="SOURCE", help="As in --calibration. Default: what the fold was calibrated on."),
@@ -76,7 +87,7 @@ def uptrain(
     warmup: Annotated[
         int | None, typer.Option("--warmup", metavar="N", min=0, help="Steps. Default: 5 %, at most 100.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="RATE", min=0)] = 0.0,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="RATE", min=0, help="AdamW's.")] = 0.0,
     site_weight: Annotated[
         float,
         typer.Option(
@@ -93,7 +104,9 @@ def uptrain(
     save_every: Annotated[
         int, typer.Option("--save-every", metavar="STEPS", min=1, help="What a killed run loses at most.")
     ] = 500,
-    log_every: Annotated[int, typer.Option("--log-every", metavar="STEPS", min=1)] = 10,
+    log_every: Annotated[
+        int, typer.Option("--log-every", metavar="STEPS", min=1, help="How often losses are noted.")
+    ] = 10,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the learning curve.")] = None,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write its events there.")
@@ -118,7 +131,7 @@ def uptrain(
     chosen = given(
         distill=distill, steps=steps, tokens=tokens, alpha=alpha, pretraining_tokens=pretraining_tokens, data=data,
         columns=names(columns), context=context, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule, warmup=warmup,
-        bf16=bf16, tensorboard=tensorboard,
+        bf16=bf16, tensorboard=tensorboard, wgqa=wgqa, original=original,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = uptraining.uptrain(

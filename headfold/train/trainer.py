@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -28,13 +27,13 @@ class Recipe:
     """How a run trains; all of it is in the run's record."""
 
     steps: int
-    batch: int
-    """Items of one step, over all processes."""
     optimizer: str
     learning_rate: float
     schedule: str
     warmup: int
     """Steps."""
+    batch: int = 16
+    """Items of one step, over all processes."""
     accumulate: int = 1
     """Parts in which each process takes its share of a batch."""
     weight_decay: float = 0.0
@@ -190,8 +189,3 @@ def world_size() -> int:
     import os
 
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def master(model: nn.Module) -> torch.dtype:
-    """The dtype that weights are trained in: float32 at least, as small steps would drown in half precision."""
-    return torch.promote_types(next(model.parameters()).dtype, torch.float32)

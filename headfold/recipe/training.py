@@ -1,0 +1,307 @@
+"""One training run in its staging directory, from the models it opens to the checkpoint it leaves."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..distributed import leads
+from ..evaluate.verify import TOLERANCE, model_output
+from ..report.card import uptrained_card
+from ..runtime.load import own_class
+from ..stock import open_model, open_tokenizer, quiet, stored_dtype
+from ..train import attentions as places
+from ..train import wgqa
+from ..train.distillation import Distillation
+from ..train.stream import Item, Stream, together
+from ..train.trainer import Recipe, Say, Telling, Uptrainer, Whole, arguments, curve, last_whole, world_size
+from .source import Progress, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WORK = ".headfold-work"
+RECORD = "training.json"
+"""Beside the weights: how the checkpoint was trained, and its learning curve."""
+VERIFIED_ITEMS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is trained on what, and toward what; `Recipe` says how."""
+
+    train: str
+    data: str
+    columns: tuple[str, ...]
+    context: int
+    teacher: Path | None
+    site_weight: float
+    wgqa: str | None
+    original: Path | None
+    tensorboard: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the result."""
+        facts = {name: value for name, value in asdict(self).items() if name != "tensorboard"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class UptrainResult:
+    """What a run did, and where its checkpoint lies."""
+
+    out: Path
+    kind: str
+    data: str
+    teacher: str | None
+    train: str
+    recipe: Recipe
+    num_trained: int
+    """Parameters that were trained."""
+    num_parameters: int
+    resumed_at: int
+    """Step at which this run went on; 0: from the beginning."""
+    tokens: int
+    """Seen in all, or items where they have no tokens."""
+    tokens_per_second: float
+    seconds: float
+    curve: list[dict[str, float]]
+    difference: float
+    """Largest, of the written checkpoint's outputs from those of the trained model, and what it may be."""
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out)}
+
+
+@dataclass(slots=True)
+class TrainingRun:
+    """One run. Of several processes all train, and the first writes."""
+
+    folded: Path
+    out: Path
+    config: Mapping[str, Any]
+    kind: str
+    plan: Plan
+    settings: Mapping[str, Any]
+    recipe: Recipe
+    device: str
+    progress: Progress
+    say: Say
+
+    def carry_out(self, asked: Asked, *, resume: bool, force: bool, callbacks: Sequence[Any]) -> UptrainResult:
+        """Open, train, write, verify, rename. All that can be refused is, before anything stands on disk."""
+        stream = self._stream(asked)
+        first = next(iter(stream))
+        model = self._open(self.folded, self.config)
+        dtype = stored_dtype(self.folded)
+        distillation = self._distillation(asked, model, first)
+        self._prepare(model, asked)
+        model = places.prepared(model, "lora") if asked.train == "lora" else model
+        if asked.tensorboard is not None:
+            _tensorboard(asked.tensorboard)
+        told = arguments(self.recipe, self._staging / _WORK, self.device, asked.tensorboard, world_size())
+        last = self._resumed(resume, force)
+        telling = self._telling(self.recipe.batch * _tokens(first))
+        trainer = Uptrainer(
+            model=model, args=told, train_dataset=stream, data_collator=together, callbacks=[Whole(), telling, *callbacks],
+            distillation=distillation,
+        )  # fmt: skip
+        counts = [
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+            sum(p.numel() for p in model.parameters()),
+        ]
+        started = time.monotonic()
+        with quiet():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
+        compared = self._written(trainer, distillation, dtype, stream)
+        per_step = self.recipe.batch * _tokens(first)
+        result = UptrainResult(
+            self.out, self.kind, asked.data, asked.teacher and str(asked.teacher), asked.train, self.recipe, *counts, begun,
+            self.recipe.steps * per_step, (self.recipe.steps - begun) * per_step / max(seconds, 1e-9), round(seconds, 3),
+            curve(trainer.state.log_history), *compared,
+        )  # fmt: skip
+        if leads():
+            self._finish(result, asked, force)
+        return result
+
+    @property
+    def _staging(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.partial").absolute()
+
+    def _stream(self, asked: Asked) -> Stream:
+        tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
+        return Stream(self.kind, asked.data, self.folded, tokenizer, asked.context, self.recipe.seed, asked.columns)
+
+    def _open(self, directory: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
+        """To be trained, or learned from: in float32 at least, as small steps would drown in half precision."""
+        dtype = torch.promote_types(stored_dtype(directory), torch.float32)
+        return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(config))
+
+    def _distillation(self, asked: Asked, model: "PreTrainedModel", first: Item) -> Distillation | None:
+        outputs = [attention.output for attention in places.attentions(model)]
+        if asked.teacher is not None:
+            teacher = self._open(asked.teacher, json.loads((asked.teacher / "config.json").read_text()))
+            return Distillation(teacher, model, outputs, asked.site_weight)
+        if self.kind in ("sentences", "images") and "labels" not in first:
+            raise UserError(
+                f"{asked.data}: expected labels to train on, found none; name their column, or give --distill ORIGINAL"
+            )
+        return None
+
+    def _prepare(self, model: "PreTrainedModel", asked: Asked) -> None:
+        """What trains, and how it is parametrized."""
+        if asked.train != "lora":
+            places.prepared(model, asked.train)  # type: ignore[arg-type]
+        if asked.wgqa is not None:
+            assert asked.original is not None
+            source = open_source(asked.original)
+            if source.checkpoint.fingerprint() != self.plan.source:
+                raise UserError(
+                    f"--original {asked.original}: expected the model that {self.folded.name} was folded from, got another"
+                )
+            wgqa.attach(model, source.every_site, self.plan, source.checkpoint.read, asked.wgqa, seed=self.recipe.seed)
+
+    def _resumed(self, resume: bool, force: bool) -> Path | None:
+        """The checkpoint to go on from, in the staging directory that the first process opens; the others come when it stands."""
+        from accelerate import PartialState
+
+        with PartialState().main_process_first() if world_size() > 1 else _alone():
+            if leads():
+                key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+                open_staging(self.out, key, force)
+            work = self._staging / _WORK
+            last = last_whole(work) if work.is_dir() else None
+        if resume and last is None:
+            if leads():
+                _remove_empty(self._staging)
+            raise UserError(
+                f"{self.out}: expected an unfinished run of these settings to go on with, found none; leave --resume out"
+            )
+        return last
+
+    def _telling(self, tokens_per_step: int) -> Telling:
+        return Telling(
+            lambda done, total: self.progress("uptrain", done, total), self.say, tokens_per_step, _unit(self.kind)
+        )
+
+    def _written(
+        self, trainer: Uptrainer, distillation: Distillation | None, dtype: torch.dtype, stream: Stream
+    ) -> tuple[float, float]:
+        """The trained model on disk, by the first process, and compared there."""
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if distillation is not None:
+            distillation.close()
+        if not leads():
+            return 0.0, 0.0
+        if state is not None:
+            model = self._open(self.folded, self.config)
+            model.load_state_dict(state)
+        if wgqa.attached(model):
+            wgqa.fold_away(model)
+        trained = places.merged(model).to("cpu")
+        return self._write(trained, dtype, together(list(islice(stream, VERIFIED_ITEMS))))
+
+    def _write(self, trained: "PreTrainedModel", dtype: torch.dtype, sample: Item) -> tuple[float, float]:
+        """Weights in the fold's dtype, everything else as it is in the fold; then what the written checkpoint says, compared.
+
+        Raises:
+            UserError: it says something else than the trained model; nothing is put in place.
+        """
+        staging, wide = self._staging, torch.promote_types(dtype, torch.float32)
+        for (
+            parameter
+        ) in trained.eval().parameters():  # tables of frequencies, which are no parameters, keep their precision
+            parameter.data = parameter.data.to(dtype).to(wide)
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.state_dict().items()}
+        with quiet():
+            trained.save_pretrained(staging, state_dict=state)
+        copy_side_files(self.folded, staging)
+        for name in ("config.json", "plan.json"):
+            write_json(staging / name, json.loads((self.folded / name).read_text()))
+        expected = _says(trained, sample)
+        found = _says(open_model(staging, dtype=wide, device="cpu", model_class=own_class(self.config)), sample)
+        difference = (found - expected).abs().max().item()
+        tolerance = TOLERANCE[wide] * expected.double().square().mean().sqrt().item()
+        if not difference <= tolerance:
+            disown(staging)
+            raise UserError(
+                f"{staging}: expected what the trained model says within {tolerance:.2g}, got a difference of {difference:.2g}; "
+                "not renamed. Did training diverge? Try a smaller --learning-rate"
+            )
+        return difference, tolerance
+
+    def _finish(self, result: UptrainResult, asked: Asked, force: bool) -> None:
+        """The record, the card, then the rename."""
+        record = {**self.settings, "resumed_at": result.resumed_at, "tokens": result.tokens, "curve": result.curve}
+        for name in ("teacher", "original"):  # a record goes where the weights go
+            record[name] = record[name] and Path(record[name]).name
+        write_json(self._staging / RECORD, record)
+        card = self.folded / "README.md"
+        text = uptrained_card(card.read_text() if card.is_file() else "", self.folded.name, self._facts(result, asked))
+        (self._staging / "README.md").write_text(text)
+        shutil.rmtree(self._staging / _WORK)
+        commit(self._staging, self.out, force)
+
+    def _facts(self, result: UptrainResult, asked: Asked) -> dict[str, str]:
+        recipe, losses = result.recipe, [entry["loss"] for entry in result.curve]
+        learned = (
+            "the model's own loss"
+            if asked.teacher is None
+            else f"KL to `{asked.teacher.name}` and the error of every attention"
+        )
+        weighed = "" if asked.wgqa is None else f", K and V as {asked.wgqa}"
+        return {
+            "data": Path(result.data).name if Path(result.data).exists() else result.data,
+            "objective": learned,
+            "trained": f"{result.train}{weighed}, {result.num_trained:,} of {result.num_parameters:,} parameters",
+            "steps": f"{recipe.steps:,} of {recipe.batch} items, {result.tokens:,} {_unit(result.kind)} in all",
+            "optimizer": f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup} steps",
+            "loss": f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "not recorded",
+        }
+
+
+@contextmanager
+def _alone() -> Any:
+    yield
+
+
+def _remove_empty(staging: Path) -> None:
+    """A staging directory in which there is nothing yet."""
+    if [path.name for path in staging.iterdir()] == [JOB]:
+        shutil.rmtree(staging)
+
+
+def _tokens(item: Item) -> int:
+    """Of one item as it is first read; 1 where it has none of its own."""
+    return len(item["input_ids"]) if "input_ids" in item and "attention_mask" not in item else 1
+
+
+def _unit(kind: str) -> str:
+    return "tokens" if kind == "text" else "items"
+
+
+def _tensorboard(logs: Path) -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: needs the package tensorboard; pip install headfold[train]")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
+
+
+@torch.no_grad()
+def _says(model: "PreTrainedModel", sample: Item) -> torch.Tensor:
+    return model_output(model, sample)[1].cpu()
