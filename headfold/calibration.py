@@ -14,6 +14,7 @@ from .core.errors import UserError
 from .core.stats import SiteStats
 from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
+from .distributed import agreed, falls_here, gathered, summed, world_size
 from .families.spec import Site
 from .measure import attended, second_moment
 from .stock import input_device
@@ -78,7 +79,7 @@ def collect(
     sample: Sample,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, SiteStats]:
-    """Statistics of every site from one pass over `sample`.
+    """Statistics of every site from one pass over `sample`, of which each of several processes together takes a share.
 
     `progress` is called with the number of tokens of each finished batch.
     """
@@ -101,16 +102,45 @@ def collect(
     hooks = [(key_path(site), observer(site, queries=False)) for site in sites]
     hooks += [(site.paths["q"], observer(site, queries=True)) for site in sites if site.reads_encoder]
     with _pre_hooks(hooks, model), _watching(model, sites, sums):
-        for batch in batches(sample):
-            current[:] = [batch]
-            run(model, batch)
+        for number, batch in enumerate(batches(sample)):
+            if falls_here(number):
+                current[:] = [batch]
+                run(model, batch)
             progress(num_tokens(batch))
+    sums = _of_all(sums)
+    agreed(lambda: _refuse_not_finite(sums))
+    return sums
+
+
+def _of_all(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
+    """Over all processes; one without a batch takes part with zeros."""
+    if world_size() == 1:
+        return sums
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    counts: dict[str, int] = {}
+    for seen in gathered({name: (s.count, {key: t.shape for key, t in s.tensors.items()}) for name, s in sums.items()}):
+        for name, (count, shaped) in seen.items():
+            shapes[name] = shapes.get(name, {}) | shaped
+            counts[name] = counts.get(name, 0) + count
+    own = {name: sums[name].tensors if name in sums else {} for name in shapes}
+    return {
+        name: SiteStats(
+            {
+                key: summed(own[name][key] if key in own[name] else torch.zeros(shape, dtype=torch.float64))
+                for key, shape in shaped.items()
+            },
+            counts[name],
+        )
+        for name, shaped in shapes.items()
+    }
+
+
+def _refuse_not_finite(sums: Mapping[str, SiteStats]) -> None:
     for name, stats in sums.items():
         if not all(torch.isfinite(t).all() for t in stats.tensors.values()):
             raise UserError(
                 f"{name}: activations are not finite on calibration text; does the source have NaN weights?"
             )
-    return sums
 
 
 _WATCHED: dict[nn.Module, Callable[..., None]] = {}

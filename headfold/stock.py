@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint.reader import Checkpoint, refuse_remote_code
 from .core.errors import UserError
+from .distributed import processes_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,7 +175,11 @@ def exceeds_memory(
 ) -> bool:
     """Whether `open_model` streams it."""
     needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
-    return needed > (MEMORY_SHARE * available_memory(device) if memory_limit is None else memory_limit)
+    if memory_limit is None:
+        # Those of a launcher open it all at once; each has a GPU of its own.
+        takers = processes_here() if torch.device(device).type == "cpu" else 1
+        memory_limit = int(MEMORY_SHARE * available_memory(device) / takers)
+    return needed > memory_limit
 
 
 def is_streamed(model: "PreTrainedModel") -> bool:

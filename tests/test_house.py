@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "headfold"
 FLOORS = {
     1: ("core",),
-    2: ("checkpoint",),
+    2: ("checkpoint", "distributed"),
     3: ("families", "stock"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery", "budget"),
@@ -29,6 +29,7 @@ FLOORS = {
     7: ("probe", "refine", "train", "evaluate", "timing", "export", "report"),
     8: ("recipe",),
     9: ("cli",),
+    10: ("__main__",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 METHOD_ROOMS = {"measure", "group", "merge"}

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
+from ..distributed import Told, leads
 from . import comparing, evaluating, looking, making, timing, training
 
 app = typer.Typer(
@@ -27,11 +28,18 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+ALONE = ("inspect", "plan", "export", "route", "eval", "frontier", "compare", "bench", "probe", "methods")
+"""Verbs of which one process is enough: of those that a launcher started, the first runs them."""
+
+
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
 ) -> None:
     """Fold a checkpoint's key/value heads: the same model with a smaller KV cache."""
+    if context.invoked_subcommand in ALONE and not leads():
+        raise typer.Exit
 
 
 app.command(epilog="Example: headfold inspect meta-llama/Llama-2-7b-hf")(looking.inspect)
@@ -73,7 +81,8 @@ def main() -> None:
     except (UserError, OSError) as error:
         if "--debug" in sys.argv[1:]:
             raise
-        print(f"headfold: {_one_line(error)}", file=sys.stderr)
+        if leads() or not isinstance(error, Told):
+            print(f"headfold: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

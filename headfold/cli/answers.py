@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.errors import UserError
+from ..distributed import leads
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
@@ -18,10 +19,10 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def answer(facts: Mapping[str, Any], as_json: bool) -> bool:
-    """Print the machines' form if it was asked for, and say whether."""
-    if as_json:
+    """Print the machines' form if it was asked for, and say whether nothing is left to print; followers of a job never print."""
+    if as_json and leads():
         print(json.dumps(_finite(facts), default=str))
-    return as_json
+    return as_json or not leads()
 
 
 def _finite(value: Any) -> Any:

@@ -57,10 +57,11 @@ def calibrate(
 ) -> None:
     """Measure once what attention sees, for any number of folds."""
     from .. import recipe
+    from ..recipe.following import led
 
     chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
     with ProgressReport(silent=as_json) as progress:
-        result = recipe.calibrate(model, stats, seed=seed, force=force, progress=progress, **chosen)
+        result = led(recipe.calibrate)(model, stats, seed=seed, force=force, progress=progress, **chosen)
     answer(result.to_json(), as_json) or views.show_calibration(result)
 
 
@@ -140,13 +141,14 @@ def fold(
     OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
     _check_fold(kv_heads, plan, group, merge, head_width)
     from .. import recipe
+    from ..recipe.following import led
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, layout=layout, head_width=head_width, heal_tokens=heal_tokens,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
-        result = recipe.fold(
+        result = led(recipe.fold)(
             model,
             out,
             refit=refit,

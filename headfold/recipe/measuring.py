@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import calibration as calibrating
-from ..checkpoint.reader import check_finite
+from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
 from ..core.heads import Heads
@@ -19,6 +19,7 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
+from ..distributed import agreed, everyone, together
 from ..families.spec import Site
 from ..refine import heal, refit
 from ..runtime.load import own_class
@@ -144,6 +145,19 @@ class CalibrationData:
         return {**said, **length, **columns, "fingerprint": fingerprint(sample)}
 
 
+def running(name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
+    """The original as its own class runs it.
+
+    Raises:
+        UserError: it does not load, or has weights that are not finite.
+    """
+    model = open_model(checkpoint.path, dtype=dtype, device=device, model_class=own_class(checkpoint.config))
+    for path, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            check_finite(f"{name}: {path}", parameter)
+    return model
+
+
 @dataclass(slots=True)
 class OriginalRun:
     """What needs the running original: its calibration data, statistics, refit, healing; the model is opened at most once."""
@@ -159,14 +173,11 @@ class OriginalRun:
     @property
     def model(self) -> Any:
         if self._model is None:
-            path = self.source.checkpoint.path
-            dtype, why = compute_dtype(stored_dtype(path), self.device)
+            dtype, why = compute_dtype(stored_dtype(self.source.checkpoint.path), self.device)
             self.notes.append(why)
-            chosen = own_class(self.source.checkpoint.config)
-            self._model = open_model(path, dtype=dtype, device=self.device, model_class=chosen)
-            for name, parameter in self._model.named_parameters():
-                if not parameter.is_meta:
-                    check_finite(f"{self.source.name}: {name}", parameter)
+            name, checkpoint = self.source.name, self.source.checkpoint
+            with together("open", name, self.source.every_site, checkpoint.fingerprint(), dtype, self.device):
+                self._model = everyone(partial(running, name, checkpoint, dtype, self.device))
         return self._model
 
     def use_sample(self, stats: StatsFile | None) -> None:
@@ -176,7 +187,8 @@ class OriginalRun:
 
     def close(self) -> None:
         """Let go of the model's memory."""
-        self._model = None
+        with together("close"):
+            self._model = None
 
     def window_length(self) -> int:
         limit, asked = context_limit(self.source.checkpoint.config) or MAX_CONTEXT, self.data.context
@@ -233,7 +245,8 @@ class OriginalRun:
         """Calibrate, write the file, return its metadata."""
         sample, model = self.sample, self.model
         advance = self._count("calibrate", calibrating.total_tokens(sample))
-        sums = calibrating.collect(model, self.source.every_site, sample, advance)
+        with together("collect", sample):
+            sums = calibrating.collect(model, self.source.every_site, sample, advance)
         metadata = {"model": self.source.checkpoint.fingerprint(), **self.facts()}
         write_stats(path, sums, metadata, sample)
         return metadata
@@ -277,7 +290,7 @@ class OriginalRun:
 
         def merge(site: Site) -> Heads:
             merged.clear()  # one at a time
-            merged[site.name] = site_heads(site, plan, read, stats, refits)
+            merged[site.name] = agreed(partial(site_heads, site, plan, read, stats, refits))
             return merged[site.name]
 
         def keep(name: str, fields: dict[str, Tensor]) -> None:
@@ -285,5 +298,6 @@ class OriginalRun:
             fitted.put(name, {**both, **fields}, self.facts())
 
         advance = self._count(stage, tokens * len(sites))
-        order = partial(query_order, plan=plan)
-        fit(model, self.source.sites, merge, self.sample, order=order, skip=fitted, keep=keep, progress=advance)
+        order, done = partial(query_order, plan=plan), frozenset(fitted)
+        with together("fit", fit, [*sites], self.sample, plan, done):
+            fit(model, self.source.sites, merge, self.sample, order=order, skip=done, keep=keep, progress=advance)

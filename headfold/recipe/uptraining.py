@@ -84,7 +84,8 @@ def uptrain(
     )
     asked = Asked(
         train=_known("--train", train, SCOPES), data=_data(data, plan), columns=tuple(columns), context=length, teacher=teacher,
-        site_weight=site_weight, wgqa=_wgqa(wgqa, train, source_of_heads), original=source_of_heads, tensorboard=tensorboard and Path(tensorboard),
+        site_weight=site_weight, wgqa=_wgqa(wgqa, train, source_of_heads), original=source_of_heads,
+        tensorboard=None if tensorboard is None else Path(tensorboard),
     )  # fmt: skip
     settings = {
         "version": version("headfold"), "folded": Checkpoint.open(folded).fingerprint(), **asked.to_json(), **asdict(recipe),

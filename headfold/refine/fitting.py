@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..calibration import Sample, mask_of, num_tokens
 from ..core.heads import Heads
+from ..distributed import share, world_size
 from ..families.spec import Site
+from ..stock import input_device
 from .blocks import calls, walk
 from .trial import Recorded, Trial
 
@@ -55,10 +57,12 @@ def fit(
     that order: new position → query head of the original; `every` are the batches. The sites in `skip` are passed over; `keep` is
     given each site's fields as soon as they are known, in place of the result. `progress` hears tokens. Decoders of packed text whose
     class knows K/V heads (their blocks take hidden states alone by position) are walked, so that one block is in memory; others are run
-    whole, a portion of their sites at a time.
+    whole, a portion of their sites at a time. Of several processes together each records and runs its share of the batches, and all find
+    the same fields.
     """
     found: dict[str, Fields] = {}
-    for site, recorded in _recorded(model, sites, every):
+    numbers = share(len(every))
+    for site, recorded in _recorded(model, sites, [every[number] for number in numbers]):
         left = solver.tokens
         if site.name in skip:
             progress(left)
@@ -66,13 +70,14 @@ def fit(
 
         def heard(number: int) -> None:
             nonlocal left
-            passed = min(left, num_tokens(every[number]))
+            passed = min(left, num_tokens(every[number]) * world_size())
             left -= passed
             progress(passed)
 
-        heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(recorded[0].answer.device)
+        device = recorded[0].answer.device if recorded else input_device(model)
+        heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(device)
         width = heads.head_dim // site.head_dim
-        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard, model, width)
+        trial = Trial(model.get_submodule(site.module), site, recorded, order(site), heard, model, width, numbers)
         fields = {name: tensor.to("cpu", torch.float32) for name, tensor in solver.solve(trial, heads).items()}
         if keep is None:
             found[site.name] = fields
@@ -87,6 +92,9 @@ def _recorded(
     model: "PreTrainedModel", sites: list[Site], every: list[Sample]
 ) -> Iterator[tuple[Site, list[Recorded]]]:
     """Every site with all the calls that its attention received."""
+    if not every:
+        yield from ((site, []) for site in sites)
+        return
     if every[0].keys() == {"input_ids"} and all(site.native for site in sites):
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in every]):
             yield block.site, [Recorded(*visit(number), None) for number in range(len(every))]

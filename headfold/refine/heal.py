@@ -3,10 +3,11 @@
 Minimises Σ ‖y − ŷ‖² / Σ ‖y‖² over the calibration tokens by Adam (Kingma & Ba 2015, 1412.6980) on W_q, W_k, W_v and W_o together, from
 where merge and refit end. No pass through the whole model, forward or backward: one block is at work, and a block is done
 in some hundred steps. An eighth of the data is held back; of the heads met on the way, those that answer best there are kept, so that a
-healed block is no worse than it was.
+healed block is no worse than it was. Of several processes together each takes a batch of every step and its share of what is held back, so
+a step sees as many batches as there are processes, and fewer steps train a block with as many tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..calibration import Sample, batches, num_tokens
 from ..core.heads import Heads
+from ..distributed import summed, world_size
 from ..families.spec import Site
 from .fitting import Fields, Solver, fit
 from .trial import Trial
@@ -55,12 +57,14 @@ def heal(
 ) -> dict[str, Fields]:
     """By site, its healed heads: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
 
-    Every block is trained with `tokens` tokens of `sample` (items where it has none). `model`, `sites`, `merged` and `how` are those of
-    `fitting.fit`.
+    Every block is trained with `tokens` tokens of `sample` (items where it has none), over all processes together. `model`, `sites`,
+    `merged` and `how` are those of `fitting.fit`.
     """
     every = _batches(sample)
-    steps = max(1, round(tokens * len(every) / sum(map(num_tokens, every))))
-    solver = Solver(partial(_healed, steps=steps, rate=rate, seed=seed), cost(sample, tokens))
+    train, held = _split(len(every))
+    rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
+    steps = max(1, round(tokens * len(every) / sum(map(num_tokens, every)) * (len(rounds) / len(train))))
+    solver = Solver(partial(_healed, rounds=rounds, held=held, steps=steps, rate=rate, seed=seed), cost(sample, tokens))
     return fit(model, sites, merged, every, solver, **how)
 
 
@@ -116,10 +120,12 @@ class _Leaves:
         return {name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
 
 
-def _healed(trial: Trial, heads: Heads, *, steps: int, rate: float, seed: int) -> Fields:
-    train, held = _split(len(trial))
+def _healed(
+    trial: Trial, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
+) -> Fields:
+    """A step sees the batches of one of the `rounds`, one per process."""
     leaves = _Leaves.of(heads, trial.site)
-    energy = _energy(trial)
+    positions, energy = _measured(trial, held.stop)
     best, found = _error(trial, leaves.worn(), held), leaves.fields()
     if not best > 0:  # a perfect fold
         return found
@@ -129,10 +135,10 @@ def _healed(trial: Trial, heads: Heads, *, steps: int, rate: float, seed: int) -
         betas=BETAS,
     )
     looks = {round(steps * (look + 1) / LOOKS) for look in range(LOOKS)}
-    for step, number in enumerate(_drawn(train, steps, seed)):
+    for step, numbers in enumerate(_drawn(rounds, steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"] * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP)
-        _step(trial, leaves, optimizer, number, energy)
+        _step(trial, leaves, optimizer, numbers, energy * sum(positions[number] for number in numbers))
         if step + 1 in looks:
             error = _error(trial, leaves.worn(), held)
             if error < best:
@@ -152,40 +158,59 @@ def _split(count: int) -> tuple[range, range]:
     return range(count - held), range(count - held, count)
 
 
-def _drawn(numbers: range, steps: int, seed: int) -> Iterator[int]:
-    """Each number once in random order, then again in another, for so many steps."""
+def _drawn(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]:
+    """Each round of batches once in random order, then again in another, for so many steps; the same in all processes."""
     generator = torch.Generator().manual_seed(seed)
-    left: list[int] = []
+    left: list[range] = []
     for _ in range(steps):
-        left = left or [numbers[at] for at in torch.randperm(len(numbers), generator=generator).tolist()]
+        left = left or [rounds[at] for at in torch.randperm(len(rounds), generator=generator).tolist()]
         yield left.pop()
 
 
-def _step(trial: Trial, leaves: _Leaves, optimizer: torch.optim.Optimizer, number: int, energy: float) -> None:
-    with torch.enable_grad():
-        seen = trial.run(leaves.worn(), number)
-        loss = (seen.output - seen.answer).square().sum() / (len(seen.answer) * energy)
-        gradients = torch.autograd.grad(loss, list(leaves.tensors.values()))
-    for leaf, gradient in zip(leaves.tensors.values(), gradients, strict=True):
+def _step(trial: Trial, leaves: _Leaves, optimizer: torch.optim.Optimizer, numbers: range, energy: float) -> None:
+    """Σ ‖y − ŷ‖² / `energy` over the batches of these numbers; a process that has none of them adds no gradient."""
+    tensors = list(leaves.tensors.values())
+    gradients = [torch.zeros_like(tensor) for tensor in tensors]
+    for number in _here(trial, numbers):
+        with torch.enable_grad():
+            seen = trial.run(leaves.worn(), number)
+            loss = (seen.output - seen.answer).square().sum() / energy
+            gradients = list(torch.autograd.grad(loss, tensors))
+    for leaf, gradient in zip(tensors, _summed(gradients), strict=True):
         leaf.grad = gradient
     optimizer.step()
 
 
-def _energy(trial: Trial) -> float:
-    """Mean of ‖y‖² over positions."""
-    total, count = 0.0, 0
-    for answer in map(trial.answer, range(len(trial))):
-        total, count = total + float(answer.square().sum(dtype=torch.float64)), count + len(answer)
-    return max(total / count, torch.finfo(torch.float32).tiny)
+def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Over all processes, in one message."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = summed(torch.cat([tensor.flatten() for tensor in tensors]))
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def _here(trial: Trial, numbers: range) -> Iterator[int]:
+    return (number for number in numbers if number in trial.numbers)
+
+
+def _measured(trial: Trial, count: int) -> tuple[list[int], float]:
+    """Positions of each of the `count` batches of all processes, and the mean of ‖y‖² over them all."""
+    positions, total = [0.0] * count, 0.0
+    for number in trial.numbers:
+        answer = trial.answer(number)
+        positions[number], total = len(answer), total + float(answer.square().sum(dtype=torch.float64))
+    *counts, total = summed(torch.tensor([*positions, total], dtype=torch.float64)).tolist()
+    return [int(each) for each in counts], max(total / int(sum(counts)), torch.finfo(torch.float32).tiny)
 
 
 def _error(trial: Trial, heads: Heads, numbers: range) -> float:
     """Σ ‖y − ŷ‖² / Σ ‖y‖² over these batches."""
     missing = energy = 0.0
-    for number in numbers:
+    for number in _here(trial, numbers):
         seen = trial.run(heads, number)
         missing += float((seen.output - seen.answer).square().sum(dtype=torch.float64))
         energy += float(seen.answer.square().sum(dtype=torch.float64))
+    missing, energy = summed(torch.tensor([missing, energy], dtype=torch.float64)).tolist()
     return missing / max(energy, torch.finfo(torch.float32).tiny)
 
 

@@ -2,7 +2,7 @@
 
 Minimises Σ ‖y − W a − b‖² + λ ‖W − W_before‖² over the calibration tokens, y what the original attention answers and a what the
 merged heads bring to W_o. λ is `ridge` times the mean energy of a, so that directions the data hardly show keep the
-weights they had (never zero). Normal equations, summed in float64.
+weights they had (never zero). Normal equations, summed in float64, over all processes at work.
 """
 
 from dataclasses import replace
@@ -12,19 +12,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
+from ..distributed import summed
 from .trial import Trial
 
 
 @torch.no_grad()
 def refit_output(trial: Trial, heads: Heads, ridge: float) -> Heads:
     """The heads with new `o`, and a new `o_bias` where the site has one."""
-    gram, cross = torch.zeros(()), torch.zeros(())
-    for number in range(len(trial)):
+    size, model = heads.o[..., 0].numel() + 1, heads.o.shape[-1]
+    gram, cross = (torch.zeros(size, n, dtype=torch.float64, device=heads.o.device) for n in (size, model))
+    for number in trial.numbers:
         seen = trial.run(heads, number)
         a = torch.cat([seen.heads, seen.heads.new_ones(len(seen.heads), 1)], 1)
-        gram = gram.to(a.device) + (a.T @ a).double()
-        cross = cross.to(a.device) + (a.T @ (seen.answer - seen.output)).double()
-    step = _solved(gram, cross, ridge, intercept=heads.o_bias is not None).to(heads.o)
+        gram += (a.T @ a).double()
+        cross += (a.T @ (seen.answer - seen.output)).double()
+    step = _solved(summed(gram), summed(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
     o = heads.o + step[:-1].reshape(heads.o.shape)
     return replace(heads, o=o, o_bias=None if heads.o_bias is None else heads.o_bias + step[-1])
 

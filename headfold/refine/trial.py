@@ -47,7 +47,7 @@ class Trial:
     `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over those who read them; wide heads run slot by slot. `order` is the standard order's: new position → query
     head of the original, by which a position bias that the call brings along (T5's, made in the first layer of a stack) is put
-    in order too.
+    in order too. `numbers` are those of the recorded calls, among the calls of all processes at work.
     """
 
     def __init__(
@@ -59,8 +59,11 @@ class Trial:
         heard: Callable[[int], None] = lambda number: None,
         model: "PreTrainedModel | None" = None,
         head_width: int = 1,
+        numbers: range | None = None,
     ) -> None:
-        self.site, self._recorded, self._heard = site, recorded, heard
+        self.site, self._heard = site, heard
+        self.numbers = range(len(recorded)) if numbers is None else numbers
+        self._recorded = dict(zip(self.numbers, recorded, strict=True))
         self._order, self._head_width = torch.tensor(order), head_width
         self._module = twin(attention, site, {})
         if head_width > 1:  # which the stock module has no room for
@@ -77,9 +80,6 @@ class Trial:
 
     def _submodule(self, role: str) -> nn.Module:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
-
-    def __len__(self) -> int:
-        return len(self._recorded)
 
     def answer(self, number: int) -> Float[Tensor, "position model"]:
         """What the original answered to the call of that number; float32 at least, padding left out."""

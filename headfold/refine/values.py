@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
+from ..distributed import agreed, summed
 from .trial import Trial
 
 _DAMPING = 1e-3
@@ -29,7 +30,7 @@ def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
     width = heads.v.shape[2] if {"v", "qkv"} & set(trial.site.biases) else heads.v.shape[2] - 1
     second = torch.zeros(width, width, dtype=torch.float64, device=heads.v.device)
     rest = -_gradient(trial, heads, heads.v[..., :width], to_answer=True, moments=second)
-    measure, precondition = _measure(heads, second)
+    measure, precondition = _measure(heads, summed(second))
     blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
     linear = replace(heads, o_bias=blank)  # without what does not depend on V
     change = torch.zeros_like(heads.v[..., :width])
@@ -40,7 +41,7 @@ def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
         direction = turned if before is None else turned + energy / before * direction
         image = _gradient(trial, linear, direction, to_answer=False) + ridge * measure(direction)
         curvature = (direction * image).sum()
-        if not curvature > 0:  # nothing left to gain: a perfect fold, or all V zero
+        if agreed(lambda reached=curvature: not reached > 0):  # nothing left to gain: a perfect fold, or all V zero
             break
         change += energy / curvature * direction
         rest -= energy / curvature * image
@@ -57,11 +58,11 @@ def _gradient(
 ) -> Rows:
     """Of ½ Σ ‖ŷ − y‖² by the values at `rows`; y = 0 unless `to_answer`, and then the values are `rows` alone.
 
-    Adds Σ x xᵀ of the inputs x = [inputs, 1] (its first columns) to `moments`.
+    Over all processes at work. Adds Σ x xᵀ of the inputs x = [inputs, 1] (its first columns) of this one to `moments`.
     """
     leaf = rows.clone().requires_grad_()
     total = torch.zeros_like(rows)
-    for number in range(len(trial)):
+    for number in trial.numbers:
         with torch.enable_grad():
             v = _with(heads.v if to_answer else torch.zeros_like(heads.v), leaf)
             seen = trial.run(replace(heads, v=v), number)
@@ -70,7 +71,7 @@ def _gradient(
         if moments is not None:
             x = torch.cat([seen.source, seen.source.new_ones(len(seen.source), 1)], 1)[:, : len(moments)]
             moments += (x.T @ x).double()
-    return total
+    return summed(total)
 
 
 def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:

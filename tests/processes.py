@@ -1,0 +1,123 @@
+"""What each of the processes does that `test_distributed.py` launches: python processes.py PART DIRECTORY."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
+from torch import Tensor
+
+from headfold import calibration, cli, distributed
+from headfold.planning import make_plan
+from headfold.refine import heal
+from headfold.refine import refit as refitting
+from headfold.refine.heal import heal as healed
+from headfold.refine.refit import refit
+from headfold.surgery import query_order, site_heads
+
+BATCH_TOKENS = 64
+CASES: dict[str, tuple[str, Mapping[str, Tensor]]] = {
+    "even": ("llama", {"input_ids": tiny_tokens(64, 16)}),
+    "uneven": ("llama", {"input_ids": tiny_tokens(11, 16)}),
+    "one batch to train on": ("llama", {"input_ids": tiny_tokens(8, 16)}),
+    "fewer batches than processes": ("llama", {"input_ids": tiny_tokens(4, 16)}),
+    "padded": ("t5", tiny_sample("t5", 13)),
+}
+"""By name, a model and data: 16, 3, 2, 1 and 3 batches of `BATCH_TOKENS`, the last of "uneven" and "padded" smaller."""
+TOKENS = 1536
+
+
+def found(name: str, batch_tokens: int = BATCH_TOKENS, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """Statistics, refit and healing of a case, by `what/site/field`."""
+    calibration.TOKENS_PER_BATCH, heal.BATCH_TOKENS = BATCH_TOKENS, batch_tokens
+    family, sample = CASES[name]
+    directory = tiny_checkpoint(family)
+    model, sites = stock_model(directory), [site for site, _ in tiny_sites(directory)]
+    read = load_file(directory / "model.safetensors").__getitem__
+    stats = calibration.collect(model, sites, sample)
+    plan = make_plan(sites, read, 2, source="tiny", group="contiguous", merge="absorb", stats=stats)
+    how: dict[str, Any] = {"order": lambda site: query_order(site, plan)}
+    given = (model, sites, lambda site: site_heads(site, plan, read, stats), sample)
+    results = {
+        "statistics": {site: s.tensors for site, s in stats.items()},
+        "refit": refit(*given, **how),
+        "heal": healed(*given, tokens=tokens, **how),
+    }
+    counts = {f"count/{site}": torch.tensor([float(s.count)]).double() for site, s in stats.items()}
+    return counts | {
+        f"{what}/{site}/{field}": tensor
+        for what, by_site in results.items()
+        for site, fields in by_site.items()
+        for field, tensor in fields.items()
+    }
+
+
+def measure(directory: Path) -> None:
+    """Every case, found together with the other processes."""
+    for family, _ in CASES.values():
+        tiny_checkpoint(family)  # together, transformers lets the first process alone write
+    with distributed.joined(), distributed._sharing():
+        rank = distributed.rank()
+        assert distributed.world_size() == 2
+        for number, name in enumerate(CASES):
+            save_file(
+                {key: t.contiguous() for key, t in found(name).items()}, directory / f"{number}-{rank}.safetensors"
+            )
+
+
+def call(*words: str) -> tuple[object, str, str]:
+    """`headfold WORDS`: exit code, stdout, stderr."""
+    sys.argv[1:] = words
+    code: object = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def work(directory: Path) -> None:
+    """Everything that ends well: a start takes longer than all of it."""
+    measure(directory)
+    command(directory)
+
+
+def command(directory: Path) -> None:
+    """In several batches, the command lines that lie in the directory, one after another; the first process's folder is its own."""
+    rank = os.environ["RANK"]
+    place = directory / "first" if rank == "0" else directory
+    place.mkdir(exist_ok=True)
+    calibration.TOKENS_PER_BATCH = heal.BATCH_TOKENS = BATCH_TOKENS
+    os.chdir(place)
+    answers = [call(*words) for words in json.loads((directory / "commands.json").read_text())]
+    (directory / f"answers-{rank}.json").write_text(json.dumps(answers))
+
+
+def die(directory: Path) -> None:
+    """One command line, in which the second process is killed in the middle of the refit of the second site."""
+    fit, sites = refitting.refit_values, []
+
+    def until_killed(trial: Any, *arguments: Any) -> Any:
+        sites.append(trial.site.name)
+        if len(sites) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fit(trial, *arguments)
+
+    refitting.refit_values, calibration.TOKENS_PER_BATCH = until_killed, BATCH_TOKENS
+    sys.argv[1:] = json.loads((directory / "command.json").read_text())
+    cli.main()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    part, place = sys.argv[1:]
+    {"work": work, "die": die}[part](Path(place))
