@@ -308,6 +308,57 @@ def test_a_translator_and_an_image_classifier_train_too(name: str, tmp_path: Pat
     ] < (0.9 * found_first(tmp_path / "distilled"))
 
 
+@pytest.mark.parametrize("name", ["multi30k-t5", "cifar10-vit"])
+def test_classes_that_rename_their_weights_resume_too(name: str, tmp_path: Path) -> None:
+    """transformers writes a ViT under other names than it has in memory, and loads what it finds of it without a word."""
+    model = SHARED / "models" / name
+    if not model.is_dir():
+        pytest.skip(f"no {model}: it is for development alone")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps({"source": f"{n} bikes", "target": f"{n} Räder"}) for n in range(64)))
+    data = str(pairs) if name == "multi30k-t5" else str(SHARED / "data" / "cifar10" / "test.parquet")
+    headfold.fold(model, tmp_path / "folded", **{**BASELINE, "kv_heads": 4})
+    how = dict(data=data, steps=4, batch=8, save_every=2, log_every=1, learning_rate=1e-3, device="cpu")
+    calm = uptrain(tmp_path / "folded", tmp_path / "calm", **how)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(tmp_path / "folded", tmp_path / "out", **how, callbacks=[Stopped(3)])
+    found = uptrain(tmp_path / "folded", tmp_path / "out", **how)
+    assert found.resumed_at == 2 and found.curve == calm.curve
+    for key, tensor in weights(found.out).items():
+        assert_bitwise(tensor, weights(calm.out)[key])
+
+
+@pytest.mark.parametrize("options", ["", "kind=row,init=random", "kind=column,frozen=true"])
+def test_weighted_heads_are_trained_and_folded_away(
+    options: str, original: Path, folded: Path, text: str, tmp_path: Path
+) -> None:
+    how = dict(data=text, wgqa=options, original=original, **SHORT)
+    calm = uptrain(folded, tmp_path / "calm", **how)
+    assert weights(calm.out).keys() == weights(folded).keys() and calm.difference <= calm.tolerance
+    assert calm.curve[-1]["loss"] < calm.curve[0]["loss"]
+    trained = {name for name, tensor in weights(calm.out).items() if not torch.equal(tensor, weights(folded)[name])}
+    only = ("k_proj", "v_proj") if "frozen" in options else ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert {name.split(".")[-2] for name in trained} == set(only)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(folded, tmp_path / "out", **how, callbacks=[Stopped(5)])
+    found = uptrain(folded, tmp_path / "out", **how)
+    assert found.resumed_at == 4 and found.curve == calm.curve
+    for key, tensor in weights(found.out).items():
+        assert_bitwise(tensor, weights(calm.out)[key])
+
+
+def test_weighted_heads_need_the_model_they_are_of(original: Path, folded: Path, text: str, tmp_path: Path) -> None:
+    for wrong, said in (
+        (dict(wgqa=""), "--original MODEL"),
+        (dict(wgqa="kind=all", original=original), "kind='all'"),
+        (dict(wgqa="", original=original, train="lora"), "not with lora"),
+        (dict(wgqa="", original=tiny_checkpoint("llama", torch.float32)), "folded from"),
+    ):
+        with pytest.raises(UserError, match=said):
+            uptrain(folded, tmp_path / "out", data=text, **{**SHORT, **wrong})
+    assert not list(tmp_path.iterdir())
+
+
 def found_first(directory: Path) -> float:
     return json.loads((directory / "training.json").read_text())["curve"][0]["site_error"]
 

@@ -5,11 +5,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint.disk import flush
 from .distillation import Distillation
@@ -114,6 +115,18 @@ class Uptrainer(Trainer):
         for name, value in parts.items():
             self._parts.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Under the names that the model has in memory: the Trainer resumes by those, and passes over all others without a word (a ViT's
+        are others on disk)."""
+        model = self.model
+        if not isinstance(model, PreTrainedModel):
+            return super()._save(output_dir, state_dict)
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the means of the loss's parts since the last time."""
