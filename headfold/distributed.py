@@ -70,7 +70,7 @@ _team: _Team | None = None
 
 def launched() -> bool:
     """Whether a launcher started this process beside others."""
-    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def leads() -> bool:
@@ -280,13 +280,16 @@ def _heard(*kinds: type) -> Any:
     return heard[0]
 
 
+@cache
 def _parts() -> None:
-    """All have heard how the job ended. As they end nobody leaves first: launchers end the others then, before the leader has spoken."""
+    """Once, when all have heard how a job ended: none exits before all do. Launchers end the rest as soon as one has failed, and the leader
+    has yet to speak."""
     import torch.distributed as dist
 
     def part(messages: "ProcessGroup") -> None:
         with suppress(Gone), _reaching():
             dist.barrier(messages)
+        dist.destroy_process_group()
 
     assert _team is not None
     atexit.register(part, _team.messages)

@@ -14,7 +14,7 @@ app = typer.Typer(
     help="Fold a checkpoint's key/value heads: the same model with a smaller KV cache.",
     no_args_is_help=True,
     add_completion=False,
-    epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4",
+    epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4; in several processes: torchrun --nproc-per-node 8 -m headfold …",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -75,7 +75,7 @@ def main() -> None:
     try:
         app(prog_name="headfold")
     except SystemExit as leaving:
-        if leaving.code == 130:
+        if leaving.code == 130 and leads():
             print("headfold: interrupted", file=sys.stderr)
         raise
     except (UserError, OSError) as error:
