@@ -4,7 +4,8 @@
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
 Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit).
-Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
+The first two of
+the first seed alone: mean pooling sees no data, and refit's spread is in NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
 """
 
 import json
@@ -56,7 +57,7 @@ def main() -> None:
         for count in map(int, options.kv_heads.split(",")):
             for way, how in ways(options.heal_tokens).items():
                 key = (count, way, seed)
-                if key in runs or (way == "mean" and seed):  # mean pooling sees no data
+                if key in runs or (way != "heal" and seed):
                     continue
                 runs[key] = measure(options, seed, kv_heads=count, **how)
                 print(

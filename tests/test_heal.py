@@ -163,6 +163,17 @@ def test_a_healed_fold_is_verified_and_says_so(readable: Path, tmp_path: Path) -
     assert "Nothing was trained" in (plain.out / "README.md").read_text()
 
 
+def test_a_source_that_has_more_is_healed_on_more(readable: Path, tmp_path: Path) -> None:  # noqa: F811
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n".join(f"the {n}th line of {n * n} lines, and no more than {n + 1}." for n in range(400)))
+    how = {**HEALED, "calibration": str(source), "refit": False}
+    made = headfold.fold(readable, tmp_path / "out", **how)
+    facts = [
+        line for line in (made.out / "README.md").read_text().splitlines() if line.startswith(("- Calib", "- Healed"))
+    ]
+    assert "tokens 512" in facts[0] and "tokens 2048" in facts[1]
+
+
 @pytest.mark.parametrize("merge", ["mean", "absorb"])
 def test_healing_goes_on_at_the_block_where_it_was(
     merge: str,

@@ -123,7 +123,8 @@ HealTokens = Annotated[
         "--heal-tokens",
         metavar="N",
         min=1,
-        help="Calibration tokens (or items) that --heal trains every block with, more than once where there are fewer. Default: 524288.",
+        help="Tokens (or items) of the calibration source that --heal trains every block with, more than once where there are fewer. "
+        "Default: 524288 tokens, 16384 images.",
     ),
 ]
 Refit = Annotated[

@@ -50,7 +50,7 @@ def fold(
     widest heads that kernels take.
 
     With `heal` every block's attention is then trained alone, with `heal_tokens` tokens of the calibration data (default
-    `refine.heal.TOKENS`; items where there are no tokens).
+    `refine.heal.TOKENS`, or `ITEMS` where there are no tokens), drawn anew where the source has more of them.
 
     The result is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is
     renamed when it is whole and, unless `verify=False`, equal to its head-repeated twin under stock transformers; the same
@@ -64,7 +64,6 @@ def fold(
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
     if heal_tokens is not None and not heal:
         raise UserError("fold: heal_tokens goes with heal; pass both (--heal --heal-tokens N) or leave it out")
-    heal_tokens = (heal_tokens or healing.TOKENS) if heal else 0
     source = open_source(model, encoder)
     refuse_overlap(source.checkpoint.path, Path(out))
     given = open_stats(stats, source)
@@ -82,9 +81,12 @@ def fold(
     said = given.metadata if given is not None else ready.calibration if ready else {}
     same_data = (calibration, tokens, items, context) == (None, None, None, None)
     data = _data(source, calibration, tokens, items, tuple(columns), context, seed, said, needs_data or refit or heal)
+    if heal:
+        assert data is not None
+        heal_tokens = heal_tokens or (healing.ITEMS if data.kind in ("images", "audio") else healing.TOKENS)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads), "head_width": width,
-        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0, "heal": heal_tokens,
+        "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0, "heal": heal_tokens or 0,
         "data": data and asdict(data),
         "encoder": source.encoder, "layout": layout, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
@@ -96,7 +98,7 @@ def fold(
         statistics = job.statistics(run, given, needs_data)
         with job.timed("plan"):
             made = ready or plan_source(source, kv_heads, group, merge, statistics, seed, job.progress, width)
-        return job.carry_out(run, made, statistics, refit=refit, heal=heal_tokens, verify=verify)
+        return job.carry_out(run, made, statistics, refit=refit, heal=heal_tokens or 0, verify=verify)
 
 
 def _data(

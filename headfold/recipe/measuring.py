@@ -1,8 +1,9 @@
 """What needs the original running: its calibration text, statistics, refit and healing."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
 DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512}
 """Of what is not one stream of text. On a small T5 2,048 pairs lose a tenth less than 512; large images of that number would not fit."""
+HEALING_BYTES = 2**31
+"""Of hidden states, attentions' inputs and answers in float32, while one block after another is healed on text."""
+MORE_ITEMS = 4
+"""Times as many other items as calibration has are healed on, at most."""
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
 
@@ -270,8 +275,25 @@ class OriginalRun:
         seed: int,
     ) -> None:
         """Train the heads that are not yet there, each block alone with so many tokens, from where merge and `refits` end."""
-        total = heal.cost(self.sample, tokens)
-        self._fit("heal", partial(heal.heal, tokens=tokens, seed=seed), total, plan, stats, refits, healed)
+        run = self._with_more_data(tokens)
+        total = heal.cost(run.sample, tokens)
+        run._fit("heal", partial(heal.heal, tokens=tokens, seed=seed), total, plan, stats, refits, healed)
+
+    def _with_more_data(self, tokens: int) -> "OriginalRun":
+        """The same with as much of the same source as blocks are healed with, as far as that fits in memory; what the model would have to
+        write itself stays as it is. Measured on a small Llama at 2 of 8 heads: a rise of 0.0225 from 524 k tokens seen once, of 0.0259 from
+        65 k seen eight times."""
+        have, width = calibrating.total_tokens(self.sample), self._width()
+        most = HEALING_BYTES // (3 * 4 * width) if self.data.kind == "text" else MORE_ITEMS * have
+        times = min(tokens, most) / have
+        if self.data.source == "self" or times <= 1:
+            return self
+        more = replace(self.data, tokens=int(times * have), items=math.ceil(times * self.data.items))
+        return replace(self, data=more, _model=self.model, _sample=None)
+
+    def _width(self) -> int:
+        """Of the hidden states."""
+        return max(self.source.checkpoint.tensors[f"{site.weights['o']}.weight"].shape[0] for site in self.source.sites)
 
     def _fit(
         self,
