@@ -3,9 +3,9 @@
     python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
-Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit).
-The first two of
-the first seed alone: mean pooling sees no data, and refit's spread is in NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
+Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit). The
+first two of the first seed alone: mean pooling sees no data, and refit's spread is in NAME-main.json. Results go to
+benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
 """
 
 import json
