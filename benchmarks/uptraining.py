@@ -3,10 +3,11 @@
     python benchmarks/uptraining.py MODEL --name NAME --kv-heads 2 --text SOURCE --calibration SOURCE [--limit N] [--tokens N]
         [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] --work DIR
 
-Starts: `mean` (2305.13245: neighbours pooled; all weights trained by the language-model loss with Adafactor), `default` (absorb and refit;
-attention trained by distillation with AdamW), `healed` (the same after --heal), and the `original` trained on the same tokens as `mean`
-is. Each at a constant rate, every rate of the list tried, in as many calls as wanted; NLL of the held-out text after 1, 2, 4 … steps. Data that statistics and healing
-saw counts as tokens too (`before`). A language model's; results go to benchmarks/results/NAME-uptraining.json after each run.
+Starts: `mean` (2305.13245: neighbours pooled; all weights trained by the language-model loss with Adafactor), `default` (absorb and
+refit; attention trained by distillation with AdamW), `healed` (the same after --heal), and the `original` trained on the same tokens as
+`mean` is. Each at a constant rate, every rate of the list tried, in as many calls as wanted; NLL of the held-out text after 1, 2, 4 …
+steps. Data that statistics and healing saw counts as tokens too (`before`). A language model's; results go to
+benchmarks/results/NAME-uptraining.json after each run.
 """
 
 import json

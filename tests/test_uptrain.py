@@ -283,6 +283,13 @@ def test_divergence_is_that_of_distributions_and_leaves_padding_out() -> None:
     expected = (p * (p.log() - q.log())).sum(-1)
     assert_tight(divergence(ours, theirs, kept), expected[kept].mean())
     assert_tight(divergence(ours, theirs, None), expected.mean())
+    leaf = ours.clone().requires_grad_()
+    divergence(leaf, theirs, kept).backward()
+    other = ours.clone().requires_grad_()
+    torch.nn.functional.kl_div(
+        other[kept].log_softmax(-1), theirs[kept].log_softmax(-1), reduction="batchmean", log_target=True
+    ).backward()
+    assert_tight(leaf.grad, other.grad)
     assert_tight(relative(3 * theirs, theirs), torch.tensor(4.0, dtype=torch.float64))
 
 

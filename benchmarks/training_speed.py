@@ -1,0 +1,109 @@
+"""Uptraining's steps against those of a plain transformers Trainer on the same grouped model, in turns within one run.
+
+    python benchmarks/training_speed.py FOLDED --distill ORIGINAL --data SOURCE [--context N] [--batch N] [--rounds 7]
+
+`plain` is a Trainer on the model as transformers opens it, with the same data, optimizer and what is trained; `own loss` and `distilled`
+are headfold's. Times are the processor's own per step, which other work on the machine does not lengthen as much as it does the clock.
+Results go to benchmarks/results/training_speed.json.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from folds import RESULTS
+from machine import describe
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+from headfold.stock import open_tokenizer, quiet
+from headfold.train.attentions import attentions, prepared
+from headfold.train.distillation import Distillation
+from headfold.train.stream import Stream, together
+from headfold.train.trainer import Recipe, Telling, Uptrainer, Whole, arguments
+
+WARM_UP = 1
+
+
+class Timed(TrainerCallback):
+    """Seconds of every step but the first ones."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.process_time() - self._began)
+
+
+def opened(path: str) -> Any:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
+    """One trainer's steps, one after the other."""
+    recipe = Recipe(
+        steps=WARM_UP + 2, optimizer="adamw", learning_rate=1e-5, schedule="constant", warmup=0, batch=options.batch
+    )
+    model = opened(options.folded)
+    distillation = None
+    if way == "distilled":
+        distillation = Distillation(opened(options.distill), model, [a.output for a in attentions(model)])
+    stream = Stream(
+        "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=0
+    )
+    timed = Timed()
+    how = {
+        "model": prepared(model, "attention"), "args": arguments(recipe, directory, "cpu", None, 1), "train_dataset": stream,
+        "data_collator": together,
+    }  # fmt: skip
+    if way == "plain":
+        trainer = Trainer(**how, callbacks=[timed])
+    else:
+        telling = Telling(lambda done, total: None, lambda line: None, options.batch * options.context, "tokens")
+        trainer = Uptrainer(**how, callbacks=[Whole(), telling, timed], distillation=distillation)
+    with quiet():
+        trainer.train()
+    return timed.seconds[WARM_UP:]
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    reader.add_argument("folded")
+    reader.add_argument("--distill", required=True)
+    reader.add_argument("--data", required=True)
+    reader.add_argument("--context", type=int, default=256)
+    reader.add_argument("--batch", type=int, default=8)
+    reader.add_argument("--rounds", type=int, default=7)
+    options = reader.parse_args()
+    seconds: dict[str, list[float]] = {"plain": [], "own loss": [], "distilled": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(options.rounds):
+            for way, found in seconds.items():
+                found += run(way, options, Path(directory))
+    middle = {way: statistics.median(found) for way, found in seconds.items()}
+    rows = {
+        way: {"seconds_per_step": round(t, 4), "of_plain": round(middle["plain"] / t, 3)} for way, t in middle.items()
+    }
+    facts = {
+        "machine": describe(),
+        "model": Path(options.folded).name,
+        "batch": options.batch,
+        "context": options.context,
+    }
+    (RESULTS / "training_speed.json").write_text(
+        json.dumps({**facts, "rows": rows, "seconds": seconds}, indent=1) + "\n"
+    )
+    print(rows)
+
+
+if __name__ == "__main__":
+    main()
