@@ -1,9 +1,8 @@
 """headfold: fold a checkpoint's key/value heads. Same model, smaller KV cache.
 
-The public functions are those of the command line: `fold`, `calibrate`, `plan`, `inspect`, `eval`, `frontier`, `compare`, `bench`, and
-`load`, which opens
-what `fold` wrote. Nothing heavy is imported before one of them is asked for. With this package imported, any transformers model may be
-opened with `attn_implementation="headfold"`.
+The public functions are those of the command line: `fold`, `uptrain`, `calibrate`, `plan`, `inspect`, `eval`, `frontier`, `compare`,
+`bench`, and `load`, which opens what `fold` wrote. Nothing heavy is imported before one of them is asked for. With this package imported,
+any transformers model may be opened with `attn_implementation="headfold"`.
 """
 
 from importlib import import_module
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from .recipe.benching import bench
     from .recipe.comparing import compare
     from .recipe.frontier import frontier
+    from .recipe.uptraining import uptrain
     from .runtime.load import load
 
     __version__: str
@@ -30,11 +30,24 @@ _HOMES = {
     "bench": ("recipe.benching", "bench"),
     "frontier": ("recipe.frontier", "frontier"),
     "compare": ("recipe.comparing", "compare"),
+    "uptrain": ("recipe.uptraining", "uptrain"),
     "load": ("runtime.load", "load"),
 }
 """Public name → module and name there. A public name must not be that of a submodule, which would take its place."""
 
-__all__ = ["__version__", "bench", "calibrate", "compare", "eval", "fold", "frontier", "inspect", "load", "plan"]
+__all__ = [
+    "__version__",
+    "bench",
+    "calibrate",
+    "compare",
+    "eval",
+    "fold",
+    "frontier",
+    "inspect",
+    "load",
+    "plan",
+    "uptrain",
+]
 
 
 announce()
