@@ -1,6 +1,6 @@
 """What healing buys over refit, and what mean pooling loses: folds as a user makes them, verified by reload and measured.
 
-    python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--heal-tokens N] [--text SOURCE] [--limit N]
+    python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways mean,refit,heal] [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
 Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit). The
@@ -49,6 +49,7 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     reader = parser(__doc__)
     reader.add_argument("--heal-tokens", type=int)
+    reader.add_argument("--ways", default="mean,refit,heal")
     options = reader.parse_args()
     out = RESULTS / f"{options.name}-healing.json"
     kept = json.loads(out.read_text())["runs"] if out.exists() else []
@@ -57,7 +58,7 @@ def main() -> None:
         for count in map(int, options.kv_heads.split(",")):
             for way, how in ways(options.heal_tokens).items():
                 key = (count, way, seed)
-                if key in runs or (way != "heal" and seed):
+                if key in runs or way not in options.ways.split(",") or (way != "heal" and seed):
                     continue
                 runs[key] = measure(options, seed, kv_heads=count, **how)
                 print(
