@@ -42,6 +42,8 @@ class _Team:
     messages: "ProcessGroup"
     """Objects travel here, whatever tensors travel by; with patience."""
     together: bool = False
+    led: bool = True
+    """Whether followers wait for the leader's orders, or all do the same by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ _team: _Team | None = None
 def launched() -> bool:
     """Whether a launcher started this process beside others."""
     return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def processes() -> int:
+    """Those launched."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def leads() -> bool:
@@ -187,20 +194,53 @@ def agreed(make: Callable[[], T] | None = None) -> T:
 
 
 def everyone(make: Callable[[], T]) -> T:
-    """What `make` gives here; what one process refuses, all refuse."""
+    """What `make` gives here; what one process refuses, all refuse, and the first says it."""
     if world_size() == 1:
         return make()
+    assert _team is not None
     value, refusal = None, None
     try:
         value = make()
-    except UserError as error:
+    except (UserError, OSError) as error:
         refusal = error
     refusals = {at: text for at, text in enumerate(gathered(refusal and str(refusal))) if text is not None}
     if not refusals:
         return value  # type: ignore[return-value]
-    if rank():
+    said = "; ".join(f"process {at}: {text}" for at, text in refusals.items())
+    if rank() and _team.led:
         _heard(_Answer)  # the leader's refusal
-    raise refusal or UserError("; ".join(f"process {at}: {text}" for at, text in refusals.items()))
+    if not _team.led:
+        _parts()
+    if rank():
+        raise Told(said)
+    raise refusal or UserError(said)
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within, all processes that were launched do the same by themselves, each its share, and none leads; without a launcher nothing is
+    there. What may be refused belongs into `everyone`: a process that fails elsewhere ends alone, and its launcher ends the others."""
+    if not launched():
+        yield
+        return
+    with joined():
+        assert _team is not None
+        _team.led = False
+        with _sharing():
+            yield
+        _parts()
+
+
+@contextmanager
+def reaching_others() -> Iterator[None]:
+    """For passes that something else divides among the processes: its errors of sending are those of `summed`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search(r"gloo|nccl|connection|peer", str(error), re.IGNORECASE):
+            raise
+        with _reaching():
+            raise
 
 
 @contextmanager

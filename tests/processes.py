@@ -1,4 +1,4 @@
-"""What each of the processes does that `test_distributed.py` launches: python processes.py PART DIRECTORY."""
+"""What each process does that `test_distributed.py` and `test_uptrain_distributed.py` launch: python processes.py PART DIRECTORY."""
 
 import contextlib
 import io
@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from torch import Tensor
+from transformers import TrainerCallback
 
 from headfold import calibration, cli, distributed
+from headfold.core.errors import UserError
 from headfold.planning import make_plan
+from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
 from headfold.refine import refit as refitting
 from headfold.refine.heal import heal as healed
@@ -117,7 +122,49 @@ def die(directory: Path) -> None:
     cli.main()
 
 
+class Stopped(TrainerCallback):
+    """A kill at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def train(directory: Path) -> None:
+    """Command lines as in `command`; a run that is stopped; and one with sharded weights."""
+    command(directory)
+    how = json.loads((directory / "how.json").read_text())
+    with contextlib.suppress(KeyboardInterrupt):
+        uptrain(out=directory / "stopped", **how, callbacks=[Stopped(3)])
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }  # fmt: skip
+    AcceleratorState._reset_state()
+    with contextlib.suppress(UserError):  # accelerate shards over accelerators alone
+        uptrain(out=directory / "unsharded", **how)
+    AcceleratorState.__init__ = _sharding_here
+    AcceleratorState._reset_state()
+    uptrain(out=directory / "sharded", **{**how, "train": "lora"})
+    with contextlib.suppress(KeyboardInterrupt):
+        uptrain(out=directory / "shards", **how, callbacks=[Stopped(3)])
+    uptrain(out=directory / "shards", **how, resume=True)
+
+
+def _sharding_here(self: Any, *given: Any, fsdp_plugin: Any = None, **more: Any) -> None:
+    """As accelerate does it on accelerators; torch itself shards over gloo as well."""
+    MADE(self, *given, fsdp_plugin=fsdp_plugin, **more)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+
+MADE = AcceleratorState.__init__
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     part, place = sys.argv[1:]
-    {"work": work, "die": die}[part](Path(place))
+    {"work": work, "die": die, "train": train}[part](Path(place))

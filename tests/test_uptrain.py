@@ -159,6 +159,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such data": (dict(data="nowhere.txt"), "no such file"),
     "parts": (dict(accumulate=3), "a multiple of 3"),
     "nothing to resume": (dict(resume=True), "leave --resume out"),
+    "longer than the model": (dict(context=10_000), "the model's own context is"),
+    "no share": (dict(steps=None, alpha=0.0, pretraining_tokens=100), "--alpha 0"),
+    "endless": (dict(steps=None, alpha=math.inf, pretraining_tokens=100), "--alpha inf"),
+    "up the hill": (dict(learning_rate=-1.0), "--learning-rate -1"),
+    "no rate": (dict(learning_rate=math.nan), "--learning-rate nan"),
+    "weight decay": (dict(weight_decay=-1.0), "--weight-decay -1"),
+    "site weight": (dict(site_weight=math.nan), "--site-weight nan"),
+    "a file for events": (dict(tensorboard=__file__), "expected a directory or nothing"),
 }
 
 
@@ -187,6 +195,12 @@ def test_too_little_text_a_fold_without_plan_and_a_strange_teacher_are_refused(
             distill=tiny_checkpoint("gpt_neox", torch.float32, vocab_size=257),
             **SHORT,
         )
+    with pytest.raises(UserError, match="nothing to learn from"):
+        uptrain(folded, tmp_path / "out", data=text, distill=folded, **SHORT)
+    for other, said in ((dict(num_hidden_layers=3), "of 2 layers, got one of 3"), (dict(hidden_size=72), "72 wide")):
+        wrong = tiny_checkpoint("llama", torch.float32, vocab_size=257, **other)
+        with pytest.raises(UserError, match=said):
+            uptrain(folded, tmp_path / "out", data=text, distill=wrong, **SHORT)
     bare = tmp_path / "bare"
     shutil.copytree(folded, bare)
     (bare / "plan.json").unlink()

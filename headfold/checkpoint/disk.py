@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..core.errors import UserError
 
@@ -32,6 +35,21 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         where = error.filename or path
         raise UserError(
             f"{where}: {_REASONS[error.errno]}{needed}; choose another output place or make room there"
+        ) from error
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """`disk_errors`, and what the writers of torch and safetensors, which have errors of their own, make of the same."""
+    try:
+        with disk_errors(path):
+            yield
+    except (SafetensorError, RuntimeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not re.search(r"PytorchStreamWriter|iostream|os error|I/O error", said):
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({said}); is the disk full? Choose another output place or make room there"
         ) from error
 
 

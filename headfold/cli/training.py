@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..distributed import leads
 from ..report import views
 from ..report.progress import ProgressReport
 from .answers import answer, given, names
@@ -139,6 +140,6 @@ def uptrain(
             gradient_checkpointing=gradient_checkpointing, save_every=save_every, log_every=log_every, resume=resume, seed=seed,
             force=force, progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
-    if plot is not None:
+    if plot is not None and leads():
         draw_curve(plot, result.curve, f"{Path(folded).name}, uptrained")
     answer(result.to_json(), as_json) or views.show_uptraining(result)

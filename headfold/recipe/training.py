@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.disk import write_errors
 from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..distributed import leads
+from ..distributed import everyone, leads, processes, reaching_others
 from ..evaluate.verify import TOLERANCE, model_output
 from ..report.card import uptrained_card
 from ..runtime.load import own_class
@@ -27,7 +28,8 @@ from ..train import attentions as places
 from ..train import wgqa
 from ..train.distillation import Distillation
 from ..train.stream import Item, Stream, together
-from ..train.trainer import Recipe, Say, Telling, Uptrainer, Whole, arguments, curve, last_whole, world_size
+from ..train.trainer import Complete, Ending, Recipe, Say, Telling, Uptrainer, Whole, arguments, curve, last_whole
+from .sharding import check_sharding, gathered, load_everywhere
 from .source import Progress, open_source
 
 if TYPE_CHECKING:
@@ -104,66 +106,112 @@ class TrainingRun:
 
     def carry_out(self, asked: Asked, *, resume: bool, force: bool, callbacks: Sequence[Any]) -> UptrainResult:
         """Open, train, write, verify, rename. All that can be refused is, before anything stands on disk."""
-        stream = self._stream(asked)
-        first = next(iter(stream))
-        model = self._open(self.folded, self.config)
-        dtype = stored_dtype(self.folded)
-        distillation = self._distillation(asked, model, first)
-        self._prepare(model, asked)
-        model = places.prepared(model, "lora") if asked.train == "lora" else model
-        if asked.tensorboard is not None:
-            _tensorboard(asked.tensorboard)
-        told = arguments(self.recipe, self._staging / _WORK, self.device, asked.tensorboard, world_size())
-        last = self._resumed(resume, force)
-        telling = self._telling(self.recipe.batch * _tokens(first))
+        ready = everyone(lambda: self._ready(asked))
+        stream, first, model, distillation, dtype = ready
+        everyone(lambda: self._open_staging(resume, force) if leads() else None)
+        last = everyone(self._last)
+        per_step = self.recipe.batch * _tokens(first)
         trainer = Uptrainer(
-            model=model, args=told, train_dataset=stream, data_collator=together, callbacks=[Whole(), telling, *callbacks],
-            distillation=distillation,
+            model=model, args=arguments(self.recipe, self._work, self.device, asked.tensorboard, processes()), train_dataset=stream,
+            data_collator=together, callbacks=[Whole(), Ending(), self._telling(per_step), *callbacks], distillation=distillation,
         )  # fmt: skip
+        everyone(lambda: self._check_sharding(trainer, last))
         counts = [
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             sum(p.numel() for p in model.parameters()),
         ]
         started = time.monotonic()
-        with quiet():
+        with quiet(), reaching_others(), _memory(), suppress(Complete):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
-        compared = self._written(trainer, distillation, dtype, stream)
-        per_step = self.recipe.batch * _tokens(first)
-        result = UptrainResult(
-            self.out, self.kind, asked.data, asked.teacher and str(asked.teacher), asked.train, self.recipe, *counts, begun,
-            self.recipe.steps * per_step, (self.recipe.steps - begun) * per_step / max(seconds, 1e-9), round(seconds, 3),
-            curve(trainer.state.log_history), *compared,
-        )  # fmt: skip
-        if leads():
-            self._finish(result, asked, force)
-        return result
+        trained = self._trained(trainer, distillation, asked)
+
+        def finish() -> UptrainResult:
+            compared = (0.0, 0.0) if trained is None else self._written(trained, dtype, stream)
+            result = UptrainResult(
+                self.out, self.kind, asked.data, asked.teacher and str(asked.teacher), asked.train, self.recipe, *counts, begun,
+                self.recipe.steps * per_step, (self.recipe.steps - begun) * per_step / max(seconds, 1e-9), round(seconds, 3),
+                curve(trainer.state.log_history), *compared,
+            )  # fmt: skip
+            if trained is not None:
+                self._finish(result, asked, force)
+            return result
+
+        return everyone(finish)
+
+    def _ready(self, asked: Asked) -> tuple[Stream, Item, Any, Distillation | None, torch.dtype]:
+        """The data and its first item, the model with what of it trains, its teacher; and the dtype to write in."""
+        load_everywhere()
+        stream = self._stream(asked)
+        first = next(iter(stream))
+        model = self._open(self.folded, self.config)
+        distillation = self._distillation(asked, model, first)
+        model = self._prepared(model, asked)
+        self._try(model, distillation, first, asked)
+        if asked.tensorboard is not None:
+            _tensorboard(asked.tensorboard)
+        return stream, first, model, distillation, stored_dtype(self.folded)
+
+    @torch.no_grad()
+    def _try(self, model: Any, distillation: Distillation | None, first: Item, asked: Asked) -> None:
+        """One item, without a step: whatever model, teacher and data make of each other they make here."""
+        batch = {name: tensor.to(self.device) for name, tensor in together([first]).items()}
+        cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.bf16)
+        try:
+            with cast:
+                answer = model(**batch) if distillation is None else distillation(model, batch)
+            if distillation is None and "loss" not in answer:
+                raise UserError(
+                    f"{self.folded.name}: expected a model with a loss of its own, {self.config.get('architectures')} has none; "
+                    "give --distill ORIGINAL"
+                )
+        except (ValueError, TypeError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{asked.data}: {self.folded.name} cannot be trained on this: {str(error).strip().partition(chr(10))[0]}"
+            ) from error
 
     @property
     def _staging(self) -> Path:
         return self.out.with_name(f"{self.out.name}.partial").absolute()
 
+    @property
+    def _work(self) -> Path:
+        return self._staging / _WORK
+
     def _stream(self, asked: Asked) -> Stream:
         tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
         return Stream(self.kind, asked.data, self.folded, tokenizer, asked.context, self.recipe.seed, asked.columns)
 
-    def _open(self, directory: Path, config: Mapping[str, Any]) -> "PreTrainedModel":
-        """To be trained, or learned from: in float32 at least, as small steps would drown in half precision."""
-        dtype = torch.promote_types(stored_dtype(directory), torch.float32)
+    def _open(self, directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """By default in float32 at least, as small steps would drown in half precision."""
+        dtype = dtype or torch.promote_types(stored_dtype(directory), torch.float32)
         return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(config))
 
     def _distillation(self, asked: Asked, model: "PreTrainedModel", first: Item) -> Distillation | None:
         outputs = [attention.output for attention in places.attentions(model)]
         if asked.teacher is not None:
-            teacher = self._open(asked.teacher, json.loads((asked.teacher / "config.json").read_text()))
-            return Distillation(teacher, model, outputs, asked.site_weight)
+            dtype = stored_dtype(asked.teacher) if self.recipe.bf16 else None  # it takes no steps
+            teacher = self._open(asked.teacher, json.loads((asked.teacher / "config.json").read_text()), dtype)
+            return Distillation(
+                teacher, model, outputs, asked.site_weight, theirs=self._outputs_of(teacher, outputs, asked.teacher)
+            )
         if self.kind in ("sentences", "images") and "labels" not in first:
             raise UserError(
                 f"{asked.data}: expected labels to train on, found none; name their column, or give --distill ORIGINAL"
             )
         return None
 
-    def _prepare(self, model: "PreTrainedModel", asked: Asked) -> None:
+    def _outputs_of(self, teacher: "PreTrainedModel", outputs: Sequence[str], place: Path) -> Sequence[str]:
+        """The teacher's output projections, in the order of `outputs`: the same, except where a fold came out as another class (GPT-NeoX
+        and GPT-J as Phi)."""
+        source = None if {*outputs} <= dict(teacher.named_modules()).keys() else open_source(place)
+        if source is None or source.checkpoint.fingerprint() != self.plan.source:
+            return outputs
+        return [site.paths["o"] for site in source.every_site if site.name in self.plan.sites]
+
+    def _prepared(self, model: "PreTrainedModel", asked: Asked) -> Any:
         """What trains, and how it is parametrized."""
         if asked.train != "lora":
             places.prepared(model, asked.train)  # type: ignore[arg-type]
@@ -175,43 +223,55 @@ class TrainingRun:
                     f"--original {asked.original}: expected the model that {self.folded.name} was folded from, got another"
                 )
             wgqa.attach(model, source.every_site, self.plan, source.checkpoint.read, asked.wgqa, seed=self.recipe.seed)
+        return places.prepared(model, "lora") if asked.train == "lora" else model
 
-    def _resumed(self, resume: bool, force: bool) -> Path | None:
-        """The checkpoint to go on from, in the staging directory that the first process opens; the others come when it stands."""
-        from accelerate import PartialState
-
-        with PartialState().main_process_first() if world_size() > 1 else _alone():
-            if leads():
-                key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
-                open_staging(self.out, key, force)
-            work = self._staging / _WORK
-            last = last_whole(work) if work.is_dir() else None
+    def _open_staging(self, resume: bool, force: bool) -> None:
+        """The staging directory, with whole checkpoints alone."""
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+        open_staging(self.out, key, force)
+        last = last_whole(self._work) if self._work.is_dir() else None
         if resume and last is None:
-            if leads():
-                _remove_empty(self._staging)
+            _remove_empty(self._staging)
             raise UserError(
                 f"{self.out}: expected an unfinished run of these settings to go on with, found none; leave --resume out"
             )
-        return last
+
+    def _last(self) -> Path | None:
+        """The checkpoint to go on from, which all processes see."""
+        if not self._staging.is_dir():
+            raise UserError(
+                f"{self._staging}: expected what the first process opened, found nothing; all need OUT on one file system"
+            )
+        return last_whole(self._work) if self._work.is_dir() else None
+
+    def _check_sharding(self, trainer: Uptrainer, last: Path | None) -> None:
+        try:
+            check_sharding(trainer, self.recipe.optimizer, last)
+        except UserError:
+            if leads():
+                _remove_empty(self._staging)
+            raise
 
     def _telling(self, tokens_per_step: int) -> Telling:
         return Telling(
             lambda done, total: self.progress("uptrain", done, total), self.say, tokens_per_step, _unit(self.kind)
         )
 
-    def _written(
-        self, trainer: Uptrainer, distillation: Distillation | None, dtype: torch.dtype, stream: Stream
-    ) -> tuple[float, float]:
-        """The trained model on disk, by the first process, and compared there."""
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    def _trained(self, trainer: Uptrainer, distillation: Distillation | None, asked: Asked) -> Any:
+        """The trained model, whole, in the first process; None in the others."""
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        state = gathered(model) if trainer.is_fsdp_enabled else None
         if distillation is not None:
             distillation.close()
         if not leads():
-            return 0.0, 0.0
+            return None
         if state is not None:
-            model = self._open(self.folded, self.config)
+            model = self._prepared(self._open(self.folded, self.config), asked)
             model.load_state_dict(state)
+        return model
+
+    def _written(self, model: Any, dtype: torch.dtype, stream: Stream) -> tuple[float, float]:
+        """On disk, and compared there."""
         if wgqa.attached(model):
             wgqa.fold_away(model)
         trained = places.merged(model).to("cpu")
@@ -229,7 +289,7 @@ class TrainingRun:
         ) in trained.eval().parameters():  # tables of frequencies, which are no parameters, keep their precision
             parameter.data = parameter.data.to(dtype).to(wide)
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in trained.state_dict().items()}
-        with quiet():
+        with quiet(), write_errors(staging):
             trained.save_pretrained(staging, state_dict=state)
         copy_side_files(self.folded, staging)
         for name in ("config.json", "plan.json"):
@@ -277,13 +337,19 @@ class TrainingRun:
 
 
 @contextmanager
-def _alone() -> Any:
-    yield
+def _memory() -> Iterator[None]:
+    """What a device says that has too little."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "uptrain: the device's memory is too small for a part of a batch; give --accumulate N or --gradient-checkpointing"
+        ) from error
 
 
 def _remove_empty(staging: Path) -> None:
     """A staging directory in which there is nothing yet."""
-    if [path.name for path in staging.iterdir()] == [JOB]:
+    if not any(path.is_file() and path.name != JOB for path in staging.rglob("*")):
         shutil.rmtree(staging)
 
 
@@ -299,6 +365,8 @@ def _unit(kind: str) -> str:
 def _tensorboard(logs: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: needs the package tensorboard; pip install headfold[train]")
+    if logs.exists() and not logs.is_dir():
+        raise UserError(f"--tensorboard {logs}: expected a directory or nothing, got a file; choose another")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
 
 

@@ -15,11 +15,12 @@ from ..checkpoint.staging import refuse_overlap
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
+from ..distributed import alike, everyone, processes
 from ..runtime.load import check
 from ..train import wgqa as weighing
 from ..train.attentions import SCOPES
 from ..train.distillation import SITE_WEIGHT
-from ..train.trainer import OPTIMIZERS, SCHEDULES, Recipe, Say, world_size
+from ..train.trainer import OPTIMIZERS, SCHEDULES, Recipe, Say
 from .measuring import MAX_CONTEXT, default_device
 from .source import Progress, context_limit, silent
 from .training import Asked, TrainingRun, UptrainResult
@@ -71,29 +72,37 @@ def uptrain(
     Raises:
         UserError: no fold, no plan beside it, data or a teacher that do not suit it, options that exclude each other.
     """
-    folded, out, device = resolve(str(folded)), Path(out), device or default_device()
-    config = _checked(folded)
-    kind, plan = kind_of(config), Plan.load(folded / "plan.json")
-    teacher, source_of_heads = (None if p is None else resolve(str(p)) for p in (distill, original or distill))
-    for place in filter(None, (folded, teacher, source_of_heads)):
-        refuse_overlap(place, out)
-    length = context or min(context_limit(config) or MAX_CONTEXT, MAX_CONTEXT)
-    budget = _Budget(steps, tokens, alpha, pretraining_tokens)
-    recipe = _recipe(
-        PUBLISHED if teacher is None else DISTILLED, budget, length if kind == "text" else None, device, how
-    )
-    asked = Asked(
-        train=_known("--train", train, SCOPES), data=_data(data, plan), columns=tuple(columns), context=length, teacher=teacher,
-        site_weight=site_weight, wgqa=_wgqa(wgqa, train, source_of_heads), original=source_of_heads,
-        tensorboard=None if tensorboard is None else Path(tensorboard),
-    )  # fmt: skip
-    settings = {
-        "version": version("headfold"), "folded": Checkpoint.open(folded).fingerprint(), **asked.to_json(), **asdict(recipe),
-    }  # fmt: skip
-    run = TrainingRun(
-        folded, out, config, kind, plan, settings, recipe, device, progress or silent, say or (lambda line: None)
-    )
-    return run.carry_out(asked, resume=resume, force=force, callbacks=callbacks)
+
+    def opened() -> tuple[TrainingRun, Asked]:
+        place = resolve(str(folded))
+        config = _checked(place)
+        kind, plan = kind_of(config), Plan.load(place / "plan.json")
+        fingerprint = Checkpoint.open(place).fingerprint()
+        teacher, source_of_heads = (None if p is None else resolve(str(p)) for p in (distill, original or distill))
+        for other in filter(None, (place, teacher, source_of_heads)):
+            refuse_overlap(other, Path(out))
+        if teacher is not None and Checkpoint.open(teacher).fingerprint() == fingerprint:
+            raise UserError(
+                f"--distill {distill}: expected the original, got the fold itself, which it has nothing to learn from"
+            )
+        length, on = _length(context, config), device or default_device()
+        budget = _Budget(steps, tokens, alpha, pretraining_tokens)
+        recipe = _recipe(
+            PUBLISHED if teacher is None else DISTILLED, budget, length if kind == "text" else None, on, how
+        )
+        asked = Asked(
+            train=_known("--train", train, SCOPES), data=_data(data, plan), columns=tuple(columns), context=length, teacher=teacher,
+            site_weight=_positive("--site-weight", site_weight, least=0), wgqa=_wgqa(wgqa, train, source_of_heads),
+            original=source_of_heads, tensorboard=None if tensorboard is None else Path(tensorboard),
+        )  # fmt: skip
+        settings = {"version": version("headfold"), "folded": fingerprint, **asked.to_json(), **asdict(recipe)}
+        said = say or (lambda line: None)
+        run = TrainingRun(place, Path(out), config, kind, plan, settings, recipe, on, progress or silent, said)
+        return run, asked
+
+    with alike():
+        run, asked = everyone(opened)
+        return run.carry_out(asked, resume=resume, force=force, callbacks=callbacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +131,10 @@ class _Budget:
             raise UserError(
                 "uptrain: --tokens and --alpha count packed text, which this model does not take; give --steps"
             )
-        total = self.tokens if self.tokens is not None else (self.alpha or 0.0) * (self.pretraining_tokens or 0)
-        return max(1, math.ceil(total / tokens_per_step))
+        if self.tokens is not None:
+            return math.ceil(self.tokens / tokens_per_step)
+        assert self.alpha is not None and self.pretraining_tokens is not None
+        return math.ceil(_positive("--alpha", self.alpha) * self.pretraining_tokens / tokens_per_step)
 
 
 def _checked(folded: Path) -> dict[str, Any]:
@@ -146,6 +157,21 @@ def _known(option: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise UserError(f"{option} {value}: expected one of {', '.join(known)}")
     return value
+
+
+def _positive(option: str, value: float, least: float | None = None) -> float:
+    """A finite number above 0 or, where there is one, from `least` on."""
+    if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+        raise UserError(f"{option} {value:g}: expected a number {'above 0' if least is None else f'from {least:g} on'}")
+    return value
+
+
+def _length(asked: int | None, config: Mapping[str, Any]) -> int:
+    """Of a window, or where texts are cut."""
+    limit = context_limit(config)
+    if asked is not None and limit is not None and asked > limit:
+        raise UserError(f"--context {asked}: the model's own context is {limit}; choose at most that")
+    return asked or min(limit or MAX_CONTEXT, MAX_CONTEXT)
 
 
 def _wgqa(options: str | None, train: str, original: Path | None) -> str | None:
@@ -174,9 +200,11 @@ def _recipe(
     recipe = Recipe(steps=steps, **{**defaults, "warmup": min(MAX_WARM_UP, steps // 20), "bf16": bf16, **given})
     _known("--optimizer", recipe.optimizer, tuple(OPTIMIZERS))
     _known("--schedule", recipe.schedule, tuple(SCHEDULES))
-    parts = world_size() * recipe.accumulate
+    _positive("--learning-rate", recipe.learning_rate)
+    _positive("--weight-decay", recipe.weight_decay, least=0)
+    parts = processes() * recipe.accumulate
     if batch % parts:
         raise UserError(
-            f"--batch {batch}: expected a multiple of {parts} ({world_size()} processes, {recipe.accumulate} parts); choose one"
+            f"--batch {batch}: expected a multiple of {parts} ({processes()} processes, {recipe.accumulate} parts); choose one"
         )
     return recipe

@@ -1,5 +1,6 @@
 """The README.md of a folded checkpoint: what it was made from, how, and what that is predicted to cost."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,9 +82,11 @@ def routed_card(
 def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     """The card of a checkpoint that was trained on: that of the folded one, `name`, with a section on how."""
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
-    text = (card or f"# {name}, uptrained").replace(
-        "Nothing was trained; all tensors outside attention are the original's, byte for byte.",
-        "It was then trained on (see below).",
+    text = re.sub(
+        r"(?:Nothing was trained|(Every attention block was then trained alone, .*?)); all tensors outside attention are the original's, "
+        r"byte for byte\.",
+        lambda found: f"{found[1] + '. ' if found[1] else ''}It was then trained on (see below).",
+        card or f"# {name}, uptrained",
     )
     before, heading, after = text.partition("\n## Made by")
     return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"

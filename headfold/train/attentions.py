@@ -92,8 +92,10 @@ def _with_lora(model: "PreTrainedModel", modules: list[str], rank: int) -> Any:
     except ImportError as error:
         raise UserError("--train lora: needs the package peft; pip install headfold[train]") from error
     targets = [f"{module}.{name}" for module in modules for name in _linears(model.get_submodule(module))]
-    with warnings.catch_warnings():  # peft asks transformers by a name that is on its way out
-        warnings.simplefilter("ignore", FutureWarning)
+    with (
+        warnings.catch_warnings()
+    ):  # on names of transformers that are on their way out, and on GPT-2's layout, which it then sees to
+        warnings.simplefilter("ignore")
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 

@@ -27,28 +27,40 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: "PreTrainedModel", student: nn.Module, outputs: Sequence[str], weight: float = SITE_WEIGHT
+        self,
+        teacher: "PreTrainedModel",
+        student: nn.Module,
+        outputs: Sequence[str],
+        weight: float = SITE_WEIGHT,
+        *,
+        theirs: Sequence[str] | None = None,
     ) -> None:
-        """`outputs`: paths of the output projections, the same in both models; hooks stay on them until `close`.
+        """`outputs`: paths of the output projections in the student, `theirs` in the teacher (default: the same); hooks stay on them until
+        `close`.
 
         Raises:
             UserError: the teacher is of another architecture or vocabulary.
         """
+        theirs = outputs if theirs is None else theirs
         self.teacher, self.weight = teacher.eval().requires_grad_(False), weight
         self._seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
-        missing = [path for path in outputs if path not in dict(teacher.named_modules())]
+        missing = [path for path in theirs if path not in dict(teacher.named_modules())]
         if missing:
             raise UserError(f"--distill: expected the model that this was folded from, got one without {missing[0]}")
-        ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
-        if ours != theirs:
+        sizes = [getattr(model.config, "vocab_size", None) for model in (student, teacher)]
+        if sizes[0] != sizes[1]:
             raise UserError(
-                f"--distill: expected a teacher with the student's vocabulary of {ours} tokens, got {theirs}"
+                f"--distill: expected a teacher with the student's vocabulary of {sizes[0]} tokens, got {sizes[1]}"
             )
-        models = {"teacher": teacher, "student": student}
+        depths = [getattr(model.config, "num_hidden_layers", None) for model in (student, teacher)]
+        if depths[0] != depths[1]:
+            raise UserError(
+                f"--distill: expected the model that this was folded from, of {depths[0]} layers, got one of {depths[1]}"
+            )
         self._hooks = [
             model.get_submodule(path).register_forward_hook(self._noting(name))
-            for name, model in models.items()
-            for path in outputs
+            for name, model, paths in (("teacher", teacher, theirs), ("student", student, outputs))
+            for path in paths
         ]
 
     def _noting(self, name: str) -> Any:
@@ -63,8 +75,12 @@ class Distillation:
         for hook in self._hooks:
             hook.remove()
 
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one batch, and its parts for the record; `model` is the student, as the Trainer has wrapped it."""
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and its parts for the record; `model` is the student, as the Trainer has wrapped it.
+
+        Raises:
+            UserError: the two answer in different shapes.
+        """
         labels = inputs.get("labels")
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         if getattr(self.teacher.config, "is_encoder_decoder", False):
@@ -76,13 +92,18 @@ class Distillation:
         ours = model(**given)
         apart = self._between(ours, theirs, labels, given.get("attention_mask"))
         sites = torch.stack([relative(s, t) for s, t in zip(self._seen["student"], self._seen["teacher"], strict=True)])
-        parts = {"kl": float(apart.detach()), "site_error": float(sites.mean().detach())}
+        parts = {"kl": apart.detach(), "site_error": sites.mean().detach()}
         return apart + self.weight * sites.mean(), parts
 
     def _between(self, ours: Any, theirs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         if getattr(ours, "logits", None) is None:
-            return relative(ours.last_hidden_state, theirs.last_hidden_state)
+            states = (ours.last_hidden_state, theirs.last_hidden_state)
+            return relative(*(s if mask is None or mask.shape != s.shape[:2] else s[mask.bool()] for s in states))
         logits = ours.logits
+        if getattr(theirs, "logits", None) is None or theirs.logits.shape != logits.shape:
+            raise UserError(
+                "--distill: expected the model that this was folded from, got one whose logits have another shape"
+            )
         kept = next((m for m in (_of_labels(labels), mask) if m is not None and m.shape == logits.shape[:-1]), None)
         return divergence(logits, theirs.logits, None if kept is None else kept.bool())
 
@@ -120,6 +141,14 @@ class _Divergence(torch.autograd.Function):
 
 
 def relative(ours: Tensor, theirs: Tensor) -> Float[Tensor, ""]:
-    """Σ ‖ŷ − y‖² / Σ ‖y‖²."""
+    """Σ ‖ŷ − y‖² / Σ ‖y‖².
+
+    Raises:
+        UserError: their shapes differ.
+    """
+    if ours.shape != theirs.shape:
+        raise UserError(
+            f"--distill: expected the model that this was folded from, got one that is {theirs.shape[-1]} wide, not {ours.shape[-1]}"
+        )
     ours, theirs = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (ours, theirs))
     return (ours - theirs).square().sum() / theirs.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

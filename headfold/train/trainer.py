@@ -9,10 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..checkpoint.disk import flush
+from ..checkpoint.disk import flush, write_errors
+from ..core.errors import UserError
+from ..corpus.pairs import IGNORED
+from ..distributed import everyone
 from .distillation import Distillation
 
 WHOLE = "headfold-whole"
@@ -55,7 +60,7 @@ def arguments(recipe: Recipe, directory: Path, device: str, logs: Path | None, w
     share, rest = divmod(recipe.batch, world_size * recipe.accumulate)
     assert share and not rest
     on_gpu = device.startswith("cuda")
-    return TrainingArguments(
+    told = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
         per_device_train_batch_size=share,
@@ -71,6 +76,7 @@ def arguments(recipe: Recipe, directory: Path, device: str, logs: Path | None, w
         save_total_limit=KEPT,
         logging_steps=recipe.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         report_to=[] if logs is None else ["tensorboard"],
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -79,7 +85,13 @@ def arguments(recipe: Recipe, directory: Path, device: str, logs: Path | None, w
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,
+        # Every process reads for itself: accelerate's other way, one that reads for all, cannot join batches padded to different lengths.
+        accelerator_config={"dispatch_batches": False},
     )
+    # A process has one GPU. The Trainer would copy the model to all it sees, for a batch of each, and hooks do not survive that.
+    _ = told.device  # which counts them
+    told._n_gpu = min(told._n_gpu, 1)
+    return told
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -97,8 +109,8 @@ class Uptrainer(Trainer):
         self._distillation = distillation
         self._parts: dict[str, list[float]] = {}
         self.remove_callback_of_printing()
-        if distillation is not None:
-            self.model_accepts_loss_kwargs = False  # a mean over the batch's part, not a sum over the batch's tokens
+        self.model_accepts_loss_kwargs = True  # so that labels are counted over all parts and processes
+        self.loss_is_scaled_for_ga = True
 
     def remove_callback_of_printing(self) -> None:
         """The Trainer's own printing to stdout, which is for results."""
@@ -109,12 +121,26 @@ class Uptrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Of a part of the batch, so weighted that parts and processes make the mean over all the labels of a batch.
+
+        The model is not told their count: some (T5) take it and go by their own all the same.
+        """
         if self._distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, parts = self._distillation(model, inputs)
+            loss, parts = super().compute_loss(model, inputs), {}
+        else:
+            with self.accelerator.autocast():
+                loss, parts = self._distillation(model, inputs)
+        weight = self._weight(inputs.get("labels"), num_items_in_batch)
         for name, value in parts.items():
-            self._parts.setdefault(name, []).append(value)
-        return (loss, None) if return_outputs else loss
+            self._parts.setdefault(name, []).append(value * weight * self.current_gradient_accumulation_steps)
+        return (loss * weight, None) if return_outputs else loss * weight
+
+    def _weight(self, labels: Tensor | None, count: Tensor | None) -> Tensor | float:
+        """Of a mean over `labels`, `count` being those of the whole batch; gradients are averaged over processes later."""
+        if labels is None or count is None:
+            return 1 / self.current_gradient_accumulation_steps
+        counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+        return (counted != IGNORED).sum() * self.accelerator.num_processes / count
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Under the names that the model has in memory: the Trainer resumes by those, and passes over all others without a word (a ViT's
@@ -128,22 +154,54 @@ class Uptrainer(Trainer):
         finally:
             del model.save_pretrained
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Of numbers alone: a checkpoint of NaN would be resumed from for ever.
+
+        Raises:
+            UserError: training has diverged, or the disk is full.
+        """
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        finite = torch.stack([_local(parameter.detach()).isfinite().all() for parameter in trained]).all()
+        if not self.accelerator.gather(finite.to(self.args.device)[None]).all():
+            self._refuse_divergence("weights that are not finite")
+        with write_errors(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the means of the loss's parts since the last time."""
-        means = {name: math.fsum(values) / len(values) for name, values in self._parts.items()}
-        self._parts.clear()
-        super().log({**logs, **means}, start_time)
+        """With the means of the loss's parts since the last time, over all processes.
+
+        Raises:
+            UserError: the loss is no number.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._refuse_divergence(f"a loss of {logs['loss']}")
+        names = sorted(self._parts)
+        if names:
+            means = torch.tensor([math.fsum(map(float, self._parts[name])) / len(self._parts[name]) for name in names])
+            means = self.accelerator.gather(means.to(self.args.device)[None]).mean(0)
+            logs = {**logs, **dict(zip(names, means.tolist(), strict=True))}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _refuse_divergence(self, found: str) -> None:
+        def refuse() -> None:
+            raise UserError(
+                f"step {self.state.global_step:,}: expected training to stay finite, got {found}; the last checkpoint from before stands, "
+                "but that rate leads here again: choose a smaller --learning-rate or a longer --warmup"
+            )
+
+        everyone(refuse)
 
 
 class Whole(TrainerCallback):
     """Marks checkpoints that are whole, so that one cut off by a kill is never resumed from."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
+        PartialState().wait_for_everyone()  # each writes its own part
         if state.is_world_process_zero:
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for file in directory.rglob("*"):
-                if file.is_file():
-                    flush(file)
+            for entry in directory.rglob("*"):
+                flush(entry)
             (directory / WHOLE).touch()
             flush(directory)
 
@@ -157,6 +215,18 @@ def last_whole(directory: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return found[max(found)] if found else None
+
+
+class Complete(Exception):
+    """All steps are done already."""
+
+
+class Ending(TrainerCallback):
+    """Ends a run that goes on from its last step: the Trainer would take one more."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise Complete
 
 
 class Telling(TrainerCallback):
@@ -198,7 +268,6 @@ def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]
 
 
-def world_size() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of what is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
