@@ -47,10 +47,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("model", type=Path)
     made.add_argument("--train", required=True, help="source of training and calibration")
-    made.add_argument("--validation", required=True, help="source on which learning rates are chosen")
+    made.add_argument(
+        "--validation",
+        help="pairs on which learning rates are chosen; images are drawn from --test, others than the table's",
+    )
     made.add_argument("--test", required=True)
     made.add_argument("--work", type=Path, required=True)
-    made.add_argument("--steps", type=int, default=100)
+    made.add_argument("--steps", type=int, default=60)
     made.add_argument("--batch", type=int, default=16)
     made.add_argument("--items", type=int, default=256, help="of --train, for calibration")
     made.add_argument("--bf16", action="store_true", help="train under autocast; weights and optimizer stay float32")
@@ -60,7 +63,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 class ByLength(IterableDataset):
-    """Items of a stream so that those of one batch are about as long, which halves the time: `WINDOW` batches are sorted and cut at once."""
+    """Items of a stream, those of one batch about as long, which halves the time: `WINDOW` batches are sorted and cut together."""
 
     WINDOW = 20
 
@@ -82,7 +85,7 @@ class Data:
     """Training data by seed, and what is measured on the rest: pairs for an encoder-decoder, labelled images for a classifier."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.model, self.batch = options.model, options.batch
+        self.model, self.batch, self._source = options.model, options.batch, options.train
         self.kind = kind_of(json.loads((self.model / "config.json").read_text()))
         self._stream = Stream(self.kind, options.train, self.model, None, CONTEXT, 0)
         self._by_length = ByLength(self._stream, options.batch)
@@ -103,17 +106,23 @@ class Data:
         self._stream.seed = seed
         return self._by_length if self.kind == "pairs" else self._stream
 
+    @property
+    def num_training(self) -> int:
+        """Items in one pass over the training data."""
+        return len(read_pairs(self._source)) if self.kind == "pairs" else 0
+
     def first(self, count: int) -> list[Sample]:
         """Batches of training data."""
         items = islice(self.stream(0), count * self.batch)
         return [together(list(islice(items, self.batch))) for _ in range(count)]
 
-    def measure(self, model: Any) -> dict[str, float]:
-        """Of an open model, on the test data."""
+    def measure(self, model: Any, written: bool = True) -> dict[str, Any]:
+        """Of an open model, on the test data; BLEU if translations are to be `written`."""
         if self.kind == "images":
             found = classification.evaluate(model, self._test)
             return {"accuracy": 100 * found.accuracy, "cross_entropy": found.cross_entropy}
-        found = translation.evaluate(model, self._test, self._tokenizer, batch_size=100, max_new_tokens=MAX_NEW_TOKENS)
+        length = MAX_NEW_TOKENS if written else 0
+        found = translation.evaluate(model, self._test, self._tokenizer, batch_size=100, max_new_tokens=length)
         return {"bleu": found.bleu, "nll": found.nll, "eval_seconds": found.seconds}
 
     def validation_loss(self, model: Any) -> float:
@@ -153,7 +162,9 @@ def recipe_of(options: argparse.Namespace, rate: float, seed: int, **more: Any) 
     )  # fmt: skip
 
 
-def train(model: Any, stream: IterableDataset, recipe: Recipe, work: Path, callbacks: Sequence[Any] = ()) -> dict[str, float]:
+def train(
+    model: Any, stream: IterableDataset, recipe: Recipe, work: Path, callbacks: Sequence[Any] = ()
+) -> dict[str, float]:
     """Train all weights, in place, by the model's own loss; the loss of the last steps, and seconds."""
     model.requires_grad_(True)
     started = time.monotonic()
@@ -187,6 +198,11 @@ class Table:
             self.write()
         return self.runs[key]
 
+    def by_rate(self, name: str, quantity: str) -> dict[str, dict[str, float]]:
+        """That of a row's runs by learning rate, to be merged into the row; nothing where one rate alone was tried."""
+        found = {str(key[1]): run[quantity] for key, run in self.runs.items() if key[0] == name and quantity in run}
+        return {f"{quantity}_by_rate": found} if len(found) > 1 else {}
+
     def write(self, **more: Any) -> None:
         """With `more` facts, such as the table itself."""
         self._facts |= more
@@ -209,4 +225,5 @@ def source_name(source: str) -> str:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What decides a table, without places."""
     facts = {name: value for name, value in vars(options).items() if name not in ("work", "seeds")}
-    return {name: source_name(str(v)) if name in ("model", "train", "validation", "test") else v for name, v in facts.items()}  # fmt: skip
+    places = ("model", "train", "validation", "test")
+    return {name: source_name(str(value)) if name in places and value else value for name, value in facts.items()}

@@ -54,12 +54,13 @@ def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> d
     found: dict[str, Any] = {}
     if rate is not None:
         found = train(model, data.stream(seed), recipe_of(folds.options, rate, seed), folds.options.work)
-        found["validation_nll"] = data.validation_loss(model)
+        if seed == 0 and name in TRIED:
+            found["validation_nll"] = data.validation_loss(model)
     if spec is not None:
         coefficients = torch.cat([t.flatten() for site in wgqa.coefficients(model).values() for t in site.values()])
         found["mean_change_of_coefficients"] = (coefficients - kv_heads / 8).abs().mean().item()
         wgqa.fold_away(model)
-    return found | data.measure(model)
+    return found if rate in OTHER_RATES else found | data.measure(model)
 
 
 def rows(table: Table) -> list[dict[str, Any]]:
@@ -71,19 +72,18 @@ def rows(table: Table) -> list[dict[str, Any]]:
         for quantity in ("bleu", "nll"):
             row[f"{quantity}_before"] = before and before[quantity]
             row[quantity] = spread(found[quantity] for found in after) if after else None
-        tried = {key[1]: found["validation_nll"] for key, found in table.runs.items() if key[0] == name and key[1] != "before" and key[2] == 0}  # fmt: skip
-        if len(tried) > 1:
-            best = min(tried, key=tried.__getitem__)
-            row |= {"validation_nll_by_rate": tried, "best_rate": best, "at_best_rate": table.runs[name, best, 0]}
-        listed.append(row)
+        listed.append(row | table.by_rate(name, "validation_nll"))
     return listed
 
 
 def main() -> None:
     options = parser(__doc__).parse_args()
-    data, folds = Data(options), None
+    data = Data(options)
     folds = Folds(options, data.kind)
-    facts = {"paper": "2407.10855", "settings": {**settings(options), "rate": RATE, "optimizer": "adamw", "schedule": "linear"}}
+    facts = {
+        "paper": "2407.10855",
+        "settings": {**settings(options), "rate": RATE, "optimizer": "adamw", "schedule": "linear"},
+    }
     table = Table(f"wgqa-{options.model.name}", facts | {"published": PUBLISHED})
     wanted = [(name, RATE, seed) for seed in range(options.seeds) for name in ROWS]
     for name in ROWS:
