@@ -1,6 +1,6 @@
 """KDGQA, DGQA and PGQA against plain GQA on a vision transformer (2408.08454): accuracy before and after fine-tuning.
 
-    python -m benchmarks.papers.routes MODEL --train TRAIN.parquet --test TEST.parquet --work DIR --limit 2000 --batch 32
+    python -m benchmarks.papers.routes MODEL --train TRAIN.parquet --test TEST.parquet --work DIR --limit 2000 --steps 80
 
 The same as in the paper: a ViT on CIFAR-10, K and V mean-pooled over neighbours to half as many heads, routes as their code has them
 (`published=true`: KDGQA cuts every batch anew, DGQA once in a window, both also when measured, PGQA adds its noise there too), AdamW.

@@ -63,6 +63,15 @@ def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> d
     return found if rate in OTHER_RATES else found | data.measure(model)
 
 
+def beside(table: Table, name: str, baseline: str) -> dict[str, dict[str, float]]:
+    """Loss less that of the row trained with the same seed from the plain fold."""
+    seeds = [
+        seed for one, rate, seed in table.runs if (one, rate) == (name, RATE) and (baseline, RATE, seed) in table.runs
+    ]
+    found = [table.runs[name, RATE, seed]["nll"] - table.runs[baseline, RATE, seed]["nll"] for seed in seeds]
+    return {f"nll_over_{baseline}": spread(found)} if found and name != baseline else {}
+
+
 def rows(table: Table) -> list[dict[str, Any]]:
     listed = []
     for name, (_, kv_heads, _) in ROWS.items():
@@ -72,6 +81,7 @@ def rows(table: Table) -> list[dict[str, Any]]:
         for quantity in ("bleu", "nll"):
             row[f"{quantity}_before"] = before and before[quantity]
             row[quantity] = spread(found[quantity] for found in after) if after else None
+        row |= beside(table, name, "MQA" if kv_heads == 1 else "GQA")
         listed.append(row | table.by_rate(name, "validation_nll"))
     return listed
 
