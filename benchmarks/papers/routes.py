@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[str | None, str | None]] = {
     "ours": ("ours", None),
 }
 PUBLISHED = {
-    "source": "2408.08454, abstract, and an independent run of its code (methods.md 3.6): ViT-B, 6 K/V heads, CIFAR-10 from scratch, "
+    "source": "2408.08454, abstract, and an independent run of its code: ViT-B, 6 K/V heads, CIFAR-10 from scratch, "
     "accuracy after 20 epochs; the paper's own tables could not be read",
     "claim": "DGQA gains up to 8 % of accuracy over GQA (ViT-L)",
     "GQA": 71.6, "KDGQA": 68.8, "DGQA, diff": 64.2, "DGQA, EMA": 72.5,
