@@ -65,7 +65,11 @@ def rows(table: Table, rate: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    reader = parser(__doc__)
+    reader.add_argument(
+        "--row", action="append", choices=list(ROWS), help="this one alone; again for more (default: all)"
+    )
+    options = reader.parse_args()
     data = Data(options)
     folds = Folds(options, data.kind)
     facts = {"paper": "2408.08454", "settings": {**settings(options), "kv_heads": 4, "rates": RATES, "window": WINDOW}}
@@ -78,7 +82,7 @@ def main() -> None:
     losses = {rate: trained("GQA", rate, 0)["validation_loss"] for rate in RATES}
     rate = min(losses, key=losses.__getitem__)
     for seed in range(options.seeds):
-        for name in ROWS:
+        for name in options.row or ROWS:
             if seed == 0:
                 trained(name, None, seed)
             trained(name, rate, seed)

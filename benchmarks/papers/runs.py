@@ -224,6 +224,6 @@ def source_name(source: str) -> str:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What decides a table, without places."""
-    facts = {name: value for name, value in vars(options).items() if name not in ("work", "seeds")}
+    facts = {name: value for name, value in vars(options).items() if name not in ("work", "seeds", "row")}
     places = ("model", "train", "validation", "test")
     return {name: source_name(str(value)) if name in places and value else value for name, value in facts.items()}
