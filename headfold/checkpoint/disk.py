@@ -46,7 +46,7 @@ def write_errors(path: Path) -> Iterator[None]:
             yield
     except (SafetensorError, RuntimeError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not re.search(r"PytorchStreamWriter|iostream|os error|I/O error", said):
+        if not re.search(r"inline_container|PytorchStreamWriter|iostream|os error|I/O error", said):
             raise
         raise UserError(
             f"{path}: cannot be written ({said}); is the disk full? Choose another output place or make room there"
