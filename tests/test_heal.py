@@ -29,12 +29,12 @@ from headfold.refine.heal import cost, heal
 from headfold.refine.trial import Recorded, Trial
 
 NAMES = sorted({*TINY, *FOREIGN})
-NUM_ITEMS = 32
+NUM_ITEMS = 16
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An item each: 28 to train on, four held back."""
+    """An item each: 14 to train on, two held back."""
     monkeypatch.setattr(healing, "BATCH_TOKENS", 1)
     monkeypatch.setattr(calibration, "ITEMS_PER_BATCH", 1)
 
@@ -53,7 +53,7 @@ def spoilt(site: Site, heads: Heads) -> Heads:
 
 
 @cache
-def healed(name: str, rate: float = 0.05, tokens: int = 2000) -> tuple[dict[str, dict[str, Tensor]], list[int]]:
+def healed(name: str, rate: float = 0.02, tokens: int = 1000) -> tuple[dict[str, dict[str, Tensor]], list[int]]:
     """Every site of a tiny model from spoilt heads, and the tokens that progress heard."""
     directory, heard = tiny_checkpoint(name), []
     pairs = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
@@ -118,7 +118,7 @@ def test_a_perfect_fold_stays_as_it_is() -> None:
     pairs = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
     sites = [site for site, _ in pairs.values()]
     found = heal(
-        stock_model(directory), sites, lambda site: pairs[site.name][1], tiny_sample("llama", NUM_ITEMS), tokens=2000
+        stock_model(directory), sites, lambda site: pairs[site.name][1], tiny_sample("llama", NUM_ITEMS), tokens=1000
     )
     for site, heads in pairs.values():
         for field, tensor in found[site.name].items():
@@ -128,7 +128,7 @@ def test_a_perfect_fold_stays_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["llama", "t5", "vit"])
 def test_progress_ends_where_it_should(name: str) -> None:
     _, heard = healed(name)
-    assert sum(heard) == cost(tiny_sample(name, NUM_ITEMS), 2000) * len(tiny_sites(tiny_checkpoint(name)))
+    assert sum(heard) == cost(tiny_sample(name, NUM_ITEMS), 1000) * len(tiny_sites(tiny_checkpoint(name)))
 
 
 def test_a_seed_draws_the_batches() -> None:
@@ -136,7 +136,7 @@ def test_a_seed_draws_the_batches() -> None:
     (site, heads), *_ = tiny_sites(directory)
     model = stock_model(directory)
     first, again, other = (
-        heal(model, [site], lambda site: spoilt(site, heads), tiny_sample("llama", NUM_ITEMS), tokens=2000, seed=seed)[
+        heal(model, [site], lambda site: spoilt(site, heads), tiny_sample("llama", NUM_ITEMS), tokens=1000, seed=seed)[
             site.name
         ]
         for seed in (0, 0, 1)
