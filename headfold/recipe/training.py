@@ -309,8 +309,8 @@ class TrainingRun:
     def _finish(self, result: UptrainResult, asked: Asked, force: bool) -> None:
         """The record, the card, then the rename."""
         record = {**self.settings, "resumed_at": result.resumed_at, "tokens": result.tokens, "curve": result.curve}
-        for name in ("teacher", "original"):  # a record goes where the weights go
-            record[name] = record[name] and Path(record[name]).name
+        for name in ("teacher", "original", "data"):  # a record goes where the weights go
+            record[name] = Path(record[name]).name if record[name] and Path(record[name]).exists() else record[name]
         write_json(self._staging / RECORD, record)
         card = self.folded / "README.md"
         text = uptrained_card(card.read_text() if card.is_file() else "", self.folded.name, self._facts(result, asked))
