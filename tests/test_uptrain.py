@@ -87,6 +87,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_says_how_it_was_made(
     stock = transformers.AutoModelForCausalLM.from_pretrained(found.out)(tokens).logits
     assert_bitwise(headfold.load(found.out, attn_implementation="sdpa")(tokens).logits, stock)
     record = json.loads((found.out / "training.json").read_text())
+    assert record["data"] == Path(text).name and record["teacher"] == "tiny"
     assert (
         record["steps"] == 6 and len(record["curve"]) == 6 and {"loss", "kl", "site_error"} <= record["curve"][0].keys()
     )
