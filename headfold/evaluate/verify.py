@@ -139,3 +139,15 @@ def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relati
         if not (found - expected).abs().max().item() <= relative * _scale(expected):
             return f"layers.{depth - 1}" if depth else "embeddings"
     return "output head"
+
+
+@torch.no_grad()
+def says(model: "PreTrainedModel", sample: Sample) -> Tensor:
+    """The first of `OUTPUTS` that the model gives of the sample."""
+    return model_output(model, dict(sample))[1].cpu()
+
+
+def apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest difference of two answers computed in `dtype`, and the tolerance for it, absolute."""
+    tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
+    return (found - expected).abs().max().item(), tolerance

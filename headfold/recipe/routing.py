@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
-from ..evaluate.verify import TOLERANCE, model_output
+from ..evaluate.verify import apart, says
 from ..export.card import exported_card
 from ..export.pieces import Export
 from ..families.spec import Family, entry
@@ -32,9 +32,6 @@ from ..stock import exceeds_memory, open_model, stored_dtype
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, silent
 from .verifying import ITEMS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SAID = "query heads are cut unevenly, which the grouped class beside the weights reads (`modeling_headfold.py`)"
 
@@ -220,7 +217,6 @@ def _write_card(checkpoint: Checkpoint, staging: Path, config: Mapping[str, Any]
     (staging / "README.md").write_text(routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
 
 
-@torch.no_grad()
 def _compare(run: OriginalRun, staging: Path, config: Mapping[str, Any]) -> tuple[float, float]:
     """Largest difference of what the output says from what the routed model does, and the tolerance, absolute as for folds.
 
@@ -229,20 +225,15 @@ def _compare(run: OriginalRun, staging: Path, config: Mapping[str, Any]) -> tupl
     """
     dtype = torch.promote_types(stored_dtype(staging), torch.float32)
     sample = {name: tensor[:ITEMS] for name, tensor in run.sample.items()}
-    expected = _says(run.model.to(dtype), sample)
+    expected = says(run.model.to(dtype), sample)
     run.close()
     run.progress("verify", 0, 1)
-    found = _says(open_model(staging, dtype=dtype, device=run.device, model_class=own_class(config)), sample)
+    found = says(open_model(staging, dtype=dtype, device=run.device, model_class=own_class(config)), sample)
     run.progress("verify", 1, 1)
-    difference = (found - expected).abs().max().item()
-    tolerance = TOLERANCE[dtype] * expected.double().pow(2).mean().sqrt().item()
+    difference, tolerance = apart(found, expected, dtype)
     if not difference <= tolerance:
         disown(staging)
         raise UserError(
             f"{staging}: expected what the routed model says within {tolerance:.2g}, got a difference of {difference:.2g}; not renamed"
         )
     return difference, tolerance
-
-
-def _says(model: "PreTrainedModel", sample: Mapping[str, Tensor]) -> Tensor:
-    return model_output(model, dict(sample))[1].cpu()

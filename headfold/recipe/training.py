@@ -20,7 +20,7 @@ from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_stag
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..distributed import everyone, leads, processes, reaching_others
-from ..evaluate.verify import TOLERANCE, model_output
+from ..evaluate.verify import apart, says
 from ..report.card import uptrained_card
 from ..runtime.load import own_class
 from ..stock import open_model, open_tokenizer, quiet, stored_dtype
@@ -294,10 +294,9 @@ class TrainingRun:
         copy_side_files(self.folded, staging)
         for name in ("config.json", "plan.json"):
             write_json(staging / name, json.loads((self.folded / name).read_text()))
-        expected = _says(trained, sample)
-        found = _says(open_model(staging, dtype=wide, device="cpu", model_class=own_class(self.config)), sample)
-        difference = (found - expected).abs().max().item()
-        tolerance = TOLERANCE[wide] * expected.double().square().mean().sqrt().item()
+        expected = says(trained, sample)
+        found = says(open_model(staging, dtype=wide, device="cpu", model_class=own_class(self.config)), sample)
+        difference, tolerance = apart(found, expected, wide)
         if not difference <= tolerance:
             disown(staging)
             raise UserError(
@@ -368,8 +367,3 @@ def _tensorboard(logs: Path) -> None:
     if logs.exists() and not logs.is_dir():
         raise UserError(f"--tensorboard {logs}: expected a directory or nothing, got a file; choose another")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
-
-
-@torch.no_grad()
-def _says(model: "PreTrainedModel", sample: Item) -> torch.Tensor:
-    return model_output(model, sample)[1].cpu()
