@@ -1,8 +1,10 @@
 """Nothing half-written: an output directory grows beside its place under another name and is renamed when whole."""
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
         staging.mkdir(parents=True, exist_ok=True)
         _adopt(staging, key)
     return staging
+
+
+def job_key(settings: Mapping[str, Any]) -> str:
+    """Which job: the same for the same settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def commit(staging: Path, out: Path, force: bool) -> None:

@@ -1,6 +1,5 @@
 """One fold in its staging directory: what it has, what it still has to make, and the renaming at the end."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..calibration import num_tokens
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, job_key, open_staging, write_json
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
@@ -132,7 +131,7 @@ class Job:
     staging: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+        key = job_key(self.settings)
         self.staging = open_staging(self.out, key, self.force)
         self.work.mkdir(exist_ok=True)
 

@@ -1,7 +1,5 @@
 """Settle a route on a folded checkpoint: measure its keys, fix who reads what, write that as an ordinary checkpoint, compare."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from .. import calibration as calibrating
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, refuse_overlap, write_json
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, job_key, open_staging, refuse_overlap, write_json
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.groups import Groups
@@ -89,7 +87,7 @@ def route(
         "route": str(method),
         "data": asdict(data),
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key = job_key(settings)
     staging = open_staging(Path(out), key, force)
     run = OriginalRun(source, data, device or default_device(), progress or silent)
     with _worth_keeping(staging):

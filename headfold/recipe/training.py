@@ -1,6 +1,5 @@
 """One training run in its staging directory, from the models it opens to the checkpoint it leaves."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.disk import write_errors
-from ..checkpoint.staging import JOB, commit, copy_side_files, disown, open_staging, write_json
+from ..checkpoint.staging import JOB, commit, copy_side_files, disown, job_key, open_staging, write_json
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..distributed import everyone, leads, processes, reaching_others
@@ -227,7 +226,7 @@ class TrainingRun:
 
     def _open_staging(self, resume: bool, force: bool) -> None:
         """The staging directory, with whole checkpoints alone."""
-        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()
+        key = job_key(self.settings)
         open_staging(self.out, key, force)
         last = last_whole(self._work) if self._work.is_dir() else None
         if resume and last is None:
