@@ -1,36 +1,39 @@
-"""Tokens of uptraining until a fold is within 1 % of its original trained on the same tokens: our way, and the published one.
+"""Training until a fold is within 1 % of its original trained on as much: our way, and the published one.
 
-    python benchmarks/uptraining.py MODEL --name NAME --kv-heads 2 --text SOURCE --calibration SOURCE [--limit N] [--tokens N]
-        [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] --work DIR
+    python benchmarks/uptraining.py MODEL --name NAME --kv-heads 2 --text SOURCE --calibration SOURCE [--limit N] [--tokens N] [--items N]
+        [--columns A,B] [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] [--ways healed,default,original,mean] --work DIR
 
-Starts: `mean` (2305.13245: neighbours pooled; all weights trained by the language-model loss with Adafactor), `default` (absorb and
-refit; attention trained by distillation with AdamW), `healed` (the same after --heal), and the `original` trained on the same tokens as
-`mean` is. Each at a constant rate, every rate of the list tried, in as many calls as wanted; NLL of the held-out text after 1, 2, 4 …
-steps. Data that statistics and healing saw counts as tokens too (`before`). A language model's; results go to
-benchmarks/results/NAME-uptraining.json after each run.
+Starts: `mean` (2305.13245: neighbours pooled; all weights trained by the model's own loss with Adafactor), `default` (absorb and refit;
+attention trained by distillation with AdamW), `healed` (the same after --heal), and the `original` trained as `mean` is. Each at a
+constant rate, every rate of the list tried, in as many calls as wanted, measured on held-out data after 0, 1, 2, 4 … steps and every
+64th. `seen` counts tokens of a language model, else pairs or images; what statistics and healing saw is counted too (`before`). Within 1 %
+is meant of the best that the original has reached, at any rate, with at most as much training: of its loss (`nll`, an image classifier's
+cross-entropy), and of its `score` (BLEU, accuracy in percent) where there is one. Results go to benchmarks/results/NAME-uptraining.json
+after each run.
 """
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from folds import RESULTS, parser, settings, statistics_of
+from folds import RESULTS, columns, parser, settings, statistics_of
 from machine import describe
 from transformers import TrainerCallback
 
-from headfold.checkpoint.reader import Checkpoint
-from headfold.core.groups import Groups
-from headfold.core.plan import Plan, SitePlan
 from headfold.corpus import open_corpus
+from headfold.corpus.pairs import read_pairs
+from headfold.corpus.samples import image_sample_blocks, kind_of
+from headfold.evaluate import classification, translation
 from headfold.evaluate.perplexity import compare_models
 from headfold.recipe import fold
+from headfold.recipe.measuring import DEFAULT_ITEMS, DEFAULT_TOKENS, MORE_ITEMS
 from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
 from headfold.stock import open_tokenizer
 
-WITHIN = 1.01
+SHARE = 0.01
 WAYS: dict[str, dict[str, Any]] = {
     "original": {"optimizer": "adafactor", "train": "all"},
     "mean": {"optimizer": "adafactor", "train": "all"},
@@ -45,17 +48,20 @@ FOLDS: dict[str, dict[str, Any]] = {
 BATCH = 16
 
 
-class Watched(TrainerCallback):
-    """Held-out NLL before the first step, and after 1, 2, 4 … steps and the last."""
+Measure = Callable[[Any], dict[str, float]]
 
-    def __init__(self, windows: torch.Tensor, tokens_per_step: int) -> None:
-        self.windows, self.per_step, self.found = windows, tokens_per_step, []
+
+class Watched(TrainerCallback):
+    """What `measure` finds before the first step, after 1, 2, 4 … steps, every 64th and the last."""
+
+    def __init__(self, measure: Measure, per_step: int) -> None:
+        self.measure, self.per_step, self.found = measure, per_step, []
 
     def _look(self, model: Any, step: int) -> None:
         was_training = model.training
-        nll = compare_models(model.eval(), None, self.windows).nll
+        values = {name: round(value, 5) for name, value in self.measure(model.eval()).items()}
         model.train(was_training)
-        self.found.append({"tokens": step * self.per_step, "nll": round(nll, 5)})
+        self.found.append({"seen": step * self.per_step, **values})
         print("  ", self.found[-1], flush=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
@@ -67,8 +73,33 @@ class Watched(TrainerCallback):
             self._look(model, step)
 
 
-def held_out(options: Any) -> torch.Tensor:
-    """Windows of the held-out text, evenly over the whole of it."""
+def held_out(options: Any, kind: str) -> Measure:
+    """Loss, and the score where the model has one, on the held-out data."""
+    if kind == "pairs":
+        tokenizer, pairs = (
+            open_tokenizer(Path(options.model)),
+            read_pairs(options.text, columns(options), options.limit),
+        )
+
+        def translated(model: Any) -> dict[str, float]:
+            found = translation.evaluate(model, pairs, tokenizer)
+            return {"nll": found.nll, "score": found.bleu}
+
+        return translated
+    if kind == "images":
+        blocks = list(image_sample_blocks(options.text, path=Path(options.model), num_items=options.limit, seed=0))
+
+        def classified(model: Any) -> dict[str, float]:
+            found = classification.evaluate(model, blocks)
+            return {"nll": found.cross_entropy, "score": 100 * found.accuracy}
+
+        return classified
+    windows = evenly(options)
+    return lambda model: {"nll": compare_models(model, None, windows).nll}
+
+
+def evenly(options: Any) -> torch.Tensor:
+    """Windows of the held-out text, from all over it."""
     tokenizer = open_tokenizer(Path(options.model))
     ids: list[int] = []
     for document in open_corpus(options.text).documents:
@@ -78,33 +109,40 @@ def held_out(options: Any) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
-def start(options: Any, way: str) -> tuple[Path, int]:
-    """The checkpoint that is trained, and the tokens that were seen to make it."""
+def start(options: Any, way: str, kind: str) -> tuple[Path, int]:
+    """The checkpoint that is trained, and how much was seen to make it."""
     place = options.work / way
-    if way == "original":  # with a plan that changes nothing, so that it trains as folds do
-        if not place.exists():
-            shutil.copytree(options.model, place)
-            checkpoint = Checkpoint.open(place)
-            heads = checkpoint.config["num_attention_heads"]
-            sites = {
-                f"layers.{layer}.self": SitePlan(Groups.contiguous(heads, heads), "mean", checkpoint.config["head_dim"])
-                for layer in range(checkpoint.config["num_hidden_layers"])
-            }
-            (place / "plan.json").write_text(json.dumps(Plan(sites, "contiguous", checkpoint.fingerprint()).to_json()))
-        return place, 0
     if not place.exists():
-        fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **FOLDS[way])
-    calibrated = 0 if way == "mean" else options.tokens or 65_536
-    healed = heal.TOKENS if way == "healed" else 0
-    return place, calibrated + healed
+        if way == "original":  # with a plan that changes nothing, so that it trains as folds do
+            config = json.loads((Path(options.model) / "config.json").read_text())
+            every = config.get("num_attention_heads") or config["num_heads"]
+            fold(options.model, place, kv_heads=every, merge="first", group="contiguous", refit=False)
+        else:
+            fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **FOLDS[way])
+    if way in ("original", "mean"):
+        return place, 0
+    if kind == "text":
+        return place, (options.tokens or DEFAULT_TOKENS) + (heal.TOKENS if way == "healed" else 0)
+    items = options.items or DEFAULT_ITEMS[kind]
+    return place, items * (1 + MORE_ITEMS if way == "healed" else 1)
 
 
-def reached(run: dict[str, Any], beside: list[dict[str, Any]]) -> int | None:
-    """Tokens, those before training included, at which a run is within 1 % of the best original trained on as many."""
+def reached(run: dict[str, Any], runs: list[dict[str, Any]], value: str) -> int | None:
+    """What a run had seen, before training too, when it came within 1 % of the best of the original with at most as much training."""
+    better = max if value == "score" else min
     for point in run["curve"]:
-        at = [p["nll"] for other in beside for p in other["curve"] if p["tokens"] == point["tokens"]]
-        if at and point["nll"] <= WITHIN * min(at):
-            return point["tokens"] + run["before"]
+        best = [
+            p[value]
+            for o in runs
+            if o["way"] == "original"
+            for p in o["curve"]
+            if value in p and p["seen"] <= point["seen"]
+        ]
+        if not best or value not in point:
+            continue
+        lost = (point[value] - better(best)) * (-1 if value == "score" else 1)
+        if lost <= SHARE * better(best):
+            return point["seen"] + run["before"]
     return None
 
 
@@ -117,32 +155,37 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{options.name}-uptraining.json"
     runs = json.loads(out.read_text())["runs"] if out.exists() else []
-    windows = held_out(options)
+    kind = kind_of(json.loads((Path(options.model) / "config.json").read_text()))
+    measure, per_step = held_out(options, kind), BATCH * (options.context if kind == "text" else 1)
     for way in options.ways.split(","):
         for rate in map(float, options.rates.split(",")):
             if any((run["way"], run["rate"], run["steps"]) == (way, rate, options.steps) for run in runs):
                 continue
             print(way, rate, flush=True)
-            place, before = start(options, way)
-            watched = Watched(windows, BATCH * options.context)
+            place, before = start(options, way, kind)
+            watched = Watched(measure, per_step)
             distill = {"distill": options.model} if way in ("default", "healed") else {}
             found = uptrain(
-                place, options.work / "trained", steps=options.steps, data=options.calibration, context=options.context, batch=BATCH,
-                learning_rate=rate, schedule="constant", callbacks=[watched], force=True, save_every=10**9, **distill, **WAYS[way],
+                place, options.work / "trained", steps=options.steps, data=options.calibration, columns=columns(options),
+                context=options.context, batch=BATCH, learning_rate=rate, schedule="constant", callbacks=[watched], force=True,
+                save_every=10**9, **distill, **WAYS[way],
             )  # fmt: skip
             run = {"way": way, "rate": rate, "steps": options.steps, "before": before, "curve": watched.found}
-            runs.append({**run, "seconds": found.seconds, "tokens_per_second": round(found.tokens_per_second, 1)})
-            beside = [run for run in runs if run["way"] == "original"]
-            rows = [
-                {"way": run["way"], "rate": run["rate"], "tokens_until_within_1_percent": reached(run, beside), "last": run["curve"][-1]}
-                for run in runs
-            ]  # fmt: skip
+            runs.append({**run, "seconds": found.seconds, "per_second": round(found.tokens_per_second, 1)})
+            rows = []
+            for run in runs:
+                until = {
+                    f"within_1_percent_{value}": reached(run, runs, value)
+                    for value in ("nll", "score")
+                    if value in run["curve"][0]
+                }
+                rows.append(
+                    {"way": run["way"], "rate": run["rate"], "before": run["before"], **until, "last": run["curve"][-1]}
+                )
             facts = {
-                "machine": describe(),
-                "model": options.name,
-                "kv_heads": options.kv_heads,
+                "machine": describe(), "model": options.name, "kv_heads": options.kv_heads, "unit": "tokens" if kind == "text" else kind,
                 "settings": settings(options),
-            }
+            }  # fmt: skip
             out.write_text(json.dumps({**facts, "rows": rows, "runs": runs}, indent=1) + "\n")
 
 

@@ -100,6 +100,21 @@ def test_parts_of_padded_batches_weigh_what_they_hold(tokenizer: Any, tmp_path: 
         assert math.isclose(one["grad_norm"], other["grad_norm"], rel_tol=1e-3)
 
 
+def test_a_fold_that_kept_every_head_trains_as_a_whole_only(tokenizer: Any, tmp_path: Path) -> None:
+    """It is what folds are measured beside; a class without grouped heads has no attentions to name."""
+    shutil.copytree(tiny_checkpoint("t5", torch.float32, vocab_size=len(tokenizer)), tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps({"source": f"{n}", "target": f"{n} and {n}"}) for n in range(32)))
+    every = json.loads((tmp_path / "t5" / "config.json").read_text())["num_heads"]
+    kept = headfold.fold(tmp_path / "t5", tmp_path / "kept", **{**BASELINE, "kv_heads": every}).out
+    found = uptrain(kept, tmp_path / "out", data=str(pairs), train="all", **SHORT)
+    assert found.num_trained == found.num_parameters and found.curve[-1]["loss"] < found.curve[0]["loss"]
+    with pytest.raises(UserError, match="expected attention with grouped heads"):
+        uptrain(kept, tmp_path / "other", data=str(pairs), **SHORT)
+    assert not (tmp_path / "other.partial").exists()
+
+
 def test_a_model_without_a_loss_and_labels_that_do_not_fit_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"{n}", "label": n % 2}) for n in range(8)))

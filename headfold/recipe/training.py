@@ -189,8 +189,8 @@ class TrainingRun:
         return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(config))
 
     def _distillation(self, asked: Asked, model: "PreTrainedModel", first: Item) -> Distillation | None:
-        outputs = [attention.output for attention in places.attentions(model)]
         if asked.teacher is not None:
+            outputs = [attention.output for attention in places.attentions(model)]
             dtype = stored_dtype(asked.teacher) if self.recipe.bf16 else None  # it takes no steps
             teacher = self._open(asked.teacher, json.loads((asked.teacher / "config.json").read_text()), dtype)
             return Distillation(

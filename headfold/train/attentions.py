@@ -74,11 +74,11 @@ def prepared(model: "PreTrainedModel", scope: Scope, rank: int = RANK) -> Any:
     (LoRA, 2106.09685; needs `peft`).
 
     Raises:
-        UserError: another scope, or no peft.
+        UserError: another scope, no grouped attention to train alone, or no peft.
     """
     if scope not in SCOPES:
         raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
-    modules = [attention.module for attention in attentions(model)]
+    modules = [] if scope == "all" else [attention.module for attention in attentions(model)]
     if scope == "lora":
         return _with_lora(model, modules, rank)
     for name, parameter in model.named_parameters():
