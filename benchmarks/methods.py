@@ -5,7 +5,7 @@
 
 Our default has all seeds, and so has every method without refit; the published methods with refit, which is ours, have the first alone.
 Each seed is a comparison of its own, kept in `--work` and resumed there. Results go to benchmarks/results/NAME-methods.json after
-each seed.
+each seed; rows of other methods that stand there, of the same settings, stay.
 """
 
 import json
@@ -20,13 +20,13 @@ from headfold.recipe.comparing import DEFAULT, REFIT, Comparison, Row, compare
 OURS = "absorb"
 
 
-def listed(found: dict[int, Comparison]) -> list[dict[str, Any]]:
-    """One row per method and count: the median over its seeds, and the extremes of the rise."""
+def listed(found: dict[int, Comparison], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method and count: the median over its seeds, and the extremes of the rise. `others` are rows of earlier calls."""
     runs: dict[tuple[str, int], list[Row]] = {}
     for comparison in found.values():
         for row in comparison.rows:
             runs.setdefault((row.method, row.kv_heads), []).append(row)
-    table = []
+    table = [row for row in others if (row["method"], row["kv_heads"]) not in runs]
     for (method, count), rows in runs.items():
         rises = sorted(row.rise for row in rows)
         middle = {
@@ -56,6 +56,9 @@ def main() -> None:
     options = reader.parse_args()
     data = {name: getattr(options, name) for name in DATA}
     found: dict[int, Comparison] = {}
+    out = RESULTS / f"{options.name}-methods.json"
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    others = kept["rows"] if kept.get("settings") == settings(options) else []
     for seed in range(options.seeds):
         methods = [
             name for name in options.methods.split(",") if not (seed and name.endswith(REFIT)) or name.startswith(OURS)
@@ -67,9 +70,7 @@ def main() -> None:
         facts = {
             "machine": describe(), "model": options.name, "settings": settings(options), "skipped": found[seed].skipped,
         }  # fmt: skip
-        (RESULTS / f"{options.name}-methods.json").write_text(
-            json.dumps({**facts, "rows": listed(found)}, indent=1) + "\n"
-        )
+        out.write_text(json.dumps({**facts, "rows": listed(found, others)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -244,6 +244,17 @@ def test_weight_sharing_error_is_the_distance_from_the_mean() -> None:
         equal(cost(members), float((chosen - chosen.mean(0)).square().sum()), 100)
 
 
+def test_the_cosine_of_activations_costs_what_pooling_them_loses() -> None:
+    """From the activations themselves, each head's scaled to length 1: half the squared distances from the mean of keys and of values."""
+    site = random_site("halves", 5)
+    cost, x = cost_of("cosine", site), site.x.flatten(0, 1)
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # the bias is the last column
+    found = [torch.einsum("tm,hdm->htd", x, weight).flatten(1) for weight in (site.heads.k, site.heads.v)]
+    for members in [(0, 1), (1, 3, 4), (0, 1, 2, 3, 4), (2,)]:
+        chosen = [torch.nn.functional.normalize(rows, dim=1)[list(members)] for rows in found]
+        equal(cost(members), sum(float((rows - rows.mean(0)).square().sum()) for rows in chosen) / 2, 100)
+
+
 @EVERY_COST
 @EVERY_FREEDOM
 @pytest.mark.parametrize(("num_groups", "num_copies"), [(4, 2), (2, 4)])

@@ -1,12 +1,15 @@
 """Dissimilarity of activations as they are: 1 − cosine of two heads' keys and values (AsymGQA, 2406.14963).
 
-cost = Σ over pairs of ½(1 − cos K) + ½(1 − cos V), the cosine taken over all calibration activations at once, keys before RoPE.
-The paper averages cosines over its data; its formula was not at hand in full, and this is the form that second moments give.
+cost = 2/|g| · Σ over pairs of ½(1 − cos K) + ½(1 − cos V), the cosine taken over all calibration activations at once, keys before RoPE:
+the squared distance of the normalised activations from their mean. Among groups of one size that is the order of the mean similarity
+inside groups, which the paper raises. Its formula for groups of several sizes was not at hand: a mean over all pairs would be best with
+one large group among single heads, a sum over them with equal groups; divided by its size a group costs what pooling it loses.
+The paper averages cosines over its data; this is the form that second moments give.
 """
 
 import torch
 
-from ...core.costs import Cost, of_pairs
+from ...core.costs import Cost, around_mean
 from ...core.heads import Heads
 from ...core.rotations import pair_grams
 from ...core.stats import SiteStats
@@ -20,4 +23,4 @@ def cost(heads: Heads, stats: SiteStats) -> Cost:
         inner = torch.einsum("iala->il", gram)
         length = torch.diagonal(inner).clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
         similarity += inner / (length[:, None] * length) / 2
-    return of_pairs(1 - similarity)
+    return around_mean(similarity)
