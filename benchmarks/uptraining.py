@@ -1,7 +1,8 @@
 """Training until a fold is within 1 % of its original trained on as much: our way, and the published one.
 
     python benchmarks/uptraining.py MODEL --name NAME --kv-heads 2 --text SOURCE --calibration SOURCE [--limit N] [--tokens N] [--items N]
-        [--columns A,B] [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] [--ways healed,default,original,mean] --work DIR
+        [--columns A,B] [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] [--ways healed,default,original,mean] [--heal-tokens N] [--bf16]
+        --work DIR
 
 Starts: `mean` (2305.13245: neighbours pooled; all weights trained by the model's own loss with Adafactor), `default` (absorb and refit;
 attention trained by distillation with AdamW), `healed` (the same after --heal), and the `original` trained as `mean` is. The rate is
@@ -109,47 +110,58 @@ def evenly(options: Any) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
-def start(options: Any, way: str, kind: str) -> tuple[Path, int]:
-    """The checkpoint that is trained, and how much was seen to make it."""
-    place = options.work / way
-    if not place.exists():
-        if way == "original":  # with a plan that changes nothing, so that it trains as folds do
-            config = json.loads((Path(options.model) / "config.json").read_text())
-            every = config.get("num_attention_heads") or config["num_heads"]
-            fold(options.model, place, kv_heads=every, merge="first", group="contiguous", refit=False)
-        else:
-            fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **FOLDS[way])
+def start(options: Any, way: str) -> Path:
+    """The checkpoint that is trained."""
+    place = options.work / (f"{way}-{options.heal_tokens}" if way == "healed" else way)
+    if place.exists():
+        return place
+    if way == "original":  # a fold that keeps every head, so that it has a plan
+        config = json.loads((Path(options.model) / "config.json").read_text())
+        every = config.get("num_attention_heads") or config["num_heads"]
+        fold(options.model, place, kv_heads=every, merge="first", group="contiguous", refit=False)
+    else:
+        how = FOLDS[way] | ({"heal_tokens": options.heal_tokens} if way == "healed" else {})
+        fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **how)
+    return place
+
+
+def seen_before(options: Any, way: str, kind: str) -> int:
+    """What statistics and healing ran over to make it, every time counted."""
     if way in ("original", "mean"):
-        return place, 0
+        return 0
     if kind == "text":
-        return place, (options.tokens or DEFAULT_TOKENS) + (heal.TOKENS if way == "healed" else 0)
-    items = options.items or DEFAULT_ITEMS[kind]
-    return place, items * (1 + MORE_ITEMS if way == "healed" else 1)
+        healed = options.heal_tokens or heal.TOKENS
+        return (options.tokens or DEFAULT_TOKENS) + (healed if way == "healed" else 0)
+    return (options.items or DEFAULT_ITEMS[kind]) * (1 + MORE_ITEMS if way == "healed" else 1)
 
 
 def reached(run: dict[str, Any], runs: list[dict[str, Any]], value: str) -> int | None:
     """What a run had seen, before training too, when it came within 1 % of the best of the original with at most as much training."""
-    better = max if value == "score" else min
+    sign = -1 if value == "score" else 1
+    originals = [point for other in runs if other["way"] == "original" for point in other["curve"]]
     for point in run["curve"]:
-        best = [
-            p[value]
-            for o in runs
-            if o["way"] == "original"
-            for p in o["curve"]
-            if value in p and p["seen"] <= point["seen"]
-        ]
-        if not best or value not in point:
-            continue
-        lost = (point[value] - better(best)) * (-1 if value == "score" else 1)
-        if lost <= SHARE * better(best):
+        best = min((sign * other[value] for other in originals if other["seen"] <= point["seen"]), default=None)
+        if best is not None and sign * point[value] <= best + SHARE * abs(best):
             return point["seen"] + run["before"]
     return None
+
+
+def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every run without its curve."""
+    listed = []
+    for run in runs:
+        values = [value for value in ("nll", "score") if value in run["curve"][0]]
+        until = {f"within_1_percent_{value}": reached(run, runs, value) for value in values}
+        listed.append({**{key: run[key] for key in ("way", "rate", "before")}, **until, "last": run["curve"][-1]})
+    return listed
 
 
 def main() -> None:
     reader = parser(__doc__)
     reader.add_argument("--steps", type=int, default=256)
     reader.add_argument("--rates", default="3e-4,1e-3,3e-3")
+    reader.add_argument("--heal-tokens", type=int)
+    reader.add_argument("--bf16", action="store_true")
     reader.add_argument("--ways", default="healed,default,original,mean")
     options = reader.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -159,41 +171,31 @@ def main() -> None:
     measure, per_step = held_out(options, kind), BATCH * (options.context if kind == "text" else 1)
     for way in options.ways.split(","):
         for rate in map(float, options.rates.split(",")):
-            if any((run["way"], run["rate"], run["steps"]) == (way, rate, options.steps) for run in runs):
+            how = {"way": way, "rate": rate, "steps": options.steps, "before": seen_before(options, way, kind)}
+            how |= {"schedule": WAYS[way]["schedule"], "bf16": options.bf16}
+            if any(how.items() <= {"bf16": False, **run}.items() for run in runs):
                 continue
             print(way, rate, flush=True)
-            place, before = start(options, way, kind)
             watched = Watched(measure, per_step)
             distill = {"distill": options.model} if way in ("default", "healed") else {}
             found = uptrain(
-                place, options.work / "trained", steps=options.steps, data=options.calibration, columns=columns(options),
-                context=options.context, batch=BATCH, learning_rate=rate, callbacks=[watched], force=True,
+                start(options, way), options.work / "trained", steps=options.steps, data=options.calibration, columns=columns(options),
+                context=options.context, batch=BATCH, learning_rate=rate, bf16=options.bf16, callbacks=[watched], force=True,
                 save_every=10**9, **distill, **WAYS[way],
             )  # fmt: skip
-            run = {
-                "way": way,
-                "rate": rate,
-                "schedule": WAYS[way]["schedule"],
-                "steps": options.steps,
-                "before": before,
-                "curve": watched.found,
-            }
-            runs.append({**run, "seconds": found.seconds, "per_second": round(found.tokens_per_second, 1)})
-            rows = []
-            for run in runs:
-                until = {
-                    f"within_1_percent_{value}": reached(run, runs, value)
-                    for value in ("nll", "score")
-                    if value in run["curve"][0]
+            runs.append(
+                {
+                    **how,
+                    "curve": watched.found,
+                    "seconds": found.seconds,
+                    "per_second": round(found.tokens_per_second, 1),
                 }
-                rows.append(
-                    {"way": run["way"], "rate": run["rate"], "before": run["before"], **until, "last": run["curve"][-1]}
-                )
+            )
             facts = {
                 "machine": describe(), "model": options.name, "kv_heads": options.kv_heads, "unit": "tokens" if kind == "text" else kind,
-                "settings": settings(options),
+                "settings": settings(options), "rows": rows(runs),
             }  # fmt: skip
-            out.write_text(json.dumps({**facts, "rows": rows, "runs": runs}, indent=1) + "\n")
+            out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
