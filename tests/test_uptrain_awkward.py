@@ -11,17 +11,18 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from grades import assert_bitwise
+from grades import assert_bitwise, assert_tight_through_float32_norms
 from safetensors.torch import load_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_uptrain import BASELINE, SHORT, folded, original, text, weights  # noqa: F401 (fixtures)
-from tiny import tiny_checkpoint
+from tiny import stock_model, tiny_checkpoint, tiny_sample
 from transformers import BertConfig, BertModel, TrainingArguments
 
 import headfold
 from headfold.core.errors import UserError
 from headfold.recipe.uptraining import uptrain
 from headfold.report.card import uptrained_card
+from headfold.train.distillation import Distillation
 from headfold.train.trainer import Recipe, arguments
 
 # ruff: noqa: F811
@@ -98,6 +99,26 @@ def test_parts_of_padded_batches_weigh_what_they_hold(tokenizer: Any, tmp_path: 
     for one, other in zip(whole.curve, parts.curve, strict=True):
         assert math.isclose(one["loss"], other["loss"], rel_tol=1e-4)
         assert math.isclose(one["grad_norm"], other["grad_norm"], rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "bert"])
+def test_what_is_learned_does_not_know_how_far_a_batch_is_padded(name: str) -> None:
+    model, teacher = (stock_model(tiny_checkpoint(name)) for _ in range(2))
+    ends = {"t5": "SelfAttention.o", "bart": "out_proj", "bert": "attention.output.dense"}
+    outputs = [path for path, _ in model.named_modules() if path.endswith(ends[name])]
+    model.get_submodule(outputs[0]).weight.data *= 1.5
+    model.get_submodule(outputs[-1]).weight.data *= 1.5
+    sample = tiny_sample(name, 4)
+    fill = {"input_ids": 1, "attention_mask": 0, "labels": -100}
+    longer = {key: torch.nn.functional.pad(t, (0, 3), value=fill.get(key, 0)) for key, t in sample.items()}
+    found = []
+    for batch in (sample, longer):
+        distillation = Distillation(teacher.eval(), model.eval(), outputs)
+        found.append(distillation(model, batch)[1])
+        distillation.close()
+    for part in ("kl", "site_error"):
+        assert found[0][part] > 0
+        assert_tight_through_float32_norms(found[1][part][None].double(), found[0][part][None].double())
 
 
 def test_a_fold_that_kept_every_head_trains_as_a_whole_only(tokenizer: Any, tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
     python -m benchmarks.papers.groupings MODEL --train EN.gz,DE.gz --validation EN.gz,DE.gz --test EN.gz,DE.gz --work DIR [--bf16]
 
 The same as in the papers: heads grouped by NSGA-II on the weight-sharing error, in equal groups (EC) or any (AC), or by swaps that raise
-the similarity of activations (moves, `asymgqa:unequal=true`, end at the same groups here); K and V pooled by mean, everything fine-tuned
-alike. The rows of neighbours (GQA), the original and ours, trained by the same options, are those of `benchmarks.papers.wgqa`. Not the
-same: a T5 of 3 + 3 layers of 8 heads to 4 K/V heads on Multi30k English → German (there Llama-2 and OPT on multiple choice), decoder
-self-attention in one partition for the whole stack, as its layers share their position bias, AdamW at 1e-3 falling linearly to zero, and
-every layer is grouped (QCQA's second stage is left out).
+the similarity of activations (`asymgqa-unequal`: by moves as well); K and V pooled by mean, everything fine-tuned alike. The rows of
+neighbours (GQA), the original and ours, trained by the same options, are those of `benchmarks.papers.wgqa`. Not the same: a T5 of 3 + 3
+layers of 8 heads to 4 K/V heads on Multi30k English → German (there Llama-2 and OPT on multiple choice), decoder self-attention in one
+partition for the whole stack, as its layers share their position bias, AdamW at 1e-3 falling linearly to zero, and every layer is grouped
+(QCQA's second stage is left out).
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settin
 KV_HEADS = 4
 RATE = 1e-3
 OTHER_RATES = (3e-4, 3e-3)
-ROWS = ("qcqa-ec", "qcqa-ac", "asymgqa")
+ROWS = ("qcqa-ec", "qcqa-ac", "asymgqa", "asymgqa-unequal")
 PUBLISHED = {
     "qcqa": "2406.10247, abstract, Llama2-7B at a similar cache: accuracy +20 % over GQA before, +10.55 % after fine-tuning",
     "asymgqa": "2406.14963, Llama-2-7B at equal size after task fine-tuning: MMLU +7.5 % over neighbours",

@@ -43,6 +43,9 @@ class Distillation:
         """
         theirs = outputs if theirs is None else theirs
         self.teacher, self.weight = teacher.eval().requires_grad_(False), weight
+        self._of_decoder = [
+            getattr(teacher.config, "is_encoder_decoder", False) and "decoder" in path.split(".") for path in theirs
+        ]
         self._seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         missing = [path for path in theirs if path not in dict(teacher.named_modules())]
         if missing:
@@ -91,9 +94,19 @@ class Distillation:
             theirs = self.teacher(**given)
         ours = model(**given)
         apart = self._between(ours, theirs, labels, given.get("attention_mask"))
-        sites = torch.stack([relative(s, t) for s, t in zip(self._seen["student"], self._seen["teacher"], strict=True)])
+        sites = torch.stack(self._site_errors(_of_labels(labels), given.get("attention_mask")))
         parts = {"kl": apart.detach(), "site_error": sites.mean().detach()}
         return apart + self.weight * sites.mean(), parts
+
+    def _site_errors(self, labelled: Tensor | None, mask: Tensor | None) -> list[Tensor]:
+        """By attention, over the positions that are no padding: of a decoder those with labels."""
+        errors = []
+        for s, t, decodes in zip(self._seen["student"], self._seen["teacher"], self._of_decoder, strict=True):
+            kept = labelled if decodes else mask
+            if kept is not None and kept.shape == s.shape[:2] and s.shape == t.shape:
+                s, t = (states * kept[..., None].to(states.dtype) for states in (s, t))
+            errors.append(relative(s, t))
+        return errors
 
     def _between(self, ours: Any, theirs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         if getattr(ours, "logits", None) is None:
