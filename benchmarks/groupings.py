@@ -3,8 +3,7 @@
     python benchmarks/groupings.py MODEL --name NAME --stats STATS
 
 On every site of a model and on one of 32 random heads; equal groups and unequal ones, a quarter of the heads' number. Objectives are
-summed over
-sites and divided by that of neighbours. Results go to benchmarks/results/NAME-groupings.json.
+summed over sites and divided by that of neighbours. Results go to benchmarks/results/NAME-groupings.json.
 """
 
 import argparse
