@@ -121,6 +121,25 @@ def test_what_is_learned_does_not_know_how_far_a_batch_is_padded(name: str) -> N
         assert_tight_through_float32_norms(found[1][part][None].double(), found[0][part][None].double())
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("t5", ("dropout_rate",)),
+        ("bart", ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")),
+        ("bert", ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    ],
+)
+def test_what_has_no_dropout_is_matched_without(name: str, fields: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint(name), tmp_path / name)
+    config = tmp_path / name / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **dict.fromkeys(fields, 0.5)}))
+    model, teacher = (stock_model(tmp_path / name).train() for _ in range(2))
+    outputs = [path for path, _ in model.named_modules() if path.endswith(("SelfAttention.o", "self_attn.out_proj"))]
+    outputs = outputs or ["bert.encoder.layer.0.attention.output.dense"]
+    loss, _ = Distillation(teacher, model, outputs)(model, tiny_sample(name, 4))
+    assert abs(float(loss.detach())) < 1e-14
+
+
 def test_a_fold_that_kept_every_head_trains_as_a_whole_only(tokenizer: Any, tmp_path: Path) -> None:
     """It is what folds are measured beside; a class without grouped heads has no attentions to name."""
     shutil.copytree(tiny_checkpoint("t5", torch.float32, vocab_size=len(tokenizer)), tmp_path / "t5")
