@@ -123,8 +123,8 @@ class Distillation:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """As what is to be matched has none. After 128 steps the loss of a T5 folded to 2 of 8 heads is 2.3579, before them 2.3615; with dropout
-    of 0.1 it rises to 2.3711.
+    """As what is to be matched has none. In 128 steps the loss of a T5 folded to 2 of 8 heads falls from 2.3615 to 2.3579; with dropout of
+    0.1 it rises to 2.3711.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
