@@ -103,16 +103,13 @@ class Distillation:
         """By attention, over the positions that are no padding: of a decoder those with labels."""
         errors = []
         for s, t, decodes in zip(self._seen["student"], self._seen["teacher"], self._of_decoder, strict=True):
-            kept = labelled if decodes else mask
-            if kept is not None and kept.shape == s.shape[:2] and s.shape == t.shape:
-                s, t = (states * kept[..., None].to(states.dtype) for states in (s, t))
-            errors.append(relative(s, t))
+            errors.append(relative(*(_without_padding(states, labelled if decodes else mask) for states in (s, t))))
         return errors
 
     def _between(self, ours: Any, theirs: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
         if getattr(ours, "logits", None) is None:
             states = (ours.last_hidden_state, theirs.last_hidden_state)
-            return relative(*(s if mask is None or mask.shape != s.shape[:2] else s[mask.bool()] for s in states))
+            return relative(*(_without_padding(s, mask) for s in states))
         logits = ours.logits
         if getattr(theirs, "logits", None) is None or theirs.logits.shape != logits.shape:
             raise UserError(
@@ -132,6 +129,11 @@ def without_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # classes that hand the rate to a function
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
+
+
+def _without_padding(states: Tensor, kept: Tensor | None) -> Tensor:
+    """Zeros where a mask of these positions says so."""
+    return states if kept is None or kept.shape != states.shape[:2] else states * kept[..., None].to(states.dtype)
 
 
 def _of_labels(labels: Tensor | None) -> Tensor | None:
