@@ -52,6 +52,17 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # noqa
     return directory
 
 
+def launched_by_two(part: str, directory: Path) -> list[Any]:
+    """What each of two processes answers to the commands in `directory`, in that part of processes.py."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    ran = subprocess.run(
+        [*launcher, str(HERE / "processes.py"), part, str(directory)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads((directory / f"answers-{rank}.json").read_text()) for rank in range(2)]
+
+
 def words(source: Path, out: str) -> list[str]:
     options = [word for key, value in FOLD.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     return ["fold", str(source), out, *options]
@@ -82,13 +93,7 @@ def launched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched
         "alone": ["inspect", str(source)],
     }
     (directory / "commands.json").write_text(json.dumps(list(commands.values())))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    ran = subprocess.run(
-        [*launcher, str(HERE / "processes.py"), "work", str(directory)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    answers = [json.loads((directory / f"answers-{rank}.json").read_text()) for rank in range(2)]
+    answers = launched_by_two("work", directory)
     return Launched(
         {
             name: [load_file(directory / f"{number}-{rank}.safetensors") for rank in range(2)]

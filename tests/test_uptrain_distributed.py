@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from test_distributed import ENVIRONMENT, HERE, SECONDS
+from test_distributed import launched_by_two
 from tiny import tiny_checkpoint
 
 import headfold
@@ -70,13 +68,7 @@ def launched(place: Path) -> dict[str, list[list[Any]]]:
     commands["diverged"] = words(str(place / "diverged"), **{**how(place, "llama"), "learning_rate": 1e30})
     (place / "commands.json").write_text(json.dumps(list(commands.values())))
     (place / "how.json").write_text(json.dumps(how(place, "llama", distilled=False)))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    ran = subprocess.run(
-        [*launcher, str(HERE / "processes.py"), "train", str(place)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    answers = [json.loads((place / f"answers-{rank}.json").read_text()) for rank in range(2)]
+    answers = launched_by_two("train", place)
     return {name: [answer[number] for answer in answers] for number, name in enumerate(commands)}
 
 
