@@ -65,11 +65,12 @@ def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any
         made, reference=options.model, text=options.text, limit=options.limit, columns=columns(options), max_new_tokens=0, **more
     )  # fmt: skip
     metric, value, original, rise, kl = scored(found)
-    stock = "headfold" not in json.loads((made / "config.json").read_text())
+    config = json.loads((made / "config.json").read_text())
+    read_by = "headfold's runtime" if "headfold" in config else "code of its own" if "auto_map" in config else "stock"
     row = {
         "metric": metric, "value": value, "original": original, "rise": rise, "kl": kl, "seconds": round(seconds, 1),
         "kv_bytes_per_token": result.after.kv_bytes_per_token, "weight_bytes": result.after.weight_bytes,
-        "flops_per_token": result.after.flops_per_token, "class": "stock" if stock else "headfold's runtime",
+        "flops_per_token": result.after.flops_per_token, "class": read_by,
         "verified": result.verification is not None and result.verification.passed,
     }  # fmt: skip
     if result.healed:

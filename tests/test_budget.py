@@ -1,5 +1,6 @@
 """Budgets: the spread is the best there is, losses are measured on one scale, and what cannot be had is said in a line."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -18,10 +19,11 @@ from headfold.budget import Option, frontier, spread, spread_qcqa, total
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
 from headfold.evaluate.sensitivity import Damage, alone, replaced
+from headfold.families.spec import Site
 from headfold.recipe.comparing import METHODS, compare
 from headfold.recipe.config import config_of
 from headfold.recipe.source import open_source
-from headfold.recipe.spreading import Wish, _share, _size, loss_at
+from headfold.recipe.spreading import Wish, _measured_counts, _share, _size, loss_at
 
 
 @st.composite
@@ -115,12 +117,34 @@ def test_shares() -> None:
             _share(text)
 
 
+def site_of(num_groups: int, query_order: str = "free") -> Site:
+    site = open_source(tiny_checkpoint("llama")).sites[0]
+    return dataclasses.replace(site, num_groups=num_groups, query_order=query_order)
+
+
 def test_counts_are_those_that_engines_take() -> None:
-    assert Wish().counts(8) == [1, 2, 4]
-    assert Wish(allowed=(2, 3, 4)).counts(8) == [2, 4]
-    assert Wish(tp=4).counts(32) == [4, 8, 16]
+    assert Wish().counts(site_of(8)) == [1, 2, 4]
+    assert Wish(allowed=(2, 3, 4)).counts(site_of(8)) == [2, 4]
+    assert Wish(tp=4).counts(site_of(32)) == [4, 8, 16]
     with pytest.raises(UserError, match="--tp 16"):
-        Wish(tp=16).counts(8)
+        Wish(tp=16).counts(site_of(8))
+
+
+def test_every_count_may_be_used_where_groups_may_differ_in_size() -> None:
+    assert Wish(unequal=True).counts(site_of(6)) == [1, 2, 3, 4, 5]
+    assert Wish(unequal=True, allowed=(3, 4, 8), tp=2).counts(site_of(8)) == [4]
+    assert Wish(unequal=True).counts(site_of(8, "fixed")) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("most", "number"), [(2, 3), (7, 5), (31, 5), (63, 5)])
+def test_measured_counts_reach_from_the_least_to_the_most(most: int, number: int) -> None:
+    """And nowhere leave a gap much wider than even steps of the logarithm would."""
+    counts = list(range(1, most + 1))
+    found = _measured_counts(counts, number)
+    assert found[0] == 1 and found[-1] == most and set(found) <= set(counts) and len(found) == min(number, most)
+    assert all(
+        after / before <= max(2, 1.35 * most ** (1 / (number - 1))) for before, after in itertools.pairwise(found)
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "vit"])
@@ -183,6 +207,19 @@ def test_a_budget_becomes_a_plan_and_a_fold(run, model: Path, stats: Path, tmp_p
     assert (tmp_path / "plan.sensitivity.json").stat().st_mtime_ns == before  # read, not measured again
     assert run("fold", model, tmp_path / "out", "--plan", plan, "--stats", stats, "--no-refit").code == 0
     assert headfold.load(tmp_path / "out") is not None
+
+
+def test_groups_of_several_sizes_spread_a_budget_more_finely(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
+    plan, words = tmp_path / "plan.json", ("--stats", stats, "--group", "swap:unequal=true")
+    done = run("plan", model, plan, *words, "--kv-bytes", "704")  # of 1,024, two sites of 8 heads
+    assert done.code == 0, done.err
+    made = Plan.load(plan)
+    assert sum(made.num_groups.values()) == 11
+    measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())["damage"]
+    assert all(set(row) == {"1", "2", "3", "4", "7"} for row in measured.values())
+    assert run("fold", model, tmp_path / "out", "--plan", plan, "--stats", stats, "--json").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert headfold.load(tmp_path / "out") is not None and "per_layer_config" in config
 
 
 def test_a_loss_becomes_a_plan(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -67,12 +67,12 @@ class Folded:
 
 
 @cache
-def folded(name: str, merge: str = "absorb") -> Folded:
+def folded(name: str, merge: str = "absorb", group: str = "contiguous", kv_heads: int = 2) -> Folded:
     directory = tiny_checkpoint(name)
     sites = [site for site, _ in tiny_sites(directory)]
     read = load_file(directory / "model.safetensors").__getitem__
     stats = collect(stock_model(directory), sites, SAMPLE)
-    plan = make_plan(sites, read, 2, source="tiny", group="contiguous", merge=merge, stats=stats)
+    plan = make_plan(sites, read, kv_heads, source="tiny", group=group, merge=merge, stats=stats)
     return Folded(directory, sites, plan, read, stats)
 
 
@@ -116,6 +116,14 @@ def test_refit_lowers_the_error_of_every_block(name: str) -> None:
         errors = [energy(missing(case, site, refits)) for refits in tried]
         assert errors[3] < 0.99 * errors[2] and errors[2] < errors[1] < errors[0]
         assert errors[2] < 0.9 * errors[0]
+
+
+def test_groups_of_several_sizes_are_refitted() -> None:
+    case = folded("llama", "absorb", "swap:unequal=true", 3)
+    found = case.refit(SMALL)
+    for site in case.sites:
+        assert not case.plan.sites[site.name].groups.is_even
+        assert energy(missing(case, site, found)) < 0.9 * energy(missing(case, site, {}))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

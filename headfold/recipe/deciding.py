@@ -56,7 +56,7 @@ def plan(
     Raises:
         UserError: see `open_source`, `parse_kv_heads`, `Wish`; a method that needs statistics without `stats`.
     """
-    wish = Wish(kv_budget, kv_bytes, max_rise, tuple(allowed), tp, spread)
+    wish = Wish(kv_budget, kv_bytes, max_rise, tuple(allowed), tp, spread, unequal=planning.parse_group(group).unequal)
     wish.check()
     budgeted = (kv_budget, kv_bytes, max_rise) != (None, None, None)
     if budgeted == (kv_heads is not None):

@@ -1,7 +1,7 @@
 """The Pareto front of K/V bytes against loss: a plan per point, predicted at all of them and measured at some."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..evaluate.sensitivity import Damage
+from ..planning import parse_group
 from ..report.plot import plot_frontier, require_plot
 from .config import config_of
 from .deciding import budget_curves, of_width, require_statistics
@@ -99,13 +100,14 @@ def frontier(
     given = open_stats(stats, source)
     widths = possible(source, head_width, group, merge)
     require_statistics(given)
-    refuse_unreachable(source, Wish(allowed=tuple(allowed), tp=tp, head_width=widths[0]))
+    asked = Wish(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
+    refuse_unreachable(source, replace(asked, head_width=widths[0]))
     directory.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     plans: dict[str, Plan] = {}
     correlation: float | None = None
     for width in widths:
-        wish = Wish(allowed=tuple(allowed), tp=tp, head_width=width)
+        wish = replace(asked, head_width=width)
         if width > widths[0] and not _has_counts(wish, source):
             continue
         path = of_width(Path(sensitivity or directory / "sensitivity.json"), width)
@@ -132,7 +134,7 @@ def frontier(
 
 def _has_counts(wish: Wish, source: Opened) -> bool:
     try:
-        return bool(wish.counts(source.sites[0].num_groups))
+        return bool(wish.counts(source.sites[0]))
     except UserError:
         return False
 
@@ -152,7 +154,7 @@ def _points(
 ) -> list[Point]:
     """The front at one width, and with `uniform` what one count everywhere gives; notes the plans by file name."""
     best = best_spreads(found.options)
-    counts_of = wish.counts(source.sites[0].num_groups) if uniform else []
+    counts_of = wish.counts(source.sites[0]) if uniform else []
     equal = [counts for n in counts_of if (counts := _uniform(found, n)) is not None]
     chosen = _spaced(best, measured) + equal
     damage = Damage(run.model, few(run.sample, last=True)) if measured else None

@@ -77,8 +77,9 @@ def _gradient(
 def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:
     """M and its inverse, applied to rows of the values; `second` is Σ x xᵀ."""
     second = _damped(second)
-    own = (heads.o @ heads.o.mT).double().unflatten(0, (heads.num_groups, -1)).sum(1)
-    read = torch.stack([_damped(one) for one in own])
+    own = (heads.o @ heads.o.mT).double()
+    readers = torch.tensor(heads.kv_of_query.kv_of_query, device=own.device)
+    read = torch.stack([_damped(own[readers == group].sum(0)) for group in range(heads.num_groups)])
     root, read_root = torch.linalg.cholesky(second), torch.linalg.cholesky(read)
 
     def measure(rows: Rows) -> Rows:
