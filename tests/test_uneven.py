@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_differs, assert_tight, assert_tight_through_float32_norms
+from safetensors.torch import load_file
 from tiny import (
     FLOAT32_NORMS,
     FOREIGN,
@@ -62,6 +63,11 @@ def planned(directory: Path, kinds: str, target: Path) -> Plan:
     return made
 
 
+def matrix_bytes(directory: Path) -> int:
+    tensors = load_file(directory / "model.safetensors").values()
+    return sum(tensor.nbytes for tensor in tensors if tensor.ndim == 2)
+
+
 @torch.no_grad()
 def twin_answer(directory: Path, plan: Plan, name: str, at: Path) -> torch.Tensor:
     """The head-repeated twin under stock transformers."""
@@ -111,6 +117,11 @@ def test_a_stock_layout_is_chosen_where_there_is_one(name: str, kinds: str, layo
     assert_tight_through_float32_norms(
         found.detach(), answer_of(headfold.load(tmp_path / "own"), tiny_sample(name)).detach()
     )
+    for made, out in ((result, "out"), (ours, "own")):  # the price knows of zero heads
+        assert made.after.weight_bytes - made.before.weight_bytes == matrix_bytes(tmp_path / out) - matrix_bytes(
+            directory
+        )
+    assert result.after.weight_bytes > ours.after.weight_bytes
 
 
 def test_a_fused_class_with_one_count_says_what_it_cannot_be(tmp_path: Path) -> None:

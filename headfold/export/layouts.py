@@ -46,6 +46,16 @@ def choose_layout(config: Mapping[str, Any], asked: str | None = None, where: st
     return None if why_not(source, best) else best
 
 
+def query_heads(config: Mapping[str, Any], layout: str | None) -> tuple[int, ...]:
+    """Query heads of every layer as `layout` writes them, zero heads included. Empty where no layout is written."""
+    if layout is None:
+        return ()
+    source = folded(config)
+    widest = max(entry.width for entry in source.entries)
+    within = layout == "per-layer"  # each layer is filled up to its own largest group, else all to the largest of all
+    return tuple(entry.groups.num_groups * (entry.width if within else widest) for entry in source.entries)
+
+
 def make_export(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """What `layout` makes of a checkpoint; nothing is read yet.
 

@@ -90,6 +90,7 @@ def _result(
     source: Opened,
     out: Path,
     made: Plan,
+    layout: str | None,
     refitted: bool,
     healed: int,
     verification: Verification | None,
@@ -105,7 +106,7 @@ def _result(
         kv_heads_after=max(counts.values()),
         kv_heads_least=min(counts.values()),
         before=price(source),
-        after=price(source, made),
+        after=price(source, made, layout),
         plan=made,
         refitted=refitted,
         healed=healed,
@@ -195,7 +196,7 @@ class Job:
             )
         notes = run.notes + self.notes
         done = (refit and shrinks, heal if shrinks else 0)
-        result = _result(self.source, self.out, plan, *done, verification, notes, self.seconds)
+        result = _result(self.source, self.out, plan, self.settings["layout"], *done, verification, notes, self.seconds)
         self.finish(result, stats)
         return result
 

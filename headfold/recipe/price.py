@@ -5,7 +5,9 @@ from math import prod
 from pathlib import Path
 
 from ..core.plan import Plan
+from ..export.layouts import choose_layout, query_heads
 from ..families.layout import planned_shapes
+from .config import config_of
 from .source import Opened, open_source
 
 CONTEXT = 2048
@@ -25,8 +27,9 @@ class Price:
     """Of projections and attention, per token of a prompt of `CONTEXT` tokens, causal where it may be."""
 
 
-def price(source: Opened, plan: Plan | None = None) -> Price:
-    """The price of the source, or of what `plan` makes of it."""
+def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -> Price:
+    """The price of the source, or of what `plan` makes of it in the `layout` asked for, with the zero heads that fill groups up."""
+    written = _query_heads(source, plan, layout) if plan else {}
     shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
     dims, elements, products, cached = set(), 0, 0, source.cached_sites
     for site in source.every_site:
@@ -34,12 +37,22 @@ def price(source: Opened, plan: Plan | None = None) -> Price:
         num_groups = planned.groups.num_groups if planned else site.num_groups
         width = planned.head_dim if planned else site.head_dim
         shapes = planned_shapes(site, num_groups, shape_of, width // site.head_dim)
+        num_heads = written.get(site.name, site.num_heads)
         elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
-        products += site.num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
+        per_head = prod(shapes[f"{site.weights['o']}.weight"]) // site.num_heads  # as large in W_q
+        elements += 2 * per_head * (num_heads - site.num_heads)
+        products += num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
         if site in cached:
             dims.add(width)
     said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"
     return Price(said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products)
+
+
+def _query_heads(source: Opened, plan: Plan, layout: str | None) -> dict[str, int]:
+    """By name, of the sites that are written with heads of their own; the others have the source's."""
+    config = config_of(source, plan)
+    written = query_heads(config, choose_layout(config, layout))
+    return dict(zip((site.name for site in source.sites), written, strict=True)) if written else {}
 
 
 def prices(model: str | Path, plan: Plan, encoder: bool = False) -> tuple[Price, Price]:
