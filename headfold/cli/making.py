@@ -91,7 +91,8 @@ def plan(
     """Decide which heads share one, and predict the loss.
 
     With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-rise layers get counts of their own: each is
-    folded alone on a little of the calibration data to see what that costs, and the best spread of the budget is found exactly."""
+    folded alone on a little of the calibration data to see what that costs, and the best spread of the budget is found exactly.
+    Counts split the heads equally, as engines take them; with --group swap:unequal=true groups differ in size and any count may be used."""
     from .. import recipe
     from ..recipe.price import prices
 

@@ -50,7 +50,8 @@ def plan(
     with `refit` refitted, as `fold` will), to put the layers' losses on one scale; what was measured lies in the file `sensitivity`
     (default: beside `out`) and is used again.
     `head_width` makes K/V heads that many times as wide as the source's, and as many times fewer, in the same cache; `auto` chooses.
-    `allowed` counts, multiples of `tp`, may be used. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
+    `allowed` counts, multiples of `tp`, may be used: of those that split the heads equally or, with a `group` whose groups may differ
+    in size (`swap:unequal=true`), of all. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
     unless `encoder` is true.
 
     Raises:
