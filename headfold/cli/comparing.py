@@ -85,8 +85,9 @@ def compare(
         typer.Option(
             "--methods",
             metavar="NAME,NAME",
-            help="Of mean, first, random, procrustes, procrustes+norm, qcqa-ec, qcqa-ac, asymgqa, asymgqa-unequal, absorb and "
-            "absorb-wide (heads of twice the width in the same cache), each but random also with +refit. Default: all.",
+            help="Of mean, first, random, procrustes, procrustes+norm, qcqa-ec, qcqa-ac, asymgqa, asymgqa-unequal, absorb, "
+            "absorb-unequal (groups of several sizes) and absorb-wide (heads of twice the width in the same cache), each but random "
+            "also with +refit. Default: all.",
         ),
     ] = None,
     out: Annotated[

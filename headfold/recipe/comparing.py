@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, str]] = {
     "asymgqa": {"merge": "mean", "group": "asymgqa"},
     "asymgqa-unequal": {"merge": "mean", "group": "asymgqa:unequal=true"},
     "absorb": {"merge": "absorb", "group": "swap"},
+    "absorb-unequal": {"merge": "absorb", "group": "swap:unequal=true"},
     "absorb-wide": {"merge": "absorb", "group": "swap", "head_width": "2"},
 }
 """The published methods and ours (`absorb+refit` is the default of fold); each may have `+refit` behind its name. Of `absorb-wide` half as
