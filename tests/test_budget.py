@@ -257,6 +257,14 @@ def test_what_no_plan_can_be_is_refused_in_a_line(
     assert len(refused.err.strip().splitlines()[-1:]) == 1
 
 
+def test_a_budget_is_refused_at_once_where_layers_cannot_differ(tmp_path: Path) -> None:
+    """phi3's q, k and v are one tensor that its own class splits by one count; a llama's lie apart."""
+    for name, said in (("phi3", "q, k and v are one tensor on disk"), ("llama", "headfold calibrate")):
+        with pytest.raises(UserError, match=said):
+            headfold.plan(tiny_checkpoint(name), tmp_path / "plan.json", kv_budget="50%")
+    assert not list(tmp_path.iterdir())
+
+
 def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Path, tmp_path: Path) -> None:  # noqa: F811
     words = (
         "plan",

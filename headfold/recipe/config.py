@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from ..core.errors import UserError
 from ..core.groups import Groups
-from ..core.plan import Plan
+from ..core.plan import Plan, SitePlan
 from ..families.spec import Site, folded_config
 from ..runtime.rotary import wide_table
 from .source import Opened
@@ -29,6 +30,27 @@ def config_of(source: Opened, plan: Plan) -> dict[str, Any]:
         plan.head_widths(sites.values()),
         partial(wide_table, config),
     )
+
+
+def refuse_mixed(source: Opened) -> None:
+    """Refuse a budget, before anything is measured, where the files have no place for counts that differ between layers.
+
+    Raises:
+        UserError: says so.
+    """
+    native = [site.name for site in source.sites if site.native]
+    counts = {site.name: 1 if site.name in native[:1] else site.num_groups for site in source.sites}
+    sites = {
+        s.name: SitePlan(Groups.contiguous(s.num_groups, counts[s.name]), "mean", s.head_dim) for s in source.sites
+    }
+    try:
+        config_of(source, Plan(sites, "contiguous", "", 0))
+    except UserError as error:
+        if len(native) > 1:
+            raise UserError(
+                f"{source.name}: a budget gives layers counts of their own, but here q, k and v are one tensor on disk, split by one count "
+                "for all; use --kv-heads"
+            ) from error
 
 
 def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:

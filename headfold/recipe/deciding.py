@@ -12,7 +12,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
-from .config import config_of
+from .config import config_of, refuse_mixed
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
 from .spreading import Curves, Wish, choose, curves, refuse_unreachable
@@ -71,6 +71,7 @@ def plan(
     given_stats, progress = open_stats(stats, source), progress or silent
     widths = possible(source, head_width, group, merge)
     if budgeted:
+        refuse_mixed(source)
         path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
         made = _within_budget(
             source, wish, widths, group, merge, given_stats, seed, path, workers, device, progress, refit
