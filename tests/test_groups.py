@@ -14,7 +14,7 @@ from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, turn
 
 from headfold import group as solvers
 from headfold.core import plugins
-from headfold.core.costs import many, of_pairs, summed
+from headfold.core.costs import SetCost, many, summed
 from headfold.core.disguise import disguise, repeat_and_disguise
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
@@ -203,7 +203,8 @@ def test_the_exact_search_of_unequal_groups_is_exact(seed: int) -> None:
 def test_searches_of_unequal_groups_find_the_odd_head(name: str) -> None:
     """Seven heads alike and one apart: no equal groups are right."""
     spots = torch.tensor([0.0, 0.01, 0.02, 5.0, 0.03, 0.04, 0.05, 0.06])
-    cost = of_pairs((spots[:, None] - spots).abs().double())
+    apart = (spots[:, None] - spots).abs().double()
+    cost = SetCost(lambda sets: apart[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True)
     found = solve_unequal(name, cost, 8, 2)
     assert sorted(found.sizes) == [1, 7] and found.members[found.sizes.index(1)] == (3,)
 
@@ -253,6 +254,14 @@ def test_the_cosine_of_activations_costs_what_pooling_them_loses() -> None:
     for members in [(0, 1), (1, 3, 4), (0, 1, 2, 3, 4), (2,)]:
         chosen = [torch.nn.functional.normalize(rows, dim=1)[list(members)] for rows in found]
         equal(cost(members), sum(float((rows - rows.mean(0)).square().sum()) for rows in chosen) / 2, 100)
+
+
+def test_aligned_cosines_cost_in_groups_of_any_size_what_pooling_loses() -> None:
+    """A group's pairs over half its size, so that one large group is no dearer than its heads' unlikeness."""
+    cost = cost_of("procrustes", random_site("halves", 5))
+    for members in [(0, 1), (1, 3, 4), (0, 1, 2, 3, 4), (2,)]:
+        pairs = [cost(pair) for pair in itertools.combinations(members, 2)]
+        equal(cost(members), sum(pairs) * 2 / len(members), 100)
 
 
 @EVERY_COST

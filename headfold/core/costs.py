@@ -55,12 +55,6 @@ def summed(costs: Sequence[Cost]) -> Cost:
     return SetCost(compute, cheap=all(isinstance(cost, SetCost) and cost.cheap for cost in costs))
 
 
-def of_pairs(distance: Float[Tensor, "head head"]) -> SetCost:
-    """The sum of a symmetric matrix over the pairs inside a set; its diagonal does not count."""
-    distance = distance - torch.diag(torch.diagonal(distance))
-    return SetCost(lambda sets: distance[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True)
-
-
 def around_mean(gram: Float[Tensor, "head head"]) -> SetCost:
     """Squared distances of a set's vectors from their mean, summed, from the vectors' inner products."""
     diagonal = torch.diagonal(gram)

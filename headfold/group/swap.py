@@ -2,8 +2,8 @@
 
 Minimises Σ over groups of cost(group) over balanced partitions; `unequal=true` lets heads move to other groups as well. Up to
 `exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none gains, on the sum
-of what every two heads of a group cost together: exact for costs that are sums over pairs (cosine, procrustes; wse in equal
-groups), a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
+of what every two heads of a group cost together: exact for cosine, procrustes and wse in equal
+groups, a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
 are then ranked by the true cost and, if that is cheap or up to `descend_up_to` heads, the best goes on with that. Local search by
 swaps is the scheme that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group
 swap:cost=NAME`).
