@@ -1,6 +1,5 @@
 """Spread K/V heads over layers: the counts that lose least within a budget, or need least for a loss, found exactly."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,24 +29,47 @@ POINTS = 33
 def spread(options: Options, *, max_bytes: float | None = None, max_loss: float | None = None) -> Spread:
     """The counts of least loss within `max_bytes` per token or, with `max_loss`, of fewest bytes within that loss.
 
-    An integer programme of one choice per name, solved exactly (HiGHS through scipy). Of equal losses the one with fewer bytes counts.
+    Read off the exact front of both (`_front`): of equal losses the one with fewer bytes counts, of equal bytes the one that loses less.
 
     Raises:
         UserError: even the smallest counts take more bytes, or even the largest lose more.
     """
     assert (max_bytes is None) != (max_loss is None)
-    names = [(name, option) for name, listed in options.items() for option in listed]
-    num_bytes = np.array([option.kv_bytes for _, option in names], dtype=float)
-    loss = np.array([option.loss for _, option in names], dtype=float)
     _check(options, max_bytes, max_loss)
-    # The other quantity decides between equals: a millionth of its share cannot outweigh a real difference.
-    scale = 1e-6 * (loss.max() or 1.0) / num_bytes.sum()
+    num_bytes, loss, stages = _front(options)
+    within = num_bytes <= max_bytes if max_bytes is not None else loss <= max_loss
+    places = np.flatnonzero(within)  # never none: both ends of the front passed _check, but for rounding of sums
     if max_bytes is not None:
-        # Bytes come whole, and the solver's tolerance must not let one too many through.
-        chosen = _solved(options, loss + scale * num_bytes, num_bytes, math.floor(max_bytes))
-    else:
-        chosen = _solved(options, num_bytes + 1e-6 * loss / (loss.max() or 1.0), loss, max_loss)
-    return {name: option.kv_heads for (name, option), taken in zip(names, chosen, strict=True) if taken}
+        return _chosen(options, stages, int(places[-1]))
+    return _chosen(options, stages, int(places[0]) if len(places) else len(loss) - 1)
+
+
+def _front(options: Options) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Bytes and losses of every spread that no other beats, ascending in bytes, and how each came about.
+
+    Names are added one at a time, and of every sum of bytes only the least loss is kept: a dynamic programme over sums, of which there are
+    no more than heads. The i-th stage has, by place in the front of the first i names, the place before it and the option taken.
+    """
+    num_bytes, loss, stages = np.zeros(1, np.int64), np.zeros(1), []
+    for listed in options.values():
+        sums = (num_bytes[:, None] + np.array([option.kv_bytes for option in listed], np.int64)).ravel()
+        losses = (loss[:, None] + np.array([option.loss for option in listed], float)).ravel()
+        order = np.lexsort((losses, sums))
+        least = np.minimum.accumulate(losses[order])
+        better = np.append(True, losses[order][1:] < least[:-1])
+        kept = order[better]
+        num_bytes, loss = sums[kept], losses[kept]
+        stages.append(np.stack([kept // len(listed), kept % len(listed)], 1))
+    return num_bytes, loss, stages
+
+
+def _chosen(options: Options, stages: list[np.ndarray], place: int) -> Spread:
+    """The spread at a place of the front."""
+    found = {}
+    for name, stage in zip(reversed(options), reversed(stages), strict=True):
+        place, taken = stage[place]
+        found[name] = options[name][taken].kv_heads
+    return {name: found[name] for name in options}
 
 
 def check_bytes(least: float, limit: float | None) -> None:
@@ -74,37 +96,12 @@ def _check(options: Options, max_bytes: float | None, max_loss: float | None) ->
         )
 
 
-def _solved(options: Options, objective: np.ndarray, weight: np.ndarray, limit: float) -> np.ndarray:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    rows = np.zeros((len(options), len(objective)))
-    at = 0
-    for row, listed in zip(rows, options.values(), strict=True):
-        row[at : at + len(listed)] = 1
-        at += len(listed)
-    scale = max(limit, weight.max()) or 1.0
-    constraints = [LinearConstraint(rows, 1, 1), LinearConstraint(weight[None] / scale, ub=limit / scale * (1 + 1e-9))]
-    found = milp(
-        objective / (np.abs(objective).max() or 1.0), integrality=np.ones(len(objective)), bounds=Bounds(0, 1),
-        constraints=constraints, options={"mip_rel_gap": 0.0},
-    )  # fmt: skip
-    assert found.x is not None, found.message
-    return found.x > 0.5
-
-
 def frontier(options: Options) -> list[Spread]:
     """Spreads from fewest to most bytes, each losing less than all with fewer; the best of `POINTS` evenly spaced budgets."""
-    least = sum(min(option.kv_bytes for option in listed) for listed in options.values())
-    most = sum(max(option.kv_bytes for option in listed) for listed in options.values())
-    found: list[Spread] = []
-    best = float("inf")
-    for max_bytes in np.unique(np.linspace(least, most, POINTS).round()):
-        made = spread(options, max_bytes=float(max_bytes))
-        lost = total(options, made).loss
-        if lost < best - 1e-12:
-            found.append(made)
-            best = lost
-    return found
+    num_bytes, _, stages = _front(options)
+    budgets = np.linspace(num_bytes[0], num_bytes[-1], POINTS)
+    places = np.unique(np.searchsorted(num_bytes, budgets.round(), side="right") - 1)
+    return [_chosen(options, stages, int(place)) for place in places]
 
 
 def total(options: Options, made: Mapping[str, int]) -> Option:

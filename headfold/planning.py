@@ -84,6 +84,18 @@ def parse_group(text: str) -> Grouping:
     )
 
 
+def counts_of(sites: Sequence[Site], kv_heads: str | int, grouping: Grouping) -> list[int]:
+    """Of every site the count that `kv_heads` means (`parse_kv_heads`); where the order of heads is fixed (ALiBi) groups are equal.
+
+    Raises:
+        UserError: a site cannot have it.
+    """
+    return [
+        parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")
+        for site in sites
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Sites that are decided together, and what becomes of each of them by the count of K/V heads."""
@@ -119,13 +131,9 @@ def make_plan(
         UserError: unknown method or option; a count that does not split the heads.
     """
     grouping = parse_group(group)
-
-    def count(site: Site) -> list[int]:
-        return [parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")]
-
     made = choices(
-        sites, read, count, grouping=grouping, merge=merge, stats=stats, seed=seed, head_width=head_width, workers=workers,
-        progress=progress,
+        sites, read, lambda site: counts_of([site], kv_heads, grouping), grouping=grouping, merge=merge, stats=stats, seed=seed,
+        head_width=head_width, workers=workers, progress=progress,
     )  # fmt: skip
     return assemble(sites, [(choice, next(iter(choice.plans))) for choice in made], group, source, seed, calibration)
 

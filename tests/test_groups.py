@@ -1,6 +1,7 @@
 """Laws of groupings and of the costs they search, over every page in headfold/group and headfold/group/costs."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -254,6 +255,15 @@ def test_the_cosine_of_activations_costs_what_pooling_them_loses() -> None:
     for members in [(0, 1), (1, 3, 4), (0, 1, 2, 3, 4), (2,)]:
         chosen = [torch.nn.functional.normalize(rows, dim=1)[list(members)] for rows in found]
         equal(cost(members), sum(float((rows - rows.mean(0)).square().sum()) for rows in chosen) / 2, 100)
+
+
+def test_a_dead_head_is_like_no_other() -> None:
+    site = random_site("halves", 4)
+    k, v = site.heads.k.clone(), site.heads.v.clone()
+    k[0], v[0] = 0, 0
+    site = replace(site, heads=replace(site.heads, k=k, v=v))
+    for name in ("procrustes", "cosine", "absorb", "wse"):
+        assert all(math.isfinite(cost_of(name, site)(pair)) for pair in itertools.combinations(range(4), 2))
 
 
 def test_aligned_cosines_cost_in_groups_of_any_size_what_pooling_loses() -> None:

@@ -124,6 +124,16 @@ def test_a_stock_layout_is_chosen_where_there_is_one(name: str, kinds: str, layo
     assert result.after.weight_bytes > ours.after.weight_bytes
 
 
+def test_a_plan_that_lacks_an_attention_is_refused(tmp_path: Path) -> None:
+    directory = tiny_checkpoint("llama")
+    made = planned(directory, "sizes", tmp_path / "plan.json")
+    name, *others = made.sites
+    (tmp_path / "plan.json").write_text(json.dumps(replace(made, sites={n: made.sites[n] for n in others}).to_json()))
+    with pytest.raises(UserError, match=f"{name}: expected one entry per attention, got no entry"):
+        headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+
+
 def test_a_fused_class_with_one_count_says_what_it_cannot_be(tmp_path: Path) -> None:
     directory = tiny_checkpoint("phi3")
     planned(directory, "counts", tmp_path / "plan.json")

@@ -1,5 +1,6 @@
 """Verbs that put methods and budgets side by side: frontier, compare."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -119,18 +120,24 @@ def compare(
     Rows that
     were computed before are kept: run the same command again to go on."""
     from ..recipe.comparing import compare as run
+    from ..recipe.source import refuse_existing
     from ..report.plot import require_plot
 
     if kv_heads is None:
         raise UserError("compare: expected --kv-heads N,N, counts such as 4,2,1 or shares such as 1/2,1/4; got none")
     if plot is not None:
         require_plot(plot)
+        refuse_existing(plot, force)
     chosen = given(
         methods=names(methods), out=out, text=text, limit=limit, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = run(model, names(kv_heads), seed=seed, force=force, progress=progress, **chosen)
-    answer(found.to_json(), as_json) or comparisons.show_comparison(found)
+    if not answer(found.to_json(), as_json):
+        comparisons.show_comparison(found)
+    else:
+        for what, reason in found.skipped.items():
+            print(f"left out: {what}: {reason}", file=sys.stderr)
     if plot is not None:
         comparisons.plot_comparison(plot, found)

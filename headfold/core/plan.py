@@ -95,7 +95,7 @@ class Plan:
             if data["format"] != FORMAT:
                 raise UserError(f"{where}: format is {data['format']!r}, expected {FORMAT!r}; make the plan again")
             sites = {name: _site_plan(row) for name, row in data["sites"].items()}
-            return cls(sites, data["group"], data["source"], data["seed"], data["calibration"])
+            return cls(sites, data["group"], data["source"], data["seed"], _texts(data["calibration"]))
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{where}: not a headfold plan ({error!r}); make one with headfold plan") from error
 
@@ -108,8 +108,13 @@ class Plan:
 
     def check_source(self, fingerprint: str, sites: Sequence[Named]) -> None:
         """Refuse to apply a plan to another checkpoint than the one it was made for, or groups that it cannot have."""
-        if self.source != fingerprint or self.sites.keys() != {site.name for site in sites}:
+        if self.source != fingerprint:
             raise UserError("plan: made for another checkpoint (fingerprints differ); make it again with headfold plan")
+        if odd := sorted(self.sites.keys() ^ {site.name for site in sites}):
+            word = "an attention that the checkpoint has not" if odd[0] in self.sites else "no entry"
+            raise UserError(
+                f"plan: {odd[0]}: expected one entry per attention, got {word}; make it again with headfold plan"
+            )
         stacks: dict[str, Groups] = {}
         for site in sites:
             planned = self.sites[site.name]
@@ -152,5 +157,17 @@ def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
 
 
 def _site_plan(row: Mapping[str, Any]) -> SitePlan:
-    error, energy = (SiteError(**row[name]) if row[name] else None for name in ("error", "energy"))
+    error, energy = (_site_error(row[name]) for name in ("error", "energy"))
+    if not isinstance(row["merge"], str) or type(row["head_dim"]) is not int:
+        raise TypeError("merge is a text and head_dim a whole number")
     return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], row["head_dim"], error, energy)
+
+
+def _texts(data: Mapping[str, str]) -> dict[str, str]:
+    return dict(data.items())
+
+
+def _site_error(row: Mapping[str, Any] | None) -> SiteError | None:
+    if row and not all(isinstance(number, float | int) for number in row.values()):
+        raise TypeError("errors are numbers")
+    return SiteError(**row) if row else None

@@ -24,7 +24,7 @@ def pair_grams(heads: Heads, stats: SiteStats) -> PairGrams:
     second = stats.mean("second")
     k, v = (einsum(t @ second, t, "i a m, l b m -> i a l b") for t in (heads.k.double(), heads.v.double()))
     if heads.key_freedom.normed:
-        length = einsum(k, "i a i a -> i a").mean(1).sqrt()
+        length = einsum(k, "i a i a -> i a").mean(1).clamp_min(torch.finfo(k.dtype).tiny).sqrt()
         k = k / length[:, None, None, None] / length[None, None, :, None]
     return PairGrams(k, v)
 
@@ -58,7 +58,7 @@ def aligned_similarity(
 ) -> Float[Tensor, "group group"]:
     """Cosine of every pair of heads after the best turn of one onto the other."""
     num = gram.shape[0]
-    norm = torch.einsum("iaia->i", gram).sqrt()
+    norm = torch.einsum("iaia->i", gram).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()  # a dead head is like no other
     similarity = torch.ones(num, num, dtype=gram.dtype)
     for i in range(num):
         for l in range(i):

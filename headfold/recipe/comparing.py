@@ -1,23 +1,26 @@
 """Every method at every count of K/V heads on the user's model and data: one table, and a row is never computed twice."""
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError, suggest
+from ..corpus.samples import kind_of
 from ..evaluate import classification, embedding, perplexity
-from ..planning import parse_kv_heads
+from ..planning import parse_group, parse_kv_heads
 from ..timing.machine import peak_memory
 from .folding import fold
 from .measuring import calibrate, default_device
 from .scoring import Scores, evaluate
-from .source import Opened, Progress, open_source, silent
+from .source import Opened, Progress, open_source, open_stats, silent
 
 REFIT = "+refit"
 METHODS: dict[str, dict[str, str]] = {
@@ -39,6 +42,11 @@ many heads, twice as wide, share the cache of that count: the same bytes, at the
 WITHOUT_REFIT = ("random",)
 """Whose heads are to be trained: there is nothing to refit to."""
 DEFAULT = tuple(name + end for name in METHODS for end in ("", REFIT) if not (end and name in WITHOUT_REFIT))
+
+
+STATISTICS = "stats.safetensors"
+FOLDED = ".headfold-folded"
+"""Where a row's fold lies while it is measured: a name that no user's directory has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +113,33 @@ def compare(
     `.compare`), and another call with the same settings goes on from there; with others it is refused unless `force`.
 
     Raises:
-        UserError: an unknown method, a count that no site can have, or data that does not suit the model.
+        UserError: an unknown method, a count that no site can have, options that contradict each other, data that does not suit the
+            model, or no method that could be folded.
     """
     for name in methods:
         if name.removesuffix(REFIT) not in METHODS or name in {one + REFIT for one in WITHOUT_REFIT}:
             raise UserError(f"compare: no method {name!r}; {suggest(name, list(DEFAULT))}")
     source, progress = open_source(model), progress or silent
-    wanted = [(name, _count(source, count)) for count in kv_heads for name in methods]
+    open_stats(stats, source)
+    measures = {"calibration": calibration, "tokens": tokens, "items": items}
+    if stats is not None and (named := [f"--{name}" for name, value in measures.items() if value is not None]):
+        raise UserError(
+            f"compare: --stats and {' and '.join(named)} exclude each other: statistics say what they are of; give one"
+        )
+    if text is None and (kind := kind_of(source.checkpoint.config)) != "text":
+        raise UserError(f"compare: {model}: a model of {kind} is measured on data that you name; give --text SOURCE")
+    wanted = [(name, count) for count in _counts(source, kv_heads, methods) for name in methods]
     directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
     settings = {
-        "model": source.checkpoint.fingerprint(), "text": text, "limit": limit, "calibration": calibration, "tokens": tokens,
-        "items": items, "columns": list(columns), "context": context, "seed": seed, "stats": stats and StatsFile(Path(stats)).metadata,
+        "version": version("headfold"), "model": source.checkpoint.fingerprint(), "text": text, "limit": limit, "calibration": calibration,
+        "tokens": tokens, "items": items, "columns": list(columns), "context": context, "seed": seed,
+        "stats": stats and StatsFile(Path(stats)).metadata, "files": [_digest(name) for name in (text, calibration)],
     }  # fmt: skip
     known = _known(directory, settings, force)
     directory.mkdir(parents=True, exist_ok=True)
-    measured = Path(stats) if stats is not None else directory / "stats.safetensors"
+    # Before anything else lies there: it says whose directory this is, and of what.
+    write_json(directory / "compare.json", {"settings": settings, "rows": [asdict(row) for row in known]})
+    measured = Path(stats) if stats is not None else directory / STATISTICS
     if not measured.exists():
         calibrate(
             model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, seed=seed, device=device,
@@ -137,29 +157,46 @@ def compare(
         rows[name, count] = found
         write_json(directory / "compare.json", {"settings": settings, "rows": [asdict(row) for row in rows.values()]})
     progress("compare", len(wanted), len(wanted))
+    if skipped and not rows:
+        raise UserError(f"compare: no method could be folded; {next(iter(skipped))}: {next(iter(skipped.values()))}")
     order = {pair: place for place, pair in enumerate(wanted)}
     chosen = sorted((pair for pair in rows if pair in order), key=order.__getitem__)
     said = text or "the bundled text"
     return Comparison(str(model), said, str(directory), [rows[pair] for pair in chosen], skipped)
 
 
-def _count(source: Opened, asked: str | int) -> int:
-    return parse_kv_heads(asked, max(site.num_groups for site in source.sites))
+def _counts(source: Opened, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
+    """Counts that all of the methods can have."""
+    unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
+    return [parse_kv_heads(asked, max(site.num_groups for site in source.sites), unequal=unequal) for asked in kv_heads]
+
+
+def _digest(name: str | None) -> str | None:
+    """Of a file's contents, so that rows of other data are not taken for rows of these; None of what is no single file."""
+    path = Path(name.partition(":")[0]) if name else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _known(directory: Path, settings: Mapping[str, Any], force: bool) -> list[Row]:
     """Rows of an earlier call with the same settings."""
     file = directory / "compare.json"
     if not file.exists():
-        if directory.exists() and any(p.name != "stats.safetensors" for p in directory.iterdir()) and not force:
+        if directory.exists() and any(directory.iterdir()) and not force:
             raise UserError(
                 f"{directory}: expected an earlier comparison or nothing, got other files; choose another --out"
             )
+        (directory / STATISTICS).unlink(missing_ok=True)  # of who knows what
         return []
     try:
         found = json.loads(file.read_text())
         same = found["settings"] == json.loads(json.dumps(settings, default=str))
         rows = [Row(**row) for row in found["rows"]]
+        numbers = [number for row in rows for number in (row.kv_heads, row.value, row.rise, row.seconds)]
+        if not all(isinstance(number, float | int) for number in numbers):
+            raise TypeError("a row without its numbers")
     except (ValueError, KeyError, TypeError) as error:
         if not force:
             raise UserError(
@@ -172,7 +209,7 @@ def _known(directory: Path, settings: Mapping[str, Any], force: bool) -> list[Ro
         raise UserError(
             f"{file}: made with other data or another model; choose another --out, or --force to begin anew"
         )
-    (directory / "stats.safetensors").unlink(missing_ok=True)
+    (directory / STATISTICS).unlink(missing_ok=True)
     return []
 
 
@@ -190,8 +227,8 @@ def _row(
     device: str | None,
 ) -> Row | str:
     """The row, or why the method cannot have this count."""
-    made = directory / "folded"
-    for left in (made, made.with_name("folded.partial")):
+    made = directory / FOLDED
+    for left in (made, made.with_name(f"{FOLDED}.partial")):
         shutil.rmtree(left, ignore_errors=True)
     largest = max(site.num_groups for site in source.sites)
     started = time.monotonic()

@@ -77,7 +77,7 @@ def plan(
             source, wish, widths, group, merge, given_stats, seed, path, workers, device, progress, refit
         )
     else:
-        width = widest(source, widths, kv_heads)
+        width = widest(source, widths, kv_heads, group)
         made = plan_source(source, kv_heads, group, merge, given_stats, seed, progress, width, workers)
     config_of(source, made)  # refuses what could not be written
     if out is not None:

@@ -69,13 +69,12 @@ def fold(
     given = open_stats(stats, source)
     ready = _ready_plan(plan, source)
     if ready is None:
-        for site in source.sites:
-            planning.parse_kv_heads(kv_heads, site.num_groups)
+        planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
         needs_data = needs_statistics(group, merge)
-        width = widest(source, possible(source, head_width, group, merge), kv_heads)
+        width = widest(source, possible(source, head_width, group, merge), kv_heads, group)
     else:
         width = 1
-        source = source if ready.sites.keys() == {site.name for site in source.sites} else replace(source, encoder=True)
+        source = _with_encoder_of(ready, source)
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
     said = given.metadata if given is not None else ready.calibration if ready else {}
@@ -126,10 +125,14 @@ def _data(
     return CalibrationData.chosen(source, calibration, tokens, items, columns, context, seed)
 
 
+def _with_encoder_of(ready: Plan, source: Opened) -> Opened:
+    """The source with its encoder's sites if the plan has any of them, else without."""
+    return replace(source, encoder=any(site.optional and site.name in ready.sites for site in source.every_site))
+
+
 def _ready_plan(path: str | Path | None, source: Opened) -> Plan | None:
     if path is None:
         return None
     ready = Plan.load(Path(path))
-    sites = [site for site in source.every_site if site.name in ready.sites]
-    ready.check_source(source.checkpoint.fingerprint(), sites or source.sites)
+    ready.check_source(source.checkpoint.fingerprint(), _with_encoder_of(ready, source).sites)
     return ready

@@ -1,5 +1,7 @@
 """The Pareto front of K/V bytes against loss: a plan per point, predicted at all of them and measured at some."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,7 +110,7 @@ def frontier(
     correlation: float | None = None
     for width in widths:
         wish = replace(asked, head_width=width)
-        if width > widths[0] and not _has_counts(wish, source):
+        if width > widths[0] and not _is_reachable(source, wish):
             continue
         path = of_width(Path(sensitivity or directory / "sensitivity.json"), width)
         found, run = budget_curves(source, wish, group, merge, given, seed, path, workers, device, progress, refit)
@@ -119,8 +121,8 @@ def frontier(
     points = _undominated(points)
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
     result = Frontier(points, rank_correlation(both), correlation, str(directory))
-    for left in directory.glob("plan-*.json"):  # of an earlier front, which --force gave up
-        left.unlink()
+    for left in _plans_of(directory / "frontier.json"):  # of an earlier front, which --force gave up
+        (directory / left).unlink(missing_ok=True)
     for point in points:
         write_json(directory / point.plan, plans[point.plan].to_json())
     write_json(directory / "frontier.json", result.to_json())
@@ -132,11 +134,22 @@ def frontier(
     return result
 
 
-def _has_counts(wish: Wish, source: Opened) -> bool:
+def _plans_of(earlier: Path) -> list[str]:
+    """File names of the plans that an earlier frontier.json lists; what else lies there is the user's."""
     try:
-        return bool(wish.counts(source.sites[0]))
+        names = [str(point["plan"]) for point in json.loads(earlier.read_text())["points"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if re.fullmatch(r"plan-\d+[a-z0-9-]*\.json", name)]
+
+
+def _is_reachable(source: Opened, wish: Wish) -> bool:
+    """Whether every site has a count at this width."""
+    try:
+        refuse_unreachable(source, wish)
     except UserError:
         return False
+    return True
 
 
 def _points(

@@ -77,7 +77,7 @@ class Wish:
             raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
         if self.spread == "qcqa" and self.max_rise is not None:
             raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
-        if self.max_rise is not None and not self.max_rise > 0:
+        if self.max_rise is not None and not 0 < self.max_rise < math.inf:
             raise UserError(f"--max-rise {self.max_rise:g}: expected a loss above 0, in nats per token")
 
     def counts(self, site: Site) -> list[int]:
@@ -87,6 +87,10 @@ class Wish:
             UserError: none is left.
         """
         num_groups = site.num_groups
+        if num_groups % self.tp:
+            raise UserError(
+                f"--tp {self.tp}: does not divide the {num_groups} K/V heads that a layer may keep; choose a divisor of it"
+            )
         free = self.unequal and site.query_order != "fixed"
         possible = [n for n in (range(1, num_groups) if free else planning.divisors(num_groups)) if n < num_groups]
         found = [
@@ -130,7 +134,7 @@ def _size(text: str) -> float:
         number = float(found[1]) if found else math.nan
     except ValueError:
         number = math.nan
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise UserError(f"--kv-bytes {text}: expected bytes per token such as 40KiB or 65536")
     power = " kmg".index(found[2].lower() or " ")
     return number * (1024 if found[3] else 1000) ** power
@@ -201,8 +205,10 @@ def curves(
         found = _measure(source, missing, group, seed, stats, run, progress, refitting=refitting)
         measured = {name: {**measured.get(name, {}), **found.get(name, {})} for name in {**measured, **found}}
         write_json(sensitivity, {"format": FORMAT, **about, "damage": measured})
-    options = {choice.sites[0].name: _options(choice, source, measured[choice.sites[0].name]) for choice in choices}
-    return Curves(source, choices, options, measured, group, seed, stats.metadata)
+    # A file may hold counts of earlier plans: what stands between is of those that this plan asks for alone, the same on every call.
+    used = {name: {count: measured[name][count] for count in counts} for name, counts in wanted.items()}
+    options = {choice.sites[0].name: _options(choice, source, used[choice.sites[0].name]) for choice in choices}
+    return Curves(source, choices, options, used, group, seed, stats.metadata)
 
 
 def _measured_counts(counts: Sequence[int], number: int) -> list[int]:
@@ -220,6 +226,8 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, dict[int, float]]:
         found = json.loads(path.read_text())
         same = found["format"] == FORMAT and all(found[name] == value for name, value in about.items())
         damage = {name: {int(n): float(x) for n, x in row.items()} for name, row in found["damage"].items()}
+        if not all(0 <= lost < math.inf for row in damage.values() for lost in row.values()):
+            raise ValueError("a damage that is none")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: expected sensitivities that headfold wrote; remove the file or name another"
@@ -317,7 +325,8 @@ def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor
     """As much of the calibration data as a measurement takes: from its beginning, or its end."""
     first = next(iter(sample.values()))
     per_item = first[0].numel() if first.ndim == 2 else 64
-    count = max(1, min(len(first), TOKENS // per_item))
+    # At most half, so that what is measured is not what was fitted.
+    count = max(1, min(len(first) // 2, TOKENS // per_item))
     return {name: tensor[-count:] if last else tensor[:count] for name, tensor in sample.items()}
 
 
@@ -334,7 +343,8 @@ def predicted_error(choice: Choice, count: int) -> float:
 
 
 def _bytes(choice: Choice, count: int, source: Opened) -> int:
-    return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites if not site.optional)
+    cached = source.cached_sites
+    return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites if site in cached)
 
 
 def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, float]) -> float:
@@ -361,10 +371,16 @@ def refuse_unreachable(source: Opened, wish: Wish) -> None:
     """Refuse, before anything is measured, what the fewest heads everywhere cannot do.
 
     Raises:
-        UserError: no count is left, or even the fewest heads take more bytes.
+        UserError: no count is left, even the fewest heads take more bytes, or an encoder beside a decoder is to be folded, which caches
+            nothing.
     """
+    if any(site not in source.cached_sites for site in source.sites):
+        raise UserError(
+            f"{source.name}: expected layers that cache K and V, got an encoder, which no budget in bytes makes smaller; use --kv-heads, "
+            "or leave --encoder out"
+        )
     fewest = {site.name: min(wish.counts(site)) for site in source.sites}
-    cached = [site for site in source.sites if not site.optional]
+    cached = [site for site in source.sites if site in source.cached_sites]
     saved = sum(2 * (s.num_groups - fewest[s.name]) * s.head_dim * source.dtype.itemsize for s in cached)
     check_bytes(source.kv_bytes_per_token() - saved, wish.limit(source))
 
@@ -379,5 +395,5 @@ def choose(found: Curves, wish: Wish) -> dict[str, int]:
     if limit is None:
         return spread(found.options, max_loss=wish.max_rise)
     if wish.spread == "qcqa":
-        return spread_qcqa(found.options, limit - found.fixed_bytes)
+        return spread_qcqa(found.options, limit - found.fixed_bytes, seed=found.seed)
     return spread(found.options, max_bytes=limit - found.fixed_bytes)

@@ -35,13 +35,13 @@ def possible(source: Opened, asked: str | int, group: str, merge: str) -> list[i
     return found
 
 
-def widest(source: Opened, widths: Sequence[int], kv_heads: str | int) -> int:
+def widest(source: Opened, widths: Sequence[int], kv_heads: str | int, group: str) -> int:
     """The widest of `widths` for a cache of `kv_heads`: never worse than any narrower (Eckart and Young).
 
     Raises:
         UserError: none divides the count.
     """
-    counts = {planning.parse_kv_heads(kv_heads, site.num_groups) for site in source.sites}
+    counts = set(planning.counts_of(source.sites, kv_heads, planning.parse_group(group)))
     found = [width for width in widths if all(count % width == 0 for count in counts)]
     if not found:
         said = ", ".join(map(str, sorted(counts)))

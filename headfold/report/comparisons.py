@@ -14,8 +14,8 @@ def show_frontier(found: Any) -> None:
             size(point.kv_bytes_per_token),
             ",".join(map(str, point.kv_heads.values())) + (f" × {point.head_width}" if point.head_width > 1 else ""),
             size(point.weight_bytes),
-            f"{point.predicted:.4f}",
-            "" if point.measured is None else f"{point.measured:.4f}",
+            f"{point.predicted:.3g}",
+            "" if point.measured is None else f"{point.measured:.3g}",
             point.plan,
         ]
         for point in found.points
@@ -46,7 +46,7 @@ def show_comparison(found: Any) -> None:
                 size(row.kv_bytes_per_token),
                 f"{row.value:.4f}",
                 f"{row.rise:.4f}",
-                "" if row.kl is None else f"{row.kl:.4f}",
+                "" if row.kl is None else f"{row.kl:.3g}",
                 duration(row.seconds),
                 "" if row.peak_bytes is None else size(row.peak_bytes),
                 size(row.weight_bytes),

@@ -1,0 +1,107 @@
+"""Comparisons: every method in one table, rows kept and never mixed, and what is left out is told."""
+
+# ruff: noqa: F811 - fixtures are arguments
+
+import json
+from pathlib import Path
+
+import pytest
+from test_budget import stats  # noqa: F401 - fixture
+from test_cli import copy, model, run  # noqa: F401 - fixtures
+
+from headfold.core.errors import UserError
+from headfold.recipe import comparing
+from headfold.recipe.comparing import METHODS, compare
+
+
+def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_path: Path) -> None:
+    text = model.parent / "text.txt"
+    words = ("compare", model, "--kv-heads", "4,1", "--stats", stats, "--text", text, "--out", tmp_path / "c")
+    first = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
+    assert [(row["method"], row["kv_heads"]) for row in first] == [
+        ("mean", 4),
+        ("absorb", 4),
+        ("mean", 1),
+        ("absorb", 1),
+    ]
+    needed = {"method", "kv_heads", "kv_bytes_per_token", "metric", "value", "rise", "kl", "seconds"}
+    assert all(needed <= row.keys() for row in first)
+    assert first[1]["rise"] == pytest.approx(first[1]["value"] - first[1]["original"])
+    shown = run(*words, "--methods", "mean,absorb,absorb+refit", "--plot", tmp_path / "c.png")
+    assert shown.code == 0 and "absorb+refit" in shown.out and " *" in shown.out, shown.err
+    again = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
+    assert again == first  # seconds and all: not computed again
+    assert (tmp_path / "c.png").exists() and not (tmp_path / "c" / comparing.FOLDED).exists()
+    refused = run(*words, "--limit", 50)
+    assert refused.code == 2 and "--out" in refused.err
+
+
+def test_a_comparison_that_died_in_its_first_row_goes_on(
+    run, model: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    text, out = tmp_path / "text.txt", tmp_path / "c"
+    text.write_text((model.parent / "text.txt").read_text())
+    words = dict(methods=["mean"], stats=stats, text=str(text), out=out)
+    with monkeypatch.context() as patched:
+        patched.setattr(comparing, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(model, [2], **words)
+    assert len(compare(model, [2], **words).rows) == 1
+    text.write_text(text.read_text()[::-1])
+    with pytest.raises(UserError, match="other data"):
+        compare(model, [2], **words)
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_methods_left_out_are_told_and_all_of_them_an_error(
+    run, model: Path, stats: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(METHODS, "mean", {"merge": "nothing", "group": "contiguous"})
+    words = (
+        "compare",
+        model,
+        "--kv-heads",
+        2,
+        "--stats",
+        stats,
+        "--text",
+        model.parent / "text.txt",
+        "--out",
+        tmp_path / "c",
+        "--json",
+    )
+    told = run(*words, "--methods", "mean,first")
+    assert told.code == 0 and len(json.loads(told.out)) == 1 and "left out: mean at 2" in told.err
+    refused = run(*words[:-2], tmp_path / "d", "--methods", "mean")
+    assert refused.code == 2 and "no method" in refused.err
+    beside = run(*words, "--methods", "first", "--calibration", model.parent / "text.txt")
+    assert beside.code == 2 and "exclude each other" in beside.err
+
+
+def test_every_method_compares(model: Path, stats: Path, tmp_path: Path) -> None:
+    found = compare(
+        model, [2], methods=list(METHODS), stats=stats, text=str(model.parent / "text.txt"), out=tmp_path / "c"
+    )
+    assert [row.method for row in found.rows] == list(METHODS) and not found.skipped
+    assert len({row.kv_bytes_per_token for row in found.rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--kv-heads"),
+        (("--kv-heads", "3"), "choose"),
+        (("--kv-heads", "2", "--methods", "men"), "mean"),
+        (("--kv-heads", "2", "--methods", "random+refit"), "no method"),
+        (("--kv-heads", "2", "--plot", "x.xyz"), ".png"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    refused = run("compare", model, *words)
+    assert refused.code == 2 and said in refused.err and not list(tmp_path.iterdir())
