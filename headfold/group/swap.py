@@ -4,7 +4,7 @@ Minimises Σ over groups of cost(group) over balanced partitions; `unequal=true`
 `exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none gains, on the sum
 of what every two heads of a group cost together: exact for cosine, procrustes and wse in equal
 groups, a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
-are then ranked by the true cost and, if that is cheap or up to `descend_up_to` heads, the best goes on with that. Local search by
+are then ranked by the true cost and, if that is cheap or up to `descend_up_to` heads, the best few go on with that. Local search by
 swaps is the scheme that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group
 swap:cost=NAME`).
 """
@@ -22,7 +22,7 @@ from . import exact
 GAIN = 1e-12
 """Relative gain below which a change is rounding."""
 FURTHER = 8
-"""Ends that go on with the true cost where that is cheap."""
+"""Ends that go on with the true cost."""
 Partition = list[tuple[int, ...]]
 
 
@@ -52,7 +52,7 @@ def group(
     cheap = isinstance(cost, SetCost) and cost.cheap
     if num_heads > descend_up_to and not cheap:
         return ends[0]
-    further = [descend(cost, list(end.members), unequal=unequal) for end in ends[: FURTHER if cheap else 1]]
+    further = [descend(cost, list(end.members), unequal=unequal) for end in ends[:FURTHER]]
     return Groups.from_members(min(further, key=lambda members: _total(cost, members)))
 
 

@@ -63,8 +63,10 @@ def plan(
     if budgeted == (kv_heads is not None):
         given = "both" if budgeted else "none"
         raise UserError(f"plan: expected --kv-heads, or --kv-budget, --kv-bytes or --max-rise; got {given}; give one")
-    if not budgeted and (allowed or tp != 1 or spread != "exact"):
-        raise UserError("plan: --allowed, --tp and --spread go with a budget, not with --kv-heads; leave them out")
+    if not budgeted and (allowed or tp != 1 or spread != "exact" or sensitivity is not None):
+        raise UserError(
+            "plan: --allowed, --tp, --spread and --sensitivity go with a budget, not with --kv-heads; leave them out"
+        )
     if out is not None:
         refuse_existing(Path(out), force)
     source = open_source(model, encoder)

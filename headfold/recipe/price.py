@@ -5,6 +5,7 @@ from math import prod
 from pathlib import Path
 
 from ..core.plan import Plan
+from ..corpus.samples import kind_of
 from ..export.layouts import choose_layout, query_heads
 from ..families.layout import planned_shapes
 from .config import config_of
@@ -32,6 +33,7 @@ def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -
     written = _query_heads(source, plan, layout) if plan else {}
     shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
     dims, elements, products, cached = set(), 0, 0, source.cached_sites
+    generates = kind_of(source.checkpoint.config) in ("text", "pairs", "audio")
     for site in source.every_site:
         planned = plan.sites.get(site.name) if plan else None
         num_groups = planned.groups.num_groups if planned else site.num_groups
@@ -41,7 +43,8 @@ def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -
         elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
         per_head = prod(shapes[f"{site.weights['o']}.weight"]) // site.num_heads  # as large in W_q
         elements += 2 * per_head * (num_heads - site.num_heads)
-        products += num_heads * width * CONTEXT  # QKᵀ and PV, over half of the context each
+        # QKᵀ and PV each: a causal query sees half of the context in the mean, any other the whole.
+        products += num_heads * width * CONTEXT * (1 if generates and not (site.reads_encoder or site.optional) else 2)
         if site in cached:
             dims.add(width)
     said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"

@@ -1,5 +1,6 @@
 """Spread a K/V budget over layers: loss curves of every site on one scale, and the counts that lose least."""
 
+import importlib.util
 import json
 import math
 import re
@@ -75,6 +76,8 @@ class Wish:
             raise UserError(f"plan: {' and '.join(named)} exclude each other; give one")
         if self.spread not in SPREADS:
             raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
+        if self.spread == "qcqa" and importlib.util.find_spec("pymoo") is None:
+            raise UserError("--spread qcqa needs pymoo: pip install 'headfold[evolve]', or leave it out")
         if self.spread == "qcqa" and self.max_rise is not None:
             raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
         if self.max_rise is not None and not 0 < self.max_rise < math.inf:
