@@ -229,8 +229,8 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, dict[int, float]]:
         found = json.loads(path.read_text())
         same = found["format"] == FORMAT and all(found[name] == value for name, value in about.items())
         damage = {name: {int(n): float(x) for n, x in row.items()} for name, row in found["damage"].items()}
-        if not all(0 <= lost < math.inf for row in damage.values() for lost in row.values()):
-            raise ValueError("a damage that is none")
+        if not all(math.isfinite(lost) for row in damage.values() for lost in row.values()):
+            raise ValueError("a damage that is no number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: expected sensitivities that headfold wrote; remove the file or name another"
@@ -336,7 +336,7 @@ def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor
 def _options(choice: Choice, source: Opened, measured: Mapping[int, float]) -> list[Option]:
     predicted = {count: predicted_error(choice, count) for count in choice.plans}
     return [
-        Option(count, _bytes(choice, count, source), loss_at(count, predicted, measured)) for count in choice.plans
+        Option(count, _bytes(choice, count, source), max(0.0, loss_at(count, predicted, measured))) for count in choice.plans
     ]  # fmt: skip
 
 
