@@ -24,7 +24,8 @@ from headfold.recipe import plan
 from headfold.recipe.deciding import budget_curves
 from headfold.recipe.frontier import site_correlation
 from headfold.recipe.source import open_source, open_stats, silent
-from headfold.recipe.spreading import Curves, Wish
+from headfold.recipe.spreading import Curves
+from headfold.recipe.wish import Wish
 
 SPREADS = {
     "one count": ("swap", "exact"), "exact": ("swap", "exact"), "qcqa": ("swap", "qcqa"), "exact, unequal": ("swap:unequal=true", "exact"),

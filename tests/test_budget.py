@@ -24,7 +24,8 @@ from headfold.evaluate.sensitivity import Damage, alone, replaced
 from headfold.families.spec import Site
 from headfold.recipe.config import config_of
 from headfold.recipe.source import open_source
-from headfold.recipe.spreading import Wish, _measured_counts, _share, _size, loss_at
+from headfold.recipe.spreading import _measured_counts, loss_at
+from headfold.recipe.wish import Wish, _share, _size
 
 
 @st.composite

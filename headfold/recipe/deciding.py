@@ -15,8 +15,9 @@ from ..core.plan import Plan
 from .config import config_of, refuse_mixed
 from .measuring import CalibrationData, OriginalRun, default_device
 from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
-from .spreading import Curves, Wish, choose, curves, refuse_unreachable
+from .spreading import Curves, choose, curves, refuse_unreachable
 from .widths import possible, widest
+from .wish import Wish
 
 
 def plan(

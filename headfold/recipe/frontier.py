@@ -23,8 +23,9 @@ from .deciding import budget_curves, of_width, require_statistics
 from .measuring import OriginalRun
 from .price import price
 from .source import Opened, Progress, open_source, open_stats, silent
-from .spreading import Curves, Wish, few, folded_in_memory, predicted_error, refitted, refuse_unreachable
+from .spreading import Curves, few, folded_in_memory, predicted_error, refitted, refuse_unreachable
 from .widths import possible
+from .wish import Wish
 
 MEASURED = 5
 

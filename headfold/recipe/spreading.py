@@ -1,13 +1,10 @@
 """Spread a K/V budget over layers: loss curves of every site on one scale, and the counts that lose least."""
 
-import importlib.util
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,7 @@ from ..stock import is_streamed
 from ..surgery import Refits, query_order, site_heads, site_tensors
 from .measuring import OriginalRun
 from .source import Opened, Progress
+from .wish import Wish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,106 +39,6 @@ MEASURED_UNEQUAL = 5
 """The same where groups may differ in size: there are more counts between. With three, a site's damage at 2 of 8 heads, between 1 and 4,
 was found a fifth too high on a small decoder, and heads went to the wrong layers."""
 FORMAT = "headfold-sensitivity-2"
-SPREADS = ("exact", "qcqa")
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of a plan: one of these, and what counts of K/V heads may be used."""
-
-    kv_budget: str | None = None
-    """Share of the source's K/V bytes, such as `25%` or `1/4`."""
-    kv_bytes: str | None = None
-    """Bytes of K and V per token, such as `40KiB`."""
-    max_rise: float | None = None
-    """Predicted loss, in nats per token."""
-    allowed: Sequence[int] = ()
-    """Counts of K/V heads; none: all that split the heads equally."""
-    tp: int = 1
-    """Devices of tensor parallelism: counts must be multiples of it."""
-    spread: str = "exact"
-    head_width: int = 1
-    """Of the new K/V heads, in heads of the source; counts are of the source's, so they must be multiples of it."""
-    unequal: bool = False
-    """Whether groups may differ in size (`planning.Grouping`): then every count may be used, not divisors alone."""
-
-    def check(self) -> None:
-        """Refuse contradictions before anything is opened.
-
-        Raises:
-            UserError: several of the three, an unknown spread, or one that needs a budget.
-        """
-        given = {"--kv-budget": self.kv_budget, "--kv-bytes": self.kv_bytes, "--max-rise": self.max_rise}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise UserError(f"plan: {' and '.join(named)} exclude each other; give one")
-        if self.spread not in SPREADS:
-            raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
-        if self.spread == "qcqa" and importlib.util.find_spec("pymoo") is None:
-            raise UserError("--spread qcqa needs pymoo: pip install 'headfold[evolve]', or leave it out")
-        if self.spread == "qcqa" and self.max_rise is not None:
-            raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
-        if self.max_rise is not None and not 0 < self.max_rise < math.inf:
-            raise UserError(f"--max-rise {self.max_rise:g}: expected a loss above 0, in nats per token")
-
-    def counts(self, site: Site) -> list[int]:
-        """Counts below a site's own that may be used, ascending. Where the order of heads is fixed (ALiBi) groups are equal.
-
-        Raises:
-            UserError: none is left.
-        """
-        num_groups = site.num_groups
-        if num_groups % self.tp:
-            raise UserError(
-                f"--tp {self.tp}: does not divide the {num_groups} K/V heads that a layer may keep; choose a divisor of it"
-            )
-        free = self.unequal and site.query_order != "fixed"
-        possible = [n for n in (range(1, num_groups) if free else planning.divisors(num_groups)) if n < num_groups]
-        found = [
-            n for n in possible if (not self.allowed or n in self.allowed) and n % (self.tp * self.head_width) == 0
-        ]
-        if not found:
-            limits = [f"--allowed {','.join(map(str, self.allowed))}"] if self.allowed else []
-            limits += [f"--tp {self.tp}"] if self.tp > 1 else []
-            limits += [f"--head-width {self.head_width}"] if self.head_width > 1 else []
-            raise UserError(
-                f"{' and '.join(limits) or 'plan'}: expected a count less than the {num_groups} K/V heads"
-                f"{'' if free else ' that splits them equally'}, of {', '.join(map(str, possible)) or 'none'}, "
-                "and fits all of these; none does, allow more"
-            )
-        return found
-
-    def limit(self, source: Opened) -> float | None:
-        """Bytes per token that may be used; None where the loss is limited instead.
-
-        Raises:
-            UserError: not a share of 0 to 100 %, or not a size.
-        """
-        if self.kv_budget is not None:
-            return _share(self.kv_budget) * source.kv_bytes_per_token()
-        return None if self.kv_bytes is None else _size(self.kv_bytes)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--kv-budget {text}: expected a share such as 25% or 1/4") from error
-    if not 0 < value <= 1:
-        raise UserError(f"--kv-budget {text}: expected more than 0 and at most 100 %")
-    return value
-
-
-def _size(text: str) -> float:
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(|k|M|G)(i?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(found[1]) if found else math.nan
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise UserError(f"--kv-bytes {text}: expected bytes per token such as 40KiB or 65536")
-    power = " kmg".index(found[2].lower() or " ")
-    return number * (1024 if found[3] else 1000) ** power
 
 
 @dataclass(frozen=True, slots=True)
