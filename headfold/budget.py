@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core.errors import UserError
+from .group.evolve import require_pymoo
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,11 @@ def spread(options: Options, *, max_bytes: float | None = None, max_loss: float 
     assert (max_bytes is None) != (max_loss is None)
     _check(options, max_bytes, max_loss)
     num_bytes, loss, stages = _front(options)
-    within = num_bytes <= max_bytes if max_bytes is not None else loss <= max_loss
-    places = np.flatnonzero(within)  # never none: both ends of the front passed _check, but for rounding of sums
     if max_bytes is not None:
-        return _chosen(options, stages, int(places[-1]))
-    return _chosen(options, stages, int(places[0]) if len(places) else len(loss) - 1)
+        place = int(np.searchsorted(num_bytes, max_bytes, side="right")) - 1
+    else:  # losses fall along the front; the last is _check's least but for rounding of sums
+        place = min(int(np.count_nonzero(loss > max_loss)), len(loss) - 1)
+    return _chosen(options, stages, place)
 
 
 def _front(options: Options) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -114,6 +115,11 @@ def total(options: Options, made: Mapping[str, int]) -> Option:
     )
 
 
+def require_second_stage() -> None:
+    """Raises: UserError where `spread_qcqa` has no pymoo to run on."""
+    require_pymoo("--spread qcqa needs", "leave it out")
+
+
 def spread_qcqa(
     options: Options, max_bytes: float, *, seed: int = 1234, population: int = 100, generations: int = 100
 ) -> Spread:
@@ -125,14 +131,13 @@ def spread_qcqa(
     Raises:
         UserError: pymoo is not installed, or no choice of layers is within the budget.
     """
-    try:
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.core.problem import Problem
-        from pymoo.operators.crossover.pntx import TwoPointCrossover
-        from pymoo.operators.mutation.bitflip import BitflipMutation
-        from pymoo.optimize import minimize
-    except ImportError as error:
-        raise UserError("--spread qcqa needs pymoo: pip install 'headfold[evolve]', or leave it out") from error
+    require_second_stage()
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.pntx import TwoPointCrossover
+    from pymoo.operators.mutation.bitflip import BitflipMutation
+    from pymoo.optimize import minimize
+
     _check(options, max_bytes, None)
     ends = [(min(o, key=lambda x: x.kv_heads), max(o, key=lambda x: x.kv_heads)) for o in options.values()]
     bytes_of, loss_of = (

@@ -85,15 +85,19 @@ def parse_group(text: str) -> Grouping:
 
 
 def counts_of(sites: Sequence[Site], kv_heads: str | int, grouping: Grouping) -> list[int]:
-    """Of every site the count that `kv_heads` means (`parse_kv_heads`); where the order of heads is fixed (ALiBi) groups are equal.
+    """Of every site the count that `kv_heads` means (`parse_kv_heads`).
 
     Raises:
         UserError: a site cannot have it.
     """
     return [
-        parse_kv_heads(kv_heads, site.num_groups, unequal=grouping.unequal and site.query_order != "fixed")
-        for site in sites
+        parse_kv_heads(kv_heads, site.num_groups, unequal=may_differ(site, unequal=grouping.unequal)) for site in sites
     ]
+
+
+def may_differ(site: Site, *, unequal: bool) -> bool:
+    """Whether a site's groups may differ in size, where the grouping's may: those of neighbours in a fixed order (ALiBi) may not."""
+    return unequal and site.query_order != "fixed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Plan:
             if data["format"] != FORMAT:
                 raise UserError(f"{where}: format is {data['format']!r}, expected {FORMAT!r}; make the plan again")
             sites = {name: _site_plan(row) for name, row in data["sites"].items()}
-            return cls(sites, data["group"], data["source"], data["seed"], _texts(data["calibration"]))
+            return cls(sites, data["group"], data["source"], data["seed"], dict(data["calibration"].items()))
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{where}: not a headfold plan ({error!r}); make one with headfold plan") from error
 
@@ -161,10 +161,6 @@ def _site_plan(row: Mapping[str, Any]) -> SitePlan:
     if not isinstance(row["merge"], str) or type(row["head_dim"]) is not int:
         raise TypeError("merge is a text and head_dim a whole number")
     return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], row["head_dim"], error, energy)
-
-
-def _texts(data: Mapping[str, str]) -> dict[str, str]:
-    return dict(data.items())
 
 
 def _site_error(row: Mapping[str, Any] | None) -> SiteError | None:

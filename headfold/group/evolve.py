@@ -35,11 +35,12 @@ def group(
     return search(cost, num_heads, num_groups, seed=seed, population=population, generations=generations)
 
 
-def _pymoo() -> None:
+def require_pymoo(asked: str = "--group evolve and qcqa need", instead: str = "choose swap") -> None:
+    """Raises: UserError where it is not installed: who asks for it, and what there is instead."""
     try:
         import pymoo  # noqa: F401
     except ImportError as error:
-        raise UserError("--group evolve and qcqa need pymoo: pip install 'headfold[evolve]', or choose swap") from error
+        raise UserError(f"{asked} pymoo: pip install 'headfold[evolve]', or {instead}") from error
 
 
 def _minimise(problem: Any, algorithm: Any, generations: int, seed: int) -> None:
@@ -49,7 +50,7 @@ def _minimise(problem: Any, algorithm: Any, generations: int, seed: int) -> None
 
 
 def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
-    _pymoo()
+    require_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
     from pymoo.operators.crossover.ox import OrderCrossover
@@ -72,7 +73,7 @@ def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population
 
 
 def _unequal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
-    _pymoo()
+    require_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
     from pymoo.operators.crossover.sbx import SBX

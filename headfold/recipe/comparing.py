@@ -19,7 +19,7 @@ from ..planning import parse_group, parse_kv_heads
 from ..timing.machine import peak_memory
 from .folding import fold
 from .measuring import calibrate, default_device
-from .scoring import Scores, evaluate
+from .scoring import Scores, check_text, evaluate
 from .source import Opened, Progress, open_source, open_stats, silent
 
 REFIT = "+refit"
@@ -126,8 +126,7 @@ def compare(
         raise UserError(
             f"compare: --stats and {' and '.join(named)} exclude each other: statistics say what they are of; give one"
         )
-    if text is None and (kind := kind_of(source.checkpoint.config)) != "text":
-        raise UserError(f"compare: {model}: a model of {kind} is measured on data that you name; give --text SOURCE")
+    check_text(text, kind_of(source.checkpoint.config), model)
     wanted = [(name, count) for count in _counts(source, kv_heads, methods) for name in methods]
     directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
     settings = {

@@ -39,18 +39,19 @@ def refuse_mixed(source: Opened) -> None:
         UserError: says so.
     """
     native = [site.name for site in source.sites if site.native]
-    counts = {site.name: 1 if site.name in native[:1] else site.num_groups for site in source.sites}
+    if len(native) < 2:
+        return
+    counts = {site.name: site.num_groups for site in source.sites} | {native[0]: 1}
     sites = {
         s.name: SitePlan(Groups.contiguous(s.num_groups, counts[s.name]), "mean", s.head_dim) for s in source.sites
     }
     try:
         config_of(source, Plan(sites, "contiguous", "", 0))
     except UserError as error:
-        if len(native) > 1:
-            raise UserError(
-                f"{source.name}: a budget gives layers counts of their own, but here q, k and v are one tensor on disk, split by one count "
-                "for all; use --kv-heads"
-            ) from error
+        raise UserError(
+            f"{source.name}: a budget gives layers counts of their own, but here q, k and v are one tensor on disk, split by one count "
+            "for all; use --kv-heads"
+        ) from error
 
 
 def _changed(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:

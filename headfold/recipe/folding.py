@@ -67,14 +67,16 @@ def fold(
     source = open_source(model, encoder)
     refuse_overlap(source.checkpoint.path, Path(out))
     given = open_stats(stats, source)
-    ready = _ready_plan(plan, source)
+    ready = None if plan is None else Plan.load(Path(plan))
     if ready is None:
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
         needs_data = needs_statistics(group, merge)
         width = widest(source, possible(source, head_width, group, merge), kv_heads, group)
     else:
         width = 1
-        source = _with_encoder_of(ready, source)
+        # With the encoder's sites if the plan has any of them, else without.
+        source = replace(source, encoder=any(s.optional and s.name in ready.sites for s in source.every_site))
+        ready.check_source(source.checkpoint.fingerprint(), source.sites)
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needs_data = needs_statistics("contiguous", merge)
     said = given.metadata if given is not None else ready.calibration if ready else {}
@@ -123,16 +125,3 @@ def _data(
     if not needed and calibration is None:
         return None
     return CalibrationData.chosen(source, calibration, tokens, items, columns, context, seed)
-
-
-def _with_encoder_of(ready: Plan, source: Opened) -> Opened:
-    """The source with its encoder's sites if the plan has any of them, else without."""
-    return replace(source, encoder=any(site.optional and site.name in ready.sites for site in source.every_site))
-
-
-def _ready_plan(path: str | Path | None, source: Opened) -> Plan | None:
-    if path is None:
-        return None
-    ready = Plan.load(Path(path))
-    ready.check_source(source.checkpoint.fingerprint(), _with_encoder_of(ready, source).sites)
-    return ready

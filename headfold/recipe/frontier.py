@@ -185,12 +185,13 @@ def _points(
             with folded_in_memory(run.model, source.sites, made, source, stats, refits):
                 lost = damage()
         sums = total(found.options, counts)
-        num_bytes = sums.kv_bytes + found.fixed_bytes
         wide = f"-width-{wish.head_width}" if wish.head_width > 1 else ""
-        name = f"plan-{num_bytes}{wide}{'-uniform' if counts in equal else ''}.json"
+        name = f"plan-{sums.kv_bytes}{wide}{'-uniform' if counts in equal else ''}.json"
         plans[name] = made
         weights = price(source, made).weight_bytes
-        points.append(Point(name, num_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights))
+        points.append(
+            Point(name, sums.kv_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights)
+        )
     return points
 
 

@@ -127,6 +127,16 @@ def check_metric(metric: str | None, kind: str, model: str | Path) -> None:
         )
 
 
+def check_text(text: str | None, kind: str, model: str | Path) -> None:
+    """Refuse to measure on nothing: of data other than plain text none is bundled.
+
+    Raises:
+        UserError: as said.
+    """
+    if text is None and kind != "text":
+        raise UserError(f"{model}: a model of {kind} is measured on data that you name; give --text SOURCE")
+
+
 def open_subject(
     directory: Path,
     reference: Path | None,
@@ -146,10 +156,7 @@ def open_subject(
         UserError: a checkpoint that does not open, or no `text`.
     """
     config = json.loads((directory / "config.json").read_text())
-    if text is None:
-        raise UserError(
-            f"{directory}: a model of {kind_of(config)} is measured on data that you name; give --text SOURCE"
-        )
+    check_text(text, kind_of(config), directory)
     dtype = torch.promote_types(stored_dtype(directory), torch.float32)
     return Subject(
         directory=directory,

@@ -59,12 +59,6 @@ class Curves:
         fingerprint = self.source.checkpoint.fingerprint()
         return planning.assemble(self.source.sites, chosen, self.group, fingerprint, self.seed, self.calibration)
 
-    @property
-    def fixed_bytes(self) -> int:
-        """K/V bytes per token of what is not decided here."""
-        decided = sum(max(option.kv_bytes for option in listed) for listed in self.options.values())
-        return self.source.kv_bytes_per_token() - decided
-
 
 def curves(
     source: Opened,
@@ -244,8 +238,7 @@ def predicted_error(choice: Choice, count: int) -> float:
 
 
 def _bytes(choice: Choice, count: int, source: Opened) -> int:
-    cached = source.cached_sites
-    return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites if site in cached)
+    return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites)
 
 
 def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, float]) -> float:
@@ -275,15 +268,14 @@ def refuse_unreachable(source: Opened, wish: Wish) -> None:
         UserError: no count is left, even the fewest heads take more bytes, or an encoder beside a decoder is to be folded, which caches
             nothing.
     """
-    if any(site not in source.cached_sites for site in source.sites):
+    cached = source.cached_sites
+    if any(site not in cached for site in source.sites):
         raise UserError(
             f"{source.name}: expected layers that cache K and V, got an encoder, which no budget in bytes makes smaller; use --kv-heads, "
             "or leave --encoder out"
         )
-    fewest = {site.name: min(wish.counts(site)) for site in source.sites}
-    cached = [site for site in source.sites if site in source.cached_sites]
-    saved = sum(2 * (s.num_groups - fewest[s.name]) * s.head_dim * source.dtype.itemsize for s in cached)
-    check_bytes(source.kv_bytes_per_token() - saved, wish.limit(source))
+    least = sum(2 * min(wish.counts(site)) * site.head_dim * source.dtype.itemsize for site in source.sites)
+    check_bytes(least, wish.limit(source))
 
 
 def choose(found: Curves, wish: Wish) -> dict[str, int]:
@@ -296,5 +288,5 @@ def choose(found: Curves, wish: Wish) -> dict[str, int]:
     if limit is None:
         return spread(found.options, max_loss=wish.max_rise)
     if wish.spread == "qcqa":
-        return spread_qcqa(found.options, limit - found.fixed_bytes, seed=found.seed)
-    return spread(found.options, max_bytes=limit - found.fixed_bytes)
+        return spread_qcqa(found.options, limit, seed=found.seed)
+    return spread(found.options, max_bytes=limit)

@@ -1,6 +1,5 @@
 """What is asked of a spread: a budget or a loss, and the counts of K/V heads that may be used."""
 
-import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .. import planning
+from ..budget import require_second_stage
 from ..core.errors import UserError
 from ..families.spec import Site
 from .source import Opened
@@ -47,10 +47,10 @@ class Wish:
             raise UserError(f"plan: {' and '.join(named)} exclude each other; give one")
         if self.spread not in SPREADS:
             raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
-        if self.spread == "qcqa" and importlib.util.find_spec("pymoo") is None:
-            raise UserError("--spread qcqa needs pymoo: pip install 'headfold[evolve]', or leave it out")
-        if self.spread == "qcqa" and self.max_rise is not None:
-            raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
+        if self.spread == "qcqa":
+            if self.max_rise is not None:
+                raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
+            require_second_stage()
         if self.max_rise is not None and not 0 < self.max_rise < math.inf:
             raise UserError(f"--max-rise {self.max_rise:g}: expected a loss above 0, in nats per token")
 
@@ -65,8 +65,8 @@ class Wish:
             raise UserError(
                 f"--tp {self.tp}: does not divide the {num_groups} K/V heads that a layer may keep; choose a divisor of it"
             )
-        free = self.unequal and site.query_order != "fixed"
-        possible = [n for n in (range(1, num_groups) if free else planning.divisors(num_groups)) if n < num_groups]
+        free = planning.may_differ(site, unequal=self.unequal)
+        possible = list(range(1, num_groups)) if free else planning.divisors(num_groups)[:-1]
         found = [
             n for n in possible if (not self.allowed or n in self.allowed) and n % (self.tp * self.head_width) == 0
         ]
