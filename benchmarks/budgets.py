@@ -25,7 +25,7 @@ from headfold.recipe.deciding import budget_curves
 from headfold.recipe.frontier import site_correlation
 from headfold.recipe.source import open_source, open_stats, silent
 from headfold.recipe.spreading import Curves
-from headfold.recipe.wish import Wish
+from headfold.recipe.wish import BudgetRequest
 
 SPREADS = {
     "one count": ("swap", "exact"), "exact": ("swap", "exact"), "qcqa": ("swap", "qcqa"), "exact, unequal": ("swap:unequal=true", "exact"),
@@ -63,14 +63,14 @@ def main() -> None:
     runs: dict[Key, dict[str, Any]] = {tuple(run.pop("key")): run for run in found.get("runs", [])}
     agreement: list[float] = found.get("site_rank_correlations", [])
     source = open_source(options.model)
-    full, every = source.kv_bytes_per_token(), max(site.num_groups for site in source.sites)
+    full, every = source.kv_bytes_per_token(), max(site.num_kv_heads for site in source.sites)
     refit = not options.no_refit
     for seed in range(options.seeds):
         stats = statistics_of(options, seed)
         given = open_stats(stats, source)
         made: dict[str, Curves] = {}
         for group in dict.fromkeys(group for group, _ in SPREADS.values()):
-            wish = Wish(kv_budget="1/2", unequal=parse_group(group).unequal)
+            wish = BudgetRequest(kv_budget="1/2", unequal=parse_group(group).unequal)
             made[group], run = budget_curves(
                 source, wish, group, "absorb", given, seed, _sensitivity(options, group, seed), 1, None, silent, refit
             )
@@ -91,7 +91,7 @@ def main() -> None:
                         options.model, how["plan"], kv_bytes=str(full * count // every), spread=spread, group=group, stats=stats,
                         refit=refit, sensitivity=_sensitivity(options, group, seed), seed=seed, force=True,
                     )  # fmt: skip
-                    counts = {site: chosen.num_groups[site] for site in options_of}
+                    counts = {site: chosen.num_kv_heads[site] for site in options_of}
                 predicted = total(options_of, counts).loss
                 measured = measure(options, seed, refit=refit, **how)
                 runs[key] = {"kv_heads": list(counts.values()), "predicted": predicted, **measured}

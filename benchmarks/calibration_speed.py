@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headfold import calibration
 from headfold.families import family_of
 from headfold.families.spec import sites
-from headfold.stock import compute_dtype, open_model
+from headfold.hf_models import compute_dtype, open_model
 
 RESULTS = Path(__file__).parent / "results" / "calibration_speed.json"
 

@@ -33,8 +33,8 @@ def costs(model: str, stats: str) -> dict[str, list[tuple[int, Cost]]]:
     heads = [(site, read_heads(site, source.checkpoint.read)) for site in source.sites]
     gram = torch.randn(32, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return {
-        "wse": [(h.num_groups, lambda h=h: wse.cost(h)) for _, h in heads],
-        "cosine": [(h.num_groups, lambda h=h, s=s: cosine.cost(h, given[s.name])) for s, h in heads],
+        "wse": [(h.num_kv_heads, lambda h=h: wse.cost(h)) for _, h in heads],
+        "cosine": [(h.num_kv_heads, lambda h=h, s=s: cosine.cost(h, given[s.name])) for s, h in heads],
         "wse, 32 random heads": [(32, lambda: around_mean(gram @ gram.T))],
     }
 

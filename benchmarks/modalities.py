@@ -24,9 +24,9 @@ from headfold import calibration, planning
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
 from headfold.evaluate import classification, embedding, translation
-from headfold.recipe.source import Opened, open_source
+from headfold.hf_models import open_model, open_tokenizer
+from headfold.recipe.source import Source, open_source
 from headfold.refine.refit import refit
-from headfold.stock import open_model, open_tokenizer
 from headfold.surgery import query_order, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.source: Opened = open_source(options.model)
+        self.source: Source = open_source(options.model)
         self.path = self.source.checkpoint.path
         self.kind = kind_of(self.source.checkpoint.config)
         self.columns = tuple(options.columns.split(",")) if options.columns else ()
@@ -125,7 +125,7 @@ class Bench:
         )
 
         def twin(site: Any, refits: Any = None) -> dict[str, Tensor]:
-            return site_tensors(site, plan, read, stats, refits, num_groups=site.num_groups)
+            return site_tensors(site, plan, read, stats, refits, num_kv_heads=site.num_kv_heads)
 
         def merged(site: Any) -> Any:
             return site_heads(site, plan, read, stats)

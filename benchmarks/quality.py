@@ -26,9 +26,9 @@ from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.corpus.windows import draw_windows, token_stream
 from headfold.evaluate.perplexity import compare_models, split_windows
-from headfold.recipe.source import Opened, open_source
+from headfold.hf_models import open_model, open_tokenizer
+from headfold.recipe.source import Source, open_source
 from headfold.refine.refit import VALUE_STEPS, refit
-from headfold.stock import open_model, open_tokenizer
 from headfold.surgery import Refits, query_order, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +83,7 @@ class Bench:
     """One model, its held-out windows, and the statistics of each seed and source, measured once."""
 
     def __init__(self, model: str, texts: list[Path], context: int, max_windows: int | None) -> None:
-        self.source: Opened = open_source(model)
+        self.source: Source = open_source(model)
         path = self.source.checkpoint.path
         self.model = open_model(path, dtype=torch.float32)
         self.original = {name: p.detach().clone() for name, p in self.model.named_parameters() if "self_attn" in name}
@@ -143,7 +143,7 @@ class Bench:
     def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Refits | None) -> None:
         parameters = dict(self.model.named_parameters())
         for site in self.source.sites:
-            made = site_tensors(site, plan, self.source.checkpoint.read, stats, refits, num_groups=site.num_groups)
+            made = site_tensors(site, plan, self.source.checkpoint.read, stats, refits, num_kv_heads=site.num_kv_heads)
             for name, tensor in made.items():
                 parameters[name].data.copy_(tensor)
 

@@ -20,7 +20,7 @@ from folds import RESULTS
 from machine import describe
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from headfold.stock import open_tokenizer, quiet
+from headfold.hf_models import open_tokenizer, quiet
 from headfold.train.attentions import attentions, prepared
 from headfold.train.distillation import Distillation
 from headfold.train.stream import Stream, together

@@ -28,11 +28,11 @@ from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import image_sample_blocks, kind_of
 from headfold.evaluate import classification, translation
 from headfold.evaluate.perplexity import compare_models
+from headfold.hf_models import open_tokenizer
 from headfold.recipe import fold
 from headfold.recipe.measuring import DEFAULT_ITEMS, DEFAULT_TOKENS, MORE_ITEMS
 from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
-from headfold.stock import open_tokenizer
 
 SHARE = 0.01
 WAYS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
     for count, width, refit in dict.fromkeys(key[:3] for key in runs):
         same = [run for key, run in runs.items() if key[:3] == (count, width, refit)]
         plain = [run for key, run in runs.items() if key[:3] == (count, 1, refit)]
-        row = {"cache_of": count, "head_width": width, "refit": refit, "num_seeds": len(same)}
+        row = {"cache_of": count, "head_dim_multiple": width, "refit": refit, "num_seeds": len(same)}
         for field in ("rise", "kl"):
             values = [run[field] for run in same if run[field] is not None]
             if values:
@@ -50,7 +50,7 @@ def main() -> None:
                 key = (count, width, not options.no_refit, seed)
                 if key in runs or count % width:
                     continue
-                runs[key] = measure(options, seed, kv_heads=count, head_width=width, refit=not options.no_refit)
+                runs[key] = measure(options, seed, kv_heads=count, head_dim_multiple=width, refit=not options.no_refit)
                 print(key, {k: v for k, v in runs[key].items() if k in ("rise", "kl", "seconds", "class")}, flush=True)
                 listed = [{"key": list(key), **run} for key, run in sorted(runs.items())]
                 facts = {

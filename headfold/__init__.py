@@ -8,7 +8,7 @@ any transformers model may be opened with `attn_implementation="headfold"`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .announcing import announce
+from .runtime.registration import announce
 
 if TYPE_CHECKING:
     from .recipe import calibrate, fold, inspect, plan

@@ -92,7 +92,7 @@ def _check(options: Options, max_bytes: float | None, max_loss: float | None) ->
     check_bytes(least_bytes, max_bytes)
     if max_loss is not None and least_loss > max_loss:
         raise UserError(
-            f"--max-rise {max_loss:g}: the most K/V heads allowed everywhere are predicted to lose {least_loss:.3g}; "
+            f"--max-loss-increase {max_loss:g}: the most K/V heads allowed everywhere are predicted to lose {least_loss:.3g}; "
             "allow more heads"
         )
 

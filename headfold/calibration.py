@@ -14,10 +14,10 @@ from .core.errors import UserError
 from .core.stats import SiteStats
 from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
-from .distributed import agreed, falls_here, gathered, summed, world_size
 from .families.spec import Site
+from .hf_models import input_device
 from .measure import attended, second_moment
-from .stock import input_device
+from .parallel import agreed, falls_here, gathered, summed, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ LARGE = 2048
 """Inputs of a site above which Gram matrices are multiplied out in float32: their terms are many, and only sums of errors are wanted."""
 
 
-def parse_kv_heads(text: str | int, num_groups: int, *, unequal: bool = False) -> int:
+def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False) -> int:
     """`4` or `1/2` (of the source's K/V heads) → a count.
 
     Raises:
@@ -40,12 +40,12 @@ def parse_kv_heads(text: str | int, num_groups: int, *, unequal: bool = False) -
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--kv-heads {text}: expected a count such as 4 or a fraction such as 1/2") from error
     if "/" in str(text) or value.denominator != 1:
-        value *= num_groups
+        value *= num_kv_heads
     if value.denominator != 1 or value < 1:
-        choices = ", ".join(map(str, divisors(num_groups)))
-        raise UserError(f"--kv-heads {text}: {float(value):g} of {num_groups} K/V heads; choose {choices}")
-    if not unequal or value > num_groups:
-        check_group_count(f"--kv-heads {text}", num_groups, int(value))
+        choices = ", ".join(map(str, divisors(num_kv_heads)))
+        raise UserError(f"--kv-heads {text}: {float(value):g} of {num_kv_heads} K/V heads; choose {choices}")
+    if not unequal or value > num_kv_heads:
+        check_group_count(f"--kv-heads {text}", num_kv_heads, int(value))
     return int(value)
 
 
@@ -91,7 +91,8 @@ def counts_of(sites: Sequence[Site], kv_heads: str | int, grouping: Grouping) ->
         UserError: a site cannot have it.
     """
     return [
-        parse_kv_heads(kv_heads, site.num_groups, unequal=may_differ(site, unequal=grouping.unequal)) for site in sites
+        parse_kv_heads(kv_heads, site.num_kv_heads, unequal=may_differ(site, unequal=grouping.unequal))
+        for site in sites
     ]
 
 
@@ -119,13 +120,13 @@ def make_plan(
     stats: Mapping[str, SiteStats] | None = None,
     calibration: Mapping[str, str] | None = None,
     seed: int = 0,
-    head_width: int = 1,
+    head_dim_multiple: int = 1,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
     """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
 
-    The cache is that of `kv_heads` heads of the source's width: with a `head_width` of 2 there are half as many, twice as wide.
+    The cache is that of `kv_heads` heads of the source's width: with a `head_dim_multiple` of 2 there are half as many, twice as wide.
 
     Sites that share one order of query heads (T5's stacks) are grouped alike, by the sum of their costs; where the order is
     fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs
@@ -137,7 +138,7 @@ def make_plan(
     grouping = parse_group(group)
     made = choices(
         sites, read, lambda site: counts_of([site], kv_heads, grouping), grouping=grouping, merge=merge, stats=stats, seed=seed,
-        head_width=head_width, workers=workers, progress=progress,
+        head_dim_multiple=head_dim_multiple, workers=workers, progress=progress,
     )  # fmt: skip
     return assemble(sites, [(choice, next(iter(choice.plans))) for choice in made], group, source, seed, calibration)
 
@@ -151,51 +152,51 @@ def choices(
     merge: str,
     stats: Mapping[str, SiteStats] | None,
     seed: int = 0,
-    head_width: int = 1,
+    head_dim_multiple: int = 1,
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
     """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose.
 
-    Counts are of heads of the source's width, whose cache `head_width` times fewer, wider ones share.
+    Counts are of heads of the source's width, whose cache `head_dim_multiple` times fewer, wider ones share.
     `workers` sites are looked at side by side, each in a thread of its own.
     """
     merging = str(plugins.parse(merges, merge, "merge"))
-    if head_width > 1:
-        check_head_width(head_width, sites, merge, grouping)
+    if head_dim_multiple > 1:
+        check_head_dim_multiple(head_dim_multiple, sites, merge, grouping)
 
     def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
-        views = [_View.of(site, read, stats, head_width) for site in together]
+        views = [_View.of(site, read, stats, head_dim_multiple) for site in together]
         planned = {}
         for count in counts(together[0]):
-            if count % head_width:
+            if count % head_dim_multiple:
                 raise UserError(
-                    f"--kv-heads {count} --head-width {head_width}: expected a count that the width divides"
+                    f"--kv-heads {count} --head-dim-multiple {head_dim_multiple}: expected a count that the width divides"
                 )
-            groups = _grouped(views, grouping, count // head_width, seed)
+            groups = _grouped(views, grouping, count // head_dim_multiple, seed)
             planned[count] = tuple(view.plan(groups, merging) for view in views)
         return Choice(tuple(together), planned)
 
-    apart = _decided_together(sites)
+    difference_and_tolerance = _decided_together(sites)
     if workers == 1:
-        return [decide(together) for together in apart]
+        return [decide(together) for together in difference_and_tolerance]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(decide, apart))
+        return list(pool.map(decide, difference_and_tolerance))
 
 
-def check_head_width(head_width: int, sites: Iterable[Site], merge: str, grouping: Grouping) -> None:
+def check_head_dim_multiple(head_dim_multiple: int, sites: Iterable[Site], merge: str, grouping: Grouping) -> None:
     """Refuse heads wider than the source's where a method or a site cannot have them.
 
     Raises:
         UserError: says which.
     """
-    asked = f"--head-width {head_width}"
+    asked = f"--head-dim-multiple {head_dim_multiple}"
     name = merge.partition(":")[0]
-    if not getattr(plugins.load(merges, name), "HEAD_WIDTH", False):
+    if not getattr(plugins.load(merges, name), "HEAD_DIM_MULTIPLE", False):
         raise UserError(f"{asked}: --merge {name} knows heads of the source's width alone; use --merge absorb")
     for site in sites:
-        if reason := not_wide(site, head_width):
+        if reason := not_wide(site, head_dim_multiple):
             raise UserError(f"{asked}: {site.name}: {reason}; choose another, or leave it out")
     if grouping.unequal:
         raise UserError(
@@ -235,14 +236,14 @@ class _View:
     site: Site
     read: Read
     stats: SiteStats | None
-    head_width: int = 1
+    head_dim_multiple: int = 1
     _heads: Heads | None = None
     _moments: Moments | None = None
     _cost: Cost | None = None
 
     @classmethod
-    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None, head_width: int) -> "_View":
-        return cls(site, read, None if stats is None else stats[site.name], head_width)
+    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None, head_dim_multiple: int) -> "_View":
+        return cls(site, read, None if stats is None else stats[site.name], head_dim_multiple)
 
     @property
     def heads(self) -> Heads:
@@ -262,27 +263,27 @@ class _View:
         """Of the one method that a run groups by; it remembers sets, so all counts share what they ask."""
         page = inspect.getmodule(method.function)
         if self._cost is None and hasattr(page, "cost_of"):
-            width = {"head_width": self.head_width} if getattr(page, "HEAD_WIDTH", False) else {}
+            width = {"head_dim_multiple": self.head_dim_multiple} if getattr(page, "HEAD_DIM_MULTIPLE", False) else {}
             self._cost = page.cost_of(self.moments, **method.options, **width)
         elif self._cost is None:
             self._cost = method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
         return self._cost
 
     def plan(self, groups: Groups, merge: str) -> SitePlan:
-        dim = self.head_width * self.site.head_dim
+        dim = self.head_dim_multiple * self.site.head_dim
         if self.stats is None:
             return SitePlan(groups, merge, dim)
-        error = grouped_error(self.moments, groups, self.head_width)
+        error = grouped_error(self.moments, groups, self.head_dim_multiple)
         return SitePlan(groups, merge, dim, error, site_energy(self.moments))
 
 
-def _grouped(views: Sequence[_View], grouping: Grouping, num_groups: int, seed: int) -> Groups:
+def _grouped(views: Sequence[_View], grouping: Grouping, num_kv_heads: int, seed: int) -> Groups:
     """One partition for all of the sites."""
     site = views[0].site
-    num_heads = site.num_groups
-    if num_groups in (1, num_heads) or site.query_order == "fixed":
-        return Groups.contiguous(num_heads, num_groups)
+    num_heads = site.num_kv_heads
+    if num_kv_heads in (1, num_heads) or site.query_order == "fixed":
+        return Groups.contiguous(num_heads, num_kv_heads)
     if grouping.cost is None:
-        return grouping.solver(None, num_heads, num_groups, seed=seed)
+        return grouping.solver(None, num_heads, num_kv_heads, seed=seed)
     cost = summed([view.cost(grouping.cost) for view in views])
-    return grouping.solver(cost, num_heads, num_groups, seed=seed)
+    return grouping.solver(cost, num_heads, num_kv_heads, seed=seed)

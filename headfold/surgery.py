@@ -23,12 +23,12 @@ Refits = Mapping[str, Mapping[str, Tensor]]
 def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: int) -> Heads:
     """The site folded, query heads in standard order; dtype is the merge's own (float64 for those that align)."""
     method = plugins.parse(merges, plan.merge, "merge")
-    head_width = plan.head_dim // heads.head_dim
-    if head_width > 1 and not getattr(plugins.load(merges, method.name), "HEAD_WIDTH", False):
+    head_dim_multiple = plan.head_dim // heads.head_dim
+    if head_dim_multiple > 1 and not getattr(plugins.load(merges, method.name), "HEAD_DIM_MULTIPLE", False):
         raise UserError(
             f"plan: {method.name} knows heads of the source's width alone; make the plan with --merge absorb"
         )
-    wide = {"head_width": head_width} if head_width > 1 else {}
+    wide = {"head_dim_multiple": head_dim_multiple} if head_dim_multiple > 1 else {}
     return method(heads, plan.groups, stats, seed=seed, **wide).standard()
 
 
@@ -39,15 +39,15 @@ def kept_weights(site: Site, plan: Plan, refits: Refits | None = None) -> dict[s
     """
     planned = plan.sites[site.name]
     method = plugins.load(merges, planned.merge.partition(":")[0])
-    in_source_form = not (site.transposed or site.splits(planned.groups.num_groups))
-    if getattr(method, "READS_QUERIES", True) or not (planned.groups.is_contiguous and in_source_form):
+    in_source_form = not (site.transposed or site.splits(planned.groups.num_kv_heads))
+    if getattr(method, "TRANSFORMS_QUERIES", True) or not (planned.groups.is_contiguous and in_source_form):
         return {}
     moved = (refits or {}).get(site.name, {})
     roles = {role: axis for role, axis in (("q", 1), ("o", 0)) if role in site.weights and role not in moved}
     return {f"{site.weights[role]}.weight": axis for role, axis in roles.items()}
 
 
-def reading_without(
+def read_without_kept(
     kept: Mapping[str, int], read: Callable[[str], Tensor], shape_of: Callable[[str], tuple[int, ...]]
 ) -> Callable[[str], Tensor]:
     """`read`, except that kept weights come without their model axis: as many heads as on disk, and no numbers."""
@@ -76,17 +76,17 @@ def site_heads(
     heads = read_heads(site, read)
     planned, fields = plan.sites[site.name], dict((refits or {}).get(site.name, {}))
     if fields.keys() >= {"q", "k", "v", "o"}:  # merged before: what is left to take over is the order
-        merged = replace(heads, kv_of_query=heads.kv_of_query.compose(planned.groups)).standard()
+        merged = replace(heads, groups=heads.groups.compose(planned.groups)).standard()
     else:
         merged = merged_heads(heads, planned, stats and stats[site.name], plan.seed)
-        if planned.head_dim > site.head_dim and site.free_width and site.scaled_by_width:
+        if planned.head_dim > site.head_dim and site.any_head_dim and site.scale_from_head_dim:
             merged = replace(merged, q=merged.q * (planned.head_dim / site.head_dim) ** 0.5)
     return replace(merged, **fields).to(heads.k.dtype)
 
 
 def query_order(site: Site, plan: Plan) -> tuple[int, ...]:
     """The order of a folded site's query heads: new position → head of the source."""
-    return Groups.contiguous(site.num_heads, site.num_groups).compose(plan.sites[site.name].groups).standard_order()
+    return Groups.contiguous(site.num_heads, site.num_kv_heads).compose(plan.sites[site.name].groups).standard_order()
 
 
 def site_tensors(
@@ -96,19 +96,19 @@ def site_tensors(
     stats: Mapping[str, SiteStats] | None = None,
     refits: Refits | None = None,
     *,
-    num_groups: int | None = None,
+    num_kv_heads: int | None = None,
 ) -> dict[str, Tensor]:
     """The site's new tensors by their names on disk, in the source's dtype.
 
-    `num_groups` asks for the head-repeated twin with that many K/V heads: the same function in the source's shapes, or slot by slot
+    `num_kv_heads` asks for the head-repeated twin with that many K/V heads: the same function in the source's shapes, or slot by slot
     where heads are wide.
 
     Raises:
         UserError: NaN or infinite weights in the source, or a merge that overflows the checkpoint's dtype.
     """
     heads = site_heads(site, plan, read, stats, refits)
-    twin = num_groups is not None
-    tensors = write_heads(site, heads.expand(num_groups) if twin else heads, in_slots=twin)
+    twin = num_kv_heads is not None
+    tensors = write_heads(site, heads.expand(num_kv_heads) if twin else heads, in_slots=twin)
     bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(f"{site.name}: {bad[0]} is not finite after folding; the source has NaN or overflows its dtype")

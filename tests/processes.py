@@ -18,7 +18,7 @@ from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tok
 from torch import Tensor
 from transformers import TrainerCallback
 
-from headfold import calibration, cli, distributed
+from headfold import calibration, cli, parallel
 from headfold.core.errors import UserError
 from headfold.planning import make_plan
 from headfold.recipe.uptraining import uptrain
@@ -69,9 +69,9 @@ def measure(directory: Path) -> None:
     """Every case, found together with the other processes."""
     for family, _ in CASES.values():
         tiny_checkpoint(family)  # together, transformers lets the first process alone write
-    with distributed.joined(), distributed._sharing():
-        rank = distributed.rank()
-        assert distributed.world_size() == 2
+    with parallel.joined(), parallel._sharing():
+        rank = parallel.rank()
+        assert parallel.world_size() == 2
         for number, name in enumerate(CASES):
             save_file(
                 {key: t.contiguous() for key, t in found(name).items()}, directory / f"{number}-{rank}.safetensors"

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from reference_attention import project
 from torch import Generator, Tensor
 
-from headfold.core.disguise import key_transform
+from headfold.core.equivalents import key_transform
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.core.predict import SiteError
@@ -46,7 +46,7 @@ class RandomSite:
 
 
 def random_site(
-    freedom: str = "halves", num_groups: int = 4, queries: int = 1, *, bias: bool = True, seed: int = 0
+    freedom: str = "halves", num_kv_heads: int = 4, queries: int = 1, *, bias: bool = True, seed: int = 0
 ) -> RandomSite:
     """`queries` query heads per K/V head. With `bias`, all four projections have one; K/V heads differ in size."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,13 +60,13 @@ def random_site(
         return drawn
 
     normed = FREEDOMS[freedom].normed
-    num_heads = num_groups * queries
+    num_heads = num_kv_heads * queries
     heads = Heads(
         q=rows(num_heads, DIM),
-        k=rows(num_groups, DIM),
-        v=rows(num_groups, VALUE_DIM),
+        k=rows(num_kv_heads, DIM),
+        v=rows(num_kv_heads, VALUE_DIM),
         o=draw(num_heads, VALUE_DIM, MODEL),
-        kv_of_query=Groups.contiguous(num_heads, num_groups),
+        groups=Groups.contiguous(num_heads, num_kv_heads),
         key_freedom=FREEDOMS[freedom],
         o_bias=draw(MODEL) if bias else None,
         q_gain=1 + 0.3 * draw(DIM).tanh() if normed else None,
@@ -75,25 +75,25 @@ def random_site(
     mixing = draw(MODEL, MODEL) / MODEL**0.5
     # A mean of its own for every sequence: centring per sequence is then not centring over all.
     x = draw(3, 12, MODEL) @ mixing + draw(3, 1, MODEL) + 0.5
-    return RandomSite(heads, x, f"{freedom}, {num_groups} groups of {queries}, bias={bias}, seed={seed}")
+    return RandomSite(heads, x, f"{freedom}, {num_kv_heads} groups of {queries}, bias={bias}, seed={seed}")
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[RandomSite, Groups]:
     """A site of any kind and a partition of its K/V heads into equal groups."""
-    num_groups, num_shared = draw(
+    num_kv_heads, num_shared = draw(
         st.sampled_from([(h, g) for h in (1, 2, 3, 4, 6) for g in range(1, h + 1) if h % g == 0])
     )
     site = random_site(
         draw(st.sampled_from(sorted(FREEDOMS))),
-        num_groups,
+        num_kv_heads,
         draw(st.sampled_from([1, 2])),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 10**6)),
     )
-    order = draw(st.permutations(range(num_groups)))
-    size = num_groups // num_shared
-    return site, Groups.from_members([sorted(order[at : at + size]) for at in range(0, num_groups, size)])
+    order = draw(st.permutations(range(num_kv_heads)))
+    size = num_kv_heads // num_shared
+    return site, Groups.from_members([sorted(order[at : at + size]) for at in range(0, num_kv_heads, size)])
 
 
 def planted(heads: Heads) -> Groups:
@@ -106,12 +106,12 @@ def planted(heads: Heads) -> Groups:
 def turned_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
     """Every K/V head `num_copies` times, each turned by a rotation (under q/k-norm: signs) that attention does not see."""
     generator = torch.Generator().manual_seed(seed)
-    heads = heads.expand(heads.num_groups * num_copies)
+    heads = heads.expand(heads.num_kv_heads * num_copies)
     turn_k = torch.stack(
-        [_polar(key_transform(heads.key_freedom, heads.head_dim, generator)[0]) for _ in range(heads.num_groups)]
+        [_polar(key_transform(heads.key_freedom, heads.head_dim, generator)[0]) for _ in range(heads.num_kv_heads)]
     )
-    turn_v = torch.stack([_polar(_square(heads.v.shape[1], generator)) for _ in range(heads.num_groups)])
-    reads = torch.tensor(heads.kv_of_query.kv_of_query)
+    turn_v = torch.stack([_polar(_square(heads.v.shape[1], generator)) for _ in range(heads.num_kv_heads)])
+    reads = torch.tensor(heads.groups.group_of_head)
     return replace(heads, q=turn_k[reads] @ heads.q, k=turn_k @ heads.k, v=turn_v @ heads.v, o=turn_v[reads] @ heads.o)
 
 
@@ -133,8 +133,8 @@ def realised_error(before: Heads, after: Heads, x: Float[Tensor, "sequence token
     norm removes, is taken at the best one. `value` is in output², less its mean where an output bias takes that.
     """
     key = sum(
-        _group_key_error(before, after, x, [h for h in range(after.num_heads) if after.kv_of_query.kv_of_query[h] == g])
-        for g in range(after.num_groups)
+        _group_key_error(before, after, x, [h for h in range(after.num_heads) if after.groups.group_of_head[h] == g])
+        for g in range(after.num_kv_heads)
     )
     value = sum(_value_error(before, after, x, h) for h in range(after.num_heads))
     return SiteError(float(key), float(value))
@@ -150,7 +150,7 @@ def _scores(heads: Heads, x: Tensor, query: int) -> Float[Tensor, "part query_to
     """The parts of every logit whose squares add up once phases are averaged: two per rotating plane, one for the rest."""
     rotary = heads.key_freedom.rotary_dim
     q = project(heads.q[query], x.flatten(0, 1))
-    k = project(heads.k[heads.kv_of_query.kv_of_query[query]], x.flatten(0, 1))
+    k = project(heads.k[heads.groups.group_of_head[query]], x.flatten(0, 1))
     if heads.key_freedom.normed:
         q, k = (t / t.square().mean().sqrt() * gain for t, gain in ((q, heads.q_gain), (k, heads.k_gain)))
     parts = []
@@ -172,7 +172,7 @@ def plane_dims(freedom: KeyFreedom) -> list[tuple[int, int]]:
 
 def _value_error(before: Heads, after: Heads, x: Tensor, query: int) -> Tensor:
     old, new = (
-        project(heads.v[heads.kv_of_query.kv_of_query[query]], x.flatten(0, 1)) @ heads.o[query]
+        project(heads.v[heads.groups.group_of_head[query]], x.flatten(0, 1)) @ heads.o[query]
         for heads in (before, after)
     )
     missing = old - new

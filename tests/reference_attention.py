@@ -14,7 +14,7 @@ def attention_output(heads: Heads, x: Float[Tensor, "token model"]) -> Float[Ten
     """Σ over query heads of softmax(q·k / √dim) v W_o, plus the output bias."""
     heads, x = heads.to(torch.float64), x.double()
     total = torch.zeros_like(x) if heads.o_bias is None else heads.o_bias.expand_as(x).clone()
-    for query, shared in enumerate(heads.kv_of_query.kv_of_query):
+    for query, shared in enumerate(heads.groups.group_of_head):
         weights = (logits(heads, query, x) / heads.q.shape[1] ** 0.5).softmax(-1)
         total += weights @ project(heads.v[shared], x) @ heads.o[query]
     return total
@@ -23,7 +23,7 @@ def attention_output(heads: Heads, x: Float[Tensor, "token model"]) -> Float[Ten
 def logits(heads: Heads, query: int, x: Float[Tensor, "token model"]) -> Float[Tensor, "token token"]:
     """q·k of one query head before the scale, future tokens at minus infinity."""
     q = project(heads.q[query], x)
-    k = project(heads.k[heads.kv_of_query.kv_of_query[query]], x)
+    k = project(heads.k[heads.groups.group_of_head[query]], x)
     if heads.key_freedom.kind == "signs":
         q, k = rms_norm(q, heads.q_gain), rms_norm(k, heads.k_gain)
     positions = torch.arange(len(x), dtype=torch.float64)

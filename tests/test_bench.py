@@ -128,8 +128,10 @@ def test_random_models_of_a_shape_share_all_but_keys_and_values(name: str) -> No
     first = shapes.random_model(config, None, dtype=torch.float32, where=where)
     other = shapes.random_model(config, 2, dtype=torch.float32, like=first, where=where)
     own = dict(first.named_parameters())
-    apart = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
-    assert apart and all("attn" in path.lower() or "attention" in path.lower() for path in apart)
+    difference_and_tolerance = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
+    assert difference_and_tolerance and all(
+        "attn" in path.lower() or "attention" in path.lower() for path in difference_and_tolerance
+    )
     assert set(generation.generate(other, Setting(6, 1, 3), grows=False).kv_heads) == {2}
     logits = other(**tiny_sample(name)).logits
     assert torch.isfinite(logits).all() and logits.std() > 0

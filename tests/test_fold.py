@@ -21,7 +21,7 @@ from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
 from headfold.recipe import fitted, folding, job
-from headfold.recipe.measuring import OriginalRun
+from headfold.recipe.measuring import Teacher
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
@@ -129,7 +129,7 @@ def test_a_grouped_source_folds_on_down_to_one_head(merge: str, tmp_path: Path, 
         write_stats(settings["stats"], grouped, {"model": Checkpoint.open(four).fingerprint()})
     result = headfold.fold(four, one, kv_heads=1, **settings)
     assert (result.kv_heads_before, result.kv_heads_after) == (4, 1) and result.verification.passed
-    assert {heads.num_groups for _, heads in tiny_sites(one)} == {1}
+    assert {heads.num_kv_heads for _, heads in tiny_sites(one)} == {1}
     if merge == "mean":  # means of equal groups of means are means
         headfold.fold(source, tmp_path / "at once", kv_heads=1, **settings)
         assert_tight_through_float32_norms(stock_logits(one), stock_logits(tmp_path / "at once"))
@@ -179,9 +179,9 @@ def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 KILLED_AT: dict[str, tuple[Any, str, int]] = {
-    "calibrate": (OriginalRun, "write_statistics", 0),
+    "calibrate": (Teacher, "write_statistics", 0),
     "plan": (folding, "plan_source", 0),
-    "refit": (OriginalRun, "refit", 0),
+    "refit": (Teacher, "refit", 0),
     "refit, second site": (fitted, "save_file", 1),
     "write, first site": (job, "site_tensors", 0),
     "write, second site": (job, "site_tensors", 1),
@@ -286,7 +286,7 @@ def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path:
 
     def corrupting(site: Any, *args: Any, **keywords: Any) -> Mapping[str, Tensor]:
         tensors = make(site, *args, **keywords)
-        written = keywords.get("num_groups") is None
+        written = keywords.get("num_kv_heads") is None
         return one_head_wrong(tensors) if written and site.name == "layers.1.self" else tensors
 
     out = tmp_path / "out"

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 import headfold
 from headfold.calibration import collect
-from headfold.core.disguise import disguise, repeat_and_disguise
+from headfold.core.equivalents import random_equivalent, repeated_random_equivalent
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.core.plan import Plan
@@ -60,7 +60,7 @@ class Case:
         return {name: tensor for tensors in made for name, tensor in tensors.items()}
 
     @contextmanager
-    def wearing(self, tensors: Mapping[str, Tensor]) -> Iterator["PreTrainedModel"]:
+    def installed_heads(self, tensors: Mapping[str, Tensor]) -> Iterator["PreTrainedModel"]:
         """The stock model with other attention tensors, by their names on disk."""
         parameters = dict(self.model.named_parameters())
         places = {
@@ -79,7 +79,7 @@ class Case:
 
     def answer(self, change: Change | None = None, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the stock model says with changed heads, or other tensors."""
-        with self.wearing(tensors if tensors is not None else self.changed(change) if change else {}) as model:
+        with self.installed_heads(tensors if tensors is not None else self.changed(change) if change else {}) as model:
             return answer_of(model, tiny_sample(self.name))
 
 
@@ -105,10 +105,10 @@ def seed_of(site: Site, index: int) -> int:
     return len(site.stack) if site.query_order == "stack" else 100 + index
 
 
-def some_grouped(heads: Heads, num_groups: int) -> Heads:
+def some_grouped(heads: Heads, num_kv_heads: int) -> Heads:
     """Heads of the wanted shape; which function they compute does not matter."""
-    shared = Groups.contiguous(heads.num_heads, num_groups)
-    return replace(heads, k=heads.k[:num_groups], v=heads.v[:num_groups], kv_of_query=shared)
+    shared = Groups.contiguous(heads.num_heads, num_kv_heads)
+    return replace(heads, k=heads.k[:num_kv_heads], v=heads.v[:num_kv_heads], groups=shared)
 
 
 @EVERY
@@ -131,11 +131,11 @@ def test_planned_shapes_are_the_shapes_written(name: str) -> None:
     found = case(name)
     for site in found.sites:
         heads = found.heads(site)
-        for num_groups in {heads.num_groups, max(1, heads.num_groups // 2), 1}:
-            planned = planned_shapes(site, num_groups, lambda tensor_name: tuple(found.tensors[tensor_name].shape))
-            written = write_heads(site, some_grouped(heads, num_groups))
+        for num_kv_heads in {heads.num_kv_heads, max(1, heads.num_kv_heads // 2), 1}:
+            planned = planned_shapes(site, num_kv_heads, lambda tensor_name: tuple(found.tensors[tensor_name].shape))
+            written = write_heads(site, some_grouped(heads, num_kv_heads))
             assert planned == {tensor_name: tuple(tensor.shape) for tensor_name, tensor in written.items()}
-            gone = renamed(site, num_groups)
+            gone = renamed(site, num_kv_heads)
             assert gone.keys().isdisjoint(planned) and {new for names in gone.values() for new in names} <= set(planned)
             assert set(planned) - {new for names in gone.values() for new in names} <= found.tensors.keys()
 
@@ -199,7 +199,7 @@ def test_names_of_a_base_model_may_lie_under_a_class_with_a_head() -> None:
 
 @EVERY
 def test_attention_cannot_see_what_key_freedom_allows(name: str) -> None:
-    tensors = case(name).changed(lambda site, heads, i: disguise(heads, seed_of(site, i)))
+    tensors = case(name).changed(lambda site, heads, i: random_equivalent(heads, seed_of(site, i)))
     assert any((tensors[key] - case(name).tensors[key]).abs().max() > 0.1 for key in tensors)
     grade(name)(case(name).answer(tensors=tensors), plain_answer(name))
 
@@ -218,7 +218,7 @@ def forbidden(site: Site) -> dict[str, KeyFreedom]:
 @EVERY
 def test_attention_sees_what_key_freedom_forbids(name: str) -> None:
     for freedom in forbidden(case(name).sites[0]).values():
-        lie = case(name).answer(lambda site, heads, i, f=freedom: disguise(replace(heads, key_freedom=f), i))
+        lie = case(name).answer(lambda site, heads, i, f=freedom: random_equivalent(replace(heads, key_freedom=f), i))
         assert_differs(lie, plain_answer(name))
     # Nor does a law over models pass that never looks at K.
     assert_differs(case(name).answer(lambda site, heads, i: replace(heads, k=heads.k.flip(1))), plain_answer(name))
@@ -227,10 +227,10 @@ def test_attention_sees_what_key_freedom_forbids(name: str) -> None:
 def shuffled(heads: Heads, seed: int) -> Heads:
     """K/V heads in another order with their query heads, and those in another order among themselves."""
     generator = Generator().manual_seed(seed)
-    each = heads.num_heads // heads.num_groups
-    new = torch.randperm(heads.num_groups, generator=generator)
+    each = heads.num_heads // heads.num_kv_heads
+    new = torch.randperm(heads.num_kv_heads, generator=generator)
     order = [int(group) * each + int(i) for group in new for i in torch.randperm(each, generator=generator)]
-    return replace(heads.reorder(tuple(order)), k=heads.k[new], v=heads.v[new], kv_of_query=heads.kv_of_query)
+    return replace(heads.reorder(tuple(order)), k=heads.k[new], v=heads.v[new], groups=heads.groups)
 
 
 @EVERY
@@ -278,7 +278,7 @@ class Hidden:
         """What the head-repeated twin of the fold says, under the stock class."""
         read, twin = self.tensors.__getitem__, {}
         for site in found.sites:
-            twin |= site_tensors(site, plan, read, self.stats, num_groups=site.num_groups)
+            twin |= site_tensors(site, plan, read, self.stats, num_kv_heads=site.num_kv_heads)
         return found.answer(tensors=twin)
 
 
@@ -286,11 +286,11 @@ class Hidden:
 def hidden(name: str) -> Hidden:
     found = case(name)
     made = found.changed(
-        lambda site, heads, i: repeat_and_disguise(
-            some_grouped(heads, heads.num_groups // COPIES), COPIES, seed_of(site, i)
+        lambda site, heads, i: repeated_random_equivalent(
+            some_grouped(heads, heads.num_kv_heads // COPIES), COPIES, seed_of(site, i)
         )
     )
-    with found.wearing(made) as model:
+    with found.installed_heads(made) as model:
         stats = collect(model, found.sites, tiny_sample(name, 8, seed=1))
     return Hidden({**found.tensors, **made}, stats, found.answer(tensors=made))
 
@@ -316,8 +316,8 @@ def test_a_grouped_checkpoint_runs_as_its_head_repeated_twin(name: str, tmp_path
     """What the literal tells the runtime is enough: fused projections gone, K/V heads fewer, the same function."""
     found = case(name)
     grouped = rewritten(
-        tiny_checkpoint(name), tmp_path / "grouped", lambda heads, _: some_grouped(heads, heads.num_groups // 2)
+        tiny_checkpoint(name), tmp_path / "grouped", lambda heads, _: some_grouped(heads, heads.num_kv_heads // 2)
     )
-    twin = found.answer(lambda _, heads, __: some_grouped(heads, heads.num_groups // 2).expand(heads.num_groups))
+    twin = found.answer(lambda _, heads, __: some_grouped(heads, heads.num_kv_heads // 2).expand(heads.num_kv_heads))
     assert_differs(twin, plain_answer(name))
     grade(name)(answer_of(headfold.load(grouped), tiny_sample(name)), twin)

@@ -16,7 +16,7 @@ from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, turn
 from headfold import group as solvers
 from headfold.core import plugins
 from headfold.core.costs import SetCost, many, summed
-from headfold.core.disguise import disguise, repeat_and_disguise
+from headfold.core.equivalents import random_equivalent, repeated_random_equivalent
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
@@ -31,18 +31,23 @@ EVERY_FREEDOM = pytest.mark.parametrize("freedom", sorted(FREEDOMS))
 
 def shuffled_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
     """Each K/V head several times, as it is, in an order of no pattern."""
-    own = heads.expand(heads.num_groups * num_copies)
-    order = random.Random(seed).sample(range(own.num_groups), own.num_groups)
+    own = heads.expand(heads.num_kv_heads * num_copies)
+    order = random.Random(seed).sample(range(own.num_kv_heads), own.num_kv_heads)
     return replace(own, **{role: getattr(own, role)[order] for role in ("q", "k", "v", "o")})
 
 
-UNDONE = {"absorb": repeat_and_disguise, "procrustes": turned_copies, "wse": shuffled_copies, "cosine": shuffled_copies}
+UNDONE = {
+    "absorb": repeated_random_equivalent,
+    "procrustes": turned_copies,
+    "wse": shuffled_copies,
+    "cosine": shuffled_copies,
+}
 """Copies of heads that each cost promises to see through."""
 SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
-def solve(name: str, cost: Cost, num_heads: int, num_groups: int, seed: int = 0, **options: int) -> Groups:
-    return plugins.load(solvers, name).group(cost, num_heads, num_groups, seed=seed, **options)
+def solve(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed: int = 0, **options: int) -> Groups:
+    return plugins.load(solvers, name).group(cost, num_heads, num_kv_heads, seed=seed, **options)
 
 
 def cost_of(name: str, site: RandomSite) -> Cost:
@@ -82,13 +87,13 @@ def counts(draw: st.DrawFn, largest: int = 16) -> tuple[int, int]:
 def test_the_answer_is_a_balanced_partition_in_canonical_labels_and_repeatable(
     name: str, sizes: tuple[int, int], seed: int
 ) -> None:
-    num_heads, num_groups = sizes
-    groups = solve(name, generic_cost(seed), num_heads, num_groups, seed)
-    assert (groups.num_heads, groups.num_groups) == sizes
+    num_heads, num_kv_heads = sizes
+    groups = solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
+    assert (groups.num_heads, groups.num_kv_heads) == sizes
     if not getattr(plugins.load(solvers, name), "UNEQUAL", False):
-        assert set(groups.sizes) == {num_heads // num_groups}
-    assert groups == Groups.of(groups.kv_of_query)
-    assert groups == solve(name, generic_cost(seed), num_heads, num_groups, seed)
+        assert set(groups.sizes) == {num_heads // num_kv_heads}
+    assert groups == Groups.of(groups.group_of_head)
+    assert groups == solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
 
 
 def test_a_seed_draws_a_partition_of_its_own() -> None:
@@ -99,9 +104,9 @@ def test_a_seed_draws_a_partition_of_its_own() -> None:
 @given(counts(largest=10), st.integers(0, 99))
 def test_the_exact_search_finds_the_cheapest_partition(sizes: tuple[int, int], seed: int) -> None:
     cost = generic_cost(seed)
-    num_heads, num_groups = sizes
-    cheapest = min(total(cost, groups) for groups in every_partition(num_heads, num_heads // num_groups))
-    equal(total(cost, solve("swap", cost, num_heads, num_groups)), cheapest)
+    num_heads, num_kv_heads = sizes
+    cheapest = min(total(cost, groups) for groups in every_partition(num_heads, num_heads // num_kv_heads))
+    equal(total(cost, solve("swap", cost, num_heads, num_kv_heads)), cheapest)
 
 
 def every_partition(num_heads: int, size: int) -> list[Groups]:
@@ -121,12 +126,12 @@ def every_partition(num_heads: int, size: int) -> list[Groups]:
 def test_the_exact_search_does_not_care_how_heads_are_named(
     sizes: tuple[int, int], shuffle: random.Random, seed: int
 ) -> None:
-    num_heads, num_groups = sizes
+    num_heads, num_kv_heads = sizes
     cost = generic_cost(seed)
     old = list(range(num_heads))
     shuffle.shuffle(old)
-    groups = solve("swap", cost, num_heads, num_groups)
-    renamed = solve("swap", lambda members: cost(tuple(old[head] for head in members)), num_heads, num_groups)
+    groups = solve("swap", cost, num_heads, num_kv_heads)
+    renamed = solve("swap", lambda members: cost(tuple(old[head] for head in members)), num_heads, num_kv_heads)
     back = Groups.from_members([sorted(old[head] for head in members) for members in renamed.members])
     equal(total(cost, back), total(cost, groups))
     assert back == groups  # no two sets cost the same, so there is one cheapest partition
@@ -134,11 +139,11 @@ def test_the_exact_search_does_not_care_how_heads_are_named(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_exact_beats_local_search_beats_chance(seed: int) -> None:
-    cost, (num_heads, num_groups) = pairwise_cost(seed), (12, 3)
-    exact = total(cost, solve("swap", cost, num_heads, num_groups, seed))
-    local = total(cost, solve("swap", cost, num_heads, num_groups, seed, exact_up_to=0))
-    chance = [total(cost, solve("random", cost, num_heads, num_groups, s)) for s in range(5)]
-    contiguous = total(cost, solve("contiguous", cost, num_heads, num_groups))
+    cost, (num_heads, num_kv_heads) = pairwise_cost(seed), (12, 3)
+    exact = total(cost, solve("swap", cost, num_heads, num_kv_heads, seed))
+    local = total(cost, solve("swap", cost, num_heads, num_kv_heads, seed, exact_up_to=0))
+    chance = [total(cost, solve("random", cost, num_heads, num_kv_heads, s)) for s in range(5)]
+    contiguous = total(cost, solve("contiguous", cost, num_heads, num_kv_heads))
     assert exact <= local < min(*chance, contiguous)
 
 
@@ -147,7 +152,7 @@ def test_local_search_ends_where_no_swap_gains(seed: int) -> None:
     cost = generic_cost(seed)
     groups = solve("swap", cost, 10, 2, seed, exact_up_to=0, restarts=1)
     for left, right in itertools.product(*groups.members):
-        labels = list(groups.kv_of_query)
+        labels = list(groups.group_of_head)
         labels[left], labels[right] = labels[right], labels[left]
         assert total(cost, Groups.of(labels)) >= total(cost, groups) * (1 - 1e-11)
 
@@ -177,19 +182,19 @@ UNEQUAL_SOLVERS = [
 ]
 
 
-def solve_unequal(name: str, cost: Cost, num_heads: int, num_groups: int, seed: int = 0) -> Groups:
+def solve_unequal(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed: int = 0) -> Groups:
     asked = {} if getattr(plugins.load(solvers, name), "UNEQUAL", False) else {"unequal": True}
-    return solve(name, cost, num_heads, num_groups, seed, **asked)
+    return solve(name, cost, num_heads, num_kv_heads, seed, **asked)
 
 
 @pytest.mark.parametrize("name", UNEQUAL_SOLVERS)
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 9), st.data())
 def test_unequal_groups_are_a_partition_into_as_many_as_asked(name: str, num_heads: int, data: st.DataObject) -> None:
-    num_groups = data.draw(st.integers(1, num_heads))
-    groups = solve_unequal(name, pairwise_cost(num_heads), num_heads, num_groups)
-    assert (groups.num_heads, groups.num_groups) == (num_heads, num_groups)
-    assert groups == Groups.of(groups.kv_of_query)
+    num_kv_heads = data.draw(st.integers(1, num_heads))
+    groups = solve_unequal(name, pairwise_cost(num_heads), num_heads, num_kv_heads)
+    assert (groups.num_heads, groups.num_kv_heads) == (num_heads, num_kv_heads)
+    assert groups == Groups.of(groups.group_of_head)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -204,8 +209,10 @@ def test_the_exact_search_of_unequal_groups_is_exact(seed: int) -> None:
 def test_searches_of_unequal_groups_find_the_odd_head(name: str) -> None:
     """Seven heads alike and one apart: no equal groups are right."""
     spots = torch.tensor([0.0, 0.01, 0.02, 5.0, 0.03, 0.04, 0.05, 0.06])
-    apart = (spots[:, None] - spots).abs().double()
-    cost = SetCost(lambda sets: apart[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True)
+    difference_and_tolerance = (spots[:, None] - spots).abs().double()
+    cost = SetCost(
+        lambda sets: difference_and_tolerance[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True
+    )
     found = solve_unequal(name, cost, 8, 2)
     assert sorted(found.sizes) == [1, 7] and found.members[found.sizes.index(1)] == (3,)
 
@@ -276,9 +283,9 @@ def test_aligned_cosines_cost_in_groups_of_any_size_what_pooling_loses() -> None
 
 @EVERY_COST
 @EVERY_FREEDOM
-@pytest.mark.parametrize(("num_groups", "num_copies"), [(4, 2), (2, 4)])
-def test_the_exact_search_finds_planted_groups(name: str, freedom: str, num_groups: int, num_copies: int) -> None:
-    check_planted(name, freedom, num_groups, num_copies)
+@pytest.mark.parametrize(("num_kv_heads", "num_copies"), [(4, 2), (2, 4)])
+def test_the_exact_search_finds_planted_groups(name: str, freedom: str, num_kv_heads: int, num_copies: int) -> None:
+    check_planted(name, freedom, num_kv_heads, num_copies)
 
 
 @EVERY_COST
@@ -288,13 +295,13 @@ def test_local_search_finds_planted_groups(name: str, freedom: str) -> None:
     check_planted(name, freedom, 4, 4)
 
 
-def check_planted(name: str, freedom: str, num_groups: int, num_copies: int) -> None:
-    few = random_site(freedom, num_groups, num_copies)
-    hide = repeat_and_disguise if name in ("absorb", "procrustes") else shuffled_copies
+def check_planted(name: str, freedom: str, num_kv_heads: int, num_copies: int) -> None:
+    few = random_site(freedom, num_kv_heads, num_copies)
+    hide = repeated_random_equivalent if name in ("absorb", "procrustes") else shuffled_copies
     site = replace(few, heads=hide(few.heads, num_copies, seed=4))
     expected = planted(site.heads)
-    assert expected.sizes == (num_copies,) * num_groups and not expected.is_contiguous
-    assert solve("swap", cost_of(name, site), num_groups * num_copies, num_groups) == expected
+    assert expected.sizes == (num_copies,) * num_kv_heads and not expected.is_contiguous
+    assert solve("swap", cost_of(name, site), num_kv_heads * num_copies, num_kv_heads) == expected
 
 
 @EVERY_COST
@@ -339,7 +346,7 @@ def test_copies_share_for_nothing(name: str, freedom: str, copy: str) -> None:
 def test_the_cost_of_absorb_sees_through_every_disguise(freedom: str) -> None:
     """Not of copies alone: heads that differ cost the same however they are written."""
     site = random_site(freedom, 4, 2)
-    hidden = replace(site, heads=disguise(site.heads, seed=6))
+    hidden = replace(site, heads=random_equivalent(site.heads, seed=6))
     pairs = list(itertools.combinations(range(4), 2))
     plain, seen = (sorted(map(cost_of("absorb", s), pairs)) for s in (site, hidden))
     for found, expected in zip(seen, plain, strict=True):

@@ -26,7 +26,7 @@ from headfold.recipe import fitted
 from headfold.refine import heal as healing
 from headfold.refine.blocks import calls
 from headfold.refine.heal import cost, heal
-from headfold.refine.trial import Recorded, Trial
+from headfold.refine.recorded import Recorded, Trial
 
 NAMES = sorted({*TINY, *FOREIGN})
 NUM_ITEMS = 16

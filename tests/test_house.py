@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "headfold"
 FLOORS = {
     1: ("core",),
-    2: ("checkpoint", "distributed"),
-    3: ("families", "stock"),
+    2: ("checkpoint", "parallel"),
+    3: ("families", "hf_models"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery", "budget"),
-    6: ("runtime", "announcing"),
-    7: ("probe", "refine", "train", "evaluate", "timing", "export", "report"),
+    6: ("runtime",),
+    7: ("detect", "refine", "train", "evaluate", "timing", "export", "report"),
     8: ("recipe",),
     9: ("cli",),
     10: ("__main__",),
@@ -34,7 +34,7 @@ FLOORS = {
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 METHOD_ROOMS = {"measure", "group", "merge"}
 """Pure pages: they see floor 1 alone."""
-RUNS_MODELS = {"stock", "calibration"} | {room for floor in (6, 7, 8) for room in FLOORS[floor]}
+RUNS_MODELS = {"hf_models", "calibration"} | {room for floor in (6, 7, 8) for room in FLOORS[floor]}
 """Rooms that may import transformers."""
 MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(

@@ -15,7 +15,7 @@ from tiny import FLOAT32_NORMS, TINY, rewritten, stock_logits, stock_model, tiny
 from torch import Tensor
 
 from headfold.calibration import collect
-from headfold.core.disguise import repeat_and_disguise
+from headfold.core.equivalents import repeated_random_equivalent
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families import family_of
@@ -50,7 +50,7 @@ class Hidden:
         config = json.loads((self.directory / "config.json").read_text())
         out.mkdir()
         (out / "config.json").write_text(
-            json.dumps(folded_config(family_of(config), config, self.sites, plan.num_groups))
+            json.dumps(folded_config(family_of(config), config, self.sites, plan.num_kv_heads))
         )
         save_file(made, out / "model.safetensors", metadata={"format": "pt"})
         return out
@@ -60,7 +60,7 @@ class Hidden:
 def hidden(name: str) -> Hidden:
     source = tiny_checkpoint(name, num_key_value_heads=SHARED)
     directory = source.with_name(f"{source.name}-hidden")
-    rewritten(source, directory, lambda heads, index: repeat_and_disguise(heads, COPIES, seed=index))
+    rewritten(source, directory, lambda heads, index: repeated_random_equivalent(heads, COPIES, seed=index))
     sites = [site for site, _ in tiny_sites(directory)]
     stats = collect(stock_model(directory), sites, {"input_ids": tiny_tokens(6, 16, seed=1)})
     return Hidden(directory, sites, load_file(directory / "model.safetensors"), stats, stock_logits(source))
@@ -75,7 +75,7 @@ def grade(name: str) -> Callable[[Tensor, Tensor], None]:
 def test_the_disguise_is_a_model_of_eight_heads_and_the_same_function(name: str) -> None:
     case = hidden(name)
     config = json.loads((case.directory / "config.json").read_text())
-    assert {site.num_groups for site in case.sites} == {SHARED * COPIES} == {config["num_key_value_heads"]}
+    assert {site.num_kv_heads for site in case.sites} == {SHARED * COPIES} == {config["num_key_value_heads"]}
     grade(name)(stock_logits(case.directory), case.logits)
 
 

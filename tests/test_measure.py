@@ -106,7 +106,7 @@ def test_how_far_back_attention_looks_is_what_stock_probabilities_say(
         weights = eager(WINDOWS, output_attentions=True).attentions
     for site, of_layer in zip(sites, weights, strict=True):
         mass = torch.stack([of_layer.diagonal(-back, dim1=2, dim2=3).sum((0, 2)) for back in range(tokens)], 1)
-        mass = mass.unflatten(0, (site.num_groups, -1)).sum(1)
+        mass = mass.unflatten(0, (site.num_kv_heads, -1)).sum(1)
         # Stock attention takes its softmax in float32.
         assert_tight_through_float32_norms(found[site.name].tensors["attended"][:, :tokens], mass)
         assert not found[site.name].tensors["attended"][:, tokens:].any()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headfold import merge as merges
 from headfold.core import plugins
-from headfold.core.disguise import repeat_and_disguise
+from headfold.core.equivalents import repeated_random_equivalent
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
@@ -86,7 +86,7 @@ def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bi
 @pytest.mark.parametrize("queries", [3, 6])
 def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool, queries: int) -> None:
     few = random_site(freedom, 2, queries, bias=bias)
-    site = replace(few, heads=repeat_and_disguise(few.heads, 3, seed=2))
+    site = replace(few, heads=repeated_random_equivalent(few.heads, 3, seed=2))
     assert planted(site.heads).sizes == (3, 3)
     assert_tight(output(site), output(few))
     assert_tight(output(site, merged(site, name, planted(site.heads))), output(few))
@@ -96,7 +96,7 @@ def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool,
 @pytest.mark.parametrize("freedom", sorted(set(FREEDOMS) - {"normed", "normed pairs"}))
 def test_disguised_copies_are_lost_on_merges_that_do_not_undo_them(name: str, freedom: str) -> None:
     few = random_site(freedom, 2, 3)
-    site = replace(few, heads=repeat_and_disguise(few.heads, 3, seed=2))
+    site = replace(few, heads=repeated_random_equivalent(few.heads, 3, seed=2))
     assert_differs(output(site, merged(site, name, planted(site.heads))), output(few))
 
 
@@ -143,7 +143,7 @@ def aligned_distance(
     return {
         role: sum(
             float((project(before, tokens) @ turn(role, head).T - project(shared[group], tokens)).square().sum(1).mean())
-            for head, (before, group) in enumerate(zip(getattr(site.heads, role), groups.kv_of_query, strict=True))
+            for head, (before, group) in enumerate(zip(getattr(site.heads, role), groups.group_of_head, strict=True))
         )
         for role, shared in (("k", after.k), ("v", after.v))
     }  # fmt: skip
@@ -153,7 +153,7 @@ def aligned_distance(
 @given(cases())
 def test_procrustes_is_nearer_than_the_mean_on_the_unweighted_distance(case: tuple[RandomSite, Groups]) -> None:
     site, groups = case
-    first_query = {kv: query for query, kv in reversed(list(enumerate(site.heads.kv_of_query.kv_of_query)))}
+    first_query = {kv: query for query, kv in reversed(list(enumerate(site.heads.groups.group_of_head)))}
     aligned, plain = (merged(site, name, groups) for name in ("procrustes", "mean"))
 
     def turn(role: str, head: int) -> Tensor:
@@ -196,9 +196,9 @@ def test_shapes_map_and_dtype_are_as_agreed(name: str, case: tuple[RandomSite, G
         assert_bitwise(kept[key], tensor)  # the source is left as it was
         found = getattr(new, key)
         assert found.dtype in (torch.float32, torch.float64)
-        expected = (groups.num_groups, *tensor.shape[1:]) if key in ("k", "v") else tensor.shape
+        expected = (groups.num_kv_heads, *tensor.shape[1:]) if key in ("k", "v") else tensor.shape
         assert found.shape == expected
-    assert new.kv_of_query == heads.kv_of_query.compose(groups)
+    assert new.kv_of_query == heads.groups.compose(groups)
     assert new.key_freedom == heads.key_freedom
     again = plugins.parse(merges, name, "merge")(heads, groups, site.stats, seed=1)
     for key in copies:
@@ -221,7 +221,7 @@ def test_a_merge_follows_the_names_of_the_heads(name: str) -> None:
     site, groups = random_site("partial halves", 6), Groups((0, 0, 1, 1, 2, 2))
     order = [4, 0, 2, 1, 5, 3]  # mixes the groups, not their first heads: `first` may well depend on those
     moved = {role: getattr(site.heads, role)[order] for role in ("q", "k", "v", "o")}
-    renamed = Groups.of([groups.kv_of_query[head] for head in order])
+    renamed = Groups.of([groups.group_of_head[head] for head in order])
     new = merged(replace(site, heads=replace(site.heads, **moved)), name, renamed)
     assert_tight(output(site, new), output(site, merged(site, name, groups)))
 

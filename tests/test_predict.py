@@ -49,7 +49,7 @@ def test_the_energy_is_what_dropping_k_or_v_costs(freedom: str) -> None:
     energy = site_energy(site_moments(site.heads, site.stats))
     tiny = 1e-9  # under q/k-norm a key of zero has no direction: keep one, and no weight
     dropped = Heads(
-        **{name: getattr(site.heads, name) for name in ("o", "kv_of_query", "key_freedom", "o_bias", "q_gain", "k_gain")},
+        **{name: getattr(site.heads, name) for name in ("o", "groups", "key_freedom", "o_bias", "q_gain", "k_gain")},
         q=site.heads.q * tiny, k=site.heads.k, v=site.heads.v * 0.0,
     )  # fmt: skip
     found = realised_error(site.heads, dropped, site.x)
@@ -73,7 +73,7 @@ def test_the_prediction_counts_query_heads_not_their_grouping(freedom: str) -> N
     site, groups = random_site(freedom, 4, 2), Groups((0, 1, 1, 0))
     moments = site_moments(site.heads, site.stats)
     twin = site_moments(site.heads.per_query(), site.stats)
-    spread = site.heads.kv_of_query.compose(groups)
+    spread = site.heads.groups.compose(groups)
     exactly(grouped_error(twin, spread), grouped_error(moments, groups), site_energy(moments))
 
 
@@ -105,7 +105,7 @@ def sampled_errors(site: RandomSite, after: Heads, generator: Generator) -> tupl
     for head in range(before.num_heads):
         missing = torch.zeros(PAIRS, before.o.shape[2], dtype=torch.float64)
         for sign, heads in ((1, before), (-1, after)):
-            v = heads.v[heads.kv_of_query.kv_of_query[head]]
+            v = heads.v[heads.groups.group_of_head[head]]
             missing += (
                 sign * (project(v, of_key) - (project(v, mean) if before.o_bias is not None else 0)) @ heads.o[head]
             )
@@ -125,7 +125,7 @@ def _logit(
     site: RandomSite, heads: Heads, head: int, of_query: Tensor, of_key: Tensor, centred: Tensor, phases: Tensor
 ) -> Tensor:
     """q·R(phases)k, the norms of q/k-norm held at what the source's statistics say; positionless dims see centred tokens."""
-    rotary, shared = heads.key_freedom.rotary_dim, heads.k[heads.kv_of_query.kv_of_query[head]]
+    rotary, shared = heads.key_freedom.rotary_dim, heads.k[heads.groups.group_of_head[head]]
     q, k = project(heads.q[head], of_query), project(shared, of_key)
     if heads.key_freedom.normed:
         second = site.stats.mean("second")

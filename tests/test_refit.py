@@ -21,12 +21,12 @@ from headfold.core.heads import Heads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
+from headfold.hf_models import is_streamed, open_model
 from headfold.planning import make_plan
 from headfold.refine.blocks import calls
+from headfold.refine.recorded import Recorded, Trial
 from headfold.refine.refit import num_passes, refit
-from headfold.refine.trial import Recorded, Trial
 from headfold.refine.values import refit_values
-from headfold.stock import is_streamed, open_model
 from headfold.surgery import Refits, query_order, site_heads, site_tensors
 
 FAMILIES = ["llama", "llama-bias-gqa", "phi", "phi3", "qwen3", "cohere", "starcoder2", "mixtral"]
@@ -56,7 +56,7 @@ class Folded:
         return site_heads(site, self.plan, self.read, self.stats)
 
     def twin(self, site: Site, refits: Refits | None = None) -> dict[str, Tensor]:
-        return site_tensors(site, self.plan, self.read, self.stats, refits, num_groups=site.num_groups)
+        return site_tensors(site, self.plan, self.read, self.stats, refits, num_kv_heads=site.num_kv_heads)
 
     def refit(
         self, ridge: float, value_steps: int = 3, memory_limit: int | None = None
@@ -151,7 +151,7 @@ def test_what_was_merged_before_is_not_merged_again(name: str) -> None:
         expected = site_heads(site, case.plan, case.read, case.stats, {site.name: fields})
         for field in ("q", "k", "v", "o"):
             assert_bitwise(getattr(again, field), getattr(expected, field))
-        assert again.kv_of_query == expected.kv_of_query and again.per_head.keys() == expected.per_head.keys()
+        assert again.groups == expected.groups and again.per_head.keys() == expected.per_head.keys()
         for extra, tensor in again.per_head.items():
             assert_bitwise(tensor, expected.per_head[extra])
 
@@ -273,10 +273,10 @@ def test_a_site_in_another_order_is_tried_as_the_same_function(name: str) -> Non
     """T5's layers get their position bias handed over from the first, in the original's order."""
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 4)
     for site, heads in tiny_sites(directory):
-        if site.num_groups == site.num_heads and site.query_order != "fixed":
+        if site.num_kv_heads == site.num_heads and site.query_order != "fixed":
             order = [*range(1, site.num_heads), 0]
             moved = heads.reorder(tuple(order))
-            moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], kv_of_query=heads.kv_of_query)
+            moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], groups=heads.groups)
             assert lacking(trial(directory, site, sample, order), moved) < 1e-9
 
 

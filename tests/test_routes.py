@@ -32,9 +32,9 @@ def norms(*samples: Sequence[float]) -> Norms:
     return Norms(both, both)
 
 
-def fresh(num_heads: int = HEADS, num_groups: int = GROUPS, **known: Any) -> RouteState:
-    nothing = torch.zeros(num_groups, dtype=torch.float64)
-    return RouteState(even(num_heads, num_groups), **{"kept": nothing, "mean": nothing, **known})
+def fresh(num_heads: int = HEADS, num_kv_heads: int = GROUPS, **known: Any) -> RouteState:
+    nothing = torch.zeros(num_kv_heads, dtype=torch.float64)
+    return RouteState(even(num_heads, num_kv_heads), **{"kept": nothing, "mean": nothing, **known})
 
 
 @SOME

@@ -66,10 +66,10 @@ class Case:
     """Query head → K/V head that the stock class itself has."""
 
     def sites(self, kv_of_query: Sequence[int]) -> list[dict[str, Any]]:
-        num_groups = max(kv_of_query) + 1
-        shape = {"heads": HEADS, "kv_heads": num_groups, "head_dim": DIM, **dict(zip("qkv", self.names, strict=True))}
+        num_kv_heads = max(kv_of_query) + 1
+        shape = {"heads": HEADS, "kv_heads": num_kv_heads, "head_dim": DIM, **dict(zip("qkv", self.names, strict=True))}
         shape |= {"fused": self.fused} if self.fused else {}
-        even = list(kv_of_query) == [head * num_groups // HEADS for head in range(HEADS)]
+        even = list(kv_of_query) == [head * num_kv_heads // HEADS for head in range(HEADS)]
         shape |= {} if even else {"kv_of_query": list(kv_of_query)}
         crossed = {"q": "q_attn"}
         return [{"module": module, **shape, **(crossed if "cross" in module else {})} for module in self.modules]

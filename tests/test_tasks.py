@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import headfold
 from headfold.core.errors import UserError
 from headfold.evaluate import bootstrap, tasks
-from headfold.stock import open_model, open_tokenizer
+from headfold.hf_models import open_model, open_tokenizer
 
 pytest.importorskip("lm_eval", reason="the tasks extra is not installed")
 

@@ -41,7 +41,7 @@ def uneven(num_heads: int) -> Groups:
 
 def shared(site: Site, number: int, kinds: str) -> Groups:
     """Groups of the source's K/V heads: unequal at even sites and one group at odd ones, where the order is free."""
-    count = site.num_groups
+    count = site.num_kv_heads
     one = Groups((0,) * count)
     return one if kinds == "counts" and number % 2 and site.query_order != "stack" else uneven(count)
 
@@ -76,7 +76,7 @@ def twin_answer(directory: Path, plan: Plan, name: str, at: Path) -> torch.Tenso
     parameters = dict(model.named_parameters())
     for site, _ in tiny_sites(directory):
         if site.name in plan.sites:
-            for key, tensor in site_tensors(site, plan, tensors, num_groups=site.num_groups).items():
+            for key, tensor in site_tensors(site, plan, tensors, num_kv_heads=site.num_kv_heads).items():
                 parameters[site.parameters[key]].copy_(tensor)
     return answer_of(model, tiny_sample(name))
 
@@ -94,7 +94,7 @@ def test_a_plan_of_unequal_groups_folds(name: str, kinds: str, tmp_path: Path) -
     grade(found, expected)
     assert_differs(found, answer_of(stock_model(directory), tiny_sample(name)).detach())
     assert result.kv_bytes_after < result.kv_bytes_before
-    least, most = min(plan.num_groups.values()), max(plan.num_groups.values())
+    least, most = min(plan.num_kv_heads.values()), max(plan.num_kv_heads.values())
     assert (result.kv_heads_least, result.kv_heads_after) == (least, most)
     assert (
         f"with {most if least == most else f'{least} to {most}'} K/V heads" in (tmp_path / "out/README.md").read_text()

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 
 import headfold
 from headfold.core.errors import UserError
+from headfold.hf_models import open_tokenizer
 from headfold.recipe.uptraining import uptrain
 from headfold.runtime.modeling_headfold import grouped_class
-from headfold.stock import open_tokenizer
 from headfold.train.attentions import attentions, prepared
 from headfold.train.distillation import Distillation, divergence, relative
 from headfold.train.stream import Stream, together

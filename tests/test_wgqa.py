@@ -19,7 +19,7 @@ from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families import family_of
 from headfold.families.spec import folded_config, sites
-from headfold.recipe.source import Opened, open_source
+from headfold.recipe.source import Source, open_source
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train import wgqa
 
@@ -152,7 +152,7 @@ def test_t5_base_has_as_many_coefficients_as_the_paper_says(kind: str, count: in
     family = family_of(config)
     decoder = [site for site in sites(family, config, tensors) if not site.optional]
     plan = Plan({s.name: SitePlan(Groups.contiguous(12, 6), "mean", 64) for s in decoder}, "contiguous", "")
-    folded = folded_config(family, config, decoder, plan.num_groups)
+    folded = folded_config(family, config, decoder, plan.num_kv_heads)
     with torch.device("meta"):
         model = grouped_class("T5ForConditionalGeneration")(T5Config(**folded))
     zeros = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
@@ -201,7 +201,7 @@ def test_specs_that_say_nothing_are_refused(spec: str, words: list[str]) -> None
     one_line(error, *words)
 
 
-def refused(model: PreTrainedModel, source: Opened, plan: Plan, *words: str) -> None:
+def refused(model: PreTrainedModel, source: Source, plan: Plan, *words: str) -> None:
     names = set(model.state_dict())
     with pytest.raises(UserError) as error:
         wgqa.attach(model, source.sites, plan, source.checkpoint.read)
@@ -222,7 +222,7 @@ def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
     refused(model, source, replace(plan, sites=fewer), "q_proj.weight as the plan makes it")
     refused(model, source, replace(plan, sites={}), "some of these sites fewer K/V heads, found none")
     wide = {name: replace(row, head_dim=16) for name, row in plan.sites.items()}
-    refused(model, source, replace(plan, sites=wide), "original's width 8, the plan has 16", "--head-width 1")
+    refused(model, source, replace(plan, sites=wide), "original's width 8, the plan has 16", "--head-dim-multiple 1")
     turned = {name: replace(row, merge="procrustes:iterations=9") for name, row in plan.sites.items()}
     refused(model, source, replace(plan, sites=turned), "procrustes:iterations=9, which turns them", "--merge mean")
     with torch.no_grad():

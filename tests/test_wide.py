@@ -33,18 +33,18 @@ from headfold.checkpoint.stats_file import write_stats
 from headfold.core.errors import UserError
 from headfold.core.plan import not_wide
 from headfold.planning import make_plan
-from headfold.recipe.source import Opened, open_source
+from headfold.recipe.source import Source, open_source
 from headfold.recipe.twin import Twin
 from headfold.refine.refit import refit
+from headfold.runtime.regrouping import installed_heads
 from headfold.runtime.rotary import wide_table
-from headfold.runtime.wearing import wearing
 from headfold.surgery import query_order, site_heads, site_tensors
 
 WIDTH = 2
 
 
 @cache
-def opened(name: str) -> tuple[Opened, dict]:
+def opened(name: str) -> tuple[Source, dict]:
     source = open_source(tiny_checkpoint(name))
     return source, collect(stock_model(source.checkpoint.path), source.sites, tiny_sample(name, 8, seed=1))
 
@@ -55,7 +55,7 @@ def may_be_wide(name: str) -> bool:
 
 
 WIDE = sorted(name for name in [*TINY, *FOREIGN] if may_be_wide(name))
-FREE = [name for name in WIDE if all(site.free_width for site, _ in tiny_sites(tiny_checkpoint(name)))]
+FREE = [name for name in WIDE if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
 SLOTTED = [name for name in WIDE if name not in FREE]
 
 
@@ -73,7 +73,7 @@ def folded(name: str, out: Path, kv_heads: str = "1/1", **options) -> headfold.r
         {"model": source.checkpoint.fingerprint(), "source": "none", "seed": "0", "tokens": "8", "context": "16"},
     )
     return headfold.fold(
-        source.checkpoint.path, out, kv_heads=kv_heads, head_width=WIDTH, stats=path, refit=False, **options
+        source.checkpoint.path, out, kv_heads=kv_heads, head_dim_multiple=WIDTH, stats=path, refit=False, **options
     )
 
 
@@ -82,13 +82,13 @@ def test_heads_as_wide_as_their_groups_are_large_lose_nothing_in_slots(name: str
     source, stats = opened(name)
     read = source.checkpoint.read
     stock = stock_model(source.checkpoint.path)
-    plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_width=WIDTH)
+    plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_dim_multiple=WIDTH)
     expected = answer_of(stock, tiny_sample(name))
     clothes = [
-        (site, site_tensors(site, plan, read, stats, num_groups=site.num_groups), site.num_groups, WIDTH)
+        (site, site_tensors(site, plan, read, stats, num_kv_heads=site.num_kv_heads), site.num_kv_heads, WIDTH)
         for site in source.sites
     ]
-    with wearing(stock, clothes):
+    with installed_heads(stock, clothes):
         graded(name)(answer_of(stock, tiny_sample(name)), expected)
     graded(name)(answer_of(stock, tiny_sample(name)), expected)
 
@@ -100,7 +100,7 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
     assert "headfold" not in config and result.verification.passed
     site = open_source(tiny_checkpoint(name)).sites[0]
     assert result.after.kv_bytes_per_token == result.before.kv_bytes_per_token
-    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.kv_heads_after == site.num_groups // WIDTH
+    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.kv_heads_after == site.num_kv_heads // WIDTH
     longest = min(config.get("max_position_embeddings", 64), 64)
     tokens = tiny_tokens(2, longest)
     # Frequencies are float32 numbers, of which some are missed by their last bit.
@@ -126,7 +126,7 @@ def test_fewer_wide_heads_lose_less_than_as_much_cache_in_more(name: str) -> Non
     read = source.checkpoint.read
 
     def lost(width: int) -> float:
-        made = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_width=width)
+        made = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=width)
         return sum(s.error.key / s.energy.key + s.error.value / s.energy.value for s in made.sites.values())
 
     assert 0 < lost(4) < lost(2) < lost(1)
@@ -220,7 +220,7 @@ def test_every_frequency_stands_width_times_in_the_table_to_the_last_bit(kind: s
 def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
     source, stats = opened(name)
     stock, read = stock_model(source.checkpoint.path), source.checkpoint.read
-    plan = make_plan(source.sites, read, "1/2", source="tiny", stats=stats, head_width=WIDTH)
+    plan = make_plan(source.sites, read, "1/2", source="tiny", stats=stats, head_dim_multiple=WIDTH)
     sample = tiny_sample(name, 8, seed=1)
     refits = refit(
         stock,
@@ -232,11 +232,11 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
 
     def distance(fitted) -> float:
         clothes = [
-            (s, site_tensors(s, plan, read, stats, fitted, num_groups=s.num_groups), s.num_groups, WIDTH)
+            (s, site_tensors(s, plan, read, stats, fitted, num_kv_heads=s.num_kv_heads), s.num_kv_heads, WIDTH)
             for s in source.sites[:1]
         ]
         expected = answer_of(stock, sample)
-        with wearing(stock, clothes):
+        with installed_heads(stock, clothes):
             return (answer_of(stock, sample) - expected).norm().item()
 
     assert distance(refits) < 0.95 * distance(None)
@@ -245,16 +245,19 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
 def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     text = model.parent / "text.txt"
     for words, said in [
-        (["--kv-heads", 4, "--head-width", 3], "does not divide the 4 K/V heads"),
-        (["--kv-heads", 1, "--head-width", 2], "does not divide the 1 K/V heads"),
-        (["--kv-heads", 4, "--head-width", "wide"], "expected a number such as 2, or auto"),
+        (["--kv-heads", 4, "--head-dim-multiple", 3], "does not divide the 4 K/V heads"),
+        (["--kv-heads", 1, "--head-dim-multiple", 2], "does not divide the 1 K/V heads"),
+        (["--kv-heads", 4, "--head-dim-multiple", "wide"], "expected a number such as 2, or auto"),
         (
-            ["--kv-heads", 4, "--head-width", 2, "--merge", "mean"],
+            ["--kv-heads", 4, "--head-dim-multiple", 2, "--merge", "mean"],
             "--merge mean knows heads of the source's width alone",
         ),
-        (["--kv-heads", 4, "--head-width", 16], "expected at most 8"),
-        (["--kv-heads", 4, "--head-width", "²"], "expected a number such as 2, or auto"),
-        (["--kv-heads", 4, "--head-width", "auto", "--merge", "mean"], "--head-width auto: --merge mean knows heads"),
+        (["--kv-heads", 4, "--head-dim-multiple", 16], "expected at most 8"),
+        (["--kv-heads", 4, "--head-dim-multiple", "²"], "expected a number such as 2, or auto"),
+        (
+            ["--kv-heads", 4, "--head-dim-multiple", "auto", "--merge", "mean"],
+            "--head-dim-multiple auto: --merge mean knows heads",
+        ),
     ]:
         found = run("fold", model, tmp_path / "out", *words, "--calibration", text)
         assert found.code == 2 and said in found.err and len(found.err.strip().splitlines()) == 1, found.err
@@ -272,7 +275,7 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
 )
 def test_families_without_wide_heads_are_refused(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        headfold.fold(tiny_checkpoint(name), tmp_path / "out", kv_heads="1/1", head_width=WIDTH)
+        headfold.fold(tiny_checkpoint(name), tmp_path / "out", kv_heads="1/1", head_dim_multiple=WIDTH)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "t5"])
@@ -281,13 +284,13 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
     source, stats = opened(name)
     read = source.checkpoint.read
     wide, plain = (
-        make_plan(source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_width=w)
+        make_plan(source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_dim_multiple=w)
         for kv_heads, w in (("1/1", WIDTH), ("1/2", 1))
     )  # fmt: skip
     mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: wide.sites[source.sites[0].name]})
     mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)
-    Twin(source, mixed, stats, None).dress(mixture)
-    Twin(source, plain, stats, None).dress(expected)
+    Twin(source, mixed, stats, None).install_heads(mixture)
+    Twin(source, plain, stats, None).install_heads(expected)
     sample = tiny_sample(name)
     assert_differs(answer_of(mixture, sample), answer_of(expected, sample))
     for site in source.sites[1:]:
@@ -321,28 +324,28 @@ def test_a_layout_for_slots_is_refused(tmp_path: Path) -> None:
 
 def test_auto_takes_the_widest_heads_that_the_count_allows(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     text = model.parent / "text.txt"
-    options = ("--head-width", "auto", "--calibration", text, "--tokens", 512, "--no-refit", "--json")
+    options = ("--head-dim-multiple", "auto", "--calibration", text, "--tokens", 512, "--no-refit", "--json")
     found = run("fold", model, tmp_path / "out", "--kv-heads", 4, *options)
     assert found.code == 0, found.err
     result = json.loads(found.out)
     assert result["kv_heads_after"] == 1 and result["after"]["head_dims"] == "32"
     assert result["after"]["kv_bytes_per_token"] * 2 == result["before"]["kv_bytes_per_token"]
     assert result["after"]["weight_bytes"] > result["before"]["weight_bytes"]
-    assert "--head-width 4" in (tmp_path / "out/README.md").read_text()
+    assert "--head-dim-multiple 4" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_plan_of_wide_heads_is_a_file_that_fold_takes(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     stats = tmp_path / "stats.safetensors"
     assert run("calibrate", model, stats, "--calibration", model.parent / "text.txt", "--tokens", 512).code == 0
-    made = run("plan", model, tmp_path / "plan.json", "--kv-heads", 4, "--head-width", 2, "--stats", stats)
+    made = run("plan", model, tmp_path / "plan.json", "--kv-heads", 4, "--head-dim-multiple", 2, "--stats", stats)
     assert made.code == 0 and "width of a K/V head" in made.out
     options = ("--stats", stats, "--no-refit")
     assert run("fold", model, tmp_path / "planned", "--plan", tmp_path / "plan.json", *options).code == 0
-    assert run("fold", model, tmp_path / "counted", "--kv-heads", 4, "--head-width", 2, *options).code == 0
+    assert run("fold", model, tmp_path / "counted", "--kv-heads", 4, "--head-dim-multiple", 2, *options).code == 0
     a, b = (tmp_path / name / "model.safetensors" for name in ("planned", "counted"))
     assert a.read_bytes() == b.read_bytes()
-    both = run("fold", model, tmp_path / "x", "--plan", tmp_path / "plan.json", "--head-width", 2, *options)
-    assert both.code == 2 and "--head-width" in both.err
+    both = run("fold", model, tmp_path / "x", "--plan", tmp_path / "plan.json", "--head-dim-multiple", 2, *options)
+    assert both.code == 2 and "--head-dim-multiple" in both.err
 
 
 def test_a_budget_chooses_width_too(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -354,7 +357,7 @@ def test_a_budget_chooses_width_too(run, model: Path, tmp_path: Path) -> None:  
         tmp_path / "plan.json",
         "--kv-budget",
         "1/2",
-        "--head-width",
+        "--head-dim-multiple",
         "auto",
         "--stats",
         stats,
@@ -371,12 +374,12 @@ def test_no_width_is_no_change() -> None:
     read = source.checkpoint.read
     plans = [
         make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, **options)
-        for options in ({}, {"head_width": 1})
+        for options in ({}, {"head_dim_multiple": 1})
     ]
     assert plans[0] == plans[1]
     for site in source.sites:
         a, b = (site_tensors(site, plan, read, stats) for plan in plans)
         for name in a:
             assert_bitwise(a[name], b[name])
-    wide = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_width=WIDTH)
+    wide = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=WIDTH)
     assert_differs(*(next(iter(site_tensors(source.sites[0], p, read, stats).values()))[:1] for p in (plans[0], wide)))

@@ -287,9 +287,9 @@ def rewritten(source: Path, target: Path, change: Callable[[Heads, int], Heads])
     old, counts = tiny_sites(source), {}
     for index, (site, heads) in enumerate(old):
         new = change(heads, index)
-        if site.native or new.num_groups != heads.num_groups:
-            counts[site.name] = new.num_groups
-        for gone in renamed(site, new.num_groups):
+        if site.stock_gqa or new.num_kv_heads != heads.num_kv_heads:
+            counts[site.name] = new.num_kv_heads
+        for gone in renamed(site, new.num_kv_heads):
             del tensors[gone]
         tensors |= write_heads(site, new.to(heads.q.dtype))
     config = folded_config(family_of(config), config, [site for site, _ in old], counts)

@@ -18,7 +18,7 @@ from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families.layout import read_heads
 from headfold.families.spec import Site
-from headfold.recipe.source import Opened, open_source
+from headfold.recipe.source import Source, open_source
 from headfold.train import wgqa
 
 GROUPS = {
@@ -44,7 +44,7 @@ def _root() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def fold_of(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> tuple[Opened, Path]:
+def fold_of(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> tuple[Source, Path]:
     """The tiny original, and the directory of its mean fold by the groups above."""
     source, target = tiny_checkpoint(name, dtype, **overrides), Path(_root().name) / f"{name}{dtype}{overrides}"
     opened = open_source(source)
@@ -61,7 +61,7 @@ def load(directory: Path) -> PreTrainedModel:
     return copy.deepcopy(headfold.load(directory))
 
 
-def attach(model: PreTrainedModel, fold: tuple[Opened, Path], spec: str, seed: int = 0) -> wgqa.Options:
+def attach(model: PreTrainedModel, fold: tuple[Source, Path], spec: str, seed: int = 0) -> wgqa.Options:
     source, target = fold
     plan = Plan.load(target / "plan.json")
     return wgqa.attach(model, source.sites, plan, source.checkpoint.read, spec, seed=seed)

@@ -19,9 +19,9 @@ from benchmarks.machine import describe
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import Sample, image_sample_blocks, kind_of
 from headfold.evaluate import classification, translation
+from headfold.hf_models import open_tokenizer, quiet
 from headfold.recipe import fold
 from headfold.recipe.scoring import open_own
-from headfold.stock import open_tokenizer, quiet
 from headfold.train.stream import Item, Stream, together
 from headfold.train.trainer import Recipe, Uptrainer, arguments
 

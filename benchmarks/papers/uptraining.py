@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 import headfold
 from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settings, spread, train
-from headfold.stock import open_model
+from headfold.hf_models import open_model
 
 RATE = 1e-3
 OTHER_RATES = (3e-4, 3e-3)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from ..distributed import Told, leads
+from ..parallel import Told, leads
 from . import comparing, evaluating, looking, making, timing, training
 
 app = typer.Typer(

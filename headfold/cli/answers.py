@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.errors import UserError
-from ..distributed import leads
+from ..parallel import leads
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

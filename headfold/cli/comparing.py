@@ -19,7 +19,7 @@ from .options import (
     Encoder,
     Force,
     Group,
-    HeadWidth,
+    HeadDimMultiple,
     Items,
     Json,
     Merge,
@@ -37,7 +37,7 @@ from .options import (
 def frontier(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
-    head_width: HeadWidth = None,
+    head_dim_multiple: HeadDimMultiple = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     sensitivity: Sensitivity = None,
@@ -66,7 +66,7 @@ def frontier(
 
     chosen = given(
         allowed=allowed and counts("--allowed", allowed), sensitivity=sensitivity, group=group, merge=merge, stats=stats,
-        head_width=head_width,
+        head_dim_multiple=head_dim_multiple,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = find(

@@ -18,7 +18,7 @@ from .options import (
     Encoder,
     Force,
     Group,
-    HeadWidth,
+    HeadDimMultiple,
     Heal,
     HealTokens,
     Items,
@@ -27,7 +27,7 @@ from .options import (
     KvBytes,
     KvHeads,
     Layout,
-    MaxRise,
+    MaxLossIncrease,
     Merge,
     Model,
     Refit,
@@ -71,8 +71,8 @@ def plan(
     kv_heads: KvHeads = None,
     kv_budget: KvBudget = None,
     kv_bytes: KvBytes = None,
-    max_rise: MaxRise = None,
-    head_width: HeadWidth = None,
+    max_loss_increase: MaxLossIncrease = None,
+    head_dim_multiple: HeadDimMultiple = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     spread: Spread = "exact",
@@ -90,15 +90,15 @@ def plan(
 ) -> None:
     """Decide which heads share one, and predict the loss.
 
-    With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-rise layers get counts of their own: each is
+    With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-loss-increase layers get counts of their own: each is
     folded alone on a little of the calibration data to see what that costs, and the best spread of the budget is found exactly.
     Counts split the heads equally, as engines take them; with --group swap:unequal=true groups differ in size and any count may be used."""
     from .. import recipe
-    from ..recipe.price import prices
+    from ..recipe.price import serving_costs
 
     chosen = given(
-        kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_rise=max_rise, sensitivity=sensitivity, group=group,
-        merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed), head_width=head_width,
+        kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_loss_increase=max_loss_increase, sensitivity=sensitivity, group=group,
+        merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed), head_dim_multiple=head_dim_multiple,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         made = recipe.plan(
@@ -106,7 +106,7 @@ def plan(
             **chosen,
         )  # fmt: skip
     if not answer(made.to_json(), as_json):
-        views.show_plan(made, prices(model, made, encoder))
+        views.show_plan(made, serving_costs(model, made, encoder))
         print(f"wrote {out}")
 
 
@@ -115,7 +115,7 @@ def fold(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
     kv_heads: KvHeads = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="PLAN.json", help="What headfold plan wrote.")] = None,
-    head_width: HeadWidth = None,
+    head_dim_multiple: HeadDimMultiple = None,
     group: Group = None,
     merge: Merge = None,
     refit: Refit = True,
@@ -140,13 +140,13 @@ def fold(
     """Write the model again with fewer K/V heads.
 
     OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
-    _check_fold(kv_heads, plan, group, merge, head_width)
+    _check_fold(kv_heads, plan, group, merge, head_dim_multiple)
     from .. import recipe
     from ..recipe.following import led
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats, layout=layout, head_width=head_width, heal_tokens=heal_tokens,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple, heal_tokens=heal_tokens,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = led(recipe.fold)(
@@ -212,13 +212,13 @@ def route(
 
 
 def _check_fold(
-    kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None, head_width: str | None
+    kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None, head_dim_multiple: str | None
 ) -> None:
     """The options of fold that exclude each other."""
     if (kv_heads is None) == (plan is None):
         given = "none" if plan is None else "both"
         raise UserError(f"fold: expected either --kv-heads N or --plan PLAN.json, got {given}; give one")
-    decided = {"--group": group, "--merge": merge, "--head-width": head_width}
+    decided = {"--group": group, "--merge": merge, "--head-dim-multiple": head_dim_multiple}
     refused = [option for option, value in decided.items() if value is not None]
     if plan is not None and refused:
         raise UserError(

@@ -10,9 +10,10 @@ StatsFile = Annotated[Path | None, typer.Option("--stats", metavar="STATS", help
 KvHeads = Annotated[
     str | None, typer.Option("--kv-heads", metavar="N", help="K/V heads to keep: a count (4) or a share (1/2).")
 ]
-HeadWidth = Annotated[
+HeadDimMultiple = Annotated[
     str | None,
     typer.Option(
+        "--head-dim-multiple",
         "--head-width",
         metavar="N",
         help="Make K/V heads N times as wide and N times fewer: the same cache, a better fold, N times larger W_q and W_o. auto: as wide "
@@ -91,9 +92,14 @@ KvBytes = Annotated[
     str | None,
     typer.Option("--kv-bytes", metavar="SIZE", help="K/V bytes per token to keep, spread over layers: 40KiB."),
 ]
-MaxRise = Annotated[
+MaxLossIncrease = Annotated[
     float | None,
-    typer.Option("--max-rise", metavar="NATS", help="The least cache whose predicted loss per token is at most this."),
+    typer.Option(
+        "--max-loss-increase",
+        "--max-rise",
+        metavar="NATS",
+        help="The least cache whose predicted loss per token is at most this.",
+    ),
 ]
 Allowed = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..distributed import leads
+from ..parallel import leads
 from ..report import views
 from ..report.progress import ProgressReport
 from .answers import answer, given, names

@@ -23,4 +23,4 @@ def combine(
 
 def equal_weights(groups: Groups) -> Float[Tensor, "head 1 1"]:
     """Those of the mean: each head weighs one over the heads of its group; float64."""
-    return torch.tensor([1 / groups.sizes[group] for group in groups.kv_of_query], dtype=torch.float64)[:, None, None]
+    return torch.tensor([1 / groups.sizes[group] for group in groups.group_of_head], dtype=torch.float64)[:, None, None]

@@ -41,12 +41,12 @@ class Distances:
     shares: Float[Tensor, "group bin"]
 
     @classmethod
-    def assumed(cls, num_groups: int, context: int) -> "Distances":
+    def assumed(cls, num_kv_heads: int, context: int) -> "Distances":
         """Where nothing was measured: mass falls with the distance, and pairs grow rarer toward the whole context."""
         first, end = (torch.tensor(side, dtype=torch.float64) for side in (edges()[:-1], edges()[1:]))
         middle = (first + end - 1) / 2
         mass = (context - middle).clamp_min(0) / (middle + NEAR) * (end - first)
-        return cls((mass / mass.sum()).expand(num_groups, -1))
+        return cls((mass / mass.sum()).expand(num_kv_heads, -1))
 
     @classmethod
     def measured(cls, mass: Float[Tensor, "group bin"], context: int) -> "Distances":

@@ -10,10 +10,12 @@ from .errors import UserError
 class Groups:
     """A map head → group. Labels are dense (every group non-empty) but keep the order given; `of` makes them canonical."""
 
-    kv_of_query: tuple[int, ...]
+    group_of_head: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert self.kv_of_query and set(self.kv_of_query) == set(range(max(self.kv_of_query) + 1)), self.kv_of_query
+        assert self.group_of_head and set(self.group_of_head) == set(range(max(self.group_of_head) + 1)), (
+            self.group_of_head
+        )
 
     @classmethod
     def of(cls, labels: Sequence[int]) -> "Groups":
@@ -28,26 +30,26 @@ class Groups:
         return cls.of([label_of[head] for head in range(len(label_of))])
 
     @classmethod
-    def contiguous(cls, num_heads: int, num_groups: int) -> "Groups":
+    def contiguous(cls, num_heads: int, num_kv_heads: int) -> "Groups":
         """Equal runs of neighbouring heads, the map that every GQA runtime assumes."""
-        size = num_heads // num_groups
-        assert size * num_groups == num_heads, (num_heads, num_groups)
+        size = num_heads // num_kv_heads
+        assert size * num_kv_heads == num_heads, (num_heads, num_kv_heads)
         return cls(tuple(head // size for head in range(num_heads)))
 
     @property
     def num_heads(self) -> int:
-        return len(self.kv_of_query)
+        return len(self.group_of_head)
 
     @property
-    def num_groups(self) -> int:
-        return max(self.kv_of_query) + 1
+    def num_kv_heads(self) -> int:
+        return max(self.group_of_head) + 1
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...]:
         """The heads of each group, ascending."""
         return tuple(
-            tuple(head for head, label in enumerate(self.kv_of_query) if label == group)
-            for group in range(self.num_groups)
+            tuple(head for head, label in enumerate(self.group_of_head) if label == group)
+            for group in range(self.num_kv_heads)
         )
 
     @property
@@ -66,29 +68,29 @@ class Groups:
     @property
     def is_ordered(self) -> bool:
         """Whether each group's heads are neighbours and the groups in order, equal or not."""
-        return list(self.kv_of_query) == sorted(self.kv_of_query)
+        return list(self.group_of_head) == sorted(self.group_of_head)
 
     def standard_order(self) -> tuple[int, ...]:
         """The permutation of heads (new position → old head) that makes the groups contiguous; stable inside a group."""
-        return tuple(sorted(range(self.num_heads), key=lambda head: self.kv_of_query[head]))
+        return tuple(sorted(range(self.num_heads), key=lambda head: self.group_of_head[head]))
 
     def compose(self, outer: "Groups") -> "Groups":
         """The map head → group of groups, for sources that are grouped already."""
-        return Groups(tuple(outer.kv_of_query[group] for group in self.kv_of_query))
+        return Groups(tuple(outer.group_of_head[group] for group in self.group_of_head))
 
 
-def check_group_count(where: str, num_heads: int, num_groups: int) -> None:
+def check_group_count(where: str, num_heads: int, num_kv_heads: int) -> None:
     """Refuse a count of K/V heads that does not split `num_heads` equally, naming those that do.
 
     Raises:
         UserError: one line: where, expected, got, what to do.
     """
     choices = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    if num_groups in choices:
+    if num_kv_heads in choices:
         return
-    if num_groups > num_heads:
-        what = f"the source has {num_heads} K/V heads and folding cannot grow them to {num_groups}"
+    if num_kv_heads > num_heads:
+        what = f"the source has {num_heads} K/V heads and folding cannot grow them to {num_kv_heads}"
     else:
-        what = f"cannot split {num_heads} K/V heads into {num_groups} equal groups"
+        what = f"cannot split {num_heads} K/V heads into {num_kv_heads} equal groups"
     listed = ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}" if len(choices) > 1 else str(choices[0])
     raise UserError(f"{where}: {what}; choose {listed}")

@@ -14,6 +14,11 @@ QueryOrder = Literal["free", "stack", "fixed"]
 """Who decides the order of query heads: the site alone, its whole stack (T5's shared bias), or nobody (ALiBi)."""
 
 
+def kv_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Return the bytes of K and V that one token adds to the cache of one site; `itemsize` is that of the cache's dtype."""
+    return 2 * num_kv_heads * head_dim * itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class KeyFreedom:
     """Which transformations of K, undone on Q, leave every attention logit unchanged (docs/absorb.md, 1).
@@ -49,14 +54,14 @@ class Heads:
 
     The last column of `q`, `k`, `v` is the bias (zero where the checkpoint has none), so that every linear merge carries
     biases by construction. `dim` of q and k may differ from the source's and from that of v and o: never derive it.
-    Query head h reads K/V head `kv_of_query.kv_of_query[h]`; in a checkpoint that is h // (heads // groups).
+    Query head h reads K/V head `groups.group_of_head[h]`; in a checkpoint that is h // (heads // groups).
     """
 
     q: Float[Tensor, "head dim model_plus_1"]
     k: Float[Tensor, "group dim model_plus_1"]
     v: Float[Tensor, "group value_dim model_plus_1"]
     o: Float[Tensor, "head value_dim model"]
-    kv_of_query: Groups
+    groups: Groups
     key_freedom: KeyFreedom
     query_order: QueryOrder = "free"
     o_bias: Float[Tensor, " model"] | None = None
@@ -71,7 +76,7 @@ class Heads:
         return self.q.shape[0]
 
     @property
-    def num_groups(self) -> int:
+    def num_kv_heads(self) -> int:
         return self.k.shape[0]
 
     @property
@@ -87,24 +92,24 @@ class Heads:
 
     def per_query(self) -> "Heads":
         """The head-repeated twin: every query head with a K/V head of its own. Same function, MHA shapes."""
-        index = torch.tensor(self.kv_of_query.kv_of_query)
+        index = torch.tensor(self.groups.group_of_head)
         own = Groups(tuple(range(self.num_heads)))
-        return replace(self, k=self.k[index], v=self.v[index], kv_of_query=own)
+        return replace(self, k=self.k[index], v=self.v[index], groups=own)
 
-    def expand(self, num_groups: int) -> "Heads":
-        """The same function written with `num_groups` K/V heads for equally many neighbouring queries each: ours, repeated."""
-        own = Groups.contiguous(self.num_heads, num_groups)
-        shared = torch.tensor([self.kv_of_query.kv_of_query[queries[0]] for queries in own.members])
-        assert own.compose(Groups.of(shared.tolist())) == Groups.of(self.kv_of_query.kv_of_query)
-        return replace(self, k=self.k[shared], v=self.v[shared], kv_of_query=own)
+    def expand(self, num_kv_heads: int) -> "Heads":
+        """The same function written with `num_kv_heads` K/V heads for equally many neighbouring queries each: ours, repeated."""
+        own = Groups.contiguous(self.num_heads, num_kv_heads)
+        shared = torch.tensor([self.groups.group_of_head[queries[0]] for queries in own.members])
+        assert own.compose(Groups.of(shared.tolist())) == Groups.of(self.groups.group_of_head)
+        return replace(self, k=self.k[shared], v=self.v[shared], groups=own)
 
     def reorder(self, order: tuple[int, ...]) -> "Heads":
         """Query heads in the given order: q rows and o columns move together, so the site computes the same function."""
         index = torch.tensor(order)
-        moved = Groups(tuple(self.kv_of_query.kv_of_query[h] for h in order))
+        moved = Groups(tuple(self.groups.group_of_head[h] for h in order))
         extras = {name: tensor[index] for name, tensor in self.per_head.items()}
-        return replace(self, q=self.q[index], o=self.o[index], kv_of_query=moved, per_head=extras)
+        return replace(self, q=self.q[index], o=self.o[index], groups=moved, per_head=extras)
 
     def standard(self) -> "Heads":
         """Query heads sorted by the K/V head they read: the order GQA runtimes assume."""
-        return self.reorder(self.kv_of_query.standard_order())
+        return self.reorder(self.groups.standard_order())

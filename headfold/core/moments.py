@@ -82,7 +82,7 @@ def site_moments(
     """
     heads, second = heads.to(products), stats.mean("second").to(products)
     asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
-    readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_groups, heads.head_dim)
+    readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
     # Without `whole_keys` the dims that do not rotate need not be multiplied with those that do.
     gram = _gram(heads.k if whole_keys else heads.k[:, :rotary], second) if rotary else None
@@ -95,7 +95,7 @@ def site_moments(
     if rotary < heads.head_dim:
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
     grams = (gram, _gram(heads.k, moment)) if whole_keys and gram is not None else None
-    metric = output_metric(heads) if output_weighting else _identities(heads.num_groups, heads.v.shape[1])
+    metric = output_metric(heads) if output_weighting else _identities(heads.num_kv_heads, heads.v.shape[1])
     mean = None
     if heads.o_bias is not None:
         # Attention weights sum to one, so E[v] passes through unchanged: the output bias takes it, exactly.
@@ -105,8 +105,8 @@ def site_moments(
     return Moments(planes, flat, values, mean, readers if whole_keys else None, grams)
 
 
-def _identities(num_groups: int, dim: int) -> Float[Tensor, "group dim dim"]:
-    return torch.eye(dim, dtype=torch.float64).expand(num_groups, dim, dim)
+def _identities(num_kv_heads: int, dim: int) -> Float[Tensor, "group dim dim"]:
+    return torch.eye(dim, dtype=torch.float64).expand(num_kv_heads, dim, dim)
 
 
 def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "group dim dim"]:
@@ -125,13 +125,13 @@ def output_metric(heads: Heads) -> Float[Tensor, "group dim dim"]:
 
 
 def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
-    total = per_query.new_zeros(heads.num_groups, *per_query.shape[1:])
-    return total.index_add(0, torch.tensor(heads.kv_of_query.kv_of_query), per_query)
+    total = per_query.new_zeros(heads.num_kv_heads, *per_query.shape[1:])
+    return total.index_add(0, torch.tensor(heads.groups.group_of_head), per_query)
 
 
 def _planes(heads: Heads, gram: Float[Tensor, "group rotary group rotary"], readers: Tensor) -> Planes:
     rotary = heads.key_freedom.rotary_dim
-    scale = gram.new_ones(heads.num_groups)
+    scale = gram.new_ones(heads.num_kv_heads)
     if heads.key_freedom.normed:
         gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
         scale = einsum(gram, "i a i a -> i a").mean(1).sqrt()

@@ -20,7 +20,7 @@ class Named(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def num_groups(self) -> int: ...
+    def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
     @property
@@ -32,9 +32,9 @@ class Named(Protocol):
     @property
     def weights(self) -> Mapping[str, str]: ...
     @property
-    def native(self) -> bool: ...
+    def stock_gqa(self) -> bool: ...
     @property
-    def rigid(self) -> bool: ...
+    def fixed_head_dim(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +66,18 @@ class Plan:
     """What the statistics were measured on (source, tokens, fingerprint); empty without."""
 
     @property
-    def num_groups(self) -> dict[str, int]:
+    def num_kv_heads(self) -> dict[str, int]:
         """K/V heads of the folded checkpoint, by site."""
-        return {name: site.groups.num_groups for name, site in self.sites.items()}
+        return {name: site.groups.num_kv_heads for name, site in self.sites.items()}
 
-    def head_widths(self, sites: Iterable[Named]) -> dict[str, int]:
+    def head_dim_multiples(self, sites: Iterable[Named]) -> dict[str, int]:
         """Widths of their new K/V heads in heads of the source, by name."""
         return {site.name: self.sites[site.name].head_dim // site.head_dim for site in sites}
 
     def to_json(self) -> dict[str, Any]:
         rows = {
             name: {
-                "kv_of_source_head": list(site.groups.kv_of_query),
+                "kv_of_source_head": list(site.groups.group_of_head),
                 "merge": site.merge,
                 "head_dim": site.head_dim,
                 "error": site.error and asdict(site.error),
@@ -125,24 +125,24 @@ class Plan:
                 stacks.setdefault(site.stack, planned.groups)
 
 
-def not_wide(site: Named, head_width: int) -> str | None:
+def not_wide(site: Named, head_dim_multiple: int) -> str | None:
     """Why the site cannot have heads that many times as wide as the source's, or gains nothing from them; None where it may."""
     if site.key_freedom.normed:
         return "its keys pass a norm per head, so a wide head is no better than several"
-    if site.rigid:
+    if site.fixed_head_dim:
         return "its class takes heads of the source's width alone"
-    if "qkv" in site.weights and site.native:
+    if "qkv" in site.weights and site.stock_gqa:
         return "q, k and v are one tensor on disk, which has no wide form"
-    if head_width > site.num_groups:
-        return f"expected at most {site.num_groups}, its count of K/V heads"
+    if head_dim_multiple > site.num_kv_heads:
+        return f"expected at most {site.num_kv_heads}, its count of K/V heads"
     return None
 
 
 def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
     """Why a site cannot be folded so, None where it can."""
     groups = planned.groups
-    if groups.num_heads != site.num_groups:
-        return f"kv_of_source_head: expected {site.num_groups} entries, one per K/V head, got {groups.num_heads}"
+    if groups.num_heads != site.num_kv_heads:
+        return f"kv_of_source_head: expected {site.num_kv_heads} entries, one per K/V head, got {groups.num_heads}"
     if planned.head_dim < 1 or planned.head_dim % site.head_dim:
         return f"head_dim: expected the source's {site.head_dim} or a multiple, got {planned.head_dim}"
     if planned.head_dim != site.head_dim and (reason := not_wide(site, planned.head_dim // site.head_dim)):

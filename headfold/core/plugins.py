@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import UserError, suggest
 
-OF_THE_CALLER = ("seed", "head_width")
+OF_THE_CALLER = ("seed", "head_dim_multiple")
 """Keyword-only parameters that are no options of a method: the plan says them."""
 
 

@@ -40,34 +40,38 @@ def site_energy(moments: Moments) -> SiteError:
     return SiteError(max(key, _tiny()), max(float(torch.einsum("iaia->", moments.values.gram)), _tiny()))
 
 
-def predicted_error(moments: Moments, members: list[int], *, values: bool = True, head_width: int = 1) -> SiteError:
+def predicted_error(
+    moments: Moments, members: list[int], *, values: bool = True, head_dim_multiple: int = 1
+) -> SiteError:
     """The error of the best head that `members` can share (docs/absorb.md), `values=False` to leave V out (0).
 
-    `head_width` is the shared head's, in heads of the source: so many functionals per plane, and times as many dims.
+    `head_dim_multiple` is the shared head's, in heads of the source: so many functionals per plane, and times as many dims.
     """
-    keys, of_values = predicted_errors(moments, torch.tensor([members]), values=values, head_width=head_width)
+    keys, of_values = predicted_errors(
+        moments, torch.tensor([members]), values=values, head_dim_multiple=head_dim_multiple
+    )
     return SiteError(float(keys), float(of_values))
 
 
 def predicted_errors(
-    moments: Moments, sets: Int[Tensor, "set member"], *, values: bool = True, head_width: int = 1
+    moments: Moments, sets: Int[Tensor, "set member"], *, values: bool = True, head_dim_multiple: int = 1
 ) -> tuple[Float[Tensor, " set"], Float[Tensor, " set"]]:
     """The same for many sets of one size at once: errors of K, and of V."""
     nothing = torch.zeros(len(sets), dtype=torch.float64)
-    if sets.shape[1] <= head_width:
+    if sets.shape[1] <= head_dim_multiple:
         return nothing, nothing
     keys = nothing
     if moments.planes is not None:
         # E[(Re q̄δ)²] = ½ E|q|² E|δ|²: under RoPE the phase between query and key error runs through all relative positions.
-        keys = keys + 0.5 * _plane_errors(moments.planes, sets, head_width)
+        keys = keys + 0.5 * _plane_errors(moments.planes, sets, head_dim_multiple)
     if moments.keys is not None:
-        keys = keys + _tails(moments.keys, sets, head_width)
-    return keys, _tails(moments.values, sets, head_width) if values else nothing
+        keys = keys + _tails(moments.keys, sets, head_dim_multiple)
+    return keys, _tails(moments.values, sets, head_dim_multiple) if values else nothing
 
 
-def grouped_error(moments: Moments, groups: Groups, head_width: int = 1) -> SiteError:
+def grouped_error(moments: Moments, groups: Groups, head_dim_multiple: int = 1) -> SiteError:
     """Summed over the groups of a site."""
-    found = (predicted_error(moments, list(members), head_width=head_width) for members in groups.members)
+    found = (predicted_error(moments, list(members), head_dim_multiple=head_dim_multiple) for members in groups.members)
     return sum(found, SiteError(0.0, 0.0))
 
 
@@ -75,7 +79,7 @@ def _tiny() -> float:
     return torch.finfo(torch.float64).tiny
 
 
-def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"], head_width: int) -> Float[Tensor, " set"]:
+def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"], head_dim_multiple: int) -> Float[Tensor, " set"]:
     weighted = planes.weighted[:, sets[:, :, None], sets[:, None, :]]
     total = torch.diagonal(weighted, dim1=2, dim2=3).real.sum((0, 2))
     if planes.normed:
@@ -84,10 +88,10 @@ def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"], head_width: i
         signs = align_signs(product.flatten(0, 1)).view_as(energy)
         kept = torch.einsum("fni,fnil,fnl->fn", signs, product, signs) / energy.sum(2)
         return (total - kept.sum(0)).double()
-    return (total - torch.linalg.eigvalsh(weighted)[..., -head_width:].sum((0, 2))).double()
+    return (total - torch.linalg.eigvalsh(weighted)[..., -head_dim_multiple:].sum((0, 2))).double()
 
 
-def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_width: int) -> Float[Tensor, " set"]:
+def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_dim_multiple: int) -> Float[Tensor, " set"]:
     """Energy beyond the leading directions, as many as the shared head has dims."""
     dim = weighted.gram.shape[1]
     by_pair = rearrange(weighted.gram, "i a l b -> i l a b")
@@ -97,7 +101,7 @@ def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_width: int)
     for some in sets.split(at_once):
         grams = rearrange(by_pair[some[:, :, None], some[:, None, :]], "n i l a b -> n (i a) (l b)")
         total = torch.diagonal(grams, dim1=1, dim2=2).sum(1)
-        found.append(total - leading_energy(grams, head_width * dim))
+        found.append(total - leading_energy(grams, head_dim_multiple * dim))
     return torch.cat(found).clamp_min(0).double()
 
 

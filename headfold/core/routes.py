@@ -56,10 +56,10 @@ def runs(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(group for group, size in enumerate(sizes) for _ in range(size))
 
 
-def even(num_heads: int, num_groups: int) -> tuple[int, ...]:
+def even(num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
     """Equal sizes, the first ones larger by one where they cannot be."""
-    least, more = divmod(num_heads, num_groups)
-    return tuple(least + (group < more) for group in range(num_groups))
+    least, more = divmod(num_heads, num_kv_heads)
+    return tuple(least + (group < more) for group in range(num_kv_heads))
 
 
 def apportion(shares: Sequence[float], num_heads: int) -> tuple[int, ...]:

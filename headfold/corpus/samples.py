@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..stock import open_processor, open_tokenizer
+from ..hf_models import open_processor, open_tokenizer
 from .audio import encode_audio, read_audio
 from .captions import read_captions
 from .images import image_blocks, label_id

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..core.errors import UserError
+from ..core.heads import kv_bytes
 from ..corpus import open_corpus
 from ..corpus.windows import token_stream
+from ..families.context import context_length
+from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 from ..runtime.load import layer_counts, own_class
-from ..stock import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 from .bootstrap import Units
 
 if TYPE_CHECKING:
@@ -163,7 +165,7 @@ def _text(source: str | None) -> tuple[str, Iterator[str]]:
 
 def default_context(config: "PreTrainedConfig") -> int:
     """Tokens of a window where nobody says how many: all positions of the model, at most `MAX_CONTEXT`."""
-    return min(getattr(config.get_text_config(decoder=True), "max_position_embeddings", MAX_CONTEXT), MAX_CONTEXT)
+    return min(context_length(config.to_dict()) or MAX_CONTEXT, MAX_CONTEXT)
 
 
 def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:
@@ -176,14 +178,14 @@ def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     counts = layer_counts(model.config.to_dict())
     config = _text_config(model)
     if counts is not None:
-        return sum(2 * count * config.head_dim for count in counts) * dtype.itemsize
+        return sum(kv_bytes(count, config.head_dim, dtype.itemsize) for count in counts)
     sites = (getattr(config, "headfold", None) or {}).get("sites")
     if sites:
-        return sum(2 * site["kv_heads"] * site["head_dim"] for site in sites) * dtype.itemsize
+        return sum(kv_bytes(s["kv_heads"], s["head_dim"] * s.get("slots", 1), dtype.itemsize) for s in sites)
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers * 2 * groups * head_dim * dtype.itemsize
+    return config.num_hidden_layers * kv_bytes(groups, head_dim, dtype.itemsize)
 
 
 def _text_config(model: "PreTrainedModel") -> Any:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 
 from ..core.errors import UserError
-from ..stock import input_device, quiet
+from ..hf_models import input_device, quiet
 from .bootstrap import Units, ratio
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ..core.errors import UserError
 from ..corpus.pairs import IGNORED, encode_pairs
 from ..corpus.samples import Sample, batches
-from ..stock import quiet
+from ..hf_models import quiet
 from . import bleu, rouge
 from .bootstrap import Units
 from .placing import placed

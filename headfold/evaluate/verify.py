@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..calibration import Sample, decoder_inputs, num_tokens
-from ..stock import open_model, stored_dtype
+from ..hf_models import open_model, stored_dtype
 from .placing import placed
 
 if TYPE_CHECKING:
@@ -142,12 +142,12 @@ def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relati
 
 
 @torch.no_grad()
-def says(model: "PreTrainedModel", sample: Sample) -> Tensor:
+def compared_output(model: "PreTrainedModel", sample: Sample) -> Tensor:
     """The first of `OUTPUTS` that the model gives of the sample."""
     return model_output(model, dict(sample))[1].cpu()
 
 
-def apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+def difference_and_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """Largest difference of two answers computed in `dtype`, and the tolerance for it, absolute."""
     tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
     return (found - expected).abs().max().item(), tolerance

@@ -56,12 +56,12 @@ class Folded:
     @property
     def counts(self) -> tuple[int, ...]:
         """K/V heads, by layer."""
-        return tuple(entry.groups.num_groups for entry in self.entries)
+        return tuple(entry.groups.num_kv_heads for entry in self.entries)
 
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have equally many K/V heads of one width."""
-        return len({(entry.groups.num_groups, entry.head_dim) for entry in self.entries}) == 1
+        return len({(entry.groups.num_kv_heads, entry.head_dim) for entry in self.entries}) == 1
 
     @property
     def is_even(self) -> bool:
@@ -131,17 +131,17 @@ def _shape(
     """Heads, groups and their width: as a site lists them, else as the config counts them."""
     num_heads = site.get("heads") or read_field(family, config, attention.heads)
     native = read_field(family, config, attention.kv_heads) if attention.kv_heads else None
-    num_groups = site.get("kv_heads") or native or num_heads
+    num_kv_heads = site.get("kv_heads") or native or num_heads
     width = read_field(family, config, attention.head_dim) if attention.head_dim else None
     width = width or read_field(family, config, attention.width) // num_heads
     uneven = site.get("kv_of_query")
-    groups = Groups(tuple(uneven)) if uneven else Groups.contiguous(num_heads, num_groups)
+    groups = Groups(tuple(uneven)) if uneven else Groups.contiguous(num_heads, num_kv_heads)
     return num_heads, groups, site.get("head_dim") or width
 
 
 def _check_rows(entry: Entry, checkpoint: Checkpoint, path: Path) -> None:
     """Refuse weights that are not as large as the config says."""
-    rows = {"q": entry.num_heads, "k": entry.groups.num_groups, "v": entry.groups.num_groups}
+    rows = {"q": entry.num_heads, "k": entry.groups.num_kv_heads, "v": entry.groups.num_kv_heads}
     for role, heads in rows.items():
         name = f"{entry.names[role]}.weight"
         found = checkpoint.tensors[name].shape[0] if name in checkpoint.tensors else "no such tensor"

@@ -53,7 +53,7 @@ def query_heads(config: Mapping[str, Any], layout: str | None) -> tuple[int, ...
     source = folded(config)
     widest = max(entry.width for entry in source.entries)
     within = layout == "per-layer"  # each layer is filled up to its own largest group, else all to the largest of all
-    return tuple(entry.groups.num_groups * (entry.width if within else widest) for entry in source.entries)
+    return tuple(entry.groups.num_kv_heads * (entry.width if within else widest) for entry in source.entries)
 
 
 def make_export(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:

@@ -38,19 +38,19 @@ def why_not(source: Folded) -> str | None:
 def standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Equal groups: the same class, query heads sorted by the K/V head they read."""
     entry = source.entries[0]
-    config = {**without_code(source.config), "num_key_value_heads": entry.groups.num_groups}
+    config = {**without_code(source.config), "num_key_value_heads": entry.groups.num_kv_heads}
     pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
     return Export(layout, config, pieces, f"{config['architectures'][0]}: loads in stock transformers")
 
 
 def pad(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Unequal groups, each filled up to the largest of all layers."""
-    width, num_groups = max(entry.width for entry in source.entries), source.counts[0]
-    config = padded_config(source, [width * num_groups])
-    shape = {"num_attention_heads": width * num_groups, "num_key_value_heads": num_groups}
+    width, num_kv_heads = max(entry.width for entry in source.entries), source.counts[0]
+    config = padded_config(source, [width * num_kv_heads])
+    shape = {"num_attention_heads": width * num_kv_heads, "num_key_value_heads": num_kv_heads}
     config |= shape | {"head_dim": source.entries[0].head_dim}
     pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, width)]
-    empty = width * num_groups - source.entries[0].num_heads
+    empty = width * num_kv_heads - source.entries[0].num_heads
     said = f"{config['architectures'][0]} with {empty} zero query heads in every layer: loads in stock transformers"
     return Export(layout, config, pieces, said)
 

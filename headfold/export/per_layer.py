@@ -28,7 +28,7 @@ def why_not(source: Folded) -> str | None:
 
 def _keeps_heads(source: Folded) -> bool:
     """Whether every layer has the source's count of query heads, so that the source's own class can have them."""
-    return all(entry.width * entry.groups.num_groups == entry.num_heads for entry in source.entries)
+    return all(entry.width * entry.groups.num_kv_heads == entry.num_heads for entry in source.entries)
 
 
 def per_layer(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
@@ -61,5 +61,5 @@ _AUTOS = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
 def _shape(entry: Entry) -> dict[str, Any]:
-    num_groups = entry.groups.num_groups
-    return {"num_attention_heads": entry.width * num_groups, "num_key_value_heads": num_groups}
+    num_kv_heads = entry.groups.num_kv_heads
+    return {"num_attention_heads": entry.width * num_kv_heads, "num_key_value_heads": num_kv_heads}

@@ -149,14 +149,14 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def _phi_config(source: Folded, stock: "PreTrainedConfig", width: int) -> dict[str, Any]:
     entry = source.entries[0]
-    heads = width * entry.groups.num_groups
+    heads = width * entry.groups.num_kv_heads
     fields = {
         "architectures": ["PhiForCausalLM"],
         "model_type": "phi",
         "hidden_size": stock.hidden_size,
         "num_hidden_layers": stock.num_hidden_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": entry.groups.num_groups,
+        "num_key_value_heads": entry.groups.num_kv_heads,
         **{name: getattr(stock, name) for name in (*_KEPT, *_TOKENS)},
         **(_of_gpt_neox if source.model_type == "gpt_neox" else _of_gptj)(stock, entry.head_dim),
         "qk_layernorm": False,

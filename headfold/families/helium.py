@@ -12,7 +12,7 @@ FAMILY = Family(
             k="k_proj",
             v="v_proj",
             o="o_proj",
-            free_width=False,
+            any_head_dim=False,
         ),
     ),
     position=Rope(interleaved=True),

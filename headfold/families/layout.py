@@ -24,10 +24,10 @@ def _inverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
-def _rows(site: Site, num_groups: int, head_width: int = 1) -> dict[str, int]:
+def _rows(site: Site, num_kv_heads: int, head_dim_multiple: int = 1) -> dict[str, int]:
     """Rows of each projection."""
-    dim = head_width * site.head_dim
-    each = {"q": site.num_heads * dim, "k": num_groups * dim, "v": num_groups * dim}
+    dim = head_dim_multiple * site.head_dim
+    each = {"q": site.num_heads * dim, "k": num_kv_heads * dim, "v": num_kv_heads * dim}
     return {**each, "qkv": sum(each.values())}
 
 
@@ -48,7 +48,7 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
         **gains,
         o=rearrange(output.T if site.transposed else output, _COLUMNS, dim=site.head_dim),
         o_bias=read(f"{site.weights['o']}.bias") if "o" in site.biases else None,
-        kv_of_query=Groups.contiguous(site.num_heads, site.num_groups),
+        groups=Groups.contiguous(site.num_heads, site.num_kv_heads),
         key_freedom=site.key_freedom,
         query_order=site.query_order,
         per_head=per_head,
@@ -65,10 +65,12 @@ def _homogeneous(site: Site, role: str, read: Callable[[str], Tensor]) -> Tensor
 
 def _unfuse(site: Site, rows: Tensor) -> dict[str, Tensor]:
     """The rows of q, k and v from those of their common projection."""
-    counts = _rows(site, site.num_groups)
+    counts = _rows(site, site.num_kv_heads)
     if site.fused == "segments":
         return dict(zip("qkv", rows.split([counts[role] for role in "qkv"]), strict=True))
-    slots = rearrange(rows, "(group slot dim) model -> slot group dim model", group=site.num_groups, dim=site.head_dim)
+    slots = rearrange(
+        rows, "(group slot dim) model -> slot group dim model", group=site.num_kv_heads, dim=site.head_dim
+    )
     q = rearrange(slots[:-2], "query group dim model -> (group query dim) model")
     return {
         "q": q,
@@ -80,7 +82,7 @@ def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
     """The inverse of `_unfuse`."""
     if site.fused == "segments":
         return torch.cat([rows[role] for role in "qkv"])
-    sizes = {"group": site.num_groups, "dim": site.head_dim}
+    sizes = {"group": site.num_kv_heads, "dim": site.head_dim}
     q = rearrange(rows["q"], "(group query dim) model -> group query dim model", **sizes)
     k, v = (rearrange(rows[role], "(group dim) model -> group 1 dim model", **sizes) for role in "kv")
     return rearrange(torch.cat([q, k, v], 1), "group slot dim model -> (group slot dim) model")
@@ -92,13 +94,13 @@ def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str
     A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears. Wide heads lie as their class rotates
     them or, `in_slots` or where it takes none, slot by slot, with q, k and v apart.
     """
-    assert heads.kv_of_query.is_ordered
-    head_width = heads.head_dim // site.head_dim
-    if head_width > 1 and site.free_width and not in_slots:
-        order = rotary_order(site, head_width)
+    assert heads.groups.is_ordered
+    head_dim_multiple = heads.head_dim // site.head_dim
+    if head_dim_multiple > 1 and site.any_head_dim and not in_slots:
+        order = rotary_order(site, head_dim_multiple)
         heads = replace(heads, q=heads.q[:, order], k=heads.k[:, order])
     joined = {role: rearrange(getattr(heads, role), _inverse(_ROWS)) for role in ("q", "k", "v")}
-    splits = site.splits(heads.num_groups) or (in_slots and head_width > 1 and "qkv" in site.weights)
+    splits = site.splits(heads.num_kv_heads) or (in_slots and head_dim_multiple > 1 and "qkv" in site.weights)
     names = {**site.weights, **(site.unfused if splits else {})}
     if "qkv" in site.weights and not splits:
         joined = {"qkv": _fuse(site, joined)}
@@ -115,15 +117,15 @@ def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str
     return tensors | {site.tensor(role): extra.movedim(0, -1).contiguous() for role, extra in heads.per_head.items()}
 
 
-def rotary_order(site: Site, head_width: int) -> Int[Tensor, " slot_times_dim"]:
+def rotary_order(site: Site, head_dim_multiple: int) -> Int[Tensor, " slot_times_dim"]:
     """Where each dim of a wide head that rotates as one is found in its slots.
 
     Frequencies fall, each as often as there are slots (frequency, slot); behind them the dims that do not rotate (slot, dim).
     """
     freedom = site.key_freedom
-    wide = replace(freedom, rotary_dim=head_width * freedom.rotary_dim)
-    slots = site.head_dim * torch.arange(head_width)
-    order = torch.empty(head_width * site.head_dim, dtype=torch.long)
+    wide = replace(freedom, rotary_dim=head_dim_multiple * freedom.rotary_dim)
+    slots = site.head_dim * torch.arange(head_dim_multiple)
+    order = torch.empty(head_dim_multiple * site.head_dim, dtype=torch.long)
     if freedom.rotary_dim:
         order[wide.planes()] = (freedom.planes()[:, None] + slots[:, None]).flatten(0, 1)
     rest = torch.arange(freedom.rotary_dim, site.head_dim)
@@ -132,11 +134,11 @@ def rotary_order(site: Site, head_width: int) -> Int[Tensor, " slot_times_dim"]:
 
 
 def planned_shapes(
-    site: Site, num_groups: int, shape_of: Callable[[str], tuple[int, ...]], head_width: int = 1
+    site: Site, num_kv_heads: int, shape_of: Callable[[str], tuple[int, ...]], head_dim_multiple: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that `write_heads` will give once the site has `num_groups` K/V heads; nothing is read."""
-    rows = _rows(site, num_groups, head_width)
-    splits = site.splits(num_groups)
+    """Shapes of all tensors that `write_heads` will give once the site has `num_kv_heads` K/V heads; nothing is read."""
+    rows = _rows(site, num_kv_heads, head_dim_multiple)
+    splits = site.splits(num_kv_heads)
     shapes = {}
     shapes |= {site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights}
     for role in ("q", "k", "v", "o", "qkv"):
@@ -145,7 +147,7 @@ def planned_shapes(
                 continue
             old = tuple(shape_of(f"{site.weights[role]}.{suffix}"))
             if role == "o":
-                inputs = site.num_heads * head_width * site.head_dim
+                inputs = site.num_heads * head_dim_multiple * site.head_dim
                 wide = (inputs, *old[1:]) if site.transposed else (*old[:1], inputs)
                 shapes[f"{site.weights[role]}.{suffix}"] = wide if suffix == "weight" else old
                 continue
@@ -158,9 +160,9 @@ def planned_shapes(
     return shapes
 
 
-def renamed(site: Site, num_groups: int) -> dict[str, tuple[str, ...]]:
+def renamed(site: Site, num_kv_heads: int) -> dict[str, tuple[str, ...]]:
     """Tensors that go, by name on disk, each with those that stand in its place."""
-    if not site.splits(num_groups):
+    if not site.splits(num_kv_heads):
         return {}
     suffixes = ["weight", *(["bias"] if "qkv" in site.biases else [])]
     return {
@@ -175,7 +177,7 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     Raises:
         UserError: where, expected, got, what to do.
     """
-    expected = planned_shapes(site, site.num_groups, shape_of)
+    expected = planned_shapes(site, site.num_kv_heads, shape_of)
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
     }
@@ -183,5 +185,5 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
         if tuple(shape_of(name)) != shape:
             raise UserError(
                 f"{where}: {name} has shape {tuple(shape_of(name))}, expected {shape} from {site.num_heads} query "
-                f"heads, {site.num_groups} K/V heads of size {site.head_dim}; correct the config or the checkpoint"
+                f"heads, {site.num_kv_heads} K/V heads of size {site.head_dim}; correct the config or the checkpoint"
             )

@@ -60,10 +60,10 @@ class Attention:
     kv_heads: str = "num_key_value_heads"
     """Empty where the class knows no such field: the fold then runs in headfold's own runtime."""
     head_dim: str = "head_dim"
-    free_width: bool = True
+    any_head_dim: bool = True
     """Of a class with K/V heads: whether it takes any `head_dim` and a table with a factor for every frequency (`longrope`). Wide heads
     run in headfold's runtime where it does not."""
-    rigid: bool = False
+    fixed_head_dim: bool = False
     """Whether it cannot be given wide heads there either, as it reshapes to sizes of its own."""
     scale: str = ""
     """Config field that says the softmax scale; empty where it is one over the root of the head's width."""
@@ -109,7 +109,7 @@ class Site:
     biases: frozenset[str]
     """Roles that have a `.bias` on disk."""
     num_heads: int
-    num_groups: int
+    num_kv_heads: int
     head_dim: int
     key_freedom: KeyFreedom
     query_order: QueryOrder
@@ -120,13 +120,13 @@ class Site:
     """Role → path of the submodule in the model."""
     core: str
     """Path in the model of the module that attends; that is `module` wherever the projections are its own."""
-    native: bool = True
+    stock_gqa: bool = True
     """Whether the stock class reads its count of K/V heads from the config."""
-    free_width: bool = False
+    any_head_dim: bool = False
     """Whether it takes heads of any width; elsewhere wide heads are slots in headfold's runtime."""
-    rigid: bool = False
+    fixed_head_dim: bool = False
     """Whether it can have neither."""
-    scaled_by_width: bool = True
+    scale_from_head_dim: bool = True
     """Whether its softmax scale follows from that width."""
     fused: FusedRows = "segments"
     transposed: bool = False
@@ -150,9 +150,9 @@ class Site:
         prefix = self.weights["qkv"].rpartition(".")[0]
         return {role: f"{prefix}.{role}_proj" for role in "qkv"}
 
-    def splits(self, num_groups: int) -> bool:
+    def splits(self, num_kv_heads: int) -> bool:
         """Whether the site is written with q, k and v apart, other than it was read."""
-        return "qkv" in self.weights and not self.native and num_groups != self.num_groups
+        return "qkv" in self.weights and not self.stock_gqa and num_kv_heads != self.num_kv_heads
 
 
 def read_field(family: Family, config: Mapping[str, Any], name: str) -> Any:
@@ -258,15 +258,15 @@ def _site(
         del weights["bias_table"]
     num_heads = _count(family, config, attention.heads)
     head_dim = _count(family, config, attention.head_dim, _count(family, config, attention.width) // num_heads)
-    num_groups = _num_groups(family, attention, config, tensors, weights, num_heads, head_dim)
-    check_group_count(f"config.json: {num_heads} query heads", num_heads, num_groups)
+    num_kv_heads = _num_kv_heads(family, attention, config, tensors, weights, num_heads, head_dim)
+    check_group_count(f"config.json: {num_heads} query heads", num_heads, num_kv_heads)
     return Site(
         name=attention.name.format(layer=layer),
         module=module,
         weights=weights,
         biases=frozenset(role for role, weight in weights.items() if f"{weight}.bias" in tensors),
         num_heads=num_heads,
-        num_groups=num_groups,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         key_freedom=key_freedom(family, attention, config, head_dim, layer),
         query_order="fixed" if _has_alibi(family, attention, config) else attention.order,
@@ -274,10 +274,10 @@ def _site(
         norm_gain_offset=family.norm_gain_offset,
         paths={role: f"{module}.{attention.model_names.get(role, local[role])}" for role in weights},
         core=f"{module}.{attention.core}" if attention.core else module,
-        native=bool(attention.kv_heads),
-        free_width=bool(attention.kv_heads) and attention.free_width and has_one_table(family, config, head_dim),
-        rigid=attention.rigid,
-        scaled_by_width=not attention.scale,
+        stock_gqa=bool(attention.kv_heads),
+        any_head_dim=bool(attention.kv_heads) and attention.any_head_dim and has_one_table(family, config, head_dim),
+        fixed_head_dim=attention.fixed_head_dim,
+        scale_from_head_dim=not attention.scale,
         fused=attention.fused,
         transposed=attention.transposed,
         stack=attention.stack,
@@ -308,7 +308,7 @@ def _is_base_model(config: Mapping[str, Any]) -> bool:
     return name.endswith("Model") and not name.endswith(("HeadModel", "HeadsModel", "MTModel"))
 
 
-def _num_groups(
+def _num_kv_heads(
     family: Family,
     attention: Attention,
     config: Mapping[str, Any],
@@ -331,14 +331,14 @@ def folded_config(
     family: Family,
     config: Mapping[str, Any],
     sites: Iterable[Site],
-    num_groups: Mapping[str, int],
+    num_kv_heads: Mapping[str, int],
     uneven: Mapping[str, Groups] = MappingProxyType({}),
-    head_widths: Mapping[str, int] = MappingProxyType({}),
-    rotary: Callable[[int], Mapping[str, Any]] = lambda head_width: {},
+    head_dim_multiples: Mapping[str, int] = MappingProxyType({}),
+    rotary: Callable[[int], Mapping[str, Any]] = lambda head_dim_multiple: {},
 ) -> dict[str, Any]:
-    """The config of a fold; `num_groups` by site name. Everything but the counts of K/V heads is kept as it stands.
+    """The config of a fold; `num_kv_heads` by site name. Everything but the counts of K/V heads is kept as it stands.
 
-    `head_widths` are in heads of the source, 1 where none is named; `rotary` gives the fields of a rotary table that many times as wide.
+    `head_dim_multiples` are in heads of the source, 1 where none is named; `rotary` gives the fields of a rotary table that many times as wide.
 
     A class that knows such a count gets its field set, if it is the same at all its sites; otherwise the sites are listed under
     `headfold`, for the runtime. `uneven` has the groups of query heads, in standard order, where they are not equal.
@@ -347,11 +347,11 @@ def folded_config(
         UserError: such a class has groups that are not equal, or not equally many, and q, k and v are one tensor.
     """
     fields = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
-    folded = [site for site in sites if site.name in num_groups]
-    native = [site for site in folded if site.native]
-    different = {num_groups[site.name] for site in native}
-    widths = {head_widths.get(site.name, 1) for site in native}
-    slotted = widths != {1} and not all(site.free_width for site in native)
+    folded = [site for site in sites if site.name in num_kv_heads]
+    native = [site for site in folded if site.stock_gqa]
+    different = {num_kv_heads[site.name] for site in native}
+    widths = {head_dim_multiples.get(site.name, 1) for site in native}
+    slotted = widths != {1} and not all(site.any_head_dim for site in native)
     told = len(different) == 1 and not slotted and not any(site.name in uneven for site in native)
     if not told and any("qkv" in site.weights for site in native):
         raise UserError(
@@ -366,15 +366,21 @@ def folded_config(
         changes |= {attention.head_dim: width * native[0].head_dim for attention in family.attentions}
         changes |= rotary(width) if native[0].key_freedom.rotary_dim else {}
     listed = [
-        entry(s, num_groups[s.name], uneven.get(s.name), head_widths.get(s.name, 1), in_slots=slotted or not s.native)
+        entry(
+            s,
+            num_kv_heads[s.name],
+            uneven.get(s.name),
+            head_dim_multiples.get(s.name, 1),
+            in_slots=slotted or not s.stock_gqa,
+        )
         for s in folded
-        if not (told and s.native)
+        if not (told and s.stock_gqa)
     ]
     return {**config, **changes, **({"headfold": {"sites": listed}} if listed else {})}
 
 
 def entry(
-    site: Site, num_groups: int, uneven: Groups | None = None, head_width: int = 1, *, in_slots: bool = True
+    site: Site, num_kv_heads: int, uneven: Groups | None = None, head_dim_multiple: int = 1, *, in_slots: bool = True
 ) -> dict[str, Any]:
     """What the runtime has to know of a grouped site. Wide heads are slots of the source's width or, else, simply wide.
 
@@ -385,12 +391,12 @@ def entry(
     if "qkv" in site.paths:
         local = {role: f"{role}_proj" for role in "qkv"}
         fused = {"fused": site.paths["qkv"].removeprefix(f"{site.core}.")}
-    counts = {"heads": site.num_heads, "kv_heads": num_groups, "head_dim": site.head_dim}
-    groups = {} if uneven is None else {"kv_of_query": list(uneven.kv_of_query)}
+    counts = {"heads": site.num_heads, "kv_heads": num_kv_heads, "head_dim": site.head_dim}
+    groups = {} if uneven is None else {"kv_of_query": list(uneven.group_of_head)}
     wide = {}
-    if head_width > 1 and in_slots:
-        wide = {"slots": head_width, "o": site.paths["o"]}
-        wide |= {"scale": head_width**-0.5} if site.free_width and site.scaled_by_width else {}
-    elif head_width > 1:
-        counts["head_dim"] *= head_width
+    if head_dim_multiple > 1 and in_slots:
+        wide = {"slots": head_dim_multiple, "o": site.paths["o"]}
+        wide |= {"scale": head_dim_multiple**-0.5} if site.any_head_dim and site.scale_from_head_dim else {}
+    elif head_dim_multiple > 1:
+        counts["head_dim"] *= head_dim_multiple
     return {"module": site.core, **local, **fused, **counts, **groups, **wide}

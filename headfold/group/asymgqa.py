@@ -16,22 +16,22 @@ COST = "cosine"
 def group(
     cost: Cost,
     num_heads: int,
-    num_groups: int,
+    num_kv_heads: int,
     *,
     seed: int = 0,
     unequal: bool = False,
     restarts: int = 4,
     tries: int = 1000,
 ) -> Groups:
-    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
-    if num_groups in (1, num_heads):
-        return Groups.contiguous(num_heads, num_groups)
+    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
+    if num_kv_heads in (1, num_heads):
+        return Groups.contiguous(num_heads, num_kv_heads)
     draw = random.Random(seed)
-    neighbours = list(Groups.contiguous(num_heads, num_groups).members) if num_heads % num_groups == 0 else None
+    neighbours = list(Groups.contiguous(num_heads, num_kv_heads).members) if num_heads % num_kv_heads == 0 else None
     starts = [neighbours] if neighbours else []
     while len(starts) < restarts + 1:
         heads = draw.sample(range(num_heads), num_heads)
-        cuts = [num_heads * at // num_groups for at in range(num_groups + 1)]
+        cuts = [num_heads * at // num_kv_heads for at in range(num_kv_heads + 1)]
         starts.append([tuple(sorted(heads[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)])
     ends = [_climb(cost, start, draw, tries, unequal=unequal) for start in starts]
     return Groups.from_members(min(ends, key=lambda members: sum(many(cost, members))))

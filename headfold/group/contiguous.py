@@ -7,6 +7,8 @@ from ..core.groups import Groups
 ASKS_COST = False
 
 
-def group(cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_groups: int, *, seed: int = 0) -> Groups:
-    """`num_groups` equal runs of `num_heads` heads; the cost is not asked."""
-    return Groups.contiguous(num_heads, num_groups)
+def group(
+    cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_kv_heads: int, *, seed: int = 0
+) -> Groups:
+    """`num_kv_heads` equal runs of `num_heads` heads; the cost is not asked."""
+    return Groups.contiguous(num_heads, num_kv_heads)

@@ -17,22 +17,22 @@ from ..core.groups import Groups
 def group(
     cost: Cost,
     num_heads: int,
-    num_groups: int,
+    num_kv_heads: int,
     *,
     seed: int = 0,
     unequal: bool = False,
     population: int = 100,
     generations: int = 100,
 ) -> Groups:
-    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
 
     Raises:
         UserError: pymoo is not installed.
     """
-    if num_groups in (1, num_heads):
-        return Groups.contiguous(num_heads, num_groups)
+    if num_kv_heads in (1, num_heads):
+        return Groups.contiguous(num_heads, num_kv_heads)
     search = _unequal if unequal else _equal
-    return search(cost, num_heads, num_groups, seed=seed, population=population, generations=generations)
+    return search(cost, num_heads, num_kv_heads, seed=seed, population=population, generations=generations)
 
 
 def require_pymoo(asked: str = "--group evolve and qcqa need", instead: str = "choose swap") -> None:
@@ -49,7 +49,7 @@ def _minimise(problem: Any, algorithm: Any, generations: int, seed: int) -> None
     minimize(problem, algorithm, ("n_gen", generations), seed=seed, verbose=False)
 
 
-def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
+def _equal(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int, population: int, generations: int) -> Groups:
     require_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
@@ -57,12 +57,12 @@ def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population
     from pymoo.operators.mutation.inversion import InversionMutation
     from pymoo.operators.sampling.rnd import PermutationRandomSampling
 
-    size, best = num_heads // num_groups, _Best()
+    size, best = num_heads // num_kv_heads, _Best()
 
     class Blocks(Problem):
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
-            made = [[tuple(sorted(map(int, block))) for block in row.reshape(num_groups, size)] for row in x]
-            out["F"] = best.prices(cost, made)[:, None]
+            made = [[tuple(sorted(map(int, block))) for block in row.reshape(num_kv_heads, size)] for row in x]
+            out["F"] = best.serving_costs(cost, made)[:, None]
 
     algorithm = NSGA2(
         pop_size=population, sampling=PermutationRandomSampling(), crossover=OrderCrossover(),
@@ -72,7 +72,7 @@ def _equal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population
     return Groups.from_members(best.members)
 
 
-def _unequal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, population: int, generations: int) -> Groups:
+def _unequal(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int, population: int, generations: int) -> Groups:
     require_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
@@ -81,43 +81,45 @@ def _unequal(cost: Cost, num_heads: int, num_groups: int, *, seed: int, populati
     from pymoo.operators.repair.rounding import RoundingRepair
     from pymoo.operators.sampling.rnd import IntegerRandomSampling
 
-    best = _Best(num_groups)
+    best = _Best(num_kv_heads)
 
     class Labels(Problem):
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             made = [list(Groups.of(row.tolist()).members) for row in x.astype(int)]
             counts = np.array([len(members) for members in made], dtype=float)
-            out["F"] = np.stack([counts / num_heads, best.prices(cost, made)], 1)
+            out["F"] = np.stack([counts / num_heads, best.serving_costs(cost, made)], 1)
 
     algorithm = NSGA2(
         pop_size=population, sampling=IntegerRandomSampling(),
         crossover=SBX(prob=0.9, vtype=float, repair=RoundingRepair()),
         mutation=PM(prob=1 / num_heads, vtype=float, repair=RoundingRepair()), eliminate_duplicates=True,
     )  # fmt: skip
-    _minimise(Labels(n_var=num_heads, n_obj=2, xl=0, xu=num_groups - 1, vtype=int), algorithm, generations, seed)
-    return Groups.from_members(_split(cost, best.members or [tuple(range(num_heads))], num_groups))
+    _minimise(Labels(n_var=num_heads, n_obj=2, xl=0, xu=num_kv_heads - 1, vtype=int), algorithm, generations, seed)
+    return Groups.from_members(_split(cost, best.members or [tuple(range(num_heads))], num_kv_heads))
 
 
 class _Best:
     """The cheapest partition seen so far, among those of the asked number of groups where one is asked."""
 
-    def __init__(self, num_groups: int | None = None) -> None:
+    def __init__(self, num_kv_heads: int | None = None) -> None:
         self.members: list[tuple[int, ...]] = []
-        self._price, self._num_groups = np.inf, num_groups
+        self._price, self._num_kv_heads = np.inf, num_kv_heads
 
-    def prices(self, cost: Cost, made: list[list[tuple[int, ...]]]) -> np.ndarray:
+    def serving_costs(self, cost: Cost, made: list[list[tuple[int, ...]]]) -> np.ndarray:
         flat = iter(many(cost, [members for groups in made for members in groups]))
-        prices = np.array([sum(next(flat) for _ in groups) for groups in made])
-        for groups, price in zip(made, prices, strict=True):
-            if price < self._price and self._num_groups in (None, len(groups)):
+        serving_costs = np.array([sum(next(flat) for _ in groups) for groups in made])
+        for groups, price in zip(made, serving_costs, strict=True):
+            if price < self._price and self._num_kv_heads in (None, len(groups)):
                 self.members, self._price = groups, price
-        return prices
+        return serving_costs
 
 
-def _split(cost: Cost, members: list[tuple[int, ...]], num_groups: int) -> list[tuple[int, ...]]:
+def _split(cost: Cost, members: list[tuple[int, ...]], num_kv_heads: int) -> list[tuple[int, ...]]:
     """Fewer groups than asked: the costliest give up their last head, one by one."""
-    while len(members) < num_groups:
-        prices = [price if len(one) > 1 else -np.inf for one, price in zip(members, many(cost, members), strict=True)]
-        worst = int(np.argmax(prices))
+    while len(members) < num_kv_heads:
+        serving_costs = [
+            price if len(one) > 1 else -np.inf for one, price in zip(members, many(cost, members), strict=True)
+        ]
+        worst = int(np.argmax(serving_costs))
         members = [*members[:worst], members[worst][:-1], members[worst][-1:], *members[worst + 1 :]]
     return members

@@ -16,25 +16,25 @@ MOST_SETS = 20_000
 MOST_UNEQUAL = 14
 
 
-def group(cost: Cost, num_heads: int, num_groups: int, *, seed: int = 0, unequal: bool = False) -> Groups:
-    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+def group(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int = 0, unequal: bool = False) -> Groups:
+    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
 
     Raises:
         UserError: more sets than can be tried.
     """
-    if num_groups in (1, num_heads):
-        return Groups.contiguous(num_heads, num_groups)
-    size = num_heads // num_groups
+    if num_kv_heads in (1, num_heads):
+        return Groups.contiguous(num_heads, num_kv_heads)
+    size = num_heads // num_kv_heads
     num_sets = math.comb(num_heads, size)
     if (unequal and num_heads > MOST_UNEQUAL) or (not unequal and num_sets > MOST_SETS):
         limit = f"{MOST_UNEQUAL} heads" if unequal else f"{MOST_SETS} sets"
         tried = f"{num_heads} heads" if unequal else f"{num_sets} sets of {size} of {num_heads} heads"
         raise UserError(f"--group exact: expected at most {limit}, got {tried}; choose --group swap")
-    return Groups.from_members((_unequal if unequal else _equal)(cost, num_heads, num_groups))
+    return Groups.from_members((_unequal if unequal else _equal)(cost, num_heads, num_kv_heads))
 
 
-def _equal(cost: Cost, num_heads: int, num_groups: int) -> list[tuple[int, ...]]:
-    size = num_heads // num_groups
+def _equal(cost: Cost, num_heads: int, num_kv_heads: int) -> list[tuple[int, ...]]:
+    size = num_heads // num_kv_heads
     sets = list(itertools.combinations(range(num_heads), size))
     price = dict(zip(sets, many(cost, sets), strict=True))
 
@@ -53,12 +53,12 @@ def _equal(cost: Cost, num_heads: int, num_groups: int) -> list[tuple[int, ...]]
     return list(best(frozenset(range(num_heads)))[1])
 
 
-def _unequal(cost: Cost, num_heads: int, num_groups: int) -> list[tuple[int, ...]]:
+def _unequal(cost: Cost, num_heads: int, num_kv_heads: int) -> list[tuple[int, ...]]:
     """Sets are bit masks; `best[mask]` is the cheapest way to split a mask into so many groups, and its last group."""
     members = [tuple(head for head in range(num_heads) if mask >> head & 1) for mask in range(1 << num_heads)]
     price = [0.0, *many(cost, members[1:])]
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for _ in range(num_groups):
+    for _ in range(num_kv_heads):
         found: dict[int, tuple[float, int]] = {}
         for done, (paid, _) in best[-1].items():
             free = ~done & ((1 << num_heads) - 1)

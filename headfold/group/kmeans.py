@@ -14,31 +14,33 @@ COST = "wse"
 GAIN = 1e-12
 
 
-def group(cost: Cost, num_heads: int, num_groups: int, *, seed: int = 0, starts: int = 8) -> Groups:
-    """`num_groups` groups, none empty, of any sizes. `cost` takes the sorted heads of one group."""
-    if num_groups in (1, num_heads):
-        return Groups.contiguous(num_heads, num_groups)
+def group(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int = 0, starts: int = 8) -> Groups:
+    """`num_kv_heads` groups, none empty, of any sizes. `cost` takes the sorted heads of one group."""
+    if num_kv_heads in (1, num_heads):
+        return Groups.contiguous(num_heads, num_kv_heads)
     draw = random.Random(seed)
     ends = []
     for start in range(starts):
-        labels = [head * num_groups // num_heads for head in range(num_heads)]
-        ends.append(_settled(cost, draw.sample(labels, num_heads) if start else labels, num_groups))
+        labels = [head * num_kv_heads // num_heads for head in range(num_heads)]
+        ends.append(_settled(cost, draw.sample(labels, num_heads) if start else labels, num_kv_heads))
     return min(ends, key=lambda groups: sum(many(cost, list(groups.members))))
 
 
-def _settled(cost: Cost, labels: list[int], num_groups: int) -> Groups:
+def _settled(cost: Cost, labels: list[int], num_kv_heads: int) -> Groups:
     """Heads in turn, until a whole round moves none."""
     moved = True
     while moved:
         moved = False
         for head, own in enumerate(labels):
-            others = [tuple(h for h, g in enumerate(labels) if g == group and h != head) for group in range(num_groups)]
+            others = [
+                tuple(h for h, g in enumerate(labels) if g == group and h != head) for group in range(num_kv_heads)
+            ]
             if not others[own]:
                 continue  # its group would be left empty
             without = many(cost, others)
             added = many(cost, [tuple(sorted((*members, head))) for members in others])
             gains = [with_head - bare for with_head, bare in zip(added, without, strict=True)]
-            best = min(range(num_groups), key=gains.__getitem__)
+            best = min(range(num_kv_heads), key=gains.__getitem__)
             if gains[best] < gains[own] - GAIN * abs(gains[own]):
                 labels[head], moved = best, True
     return Groups.of(labels)

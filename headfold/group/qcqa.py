@@ -17,17 +17,17 @@ COST = "wse"
 def group(
     cost: Cost,
     num_heads: int,
-    num_groups: int,
+    num_kv_heads: int,
     *,
     seed: int = 1234,
     unequal: bool = False,
     population: int = 100,
     generations: int = 10,
 ) -> Groups:
-    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
 
     Raises:
         UserError: pymoo is not installed.
     """
     options = {"population": population, "generations": generations, "unequal": unequal}
-    return evolve.group(cost, num_heads, num_groups, seed=seed, **options)
+    return evolve.group(cost, num_heads, num_kv_heads, seed=seed, **options)

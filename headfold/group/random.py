@@ -8,9 +8,11 @@ from ..core.groups import Groups
 ASKS_COST = False
 
 
-def group(cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_groups: int, *, seed: int = 0) -> Groups:
-    """`num_groups` equal groups of `num_heads` heads; the cost is not asked."""
+def group(
+    cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_kv_heads: int, *, seed: int = 0
+) -> Groups:
+    """`num_kv_heads` equal groups of `num_heads` heads; the cost is not asked."""
     heads = list(range(num_heads))
     random.Random(seed).shuffle(heads)
-    size = num_heads // num_groups
+    size = num_heads // num_kv_heads
     return Groups.from_members([heads[start : start + size] for start in range(0, num_heads, size)])

@@ -29,7 +29,7 @@ Partition = list[tuple[int, ...]]
 def group(
     cost: Cost,
     num_heads: int,
-    num_groups: int,
+    num_kv_heads: int,
     *,
     seed: int = 0,
     unequal: bool = False,
@@ -37,17 +37,17 @@ def group(
     exact_up_to: int = 12,
     descend_up_to: int = 16,
 ) -> Groups:
-    """`num_groups` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
-    if num_groups in (1, num_heads):
-        return Groups.contiguous(num_heads, num_groups)
+    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
+    if num_kv_heads in (1, num_heads):
+        return Groups.contiguous(num_heads, num_kv_heads)
     if num_heads <= exact_up_to:
-        return exact.group(cost, num_heads, num_groups, unequal=unequal)
+        return exact.group(cost, num_heads, num_kv_heads, unequal=unequal)
     draw = random.Random(seed)
-    size = num_heads / num_groups
+    size = num_heads / num_kv_heads
     labels = [int(head / size) for head in range(num_heads)]
     drawn = [labels, *(draw.sample(labels, num_heads) for _ in range(restarts - 1))]
     pairs = pair_matrix(cost, num_heads)
-    ends = list(dict.fromkeys(_settled(pairs, start, num_groups, unequal=unequal) for start in drawn))
+    ends = list(dict.fromkeys(_settled(pairs, start, num_kv_heads, unequal=unequal) for start in drawn))
     ends.sort(key=lambda groups: _total(cost, list(groups.members)))
     cheap = isinstance(cost, SetCost) and cost.cheap
     if num_heads > descend_up_to and not cheap:
@@ -60,10 +60,10 @@ def _total(cost: Cost, members: Partition) -> float:
     return sum(many(cost, members))
 
 
-def _settled(pairs: Tensor, labels: list[int], num_groups: int, *, unequal: bool) -> Groups:
+def _settled(pairs: Tensor, labels: list[int], num_kv_heads: int, *, unequal: bool) -> Groups:
     """The best swap or move, again and again, where costs are sums over pairs."""
     group = torch.tensor(labels)
-    inside = torch.nn.functional.one_hot(group, num_groups).to(pairs.dtype)
+    inside = torch.nn.functional.one_hot(group, num_kv_heads).to(pairs.dtype)
     scale = GAIN * pairs.abs().sum().item()
     while True:
         to = pairs @ inside  # (head, group): what a head costs with the heads of a group
@@ -77,14 +77,14 @@ def _settled(pairs: Tensor, labels: list[int], num_groups: int, *, unequal: bool
             moved[inside.sum(0)[group] == 1] = 0  # a group of one would be left empty
             move = int(moved.argmin())
             if float(moved.flatten()[move]) < gain:
-                gain, change = float(moved.flatten()[move]), (move // num_groups, None)
+                gain, change = float(moved.flatten()[move]), (move // num_kv_heads, None)
         if gain >= -scale:
             return Groups.of(group.tolist())
         i, j = change
-        group[i], other = (group[j] if j is not None else move % num_groups), group[i].clone()
+        group[i], other = (group[j] if j is not None else move % num_kv_heads), group[i].clone()
         if j is not None:
             group[j] = other
-        inside = torch.nn.functional.one_hot(group, num_groups).to(pairs.dtype)
+        inside = torch.nn.functional.one_hot(group, num_kv_heads).to(pairs.dtype)
 
 
 def descend(cost: Cost, members: Partition, *, unequal: bool = False) -> Partition:
@@ -94,8 +94,8 @@ def descend(cost: Cost, members: Partition, *, unequal: bool = False) -> Partiti
         improved = False
         for a, b in itertools.combinations(range(len(members)), 2):
             options = list(_changes(members[a], members[b], unequal=unequal))
-            prices = many(cost, [one for option in options for one in option])
-            totals = [left + right for left, right in zip(prices[::2], prices[1::2], strict=True)]
+            serving_costs = many(cost, [one for option in options for one in option])
+            totals = [left + right for left, right in zip(serving_costs[::2], serving_costs[1::2], strict=True)]
             now = sum(many(cost, [members[a], members[b]]))
             if options and min(totals) < now - GAIN * abs(now):
                 members[a], members[b] = options[totals.index(min(totals))]

@@ -26,13 +26,13 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.moments import Moments, Planes, Weighted, site_moments
+from ..core.readout import fit
 from ..core.shared import align_signs, top_functionals, top_planes
 from ..core.stats import SiteStats
-from ..core.turning import fit
 
 NEEDS = ("second", "scatter")
 """Statistics it cannot do without."""
-HEAD_WIDTH = True
+HEAD_DIM_MULTIPLE = True
 """Shared heads may be several of the source's wide."""
 
 
@@ -42,14 +42,14 @@ def merge(
     stats: SiteStats | None = None,
     *,
     seed: int = 0,
-    head_width: int = 1,
+    head_dim_multiple: int = 1,
     query_weighting: bool = True,
     output_weighting: bool = True,
     distances: bool = True,
 ) -> Heads:
     """`groups` partitions the source's K/V heads. Computed in float64 and returned in it.
 
-    A shared head is `head_width` of the source's wide (docs/absorb.md, 7): that many slots of the source's dims, each of
+    A shared head is `head_dim_multiple` of the source's wide (docs/absorb.md, 7): that many slots of the source's dims, each of
     which rotates as a head of the source does. A group of no more heads than slots loses nothing. Without `distances` each plane stays
     on its own.
 
@@ -68,22 +68,22 @@ def merge(
     kept = [members[0] for members in groups.members]
     merged = dataclasses.replace(
         heads,
-        q=_widened(heads.q, head_width),
-        k=_widened(heads.k[kept], head_width),
-        v=_widened(heads.v[kept], head_width),
-        o=_widened(heads.o, head_width),
-        kv_of_query=heads.kv_of_query.compose(groups),
+        q=_widened(heads.q, head_dim_multiple),
+        k=_widened(heads.k[kept], head_dim_multiple),
+        v=_widened(heads.v[kept], head_dim_multiple),
+        o=_widened(heads.o, head_dim_multiple),
+        groups=heads.groups.compose(groups),
     )
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
     for group, members in enumerate(groups.members):
         if len(members) > 1:
-            shift += _absorb_group(heads, merged, group, moments, stats, list(members), head_width)
+            shift += _absorb_group(heads, merged, group, moments, stats, list(members), head_dim_multiple)
     return merged if heads.o_bias is None else dataclasses.replace(merged, o_bias=heads.o_bias + shift)
 
 
-def _widened(rows: Float[Tensor, "head dim model"], head_width: int) -> Float[Tensor, "head dim model"]:
+def _widened(rows: Float[Tensor, "head dim model"], head_dim_multiple: int) -> Float[Tensor, "head dim model"]:
     """A copy with empty slots behind the first."""
-    empty = rows.new_zeros(len(rows), (head_width - 1) * rows.shape[1], rows.shape[2])
+    empty = rows.new_zeros(len(rows), (head_dim_multiple - 1) * rows.shape[1], rows.shape[2])
     return torch.cat([rows, empty], 1)
 
 
@@ -94,17 +94,17 @@ def _absorb_group(
     moments: Moments,
     stats: SiteStats,
     members: list[int],
-    head_width: int,
+    head_dim_multiple: int,
 ) -> Float[Tensor, " model"]:
     """Writes the shared head and its read-outs into `merged`, in place. Returns what the mean of V adds to the output."""
-    mix, readout = _shared_key(heads, moments, members, head_width)
+    mix, readout = _shared_key(heads, moments, members, head_dim_multiple)
     if moments.key_grams is not None:
         mix, readout = _turned(heads, moments, stats, members, mix, readout)
     shared = mix @ heads.k[members].flatten(0, 1)
-    value_mix, value_readout = _shared_flat(moments.values, members, head_width)
+    value_mix, value_readout = _shared_flat(moments.values, members, head_dim_multiple)
     values = value_mix @ heads.v[members].flatten(0, 1)
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
-    for query, kv_head in enumerate(heads.kv_of_query.kv_of_query):
+    for query, kv_head in enumerate(heads.groups.group_of_head):
         if kv_head not in members:
             continue
         place = members.index(kv_head)
@@ -117,26 +117,28 @@ def _absorb_group(
     return shift
 
 
-def _shared_key(heads: Heads, moments: Moments, members: list[int], head_width: int) -> tuple[Tensor, Tensor]:
+def _shared_key(heads: Heads, moments: Moments, members: list[int], head_dim_multiple: int) -> tuple[Tensor, Tensor]:
     """What the shared K head is of the members' (slot · dim, member · dim), and each member's read-out T (member, dim, slot · dim).
 
     In every slot the rotating planes come first, then the rest.
     """
     rotary, dim = heads.key_freedom.rotary_dim, heads.head_dim
-    readout = heads.k.new_zeros(len(members), dim, head_width, dim)
-    mix = heads.k.new_zeros(head_width, dim, len(members), dim)
+    readout = heads.k.new_zeros(len(members), dim, head_dim_multiple, dim)
+    mix = heads.k.new_zeros(head_dim_multiple, dim, len(members), dim)
     if moments.planes is not None and heads.key_freedom.normed:
         mix[0, :rotary, :, :rotary], readout[:, :rotary, 0, :rotary] = _shared_signs(heads, moments.planes, members)
     elif moments.planes is not None:
         mix[:, :rotary, :, :rotary], readout[:, :rotary, :, :rotary] = _shared_planes(
-            heads, moments.planes, members, head_width
+            heads, moments.planes, members, head_dim_multiple
         )
     if moments.keys is not None:
-        rows, flat = _shared_flat(moments.keys, members, head_width)
+        rows, flat = _shared_flat(moments.keys, members, head_dim_multiple)
         mix[:, rotary:, :, rotary:] = rearrange(
-            rows, "(slot dim) (member b) -> slot dim member b", slot=head_width, member=len(members)
+            rows, "(slot dim) (member b) -> slot dim member b", slot=head_dim_multiple, member=len(members)
         )
-        readout[:, rotary:, :, rotary:] = rearrange(flat, "member a (slot b) -> member a slot b", slot=head_width)
+        readout[:, rotary:, :, rotary:] = rearrange(
+            flat, "member a (slot b) -> member a slot b", slot=head_dim_multiple
+        )
     return mix.flatten(2).flatten(0, 1), readout.flatten(2)
 
 
@@ -146,13 +148,13 @@ def _turned(
     """Both fitted on, over the distances that calibration saw attended, or over what is assumed of them."""
     freedom = heads.key_freedom
     seen = stats.tensors.get("attended")
-    if seen is not None and seen.shape != (heads.num_groups, NUM_BINS):
+    if seen is not None and seen.shape != (heads.num_kv_heads, NUM_BINS):
         raise UserError(
-            f"statistics: attended has shape {tuple(seen.shape)}, expected {(heads.num_groups, NUM_BINS)}; made by another version "
+            f"statistics: attended has shape {tuple(seen.shape)}, expected {(heads.num_kv_heads, NUM_BINS)}; made by another version "
             "of headfold, calibrate again"
         )
     context = freedom.context
-    distances = Distances.assumed(heads.num_groups, context) if seen is None else Distances.measured(seen, context)
+    distances = Distances.assumed(heads.num_kv_heads, context) if seen is None else Distances.measured(seen, context)
     second, scatter = (gram[members][:, :, members] for gram in moments.key_grams)
     fitted = fit(second, scatter, moments.readers[members], mix, readout, freedom, distances.of(members))
     return (mix, readout) if fitted is None else _balanced(heads, moments, members, fitted.mix, fitted.readout)
@@ -179,11 +181,11 @@ def _over_planes(heads: Heads, energy: Float[Tensor, "slot dim"]) -> Float[Tenso
     return energy
 
 
-def _shared_flat(weighted: Weighted, members: list[int], head_width: int = 1) -> tuple[Tensor, Tensor]:
+def _shared_flat(weighted: Weighted, members: list[int], head_dim_multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), docs/absorb.md, 2."""
     dim = weighted.root.shape[1]
-    vectors, values = top_functionals(weighted.gram[members][:, :, members], head_width * dim)
-    if (missing := head_width * dim - len(values)) > 0:  # fewer directions than dims: the others stay empty
+    vectors, values = top_functionals(weighted.gram[members][:, :, members], head_dim_multiple * dim)
+    if (missing := head_dim_multiple * dim - len(values)) > 0:  # fewer directions than dims: the others stay empty
         vectors, values = (nn.functional.pad(t, (0, missing)) for t in (vectors, values))
     # The fourth root of the eigenvalue splits the scale evenly between the shared head and its read-outs.
     scale = values.clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
@@ -192,14 +194,14 @@ def _shared_flat(weighted: Weighted, members: list[int], head_width: int = 1) ->
 
 
 def _shared_planes(
-    heads: Heads, planes: Planes, members: list[int], head_width: int
+    heads: Heads, planes: Planes, members: list[int], head_dim_multiple: int
 ) -> tuple[Float[Tensor, "slot rotary member rotary"], Float[Tensor, "member rotary slot rotary"]]:
     """One complex number per plane, member and slot: a = uᴴ y, t_i = u_i / √energy_i, docs/absorb.md, 3."""
-    vectors, values = top_planes(planes.weighted[:, members][:, :, members], head_width)
+    vectors, values = top_planes(planes.weighted[:, members][:, :, members], head_dim_multiple)
     energy = planes.energy[:, members].sqrt()
     rotary = heads.key_freedom.rotary_dim
-    mix = heads.k.new_zeros(head_width, rotary, len(members), rotary)
-    readout = heads.k.new_zeros(len(members), rotary, head_width, rotary)
+    mix = heads.k.new_zeros(head_dim_multiple, rotary, len(members), rotary)
+    readout = heads.k.new_zeros(len(members), rotary, head_dim_multiple, rotary)
     for slot in range(values.shape[1]):
         u = vectors[..., slot]
         scale = values[:, slot, None].clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)

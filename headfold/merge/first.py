@@ -6,11 +6,11 @@ from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.stats import SiteStats
 
-READS_QUERIES = False
+TRANSFORMS_QUERIES = False
 """Neither looks at Q and O nor changes them."""
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
     """`groups` partitions the source's K/V heads. Exact only where the heads of a group are equal."""
     first = [members[0] for members in groups.members]
-    return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], kv_of_query=heads.kv_of_query.compose(groups))
+    return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], groups=heads.groups.compose(groups))

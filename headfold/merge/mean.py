@@ -11,12 +11,12 @@ from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.stats import SiteStats
 
-READS_QUERIES = False
+TRANSFORMS_QUERIES = False
 """Neither looks at Q and O nor changes them."""
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
-    """`groups` partitions the source's K/V heads. Returns heads with `groups.num_groups` of them; q and o are kept."""
+    """`groups` partitions the source's K/V heads. Returns heads with `groups.num_kv_heads` of them; q and o are kept."""
     weights = equal_weights(groups)
     k, v = (combine(rows, weights, groups) for rows in (heads.k, heads.v))
-    return dataclasses.replace(heads, k=k, v=v, kv_of_query=heads.kv_of_query.compose(groups))
+    return dataclasses.replace(heads, k=k, v=v, groups=heads.groups.compose(groups))

@@ -54,14 +54,14 @@ def merge(
         turn_v[index] = _turns(align_value, grams.v, index, iterations)
         k.append(_average(heads.k[index], turn_k[index], grams.k[index][:, :, index], norm))
         v.append(_average(heads.v[index], turn_v[index], grams.v[index][:, :, index], norm))
-    reads = torch.tensor(heads.kv_of_query.kv_of_query)
+    reads = torch.tensor(heads.groups.group_of_head)
     return dataclasses.replace(
         heads,
         q=turn_k[reads] @ heads.q,
         o=turn_v[reads] @ heads.o,
         k=torch.stack(k),
         v=torch.stack(v),
-        kv_of_query=heads.kv_of_query.compose(groups),
+        groups=heads.groups.compose(groups),
     )
 
 

@@ -12,7 +12,7 @@ from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.stats import SiteStats
 
-READS_QUERIES = False
+TRANSFORMS_QUERIES = False
 """Neither looks at Q and O nor changes them."""
 
 
@@ -20,11 +20,11 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     """`groups` partitions the source's K/V heads. Groups of one head keep it: there is nothing to share."""
     generator = torch.Generator().manual_seed(seed)
     fresh = {name: _draw(getattr(heads, name), groups, generator) for name in ("k", "v")}
-    return dataclasses.replace(heads, **fresh, kv_of_query=heads.kv_of_query.compose(groups))
+    return dataclasses.replace(heads, **fresh, groups=heads.groups.compose(groups))
 
 
 def _draw(source: torch.Tensor, groups: Groups, generator: torch.Generator) -> torch.Tensor:
-    shape = (groups.num_groups, *source.shape[1:])
+    shape = (groups.num_kv_heads, *source.shape[1:])
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * source[..., :-1].to(torch.float64).std()
     drawn[..., -1] = 0
     drawn = drawn.to(source.dtype)

@@ -11,11 +11,11 @@ import torch
 
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
+from ..hf_models import available_memory, compute_dtype, processor_flags
 from ..runtime.attention import NAME
 from ..runtime.cache import generate_in_place
 from ..runtime.decoding import TRIALS, fastest
 from ..runtime.load import load, takes_attention
-from ..stock import available_memory, compute_dtype, processor_flags
 from ..timing.breakdown import breakdown, weights_read, write_trace
 from ..timing.generation import Setting, Timing, cache_bytes, generate
 from ..timing.machine import read_bandwidth

@@ -11,7 +11,7 @@ def command_of(asked: Mapping[str, Any], source: str, out: str) -> str:
     if asked["plan"]:
         words += ["--plan plan.json"]
     else:
-        wide = [f"--head-width {asked['head_width']}"] if asked["head_width"] > 1 else []
+        wide = [f"--head-dim-multiple {asked['head_dim_multiple']}"] if asked["head_dim_multiple"] > 1 else []
         words += [
             f"--kv-heads {asked['kv_heads']}",
             *wide,

@@ -20,7 +20,7 @@ from ..timing.machine import peak_memory
 from .folding import fold
 from .measuring import calibrate, default_device
 from .scoring import Scores, check_text, evaluate
-from .source import Opened, Progress, open_source, open_stats, silent
+from .source import Progress, Source, open_source, open_stats, silent
 
 REFIT = "+refit"
 METHODS: dict[str, dict[str, str]] = {
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, str]] = {
     "asymgqa-unequal": {"merge": "mean", "group": "asymgqa:unequal=true"},
     "absorb": {"merge": "absorb", "group": "swap"},
     "absorb-unequal": {"merge": "absorb", "group": "swap:unequal=true"},
-    "absorb-wide": {"merge": "absorb", "group": "swap", "head_width": "2"},
+    "absorb-wide": {"merge": "absorb", "group": "swap", "head_dim_multiple": "2"},
 }
 """The published methods and ours (`absorb+refit` is the default of fold); each may have `+refit` behind its name. Of `absorb-wide` half as
 many heads, twice as wide, share the cache of that count: the same bytes, at the price that its row names."""
@@ -68,7 +68,7 @@ class Row:
     peak_bytes: int | None
     """Memory that the fold took, at most."""
     weight_bytes: int
-    """Of attention, and beside it its arithmetic in a prompt: `recipe.price.Price`."""
+    """Of attention, and beside it its arithmetic in a prompt: `recipe.price.ServingCost`."""
     flops_per_token: int
 
 
@@ -164,10 +164,12 @@ def compare(
     return Comparison(str(model), said, str(directory), [rows[pair] for pair in chosen], skipped)
 
 
-def _counts(source: Opened, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
+def _counts(source: Source, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
     """Counts that all of the methods can have."""
     unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
-    return [parse_kv_heads(asked, max(site.num_groups for site in source.sites), unequal=unequal) for asked in kv_heads]
+    return [
+        parse_kv_heads(asked, max(site.num_kv_heads for site in source.sites), unequal=unequal) for asked in kv_heads
+    ]
 
 
 def _digest(name: str | None) -> str | None:
@@ -213,7 +215,7 @@ def _known(directory: Path, settings: Mapping[str, Any], force: bool) -> list[Ro
 
 
 def _row(
-    source: Opened,
+    source: Source,
     name: str,
     count: int,
     directory: Path,
@@ -229,7 +231,7 @@ def _row(
     made = directory / FOLDED
     for left in (made, made.with_name(f"{FOLDED}.partial")):
         shutil.rmtree(left, ignore_errors=True)
-    largest = max(site.num_groups for site in source.sites)
+    largest = max(site.num_kv_heads for site in source.sites)
     started = time.monotonic()
     try:
         with peak_memory(device or default_device()) as peak:

@@ -16,8 +16,8 @@ from ..corpus.samples import kind_of
 from ..evaluate import classification, embedding, perplexity, translation
 from ..evaluate.bootstrap import LEVEL, RESAMPLES, Difference, Resampled, differences
 from ..evaluate.perplexity import open_language_model
+from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
 from ..runtime.load import own_class
-from ..stock import compute_dtype, open_tokenizer, stored_dtype
 from .measuring import default_device
 from .scoring import Subject, check_metric, classifies, image_blocks, open_subject, pooling_of, sample_of
 from .source import Progress, silent

@@ -13,11 +13,11 @@ from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
 from .config import config_of, refuse_mixed
-from .measuring import CalibrationData, OriginalRun, default_device
-from .source import Opened, Progress, open_source, open_stats, refuse_existing, silent
+from .measuring import CalibrationData, Teacher, default_device
+from .source import Progress, Source, open_source, open_stats, refuse_existing, silent
 from .spreading import Curves, choose, curves, refuse_unreachable
 from .widths import possible, widest
-from .wish import Wish
+from .wish import BudgetRequest
 
 
 def plan(
@@ -27,8 +27,8 @@ def plan(
     kv_heads: str | int | None = None,
     kv_budget: str | None = None,
     kv_bytes: str | None = None,
-    max_rise: float | None = None,
-    head_width: str | int = 1,
+    max_loss_increase: float | None = None,
+    head_dim_multiple: str | int = 1,
     allowed: Sequence[int] = (),
     tp: int = 1,
     spread: str = "exact",
@@ -47,23 +47,27 @@ def plan(
     """Decide which K/V heads share one and predict the loss; writes the plan to `out` if one is given.
 
     Either every site gets `kv_heads`, or a budget is spread over them: `kv_budget` (a share of the source's K/V bytes), `kv_bytes` (per
-    token), or `max_rise` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone (and
+    token), or `max_loss_increase` (predicted loss in nats). Then the original runs on a little of its calibration data, each site folded alone (and
     with `refit` refitted, as `fold` will), to put the layers' losses on one scale; what was measured lies in the file `sensitivity`
     (default: beside `out`) and is used again.
-    `head_width` makes K/V heads that many times as wide as the source's, and as many times fewer, in the same cache; `auto` chooses.
+    `head_dim_multiple` makes K/V heads that many times as wide as the source's, and as many times fewer, in the same cache; `auto` chooses.
     `allowed` counts, multiples of `tp`, may be used: of those that split the heads equally or, with a `group` whose groups may differ
     in size (`swap:unequal=true`), of all. `spread` is exact, or QCQA's second stage. An encoder-decoder's encoder stays as it is
     unless `encoder` is true.
 
     Raises:
-        UserError: see `open_source`, `parse_kv_heads`, `Wish`; a method that needs statistics without `stats`.
+        UserError: see `open_source`, `parse_kv_heads`, `BudgetRequest`; a method that needs statistics without `stats`.
     """
-    wish = Wish(kv_budget, kv_bytes, max_rise, tuple(allowed), tp, spread, unequal=planning.parse_group(group).unequal)
+    wish = BudgetRequest(
+        kv_budget, kv_bytes, max_loss_increase, tuple(allowed), tp, spread, unequal=planning.parse_group(group).unequal
+    )
     wish.check()
-    budgeted = (kv_budget, kv_bytes, max_rise) != (None, None, None)
+    budgeted = (kv_budget, kv_bytes, max_loss_increase) != (None, None, None)
     if budgeted == (kv_heads is not None):
         given = "both" if budgeted else "none"
-        raise UserError(f"plan: expected --kv-heads, or --kv-budget, --kv-bytes or --max-rise; got {given}; give one")
+        raise UserError(
+            f"plan: expected --kv-heads, or --kv-budget, --kv-bytes or --max-loss-increase; got {given}; give one"
+        )
     if not budgeted and (allowed or tp != 1 or spread != "exact" or sensitivity is not None):
         raise UserError(
             "plan: --allowed, --tp, --spread and --sensitivity go with a budget, not with --kv-heads; leave them out"
@@ -72,7 +76,7 @@ def plan(
         refuse_existing(Path(out), force)
     source = open_source(model, encoder)
     given_stats, progress = open_stats(stats, source), progress or silent
-    widths = possible(source, head_width, group, merge)
+    widths = possible(source, head_dim_multiple, group, merge)
     if budgeted:
         refuse_mixed(source)
         path = Path(sensitivity or beside(Path(out or source.checkpoint.path.name)))
@@ -89,8 +93,8 @@ def plan(
 
 
 def _within_budget(
-    source: Opened,
-    wish: Wish,
+    source: Source,
+    wish: BudgetRequest,
     widths: Sequence[int],
     group: str,
     merge: str,
@@ -106,7 +110,7 @@ def _within_budget(
     best: tuple[float, Plan] | None = None
     refusal: UserError | None = None
     for width in widths:
-        asked = replace(wish, head_width=width)
+        asked = replace(wish, head_dim_multiple=width)
         try:
             refuse_unreachable(source, asked)
         except UserError as error:  # no count left at this width, or none small enough
@@ -121,7 +125,7 @@ def _within_budget(
             refusal = refusal or error
             continue
         reached = total(found.options, counts)
-        value = reached.loss if wish.max_rise is None else reached.kv_bytes
+        value = reached.loss if wish.max_loss_increase is None else reached.kv_bytes
         if best is None or value < best[0]:
             best = value, found.plan(counts)
     if best is None:
@@ -130,9 +134,13 @@ def _within_budget(
     return best[1]
 
 
-def of_width(sensitivity: Path, head_width: int) -> Path:
+def of_width(sensitivity: Path, head_dim_multiple: int) -> Path:
     """The file of sensitivities of heads of this width."""
-    return sensitivity if head_width == 1 else sensitivity.with_suffix(f".width-{head_width}{sensitivity.suffix}")
+    return (
+        sensitivity
+        if head_dim_multiple == 1
+        else sensitivity.with_suffix(f".width-{head_dim_multiple}{sensitivity.suffix}")
+    )
 
 
 def beside(out: Path) -> Path:
@@ -147,8 +155,8 @@ def require_statistics(stats: StatsFile | None) -> None:
 
 
 def budget_curves(
-    source: Opened,
-    wish: Wish,
+    source: Source,
+    wish: BudgetRequest,
     group: str,
     merge: str,
     stats: StatsFile | None,
@@ -158,7 +166,7 @@ def budget_curves(
     device: str | None,
     progress: Progress,
     refit: bool = True,
-) -> tuple[Curves, OriginalRun]:
+) -> tuple[Curves, Teacher]:
     """Curves of every site, and the running original that they were measured on.
 
     Raises:
@@ -170,21 +178,21 @@ def budget_curves(
         source, said.get("source"), int(said.get("tokens", 0)) or None, int(said.get("tokens", 0)) or None,
         tuple(filter(None, said.get("columns", "").split(","))), None, int(said.get("seed", 0)),
     )  # fmt: skip
-    run = OriginalRun(source, kind, device or default_device(), progress)
+    run = Teacher(source, kind, device or default_device(), progress)
     run.use_sample(stats)
     made = curves(source, wish, group, merge, stats, seed, run, sensitivity, workers, progress, refitting=refit)
     return made, run
 
 
 def plan_source(
-    source: Opened,
+    source: Source,
     kv_heads: str | int,
     group: str,
     merge: str,
     stats: StatsFile | None,
     seed: int,
     progress: Progress,
-    head_width: int = 1,
+    head_dim_multiple: int = 1,
     workers: int = 1,
 ) -> Plan:
     """One count of K/V heads, or share, for all sites."""
@@ -204,7 +212,7 @@ def plan_source(
         stats=stats,
         calibration=None if stats is None else stats.metadata,
         seed=seed,
-        head_width=head_width,
+        head_dim_multiple=head_dim_multiple,
         workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )

@@ -19,8 +19,8 @@ from ..export.folded import Folded, open_folded
 from ..export.layouts import choose_layout, make_export
 from ..export.pieces import Export, write_export
 from ..export.rounding import Unrounded
+from ..hf_models import open_model, stored_dtype
 from ..runtime.load import own_class
-from ..stock import open_model, stored_dtype
 from .source import Progress, silent
 from .verifying import random_sample
 

@@ -13,8 +13,8 @@ from ..refine import heal as healing
 from ..refine.refit import num_passes
 from .deciding import needs_statistics, plan_source
 from .job import FoldResult, Job
-from .measuring import CalibrationData, OriginalRun, default_device
-from .source import Opened, Progress, open_source, open_stats, silent
+from .measuring import CalibrationData, Teacher, default_device
+from .source import Progress, Source, open_source, open_stats, silent
 from .widths import possible, widest
 
 
@@ -24,7 +24,7 @@ def fold(
     *,
     kv_heads: str | int | None = None,
     plan: str | Path | None = None,
-    head_width: str | int = 1,
+    head_dim_multiple: str | int = 1,
     group: str = "swap",
     merge: str = "absorb",
     refit: bool = True,
@@ -46,7 +46,7 @@ def fold(
 ) -> FoldResult:
     """Write `model` again as `out`, with `kv_heads` K/V heads, or as the file `plan` says.
 
-    With a `head_width` of 2 there are half as many, twice as wide: the same cache, a better fold, larger W_q and W_o; `auto` takes the
+    With a `head_dim_multiple` of 2 there are half as many, twice as wide: the same cache, a better fold, larger W_q and W_o; `auto` takes the
     widest heads that kernels take.
 
     With `heal` every block's attention is then trained alone, with `heal_tokens` tokens of the calibration data (default
@@ -71,7 +71,7 @@ def fold(
     if ready is None:
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
         needs_data = needs_statistics(group, merge)
-        width = widest(source, possible(source, head_width, group, merge), kv_heads, group)
+        width = widest(source, possible(source, head_dim_multiple, group, merge), kv_heads, group)
     else:
         width = 1
         # With the encoder's sites if the plan has any of them, else without.
@@ -86,13 +86,13 @@ def fold(
         assert data is not None
         heal_tokens = heal_tokens or (healing.ITEMS if data.kind in ("images", "audio") else healing.TOKENS)
     settings = {
-        "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads), "head_width": width,
+        "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads), "head_dim_multiple": width,
         "plan": ready and ready.to_json(), "group": group, "merge": merge, "refit": num_passes() if refit else 0, "heal": heal_tokens or 0,
         "data": data and asdict(data),
         "encoder": source.encoder, "layout": layout, "seed": seed, "stats": given and given.metadata,
     }  # fmt: skip
     job = Job(source, Path(out), settings, force, progress or silent)
-    run = OriginalRun(source, data, device or default_device(), job.progress)
+    run = Teacher(source, data, device or default_device(), job.progress)
     if same_data:
         run.use_sample(given)
     with job.worth_keeping():
@@ -103,7 +103,7 @@ def fold(
 
 
 def _data(
-    source: Opened,
+    source: Source,
     calibration: str | None,
     tokens: int | None,
     items: int | None,

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .. import calibration, distributed
+from .. import calibration, parallel
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
@@ -25,17 +25,17 @@ def led(job: Callable[P, T]) -> Callable[P, T]:
     Without a launcher it is the job itself. Only the first reads and writes what the job names, except for the model.
 
     Raises:
-        UserError: of the job, in all; `distributed.Told` where the first says it.
+        UserError: of the job, in all; `parallel.Told` where the first says it.
     """
 
     @wraps(job)
     def run(*arguments: P.args, **options: P.kwargs) -> T:
-        if not distributed.launched():
+        if not parallel.launched():
             return job(*arguments, **options)
-        with distributed.joined():
-            if distributed.leads():
-                return distributed.lead(partial(job, *arguments, **options))
-            return distributed.follow(Follower().obey)
+        with parallel.joined():
+            if parallel.leads():
+                return parallel.lead(partial(job, *arguments, **options))
+            return parallel.follow(Follower().obey)
 
     return run
 
@@ -48,7 +48,7 @@ class Follower:
         self._model: Any = None
 
     def obey(self, order: str, *arguments: Any) -> None:
-        """Carry out what the leader does within `distributed.together(order, *arguments)`."""
+        """Carry out what the leader does within `parallel.together(order, *arguments)`."""
         orders = {"open": self._open, "collect": self._collect, "fit": self._fit, "close": self._close}
         orders[order](*arguments)
 
@@ -61,7 +61,7 @@ class Follower:
                 )
             return running(name, checkpoint, dtype, device)
 
-        self._model, self._sites = distributed.everyone(opened), {site.name: site for site in sites}
+        self._model, self._sites = parallel.everyone(opened), {site.name: site for site in sites}
 
     def _collect(self, sample: Mapping[str, Tensor]) -> None:
         calibration.collect(self._model, [*self._sites.values()], sample)
@@ -76,7 +76,7 @@ class Follower:
     ) -> None:
         """Merged heads come from the leader, and what is fitted is kept there."""
         given = {"order": partial(query_order, plan=plan), "skip": done, "keep": lambda site, fields: None}
-        fit(self._model, [self._sites[name] for name in sites], lambda site: distributed.agreed(), sample, **given)
+        fit(self._model, [self._sites[name] for name in sites], lambda site: parallel.agreed(), sample, **given)
 
     def _close(self) -> None:
         self._model = None

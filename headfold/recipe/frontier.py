@@ -20,12 +20,12 @@ from ..planning import parse_group
 from ..report.plot import plot_frontier, require_plot
 from .config import config_of
 from .deciding import budget_curves, of_width, require_statistics
-from .measuring import OriginalRun
+from .measuring import Teacher
 from .price import price
-from .source import Opened, Progress, open_source, open_stats, silent
+from .source import Progress, Source, open_source, open_stats, silent
 from .spreading import Curves, few, folded_in_memory, predicted_error, refitted, refuse_unreachable
 from .widths import possible
-from .wish import Wish
+from .wish import BudgetRequest
 
 MEASURED = 5
 
@@ -43,10 +43,10 @@ class Point:
     """On the calibration data that single layers were measured on; with refit unless it was left out."""
     uniform: bool
     """Whether every layer has the same count: what --kv-heads gives."""
-    head_width: int = 1
+    head_dim_multiple: int = 1
     """Of K/V heads, in heads of the source."""
     weight_bytes: int = 0
-    """Of attention (`recipe.price.Price`), which wide heads enlarge."""
+    """Of attention (`recipe.price.ServingCost`), which wide heads enlarge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def frontier(
     model: str | Path,
     out: str | Path,
     *,
-    head_width: str | int = 1,
+    head_dim_multiple: str | int = 1,
     allowed: Sequence[int] = (),
     tp: int = 1,
     group: str = "swap",
@@ -87,7 +87,7 @@ def frontier(
     """Write frontier.json, frontier.png and a plan per point into the directory `out`.
 
     Beside the best spreads stand those of one count everywhere. These, and `measured` others, are folded in memory (and with
-    `refit` refitted on a little data) and measured. `headfold fold --plan` makes any of them. With `head_width` `auto` the points of all
+    `refit` refitted on a little data) and measured. `headfold fold --plan` makes any of them. With `head_dim_multiple` `auto` the points of all
     widths that kernels take compete.
 
     Raises:
@@ -101,16 +101,16 @@ def frontier(
         )
     source = open_source(model, encoder)
     given = open_stats(stats, source)
-    widths = possible(source, head_width, group, merge)
+    widths = possible(source, head_dim_multiple, group, merge)
     require_statistics(given)
-    asked = Wish(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
-    refuse_unreachable(source, replace(asked, head_width=widths[0]))
+    asked = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
+    refuse_unreachable(source, replace(asked, head_dim_multiple=widths[0]))
     directory.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     plans: dict[str, Plan] = {}
     correlation: float | None = None
     for width in widths:
-        wish = replace(asked, head_width=width)
+        wish = replace(asked, head_dim_multiple=width)
         if width > widths[0] and not _is_reachable(source, wish):
             continue
         path = of_width(Path(sensitivity or directory / "sensitivity.json"), width)
@@ -144,7 +144,7 @@ def _plans_of(earlier: Path) -> list[str]:
     return [name for name in names if re.fullmatch(r"plan-\d+[a-z0-9-]*\.json", name)]
 
 
-def _is_reachable(source: Opened, wish: Wish) -> bool:
+def _is_reachable(source: Source, wish: BudgetRequest) -> bool:
     """Whether every site has a count at this width."""
     try:
         refuse_unreachable(source, wish)
@@ -155,10 +155,10 @@ def _is_reachable(source: Opened, wish: Wish) -> bool:
 
 def _points(
     plans: dict[str, Plan],
-    source: Opened,
-    wish: Wish,
+    source: Source,
+    wish: BudgetRequest,
     found: Curves,
-    run: OriginalRun,
+    run: Teacher,
     stats: StatsFile | None,
     measured: int,
     refit: bool,
@@ -185,17 +185,17 @@ def _points(
             with folded_in_memory(run.model, source.sites, made, source, stats, refits):
                 lost = damage()
         sums = total(found.options, counts)
-        wide = f"-width-{wish.head_width}" if wish.head_width > 1 else ""
+        wide = f"-width-{wish.head_dim_multiple}" if wish.head_dim_multiple > 1 else ""
         name = f"plan-{sums.kv_bytes}{wide}{'-uniform' if counts in equal else ''}.json"
         plans[name] = made
         weights = price(source, made).weight_bytes
         points.append(
-            Point(name, sums.kv_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_width, weights)
+            Point(name, sums.kv_bytes, dict(counts), sums.loss, lost, counts in equal, wish.head_dim_multiple, weights)
         )
     return points
 
 
-def _can_be_written(source: Opened, plan: Plan) -> bool:
+def _can_be_written(source: Source, plan: Plan) -> bool:
     """Not where q, k and v are one tensor on disk, which has one count of K/V heads."""
     try:
         config_of(source, plan)
@@ -207,7 +207,7 @@ def _can_be_written(source: Opened, plan: Plan) -> bool:
 def _undominated(points: list[Point]) -> list[Point]:
     """By bytes; without those that another point beats, of equal ones the narrowest. One count everywhere stays, for comparison."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.kv_bytes_per_token, p.predicted, p.head_width)):
+    for point in sorted(points, key=lambda p: (p.kv_bytes_per_token, p.predicted, p.head_dim_multiple)):
         if point.uniform or not any(other.predicted <= point.predicted for other in kept if not other.uniform):
             kept.append(point)
     return sorted(kept, key=lambda point: (point.kv_bytes_per_token, point.uniform))

@@ -15,7 +15,7 @@ from ..families.layout import read_heads
 from ..families.spec import Site
 from ..group import swap
 from ..group.costs import absorb
-from .source import Opened, open_source, open_stats
+from .source import Source, open_source, open_stats
 
 FRACTIONS = (2, 4, 8)
 
@@ -73,7 +73,7 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
         num_parameters=sum(torch.Size(info.shape).numel() for info in tensors),
         num_layers=len(source.every_site),
         num_heads=first.num_heads,
-        num_kv_heads=first.num_groups,
+        num_kv_heads=first.num_kv_heads,
         head_dim=first.head_dim,
         key_freedom=_freedom(first),
         query_order=first.query_order,
@@ -90,30 +90,30 @@ def _freedom(site: Site) -> str:
     return freedom.kind + partial
 
 
-def _inspect_site(source: Opened, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
+def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
     heads = read_heads(site, source.checkpoint.read)
     stats = known[site.name] if known is not None else _from_gains(source, site, heads.q.shape[2] - 1)
     moments = site_moments(heads, stats)
     key, value = {}, {}
     for fraction in FRACTIONS:
-        if site.num_groups % fraction:
+        if site.num_kv_heads % fraction:
             continue
         error, energy = (
-            grouped_error(moments, _grouping(moments, site.num_groups, site.num_groups // fraction)),
+            grouped_error(moments, _grouping(moments, site.num_kv_heads, site.num_kv_heads // fraction)),
             site_energy(moments),
         )
         key[f"1/{fraction}"], value[f"1/{fraction}"] = error.key / energy.key, error.value / energy.value
     return SiteInspection(site.name, key, value)
 
 
-def _grouping(moments: Moments, num_heads: int, num_groups: int) -> Groups:
+def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
     """What fold would choose, where that is found quickly; neighbours in wide layers, an upper bound."""
     if num_heads > 12:
-        return Groups.contiguous(num_heads, num_groups)
-    return swap.group(absorb.cost_of(moments), num_heads, num_groups)
+        return Groups.contiguous(num_heads, num_kv_heads)
+    return swap.group(absorb.cost_of(moments), num_heads, num_kv_heads)
 
 
-def _from_gains(source: Opened, site: Site, model: int) -> SiteStats:
+def _from_gains(source: Source, site: Site, model: int) -> SiteStats:
     if site.input_norm is None:
         return SiteStats.isotropic(model)
     return SiteStats.from_gains(source.checkpoint.read(site.input_norm).to(torch.float64) + site.norm_gain_offset)

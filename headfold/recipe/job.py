@@ -29,19 +29,19 @@ from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site
+from ..hf_models import exceeds_memory
 from ..report import tables
 from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
-from ..stock import exceeds_memory
-from ..surgery import Refits, kept_weights, reading_without, site_tensors
+from ..surgery import Refits, kept_weights, read_without_kept, site_tensors
 from .command import command_of
 from .config import config_of
 from .exporting import write_layout
 from .fitted import FittedHeads
-from .measuring import OriginalRun
-from .price import Price, price
-from .source import Opened, Progress
+from .measuring import Teacher
+from .price import ServingCost, price
+from .source import Progress, Source
 from .twin import Twin
 from .verifying import verification_sample
 
@@ -59,8 +59,8 @@ class FoldResult:
     kv_heads_after: int
     """Of the site with most; `kv_heads_least` of that with fewest."""
     kv_heads_least: int
-    before: Price
-    after: Price
+    before: ServingCost
+    after: ServingCost
     plan: Plan
     refitted: bool
     healed: int
@@ -72,9 +72,15 @@ class FoldResult:
     def to_json(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in self.__slots__}
         verification = None if self.verification is None else asdict(self.verification)
-        prices = {"before": asdict(self.before), "after": asdict(self.after)}
-        prices |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
-        return {**facts, **prices, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+        serving_costs = {"before": asdict(self.before), "after": asdict(self.after)}
+        serving_costs |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
+        return {
+            **facts,
+            **serving_costs,
+            "out": str(self.out),
+            "plan": self.plan.to_json(),
+            "verification": verification,
+        }
 
     @property
     def kv_bytes_before(self) -> int:
@@ -87,7 +93,7 @@ class FoldResult:
 
 
 def _result(
-    source: Opened,
+    source: Source,
     out: Path,
     made: Plan,
     layout: str | None,
@@ -97,12 +103,12 @@ def _result(
     notes: list[str],
     seconds: dict[str, float],
 ) -> FoldResult:
-    counts = made.num_groups
+    counts = made.num_kv_heads
     return FoldResult(
         out=out,
         family=source.checkpoint.config["model_type"],
         num_heads=max(s.num_heads for s in source.sites),
-        kv_heads_before=max(s.num_groups for s in source.sites),
+        kv_heads_before=max(s.num_kv_heads for s in source.sites),
         kv_heads_after=max(counts.values()),
         kv_heads_least=min(counts.values()),
         before=price(source),
@@ -120,7 +126,7 @@ def _result(
 class Job:
     """One fold in its staging directory. What an earlier run of the same job left there is used again."""
 
-    source: Opened
+    source: Source
     out: Path
     settings: dict[str, Any]
     force: bool
@@ -157,7 +163,7 @@ class Job:
                 shutil.rmtree(self.staging)
             raise
 
-    def statistics(self, run: OriginalRun, given: StatsFile | None, needed: bool) -> StatsFile | None:
+    def statistics(self, run: Teacher, given: StatsFile | None, needed: bool) -> StatsFile | None:
         """Those given, else those that an earlier run left, else measured now; None where nothing asks for any."""
         if given is not None or not needed:
             return given
@@ -170,11 +176,11 @@ class Job:
             return stats
 
     def carry_out(
-        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, *, refit: bool, heal: int, verify: bool
+        self, run: Teacher, plan: Plan, stats: StatsFile | None, *, refit: bool, heal: int, verify: bool
     ) -> FoldResult:
         """Refit, train every block with `heal` tokens, write, verify, rename."""
         self._layout(plan)  # refuses before anything is computed
-        shrinks = any(plan.num_groups[site.name] < site.num_groups for site in self.source.sites)
+        shrinks = any(plan.num_kv_heads[site.name] < site.num_kv_heads for site in self.source.sites)
         with self.timed("refit"):
             refits = self.refits(run, plan, stats) if refit and shrinks else None
         if heal and shrinks:
@@ -200,7 +206,7 @@ class Job:
         self.finish(result, stats)
         return result
 
-    def refits(self, run: OriginalRun, plan: Plan, stats: StatsFile | None) -> Refits:
+    def refits(self, run: Teacher, plan: Plan, stats: StatsFile | None) -> Refits:
         """Heads refitted; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
         fitted = FittedHeads(self.work / "refit")
         if any(site.name not in fitted for site in self.source.sites):
@@ -208,9 +214,7 @@ class Job:
         self.refit_text = fitted.facts
         return fitted
 
-    def healed(
-        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None, tokens: int
-    ) -> Refits:
+    def healed(self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Refits | None, tokens: int) -> Refits:
         """Heads trained block by block, from where merge and refit end."""
         trained = FittedHeads(self.work / "heal")
         if any(site.name not in trained for site in self.source.sites):
@@ -220,9 +224,9 @@ class Job:
 
     def write(self, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         """Weights, config, plan and everything that lies beside the source's weights."""
-        checkpoint, counts = self.source.checkpoint, plan.num_groups
+        checkpoint, counts = self.source.checkpoint, plan.num_kv_heads
         sites = {site.name: site for site in self.source.sites}
-        widths = plan.head_widths(sites.values())
+        widths = plan.head_dim_multiples(sites.values())
         planned = {
             name: planned_shapes(site, counts[name], lambda n: checkpoint.tensors[n].shape, widths[name])
             for name, site in sites.items()
@@ -230,7 +234,7 @@ class Job:
         kept = {name: axis for site in sites.values() for name, axis in kept_weights(site, plan, refits).items()}
         shapes = {t: shape for of_site in planned.values() for t, shape in of_site.items() if t not in kept}
         instead = {old: new for name, site in sites.items() for old, new in renamed(site, counts[name]).items()}
-        read = reading_without(kept, checkpoint.read, lambda n: checkpoint.tensors[n].shape)
+        read = read_without_kept(kept, checkpoint.read, lambda n: checkpoint.tensors[n].shape)
         owner = {tensor: name for name, of_site in planned.items() for tensor in of_site}
         total, done = output_bytes(checkpoint, shapes, instead), 0
 
@@ -266,16 +270,14 @@ class Job:
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(config_of(self.source, plan), self.settings["layout"], f"{self.source.name}/config.json")
 
-    def verify(
-        self, run: OriginalRun, plan: Plan, stats: StatsFile | None, refits: Refits | None
-    ) -> Verification | None:
+    def verify(self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> Verification | None:
         """Compare the written weights with the head-repeated twin, both under stock transformers.
 
         Raises:
             UserError: they differ; the output is left as `OUT.partial`, and the next run starts anew.
         """
         twin = Twin(self.source, plan, stats, refits)
-        wide = any(width > 1 for width in plan.head_widths(self.source.sites).values())
+        wide = any(width > 1 for width in plan.head_dim_multiples(self.source.sites).values())
         if wide and exceeds_memory(self.source.checkpoint, torch.promote_types(self.source.dtype, torch.float32)):
             self.notes.append(
                 "wide heads are compared with their twin in memory, which this model exceeds: not verified"
@@ -294,7 +296,7 @@ class Job:
             source_class=own_class(self.source.checkpoint.config),
             fold_class=own_class(config),
             unrounded=self._unrounded(),
-            dressed=twin.dress if wide else None,
+            dressed=twin.install_heads if wide else None,
         )
         self.progress("verify", size, size)
         if not math.isfinite(found.tolerance):
@@ -337,10 +339,10 @@ class Job:
             base_model=self.source.name,
             family=result.family,
             num_heads=tables.counts(*_range(site.num_heads for site in self.source.sites)),
-            kv_heads_before=tables.counts(*_range(site.num_groups for site in self.source.sites)),
+            kv_heads_before=tables.counts(*_range(site.num_kv_heads for site in self.source.sites)),
             kv_heads_after=result.kv_heads_after,
             kv_heads_least=result.kv_heads_least,
-            prices=(result.before, result.after),
+            serving_costs=(result.before, result.after),
             method=self.settings["merge"],
             group=self.settings["group"],
             refit=result.refitted,

@@ -20,14 +20,14 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, kind_of
 from ..corpus.windows import draw_windows, fingerprint
-from ..distributed import agreed, everyone, together
 from ..families.spec import Site
+from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
+from ..parallel import agreed, everyone, together
 from ..refine import heal, refit
 from ..runtime.load import own_class
-from ..stock import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..surgery import Refits, kept_weights, query_order, site_heads
 from .fitted import FittedHeads
-from .source import Opened, Progress, context_limit, open_source, refuse_existing, silent
+from .source import Progress, Source, context_limit, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
 DEFAULT_TOKENS = 65_536
@@ -85,7 +85,7 @@ def calibrate(
     refuse_existing(path, force)
     source = open_source(model)
     data = CalibrationData.chosen(source, calibration, tokens, items, tuple(columns), context, seed)
-    run = OriginalRun(source, data, device or default_device(), progress or silent)
+    run = Teacher(source, data, device or default_device(), progress or silent)
     started = time.monotonic()
     metadata = run.write_statistics(path)
     seconds = time.monotonic() - started
@@ -115,7 +115,7 @@ class CalibrationData:
     @classmethod
     def chosen(
         cls,
-        opened: Opened,
+        opened: Source,
         source: str | None,
         tokens: int | None,
         items: int | None,
@@ -164,10 +164,10 @@ def running(name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: str) 
 
 
 @dataclass(slots=True)
-class OriginalRun:
+class Teacher:
     """What needs the running original: its calibration data, statistics, refit, healing; the model is opened at most once."""
 
-    source: Opened
+    source: Source
     data: CalibrationData
     device: str
     progress: Progress
@@ -279,7 +279,7 @@ class OriginalRun:
         total = heal.cost(run.sample, tokens)
         run._fit("heal", partial(heal.heal, tokens=tokens, seed=seed), total, plan, stats, refits, healed)
 
-    def _with_more_data(self, tokens: int) -> "OriginalRun":
+    def _with_more_data(self, tokens: int) -> "Teacher":
         """The same with as much of the same source as blocks are healed with, as far as that fits in memory; what the model would have to
         write itself stays as it is. Measured on a small Llama at 2 of 8 heads: a rise of 0.0225 from 524 k tokens seen once, of 0.0259 from
         65 k seen eight times."""

@@ -9,14 +9,14 @@ from ..corpus.samples import kind_of
 from ..export.layouts import choose_layout, query_heads
 from ..families.layout import planned_shapes
 from .config import config_of
-from .source import Opened, open_source
+from .source import Source, open_source
 
 CONTEXT = 2048
 """Tokens of the prompt that `flops_per_token` is for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
+class ServingCost:
     """Of all attention sites together. Wide heads buy a better cache with the last two."""
 
     head_dims: str
@@ -28,7 +28,7 @@ class Price:
     """Of projections and attention, per token of a prompt of `CONTEXT` tokens, causal where it may be."""
 
 
-def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -> Price:
+def price(source: Source, plan: Plan | None = None, layout: str | None = None) -> ServingCost:
     """The price of the source, or of what `plan` makes of it in the `layout` asked for, with the zero heads that fill groups up."""
     written = _query_heads(source, plan, layout) if plan else {}
     shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
@@ -36,9 +36,9 @@ def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -
     generates = kind_of(source.checkpoint.config) in ("text", "pairs", "audio")
     for site in source.every_site:
         planned = plan.sites.get(site.name) if plan else None
-        num_groups = planned.groups.num_groups if planned else site.num_groups
+        num_kv_heads = planned.groups.num_kv_heads if planned else site.num_kv_heads
         width = planned.head_dim if planned else site.head_dim
-        shapes = planned_shapes(site, num_groups, shape_of, width // site.head_dim)
+        shapes = planned_shapes(site, num_kv_heads, shape_of, width // site.head_dim)
         num_heads = written.get(site.name, site.num_heads)
         elements += sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
         per_head = prod(shapes[f"{site.weights['o']}.weight"]) // site.num_heads  # as large in W_q
@@ -48,17 +48,19 @@ def price(source: Opened, plan: Plan | None = None, layout: str | None = None) -
         if site in cached:
             dims.add(width)
     said = str(min(dims)) if len(dims) == 1 else f"{min(dims)} to {max(dims)}"
-    return Price(said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products)
+    return ServingCost(
+        said, source.kv_bytes_per_token(plan), elements * source.dtype.itemsize, 2 * elements + 2 * products
+    )
 
 
-def _query_heads(source: Opened, plan: Plan, layout: str | None) -> dict[str, int]:
+def _query_heads(source: Source, plan: Plan, layout: str | None) -> dict[str, int]:
     """By name, of the sites that are written with heads of their own; the others have the source's."""
     config = config_of(source, plan)
     written = query_heads(config, choose_layout(config, layout))
     return dict(zip((site.name for site in source.sites), written, strict=True)) if written else {}
 
 
-def prices(model: str | Path, plan: Plan, encoder: bool = False) -> tuple[Price, Price]:
+def serving_costs(model: str | Path, plan: Plan, encoder: bool = False) -> tuple[ServingCost, ServingCost]:
     """Before and after `plan`.
 
     Raises:

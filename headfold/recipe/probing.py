@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
-from ..probe import Probed
-from ..probe import probe as experiment
+from ..detect import Probed
+from ..detect import probe as experiment
 from .source import refuse_existing
 
 

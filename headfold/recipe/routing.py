@@ -18,17 +18,17 @@ from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
-from ..evaluate.verify import apart, says
+from ..evaluate.verify import compared_output, difference_and_tolerance
 from ..export.card import exported_card
 from ..export.pieces import Export
 from ..families.spec import Family, entry
+from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card
 from ..runtime import routing
 from ..runtime.load import check, own_class
 from ..runtime.remote import auto_map, remote_files
-from ..stock import exceeds_memory, open_model, stored_dtype
-from .measuring import CalibrationData, OriginalRun, default_device
-from .source import Opened, Progress, open_source, silent
+from .measuring import CalibrationData, Teacher, default_device
+from .source import Progress, Source, open_source, silent
 from .verifying import ITEMS
 
 SAID = "query heads are cut unevenly, which the grouped class beside the weights reads (`modeling_headfold.py`)"
@@ -89,7 +89,7 @@ def route(
     }
     key = job_key(settings)
     staging = open_staging(Path(out), key, force)
-    run = OriginalRun(source, data, device or default_device(), progress or silent)
+    run = Teacher(source, data, device or default_device(), progress or silent)
     with _worth_keeping(staging):
         plan = _settled(run, method, seed)
         config = _config(source.checkpoint, plan)
@@ -103,13 +103,13 @@ def route(
     return RouteResult(Path(out), str(method), depends, sizes, plan.calibration, difference, tolerance, run.notes)
 
 
-def _open(folded: Path) -> Opened:
+def _open(folded: Path) -> Source:
     """The checkpoint as calibration needs it; its attentions are found in the running model."""
     check(folded)
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")
-    return Opened(str(folded), checkpoint, Family(()), [])
+    return Source(str(folded), checkpoint, Family(()), [])
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _worth_keeping(staging: Path) -> Iterator[None]:
         raise
 
 
-def _settled(run: OriginalRun, method: Any, seed: int) -> Plan:
+def _settled(run: Teacher, method: Any, seed: int) -> Plan:
     """The route attached to the running model, measured on the calibration data, and frozen."""
     routing.attach(run.model, str(method), seed=seed)
     total, done = calibrating.total_tokens(run.sample), 0
@@ -147,7 +147,7 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     old = [site.get("kv_of_query") for site in listed]
     for site, before in zip(sites, old, strict=True):
         planned = plan.sites.get(_path(site["module"], plan))
-        kv_of_query = before if planned is None else list(planned.groups.kv_of_query)
+        kv_of_query = before if planned is None else list(planned.groups.group_of_head)
         if kv_of_query is not None and not Groups(tuple(kv_of_query)).is_contiguous:
             site["kv_of_query"] = kv_of_query
     made = {**config, "headfold": {**config.get("headfold", {}), "sites": sites}}
@@ -166,7 +166,7 @@ def _listed(checkpoint: Checkpoint, plan: Plan) -> list[dict[str, Any]]:
             f"{checkpoint.path}: q, k and v are one tensor on disk, which takes equal groups alone; route it while it runs instead "
             "(headfold.runtime.routing)"
         )
-    return [entry(site, site.num_groups) for site in sites]
+    return [entry(site, site.num_kv_heads) for site in sites]
 
 
 def _path(module: str, plan: Plan) -> str:
@@ -179,7 +179,7 @@ def _every_site(plan: Plan, config: Mapping[str, Any]) -> dict[str, SitePlan]:
     """By module as the config lists them, those without a choice too."""
     sites = {}
     for site in config["headfold"]["sites"]:
-        own = Groups(tuple(site.get("kv_of_query") or Groups.contiguous(site["heads"], site["kv_heads"]).kv_of_query))
+        own = Groups(tuple(site.get("kv_of_query") or Groups.contiguous(site["heads"], site["kv_heads"]).group_of_head))
         kept = SitePlan(own, "route", site["head_dim"] * site.get("slots", 1))
         sites[site["module"]] = plan.sites.get(_path(site["module"], plan), kept)
     return sites
@@ -215,7 +215,7 @@ def _write_card(checkpoint: Checkpoint, staging: Path, config: Mapping[str, Any]
     (staging / "README.md").write_text(routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
 
 
-def _compare(run: OriginalRun, staging: Path, config: Mapping[str, Any]) -> tuple[float, float]:
+def _compare(run: Teacher, staging: Path, config: Mapping[str, Any]) -> tuple[float, float]:
     """Largest difference of what the output says from what the routed model does, and the tolerance, absolute as for folds.
 
     Raises:
@@ -223,12 +223,12 @@ def _compare(run: OriginalRun, staging: Path, config: Mapping[str, Any]) -> tupl
     """
     dtype = torch.promote_types(stored_dtype(staging), torch.float32)
     sample = {name: tensor[:ITEMS] for name, tensor in run.sample.items()}
-    expected = says(run.model.to(dtype), sample)
+    expected = compared_output(run.model.to(dtype), sample)
     run.close()
     run.progress("verify", 0, 1)
-    found = says(open_model(staging, dtype=dtype, device=run.device, model_class=own_class(config)), sample)
+    found = compared_output(open_model(staging, dtype=dtype, device=run.device, model_class=own_class(config)), sample)
     run.progress("verify", 1, 1)
-    difference, tolerance = apart(found, expected, dtype)
+    difference, tolerance = difference_and_tolerance(found, expected, dtype)
     if not difference <= tolerance:
         disown(staging)
         raise UserError(

@@ -13,8 +13,8 @@ from ..core.errors import UserError, suggest
 from ..corpus.pairs import read_pairs
 from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
 from ..evaluate import classification, embedding, perplexity, translation
+from ..hf_models import open_model, open_tokenizer, stored_dtype
 from ..runtime.load import own_class
-from ..stock import open_model, open_tokenizer, stored_dtype
 from .measuring import default_device
 from .source import Progress, silent
 
@@ -178,7 +178,7 @@ def open_own(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedMod
     """With a class of our own where the checkpoint needs it, else by stock transformers.
 
     Raises:
-        UserError: as `stock.open_model`.
+        UserError: as `hf_models.open_model`.
     """
     config = json.loads((directory / "config.json").read_text())
     return open_model(directory, dtype=dtype, device=device, model_class=own_class(config))

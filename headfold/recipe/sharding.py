@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import UserError
-from ..distributed import leads
+from ..parallel import leads
 from ..train.trainer import Uptrainer
 
 

@@ -33,7 +33,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Source:
     """A checkpoint with its family and sites, checked to be one that can be folded."""
 
     name: str
@@ -66,14 +66,14 @@ class Opened:
 
         An encoder beside a decoder caches nothing.
         """
-        dims = {site.name: site.num_groups * site.head_dim for site in self.every_site}
+        dims = {site.name: site.num_kv_heads * site.head_dim for site in self.every_site}
         planned = plan.sites.items() if plan else ()
-        dims |= {name: site.groups.num_groups * site.head_dim for name, site in planned}
+        dims |= {name: site.groups.num_kv_heads * site.head_dim for name, site in planned}
         return sum(2 * dims[site.name] * self.dtype.itemsize for site in self.cached_sites)
 
 
-def open_source(model: str | Path, encoder: bool = False) -> Opened:
-    """Open a directory or hub id by its headers alone; `encoder` as in `Opened`.
+def open_source(model: str | Path, encoder: bool = False) -> Source:
+    """Open a directory or hub id by its headers alone; `encoder` as in `Source`.
 
     Raises:
         UserError: whatever makes it impossible to fold; one line.
@@ -87,7 +87,7 @@ def open_source(model: str | Path, encoder: bool = False) -> Opened:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-    return Opened(str(model), checkpoint, family, _turning(sites, checkpoint.config), encoder, proven)
+    return Source(str(model), checkpoint, family, _turning(sites, checkpoint.config), encoder, proven)
 
 
 def _turning(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
@@ -135,7 +135,7 @@ def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
 
     if model_type not in CONFIG_MAPPING:
         return family_of(config, where), False
-    from ..probe import prove
+    from ..detect import prove
 
     return prove(checkpoint.path), True
 
@@ -151,7 +151,7 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
     return limit and limit - offset
 
 
-def open_stats(path: str | Path | None, source: Opened) -> StatsFile | None:
+def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
     """The statistics file, refused if it is of another checkpoint."""
     if path is None:
         return None

@@ -19,14 +19,14 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..evaluate.sensitivity import alone, replaced
 from ..families.spec import Site
+from ..hf_models import is_streamed
 from ..planning import Choice
 from ..refine.refit import refit
-from ..runtime.wearing import wearing
-from ..stock import is_streamed
+from ..runtime.regrouping import installed_heads
 from ..surgery import Refits, query_order, site_heads, site_tensors
-from .measuring import OriginalRun
-from .source import Opened, Progress
-from .wish import Wish
+from .measuring import Teacher
+from .source import Progress, Source
+from .wish import BudgetRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ FORMAT = "headfold-sensitivity-2"
 class Curves:
     """What every choice of heads costs and loses. `measured` is the damage of single sites by name and count."""
 
-    source: Opened
+    source: Source
     choices: Sequence[Choice]
     options: Options
     measured: Mapping[str, Mapping[int, float]]
@@ -61,13 +61,13 @@ class Curves:
 
 
 def curves(
-    source: Opened,
-    wish: Wish,
+    source: Source,
+    wish: BudgetRequest,
     group: str,
     merge: str,
     stats: StatsFile,
     seed: int,
-    run: OriginalRun,
+    run: Teacher,
     sensitivity: Path,
     workers: int,
     progress: Progress,
@@ -83,13 +83,13 @@ def curves(
     """
     names = [site.name for site in source.sites]
     choices = planning.choices(
-        source.sites, source.checkpoint.read, lambda site: [*wish.counts(site), site.num_groups],
-        grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, head_width=wish.head_width, workers=workers,
+        source.sites, source.checkpoint.read, lambda site: [*wish.counts(site), site.num_kv_heads],
+        grouping=planning.parse_group(group), merge=merge, stats=stats, seed=seed, head_dim_multiple=wish.head_dim_multiple, workers=workers,
         progress=lambda name: progress("plan", names.index(name), len(names)),
     )  # fmt: skip
     about = {
         "source": source.checkpoint.fingerprint(), "group": group, "merge": merge, "refit": refitting, "seed": seed,
-        "head_width": wish.head_width,
+        "head_dim_multiple": wish.head_dim_multiple,
         "stats": dict(stats.metadata),
     }  # fmt: skip
     measured = _read(sensitivity, about)
@@ -133,12 +133,12 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 
 
 def _measure(
-    source: Opened,
+    source: Source,
     missing: Sequence[tuple[Choice, int]],
     group: str,
     seed: int,
     stats: StatsFile,
-    run: OriginalRun,
+    run: Teacher,
     progress: Progress,
     *,
     refitting: bool,
@@ -162,7 +162,7 @@ def _measure(
 def refitted(
     sites: Sequence[Site],
     plan: Plan,
-    source: Opened,
+    source: Source,
     stats: Mapping[str, SiteStats],
     model: "PreTrainedModel",
     sample: Mapping[str, Tensor],
@@ -181,7 +181,7 @@ def refitted(
 def twin_parameters(
     sites: Sequence[Site],
     plan: Plan,
-    source: Opened,
+    source: Source,
     stats: Mapping[str, SiteStats] | None,
     refits: Refits | None = None,
 ) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def twin_parameters(
     made = {}
     for site in sites:
         named = site.parameters
-        tensors = site_tensors(site, plan, source.checkpoint.read, stats, refits, num_groups=site.num_groups)
+        tensors = site_tensors(site, plan, source.checkpoint.read, stats, refits, num_kv_heads=site.num_kv_heads)
         made.update({named.get(name, name): tensor for name, tensor in tensors.items()})
     return made
 
@@ -199,20 +199,20 @@ def folded_in_memory(
     model: "PreTrainedModel",
     sites: Sequence[Site],
     plan: Plan,
-    source: Opened,
+    source: Source,
     stats: Mapping[str, SiteStats] | None,
     refits: Refits | None = None,
 ) -> Iterator[None]:
     """The original with these sites folded as the plan says, by shared heads repeated or, where they are wide, slot by slot."""
-    widths = plan.head_widths(sites)
+    widths = plan.head_dim_multiples(sites)
     narrow = [site for site in sites if widths[site.name] == 1]
     read = source.checkpoint.read
     clothes = (
-        (site, site_tensors(site, plan, read, stats, refits, num_groups=site.num_groups), site.num_groups, width)
+        (site, site_tensors(site, plan, read, stats, refits, num_kv_heads=site.num_kv_heads), site.num_kv_heads, width)
         for site in sites
         if (width := widths[site.name]) > 1
     )
-    with replaced(model, twin_parameters(narrow, plan, source, stats, refits)), wearing(model, clothes):
+    with replaced(model, twin_parameters(narrow, plan, source, stats, refits)), installed_heads(model, clothes):
         yield
 
 
@@ -225,7 +225,7 @@ def few(sample: Mapping[str, Tensor], *, last: bool = False) -> dict[str, Tensor
     return {name: tensor[-count:] if last else tensor[:count] for name, tensor in sample.items()}
 
 
-def _options(choice: Choice, source: Opened, measured: Mapping[int, float]) -> list[Option]:
+def _options(choice: Choice, source: Source, measured: Mapping[int, float]) -> list[Option]:
     predicted = {count: predicted_error(choice, count) for count in choice.plans}
     return [
         Option(count, _bytes(choice, count, source), max(0.0, loss_at(count, predicted, measured))) for count in choice.plans
@@ -237,7 +237,7 @@ def predicted_error(choice: Choice, count: int) -> float:
     return sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in choice.plans[count])
 
 
-def _bytes(choice: Choice, count: int, source: Opened) -> int:
+def _bytes(choice: Choice, count: int, source: Source) -> int:
     return sum(2 * count * site.head_dim * source.dtype.itemsize for site in choice.sites)
 
 
@@ -261,7 +261,7 @@ def loss_at(count: int, predicted: Mapping[int, float], measured: Mapping[int, f
     return y1 * (here / x1) ** power
 
 
-def refuse_unreachable(source: Opened, wish: Wish) -> None:
+def refuse_unreachable(source: Source, wish: BudgetRequest) -> None:
     """Refuse, before anything is measured, what the fewest heads everywhere cannot do.
 
     Raises:
@@ -278,7 +278,7 @@ def refuse_unreachable(source: Opened, wish: Wish) -> None:
     check_bytes(least, wish.limit(source))
 
 
-def choose(found: Curves, wish: Wish) -> dict[str, int]:
+def choose(found: Curves, wish: BudgetRequest) -> dict[str, int]:
     """The counts that the wish asks for.
 
     Raises:
@@ -286,7 +286,7 @@ def choose(found: Curves, wish: Wish) -> dict[str, int]:
     """
     limit = wish.limit(found.source)
     if limit is None:
-        return spread(found.options, max_loss=wish.max_rise)
+        return spread(found.options, max_loss=wish.max_loss_increase)
     if wish.spread == "qcqa":
         return spread_qcqa(found.options, limit, seed=found.seed)
     return spread(found.options, max_bytes=limit)

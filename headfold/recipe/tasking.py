@@ -13,7 +13,7 @@ from ..evaluate import tasks as harness
 from ..evaluate.bootstrap import LEVEL, RESAMPLES, interval
 from ..evaluate.perplexity import open_language_model
 from ..evaluate.tasks import TaskUnits
-from ..stock import compute_dtype, open_tokenizer, stored_dtype
+from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
 from .contrasting import Contrast, check_several, contrasted
 from .measuring import default_device
 from .source import Progress, silent

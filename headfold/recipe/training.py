@@ -18,11 +18,11 @@ from ..checkpoint.disk import write_errors
 from ..checkpoint.staging import JOB, commit, copy_side_files, disown, job_key, open_staging, write_json
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..distributed import everyone, leads, processes, reaching_others
-from ..evaluate.verify import apart, says
+from ..evaluate.verify import compared_output, difference_and_tolerance
+from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
+from ..parallel import everyone, leads, processes, reaching_others
 from ..report.card import uptrained_card
 from ..runtime.load import own_class
-from ..stock import open_model, open_tokenizer, quiet, stored_dtype
 from ..train import attentions as places
 from ..train import wgqa
 from ..train.distillation import Distillation
@@ -41,7 +41,7 @@ VERIFIED_ITEMS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class UptrainConfig:
     """What is trained on what, and toward what; `Recipe` says how."""
 
     train: str
@@ -103,7 +103,7 @@ class TrainingRun:
     progress: Progress
     say: Say
 
-    def carry_out(self, asked: Asked, *, resume: bool, force: bool, callbacks: Sequence[Any]) -> UptrainResult:
+    def carry_out(self, asked: UptrainConfig, *, resume: bool, force: bool, callbacks: Sequence[Any]) -> UptrainResult:
         """Open, train, write, verify, rename. All that can be refused is, before anything stands on disk."""
         ready = everyone(lambda: self._ready(asked))
         stream, first, model, distillation, dtype = ready
@@ -138,7 +138,7 @@ class TrainingRun:
 
         return everyone(finish)
 
-    def _ready(self, asked: Asked) -> tuple[Stream, Item, Any, Distillation | None, torch.dtype]:
+    def _ready(self, asked: UptrainConfig) -> tuple[Stream, Item, Any, Distillation | None, torch.dtype]:
         """The data and its first item, the model with what of it trains, its teacher; and the dtype to write in."""
         load_everywhere()
         stream = self._stream(asked)
@@ -152,7 +152,7 @@ class TrainingRun:
         return stream, first, model, distillation, stored_dtype(self.folded)
 
     @torch.no_grad()
-    def _try(self, model: Any, distillation: Distillation | None, first: Item, asked: Asked) -> None:
+    def _try(self, model: Any, distillation: Distillation | None, first: Item, asked: UptrainConfig) -> None:
         """One item, without a step: whatever model, teacher and data make of each other they make here."""
         batch = {name: tensor.to(self.device) for name, tensor in together([first]).items()}
         cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.bf16)
@@ -179,7 +179,7 @@ class TrainingRun:
     def _work(self) -> Path:
         return self._staging / _WORK
 
-    def _stream(self, asked: Asked) -> Stream:
+    def _stream(self, asked: UptrainConfig) -> Stream:
         tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
         return Stream(self.kind, asked.data, self.folded, tokenizer, asked.context, self.recipe.seed, asked.columns)
 
@@ -188,7 +188,7 @@ class TrainingRun:
         dtype = dtype or torch.promote_types(stored_dtype(directory), torch.float32)
         return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(config))
 
-    def _distillation(self, asked: Asked, model: "PreTrainedModel", first: Item) -> Distillation | None:
+    def _distillation(self, asked: UptrainConfig, model: "PreTrainedModel", first: Item) -> Distillation | None:
         if asked.teacher is not None:
             outputs = [attention.output for attention in places.attentions(model)]
             dtype = stored_dtype(asked.teacher) if self.recipe.bf16 else None  # it takes no steps
@@ -210,7 +210,7 @@ class TrainingRun:
             return outputs
         return [site.paths["o"] for site in source.every_site if site.name in self.plan.sites]
 
-    def _prepared(self, model: "PreTrainedModel", asked: Asked) -> Any:
+    def _prepared(self, model: "PreTrainedModel", asked: UptrainConfig) -> Any:
         """What trains, and how it is parametrized."""
         if asked.train != "lora":
             places.prepared(model, asked.train)  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ class TrainingRun:
             lambda done, total: self.progress("uptrain", done, total), self.say, tokens_per_step, _unit(self.kind)
         )
 
-    def _trained(self, trainer: Uptrainer, distillation: Distillation | None, asked: Asked) -> Any:
+    def _trained(self, trainer: Uptrainer, distillation: Distillation | None, asked: UptrainConfig) -> Any:
         """The trained model, whole, in the first process; None in the others."""
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         state = gathered(model) if trainer.is_fsdp_enabled else None
@@ -293,9 +293,11 @@ class TrainingRun:
         copy_side_files(self.folded, staging)
         for name in ("config.json", "plan.json"):
             write_json(staging / name, json.loads((self.folded / name).read_text()))
-        expected = says(trained, sample)
-        found = says(open_model(staging, dtype=wide, device="cpu", model_class=own_class(self.config)), sample)
-        difference, tolerance = apart(found, expected, wide)
+        expected = compared_output(trained, sample)
+        found = compared_output(
+            open_model(staging, dtype=wide, device="cpu", model_class=own_class(self.config)), sample
+        )
+        difference, tolerance = difference_and_tolerance(found, expected, wide)
         if not difference <= tolerance:
             disown(staging)
             raise UserError(
@@ -304,7 +306,7 @@ class TrainingRun:
             )
         return difference, tolerance
 
-    def _finish(self, result: UptrainResult, asked: Asked, force: bool) -> None:
+    def _finish(self, result: UptrainResult, asked: UptrainConfig, force: bool) -> None:
         """The record, the card, then the rename."""
         record = {**self.settings, "resumed_at": result.resumed_at, "tokens": result.tokens, "curve": result.curve}
         for name in ("teacher", "original", "data"):  # a record goes where the weights go
@@ -316,7 +318,7 @@ class TrainingRun:
         shutil.rmtree(self._staging / _WORK)
         commit(self._staging, self.out, force)
 
-    def _facts(self, result: UptrainResult, asked: Asked) -> dict[str, str]:
+    def _facts(self, result: UptrainResult, asked: UptrainConfig) -> dict[str, str]:
         recipe, losses = result.recipe, [entry["loss"] for entry in result.curve]
         learned = (
             "the model's own loss"

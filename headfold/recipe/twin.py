@@ -9,9 +9,9 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..families.layout import planned_shapes
 from ..families.spec import Site
-from ..runtime.wearing import dress
+from ..runtime.regrouping import install_heads
 from ..surgery import Refits, site_tensors
-from .source import Opened
+from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Twin(Mapping[str, Tensor]):
     """The head-repeated twin's tensors by name on disk, in the source's shapes, one site made at a time."""
 
-    def __init__(self, source: Opened, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
+    def __init__(self, source: Source, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
         self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
         shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
         self._site_of = {
-            tensor: site for site in source.sites for tensor in planned_shapes(site, site.num_groups, shape_of)
+            tensor: site for site in source.sites for tensor in planned_shapes(site, site.num_kv_heads, shape_of)
         }
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -33,13 +33,13 @@ class Twin(Mapping[str, Tensor]):
         """Names on disk of the parameters that the model calls otherwise."""
         return {parameter: name for site in self._source.sites for name, parameter in site.parameters.items()}
 
-    def dress(self, model: "PreTrainedModel") -> "PreTrainedModel":
+    def install_heads(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """The twin in a model of the source, where heads are wide: slot by slot, under the source's own table of frequencies."""
         for site in self._source.sites:
             tensors = self._made(site)
             width = self._plan.sites[site.name].head_dim // site.head_dim
             if width > 1:
-                dress(model, site, tensors, site.num_groups, width)
+                install_heads(model, site, tensors, site.num_kv_heads, width)
                 continue
             for name, tensor in tensors.items():
                 parameter = model.get_parameter(site.parameters.get(name, name))
@@ -48,7 +48,7 @@ class Twin(Mapping[str, Tensor]):
 
     def _made(self, site: Site) -> dict[str, Tensor]:
         read = self._source.checkpoint.read
-        return site_tensors(site, self._plan, read, self._stats, self._refits, num_groups=site.num_groups)
+        return site_tensors(site, self._plan, read, self._stats, self._refits, num_kv_heads=site.num_kv_heads)
 
     def __getitem__(self, name: str) -> Tensor:
         site = self._site_of[name]

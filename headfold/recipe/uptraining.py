@@ -15,7 +15,7 @@ from ..checkpoint.staging import refuse_overlap
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
-from ..distributed import alike, everyone, processes
+from ..parallel import alike, everyone, processes
 from ..runtime.load import check
 from ..train import wgqa as weighing
 from ..train.attentions import SCOPES
@@ -23,7 +23,7 @@ from ..train.distillation import SITE_WEIGHT
 from ..train.trainer import OPTIMIZERS, SCHEDULES, Recipe, Say
 from .measuring import MAX_CONTEXT, default_device
 from .source import Progress, context_limit, silent
-from .training import Asked, TrainingRun, UptrainResult
+from .training import TrainingRun, UptrainConfig, UptrainResult
 
 PUBLISHED = {"optimizer": "adafactor", "learning_rate": 1e-3, "schedule": "constant"}
 """2305.13245, 2.2: Adafactor with the pre-training's own schedule, which for T5 ends at a constant rate."""
@@ -73,7 +73,7 @@ def uptrain(
         UserError: no fold, no plan beside it, data or a teacher that do not suit it, options that exclude each other.
     """
 
-    def opened() -> tuple[TrainingRun, Asked]:
+    def opened() -> tuple[TrainingRun, UptrainConfig]:
         place = resolve(str(folded))
         config = _checked(place)
         kind, plan = kind_of(config), Plan.load(place / "plan.json")
@@ -90,7 +90,7 @@ def uptrain(
         recipe = _recipe(
             PUBLISHED if teacher is None else DISTILLED, budget, length if kind == "text" else None, on, how
         )
-        asked = Asked(
+        asked = UptrainConfig(
             train=_known("--train", train, SCOPES), data=_data(data, plan), columns=tuple(columns), context=length, teacher=teacher,
             site_weight=_positive("--site-weight", site_weight, least=0), wgqa=_wgqa(wgqa, train, source_of_heads),
             original=source_of_heads, tensorboard=None if tensorboard is None else Path(tensorboard),

@@ -10,9 +10,9 @@ from ..core.errors import UserError
 from ..corpus import open_corpus
 from ..corpus.samples import kind_of
 from ..corpus.windows import token_windows
-from ..stock import open_tokenizer
-from .measuring import OriginalRun
-from .source import Opened, context_limit
+from ..hf_models import open_tokenizer
+from .measuring import Teacher
+from .source import Source, context_limit
 
 TOKENS = 256
 """Length of each of the two windows of text."""
@@ -20,7 +20,7 @@ ITEMS = 4
 """Of other data."""
 
 
-def verification_sample(source: Opened, run: OriginalRun, notes: list[str]) -> Mapping[str, Tensor]:
+def verification_sample(source: Source, run: Teacher, notes: list[str]) -> Mapping[str, Tensor]:
     """Two windows of text, or the first items of the calibration data; random inputs, and a note, where there is neither."""
     config = source.checkpoint.config
     kind = kind_of(config)
@@ -32,7 +32,7 @@ def verification_sample(source: Opened, run: OriginalRun, notes: list[str]) -> M
     return random_sample(kind, config)
 
 
-def _windows(source: Opened, notes: list[str]) -> Tensor:
+def _windows(source: Source, notes: list[str]) -> Tensor:
     config = source.checkpoint.config
     length = min(TOKENS, context_limit(config) or TOKENS)
     try:

@@ -10,27 +10,27 @@ from .. import planning
 from ..budget import require_second_stage
 from ..core.errors import UserError
 from ..families.spec import Site
-from .source import Opened
+from .source import Source
 
 SPREADS = ("exact", "qcqa")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class BudgetRequest:
     """What is asked of a plan: one of these, and what counts of K/V heads may be used."""
 
     kv_budget: str | None = None
     """Share of the source's K/V bytes, such as `25%` or `1/4`."""
     kv_bytes: str | None = None
     """Bytes of K and V per token, such as `40KiB`."""
-    max_rise: float | None = None
+    max_loss_increase: float | None = None
     """Predicted loss, in nats per token."""
     allowed: Sequence[int] = ()
     """Counts of K/V heads; none: all that split the heads equally."""
     tp: int = 1
     """Devices of tensor parallelism: counts must be multiples of it."""
     spread: str = "exact"
-    head_width: int = 1
+    head_dim_multiple: int = 1
     """Of the new K/V heads, in heads of the source; counts are of the source's, so they must be multiples of it."""
     unequal: bool = False
     """Whether groups may differ in size (`planning.Grouping`): then every count may be used, not divisors alone."""
@@ -41,18 +41,24 @@ class Wish:
         Raises:
             UserError: several of the three, an unknown spread, or one that needs a budget.
         """
-        given = {"--kv-budget": self.kv_budget, "--kv-bytes": self.kv_bytes, "--max-rise": self.max_rise}
+        given = {
+            "--kv-budget": self.kv_budget,
+            "--kv-bytes": self.kv_bytes,
+            "--max-loss-increase": self.max_loss_increase,
+        }
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise UserError(f"plan: {' and '.join(named)} exclude each other; give one")
         if self.spread not in SPREADS:
             raise UserError(f"--spread {self.spread}: expected one of {', '.join(SPREADS)}")
         if self.spread == "qcqa":
-            if self.max_rise is not None:
+            if self.max_loss_increase is not None:
                 raise UserError("--spread qcqa needs a budget in bytes; give --kv-budget or --kv-bytes")
             require_second_stage()
-        if self.max_rise is not None and not 0 < self.max_rise < math.inf:
-            raise UserError(f"--max-rise {self.max_rise:g}: expected a loss above 0, in nats per token")
+        if self.max_loss_increase is not None and not 0 < self.max_loss_increase < math.inf:
+            raise UserError(
+                f"--max-loss-increase {self.max_loss_increase:g}: expected a loss above 0, in nats per token"
+            )
 
     def counts(self, site: Site) -> list[int]:
         """Counts below a site's own that may be used, ascending. Where the order of heads is fixed (ALiBi) groups are equal.
@@ -60,28 +66,30 @@ class Wish:
         Raises:
             UserError: none is left.
         """
-        num_groups = site.num_groups
-        if num_groups % self.tp:
+        num_kv_heads = site.num_kv_heads
+        if num_kv_heads % self.tp:
             raise UserError(
-                f"--tp {self.tp}: does not divide the {num_groups} K/V heads that a layer may keep; choose a divisor of it"
+                f"--tp {self.tp}: does not divide the {num_kv_heads} K/V heads that a layer may keep; choose a divisor of it"
             )
         free = planning.may_differ(site, unequal=self.unequal)
-        possible = list(range(1, num_groups)) if free else planning.divisors(num_groups)[:-1]
+        possible = list(range(1, num_kv_heads)) if free else planning.divisors(num_kv_heads)[:-1]
         found = [
-            n for n in possible if (not self.allowed or n in self.allowed) and n % (self.tp * self.head_width) == 0
+            n
+            for n in possible
+            if (not self.allowed or n in self.allowed) and n % (self.tp * self.head_dim_multiple) == 0
         ]
         if not found:
             limits = [f"--allowed {','.join(map(str, self.allowed))}"] if self.allowed else []
             limits += [f"--tp {self.tp}"] if self.tp > 1 else []
-            limits += [f"--head-width {self.head_width}"] if self.head_width > 1 else []
+            limits += [f"--head-dim-multiple {self.head_dim_multiple}"] if self.head_dim_multiple > 1 else []
             raise UserError(
-                f"{' and '.join(limits) or 'plan'}: expected a count less than the {num_groups} K/V heads"
+                f"{' and '.join(limits) or 'plan'}: expected a count less than the {num_kv_heads} K/V heads"
                 f"{'' if free else ' that splits them equally'}, of {', '.join(map(str, possible)) or 'none'}, "
                 "and fits all of these; none does, allow more"
             )
         return found
 
-    def limit(self, source: Opened) -> float | None:
+    def limit(self, source: Source) -> float | None:
         """Bytes per token that may be used; None where the loss is limited instead.
 
         Raises:

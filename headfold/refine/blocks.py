@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration import Sample, run
 from ..families.spec import Site
-from ..stock import input_device
+from ..hf_models import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

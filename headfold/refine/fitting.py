@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..calibration import Sample, mask_of, num_tokens
 from ..core.heads import Heads
-from ..distributed import share, world_size
 from ..families.spec import Site
-from ..stock import input_device
+from ..hf_models import input_device
+from ..parallel import share, world_size
 from .blocks import calls, walk
-from .trial import Recorded, Trial
+from .recorded import Recorded, Trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +95,7 @@ def _recorded(
     if not every:
         yield from ((site, []) for site in sites)
         return
-    if every[0].keys() == {"input_ids"} and all(site.native for site in sites):
+    if every[0].keys() == {"input_ids"} and all(site.stock_gqa for site in sites):
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in every]):
             yield block.site, [Recorded(*visit(number), None) for number in range(len(every))]
         return

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..calibration import Sample, batches, num_tokens
 from ..core.heads import Heads
-from ..distributed import summed, world_size
 from ..families.spec import Site
+from ..parallel import summed, world_size
 from .fitting import Fields, Solver, fit
-from .trial import Trial
+from .recorded import Trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from ..calibration import Sample, batches, total_tokens
 from ..core.heads import Heads
 from ..families.spec import Site
 from .fitting import Fields, Solver, fit
+from .recorded import Trial
 from .ridge import refit_output
-from .trial import Trial
 from .values import refit_values
 
 if TYPE_CHECKING:

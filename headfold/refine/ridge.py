@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
-from ..distributed import summed
-from .trial import Trial
+from ..parallel import summed
+from .recorded import Trial
 
 
 @torch.no_grad()

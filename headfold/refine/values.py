@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
-from ..distributed import agreed, summed
-from .trial import Trial
+from ..parallel import agreed, summed
+from .recorded import Trial
 
 _DAMPING = 1e-3
 """Of both factors of M, over their mean energy."""
@@ -78,8 +78,8 @@ def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Call
     """M and its inverse, applied to rows of the values; `second` is Σ x xᵀ."""
     second = _damped(second)
     own = (heads.o @ heads.o.mT).double()
-    readers = torch.tensor(heads.kv_of_query.kv_of_query, device=own.device)
-    read = torch.stack([_damped(own[readers == group].sum(0)) for group in range(heads.num_groups)])
+    readers = torch.tensor(heads.groups.group_of_head, device=own.device)
+    read = torch.stack([_damped(own[readers == group].sum(0)) for group in range(heads.num_kv_heads)])
     root, read_root = torch.linalg.cholesky(second), torch.linalg.cholesky(read)
 
     def measure(rows: Rows) -> Rows:

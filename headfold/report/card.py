@@ -27,8 +27,8 @@ class CardFacts:
     kv_heads_before: str
     kv_heads_after: int
     kv_heads_least: int
-    prices: tuple[Any, Any]
-    """`recipe.price.Price` before and after."""
+    serving_costs: tuple[Any, Any]
+    """`recipe.price.ServingCost` before and after."""
     method: str
     group: str
     refit: bool
@@ -134,7 +134,7 @@ def _summary(name: str, facts: CardFacts) -> str:
         ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
     )
     after = counts(facts.kv_heads_least, facts.kv_heads_after)
-    before, now = facts.prices
+    before, now = facts.serving_costs
     return (
         f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
@@ -153,7 +153,7 @@ def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", facts.num_heads, facts.num_heads],
         ["K/V heads", facts.kv_heads_before, counts(facts.kv_heads_least, facts.kv_heads_after)],
-        *price_rows(*facts.prices),
+        *price_rows(*facts.serving_costs),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():

@@ -12,7 +12,8 @@ def show_frontier(found: Any) -> None:
     rows = [
         [
             size(point.kv_bytes_per_token),
-            ",".join(map(str, point.kv_heads.values())) + (f" × {point.head_width}" if point.head_width > 1 else ""),
+            ",".join(map(str, point.kv_heads.values()))
+            + (f" × {point.head_dim_multiple}" if point.head_dim_multiple > 1 else ""),
             size(point.weight_bytes),
             f"{point.predicted:.3g}",
             "" if point.measured is None else f"{point.measured:.3g}",
@@ -21,7 +22,7 @@ def show_frontier(found: Any) -> None:
         for point in found.points
     ]
     show_table(["K/V per token", "K/V heads", "weights", "predicted", "measured", "plan"], rows)
-    if any(point.head_width > 1 for point in found.points):
+    if any(point.head_dim_multiple > 1 for point in found.points):
         print("× N: N times fewer heads than that, N times as wide, in the same cache; weights: of attention")
     agree = [
         ("predicted errors of single layers and their measured damage", found.site_rank_correlation),

@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def price_rows(before: Any, after: Any) -> list[list[str]]:
-    """What the cache takes and what wide heads cost for it, of two `recipe.price.Price`."""
+    """What the cache takes and what wide heads cost for it, of two `recipe.price.ServingCost`."""
     return [
         ["width of a K/V head", before.head_dims, after.head_dims],
         ["K/V cache per token", size(before.kv_bytes_per_token), size(after.kv_bytes_per_token)],

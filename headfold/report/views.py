@@ -105,10 +105,10 @@ def show_plan_errors(plan: Any) -> None:
         print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
 
 
-def show_plan(plan: Any, prices: Any) -> None:
-    """A `core.plan.Plan` and the pair of `recipe.price.Price` around it."""
+def show_plan(plan: Any, serving_costs: Any) -> None:
+    """A `core.plan.Plan` and the pair of `recipe.price.ServingCost` around it."""
     show_plan_errors(plan)
-    show_table(["", "before", "after"], price_rows(*prices))
+    show_table(["", "before", "after"], price_rows(*serving_costs))
 
 
 def _shares(site: Any) -> list[str]:

@@ -29,13 +29,13 @@ class Packing:
     """How query heads are laid out by group: slot → head, `num_heads` in an empty slot; None where they lie so already."""
 
     num_heads: int
-    num_groups: int
+    num_kv_heads: int
     slots: tuple[int, ...] | None = None
 
     @property
     def queries_per_group(self) -> int:
         """Slots of each group: as many as the largest one has queries."""
-        return len(self.slots or range(self.num_heads)) // self.num_groups
+        return len(self.slots or range(self.num_heads)) // self.num_kv_heads
 
     def rows(self, heads: Tensor) -> Tensor:
         """(batch, head, token, dim) → (batch, group, query · token, dim); empty slots hold zeros, or True."""
@@ -43,7 +43,7 @@ class Packing:
         if self.slots is not None:
             blank = torch.full_like(heads[:, :1], heads.dtype == torch.bool)
             heads = torch.cat([heads, blank], 1).index_select(1, torch.tensor(self.slots, device=heads.device))
-        return heads.reshape(batch, self.num_groups, self.queries_per_group * tokens, dim)
+        return heads.reshape(batch, self.num_kv_heads, self.queries_per_group * tokens, dim)
 
     def mask_rows(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         """The same for a mask or bias (batch, head or 1, token or 1, key); what is common to all rows stays so."""
@@ -54,7 +54,7 @@ class Packing:
 
     def heads(self, rows: Tensor, tokens: int) -> Tensor:
         """(batch, group, query · token, dim) → (batch, head, token, dim)."""
-        heads = rows.reshape(rows.shape[0], self.num_groups * self.queries_per_group, tokens, rows.shape[-1])
+        heads = rows.reshape(rows.shape[0], self.num_kv_heads * self.queries_per_group, tokens, rows.shape[-1])
         if self.slots is None:
             return heads
         order = [self.slots.index(head) for head in range(self.num_heads)]
@@ -62,14 +62,14 @@ class Packing:
 
 
 @functools.cache
-def packing(num_heads: int, num_groups: int, kv_of_query: tuple[int, ...] | None) -> Packing:
+def packing(num_heads: int, num_kv_heads: int, kv_of_query: tuple[int, ...] | None) -> Packing:
     """Equal groups of neighbours or, by `kv_of_query`, any: a small group is filled up to the largest."""
     if kv_of_query is None:
-        assert num_heads % num_groups == 0, (num_heads, num_groups)
-        return Packing(num_heads, num_groups)
-    members = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_groups)]
+        assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+        return Packing(num_heads, num_kv_heads)
+    members = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_kv_heads)]
     width = max(map(len, members))
-    return Packing(num_heads, num_groups, tuple(slot for m in members for slot in m + [num_heads] * (width - len(m))))
+    return Packing(num_heads, num_kv_heads, tuple(slot for m in members for slot in m + [num_heads] * (width - len(m))))
 
 
 def packed(

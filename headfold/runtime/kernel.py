@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..stock import processor_flags
+from ..hf_models import processor_flags
 from .decoding import CANDIDATES, Unsuited, sdpa
 
 SOURCE = Path(__file__).with_name("decode.cpp")

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.spec import Family, read_field
-from ..stock import quiet
+from ..hf_models import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,9 +132,9 @@ def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[st
 
 
 def _check_counts(directory: Path, plan: Plan, counts: list[int]) -> None:
-    planned, found = Counter(plan.num_groups.values()), Counter(counts)
+    planned, found = Counter(plan.num_kv_heads.values()), Counter(counts)
     # Sites that keep all their heads need not be listed.
-    same = Counter(s.groups.num_groups for s in plan.sites.values() if s.groups.num_groups == s.groups.num_heads)
+    same = Counter(s.groups.num_kv_heads for s in plan.sites.values() if s.groups.num_kv_heads == s.groups.num_heads)
     if found - planned or planned - found - same:
         raise UserError(
             f"{directory}: plan.json says {_counts(planned)}, config.json {_counts(found)}; "
@@ -143,7 +143,7 @@ def _check_counts(directory: Path, plan: Plan, counts: list[int]) -> None:
 
 
 def _counts(sites: Mapping[int, int]) -> str:
-    return " and ".join(f"{num_groups} K/V heads at {num} sites" for num_groups, num in sorted(sites.items()))
+    return " and ".join(f"{num_kv_heads} K/V heads at {num} sites" for num_kv_heads, num in sorted(sites.items()))
 
 
 def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
     family = family_of(config, f"{directory}/config.json") if known else Family(())
     named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
     named = named if known else {"num_key_value_heads"}
-    planned = sorted(set(plan.num_groups.values()))
+    planned = sorted(set(plan.num_kv_heads.values()))
     for field in named:
         if [read_field(family, config, field)] != planned:
             raise UserError(

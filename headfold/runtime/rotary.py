@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
-    """The config fields of a table `head_width` times as wide: plane p has the source's frequency p // head_width.
+def wide_table(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
+    """The config fields of a table `head_dim_multiple` times as wide: plane p has the source's frequency p // head_dim_multiple.
 
     The same at every context length, but for a source whose table is a longrope already: it keeps its two.
 
@@ -30,8 +30,8 @@ def wide_table(config: Mapping[str, Any], head_width: int) -> dict[str, Any]:
     fields = {
         "rope_type": "longrope",
         **kept,
-        "short_factor": _factors(short, rope["rope_theta"], head_width),
-        "long_factor": _factors(long, rope["rope_theta"], head_width),
+        "short_factor": _factors(short, rope["rope_theta"], head_dim_multiple),
+        "long_factor": _factors(long, rope["rope_theta"], head_dim_multiple),
         "attention_factor": scaling,
         "factor": 1.0,
         "original_max_position_embeddings": trained,
@@ -68,9 +68,9 @@ def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane
     return 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
 
 
-def _factors(frequencies: Float[Tensor, " plane"], theta: float, head_width: int) -> list[float]:
+def _factors(frequencies: Float[Tensor, " plane"], theta: float, head_dim_multiple: int) -> list[float]:
     """One per plane of the wide head, such that longrope's own float32 arithmetic comes nearest to the source's frequencies."""
-    wanted = frequencies.repeat_interleave(head_width)
+    wanted = frequencies.repeat_interleave(head_dim_multiple)
     dim = 2 * len(wanted)
     own = theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     first = (1.0 / (own.double() * wanted.double())).float()

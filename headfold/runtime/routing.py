@@ -148,7 +148,7 @@ class Shape:
     """Heads of one attention."""
 
     num_heads: int
-    num_groups: int
+    num_kv_heads: int
     head_dim: int
     slots: int = 1
     """Parts that a wide head lies in."""
@@ -163,12 +163,12 @@ class Router(nn.Module):
         self.method, self.seed, self.before = method, seed, before
         self._held: KvOfQuery | None = None
         self._slots, self.head_dim, self._own = shape.slots, shape.head_dim, own
-        sizes = [own.count(group) for group in range(shape.num_groups)]
+        sizes = [own.count(group) for group in range(shape.num_kv_heads)]
         self._own_sizes = tuple(sizes)
         self.register_buffer("sizes", torch.tensor(sizes))
         self.register_buffer("counts", torch.zeros(4, dtype=torch.long))  # samples, steps, draws, whether frozen
-        self.register_buffer("kept", torch.zeros(shape.num_groups))
-        self.register_buffer("mean", torch.zeros(shape.num_groups))
+        self.register_buffer("kept", torch.zeros(shape.num_kv_heads))
+        self.register_buffer("mean", torch.zeros(shape.num_kv_heads))
 
     @property
     def state(self) -> RouteState:
@@ -259,7 +259,7 @@ def _grouped(model: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, Sha
     """Attentions, by path, whose query heads have a choice."""
     for path, module in model.named_modules():
         shape = _shape(module)
-        if shape is not None and 1 < shape.num_groups < shape.num_heads:
+        if shape is not None and 1 < shape.num_kv_heads < shape.num_heads:
             yield path, (module, shape)
 
 
@@ -279,7 +279,7 @@ def _shape(module: nn.Module) -> Shape | None:
 def _attach(path: str, module: nn.Module, shape: Shape, method: plugins.Method, seed: int) -> Router:
     names = ("kv_of_query", "num_key_value_groups", "config")
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    own = before.setdefault("kv_of_query", None) or runs(even(shape.num_heads, shape.num_groups))
+    own = before.setdefault("kv_of_query", None) or runs(even(shape.num_heads, shape.num_kv_heads))
     drawn = random.Random(f"{seed} {path}").getrandbits(32)
     router = Router(method, shape, own, drawn, before).train(module.training)
     module.headfold_route = router.to(next(module.parameters()).device)

@@ -15,8 +15,8 @@ from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..families import family_of
 from ..families.spec import folded_config, sites
+from ..hf_models import available_memory, quiet
 from ..runtime.load import own_class
-from ..stock import available_memory, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,9 +168,9 @@ def _grouped(config: Mapping[str, Any], kv_heads: int, where: str) -> dict[str, 
     found = sites(family, config, _tensors(config, where), where)
     decoding = [site for site in found if site.stack != "encoder"] or found
     for site in decoding:
-        if not 1 <= kv_heads <= site.num_groups or site.num_groups % kv_heads:
+        if not 1 <= kv_heads <= site.num_kv_heads or site.num_kv_heads % kv_heads:
             raise UserError(
-                f"{where}: expected a count of K/V heads that divides its {site.num_groups}, got {kv_heads}; choose another"
+                f"{where}: expected a count of K/V heads that divides its {site.num_kv_heads}, got {kv_heads}; choose another"
             )
     return folded_config(family, config, decoding, {site.name: kv_heads for site in decoding})
 

@@ -94,10 +94,10 @@ class Distillation:
         with torch.no_grad():
             theirs = self.teacher(**given)
         ours = model(**given)
-        apart = self._between(ours, theirs, labels, given.get("attention_mask"))
+        difference_and_tolerance = self._between(ours, theirs, labels, given.get("attention_mask"))
         sites = torch.stack(self._site_errors(_of_labels(labels), given.get("attention_mask")))
-        parts = {"kl": apart.detach(), "site_error": sites.mean().detach()}
-        return apart + self.weight * sites.mean(), parts
+        parts = {"kl": difference_and_tolerance.detach(), "site_error": sites.mean().detach()}
+        return difference_and_tolerance + self.weight * sites.mean(), parts
 
     def _site_errors(self, labelled: Tensor | None, mask: Tensor | None) -> list[Tensor]:
         """By attention, over the positions that are no padding: of a decoder those with labels."""
@@ -158,9 +158,9 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, ours: Float[Tensor, "position vocab"], theirs: Float[Tensor, "position vocab"]) -> Tensor:
         log_q, log_p = (t.to(torch.promote_types(t.dtype, torch.float32)).log_softmax(-1) for t in (ours, theirs))
         p = log_p.exp()
-        apart = log_p.sub_(log_q).mul_(p).sum() / len(ours)
+        difference_and_tolerance = log_p.sub_(log_q).mul_(p).sum() / len(ours)
         ctx.save_for_backward(log_q.exp_().sub_(p).div_(len(ours)).to(ours.dtype))
-        return apart
+        return difference_and_tolerance
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:

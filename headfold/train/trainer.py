@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..checkpoint.disk import flush, write_errors
 from ..core.errors import UserError
 from ..corpus.pairs import IGNORED
-from ..distributed import everyone
+from ..parallel import everyone
 from .distillation import Distillation
 
 WHOLE = "headfold-whole"

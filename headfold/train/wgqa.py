@@ -40,7 +40,7 @@ from ..core.groups import Groups
 from ..core.plan import Plan
 from ..families.layout import read_heads
 from ..families.spec import Site
-from ..runtime.wearing import local_names
+from ..runtime.regrouping import local_names
 from ..surgery import site_tensors
 
 Read = Callable[[str], Tensor]
@@ -198,7 +198,7 @@ def _weighted(module: nn.Module) -> list[str]:
 def _folded(sites: Iterable[Site], plan: Plan) -> list[Site]:
     """Sites that the plan gives fewer K/V heads."""
     planned = [site for site in sites if site.name in plan.sites]
-    found = [site for site in planned if plan.sites[site.name].groups.num_groups < site.num_groups]
+    found = [site for site in planned if plan.sites[site.name].groups.num_kv_heads < site.num_kv_heads]
     if not found:
         raise UserError(
             "wgqa: expected a plan that gives some of these sites fewer K/V heads, found none; is it theirs?"
@@ -220,16 +220,16 @@ def _refuse(site: Site, plan: Plan) -> None:
     """What a weighted sum of the original's heads makes no sense for."""
     planned = plan.sites[site.name]
     merge = planned.merge.partition(":")[0]
-    if "qkv" in site.weights and site.native:
+    if "qkv" in site.weights and site.stock_gqa:
         raise UserError(
             f"wgqa: {site.name}: expected linears of their own for k and v, its class has one for q, k and v"
         )
     if planned.head_dim != site.head_dim:
         raise UserError(
             f"wgqa: {site.name}: expected heads of the original's width {site.head_dim}, the plan has {planned.head_dim}: a wide head "
-            "keeps several heads beside each other, there is nothing to weigh; make the plan with --head-width 1"
+            "keeps several heads beside each other, there is nothing to weigh; make the plan with --head-dim-multiple 1"
         )
-    if getattr(plugins.load(merges, merge), "READS_QUERIES", True):
+    if getattr(plugins.load(merges, merge), "TRANSFORMS_QUERIES", True):
         raise UserError(
             f"wgqa: {site.name}: expected a merge that leaves queries alone, the plan has {planned.merge}, which turns them, so the "
             "original's keys do not fit them; fold with --merge mean --no-refit"

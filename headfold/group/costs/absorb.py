@@ -14,7 +14,7 @@ from ...core.moments import Moments, site_moments
 from ...core.predict import predicted_errors, site_energy
 from ...core.stats import SiteStats
 
-HEAD_WIDTH = True
+HEAD_DIM_MULTIPLE = True
 """It knows what a shared head of several heads' width loses."""
 LARGE = 1024
 """Dims of a group's values above which they are left out under RoPE: an eigenproblem of that size takes a second for every set."""
@@ -25,15 +25,19 @@ def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weigh
     return cost_of(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
 
 
-def cost_of(moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_width: int = 1) -> Cost:
-    """The same from moments that are at hand already; `head_width` as in `core.predict`."""
+def cost_of(
+    moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_dim_multiple: int = 1
+) -> Cost:
+    """The same from moments that are at hand already; `head_dim_multiple` as in `core.predict`."""
     energy = site_energy(moments)
     dim = moments.values.gram.shape[1]
 
     def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
         # Where all of K rotates, V loses far less and is by far the dearer to predict.
         dear = moments.keys is None and sets.shape[1] * dim > LARGE
-        keys, values = predicted_errors(moments, sets, values=value_weight != 0 and not dear, head_width=head_width)
+        keys, values = predicted_errors(
+            moments, sets, values=value_weight != 0 and not dear, head_dim_multiple=head_dim_multiple
+        )
         return key_weight * keys / energy.key + value_weight * values / energy.value
 
     return SetCost(compute)

@@ -18,7 +18,7 @@ from ...core.stats import SiteStats
 def cost(heads: Heads, stats: SiteStats) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
     grams = pair_grams(heads, stats)
-    similarity = torch.zeros(heads.num_groups, heads.num_groups, dtype=torch.float64)
+    similarity = torch.zeros(heads.num_kv_heads, heads.num_kv_heads, dtype=torch.float64)
     for gram in (grams.k, grams.v):
         inner = torch.einsum("iala->il", gram)
         length = torch.diagonal(inner).clamp_min(torch.finfo(inner.dtype).tiny).sqrt()

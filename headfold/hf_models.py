@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoint.reader import Checkpoint, refuse_remote_code
 from .core.errors import UserError
-from .distributed import processes_here
+from .parallel import processes_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

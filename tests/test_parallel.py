@@ -20,7 +20,7 @@ from tiny import tiny_checkpoint
 from torch import Tensor
 
 import headfold
-from headfold import calibration, distributed
+from headfold import calibration, parallel
 from headfold.checkpoint.stats_file import StatsFile
 from headfold.core.plan import Plan
 from headfold.recipe import fitted
@@ -191,7 +191,7 @@ def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fold of one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
     headfold.fold(source, out, **FOLD)
-    assert not torch.distributed.is_initialized() and distributed.world_size() == 1
+    assert not torch.distributed.is_initialized() and parallel.world_size() == 1
     return out
 
 

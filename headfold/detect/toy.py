@@ -95,7 +95,7 @@ class Subject:
 def _make(architecture: str, config: Any, device: str) -> "PreTrainedModel":
     import transformers
 
-    from ..stock import quiet
+    from ..hf_models import quiet
 
     with quiet(), torch.device(device):
         options = {"dtype": torch.float64, "experts_implementation": "eager"}

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 import headfold.cli
 import headfold.families
 from headfold.core.errors import UserError
+from headfold.detect import Probed, probe, prove, source_of, subject_of
+from headfold.detect.laws import prove_laws
+from headfold.detect.shrink import Geometry, shrink
+from headfold.detect.toy import Unproven
 from headfold.families import family_of
 from headfold.families.spec import Attention, Family, Rope, sites
-from headfold.probe import Probed, probe, prove, source_of, subject_of
-from headfold.probe.laws import prove_laws
-from headfold.probe.shrink import Geometry, shrink
-from headfold.probe.subject import Unproven
 from headfold.recipe import probing
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def test_the_literal_found_says_what_the_one_written_by_hand_says(name: str) -> 
     tensors = load_file(tiny_checkpoint(name) / "model.safetensors")
     written = sites(family_of(config), config, tensors)
     # Whether a class takes heads of another width, and what scales its logits, the probe does not find out.
-    blind = [replace(site, free_width=False, rigid=True, scaled_by_width=True) for site in written]
+    blind = [replace(site, any_head_dim=False, fixed_head_dim=True, scale_from_head_dim=True) for site in written]
     assert sites(found(name).family, config, tensors) == blind
 
 
@@ -123,9 +123,9 @@ def test_laws_are_tight_and_lies_are_not(name: str) -> None:
 
 
 def test_prove_gives_the_literal_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headfold.probe, "probe", lambda _: found("llama"))
+    monkeypatch.setattr(headfold.detect, "probe", lambda _: found("llama"))
     assert prove(tmp_path) is found("llama").family
-    monkeypatch.setattr(headfold.probe, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
+    monkeypatch.setattr(headfold.detect, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
     with pytest.raises(UserError, match=r"config.json: model_type 'llama' cannot be folded: because"):
         prove(tmp_path)
 
@@ -189,7 +189,7 @@ def test_the_readme_has_the_table_of_the_results() -> None:
 
 
 def test_toy_models_are_computed_in_float64_throughout() -> None:
-    from headfold.probe.subject import in_float64
+    from headfold.detect.toy import in_float64
 
     norm = torch.nn.Linear(3, 3, dtype=torch.float32)
     x = torch.ones(2, 3, dtype=torch.float64)

@@ -6,9 +6,9 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ..families.spec import Attention, Family, FusedRows, Rope
+from .candidate import Specimen
 from .find import Found
-from .subject import Subject, Unproven
-from .trial import Specimen
+from .toy import Subject, Unproven
 
 _ROLES = ("q", "k", "v", "qkv", "o", "q_norm", "k_norm", "sinks")
 
@@ -26,10 +26,10 @@ def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments"
         renamed = {role: name for role, name in found.names.items() if name != local[role]}
         elsewhere = {"model_at": found.at, "model_names": renamed}
     numbers = {role: name for role, name in found.fields.items() if name}
-    numbers["kv_heads"] = numbers.get("kv_heads", "") if found.native else ""
+    numbers["kv_heads"] = numbers.get("kv_heads", "") if found.stock_gqa else ""
     return Attention(
-        free_width=False,  # only what was probed is claimed
-        rigid=True,
+        any_head_dim=False,  # only what was probed is claimed
+        fixed_head_dim=True,
         name="layers.{layer}.self",
         at=stored_at,
         **local,

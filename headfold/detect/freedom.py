@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..core.heads import KeyFreedom, QueryOrder
+from .candidate import Trial, keys, only_at, ruined, shuffled, values
 from .shrink import Config
-from .subject import Unproven
-from .trial import Trial, keys, only_at, ruined, shuffled, values
+from .toy import Unproven
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from ..core.disguise import disguise
+from ..core.equivalents import random_equivalent
 from ..families.spec import Family
-from .subject import Subject
-from .trial import UNSEEN, Specimen
+from .candidate import UNSEEN, Specimen
+from .toy import Subject
 
 _SUSPECT = re.compile(r"clip|qk_?(layer)?_?norm|alibi|gat(e|ing)$")
 """What touches Q, K or V between their projections and the attention, or the heads after it."""
@@ -28,6 +28,6 @@ def refusals(subject: Subject, family: Family) -> dict[str, str]:
 def _breaks(subject: Subject, family: Family, overrides: dict[str, Any]) -> bool:
     try:
         trial = Specimen.of(replace(subject, overrides={**(subject.overrides or {}), **overrides})).under(family)
-        return trial.shows(disguise) > UNSEEN
+        return trial.shows(random_equivalent) > UNSEEN
     except Exception:  # a setting that does not build alone says nothing of the literal
         return False

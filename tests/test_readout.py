@@ -13,10 +13,10 @@ from torch import Tensor
 
 import headfold
 from headfold import recipe
-from headfold.core import turning
+from headfold.core import readout
 from headfold.core.distances import NUM_BINS, Distances, bin_of, edges
 from headfold.core.heads import KeyFreedom
-from headfold.core.turning import Average, Fitted, Frame, fit
+from headfold.core.readout import Average, Fitted, Frame, fit
 from headfold.recipe.source import open_source
 
 FREQUENCIES = (1.0, 0.2, 0.01)
@@ -29,9 +29,9 @@ DIM, MEMBERS = 6, 3
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def short(num_groups: int = MEMBERS) -> Distances:
+def short(num_kv_heads: int = MEMBERS) -> Distances:
     """Mass on the first distances alone, which have a bin each, other for every head."""
-    mass = torch.rand(num_groups, NUM_BINS, dtype=torch.float64)
+    mass = torch.rand(num_kv_heads, NUM_BINS, dtype=torch.float64)
     mass[:, 20:] = 0
     return Distances(mass / mass.sum(1, keepdim=True))
 
@@ -133,8 +133,8 @@ def test_the_error_is_what_it_says_and_falls(layout: str, seed: int, slots: int)
 
 
 def test_planes_that_stand_still_are_as_free_as_dims_without_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turning, "MAX_ROUNDS", 2000)
-    monkeypatch.setattr(turning, "ENOUGH", 1e-9)
+    monkeypatch.setattr(readout, "MAX_ROUNDS", 2000)
+    monkeypatch.setattr(readout, "ENOUGH", 1e-9)
     keys, queries = moments(0)
     still = KeyFreedom("rope-halves", 6, frequencies=(0.0,) * 3, context=40)
     found = fit(keys, keys, queries, *start(1, 0), still, short())

@@ -13,7 +13,7 @@ AMPLITUDE = 2.0
 """No transformation stretches or shrinks a direction by more than this, so condition numbers stay below its square."""
 
 
-def disguise(heads: Heads, seed: int) -> Heads:
+def random_equivalent(heads: Heads, seed: int) -> Heads:
     """The same function in other weights, in float64: K and V of every head transformed, then all heads shuffled.
 
     Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one;
@@ -22,23 +22,23 @@ def disguise(heads: Heads, seed: int) -> Heads:
     """
     generator = torch.Generator().manual_seed(seed)
     heads = heads.to(torch.float64)
-    turns = [key_transform(heads.key_freedom, heads.head_dim, generator) for _ in range(heads.num_groups)]
+    turns = [key_transform(heads.key_freedom, heads.head_dim, generator) for _ in range(heads.num_kv_heads)]
     on_k, on_q = (torch.stack(matrices) for matrices in zip(*turns, strict=True))
-    on_v = torch.stack([_invertible(heads.v.shape[1], generator) for _ in range(heads.num_groups)])
-    reads = torch.tensor(heads.kv_of_query.kv_of_query)
+    on_v = torch.stack([_invertible(heads.v.shape[1], generator) for _ in range(heads.num_kv_heads)])
+    reads = torch.tensor(heads.groups.group_of_head)
     turned = replace(
         heads, q=on_q[reads] @ heads.q, k=on_k @ heads.k, v=on_v @ heads.v, o=torch.linalg.inv(on_v).mT[reads] @ heads.o
     )
     return turned if heads.query_order == "fixed" else _shuffle(turned, generator)
 
 
-def repeat_and_disguise(heads: Heads, num_copies: int, seed: int) -> Heads:
+def repeated_random_equivalent(heads: Heads, num_copies: int, seed: int) -> Heads:
     """Every K/V head written `num_copies` times, each copy disguised in its own way, all shuffled.
 
-    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_groups` need lose
+    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_kv_heads` need lose
     nothing.
     """
-    return disguise(heads.expand(heads.num_groups * num_copies), seed)
+    return random_equivalent(heads.expand(heads.num_kv_heads * num_copies), seed)
 
 
 def key_transform(
@@ -84,12 +84,12 @@ def _invertible(dim: int, generator: Generator) -> Float[Tensor, "dim dim"]:
 
 def _shuffle(heads: Heads, generator: Generator) -> Heads:
     """K/V heads in random order with their query heads, and query heads in random order inside each group."""
-    new_kv = torch.randperm(heads.num_groups, generator=generator)
+    new_kv = torch.randperm(heads.num_kv_heads, generator=generator)
     place = new_kv.argsort().tolist()
     moved = replace(
         heads,
         k=heads.k[new_kv],
         v=heads.v[new_kv],
-        kv_of_query=Groups(tuple(place[group] for group in heads.kv_of_query.kv_of_query)),
+        groups=Groups(tuple(place[group] for group in heads.groups.group_of_head)),
     )
     return moved.reorder(tuple(torch.randperm(heads.num_heads, generator=generator).tolist())).standard()

@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..calibration import collect
-from ..core.disguise import disguise, repeat_and_disguise
+from ..core.equivalents import random_equivalent, repeated_random_equivalent
 from ..core.groups import Groups
 from ..core.heads import Heads, KeyFreedom
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..families.layout import check_shapes, renamed, write_heads
 from ..families.spec import Family, Site, folded_config
+from ..hf_models import quiet
 from ..planning import make_plan
-from ..stock import quiet
 from ..surgery import site_tensors
-from .subject import Subject, Unproven, answer, in_float64, logits, sharpen, tokens
-from .trial import UNSEEN, Specimen, Trial, distance, keys, only_at, ruined
+from .candidate import UNSEEN, Specimen, Trial, distance, keys, only_at, ruined
+from .toy import Subject, Unproven, answer, in_float64, logits, sharpen, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def prove_laws(subject: Subject, family: Family) -> dict[str, float]:
     """
     trial = Specimen.of(subject).under(family)
     square = subject.geometry.width == subject.geometry.num_heads * subject.geometry.head_dim
-    sizes = {"num_heads": 4, "num_groups": 2, "head_dim": 16, "width": 64 if square else 96}
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "width": 64 if square else 96}
     other = Specimen.of(subject.with_geometry(**sizes), seed=1).under(family)
     moved = {}
     for name, law in _LAWS.items():
@@ -74,7 +74,7 @@ def bits_return(family: Family, trial: Trial) -> float:
 def all_heads_kept(family: Family, trial: Trial) -> float:
     """A fold to as many heads as there are gives the same logits bit by bit, under the stock class."""
     plan = make_plan(list(trial.sites), trial.specimen.tensors.__getitem__, "1/1", source="toy", merge="mean")
-    kept = _stock(family, trial, _folded(trial, plan, None), plan.num_groups, plainly=True)
+    kept = _stock(family, trial, _folded(trial, plan, None), plan.num_kv_heads, plainly=True)
     # The specimen may hold tables that were made in float64 by now: if it differs, a fresh one is asked.
     if not torch.equal(kept, _plainly(trial.specimen.model)) and not torch.equal(
         kept, _stock(family, trial, {}, {}, plainly=True)
@@ -86,7 +86,7 @@ def all_heads_kept(family: Family, trial: Trial) -> float:
 def disguise_unseen(family: Family, trial: Trial) -> float:
     """Attention cannot see what `key_freedom` and `query_order` allow."""
     del family
-    moved = trial.shows(disguise)
+    moved = trial.shows(random_equivalent)
     if moved > UNSEEN:
         raise Unproven(f"law broken: a disguise by the freedom claimed moves the logits by {moved:.2g} of the largest")
     return moved
@@ -124,12 +124,12 @@ def grouped_is_twin(family: Family, trial: Trial) -> float:
 
     def grouped(heads: Heads, index: int) -> Heads:
         del index
-        num = heads.num_groups // COPIES
+        num = heads.num_kv_heads // COPIES
         shared = Groups.contiguous(heads.num_heads, num)
-        return replace(heads, k=heads.k[:num], v=heads.v[:num], kv_of_query=shared)
+        return replace(heads, k=heads.k[:num], v=heads.v[:num], groups=shared)
 
-    twin = trial.says(lambda heads, i: grouped(heads, i).expand(heads.num_groups))
-    counts = {site.name: site.num_groups // COPIES for site in trial.sites}
+    twin = trial.compared_output(lambda heads, i: grouped(heads, i).expand(heads.num_kv_heads))
+    counts = {site.name: site.num_kv_heads // COPIES for site in trial.sites}
     moved = distance(_stock(family, trial, trial.changed(grouped), counts), twin)
     _refuse("the grouped checkpoint is not its head-repeated twin", moved)
     return moved
@@ -139,13 +139,13 @@ def known_answer(family: Family, trial: Trial) -> float:
     """K/V heads that were written twice, each copy in a disguise of its own, are found and made one again without loss."""
 
     def hidden(heads: Heads, index: int) -> Heads:
-        num = heads.num_groups // COPIES
+        num = heads.num_kv_heads // COPIES
         shared = Groups.contiguous(heads.num_heads, num)
-        few = replace(heads, k=heads.k[:num], v=heads.v[:num], kv_of_query=shared)
-        return repeat_and_disguise(few, COPIES, index)
+        few = replace(heads, k=heads.k[:num], v=heads.v[:num], groups=shared)
+        return repeated_random_equivalent(few, COPIES, index)
 
     inside = {**trial.specimen.tensors, **trial.changed(hidden)}
-    with trial.wearing(trial.changed(hidden)) as model:
+    with trial.installed_heads(trial.changed(hidden)) as model:
         answer = logits(model)
         with in_float64(model):
             stats = collect(model, list(trial.sites), {"input_ids": tokens(6, 16, seed=1)})
@@ -153,7 +153,7 @@ def known_answer(family: Family, trial: Trial) -> float:
         list(trial.sites), inside.__getitem__, f"1/{COPIES}", source="toy", group="swap", merge="absorb", stats=stats
     )
     tensors = _folded(trial, plan, stats, inside)
-    moved = distance(_stock(family, trial, tensors, plan.num_groups), answer)
+    moved = distance(_stock(family, trial, tensors, plan.num_kv_heads), answer)
     _refuse("heads hidden as disguised copies do not come back", moved)
     return moved
 
@@ -191,13 +191,15 @@ def _write(
     """The checkpoint; returned are the sites that the stock class cannot hold."""
     every = {**trial.specimen.tensors, **tensors}
     foreign = [
-        site for site in trial.sites if not site.native and counts.get(site.name, site.num_groups) != site.num_groups
+        site
+        for site in trial.sites
+        if not site.stock_gqa and counts.get(site.name, site.num_kv_heads) != site.num_kv_heads
     ]
     for site in foreign:
         for gone in renamed(site, counts[site.name]):
             del every[gone]
     # A class without a count of K/V heads keeps its own shapes, and needs the runtime only where these change.
-    folded = [site for site in trial.sites if site.native or site in foreign]
+    folded = [site for site in trial.sites if site.stock_gqa or site in foreign]
     kept = {site.name: counts[site.name] for site in folded if site.name in counts}
     config = folded_config(family, trial.specimen.config, folded, kept) if kept else trial.specimen.config
     (directory / "config.json").write_text(json.dumps(config))

@@ -12,7 +12,7 @@ from tiny import TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens
 from torch import Tensor
 from transformers.utils import logging
 
-from headfold import stock
+from headfold import hf_models
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 
@@ -41,7 +41,7 @@ def stored(path: Path, part: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", TINY)
 def test_whole_is_what_transformers_itself_loads(name):
     path = tiny_checkpoint(name)
-    model = stock.open_model(path)
+    model = hf_models.open_model(path)
     assert_bitwise(outputs(model), stock_logits(path))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -52,14 +52,14 @@ def test_whole_is_what_transformers_itself_loads(name):
 )
 def test_streamed_is_bitwise_the_whole_model(name, dtype):
     path = tiny_checkpoint(name)
-    streamed = stock.open_model(path, dtype=dtype, memory_limit=0)
-    assert stock.is_streamed(streamed)
-    assert_bitwise(outputs(streamed), outputs(stock.open_model(path, dtype=dtype)))
+    streamed = hf_models.open_model(path, dtype=dtype, memory_limit=0)
+    assert hf_models.is_streamed(streamed)
+    assert_bitwise(outputs(streamed), outputs(hf_models.open_model(path, dtype=dtype)))
     assert all(parameter.is_meta for parameter in streamed.parameters())  # nothing stays behind after the pass
 
 
 def test_a_base_model_opens_whole_and_streamed(headless):
-    whole, streamed = (stock.open_model(headless, memory_limit=limit) for limit in (None, 0))
+    whole, streamed = (hf_models.open_model(headless, memory_limit=limit) for limit in (None, 0))
     assert_bitwise(outputs(whole), stock_model(tiny_checkpoint("llama")).model(tiny_tokens()).last_hidden_state)
     assert_bitwise(outputs(streamed), outputs(whole))
 
@@ -68,7 +68,7 @@ def test_a_base_opens_from_a_checkpoint_with_a_head(tmp_path):
     """The other way round: the config names no causal model, names on disk have the component `model.` more."""
     shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, architectures=["LlamaModel"])
-    whole, streamed = (stock.open_model(tmp_path, memory_limit=limit) for limit in (None, 0))
+    whole, streamed = (hf_models.open_model(tmp_path, memory_limit=limit) for limit in (None, 0))
     assert type(whole).__name__ == "LlamaModel"
     assert_bitwise(outputs(streamed), outputs(whole))
 
@@ -76,7 +76,7 @@ def test_a_base_opens_from_a_checkpoint_with_a_head(tmp_path):
 def test_a_head_whose_base_was_saved_alone_finds_its_tensors(headless):
     """The config says causal, names lack `model.`, and the head is the embedding: what transformers resolves, so do we."""
     edit_config(headless, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
-    assert_bitwise(*(outputs(stock.open_model(headless, memory_limit=limit)) for limit in (None, 0)))
+    assert_bitwise(*(outputs(hf_models.open_model(headless, memory_limit=limit)) for limit in (None, 0)))
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0])
@@ -86,50 +86,50 @@ def test_overlay_is_the_checkpoint_with_those_tensors(name, memory_limit, tmp_pa
     changed = {key: tensor.flip(0) for key, tensor in stored(path, "layers.1.self_attn").items()}
     (tmp_path / "config.json").write_text((path / "config.json").read_text())
     save_file(stored(path, "") | changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    overlaid = outputs(stock.open_model(path, overlay=changed, memory_limit=memory_limit))
+    overlaid = outputs(hf_models.open_model(path, overlay=changed, memory_limit=memory_limit))
     assert_bitwise(overlaid, stock_logits(tmp_path))
     assert_differs(overlaid, stock_logits(path))
 
 
 def test_regrouped_experts_do_not_stream_and_say_so():
     with pytest.raises(UserError, match="regroups.*memory"):
-        stock.open_model(tiny_checkpoint("mixtral"), memory_limit=0)
+        hf_models.open_model(tiny_checkpoint("mixtral"), memory_limit=0)
 
 
 def test_memory_decides_unless_told(monkeypatch):
     path = tiny_checkpoint("llama")
     num_bytes = sum(tensor.nbytes for tensor in stored(path, "").values())
     for available, streamed in [
-        (num_bytes / stock.MEMORY_SHARE + 8, False),
-        (num_bytes / stock.MEMORY_SHARE - 8, True),
+        (num_bytes / hf_models.MEMORY_SHARE + 8, False),
+        (num_bytes / hf_models.MEMORY_SHARE - 8, True),
     ]:
-        monkeypatch.setattr(stock, "available_memory", lambda device, available=available: int(available))
-        assert stock.is_streamed(stock.open_model(path)) == streamed
+        monkeypatch.setattr(hf_models, "available_memory", lambda device, available=available: int(available))
+        assert hf_models.is_streamed(hf_models.open_model(path)) == streamed
 
 
 @pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
 def test_low_precision_is_computed_in_what_multiplies_faster(monkeypatch, faster):
-    monkeypatch.setattr(stock, "product_seconds", lambda dtype: 0.01 if dtype == faster else 0.02)
-    dtype, reason = stock.compute_dtype(torch.bfloat16)
+    monkeypatch.setattr(hf_models, "product_seconds", lambda dtype: 0.01 if dtype == faster else 0.02)
+    dtype, reason = hf_models.compute_dtype(torch.bfloat16)
     assert dtype == faster and "bfloat16" in reason and "10 ms" in reason and "20 ms" in reason
-    assert stock.compute_dtype(torch.float16)[0] == (torch.float32 if faster == torch.float32 else torch.float16)
-    assert stock.compute_dtype(torch.float64)[0] == torch.float64
-    assert stock.compute_dtype(torch.bfloat16, "cuda")[0] == torch.bfloat16
+    assert hf_models.compute_dtype(torch.float16)[0] == (torch.float32 if faster == torch.float32 else torch.float16)
+    assert hf_models.compute_dtype(torch.float64)[0] == torch.float64
+    assert hf_models.compute_dtype(torch.bfloat16, "cuda")[0] == torch.bfloat16
 
 
 def test_the_product_is_measured():
-    assert 0 < stock.product_seconds(torch.float32) < 60
+    assert 0 < hf_models.product_seconds(torch.float32) < 60
 
 
 def test_stored_dtype_is_that_of_most_numbers(tmp_path):
     model = stock_model(tiny_checkpoint("llama"), torch.bfloat16)
     model.model.norm.float()
     model.save_pretrained(tmp_path)
-    assert stock.stored_dtype(tmp_path) == torch.bfloat16
+    assert hf_models.stored_dtype(tmp_path) == torch.bfloat16
 
 
 def test_memory_is_measured_in_bytes():
-    assert 2**26 < stock.available_memory() < 2**50
+    assert 2**26 < hf_models.available_memory() < 2**50
 
 
 def test_loading_is_quiet_and_puts_the_loggers_back(capfd):
@@ -137,7 +137,7 @@ def test_loading_is_quiet_and_puts_the_loggers_back(capfd):
     logging.set_verbosity_warning()
     logging.enable_progress_bar()
     capfd.readouterr()
-    stock.open_model(path)
+    hf_models.open_model(path)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
     assert capfd.readouterr() == ("", "")
     logging.set_verbosity(before)
@@ -162,7 +162,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(changes, message, memory_l
     shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as refusal:
-        stock.open_model(tmp_path, memory_limit=memory_limit)
+        hf_models.open_model(tmp_path, memory_limit=memory_limit)
     assert "\n" not in str(refusal.value)
 
 
@@ -170,20 +170,20 @@ def test_stock_code_is_used_where_a_checkpoint_brings_its_own_too(tmp_path):
     """As Phi-3's first checkpoints do."""
     shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.Own"})
-    assert type(stock.open_model(tmp_path)).__name__ == "LlamaForCausalLM"
+    assert type(hf_models.open_model(tmp_path)).__name__ == "LlamaForCausalLM"
 
 
 def test_a_tensor_of_another_shape_than_the_config_says_is_named(tmp_path):
     shutil.copytree(tiny_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, intermediate_size=7)
     with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight: expected shape \(.*7.*\) by the config, got"):
-        stock.open_model(tmp_path)
+        hf_models.open_model(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected a tokenizer"):
-        stock.open_tokenizer(tmp_path)
+        hf_models.open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
     with pytest.raises(UserError, match="does not load") as refusal:
-        stock.open_tokenizer(tmp_path)
+        hf_models.open_tokenizer(tmp_path)
     assert "\n" not in str(refusal.value)

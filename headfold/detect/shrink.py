@@ -16,7 +16,7 @@ class Geometry:
     """The sizes of a toy model: all different, so that shapes tell what is what."""
 
     num_heads: int = 8
-    num_groups: int = 8
+    num_kv_heads: int = 8
     head_dim: int = 24
     width: int = 128
     min_layers: int = 2
@@ -35,7 +35,7 @@ THETA = 100.0
 _LAYERS = re.compile(r"^(num_(hidden_)?layers|n_layers?|(encoder|decoder)_layers|num_decoder_layers)$")
 _SIZES: tuple[tuple[str, str | int], ...] = (
     (r"vocab_size(_per_layer_input)?$|unpadded_vocab", VOCABULARY),
-    (r"num_key_value_heads|num_kv_heads|n_kv_heads|kv_n_heads|n_head_kv", "num_groups"),
+    (r"num_key_value_heads|num_kv_heads|n_kv_heads|kv_n_heads|n_head_kv", "num_kv_heads"),
     (r"mamba_(n|num)_heads|linear_num_(key|value)_heads|linear_num_heads|index_n_heads", 4),
     (r"linear_(key_|value_)?head_dim|mamba_head_dim", 8),
     (r"rope_head_dim", ROTARY_OF_LATENT),

@@ -12,14 +12,14 @@ from torch import nn
 from ..core.errors import UserError
 from ..families.layout import check_shapes
 from ..families.spec import Attention, Family
+from .candidate import Specimen, Trial
 from .find import Found, find
 from .freedom import Position, check_values, layers_field, position, query_order
 from .laws import prove_laws
 from .literal import attention_of, defaults_of
 from .rotary import rope_of
 from .settings import refusals
-from .subject import Subject, Unproven, in_float64, logits
-from .trial import Specimen, Trial
+from .toy import Subject, Unproven, in_float64, logits
 
 
 def established(subject: Subject, seen: list[str]) -> tuple[Family, Mapping[str, float]]:
@@ -57,7 +57,7 @@ def established(subject: Subject, seen: list[str]) -> tuple[Family, Mapping[str,
 
 def _found(found: Found) -> str:
     roles = ", ".join(f"{role} {name}" for role, name in found.names.items())
-    counts = found.fields.get("kv_heads") if found.native else "no field"
+    counts = found.fields.get("kv_heads") if found.stock_gqa else "no field"
     return f"{found.num_layers} × {found.at}: {roles}; K/V heads by {counts}"
 
 
@@ -77,11 +77,11 @@ def _layout(model_type: str, found: Found, specimen: Specimen) -> tuple[Attentio
     refusals = []
     for fused in ("segments", "per-group") if "qkv" in found.names else ("segments",):
         # Rows by head are written for one count of K/V heads alone; a grouped model has q, k and v apart.
-        native = found.native and fused == "segments"
-        attention = attention_of(replace(found, native=native), specimen, fused)
+        native = found.stock_gqa and fused == "segments"
+        attention = attention_of(replace(found, stock_gqa=native), specimen, fused)
         try:
             trial = _under(specimen, model_type, attention)
-            if trial.sites[0].num_groups == 1:
+            if trial.sites[0].num_kv_heads == 1:
                 raise Unproven("it has one K/V head already: nothing is left to fold")
             check_values(trial, found.others)
         except Unproven as refusal:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .shrink import Config
-from .subject import Subject, Unproven
+from .toy import Subject, Unproven
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class Found:
     names: Mapping[str, str]
     """Role (q, k, v, o or qkv; q_norm, k_norm, sinks) → submodule of `at`."""
     num_layers: int
-    native: bool
+    stock_gqa: bool
     """Whether K and V shrink with a count of the config."""
     transposed: bool
     core: str = ""
@@ -89,7 +89,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _shrinking(subject: Subject, model: "PreTrainedModel") -> set[str]:
     """Parameters that have fewer rows where the config asks for fewer K/V heads."""
-    fewer = subject.with_geometry(num_groups=subject.geometry.num_groups // 2).build(device="meta")
+    fewer = subject.with_geometry(num_kv_heads=subject.geometry.num_kv_heads // 2).build(device="meta")
     shapes = {name: parameter.shape for name, parameter in fewer.named_parameters()}
     return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
 
@@ -184,7 +184,7 @@ def _check_rows(parent: str, names: Mapping[str, str], inside: Mapping[str, nn.M
     """Q, K, V and O must have the shapes of heads of one size."""
     if "qkv" in names:
         return
-    heads, groups = subject.geometry.num_heads, subject.geometry.num_groups
+    heads, groups = subject.geometry.num_heads, subject.geometry.num_kv_heads
     q, k, v = (inside[names[role]].weight.shape[0] for role in "qkv")
     o = inside[names["o"]].weight.shape[1]
     if k % groups or k != v:

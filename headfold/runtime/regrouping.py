@@ -11,11 +11,15 @@ from ..families.spec import Site, entry
 from .modeling_headfold import config_above, regroup_module
 
 
-def regrouped(root: nn.Module, site: Site, num_groups: int, head_width: int, model: PreTrainedModel) -> nn.Module:
+def regrouped(
+    root: nn.Module, site: Site, num_kv_heads: int, head_dim_multiple: int, model: PreTrainedModel
+) -> nn.Module:
     """The module that holds a site's projections, a copy of `model`'s, given room for these heads, in place."""
     inner = site.core.removeprefix(site.module).removeprefix(".")
     output = site.paths["o"].removeprefix(f"{site.module}.")
-    regroup_module(root, inner, output, entry(site, num_groups, None, head_width), config_above(model, site.core))
+    regroup_module(
+        root, inner, output, entry(site, num_kv_heads, None, head_dim_multiple), config_above(model, site.core)
+    )
     return root
 
 
@@ -28,14 +32,14 @@ def local_names(site: Site) -> dict[str, str]:
     return {on_disk: name.removeprefix(f"{site.module}.") for on_disk, name in named.items()}
 
 
-def dress(
-    model: PreTrainedModel, site: Site, tensors: Mapping[str, Tensor], num_groups: int, head_width: int
+def install_heads(
+    model: PreTrainedModel, site: Site, tensors: Mapping[str, Tensor], num_kv_heads: int, head_dim_multiple: int
 ) -> nn.Module:
     """Put these tensors (by names on disk, in slots) to work at a site of the model; returns the module that was there."""
     parent, _, leaf = site.module.rpartition(".")
     holder = model.get_submodule(parent)
     before = getattr(holder, leaf)
-    module = regrouped(copy.deepcopy(before), site, num_groups, head_width, model)
+    module = regrouped(copy.deepcopy(before), site, num_kv_heads, head_dim_multiple, model)
     parameters, names = dict(module.named_parameters()), local_names(site)
     for name, tensor in tensors.items():
         parameters[names[name]].data = tensor.to(parameters[names[name]])
@@ -44,12 +48,14 @@ def dress(
 
 
 @contextmanager
-def wearing(model: PreTrainedModel, clothes: Iterable[tuple[Site, Mapping[str, Tensor], int, int]]) -> Iterator[None]:
-    """`dress` at several sites, and everything back in its place afterwards."""
+def installed_heads(
+    model: PreTrainedModel, clothes: Iterable[tuple[Site, Mapping[str, Tensor], int, int]]
+) -> Iterator[None]:
+    """`install_heads` at several sites, and everything back in its place afterwards."""
     undone = []
     try:
         for site, *rest in clothes:
-            undone.append((site, dress(model, site, *rest)))
+            undone.append((site, install_heads(model, site, *rest)))
         yield
     finally:
         for site, before in undone:

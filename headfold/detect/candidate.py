@@ -13,13 +13,13 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from ..core.disguise import key_transform
+from ..core.equivalents import key_transform
 from ..core.heads import Heads, KeyFreedom
 from ..families.layout import read_heads, write_heads
 from ..families.spec import Family, Site, sites
-from ..stock import quiet
+from ..hf_models import quiet
 from .shrink import Config
-from .subject import Subject, Unproven, logits
+from .toy import Subject, Unproven, logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ class Trial:
         return made
 
     @contextmanager
-    def wearing(self, tensors: Mapping[str, Tensor]) -> Iterator["PreTrainedModel"]:
+    def installed_heads(self, tensors: Mapping[str, Tensor]) -> Iterator["PreTrainedModel"]:
         """The model with other attention tensors, by their names on disk."""
         places = {disk: path for site in self.sites for disk, path in site.parameters.items()}
         parameters = {name: self.specimen.model.get_parameter(places[name]) for name in tensors}
@@ -99,13 +99,13 @@ class Trial:
             for name, parameter in parameters.items():
                 parameter.copy_(self.specimen.tensors[name])
 
-    def says(self, change: Change) -> Tensor:
-        with self.wearing(self.changed(change)) as model:
+    def compared_output(self, change: Change) -> Tensor:
+        with self.installed_heads(self.changed(change)) as model:
             return logits(model)
 
     def shows(self, change: Change) -> float:
         """How far the logits move, relative to the largest."""
-        return distance(self.says(change), self.specimen.plain)
+        return distance(self.compared_output(change), self.specimen.plain)
 
     def hides(self, change: Change) -> bool:
         """Whether attention cannot see the change."""
@@ -129,7 +129,7 @@ def keys(freedom: KeyFreedom, seed: int = 0) -> Change:
 
     def change(heads: Heads, index: int) -> Heads:
         generator = torch.Generator().manual_seed(seed + index)
-        turns = [key_transform(freedom, heads.head_dim, generator) for _ in range(heads.num_groups)]
+        turns = [key_transform(freedom, heads.head_dim, generator) for _ in range(heads.num_kv_heads)]
         on_k, on_q = (torch.stack(matrices) for matrices in zip(*turns, strict=True))
         return replace(heads, q=on_q[_reads(heads)] @ heads.q, k=on_k @ heads.k)
 
@@ -139,7 +139,7 @@ def keys(freedom: KeyFreedom, seed: int = 0) -> Change:
 def values(heads: Heads, index: int) -> Heads:
     """Every V head takes some invertible matrix, its output heads the inverse."""
     generator = torch.Generator().manual_seed(1000 + index)
-    turns = [key_transform(KeyFreedom("any"), heads.v.shape[1], generator) for _ in range(heads.num_groups)]
+    turns = [key_transform(KeyFreedom("any"), heads.v.shape[1], generator) for _ in range(heads.num_kv_heads)]
     on_v, on_o = (torch.stack(matrices) for matrices in zip(*turns, strict=True))
     return replace(heads, v=on_v @ heads.v, o=on_o[_reads(heads)] @ heads.o)
 
@@ -147,15 +147,15 @@ def values(heads: Heads, index: int) -> Heads:
 def shuffled(heads: Heads, index: int) -> Heads:
     """K/V heads in another order with their query heads, and these in another order among themselves."""
     generator = Generator().manual_seed(2000 + index)
-    each = heads.num_heads // heads.num_groups
-    new = torch.randperm(heads.num_groups, generator=generator)
+    each = heads.num_heads // heads.num_kv_heads
+    new = torch.randperm(heads.num_kv_heads, generator=generator)
     order = [int(group) * each + int(i) for group in new for i in torch.randperm(each, generator=generator)]
     moved = heads.reorder(tuple(order))
-    return replace(moved, k=heads.k[new], v=heads.v[new], kv_of_query=heads.kv_of_query)
+    return replace(moved, k=heads.k[new], v=heads.v[new], groups=heads.groups)
 
 
 def _reads(heads: Heads) -> Tensor:
-    return torch.tensor(heads.kv_of_query.kv_of_query)
+    return torch.tensor(heads.groups.group_of_head)
 
 
 def ruined(heads: Heads, index: int) -> Heads:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..families.spec import Attention, Family, Rope
+from .candidate import Specimen
 from .freedom import Position, holds
 from .shrink import Config
-from .subject import Subject, Unproven
-from .trial import Specimen
+from .toy import Subject, Unproven
 
 _CALLED = re.compile(r"partial_rotary|rotary_(pct|percent|dim|ndims|emb_dim|fraction)|rope_(dim|fraction|percent)")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from test_distributed import launched_by_two
+from test_parallel import launched_by_two
 from tiny import tiny_checkpoint
 
 import headfold

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
-from ..runtime.wearing import local_names, regrouped
+from ..runtime.regrouping import local_names, regrouped
 from .blocks import Call, twin
 
 if TYPE_CHECKING:
@@ -58,22 +58,22 @@ class Trial:
         order: Sequence[int],
         heard: Callable[[int], None] = lambda number: None,
         model: "PreTrainedModel | None" = None,
-        head_width: int = 1,
+        head_dim_multiple: int = 1,
         numbers: range | None = None,
     ) -> None:
         self.site, self._heard = site, heard
         self.numbers = range(len(recorded)) if numbers is None else numbers
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
-        self._order, self._head_width = torch.tensor(order), head_width
+        self._order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
         self._module = twin(attention, site, {})
-        if head_width > 1:  # which the stock module has no room for
+        if head_dim_multiple > 1:  # which the stock module has no room for
             assert model is not None
-            regrouped(self._module, site, site.num_groups, head_width, model)
+            regrouped(self._module, site, site.num_kv_heads, head_dim_multiple, model)
         self._parameters = dict(self._module.named_parameters())
         self._output = self._submodule("o")
         if "v" in site.paths:
             self._values = self._submodule("v")
-        elif head_width > 1:
+        elif head_dim_multiple > 1:
             self._values = self._module.get_submodule(f"{site.core}.v_proj".removeprefix(f"{site.module}."))
         else:
             self._values = self._submodule("qkv")
@@ -112,7 +112,7 @@ class Trial:
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
         """The module's parameters that the heads decide, by name in the module."""
-        tensors = write_heads(self.site, heads.expand(self.site.num_groups), in_slots=self._head_width > 1)
+        tensors = write_heads(self.site, heads.expand(self.site.num_kv_heads), in_slots=self._head_dim_multiple > 1)
         names = local_names(self.site)
         local = {names[name]: t for name, t in tensors.items()}
         return {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}

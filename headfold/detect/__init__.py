@@ -10,7 +10,7 @@ from ..core.errors import UserError, suggest
 from ..families.spec import Family
 from .establish import established
 from .literal import source_of
-from .subject import Subject, Unproven
+from .toy import Subject, Unproven
 
 __all__ = ["Probed", "Unproven", "probe", "prove", "source_of"]
 
