@@ -18,7 +18,7 @@ from torch import Tensor
 from ..calibration import Sample, batches, num_tokens
 from ..core.heads import Heads
 from ..families.spec import Site
-from ..parallel import summed, world_size
+from ..parallel import all_reduce, world_size
 from .fitting import Fields, Solver, fit
 from .recorded import Trial
 
@@ -192,7 +192,7 @@ def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Over all processes, in one message."""
     if world_size() == 1:
         return list(tensors)
-    flat = summed(torch.cat([tensor.flatten() for tensor in tensors]))
+    flat = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
@@ -206,7 +206,7 @@ def _measured(trial: Trial, count: int) -> tuple[list[int], float]:
     for number in trial.numbers:
         answer = trial.answer(number)
         positions[number], total = len(answer), total + float(answer.square().sum(dtype=torch.float64))
-    *counts, total = summed(torch.tensor([*positions, total], dtype=torch.float64)).tolist()
+    *counts, total = all_reduce(torch.tensor([*positions, total], dtype=torch.float64)).tolist()
     return [int(each) for each in counts], max(total / int(sum(counts)), torch.finfo(torch.float32).tiny)
 
 
@@ -217,7 +217,7 @@ def _error(trial: Trial, heads: Heads, numbers: range) -> float:
         seen = trial.run(heads, number)
         missing += float((seen.output - seen.answer).square().sum(dtype=torch.float64))
         energy += float(seen.answer.square().sum(dtype=torch.float64))
-    missing, energy = summed(torch.tensor([missing, energy], dtype=torch.float64)).tolist()
+    missing, energy = all_reduce(torch.tensor([missing, energy], dtype=torch.float64)).tolist()
     return missing / max(energy, torch.finfo(torch.float32).tiny)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
-from ..parallel import summed
+from ..parallel import all_reduce
 from .recorded import Trial
 
 
@@ -26,7 +26,7 @@ def refit_output(trial: Trial, heads: Heads, ridge: float) -> Heads:
         a = torch.cat([seen.heads, seen.heads.new_ones(len(seen.heads), 1)], 1)
         gram += (a.T @ a).double()
         cross += (a.T @ (seen.answer - seen.output)).double()
-    step = _solved(summed(gram), summed(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
+    step = _solved(all_reduce(gram), all_reduce(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
     o = heads.o + step[:-1].reshape(heads.o.shape)
     return replace(heads, o=o, o_bias=None if heads.o_bias is None else heads.o_bias + step[-1])
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
-from ..parallel import agreed, summed
+from ..parallel import all_reduce, on_main
 from .recorded import Trial
 
 _DAMPING = 1e-3
@@ -30,7 +30,7 @@ def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
     width = heads.v.shape[2] if {"v", "qkv"} & set(trial.site.biases) else heads.v.shape[2] - 1
     second = torch.zeros(width, width, dtype=torch.float64, device=heads.v.device)
     rest = -_gradient(trial, heads, heads.v[..., :width], to_answer=True, moments=second)
-    measure, precondition = _measure(heads, summed(second))
+    measure, precondition = _measure(heads, all_reduce(second))
     blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
     linear = replace(heads, o_bias=blank)  # without what does not depend on V
     change = torch.zeros_like(heads.v[..., :width])
@@ -41,7 +41,7 @@ def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
         direction = turned if before is None else turned + energy / before * direction
         image = _gradient(trial, linear, direction, to_answer=False) + ridge * measure(direction)
         curvature = (direction * image).sum()
-        if agreed(lambda reached=curvature: not reached > 0):  # nothing left to gain: a perfect fold, or all V zero
+        if on_main(lambda reached=curvature: not reached > 0):  # nothing left to gain: a perfect fold, or all V zero
             break
         change += energy / curvature * direction
         rest -= energy / curvature * image
@@ -71,7 +71,7 @@ def _gradient(
         if moments is not None:
             x = torch.cat([seen.source, seen.source.new_ones(len(seen.source), 1)], 1)[:, : len(moments)]
             moments += (x.T @ x).double()
-    return summed(total)
+    return all_reduce(total)
 
 
 def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:

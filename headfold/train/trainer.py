@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..checkpoint.disk import flush, write_errors
 from ..core.errors import UserError
 from ..corpus.pairs import IGNORED
-from ..parallel import everyone
+from ..parallel import on_all
 from .distillation import Distillation
 
 WHOLE = "headfold-whole"
@@ -190,7 +190,7 @@ class Uptrainer(Trainer):
                 "but that rate leads here again: choose a smaller --learning-rate or a longer --warmup"
             )
 
-        everyone(refuse)
+        on_all(refuse)
 
 
 class Whole(TrainerCallback):
