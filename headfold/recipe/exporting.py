@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..evaluate.verify import TOLERANCE
 from ..export.card import exported_card
 from ..export.folded import Folded, open_folded
-from ..export.layouts import choose_layout, make_export
+from ..export.layout import choose_layout, make_export
 from ..export.pieces import Export, write_export
 from ..export.rounding import Unrounded
 from ..hf_models import open_model, stored_dtype
@@ -72,7 +72,7 @@ def export(
     _copy_papers(checkpoint, made, staging)
     difference, tolerance = _compare(checkpoint, made, staging, progress) if verify else (None, None)
     commit(staging, Path(out), force)
-    return ExportResult(Path(out), chosen, made.model_class, made.said, source.counts, difference, tolerance)
+    return ExportResult(Path(out), chosen, made.model_class, made.description, source.counts, difference, tolerance)
 
 
 def show(result: ExportResult) -> None:

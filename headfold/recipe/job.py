@@ -24,7 +24,7 @@ from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..evaluate.verify import verify as compare_with_twin
 from ..export.card import exported_card
-from ..export.layouts import choose_layout
+from ..export.layout import choose_layout
 from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
@@ -265,7 +265,7 @@ class Job:
         write_json(self.staging / "plan.json", plan.to_json())
         if layout:
             self.exported = write_layout(target, self.staging, layout, partial(self.progress, "export"))
-            self.notes.append(f"layout {layout}: {self.exported.said}")
+            self.notes.append(f"layout {layout}: {self.exported.description}")
 
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(config_of(self.source, plan), self.settings["layout"], f"{self.source.name}/config.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
-from ..export.layouts import choose_layout, query_heads
+from ..export.layout import choose_layout, query_heads
 from ..families.layout import planned_shapes
 from .config import config_of
 from .source import Source, open_source
