@@ -8,7 +8,7 @@ any transformers model may be opened with `attn_implementation="headfold"`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .runtime.registration import announce
+from .runtime.registration import register_attention
 
 if TYPE_CHECKING:
     from .recipe import calibrate, fold, inspect, plan
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-announce()
+register_attention()
 
 
 def __getattr__(name: str) -> Any:

@@ -333,3 +333,10 @@ def _parts() -> None:
 
     assert _team is not None
     atexit.register(part, _team.messages)
+
+
+# The names of torch.distributed for the same functions.
+all_reduce = summed
+all_gather = gathered
+on_main = agreed
+on_all = everyone

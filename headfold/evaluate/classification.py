@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
-from .placing import placed
+from .placement import place_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ class Classification:
     agreement: float | None = None
 
 
-def evaluate(
+def evaluate_classification(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     *,
@@ -60,7 +60,7 @@ def evaluate(
     return Classification(num_items=len(items), seconds=seconds, **{name: means[name] for name in _measured(reference)})
 
 
-def measure(
+def scores_per_item(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     *,
@@ -110,7 +110,7 @@ def _split(batch: Sample) -> tuple[Sample, Tensor]:
 
 
 def _log_probabilities(model: "PreTrainedModel", inputs: Sample, labels: Tensor) -> Float[Tensor, "item class"]:
-    output = model(**placed(inputs, model))
+    output = model(**place_batch(inputs, model))
     if "logits" not in output or output.logits.ndim != 2:
         raise UserError(f"{type(model).__name__}: expected a classifier, got a model that names no class of an item")
     logits = output.logits.cpu()

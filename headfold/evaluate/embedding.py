@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
-from .placing import placed
+from .placement import place_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class Embedding:
     seconds: float
 
 
-def evaluate(
+def evaluate_embedding(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     reference: "PreTrainedModel | None" = None,
@@ -70,7 +70,7 @@ def evaluate(
     )
 
 
-def measure(
+def cosines_per_item(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     reference: "PreTrainedModel | None" = None,
@@ -119,11 +119,11 @@ def embed(
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
     if pooling == "projected":
-        outputs = [model(**placed(batch, model)) for batch in batches(inputs, batch_size)]
+        outputs = [model(**place_batch(batch, model)) for batch in batches(inputs, batch_size)]
         return torch.cat([o[name].cpu().double() for name in ("text_embeds", "image_embeds") for o in outputs])
     pooled = []
     for batch in batches(inputs, batch_size):
-        states = model.base_model(**placed(batch, model)).last_hidden_state.cpu().double()
+        states = model.base_model(**place_batch(batch, model)).last_hidden_state.cpu().double()
         pooled.append(_pooled(states, batch.get("attention_mask"), pooling))
     return torch.cat(pooled)
 

@@ -21,7 +21,7 @@ from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
-from ..runtime.load import layer_counts, own_class
+from ..runtime.load import kv_heads_by_layer, own_class
 from .bootstrap import Units
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ HELDOUT = "the bundled held-out text"
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class LossComparison:
     """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` only beside one.
 
     `kl` is the mean KL(reference || model), `top1_agreement` the share of positions where both rank the same token first.
@@ -69,7 +69,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Comparison):
+class Evaluation(LossComparison):
     """A comparison, with what was measured on what. K/V bytes count the checkpoint's own dtype, all layers, one token."""
 
     model: str
@@ -82,7 +82,7 @@ class Evaluation(Comparison):
     reference_kv_bytes_per_token: int | None = None
 
 
-def evaluate(
+def evaluate_perplexity(
     model_dir: str | Path,
     reference_dir: str | Path | None = None,
     text: str | None = None,
@@ -175,7 +175,7 @@ def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tens
 
 def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
-    counts = layer_counts(model.config.to_dict())
+    counts = kv_heads_by_layer(model.config.to_dict())
     config = _text_config(model)
     if counts is not None:
         return sum(kv_bytes(count, config.head_dim, dtype.itemsize) for count in counts)
@@ -199,7 +199,7 @@ def compare_models(
     *,
     batch_size: int | None = None,
     num_bins: int = NUM_BINS,
-) -> Comparison:
+) -> LossComparison:
     """Both open models over the same windows, a batch at a time: no more than one batch of logits is ever held.
 
     Windows may differ in length; runs of equal length are batched. Log-probabilities are taken in float32 (float64 for
@@ -212,14 +212,14 @@ def compare_models(
         bins = torch.arange(quantities.shape[2]) * num_bins // (context - 1)
         totals.index_add_(1, bins, quantities.sum(1))
     count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
-    alone = Comparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
+    alone = LossComparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
     if reference is None:
         return alone
     beside = (reference_nll / count, _means(totals, 2), kl / count, agreements / count)
-    return Comparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
+    return LossComparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
 
 
-def measure(
+def losses_per_window(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
     windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
@@ -231,7 +231,7 @@ def measure(
     tokens, nll, _, kl, agreements = torch.cat(blocks, 1).numpy()
 
     def per_token(metric: str, sums: np.ndarray, lower_is_better: bool = True) -> Units:
-        return Units(metric=metric, of="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
+        return Units(metric=metric, unit="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
 
     alone = [per_token("nll", nll)]
     return alone if reference is None else [*alone, per_token("kl", kl), per_token("top1_agreement", agreements, False)]

@@ -18,7 +18,7 @@ BATCH_TOKENS = 4096
 
 
 @contextmanager
-def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_parameters(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other numbers in some of its parameters, by name; put back afterwards."""
     parameters = {name: model.get_parameter(name).data for name in tensors}
     before = {name: data.clone() for name, data in parameters.items()}
@@ -31,7 +31,7 @@ def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterato
             parameters[name].copy_(data)
 
 
-class Damage:
+class Divergence:
     """How far a changed model's answers are from the original's, on one sample.
 
     Models with logits: mean KL(original ‖ changed) per position, in nats. Others: squared error of the last hidden states by their energy.
@@ -76,14 +76,14 @@ class Damage:
         return ((changed - original).square().sum(-1) / original.square().sum(-1).mean()).cpu()
 
 
-def alone(
+def measure_sites_alone(
     model: "PreTrainedModel",
     sample: Sample,
     changes: Mapping[tuple[str, int], Callable[[], AbstractContextManager[None]]],
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[int, float]]:
     """The damage of each change alone. `changes` maps (name, K/V heads) to what makes the model a changed one while it is entered."""
-    damage, found = Damage(model, sample), {}
+    damage, found = Divergence(model, sample), {}
     for (name, count), make in changes.items():
         progress(name)
         with make():

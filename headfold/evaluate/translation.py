@@ -16,7 +16,7 @@ from ..corpus.samples import Sample, batches
 from ..hf_models import quiet
 from . import bleu, rouge
 from .bootstrap import Units
-from .placing import placed
+from .placement import place_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ class Translation:
     kl: float | None = None
 
 
-def evaluate(
+def evaluate_translation(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[str, str]],
     tokenizer: Any,
@@ -78,15 +78,15 @@ def evaluate(
     """
     start, options = time.perf_counter(), {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     options |= {"metric": metric, "context": context}
-    own = measure(model, pairs, tokenizer, reference=reference, **options)
-    other = [] if reference is None else measure(reference, pairs, tokenizer, **options)
+    own = scores_per_pair(model, pairs, tokenizer, reference=reference, **options)
+    other = [] if reference is None else scores_per_pair(reference, pairs, tokenizer, **options)
     beside = {f"reference_{units.metric}": units.total for units in other}
     totals = {units.metric: units.total for units in own}
     num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
     return Translation(num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, **totals, **beside)
 
 
-def measure(
+def scores_per_pair(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[str, str]],
     tokenizer: Any,
@@ -111,13 +111,13 @@ def measure(
         found.append(_per_token("kl", target_divergences(model, reference, sample, batch_size=batch_size)))
     if max_new_tokens:
         options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        outputs = written(model, sample, tokenizer, **options)
+        outputs = generate_texts(model, sample, tokenizer, **options)
         found += METRICS[metric].units(outputs, [target for _, target in pairs])
     return found
 
 
 def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
-    return Units(metric=metric, of="pairs", sums=sums.numpy(), lower_is_better=True)
+    return Units(metric=metric, unit="pairs", sums=sums.numpy(), lower_is_better=True)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def target_divergences(
     for batch in batches(_reordered(sample, order), batch_size):
         kept = batch["labels"] != IGNORED
         expected, found = (
-            log_softmax(one(**placed(batch, one), use_cache=False).logits.cpu()[kept].float(), -1)
+            log_softmax(one(**place_batch(batch, one), use_cache=False).logits.cpu()[kept].float(), -1)
             for one in (reference, model)
         )
         divergences = torch.zeros(kept.shape, dtype=torch.float64)
@@ -157,7 +157,7 @@ def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int =
     """
     rows, order = [], _by_length(sample)
     for batch in batches(_reordered(sample, order), batch_size):
-        output = model(**placed(batch, model), use_cache=False)
+        output = model(**place_batch(batch, model), use_cache=False)
         if "logits" not in output:
             raise UserError(
                 f"{type(model).__name__}: expected a language-model head, found none; name one in config.json"
@@ -181,7 +181,7 @@ def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BA
 
 
 @torch.no_grad()
-def written(
+def generate_texts(
     model: "PreTrainedModel",
     sample: Sample,
     tokenizer: Any,
@@ -200,7 +200,7 @@ def written(
     for batch in batches(_reordered(inputs, order), batch_size):
         with quiet():
             ids = model.generate(
-                **placed(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
+                **place_batch(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
             )
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [texts[place] for place in order.argsort().tolist()]

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..families import family_of
 from ..families.spec import Attention, Family, read_field
-from ..runtime.load import check
+from ..runtime.load import read_checked_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -112,7 +112,7 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
         UserError: no checkpoint, an unfinished one, or one whose config, plan and tensors disagree.
     """
     path = Path(path)
-    found = folded(check(path), f"{path}/config.json")
+    found = folded(read_checked_config(path), f"{path}/config.json")
     checkpoint = Checkpoint.open(path)
     for entry in found.entries:
         _check_rows(entry, checkpoint, path)

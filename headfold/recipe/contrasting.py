@@ -154,7 +154,7 @@ def contrasted(
 
 
 def _row(model: str, metric: str, units: Resampled, beside: Difference | None) -> Row:
-    facts = (units.lower_is_better, units.of, len(units))
+    facts = (units.lower_is_better, units.unit, len(units))
     if beside is None:
         return Row(model, metric, units.total, None, None, None, None, None, *facts)
     better = "better" if (beside.value < 0) == units.lower_is_better else "worse"
@@ -189,7 +189,7 @@ def _language_models(request: _Request) -> tuple[str, list[Sequence[Resampled]]]
     for number, directory in enumerate(request.directories):
         request.progress("models", number, len(request.directories))
         model = open_language_model(directory, dtype, request.device)
-        measured.append(perplexity.measure(model, reference, windows))
+        measured.append(perplexity.losses_per_window(model, reference, windows))
     request.progress("models", len(measured), len(measured))
     return f"{source}, context {context}", measured
 
@@ -246,26 +246,26 @@ def _share_tokenizer(request: _Request) -> bool:
 def _pairs(subject: Subject) -> list[Resampled]:
     pairs, tokenizer = read_pairs(subject.source, subject.columns, subject.limit), open_tokenizer(subject.directory)
     options = {"beams": subject.beams, "max_new_tokens": subject.max_new_tokens, "metric": subject.metric}
-    return translation.measure(
+    return translation.scores_per_pair(
         subject.model, pairs, tokenizer, context=subject.context, reference=subject.reference, **options
     )
 
 
 def _images(subject: Subject) -> list[Resampled]:
     if classifies(subject):
-        return classification.measure(subject.model, image_blocks(subject), reference=subject.reference)
-    return embedding.measure(subject.model, image_blocks(subject), subject.reference, pooling="cls")
+        return classification.scores_per_item(subject.model, image_blocks(subject), reference=subject.reference)
+    return embedding.cosines_per_item(subject.model, image_blocks(subject), subject.reference, pooling="cls")
 
 
 def _sentences(subject: Subject) -> list[Resampled]:
     sample = sample_of("sentences", subject)
     if classifies(subject) and "labels" in sample:
-        return classification.measure(subject.model, sample, reference=subject.reference)
-    return embedding.measure(subject.model, sample, subject.reference, pooling=pooling_of(subject))
+        return classification.scores_per_item(subject.model, sample, reference=subject.reference)
+    return embedding.cosines_per_item(subject.model, sample, subject.reference, pooling=pooling_of(subject))
 
 
 def _captions(subject: Subject) -> list[Resampled]:
-    return embedding.measure(subject.model, sample_of("captions", subject), subject.reference, pooling="projected")
+    return embedding.cosines_per_item(subject.model, sample_of("captions", subject), subject.reference, pooling="projected")
 
 
 _MEASURES = {"pairs": _pairs, "images": _images, "sentences": _sentences, "captions": _captions}

@@ -15,7 +15,7 @@ from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..evaluate.sensitivity import Damage
+from ..evaluate.sensitivity import Divergence
 from ..planning import parse_group
 from ..report.plot import plot_frontier, require_plot
 from .config import config_of
@@ -32,7 +32,7 @@ MEASURED = 5
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One spread of K/V heads. Losses are damages as `evaluate.sensitivity.Damage` has them: KL in nats for models with logits."""
+    """One spread of K/V heads. Losses are damages as `evaluate.sensitivity.Divergence` has them: KL in nats for models with logits."""
 
     plan: str
     """File name, beside frontier.json."""
@@ -171,7 +171,7 @@ def _points(
     counts_of = wish.counts(source.sites[0]) if uniform else []
     equal = [counts for n in counts_of if (counts := _uniform(found, n)) is not None]
     chosen = _spaced(best, measured) + equal
-    damage = Damage(run.model, few(run.sample, last=True)) if measured else None
+    damage = Divergence(run.model, few(run.sample, last=True)) if measured else None
     points: list[Point] = []
     every = [*best, *(one for one in equal if one not in best)]
     for number, counts in enumerate(every):

@@ -21,8 +21,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..evaluate.verify import Verification
-from ..evaluate.verify import verify as compare_with_twin
+from ..evaluate.verify import Verification, compare_with_twin
 from ..export.card import exported_card
 from ..export.layout import choose_layout
 from ..export.pieces import Export
@@ -296,7 +295,7 @@ class Job:
             source_class=own_class(self.source.checkpoint.config),
             fold_class=own_class(config),
             unrounded=self._unrounded(),
-            dressed=twin.install_heads if wide else None,
+            make_twin=twin.install_heads if wide else None,
         )
         self.progress("verify", size, size)
         if not math.isfinite(found.tolerance):

@@ -276,7 +276,7 @@ class Teacher:
     ) -> None:
         """Train the heads that are not yet there, each block alone with so many tokens, from where merge and `refits` end."""
         run = self._with_more_data(tokens)
-        total = heal.cost(run.sample, tokens)
+        total = heal.tokens_per_block(run.sample, tokens)
         run._fit("heal", partial(heal.heal, tokens=tokens, seed=seed), total, plan, stats, refits, healed)
 
     def _with_more_data(self, tokens: int) -> "Teacher":

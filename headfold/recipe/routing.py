@@ -25,7 +25,7 @@ from ..families.spec import Family, entry
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card
 from ..runtime import routing
-from ..runtime.load import check, own_class
+from ..runtime.load import own_class, read_checked_config
 from ..runtime.remote import auto_map, remote_files
 from .measuring import CalibrationData, Teacher, default_device
 from .source import Progress, Source, open_source, silent
@@ -105,7 +105,7 @@ def route(
 
 def _open(folded: Path) -> Source:
     """The checkpoint as calibration needs it; its attentions are found in the running model."""
-    check(folded)
+    read_checked_config(folded)
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")

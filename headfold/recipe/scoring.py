@@ -94,7 +94,7 @@ def evaluate(
     check_metric(metric, kind, model)
     progress("evaluate", 0, 1)
     if kind == "text":
-        found = perplexity.evaluate(directory, other, text, context=context, max_tokens=limit, device=device)
+        found = perplexity.evaluate_perplexity(directory, other, text, context=context, max_tokens=limit, device=device)
         progress("evaluate", 1, 1)
         return found
     options = {"columns": columns, "context": context, "limit": limit}
@@ -203,7 +203,7 @@ def _context(directory: Path, config: Mapping[str, Any]) -> int:
 def _pairs(opened: Subject) -> translation.Translation:
     pairs = read_pairs(opened.source, opened.columns, opened.limit)
     tokenizer = open_tokenizer(opened.directory)
-    return translation.evaluate(
+    return translation.evaluate_translation(
         opened.model,
         pairs,
         tokenizer,
@@ -243,15 +243,15 @@ def image_blocks(opened: Subject) -> Iterator[Sample]:
 
 def _images(opened: Subject) -> classification.Classification | embedding.Embedding:
     if classifies(opened):
-        return classification.evaluate(opened.model, image_blocks(opened), reference=opened.reference)
-    return embedding.evaluate(opened.model, image_blocks(opened), opened.reference, pooling="cls")
+        return classification.evaluate_classification(opened.model, image_blocks(opened), reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, image_blocks(opened), opened.reference, pooling="cls")
 
 
 def _sentences(opened: Subject) -> classification.Classification | embedding.Embedding:
     sample = sample_of("sentences", opened)
     if classifies(opened) and "labels" in sample:
-        return classification.evaluate(opened.model, sample, reference=opened.reference)
-    return embedding.evaluate(opened.model, sample, opened.reference, pooling=pooling_of(opened))
+        return classification.evaluate_classification(opened.model, sample, reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, sample, opened.reference, pooling=pooling_of(opened))
 
 
 def pooling_of(opened: Subject) -> str:
@@ -281,7 +281,7 @@ def classifies(opened: Subject) -> bool:
 
 def _captions(opened: Subject) -> embedding.Embedding:
     """Embeddings of both towers."""
-    return embedding.evaluate(opened.model, sample_of("captions", opened), opened.reference, pooling="projected")
+    return embedding.evaluate_embedding(opened.model, sample_of("captions", opened), opened.reference, pooling="projected")
 
 
 _MEASURES = {"captions": _captions, "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences}

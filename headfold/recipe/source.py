@@ -16,7 +16,7 @@ from ..families import family_of, is_known
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
-from ..runtime.load import layer_counts
+from ..runtime.load import kv_heads_by_layer
 from ..runtime.rotary import plane_frequencies
 
 _ORIGINAL = "fold the original to fewer heads instead"
@@ -119,7 +119,7 @@ def _refuse_folded(config: Mapping[str, Any], where: str) -> None:
     listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
     known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
     native = listed and known and any(attention.kv_heads for attention in known)
-    if layer_counts(config) is not None or native or any({"kv_of_query", "slots"} & site.keys() for site in listed):
+    if kv_heads_by_layer(config) is not None or native or any({"kv_of_query", "slots"} & site.keys() for site in listed):
         raise UserError(
             f"{where}: this checkpoint is folded already, to groups, counts or widths of K/V heads that differ; {_ORIGINAL}"
         )

@@ -17,7 +17,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.stats import SiteStats
-from ..evaluate.sensitivity import alone, replaced
+from ..evaluate.sensitivity import measure_sites_alone, replaced_parameters
 from ..families.spec import Site
 from ..hf_models import is_streamed
 from ..planning import Choice
@@ -156,7 +156,7 @@ def _measure(
     changes = {(choice.sites[0].name, count): lambda c=choice, n=count: change(c, n) for choice, count in missing}
     done = iter(range(len(changes)))
     sample = few(run.sample, last=True)
-    return alone(run.model, sample, changes, lambda name: progress("sensitivity", next(done), len(changes)))
+    return measure_sites_alone(run.model, sample, changes, lambda name: progress("sensitivity", next(done), len(changes)))
 
 
 def refitted(
@@ -212,7 +212,7 @@ def folded_in_memory(
         for site in sites
         if (width := widths[site.name]) > 1
     )
-    with replaced(model, twin_parameters(narrow, plan, source, stats, refits)), installed_heads(model, clothes):
+    with replaced_parameters(model, twin_parameters(narrow, plan, source, stats, refits)), installed_heads(model, clothes):
         yield
 
 

@@ -26,8 +26,19 @@ from ..runtime.load import own_class
 from ..train import attentions as places
 from ..train import wgqa
 from ..train.distillation import Distillation
-from ..train.stream import Item, Stream, together
-from ..train.trainer import Complete, Ending, Recipe, Say, Telling, Uptrainer, Whole, arguments, curve, last_whole
+from ..train.stream import Item, Stream, collate
+from ..train.trainer import (
+    AlreadyTrained,
+    MarkComplete,
+    ReportProgress,
+    Say,
+    StopWhenTrained,
+    TrainingConfig,
+    Uptrainer,
+    last_complete_checkpoint,
+    loss_curve,
+    training_arguments,
+)
 from .sharding import check_sharding, gathered, load_everywhere
 from .source import Progress, open_source
 
@@ -42,7 +53,7 @@ VERIFIED_ITEMS = 4
 
 @dataclass(frozen=True, slots=True)
 class UptrainConfig:
-    """What is trained on what, and toward what; `Recipe` says how."""
+    """What is trained on what, and toward what; `TrainingConfig` says how."""
 
     train: str
     data: str
@@ -69,7 +80,7 @@ class UptrainResult:
     data: str
     teacher: str | None
     train: str
-    recipe: Recipe
+    recipe: TrainingConfig
     num_trained: int
     """Parameters that were trained."""
     num_parameters: int
@@ -98,7 +109,7 @@ class TrainingRun:
     kind: str
     plan: Plan
     settings: Mapping[str, Any]
-    recipe: Recipe
+    recipe: TrainingConfig
     device: str
     progress: Progress
     say: Say
@@ -111,8 +122,8 @@ class TrainingRun:
         last = everyone(self._last)
         per_step = self.recipe.batch * _tokens(first)
         trainer = Uptrainer(
-            model=model, args=arguments(self.recipe, self._work, self.device, asked.tensorboard, processes()), train_dataset=stream,
-            data_collator=together, callbacks=[Whole(), Ending(), self._telling(per_step), *callbacks], distillation=distillation,
+            model=model, args=training_arguments(self.recipe, self._work, self.device, asked.tensorboard, processes()), train_dataset=stream,
+            data_collator=collate, callbacks=[MarkComplete(), StopWhenTrained(), self._telling(per_step), *callbacks], distillation=distillation,
         )  # fmt: skip
         everyone(lambda: self._check_sharding(trainer, last))
         counts = [
@@ -120,7 +131,7 @@ class TrainingRun:
             sum(p.numel() for p in model.parameters()),
         ]
         started = time.monotonic()
-        with quiet(), reaching_others(), _memory(), suppress(Complete):
+        with quiet(), reaching_others(), _memory(), suppress(AlreadyTrained):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
         trained = self._trained(trainer, distillation, asked)
@@ -130,7 +141,7 @@ class TrainingRun:
             result = UptrainResult(
                 self.out, self.kind, asked.data, asked.teacher and str(asked.teacher), asked.train, self.recipe, *counts, begun,
                 self.recipe.steps * per_step, (self.recipe.steps - begun) * per_step / max(seconds, 1e-9), round(seconds, 3),
-                curve(trainer.state.log_history), *compared,
+                loss_curve(trainer.state.log_history), *compared,
             )  # fmt: skip
             if trained is not None:
                 self._finish(result, asked, force)
@@ -154,7 +165,7 @@ class TrainingRun:
     @torch.no_grad()
     def _try(self, model: Any, distillation: Distillation | None, first: Item, asked: UptrainConfig) -> None:
         """One item, without a step: whatever model, teacher and data make of each other they make here."""
-        batch = {name: tensor.to(self.device) for name, tensor in together([first]).items()}
+        batch = {name: tensor.to(self.device) for name, tensor in collate([first]).items()}
         cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.bf16)
         try:
             with cast:
@@ -190,11 +201,15 @@ class TrainingRun:
 
     def _distillation(self, asked: UptrainConfig, model: "PreTrainedModel", first: Item) -> Distillation | None:
         if asked.teacher is not None:
-            outputs = [attention.output for attention in places.attentions(model)]
+            outputs = [attention.output for attention in places.find_attentions(model)]
             dtype = stored_dtype(asked.teacher) if self.recipe.bf16 else None  # it takes no steps
             teacher = self._open(asked.teacher, json.loads((asked.teacher / "config.json").read_text()), dtype)
             return Distillation(
-                teacher, model, outputs, asked.site_weight, theirs=self._outputs_of(teacher, outputs, asked.teacher)
+                teacher,
+                model,
+                outputs,
+                asked.site_weight,
+                teacher_outputs=self._outputs_of(teacher, outputs, asked.teacher),
             )
         if self.kind in ("sentences", "images") and "labels" not in first:
             raise UserError(
@@ -213,7 +228,7 @@ class TrainingRun:
     def _prepared(self, model: "PreTrainedModel", asked: UptrainConfig) -> Any:
         """What trains, and how it is parametrized."""
         if asked.train != "lora":
-            places.prepared(model, asked.train)  # type: ignore[arg-type]
+            places.set_trainable(model, asked.train)  # type: ignore[arg-type]
         if asked.wgqa is not None:
             assert asked.original is not None
             source = open_source(asked.original)
@@ -222,13 +237,13 @@ class TrainingRun:
                     f"--original {asked.original}: expected the model that {self.folded.name} was folded from, got another"
                 )
             wgqa.attach(model, source.every_site, self.plan, source.checkpoint.read, asked.wgqa, seed=self.recipe.seed)
-        return places.prepared(model, "lora") if asked.train == "lora" else model
+        return places.set_trainable(model, "lora") if asked.train == "lora" else model
 
     def _open_staging(self, resume: bool, force: bool) -> None:
         """The staging directory, with whole checkpoints alone."""
         key = job_key(self.settings)
         open_staging(self.out, key, force)
-        last = last_whole(self._work) if self._work.is_dir() else None
+        last = last_complete_checkpoint(self._work) if self._work.is_dir() else None
         if resume and last is None:
             _remove_empty(self._staging)
             raise UserError(
@@ -241,7 +256,7 @@ class TrainingRun:
             raise UserError(
                 f"{self._staging}: expected what the first process opened, found nothing; all need OUT on one file system"
             )
-        return last_whole(self._work) if self._work.is_dir() else None
+        return last_complete_checkpoint(self._work) if self._work.is_dir() else None
 
     def _check_sharding(self, trainer: Uptrainer, last: Path | None) -> None:
         try:
@@ -251,8 +266,8 @@ class TrainingRun:
                 _remove_empty(self._staging)
             raise
 
-    def _telling(self, tokens_per_step: int) -> Telling:
-        return Telling(
+    def _telling(self, tokens_per_step: int) -> ReportProgress:
+        return ReportProgress(
             lambda done, total: self.progress("uptrain", done, total), self.say, tokens_per_step, _unit(self.kind)
         )
 
@@ -273,8 +288,8 @@ class TrainingRun:
         """On disk, and compared there."""
         if wgqa.attached(model):
             wgqa.fold_away(model)
-        trained = places.merged(model).to("cpu")
-        return self._write(trained, dtype, together(list(islice(stream, VERIFIED_ITEMS))))
+        trained = places.merge_adapters(model).to("cpu")
+        return self._write(trained, dtype, collate(list(islice(stream, VERIFIED_ITEMS))))
 
     def _write(self, trained: "PreTrainedModel", dtype: torch.dtype, sample: Item) -> tuple[float, float]:
         """Weights in the fold's dtype, everything else as it is in the fold; then what the written checkpoint says, compared.

@@ -16,11 +16,11 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
 from ..parallel import alike, everyone, processes
-from ..runtime.load import check
+from ..runtime.load import read_checked_config
 from ..train import wgqa as weighing
 from ..train.attentions import SCOPES
 from ..train.distillation import SITE_WEIGHT
-from ..train.trainer import OPTIMIZERS, SCHEDULES, Recipe, Say
+from ..train.trainer import OPTIMIZERS, SCHEDULES, Say, TrainingConfig
 from .measuring import MAX_CONTEXT, default_device
 from .source import Progress, context_limit, silent
 from .training import TrainingRun, UptrainConfig, UptrainResult
@@ -63,7 +63,7 @@ def uptrain(
     attention, all, or lora (low-rank updates of the attentions, merged at the end). With `wgqa`, options of `train.wgqa` such as
     `kind=row,init=random` or "", K and V are weighted sums of the heads of `original` (default: `distill`) until the end. `data` is any
     source of `headfold.corpus` that suits the model (default: what the fold was calibrated on). How long: `steps`, `tokens` of packed text,
-    or a share `alpha` of the `pretraining_tokens`. `how` are fields of `train.trainer.Recipe`: `batch`, `learning_rate`, `bf16` … Weights
+    or a share `alpha` of the `pretraining_tokens`. `how` are fields of `train.trainer.TrainingConfig`: `batch`, `learning_rate`, `bf16` … Weights
     are trained in float32 (with `bf16` under autocast; default: on GPUs that have it) and written in the dtype of `folded`.
 
     The same call after a kill goes on from the last whole checkpoint in `OUT.partial`; `resume` insists that there is one.
@@ -138,7 +138,7 @@ class _Budget:
 
 
 def _checked(folded: Path) -> dict[str, Any]:
-    config = check(folded)
+    config = read_checked_config(folded)
     if not (folded / "plan.json").is_file():
         raise UserError(f"{folded}: expected what headfold fold wrote, found no plan.json there; fold the model first")
     return config
@@ -189,15 +189,15 @@ def _wgqa(options: str | None, train: str, original: Path | None) -> str | None:
 
 def _recipe(
     defaults: Mapping[str, Any], budget: _Budget, tokens_per_item: int | None, device: str, how: Mapping[str, Any]
-) -> Recipe:
+) -> TrainingConfig:
     """Defaults filled in, and the batch checked to be one that can be divided."""
     given = {name: value for name, value in how.items() if value is not None}
-    unknown = given.keys() - {field.name for field in fields(Recipe)} | given.keys() & {"steps"}
+    unknown = given.keys() - {field.name for field in fields(TrainingConfig)} | given.keys() & {"steps"}
     assert not unknown, f"no such option: {sorted(unknown)}"
-    batch = given.get("batch", Recipe.batch)
+    batch = given.get("batch", TrainingConfig.batch)
     steps = budget.num_steps(None if tokens_per_item is None else batch * tokens_per_item)
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    recipe = Recipe(steps=steps, **{**defaults, "warmup": min(MAX_WARM_UP, steps // 20), "bf16": bf16, **given})
+    recipe = TrainingConfig(steps=steps, **{**defaults, "warmup": min(MAX_WARM_UP, steps // 20), "bf16": bf16, **given})
     _known("--optimizer", recipe.optimizer, tuple(OPTIMIZERS))
     _known("--schedule", recipe.schedule, tuple(SCHEDULES))
     _positive("--learning-rate", recipe.learning_rate)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tables import counts, markdown_table, percent, price_rows
+from .tables import counts, markdown_table, percent, serving_cost_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the source's card that holds for the fold as well."""
@@ -153,7 +153,7 @@ def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", facts.num_heads, facts.num_heads],
         ["K/V heads", facts.kv_heads_before, counts(facts.kv_heads_least, facts.kv_heads_after)],
-        *price_rows(*facts.serving_costs),
+        *serving_cost_rows(*facts.serving_costs),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():

@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-def price_rows(before: Any, after: Any) -> list[list[str]]:
+def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     """What the cache takes and what wide heads cost for it, of two `recipe.price.ServingCost`."""
     return [
         ["width of a K/V head", before.head_dims, after.head_dims],

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from .tables import counts, duration, percent, price_rows, show_table, size
+from .tables import counts, duration, percent, serving_cost_rows, show_table, size
 
 FRACTIONS = ("1/2", "1/4", "1/8")
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -75,7 +75,7 @@ def show_fold(result: Any) -> None:
     """A `recipe.FoldResult`."""
     rows = [
         ["K/V heads", str(result.kv_heads_before), counts(result.kv_heads_least, result.kv_heads_after)],
-        *price_rows(result.before, result.after),
+        *serving_cost_rows(result.before, result.after),
     ]
     show_plan_errors(result.plan)
     show_table([f"{result.family}, {result.num_heads} query heads", "before", "after"], rows)
@@ -108,7 +108,7 @@ def show_plan_errors(plan: Any) -> None:
 def show_plan(plan: Any, serving_costs: Any) -> None:
     """A `core.plan.Plan` and the pair of `recipe.price.ServingCost` around it."""
     show_plan_errors(plan)
-    show_table(["", "before", "after"], price_rows(*serving_costs))
+    show_table(["", "before", "after"], serving_cost_rows(*serving_costs))
 
 
 def _shares(site: Any) -> list[str]:
