@@ -150,7 +150,7 @@ def test_divergence_of_translations_is_that_of_each_token(batch_size: int, token
 
 
 def test_without_new_tokens_nothing_is_written(tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(translation, "written", None)
+    monkeypatch.setattr(translation, "generate_texts", None)
     found = translation.evaluate_translation(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
     assert found.bleu is None and found.reference_bleu is None and found.kl > 0
 

@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
 from .placement import place_batch
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,15 +93,16 @@ def _items(
     batch_size: int,
 ) -> Float[Tensor, "item quantity"]:
     """`QUANTITIES` of every item, in float64."""
-    rows = []
-    for part in [sample] if isinstance(sample, dict) else sample:
-        for batch in batches(part, batch_size):
-            inputs, labels = _split(batch)
-            ours = _log_probabilities(model, inputs, labels)
-            theirs = ours if reference is None else _log_probabilities(reference, inputs, labels)
-            columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
-            rows.append(torch.stack([column.double() for column in columns], 1))
-    return torch.cat(rows)
+
+    def scores(batch: Sample) -> Float[Tensor, "item quantity"]:
+        inputs, labels = _split(batch)
+        ours = _log_probabilities(model, inputs, labels)
+        theirs = ours if reference is None else _log_probabilities(reference, inputs, labels)
+        columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
+        return torch.stack([column.double() for column in columns], 1)
+
+    parts = [sample] if isinstance(sample, dict) else sample
+    return torch.cat(run_shared((batch for part in parts for batch in batches(part, batch_size)), scores))
 
 
 def _split(batch: Sample) -> tuple[Sample, Tensor]:

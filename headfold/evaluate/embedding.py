@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
 from .placement import place_batch
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,12 +98,13 @@ def _both(
     """Unit vectors of the model and of its reference."""
     if reference is None:
         raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
-    ours, theirs = [], []
-    for part in [sample] if isinstance(sample, dict) else sample:
-        for batch in batches(part, batch_size):
-            ours.append(embed(model, batch, pooling=pooling))
-            theirs.append(embed(reference, batch, pooling=pooling))
-    ours, theirs = (normalize(torch.cat(found), dim=1) for found in (ours, theirs))
+
+    def both(batch: Sample) -> tuple[Tensor, Tensor]:
+        return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
+
+    parts = [sample] if isinstance(sample, dict) else sample
+    found = run_shared((batch for part in parts for batch in batches(part, batch_size)), both)
+    ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))
     if ours.shape != theirs.shape:
         raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
     return ours, theirs

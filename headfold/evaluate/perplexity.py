@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 from ..runtime.load import kv_heads_by_layer, own_class
 from .bootstrap import Units
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -208,9 +209,9 @@ def compare_models(
     start, context = time.perf_counter(), max(len(window) for window in windows)
     num_bins = min(num_bins, context - 1)
     totals = torch.zeros(5, num_bins, dtype=torch.float64)
-    for quantities in _quantities(model, reference, windows, batch_size):
-        bins = torch.arange(quantities.shape[2]) * num_bins // (context - 1)
-        totals.index_add_(1, bins, quantities.sum(1))
+    for sums in _shared_pass(model, reference, windows, batch_size, over="windows"):
+        bins = torch.arange(sums.shape[1]) * num_bins // (context - 1)
+        totals.index_add_(1, bins, sums)
     count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
     alone = LossComparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
     if reference is None:
@@ -227,8 +228,8 @@ def losses_per_window(
     batch_size: int | None = None,
 ) -> list[Units]:
     """What `compare_models` says of the model, window by window: loss, and beside a reference KL and top-1 agreement, per token."""
-    blocks = [part.sum(2) for part in _quantities(model, reference, windows, batch_size)]
-    tokens, nll, _, kl, agreements = torch.cat(blocks, 1).numpy()
+    sums = _shared_pass(model, reference, windows, batch_size, over="positions")
+    tokens, nll, _, kl, agreements = torch.cat(sums, 1).numpy()
 
     def per_token(metric: str, sums: np.ndarray, lower_is_better: bool = True) -> Units:
         return Units(metric=metric, unit="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
@@ -252,16 +253,22 @@ def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window posi
     yield torch.stack(batch)
 
 
-@torch.no_grad()
-def _quantities(
-    model: "PreTrainedModel", reference: "PreTrainedModel | None", windows: Any, batch_size: int | None
-) -> Iterator[Float[Tensor, "quantity window position_minus_1"]]:
-    """One, nll, reference nll, KL and agreement of every predicted token, a batch of windows at a time."""
+def _shared_pass(
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
+    windows: Any,
+    batch_size: int | None,
+    *,
+    over: Literal["windows", "positions"],
+) -> list[Float[Tensor, "quantity window_or_position"]]:
+    """Return, for each batch of windows, the sums of the five quantities of `_of_batch` over its windows or over its positions."""
     longest = max(len(window) for window in windows)
-    for batch in _batches(windows, batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))):
-        yield _of_batch(model, reference, batch)
+    batch_size = batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))
+    dim = {"windows": 1, "positions": 2}[over]
+    return run_shared(_batches(windows, batch_size), lambda batch: _of_batch(model, reference, batch).sum(dim))
 
 
+@torch.no_grad()
 def _of_batch(
     model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
 ) -> Float[Tensor, "quantity window position_minus_1"]:
