@@ -337,8 +337,8 @@ class Job:
         return CardFacts(
             base_model=self.source.name,
             family=result.family,
-            num_heads=tables.counts(*_range(site.num_heads for site in self.source.sites)),
-            kv_heads_before=tables.counts(*_range(site.num_kv_heads for site in self.source.sites)),
+            num_heads=tables.count_range(*_range(site.num_heads for site in self.source.sites)),
+            kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in self.source.sites)),
             kv_heads_after=result.kv_heads_after,
             kv_heads_least=result.kv_heads_least,
             serving_costs=(result.before, result.after),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 
-def counts(least: int, most: int) -> str:
+def count_range(least: int, most: int) -> str:
     """A count, or the range of counts that differ."""
     return str(most) if least == most else f"{least} to {most}"
 
