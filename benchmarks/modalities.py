@@ -95,14 +95,14 @@ class Bench:
     def measure(self) -> dict[str, float]:
         """The measures of the model as its weights now stand."""
         if self.kind == "pairs":
-            found = translation.evaluate(
+            found = translation.evaluate_translation(
                 self.model, self.test, open_tokenizer(self.path), max_new_tokens=MAX_NEW_TOKENS
             )
             return {"nll": found.nll, "bleu": found.bleu}
         if self.kind == "sentences":
-            found = embedding.evaluate(self.model, self.test, self.reference)
+            found = embedding.evaluate_embedding(self.model, self.test, self.reference)
             return {"cosine": found.cosine, "rank_correlation": found.rank_correlation}
-        found = classification.evaluate(self.model, self.test)
+        found = classification.evaluate_classification(self.model, self.test)
         return {"accuracy": found.accuracy, "cross_entropy": found.cross_entropy}
 
     def measured(self, seed: int) -> tuple[Sample, dict[str, Any]]:

@@ -21,10 +21,10 @@ from machine import describe
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from headfold.hf_models import open_tokenizer, quiet
-from headfold.train.attentions import attentions, prepared
+from headfold.train.attentions import find_attentions, set_trainable
 from headfold.train.distillation import Distillation
-from headfold.train.stream import Stream, together
-from headfold.train.trainer import Recipe, Telling, Uptrainer, Whole, arguments
+from headfold.train.stream import Stream, collate
+from headfold.train.trainer import MarkComplete, ReportProgress, TrainingConfig, Uptrainer, training_arguments
 
 WARM_UP = 1
 
@@ -50,26 +50,26 @@ def opened(path: str) -> Any:
 
 def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     """One trainer's steps, one after the other."""
-    recipe = Recipe(
+    recipe = TrainingConfig(
         steps=WARM_UP + 2, optimizer="adamw", learning_rate=1e-5, schedule="constant", warmup=0, batch=options.batch
     )
     model = opened(options.folded)
     distillation = None
     if way == "distilled":
-        distillation = Distillation(opened(options.distill), model, [a.output for a in attentions(model)])
+        distillation = Distillation(opened(options.distill), model, [a.output for a in find_attentions(model)])
     stream = Stream(
         "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=0
     )
     timed = Timed()
     how = {
-        "model": prepared(model, "attention"), "args": arguments(recipe, directory, "cpu", None, 1), "train_dataset": stream,
-        "data_collator": together,
+        "model": set_trainable(model, "attention"), "args": training_arguments(recipe, directory, "cpu", None, 1), "train_dataset": stream,
+        "data_collator": collate,
     }  # fmt: skip
     if way == "plain":
         trainer = Trainer(**how, callbacks=[timed])
     else:
-        telling = Telling(lambda done, total: None, lambda line: None, options.batch * options.context, "tokens")
-        trainer = Uptrainer(**how, callbacks=[Whole(), telling, timed], distillation=distillation)
+        telling = ReportProgress(lambda done, total: None, lambda line: None, options.batch * options.context, "tokens")
+        trainer = Uptrainer(**how, callbacks=[MarkComplete(), telling, timed], distillation=distillation)
     with quiet():
         trainer.train()
     return timed.seconds[WARM_UP:]

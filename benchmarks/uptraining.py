@@ -83,7 +83,7 @@ def held_out(options: Any, kind: str) -> Measure:
         )
 
         def translated(model: Any) -> dict[str, float]:
-            found = translation.evaluate(model, pairs, tokenizer)
+            found = translation.evaluate_translation(model, pairs, tokenizer)
             return {"nll": found.nll, "score": found.bleu}
 
         return translated
@@ -91,7 +91,7 @@ def held_out(options: Any, kind: str) -> Measure:
         blocks = list(image_sample_blocks(options.text, path=Path(options.model), num_items=options.limit, seed=0))
 
         def classified(model: Any) -> dict[str, float]:
-            found = classification.evaluate(model, blocks)
+            found = classification.evaluate_classification(model, blocks)
             return {"nll": found.cross_entropy, "score": 100 * found.accuracy}
 
         return classified

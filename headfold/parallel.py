@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Store
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long a worker waits for rank 0, which plans and samples alone for hours. A process that dies is noticed at once."""

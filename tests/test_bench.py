@@ -128,9 +128,9 @@ def test_random_models_of_a_shape_share_all_but_keys_and_values(name: str) -> No
     first = shapes.random_model(config, None, dtype=torch.float32, where=where)
     other = shapes.random_model(config, 2, dtype=torch.float32, like=first, where=where)
     own = dict(first.named_parameters())
-    difference_and_tolerance = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
-    assert difference_and_tolerance and all(
-        "attn" in path.lower() or "attention" in path.lower() for path in difference_and_tolerance
+    differing = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
+    assert differing and all(
+        "attn" in path.lower() or "attention" in path.lower() for path in differing
     )
     assert set(generation.generate(other, Setting(6, 1, 3), grows=False).kv_heads) == {2}
     logits = other(**tiny_sample(name)).logits

@@ -15,8 +15,8 @@ WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "
 def paired(seed: int, shift: float, num_units: int = 80) -> list[Units]:
     """Two models on units whose difficulty varies ten times as much as what sets the models apart."""
     generator = np.random.default_rng(seed)
-    difficulty, difference_and_tolerance = generator.normal(size=num_units) * 10, generator.normal(size=num_units)
-    return [mean_of("nll", "items", difficulty), mean_of("nll", "items", difficulty + difference_and_tolerance + shift)]
+    difficulty, noise = generator.normal(size=num_units) * 10, generator.normal(size=num_units)
+    return [mean_of("nll", "items", difficulty), mean_of("nll", "items", difficulty + noise + shift)]
 
 
 def texts(seed: int, num_items: int = 30) -> list[str]:
@@ -80,7 +80,7 @@ def test_a_resample_is_the_metric_of_the_drawn_units():
     counts = np.random.default_rng(0).multinomial(30, [1 / 30] * 30, size=20)
     drawn = [np.repeat(np.arange(30), row) for row in counts]
     loss, tokens = np.random.default_rng(1).gamma(5, size=30), np.random.default_rng(2).integers(1, 50, 30)
-    windows = Units(metric="nll", of="windows", sums=np.stack([loss, tokens], 1))
+    windows = Units(metric="nll", unit="windows", sums=np.stack([loss, tokens], 1))
     assert windows.resampled(counts) == pytest.approx([loss[at].sum() / tokens[at].sum() for at in drawn], rel=1e-12)
     targets = texts(0)
     outputs = spoilt(targets, 1)

@@ -20,7 +20,7 @@ from headfold import planning, recipe
 from headfold.budget import Option, frontier, spread, spread_qcqa, total
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
-from headfold.evaluate.sensitivity import Damage, alone, replaced
+from headfold.evaluate.sensitivity import Divergence, measure_sites_alone, replaced_parameters
 from headfold.families.spec import Site
 from headfold.recipe.config import config_of
 from headfold.recipe.source import open_source
@@ -160,21 +160,21 @@ def test_measured_counts_reach_from_the_least_to_the_most(most: int, number: int
 def test_damage_is_nothing_or_something(name: str) -> None:
     """Of the unchanged model none; of a changed one some, and it is the original again afterwards."""
     tiny = stock_model(tiny_checkpoint(name))
-    damage = Damage(tiny, tiny_sample(name, 4))
+    damage = Divergence(tiny, tiny_sample(name, 4))
     parameter = next(
         n for n, p in tiny.named_parameters() if p.dim() == 2 and ("attention" in n.lower() or "attn" in n)
     )
     before = tiny.get_parameter(parameter).clone()
     assert damage() == pytest.approx(0, abs=1e-9)
-    with replaced(tiny, {parameter: before * 1.5}):
+    with replaced_parameters(tiny, {parameter: before * 1.5}):
         hurt = damage()
     assert hurt > 1e-8 and torch.equal(tiny.get_parameter(parameter), before)
-    found = alone(
+    found = measure_sites_alone(
         tiny,
         tiny_sample(name, 4),
         {
-            ("a", 1): lambda: replaced(tiny, {parameter: before * 1.5}),
-            ("a", 2): lambda: replaced(tiny, {parameter: before}),
+            ("a", 1): lambda: replaced_parameters(tiny, {parameter: before * 1.5}),
+            ("a", 2): lambda: replaced_parameters(tiny, {parameter: before}),
         },
     )
     assert found["a"][1] == pytest.approx(hurt) and found["a"][2] == pytest.approx(0, abs=1e-9)
@@ -183,11 +183,11 @@ def test_damage_is_nothing_or_something(name: str) -> None:
 def test_damage_is_the_divergence_per_position() -> None:
     tiny = stock_model(tiny_checkpoint("llama"))
     sample = {"input_ids": tiny_tokens(3, 10)}
-    damage = Damage(tiny, sample)
+    damage = Divergence(tiny, sample)
     weight = tiny.lm_head.weight.clone()
     with torch.no_grad():
         p = tiny(**sample).logits.log_softmax(-1)
-        with replaced(tiny, {"lm_head.weight": weight * 1.3}):
+        with replaced_parameters(tiny, {"lm_head.weight": weight * 1.3}):
             q, found = tiny(**sample).logits.log_softmax(-1), damage()
     expected = (p.exp() * (p - q)).sum(-1).mean()
     assert found == pytest.approx(float(expected), rel=1e-4)

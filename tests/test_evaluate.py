@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headfold.core.errors import UserError
 from headfold.evaluate import perplexity
-from headfold.evaluate.perplexity import Evaluation, compare_models, evaluate, split_windows
-from headfold.evaluate.verify import verify
+from headfold.evaluate.perplexity import Evaluation, compare_models, evaluate_perplexity, split_windows
+from headfold.evaluate.verify import compare_with_twin
 
 REASSOCIATED = 2**10 * torch.finfo(torch.float64).eps
 """Sums of at most some thousand float64 terms in another order."""
@@ -87,18 +87,18 @@ def readable(tmp_path, tokenizer) -> Path:  # noqa: F811
 
 def test_evaluate_reads_a_text_file_to_its_end(readable, tmp_path):
     (tmp_path / "text.txt").write_text("abc " * 42)
-    result = evaluate(readable, readable, str(tmp_path / "text.txt"), context=32)
+    result = evaluate_perplexity(readable, readable, str(tmp_path / "text.txt"), context=32)
     assert (result.num_windows, result.num_tokens) == (6, 5 * 31 + 8)  # 169 tokens with `<s>`, the last window short
     assert result.kl == 0 and result.text.endswith("text.txt") and result.dtype == "float32"
     assert result.kv_bytes_per_token == result.reference_kv_bytes_per_token == 2 * 2 * 4 * 8 * 4
-    assert evaluate(readable, None, str(tmp_path / "text.txt")).context == 64  # the model's own
+    assert evaluate_perplexity(readable, None, str(tmp_path / "text.txt")).context == 64  # the model's own
     assert json.loads(json.dumps(dataclasses.asdict(result)))["nll"] == result.nll
 
 
 def test_evaluate_refuses_an_empty_text(readable, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="gives 1 tokens; need at least 2"):
-        evaluate(readable, None, str(tmp_path / "empty.txt"))
+        evaluate_perplexity(readable, None, str(tmp_path / "empty.txt"))
 
 
 def test_evaluate_refuses_a_model_without_a_head(readable, tmp_path):
@@ -106,7 +106,7 @@ def test_evaluate_refuses_a_model_without_a_head(readable, tmp_path):
     (readable / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     (tmp_path / "text.txt").write_text("abc")
     with pytest.raises(UserError, match="expected a language model, got LlamaModel"):
-        evaluate(readable, None, str(tmp_path / "text.txt"))
+        evaluate_perplexity(readable, None, str(tmp_path / "text.txt"))
 
 
 def test_evaluation_is_a_comparison_with_its_circumstances():
@@ -144,7 +144,7 @@ FOLDABLE = sorted(set(TINY) - {"phi3", "phi3-partial-gqa"})  # fused projections
 @pytest.mark.parametrize("name", FOLDABLE)
 def test_a_correct_fold_verifies(name, tmp_path):
     source, expected = twin_and_fold(name, torch.float64, tmp_path / "fold")
-    result = verify(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
+    result = compare_with_twin(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
     assert result.passed and result.where is None and result.num_tokens == 32
     assert result.max_abs_difference <= result.tolerance
 
@@ -155,7 +155,7 @@ def test_swapped_heads_do_not_verify_and_their_layer_is_named(dtype, memory_limi
     source, expected = twin_and_fold("llama", dtype, tmp_path / "right")
     _, _ = twin_and_fold("llama", dtype, tmp_path / "wrong", swap=(0, 2))
     right, wrong = (
-        verify(source, tmp_path / name, expected, {"input_ids": tiny_tokens()}, memory_limit=memory_limit)
+        compare_with_twin(source, tmp_path / name, expected, {"input_ids": tiny_tokens()}, memory_limit=memory_limit)
         for name in ("right", "wrong")
     )
     assert right.passed and right.dtype == ("float64" if dtype == torch.float64 else "float32")
@@ -168,5 +168,5 @@ def test_not_a_number_does_not_verify(tmp_path):
     stored = load_file(path)
     stored["model.layers.0.self_attn.v_proj.weight"][3, 3] = torch.nan
     save_file(stored, path, metadata={"format": "pt"})
-    result = verify(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
+    result = compare_with_twin(source, tmp_path / "fold", expected, {"input_ids": tiny_tokens()})
     assert not result.passed and result.where == "layers.0"

@@ -107,7 +107,7 @@ def test_translation_loss_does_not_see_padding(family, tokenizer):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_outputs_are_those_of_each_item_alone(family, beams, tokenizer):
     model, sample = writer(family), encode_pairs(PAIRS, tokenizer, 32)
-    together = translation.written(model, sample, tokenizer, beams=beams, max_new_tokens=6, batch_size=4)
+    together = translation.generate_texts(model, sample, tokenizer, beams=beams, max_new_tokens=6, batch_size=4)
     alone = []
     for source, _ in PAIRS:
         ids = torch.tensor([tokenizer(source)["input_ids"]])
@@ -126,12 +126,12 @@ def test_bleu_is_the_geometric_mean_of_matches():
 
 def test_translation_of_what_the_model_writes_is_perfect(tokenizer):
     model, other = writer("bart"), writer("bart", seed=1)
-    outputs = translation.written(model, encode_pairs(PAIRS, tokenizer, 32), tokenizer, max_new_tokens=6)
+    outputs = translation.generate_texts(model, encode_pairs(PAIRS, tokenizer, 32), tokenizer, max_new_tokens=6)
     pairs = [(source, output) for (source, _), output in zip(PAIRS, outputs, strict=True)]
-    found = translation.evaluate(model, pairs, tokenizer, reference=other, max_new_tokens=6, batch_size=4)
+    found = translation.evaluate_translation(model, pairs, tokenizer, reference=other, max_new_tokens=6, batch_size=4)
     assert found.bleu == pytest.approx(100, rel=1e-12) and found.reference_bleu < 50
     assert found.nll < found.reference_nll and found.num_items == len(PAIRS)
-    alone = translation.evaluate(other, pairs, tokenizer, max_new_tokens=6, batch_size=4)
+    alone = translation.evaluate_translation(other, pairs, tokenizer, max_new_tokens=6, batch_size=4)
     assert (alone.nll, alone.bleu) == (found.reference_nll, found.reference_bleu) and alone.reference_nll is None
 
 
@@ -150,8 +150,8 @@ def test_divergence_of_translations_is_that_of_each_token(batch_size: int, token
 
 
 def test_without_new_tokens_nothing_is_written(tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(translation, "written", None)
-    found = translation.evaluate(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
+    monkeypatch.setattr(translation, "generate_texts", None)
+    found = translation.evaluate_translation(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
     assert found.bleu is None and found.reference_bleu is None and found.kl > 0
 
 
@@ -189,7 +189,7 @@ def test_classification_is_that_of_each_item_alone(family, batch_size):
         [model_(**item).logits[0].softmax(0).tolist() for item in one_by_one(sample)] for model_ in (model, reference)
     )
     labels = sample["labels"].tolist()
-    found = classification.evaluate(model, sample, reference=reference, batch_size=batch_size)
+    found = classification.evaluate_classification(model, sample, reference=reference, batch_size=batch_size)
     first = lambda row: max(range(5), key=row.__getitem__)  # noqa: E731
     assert found.num_items == 13 and found.accuracy == sum(first(a) == y for a, y in zip(q, labels, strict=True)) / 13
     assert found.reference_accuracy == sum(first(b) == y for b, y in zip(p, labels, strict=True)) / 13
@@ -206,10 +206,10 @@ def test_classification_is_that_of_each_item_alone(family, batch_size):
 def test_classification_reads_blocks_and_equals_itself():
     model, sample = tiny(CLASSIFIERS["vit"], "vit"), items("vit")
     blocks = ({name: x[at : at + 5] for name, x in sample.items()} for at in range(0, 13, 5))
-    found = classification.evaluate(model, blocks, reference=model)
+    found = classification.evaluate_classification(model, blocks, reference=model)
     assert found.num_items == 13 and found.kl == 0 and found.agreement == 1
     assert found.accuracy == found.reference_accuracy and found.cross_entropy == found.reference_cross_entropy
-    whole = classification.evaluate(model, sample)
+    whole = classification.evaluate_classification(model, sample)
     assert whole.accuracy == found.accuracy and whole.kl is whole.reference_accuracy is None
     assert_tight(scalar(whole.cross_entropy), scalar(found.cross_entropy))
 
@@ -217,11 +217,11 @@ def test_classification_reads_blocks_and_equals_itself():
 def test_classification_says_what_is_missing():
     model, sample = tiny(CLASSIFIERS["vit"], "vit"), items("vit")
     with pytest.raises(UserError, match="needs a class for every item"):
-        classification.evaluate(model, {"pixel_values": sample["pixel_values"]})
+        classification.evaluate_classification(model, {"pixel_values": sample["pixel_values"]})
     with pytest.raises(UserError, match="has classes 0 to 4, got labels 0 to 7"):
-        classification.evaluate(model, sample | {"labels": torch.arange(13) % 8})
+        classification.evaluate_classification(model, sample | {"labels": torch.arange(13) % 8})
     with pytest.raises(UserError, match="expected a classifier"):
-        classification.evaluate(tiny("ViTModel", "vit"), sample)
+        classification.evaluate_classification(tiny("ViTModel", "vit"), sample)
 
 
 @pytest.mark.parametrize("pooling", embedding.POOLINGS)
@@ -243,21 +243,21 @@ def test_embeddings_are_of_the_model_without_its_head():
 @pytest.mark.parametrize(("head", "family", "pooling"), [("BertModel", "bert", "mean"), ("ViTModel", "vit", "cls")])
 def test_an_encoder_is_nearest_to_itself(head, family, pooling):
     model, other, sample = tiny(head, family), tiny(head, family, 1), items(family)
-    itself = embedding.evaluate(model, sample, model, pooling=pooling, batch_size=4)
+    itself = embedding.evaluate_embedding(model, sample, model, pooling=pooling, batch_size=4)
     assert_tight(
         torch.tensor([itself.cosine, itself.worst_cosine, itself.rank_correlation]).double(), torch.ones(3).double()
     )
-    difference_and_tolerance = embedding.evaluate(model, sample, other, pooling=pooling)
+    changed = embedding.evaluate_embedding(model, sample, other, pooling=pooling)
     assert (
-        -1 <= difference_and_tolerance.worst_cosine < difference_and_tolerance.cosine < 0.9
-        and difference_and_tolerance.rank_correlation < 0.9
-        and difference_and_tolerance.num_items == 13
+        -1 <= changed.worst_cosine < changed.cosine < 0.9
+        and changed.rank_correlation < 0.9
+        and changed.num_items == 13
     )
     a, b = (embedding.embed(each, sample, pooling=pooling) for each in (model, other))
     cosines = [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)]
-    assert_tight(scalar(difference_and_tolerance.cosine), scalar(sum(cosines) / 13))
+    assert_tight(scalar(changed.cosine), scalar(sum(cosines) / 13))
     with pytest.raises(UserError, match="give the model it was folded from"):
-        embedding.evaluate(model, sample)
+        embedding.evaluate_embedding(model, sample)
 
 
 def test_rank_correlation_is_spearman_s():

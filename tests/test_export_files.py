@@ -19,9 +19,10 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
-from headfold.export import transplant
+from headfold.export import layout as export_layout
+from headfold.export import phi
 from headfold.export.folded import folded
-from headfold.export.layouts import choose_layout, make_export
+from headfold.export.layout import choose_layout, export_layouts, make_export, query_heads
 from headfold.export.pieces import UNTOUCHED
 from headfold.export.rounding import Unrounded
 from headfold.recipe.exporting import export
@@ -58,13 +59,13 @@ def test_decilm_is_read_as_its_readers_do(tmp_path: Path) -> None:
 REFUSED = [
     ("llama", [EVEN, THREE], "native", "equally many K/V heads in every layer, got 2, 3; use --layout per-layer"),
     ("llama", [EVEN, THREE], "padded", "equally many K/V heads in every layer, got 2, 3; use --layout per-layer"),
-    ("gpt_neox", [EVEN, THREE], "per-layer", "gpt_neox has no per-layer class"),
+    ("gpt_neox", [EVEN, THREE], "per-layer", "gpt_neox has no class for it, expected one of llama"),
     ("gpt_neox", [EVEN, THREE], None, "has no stock layout for this fold"),
-    ("gpt_neox", [EVEN, EVEN], "decilm", "DeciLM is a Llama"),
+    ("gpt_neox", [EVEN, EVEN], "decilm", "gpt_neox has no class for it, expected one of llama"),
     ("llama", [EVEN, EVEN], "per-layer", "got the same everywhere; use --layout native"),
     ("llama", [EVEN, EVEN], "padded", "got equal ones, which need none; use --layout native"),
     ("llama", [UNEVEN, UNEVEN], "native", "groups of different sizes; use --layout padded"),
-    ("llama", [UNEVEN, UNEVEN], "decilm", "one group size per layer"),
+    ("llama", [UNEVEN, UNEVEN], "decilm", "expected equal groups, got groups of different sizes; use --layout padded"),
     ("mistral", [EVEN, THREE], "decilm", "sliding window"),
     ("llama", [EVEN, EVEN], "gguf", "expected one of native, padded, per-layer, decilm"),
     ("serial", [EVEN, EVEN], None, "has no stock layout for this fold"),
@@ -93,6 +94,35 @@ def test_choice_needs_the_config_alone() -> None:
     native = {name: value for name, value in config.items() if name != "headfold"}
     assert choose_layout(native) is None and choose_layout(native, "decilm") == "decilm"
     assert choose_layout({"model_type": "never heard of", "headfold": {"sites": [{}]}}) is None
+
+
+def test_layouts_are_files_that_declare_themselves() -> None:
+    """The folder is the registry: each file's record has the file's name, and no two compete for one place."""
+    pages = {path.stem for path in Path(export_layout.__file__).with_name("layouts").glob("*.py")} - {"__init__"}
+    assert {name.replace("-", "_") for name in export_layouts()} == pages
+    priorities = [layout.priority for layout in export_layouts().values() if layout.priority is not None]
+    assert len(set(priorities)) == len(priorities)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "layout"),
+    [
+        ("llama", [EVEN, EVEN], "native"),
+        ("llama", [UNEVEN, UNEVEN], "padded"),
+        ("llama", [UNEVEN, ONE], "per-layer"),
+        ("llama", [EVEN, ONE], "decilm"),
+        ("gptj", [UNEVEN, UNEVEN], "padded"),
+    ],
+)
+def test_query_heads_are_those_that_are_written(
+    name: str, groups: Sequence[Sequence[int]], layout: str, tmp_path: Path
+) -> None:
+    grouped(name, groups, tmp_path / "folded")
+    counted = query_heads(config_of(tmp_path / "folded"), layout)
+    export(tmp_path / "folded", tmp_path / "out", layout=layout, verify=False)
+    tensors = Checkpoint.open(tmp_path / "out").tensors
+    rows = [tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].shape[0] for layer in range(len(groups))]
+    assert rows == [count * folded(config_of(tmp_path / "folded")).entries[0].head_dim for count in counted]
 
 
 def test_shards_old_buffers_and_a_kill(tmp_path: Path) -> None:
@@ -156,7 +186,7 @@ def test_exports_with_code_are_compared_too(layout: str, tmp_path: Path) -> None
 
 def test_a_wrong_export_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped("gptj", [EVEN, EVEN], tmp_path / "folded")
-    monkeypatch.setattr(transplant, "_rotary_order", lambda *_: None)
+    monkeypatch.setattr(phi, "_rotary_order", lambda *_: None)
     with pytest.raises(UserError, match="got a difference of"):
         export(tmp_path / "folded", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -24,9 +24,9 @@ from headfold.families.layout import write_heads
 from headfold.families.spec import Site
 from headfold.recipe import fitted
 from headfold.refine import heal as healing
-from headfold.refine.blocks import calls
-from headfold.refine.heal import cost, heal
-from headfold.refine.recorded import Recorded, Trial
+from headfold.refine.blocks import recorded_calls
+from headfold.refine.heal import heal
+from headfold.refine.recorded import RecordedCall, RecordedSite
 
 NAMES = sorted({*TINY, *FOREIGN})
 NUM_ITEMS = 16
@@ -68,11 +68,11 @@ def healed(name: str, rate: float = 0.02, tokens: int = 1000) -> tuple[dict[str,
 def lacking(name: str, site: Site, heads: Heads, batch: Mapping[str, Tensor]) -> float:
     model = stock_model(tiny_checkpoint(name))
     recorded = [
-        Recorded(call, answer, mask_of(site, batch, answer, queries=True))
-        for _, call, answer in calls(model, [site], batch)
+        RecordedCall(call, answer, mask_of(site, batch, answer, queries=True))
+        for _, call, answer in recorded_calls(model, [site], batch)
     ]
-    seen = Trial(model.get_submodule(site.module), site, recorded, range(site.num_heads)).run(heads, 0)
-    return energy(seen.answer - seen.output) / energy(seen.answer)
+    replay = RecordedSite(model.get_submodule(site.module), site, recorded, range(site.num_heads)).run(heads, 0)
+    return energy(replay.target - replay.output) / energy(replay.target)
 
 
 def worn(heads: Heads, fields: Mapping[str, Tensor]) -> Heads:
@@ -128,7 +128,7 @@ def test_a_perfect_fold_stays_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["llama", "t5", "vit"])
 def test_progress_ends_where_it_should(name: str) -> None:
     _, heard = healed(name)
-    assert sum(heard) == cost(tiny_sample(name, NUM_ITEMS), 1000) * len(tiny_sites(tiny_checkpoint(name)))
+    assert sum(heard) == tokens_per_block(tiny_sample(name, NUM_ITEMS), 1000) * len(tiny_sites(tiny_checkpoint(name)))
 
 
 def test_a_seed_draws_the_batches() -> None:

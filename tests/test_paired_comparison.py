@@ -36,7 +36,7 @@ def rows_of(ran) -> dict[tuple[str, str], dict]:
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 def test_windows_are_those_of_each_alone(batch_size):
     ours, theirs, windows = (*(stock_model(tiny_checkpoint("llama", seed=seed)) for seed in (0, 1)), windows_of(75, 16))
-    nll, kl, agreement = perplexity.measure(ours, theirs, windows, batch_size=batch_size)
+    nll, kl, agreement = perplexity.losses_per_window(ours, theirs, windows, batch_size=batch_size)
     assert nll.lower_is_better and kl.lower_is_better and not agreement.lower_is_better
     for at, window in enumerate(windows):
         alone = perplexity.compare_models(ours, theirs, [window])
@@ -50,30 +50,30 @@ def test_windows_are_those_of_each_alone(batch_size):
 
 def test_pairs_are_those_of_each_alone(tokenizer):  # noqa: F811
     ours, theirs = writer("bart"), writer("bart", seed=1)
-    found = translation.measure(
+    found = translation.scores_per_pair(
         ours, PAIRS, tokenizer, reference=theirs, max_new_tokens=6, metric="rouge", batch_size=4
     )
     assert [units.metric for units in found] == ["nll", "kl", *rouge.NAMES]
     for at, pair in enumerate(PAIRS):
-        alone = translation.measure(ours, [pair], tokenizer, reference=theirs, max_new_tokens=6, metric="rouge")
+        alone = translation.scores_per_pair(ours, [pair], tokenizer, reference=theirs, max_new_tokens=6, metric="rouge")
         for units, one in zip(found, alone, strict=True):
             exact = TIGHT if units.metric != "kl" else 1e-5  # KL is taken in float32
             assert units.sums[at].tolist() == pytest.approx(one.sums[0].tolist(), rel=exact)
-    bleu = translation.measure(ours, PAIRS, tokenizer, max_new_tokens=6)[1]
-    outputs = translation.written(ours, encode_pairs(PAIRS, tokenizer, 512), tokenizer, max_new_tokens=6)
+    bleu = translation.scores_per_pair(ours, PAIRS, tokenizer, max_new_tokens=6)[1]
+    outputs = translation.generate_texts(ours, encode_pairs(PAIRS, tokenizer, 512), tokenizer, max_new_tokens=6)
     assert bleu.total == translation.METRICS["bleu"].corpus_bleu(outputs, [target for _, target in PAIRS])
 
 
 def test_items_are_those_of_each_alone():
     ours, theirs, sample = *(tiny(CLASSIFIERS["bert"], "bert", seed) for seed in (0, 1)), items("bert")
-    right, loss, kl, agreement = classification.measure(ours, sample, reference=theirs, batch_size=4)
+    right, loss, kl, agreement = classification.scores_per_item(ours, sample, reference=theirs, batch_size=4)
     for at, item in enumerate(one_by_one(sample)):
         q, p = (each(**item).logits[0].log_softmax(0) for each in (ours, theirs))
         label = int(sample["labels"][at])
         expected = [float(q.argmax() == label), float(-q[label]), float((p.exp() * (p - q)).sum())]
         assert [one.sums[at, 0] for one in (right, loss, kl)] == pytest.approx(expected, rel=1e-9)
         assert agreement.sums[at, 0] == float(q.argmax() == p.argmax())
-    whole = classification.evaluate(ours, sample, reference=theirs)
+    whole = classification.evaluate_classification(ours, sample, reference=theirs)
     assert [one.total for one in (right, loss, kl)] == pytest.approx(
         [whole.accuracy, whole.cross_entropy, whole.kl], rel=TIGHT
     )
@@ -82,10 +82,10 @@ def test_items_are_those_of_each_alone():
 
 def test_cosines_are_those_of_each_item():
     ours, theirs, sample = *(tiny("BertModel", "bert", seed) for seed in (0, 1)), items("bert")
-    (cosine,) = embedding.measure(ours, sample, theirs, batch_size=4)
+    (cosine,) = embedding.cosines_per_item(ours, sample, theirs, batch_size=4)
     a, b = (embedding.embed(each, sample) for each in (ours, theirs))
     assert cosine.sums[:, 0].tolist() == pytest.approx(torch.cosine_similarity(a, b).tolist(), rel=1e-9)
-    assert cosine.total == pytest.approx(embedding.evaluate(ours, sample, theirs).cosine, rel=TIGHT)
+    assert cosine.total == pytest.approx(embedding.evaluate_embedding(ours, sample, theirs).cosine, rel=TIGHT)
 
 
 def test_values_are_those_of_eval_and_the_first_is_the_measure(run, models):  # noqa: F811
@@ -166,7 +166,7 @@ def test_models_of_several_kinds_do_not_compare(run, models, saved):  # noqa: F8
 def test_eval_measures_rouge(run, saved, tmp_path, tokenizer):  # noqa: F811
     ours, theirs = writer("bart"), writer("bart", seed=1)
     paths = [saved(ours, "ours"), saved(theirs, "theirs")]
-    outputs = translation.written(ours, encode_pairs(PAIRS, tokenizer, 64), tokenizer, max_new_tokens=6)
+    outputs = translation.generate_texts(ours, encode_pairs(PAIRS, tokenizer, 64), tokenizer, max_new_tokens=6)
     targets = [
         output if at % 2 else target for at, (output, (_, target)) in enumerate(zip(outputs, PAIRS, strict=True))
     ]
@@ -175,7 +175,7 @@ def test_eval_measures_rouge(run, saved, tmp_path, tokenizer):  # noqa: F811
     words = ("--text", tmp_path / "p.jsonl", "--metric", "rouge", "--max-new-tokens", 6)
     found = json.loads(run("eval", paths[0], *words, "--reference", paths[1], "--json").out)
     for prefix, each in (("", ours), ("reference_", theirs)):
-        outputs = translation.written(each, encode_pairs(PAIRS, tokenizer, 64), tokenizer, max_new_tokens=6)
+        outputs = translation.generate_texts(each, encode_pairs(PAIRS, tokenizer, 64), tokenizer, max_new_tokens=6)
         expected = rouge.scores(outputs, targets)
         for name in rouge.NAMES:
             assert found[prefix + name] == pytest.approx(expected[name].mean(), rel=1e-12)

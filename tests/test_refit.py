@@ -23,8 +23,8 @@ from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.hf_models import is_streamed, open_model
 from headfold.planning import make_plan
-from headfold.refine.blocks import calls
-from headfold.refine.recorded import Recorded, Trial
+from headfold.refine.blocks import recorded_calls
+from headfold.refine.recorded import RecordedCall, RecordedSite
 from headfold.refine.refit import num_passes, refit
 from headfold.refine.values import refit_values
 from headfold.surgery import Refits, query_order, site_heads, site_tensors
@@ -219,19 +219,21 @@ def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
     assert_tight_through_float32_norms(damping * step, still.T @ a)
 
 
-def trial(directory: Path, site: Site, sample: Mapping[str, Tensor], order: Sequence[int] | None = None) -> Trial:
+def site_calls(
+    directory: Path, site: Site, sample: Mapping[str, Tensor], order: Sequence[int] | None = None
+) -> RecordedSite:
     model = stock_model(directory)
     recorded = [
-        Recorded(call, answer, mask_of(site, sample, answer, queries=True))
-        for _, call, answer in calls(model, [site], sample)
+        RecordedCall(call, answer, mask_of(site, sample, answer, queries=True))
+        for _, call, answer in recorded_calls(model, [site], sample)
     ]
-    return Trial(model.get_submodule(site.module), site, recorded, order or range(site.num_heads))
+    return RecordedSite(model.get_submodule(site.module), site, recorded, order or range(site.num_heads))
 
 
 @torch.no_grad()
-def lacking(trial: Trial, heads: Heads) -> float:
-    seen = trial.run(heads, 0)
-    return energy(seen.answer - seen.output) / energy(seen.answer)
+def lacking(site_calls: RecordedSite, heads: Heads) -> float:
+    replay = site_calls.run(heads, 0)
+    return energy(replay.target - replay.output) / energy(replay.target)
 
 
 @pytest.mark.parametrize("name", [*TINY, *FOREIGN])
@@ -239,7 +241,7 @@ def test_spoilt_values_are_found_again(name: str) -> None:
     """Their loss has its only minimum where the answers are the original's, and the gradients are those of every family."""
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 12)
     site, heads = tiny_sites(directory)[-1]
-    tried = trial(directory, site, sample)
+    tried = site_calls(directory, site, sample)
     noise = torch.randn(heads.v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise[..., -1] *= bool({"v", "qkv"} & set(site.biases))
     spoilt = dataclasses.replace(heads, v=heads.v + noise * heads.v.std())
@@ -254,7 +256,7 @@ def test_spoilt_values_are_found_again(name: str) -> None:
 def test_each_step_for_the_values_lowers_the_error(steps: int) -> None:
     case = folded("llama")
     for site in case.sites:
-        tried, heads = trial(case.directory, site, SAMPLE), case.merged(site)
+        tried, heads = site_calls(case.directory, site, SAMPLE), case.merged(site)
         before, after = (lacking(tried, refit_values(tried, heads, SMALL, n)) for n in (steps - 1, steps))
         assert after < before
 
@@ -265,7 +267,7 @@ def test_values_that_carry_nothing_stay() -> None:
     site = case.sites[0]
     heads = case.merged(site)
     blind = dataclasses.replace(heads, o=torch.zeros_like(heads.o))
-    assert_bitwise(refit_values(trial(case.directory, site, SAMPLE), blind, 0.0, 3).v, heads.v)
+    assert_bitwise(refit_values(site_calls(case.directory, site, SAMPLE), blind, 0.0, 3).v, heads.v)
 
 
 @pytest.mark.parametrize("name", sorted({*TINY, *FOREIGN} - {"bloom", "mpt", "falcon-alibi"}))
@@ -277,7 +279,7 @@ def test_a_site_in_another_order_is_tried_as_the_same_function(name: str) -> Non
             order = [*range(1, site.num_heads), 0]
             moved = heads.reorder(tuple(order))
             moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], groups=heads.groups)
-            assert lacking(trial(directory, site, sample, order), moved) < 1e-9
+            assert lacking(site_calls(directory, site, sample, order), moved) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "clip", "llama"])
@@ -310,7 +312,7 @@ def test_portions_change_nothing_and_progress_ends_where_it_should(name: str, mo
     for site in sites:
         for field, tensor in found[0][site.name].items():
             assert_bitwise(tensor, found[1][site.name][field])
-        tried = trial(directory, site, sample, query_order(site, plan))
+        tried = site_calls(directory, site, sample, query_order(site, plan))
         merged = site_heads(site, plan, read, stats)
         refitted = dataclasses.replace(merged, **{f: t.double() for f, t in found[0][site.name].items()})
         assert lacking(tried, refitted) < lacking(tried, merged)

@@ -23,10 +23,10 @@ from headfold.core.errors import UserError
 from headfold.hf_models import open_tokenizer
 from headfold.recipe.uptraining import uptrain
 from headfold.runtime.modeling_headfold import grouped_class
-from headfold.train.attentions import attentions, prepared
-from headfold.train.distillation import Distillation, divergence, relative
-from headfold.train.stream import Stream, together
-from headfold.train.trainer import WHOLE, last_whole
+from headfold.train.attentions import find_attentions, set_trainable
+from headfold.train.distillation import Distillation, kl_divergence, relative_error
+from headfold.train.stream import Stream, collate
+from headfold.train.trainer import COMPLETE_MARK, last_complete_checkpoint
 
 SHARED = Path(__file__).parents[2] / "shared"
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
@@ -113,7 +113,7 @@ class Stopped(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == self.step and self.saving:
             place = Path(args.output_dir) / f"checkpoint-{self.step}"
-            (place / WHOLE).unlink()
+            (place / COMPLETE_MARK).unlink()
             (place / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
@@ -144,8 +144,8 @@ def test_of_two_checkpoints_the_newest_whole_one_counts(tmp_path: Path) -> None:
     for step, whole in ((9, True), (10, True), (11, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / WHOLE).touch()
-    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+            (tmp_path / f"checkpoint-{step}" / COMPLETE_MARK).touch()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-11").exists()
 
 
@@ -262,14 +262,14 @@ def grouped(case: Case) -> Any:
 def test_attentions_are_found_whole_in_every_class(name: str) -> None:
     """Their parameters are those of q, k, v and o, and perhaps norms or biases; nothing of an MLP."""
     model = grouped(CASES[name])
-    found = attentions(model)
+    found = find_attentions(model)
     assert found
     for attention in found:
         module, output = model.get_submodule(attention.module), model.get_submodule(attention.output)
         assert attention.output.startswith(f"{attention.module}.")
         sizes = sorted(p.numel() for p in module.parameters() if p.ndim == 2)
         assert len(sizes) >= 4 and next(output.parameters()).numel() >= sizes[-1] // 2
-    prepared(model, "attention")
+    set_trainable(model, "attention")
     named = {name: p.requires_grad for name, p in model.named_parameters()}
     assert any(named.values()) and not all(named.values())
     assert not any(
@@ -296,16 +296,16 @@ def test_divergence_is_that_of_distributions_and_leaves_padding_out() -> None:
     p, q = (logits.softmax(-1) for logits in (theirs, ours))
     kept = torch.tensor([[True, True, False, True, True]] * 3)
     expected = (p * (p.log() - q.log())).sum(-1)
-    assert_tight(divergence(ours, theirs, kept), expected[kept].mean())
-    assert_tight(divergence(ours, theirs, None), expected.mean())
+    assert_tight(kl_divergence(ours, theirs, kept), expected[kept].mean())
+    assert_tight(kl_divergence(ours, theirs, None), expected.mean())
     leaf = ours.clone().requires_grad_()
-    divergence(leaf, theirs, kept).backward()
+    kl_divergence(leaf, theirs, kept).backward()
     other = ours.clone().requires_grad_()
     torch.nn.functional.kl_div(
         other[kept].log_softmax(-1), theirs[kept].log_softmax(-1), reduction="batchmean", log_target=True
     ).backward()
     assert_tight(leaf.grad, other.grad)
-    assert_tight(relative(3 * theirs, theirs), torch.tensor(4.0, dtype=torch.float64))
+    assert_tight(relative_error(3 * theirs, theirs), torch.tensor(4.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["multi30k-t5", "cifar10-vit"])
@@ -387,7 +387,7 @@ def found_first(directory: Path) -> float:
 
 def test_items_of_a_batch_are_cut_to_what_is_real() -> None:
     mask = torch.tensor([1, 1, 0, 0])
-    batch = together(
+    batch = collate(
         [{"input_ids": torch.arange(4), "attention_mask": mask, "labels": torch.tensor([1, -100, -100])}] * 2
     )
     assert batch["input_ids"].shape == (2, 2) and batch["labels"].shape == (2, 1)

@@ -23,7 +23,7 @@ from headfold.core.errors import UserError
 from headfold.recipe.uptraining import uptrain
 from headfold.report.card import uptrained_card
 from headfold.train.distillation import Distillation
-from headfold.train.trainer import Recipe, arguments
+from headfold.train.trainer import TrainingConfig, training_arguments
 
 # ruff: noqa: F811
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(
 
 
 def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(1, "adamw", 1e-3, "constant", 0, batch=4)
+    recipe = TrainingConfig(1, "adamw", 1e-3, "constant", 0, batch=4)
     setup = TrainingArguments._setup_devices.func
 
     def two(told: Any) -> torch.device:
@@ -201,7 +201,7 @@ def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: 
     seen = functools.cached_property(two)
     seen.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
-    assert arguments(recipe, tmp_path, "cpu", None, 1).train_batch_size == 4
+    assert training_arguments(recipe, tmp_path, "cpu", None, 1).train_batch_size == 4
 
 
 def test_a_card_claims_nothing_that_training_undid() -> None:

@@ -22,8 +22,8 @@ from headfold.evaluate import classification, translation
 from headfold.hf_models import open_tokenizer, quiet
 from headfold.recipe import fold
 from headfold.recipe.scoring import open_own
-from headfold.train.stream import Item, Stream, together
-from headfold.train.trainer import Recipe, Uptrainer, arguments
+from headfold.train.stream import Item, Stream, collate
+from headfold.train.trainer import TrainingConfig, Uptrainer, training_arguments
 
 RESULTS = Path(__file__).parents[1] / "results"
 CONTEXT = 128
@@ -114,22 +114,22 @@ class Data:
     def first(self, count: int) -> list[Sample]:
         """Batches of training data."""
         items = islice(self.stream(0), count * self.batch)
-        return [together(list(islice(items, self.batch))) for _ in range(count)]
+        return [collate(list(islice(items, self.batch))) for _ in range(count)]
 
     def measure(self, model: Any, written: bool = True) -> dict[str, Any]:
         """Of an open model, on the test data; BLEU if translations are to be `written`."""
         if self.kind == "images":
-            found = classification.evaluate(model, self._test)
+            found = classification.evaluate_classification(model, self._test)
             return {"accuracy": 100 * found.accuracy, "cross_entropy": found.cross_entropy}
         length = MAX_NEW_TOKENS if written else 0
-        found = translation.evaluate(model, self._test, self._tokenizer, batch_size=100, max_new_tokens=length)
+        found = translation.evaluate_translation(model, self._test, self._tokenizer, batch_size=100, max_new_tokens=length)
         return {"bleu": found.bleu, "nll": found.nll, "eval_seconds": found.seconds}
 
     def validation_loss(self, model: Any) -> float:
         """By which a learning rate is chosen."""
         if self.kind == "images":
-            return classification.evaluate(model, self._validation).cross_entropy
-        return translation.evaluate(model, self._validation, self._tokenizer, max_new_tokens=0).nll
+            return classification.evaluate_classification(model, self._validation).cross_entropy
+        return translation.evaluate_translation(model, self._validation, self._tokenizer, max_new_tokens=0).nll
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +154,22 @@ class Folds:
         return open_own(directory, torch.float32, "cpu")
 
 
-def recipe_of(options: argparse.Namespace, rate: float, seed: int, **more: Any) -> Recipe:
+def recipe_of(options: argparse.Namespace, rate: float, seed: int, **more: Any) -> TrainingConfig:
     """AdamW at a rate that falls linearly to zero, no warm-up, no weight decay."""
     given = {"steps": options.steps, "optimizer": "adamw", "schedule": "linear", **more}
-    return Recipe(
+    return TrainingConfig(
         learning_rate=rate, warmup=0, batch=options.batch, bf16=options.bf16, save_every=options.steps + 1, seed=seed, **given
     )  # fmt: skip
 
 
 def train(
-    model: Any, stream: IterableDataset, recipe: Recipe, work: Path, callbacks: Sequence[Any] = ()
+    model: Any, stream: IterableDataset, recipe: TrainingConfig, work: Path, callbacks: Sequence[Any] = ()
 ) -> dict[str, float]:
     """Train all weights, in place, by the model's own loss; the loss of the last steps, and seconds."""
     model.requires_grad_(True)
     started = time.monotonic()
     trainer = Uptrainer(
-        model=model, args=arguments(recipe, work / "trainer", "cpu", None, 1), train_dataset=stream, data_collator=together,
+        model=model, args=training_arguments(recipe, work / "trainer", "cpu", None, 1), train_dataset=stream, data_collator=collate,
         callbacks=list(callbacks),
     )  # fmt: skip
     with quiet():

@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from ..core.heads import kv_bytes
 from ..core.plan import Plan
 from ..core.progress import Progress
-from ..evaluate.sensitivity import alone
+from ..evaluate.sensitivity import measure_sites_alone
 from ..hf_models import is_streamed
 from ..parallel import on_main
 from ..planning import Choice
@@ -105,7 +105,7 @@ def teacher_of_statistics(
 def loss_curves(
     teacher: Teacher, budget: BudgetRequest, request: CurveRequest, stats: StatsFile | None, path: Path
 ) -> Curves:
-    """Group every site at every count, measure sites alone or read earlier measurements from `path`, and put both together.
+    """Group every site at every count, measure sites alone or read earlier measurements from `path`, and put both collate.
 
     Raises:
         UserError: the file holds other measurements, or the model does not fit into memory.
@@ -170,7 +170,7 @@ def _measure(
     def report(name: str) -> None:
         teacher.progress("sensitivity", next(done), len(changes))
 
-    return alone(teacher.model, last_part(teacher.sample), changes, report)
+    return measure_sites_alone(teacher.model, last_part(teacher.sample), changes, report)
 
 
 def _options(choice: Choice, source: Source, measured: Mapping[int, float]) -> list[CountOption]:

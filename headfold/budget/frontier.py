@@ -10,7 +10,7 @@ from ..conversion.folded_config import can_be_written
 from ..conversion.serving_cost import serving_cost
 from ..conversion.teacher import Teacher
 from ..core.plan import Plan
-from ..evaluate.sensitivity import Damage
+from ..evaluate.sensitivity import Divergence
 from .allocation import Allocation, pareto_front, total
 from .curves import Curves, predicted_error
 from .in_memory import folded_in_memory, last_part
@@ -53,7 +53,7 @@ def front_points(
     counts_of = budget.counts(source.sites[0]) if uniform else []
     equal = [counts for n in counts_of if (counts := _uniform(curves, n)) is not None]
     chosen = _evenly_spaced(best, num_measured) + equal
-    increase = Damage(model, last_part(teacher.sample)) if num_measured else None
+    increase = Divergence(model, last_part(teacher.sample)) if num_measured else None
     found: list[tuple[Point, Plan]] = []
     every = [*best, *(one for one in equal if one not in best)]
     for number, counts in enumerate(every):

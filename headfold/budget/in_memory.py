@@ -9,7 +9,7 @@ from ..conversion.source import Source
 from ..conversion.teacher import Teacher
 from ..core.plan import Plan
 from ..core.stats import SiteStats
-from ..evaluate.sensitivity import replaced
+from ..evaluate.sensitivity import replaced_parameters
 from ..families.spec import Site
 from ..parallel import on_main
 from ..refine.refit import refit
@@ -43,7 +43,7 @@ def folded_in_memory(
         if (multiple := multiples[site.name]) > 1
     )
     parameters = twin_parameters(plain, plan, source, stats, refits)
-    with replaced(model, parameters), installed_heads(model, wide):
+    with replaced_parameters(model, parameters), installed_heads(model, wide):
         yield
 
 

@@ -45,7 +45,7 @@ class FoldResult:
         notes: list[str],
         seconds: dict[str, float],
     ) -> "FoldResult":
-        """Put a result together."""
+        """Put a result collate."""
         counts = plan.num_kv_heads.values()
         return cls(
             out=out,

@@ -11,7 +11,7 @@ from ..core.errors import UserError
 from ..core.progress import Progress
 from ..evaluate.verify import TOLERANCE
 from ..export.folded import open_folded
-from ..export.layouts import make_export
+from ..export.layout import make_export
 from ..export.pieces import Export, write_export
 from ..export.rounding import Unrounded
 from ..hf_models import open_model, stored_dtype

@@ -48,8 +48,8 @@ def card_facts(
     return CardFacts(
         base_model=source.name,
         family=source.checkpoint.config["model_type"],
-        num_heads=tables.counts(*_range(site.num_heads for site in source.sites)),
-        kv_heads_before=tables.counts(*_range(site.num_kv_heads for site in source.sites)),
+        num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),
+        kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in source.sites)),
         kv_heads_after=max(counts),
         kv_heads_least=min(counts),
         serving_costs=costs,

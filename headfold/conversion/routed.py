@@ -20,7 +20,7 @@ from ..export.pieces import Export
 from ..families.spec import Family, entry
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card
-from ..runtime.load import check, own_class
+from ..runtime.load import own_class, read_checked_config
 from ..runtime.remote import auto_map, remote_files
 from .source import Source, open_source
 from .teacher import Teacher
@@ -35,7 +35,7 @@ def open_grouped(folded: Path) -> Source:
     Raises:
         UserError: not a grouped checkpoint, or one that does not fit into memory.
     """
-    check(folded)
+    read_checked_config(folded)
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")

@@ -18,7 +18,7 @@ from ..families.context import context_length
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
-from ..runtime.load import layer_counts
+from ..runtime.load import kv_heads_by_layer
 from ..runtime.rotary import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -138,7 +138,7 @@ def _refuse_uneven_folds(config: Mapping[str, Any], where: str) -> None:
     listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
     known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
     stock_gqa = listed and known and any(attention.kv_heads for attention in known)
-    if layer_counts(config) is not None or stock_gqa or any({"kv_of_query", "slots"} & site.keys() for site in listed):
+    if kv_heads_by_layer(config) is not None or stock_gqa or any({"kv_of_query", "slots"} & site.keys() for site in listed):
         raise UserError(
             f"{where}: this checkpoint is already folded, with K/V heads that differ in group size, count or head_dim; "
             f"{_FOLD_THE_ORIGINAL}"

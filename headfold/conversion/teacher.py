@@ -145,7 +145,7 @@ class Teacher:
     ) -> None:
         """Train the sites that `healed` lacks, each block alone on `tokens` tokens, from where merge and `refits` end."""
         trainer = self._with_more_data(tokens)
-        total = heal.cost(trainer.sample, tokens)
+        total = heal.tokens_per_block(trainer.sample, tokens)
         fit = partial(heal.heal, tokens=tokens, seed=seed)
         trainer._fit("heal", fit, total, plan, stats, refits, healed)
 

@@ -15,10 +15,10 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families.context import context_length
 from ..parallel import num_processes
-from ..runtime.load import check
+from ..runtime.load import read_checked_config
 from ..train import wgqa as weighing
 from ..train.attentions import SCOPES
-from ..train.trainer import OPTIMIZERS, SCHEDULES, Recipe
+from ..train.trainer import OPTIMIZERS, SCHEDULES, TrainingConfig
 from .teacher import MAX_CONTEXT
 
 PUBLISHED = {"optimizer": "adafactor", "learning_rate": 1e-3, "schedule": "constant"}
@@ -29,7 +29,7 @@ MAX_WARM_UP = 100
 
 @dataclass(frozen=True, slots=True)
 class UptrainConfig:
-    """What is trained on what, and toward what; `Recipe` says how."""
+    """What is trained on what, and toward what; `TrainingConfig` says how."""
 
     train: str
     data: str
@@ -85,7 +85,7 @@ def check_folded(folded: Path) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint, or one without a plan.
     """
-    config = check(folded)
+    config = read_checked_config(folded)
     if not (folded / "plan.json").is_file():
         raise UserError(f"{folded}: expected what headfold fold wrote, found no plan.json there; fold the model first")
     return config
@@ -132,23 +132,23 @@ def resolve_uptrain(
 
 def resolve_recipe(
     distills: bool, length: Length, tokens_per_item: int | None, device: str, given: Mapping[str, Any]
-) -> Recipe:
+) -> TrainingConfig:
     """Return the recipe with the defaults of its kind of training, and a batch that the processes can divide.
 
     Raises:
         UserError: a value out of range.
     """
     options = {name: value for name, value in given.items() if value is not None}
-    unknown = options.keys() - {field.name for field in fields(Recipe)} | options.keys() & {"steps"}
+    unknown = options.keys() - {field.name for field in fields(TrainingConfig)} | options.keys() & {"steps"}
     assert not unknown, f"no such option: {sorted(unknown)}"
-    batch = options.get("batch", Recipe.batch)
+    batch = options.get("batch", TrainingConfig.batch)
     steps = length.num_steps(None if tokens_per_item is None else batch * tokens_per_item)
     defaults: dict[str, Any] = {
         **(DISTILLED if distills else PUBLISHED),
         "warmup": min(MAX_WARM_UP, steps // 20),
         "bf16": device.startswith("cuda") and torch.cuda.is_bf16_supported(),
     }
-    recipe = Recipe(steps=steps, **{**defaults, **options})
+    recipe = TrainingConfig(steps=steps, **{**defaults, **options})
     _one_of("--optimizer", recipe.optimizer, tuple(OPTIMIZERS))
     _one_of("--schedule", recipe.schedule, tuple(SCHEDULES))
     _positive("--learning-rate", recipe.learning_rate)

@@ -26,8 +26,8 @@ from ..train import attentions as places
 from ..train import wgqa
 from ..train.distillation import Distillation
 from ..train.sharding import check_sharding, gathered, load_everywhere
-from ..train.stream import Item, Stream, together
-from ..train.trainer import Recipe, Uptrainer, last_whole
+from ..train.stream import Item, Stream, collate
+from ..train.trainer import TrainingConfig, Uptrainer, last_complete_checkpoint
 from .outputs import remove_if_empty
 from .source import open_source
 from .uptrain_config import UptrainConfig
@@ -50,7 +50,7 @@ class UptrainResult:
     data: str
     teacher: str | None
     train: str
-    recipe: Recipe
+    recipe: TrainingConfig
     num_trained: int
     """Parameters that were trained."""
     num_parameters: int
@@ -103,7 +103,7 @@ class Uptraining:
     kind: str
     plan: Plan
     request: UptrainConfig
-    recipe: Recipe
+    recipe: TrainingConfig
     settings: Mapping[str, Any]
     device: str
 
@@ -122,7 +122,7 @@ class Uptraining:
         return "tokens" if self.kind == "text" else "items"
 
     def prepare(self) -> Prepared:
-        """Open the data and the models, and run one item through them: whatever does not fit together fails here.
+        """Open the data and the models, and run one item through them: whatever does not fit collate fails here.
 
         Raises:
             UserError: a model or data that does not open, or that the model cannot be trained on.
@@ -140,7 +140,7 @@ class Uptraining:
 
     @torch.no_grad()
     def _try_one_item(self, model: Any, distillation: Distillation | None, first: Item) -> None:
-        batch = {name: tensor.to(self.device) for name, tensor in together([first]).items()}
+        batch = {name: tensor.to(self.device) for name, tensor in collate([first]).items()}
         cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.bf16)
         try:
             with cast:
@@ -171,11 +171,11 @@ class Uptraining:
     def _distillation(self, model: "PreTrainedModel", first: Item) -> Distillation | None:
         place = self.request.teacher
         if place is not None:
-            outputs = [attention.output for attention in places.attentions(model)]
+            outputs = [attention.output for attention in places.find_attentions(model)]
             dtype = stored_dtype(place) if self.recipe.bf16 else None  # the teacher takes no steps
             teacher = self._open(place, json.loads((place / "config.json").read_text()), dtype)
             theirs = self._outputs_of(teacher, outputs, place)
-            return Distillation(teacher, model, outputs, self.request.site_weight, theirs=theirs)
+            return Distillation(teacher, model, outputs, self.request.site_weight, teacher_outputs=theirs)
         if self.kind in ("sentences", "images") and "labels" not in first:
             raise UserError(
                 f"{self.request.data}: expected labels to train on, found none; name their column, or give --distill ORIGINAL"
@@ -193,7 +193,7 @@ class Uptraining:
         """Return the model with the parameters that train, parametrized as requested."""
         request = self.request
         if request.train != "lora":
-            places.prepared(model, request.train)  # type: ignore[arg-type]
+            places.set_trainable(model, request.train)  # type: ignore[arg-type]
         if request.wgqa is not None:
             assert request.original is not None
             source = open_source(request.original)
@@ -204,7 +204,7 @@ class Uptraining:
             wgqa.attach(
                 model, source.every_site, self.plan, source.checkpoint.read, request.wgqa, seed=self.recipe.seed
             )
-        return places.prepared(model, "lora") if request.train == "lora" else model
+        return places.set_trainable(model, "lora") if request.train == "lora" else model
 
     def open_staging(self, resume: bool, force: bool) -> None:
         """Open `OUT.partial`; with `resume` only where a whole checkpoint of these settings lies there.
@@ -220,7 +220,7 @@ class Uptraining:
             )
 
     def _last_checkpoint(self) -> Path | None:
-        return last_whole(self.work) if self.work.is_dir() else None
+        return last_complete_checkpoint(self.work) if self.work.is_dir() else None
 
     def last_checkpoint(self) -> Path | None:
         """Return the whole checkpoint to resume from, as every process sees it.
@@ -270,7 +270,7 @@ class Uptraining:
         """
         if wgqa.attached(model):
             wgqa.fold_away(model)
-        trained = places.merged(model).to("cpu")
+        trained = places.merge_adapters(model).to("cpu")
         staging, wide = self.staging, torch.promote_types(dtype, torch.float32)
         trained.eval()
         for parameter in trained.parameters():  # buffers, such as RoPE frequencies, keep their precision
@@ -281,7 +281,7 @@ class Uptraining:
         copy_side_files(self.folded, staging)
         for name in ("config.json", "plan.json"):
             write_json(staging / name, json.loads((self.folded / name).read_text()))
-        sample = together(list(islice(stream, VERIFIED_ITEMS)))
+        sample = collate(list(islice(stream, VERIFIED_ITEMS)))
         expected = compared_output(trained, sample)
         opened = open_model(staging, dtype=wide, device="cpu", model_class=own_class(dict(self.config)))
         difference, tolerance = difference_and_tolerance(compared_output(opened, sample), expected, wide)

@@ -18,7 +18,7 @@ from ..corpus import open_corpus
 from ..corpus.samples import kind_of
 from ..corpus.windows import token_windows
 from ..evaluate.verify import Verification
-from ..evaluate.verify import verify as compare_with_twin
+from ..evaluate.verify import compare_with_twin
 from ..families.context import context_length
 from ..hf_models import exceeds_memory, open_tokenizer
 from ..runtime.load import own_class
@@ -64,7 +64,7 @@ def verify_fold(
         source_class=own_class(source.checkpoint.config),
         fold_class=own_class(config),
         unrounded=unrounded,
-        dressed=twin.install if wide else None,
+        make_twin=twin.install if wide else None,
     )
     progress("verify", size, size)
     if not math.isfinite(found.tolerance):

@@ -14,7 +14,7 @@ from ..checkpoint.writer import output_bytes, rewrite
 from ..core.plan import Plan
 from ..core.progress import Progress, counter
 from ..core.stats import SiteStats
-from ..export.layouts import choose_layout
+from ..export.layout import choose_layout
 from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed

@@ -38,7 +38,7 @@ def units(hypotheses: Sequence[str], targets: Sequence[str]) -> list[Units]:
     pairs = zip(hypotheses, targets, strict=True)
     scores = [scorer.sentence_score(hypothesis, [target]) for hypothesis, target in pairs]
     rows = [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in scores]
-    return [Units(metric="bleu", of="pairs", sums=np.array(rows, dtype=np.float64), value=_of_sums)]
+    return [Units(metric="bleu", unit="pairs", sums=np.array(rows, dtype=np.float64), value=_of_sums)]
 
 
 def corpus_bleu(hypotheses: Sequence[str], targets: Sequence[str]) -> float:

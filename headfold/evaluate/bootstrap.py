@@ -19,7 +19,7 @@ class Resampled(Protocol):
     """A metric of one model, of all its units and of any collection of them."""
 
     metric: str
-    of: str
+    unit: str
     """What the units are, in the plural."""
     lower_is_better: bool
 
@@ -48,7 +48,7 @@ class Units:
     """
 
     metric: str
-    of: str
+    unit: str
     sums: Float[np.ndarray, "unit statistic"]
     value: Callable[[Float[np.ndarray, "... statistic"]], Float[np.ndarray, "..."]] = ratio
     lower_is_better: bool = False
@@ -64,10 +64,10 @@ class Units:
         return self.value(counts.astype(np.float64) @ self.sums)
 
 
-def mean_of(metric: str, of: str, values: Float[np.ndarray, " unit"], *, lower_is_better: bool = False) -> Units:
+def mean_of(metric: str, unit: str, values: Float[np.ndarray, " unit"], *, lower_is_better: bool = False) -> Units:
     """Units whose metric is the mean of one number each."""
     sums = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1)
-    return Units(metric=metric, of=of, sums=sums, lower_is_better=lower_is_better)
+    return Units(metric=metric, unit=unit, sums=sums, lower_is_better=lower_is_better)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def differences(
     assert all(len(other) == len(first) for other in others), [len(model) for model in models]
     if len(first) < 2:
         raise UserError(
-            f"--compare: expected at least 2 {first.of} to draw from, got {len(first)}; give more data, or a shorter --context"
+            f"--compare: expected at least 2 {first.unit} to draw from, got {len(first)}; give more data, or a shorter --context"
         )
     blocks = [[model.resampled(counts) for model in models] for counts in draws(len(first), resamples, seed)]
     values = [np.concatenate(block) for block in zip(*blocks, strict=True)]

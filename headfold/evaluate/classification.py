@@ -13,7 +13,8 @@ from torch.nn.functional import kl_div
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
-from .placing import placed
+from .placement import place_batch
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ class Classification:
     agreement: float | None = None
 
 
-def evaluate(
+def evaluate_classification(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     *,
@@ -60,7 +61,7 @@ def evaluate(
     return Classification(num_items=len(items), seconds=seconds, **{name: means[name] for name in _measured(reference)})
 
 
-def measure(
+def scores_per_item(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     *,
@@ -92,15 +93,16 @@ def _items(
     batch_size: int,
 ) -> Float[Tensor, "item quantity"]:
     """`QUANTITIES` of every item, in float64."""
-    rows = []
-    for part in [sample] if isinstance(sample, dict) else sample:
-        for batch in batches(part, batch_size):
-            inputs, labels = _split(batch)
-            ours = _log_probabilities(model, inputs, labels)
-            theirs = ours if reference is None else _log_probabilities(reference, inputs, labels)
-            columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
-            rows.append(torch.stack([column.double() for column in columns], 1))
-    return torch.cat(rows)
+
+    def scores(batch: Sample) -> Float[Tensor, "item quantity"]:
+        inputs, labels = _split(batch)
+        ours = _log_probabilities(model, inputs, labels)
+        theirs = ours if reference is None else _log_probabilities(reference, inputs, labels)
+        columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
+        return torch.stack([column.double() for column in columns], 1)
+
+    parts = [sample] if isinstance(sample, dict) else sample
+    return torch.cat(run_shared((batch for part in parts for batch in batches(part, batch_size)), scores))
 
 
 def _split(batch: Sample) -> tuple[Sample, Tensor]:
@@ -110,7 +112,7 @@ def _split(batch: Sample) -> tuple[Sample, Tensor]:
 
 
 def _log_probabilities(model: "PreTrainedModel", inputs: Sample, labels: Tensor) -> Float[Tensor, "item class"]:
-    output = model(**placed(inputs, model))
+    output = model(**place_batch(inputs, model))
     if "logits" not in output or output.logits.ndim != 2:
         raise UserError(f"{type(model).__name__}: expected a classifier, got a model that names no class of an item")
     logits = output.logits.cpu()

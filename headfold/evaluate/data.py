@@ -188,7 +188,7 @@ def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel"
 
 def _pairs(opened: OpenedModels) -> translation.Translation:
     pairs, tokenizer, how = opened.pairs()
-    return translation.evaluate(opened.model, pairs, tokenizer, **how)
+    return translation.evaluate_translation(opened.model, pairs, tokenizer, **how)
 
 
 def _audio(opened: OpenedModels) -> translation.Translation:
@@ -206,20 +206,20 @@ def _audio(opened: OpenedModels) -> translation.Translation:
 
 def _images(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
     if opened.classifies:
-        return classification.evaluate(opened.model, opened.image_blocks(), reference=opened.reference)
-    return embedding.evaluate(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
+        return classification.evaluate_classification(opened.model, opened.image_blocks(), reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
 
 
 def _sentences(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
     sample = opened.sample("sentences")
     if opened.classifies and "labels" in sample:
-        return classification.evaluate(opened.model, sample, reference=opened.reference)
-    return embedding.evaluate(opened.model, sample, opened.reference, pooling=opened.pooling)
+        return classification.evaluate_classification(opened.model, sample, reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, sample, opened.reference, pooling=opened.pooling)
 
 
 def _captions(opened: OpenedModels) -> embedding.Embedding:
     """Compare the embeddings of both towers."""
-    return embedding.evaluate(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
+    return embedding.evaluate_embedding(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Measured]] = {

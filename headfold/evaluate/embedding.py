@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from ..core.errors import UserError
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
-from .placing import placed
+from .placement import place_batch
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ class Embedding:
     seconds: float
 
 
-def evaluate(
+def evaluate_embedding(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     reference: "PreTrainedModel | None" = None,
@@ -70,7 +71,7 @@ def evaluate(
     )
 
 
-def measure(
+def cosines_per_item(
     model: "PreTrainedModel",
     sample: Sample | Iterable[Sample],
     reference: "PreTrainedModel | None" = None,
@@ -97,12 +98,13 @@ def _both(
     """Unit vectors of the model and of its reference."""
     if reference is None:
         raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
-    ours, theirs = [], []
-    for part in [sample] if isinstance(sample, dict) else sample:
-        for batch in batches(part, batch_size):
-            ours.append(embed(model, batch, pooling=pooling))
-            theirs.append(embed(reference, batch, pooling=pooling))
-    ours, theirs = (normalize(torch.cat(found), dim=1) for found in (ours, theirs))
+
+    def both(batch: Sample) -> tuple[Tensor, Tensor]:
+        return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
+
+    parts = [sample] if isinstance(sample, dict) else sample
+    found = run_shared((batch for part in parts for batch in batches(part, batch_size)), both)
+    ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))
     if ours.shape != theirs.shape:
         raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
     return ours, theirs
@@ -119,11 +121,11 @@ def embed(
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
     if pooling == "projected":
-        outputs = [model(**placed(batch, model)) for batch in batches(inputs, batch_size)]
+        outputs = [model(**place_batch(batch, model)) for batch in batches(inputs, batch_size)]
         return torch.cat([o[name].cpu().double() for name in ("text_embeds", "image_embeds") for o in outputs])
     pooled = []
     for batch in batches(inputs, batch_size):
-        states = model.base_model(**placed(batch, model)).last_hidden_state.cpu().double()
+        states = model.base_model(**place_batch(batch, model)).last_hidden_state.cpu().double()
         pooled.append(_pooled(states, batch.get("attention_mask"), pooling))
     return torch.cat(pooled)
 

@@ -122,7 +122,7 @@ def paired_comparison(
 
 
 def _row(model: str, metric: str, units: Resampled, found: Difference | None) -> PairedRow:
-    facts = (units.lower_is_better, units.of, len(units))
+    facts = (units.lower_is_better, units.unit, len(units))
     if found is None:
         return PairedRow(model, metric, units.total, None, None, None, None, None, *facts)
     better = "better" if (found.value < 0) == units.lower_is_better else "worse"
@@ -165,7 +165,7 @@ def _language_models(
     for number, directory in enumerate(directories):
         progress("models", number, len(directories))
         model = open_language_model(directory, dtype, request.device)
-        measured.append(perplexity.measure(model, reference, windows))
+        measured.append(perplexity.losses_per_window(model, reference, windows))
     progress("models", len(measured), len(measured))
     return f"{source}, context {context}", measured
 
@@ -223,24 +223,24 @@ def _share_tokenizer(directories: Sequence[Path], reference: Path | None, reques
 
 def _pairs(opened: OpenedModels) -> list[Resampled]:
     pairs, tokenizer, how = opened.pairs()
-    return translation.measure(opened.model, pairs, tokenizer, **how)
+    return translation.scores_per_pair(opened.model, pairs, tokenizer, **how)
 
 
 def _images(opened: OpenedModels) -> list[Resampled]:
     if opened.classifies:
-        return classification.measure(opened.model, opened.image_blocks(), reference=opened.reference)
-    return embedding.measure(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
+        return classification.scores_per_item(opened.model, opened.image_blocks(), reference=opened.reference)
+    return embedding.cosines_per_item(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
 
 
 def _sentences(opened: OpenedModels) -> list[Resampled]:
     sample = opened.sample("sentences")
     if opened.classifies and "labels" in sample:
-        return classification.measure(opened.model, sample, reference=opened.reference)
-    return embedding.measure(opened.model, sample, opened.reference, pooling=opened.pooling)
+        return classification.scores_per_item(opened.model, sample, reference=opened.reference)
+    return embedding.cosines_per_item(opened.model, sample, opened.reference, pooling=opened.pooling)
 
 
 def _captions(opened: OpenedModels) -> list[Resampled]:
-    return embedding.measure(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
+    return embedding.cosines_per_item(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], list[Resampled]]] = {

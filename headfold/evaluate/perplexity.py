@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
-from ..runtime.load import layer_counts, own_class
+from ..runtime.load import kv_heads_by_layer, own_class
 from .bootstrap import Units
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,7 +44,7 @@ HELDOUT = "the bundled held-out text"
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class LossComparison:
     """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` only beside one.
 
     `kl` is the mean KL(reference || model), `top1_agreement` the share of positions where both rank the same token first.
@@ -69,7 +70,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(Comparison):
+class Evaluation(LossComparison):
     """A comparison, with what was measured on what. K/V bytes count the checkpoint's own dtype, all layers, one token."""
 
     model: str
@@ -82,7 +83,7 @@ class Evaluation(Comparison):
     reference_kv_bytes_per_token: int | None = None
 
 
-def evaluate(
+def evaluate_perplexity(
     model_dir: str | Path,
     reference_dir: str | Path | None = None,
     text: str | None = None,
@@ -177,7 +178,7 @@ def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tens
 
 def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
     """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
-    counts = layer_counts(model.config.to_dict())
+    counts = kv_heads_by_layer(model.config.to_dict())
     config = _text_config(model)
     if counts is not None:
         return sum(kv_bytes(count, config.head_dim, dtype.itemsize) for count in counts)
@@ -201,7 +202,7 @@ def compare_models(
     *,
     batch_size: int | None = None,
     num_bins: int = NUM_BINS,
-) -> Comparison:
+) -> LossComparison:
     """Both open models over the same windows, a batch at a time: no more than one batch of logits is ever held.
 
     Windows may differ in length; runs of equal length are batched. Log-probabilities are taken in float32 (float64 for
@@ -210,18 +211,18 @@ def compare_models(
     start, context = time.perf_counter(), max(len(window) for window in windows)
     num_bins = min(num_bins, context - 1)
     totals = torch.zeros(5, num_bins, dtype=torch.float64)
-    for quantities in _quantities(model, reference, windows, batch_size):
-        bins = torch.arange(quantities.shape[2]) * num_bins // (context - 1)
-        totals.index_add_(1, bins, quantities.sum(1))
+    for sums in _shared_pass(model, reference, windows, batch_size, over="windows"):
+        bins = torch.arange(sums.shape[1]) * num_bins // (context - 1)
+        totals.index_add_(1, bins, sums)
     count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
-    alone = Comparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
+    alone = LossComparison(int(count), nll / count, _means(totals, 1), time.perf_counter() - start)
     if reference is None:
         return alone
     beside = (reference_nll / count, _means(totals, 2), kl / count, agreements / count)
-    return Comparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
+    return LossComparison(alone.num_tokens, alone.nll, alone.nll_by_position, time.perf_counter() - start, *beside)
 
 
-def measure(
+def losses_per_window(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
     windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
@@ -229,11 +230,11 @@ def measure(
     batch_size: int | None = None,
 ) -> list[Units]:
     """What `compare_models` says of the model, window by window: loss, and beside a reference KL and top-1 agreement, per token."""
-    blocks = [part.sum(2) for part in _quantities(model, reference, windows, batch_size)]
-    tokens, nll, _, kl, agreements = torch.cat(blocks, 1).numpy()
+    sums = _shared_pass(model, reference, windows, batch_size, over="positions")
+    tokens, nll, _, kl, agreements = torch.cat(sums, 1).numpy()
 
     def per_token(metric: str, sums: np.ndarray, lower_is_better: bool = True) -> Units:
-        return Units(metric=metric, of="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
+        return Units(metric=metric, unit="windows", sums=np.stack([sums, tokens], 1), lower_is_better=lower_is_better)
 
     alone = [per_token("nll", nll)]
     return alone if reference is None else [*alone, per_token("kl", kl), per_token("top1_agreement", agreements, False)]
@@ -254,16 +255,22 @@ def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window posi
     yield torch.stack(batch)
 
 
-@torch.no_grad()
-def _quantities(
-    model: "PreTrainedModel", reference: "PreTrainedModel | None", windows: Any, batch_size: int | None
-) -> Iterator[Float[Tensor, "quantity window position_minus_1"]]:
-    """One, nll, reference nll, KL and agreement of every predicted token, a batch of windows at a time."""
+def _shared_pass(
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
+    windows: Any,
+    batch_size: int | None,
+    *,
+    over: Literal["windows", "positions"],
+) -> list[Float[Tensor, "quantity window_or_position"]]:
+    """Return, for each batch of windows, the sums of the five quantities of `_of_batch` over its windows or over its positions."""
     longest = max(len(window) for window in windows)
-    for batch in _batches(windows, batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))):
-        yield _of_batch(model, reference, batch)
+    batch_size = batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))
+    dim = {"windows": 1, "positions": 2}[over]
+    return run_shared(_batches(windows, batch_size), lambda batch: _of_batch(model, reference, batch).sum(dim))
 
 
+@torch.no_grad()
 def _of_batch(
     model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
 ) -> Float[Tensor, "quantity window position_minus_1"]:

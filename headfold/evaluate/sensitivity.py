@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..calibration import Sample
+from ..parallel import falls_here
+from .sharing import gathered_in_order
 from .verify import model_output
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ BATCH_TOKENS = 4096
 
 
 @contextmanager
-def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_parameters(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other numbers in some of its parameters, by name; put back afterwards."""
     parameters = {name: model.get_parameter(name).data for name in tensors}
     before = {name: data.clone() for name, data in parameters.items()}
@@ -31,28 +33,36 @@ def replaced(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterato
             parameters[name].copy_(data)
 
 
-class Damage:
-    """How far a changed model's answers are from the original's, on one sample.
+class Divergence:
+    """Measures how far a model, while it is changed, is from what it was when this object was made, on one sample.
 
-    Models with logits: mean KL(original ‖ changed) per position, in nats. Others: squared error of the last hidden states by their energy.
+    For models with logits this is the mean KL(original ‖ changed) per position, in nats; for others the squared error of the last hidden
+    states as a share of their energy. Several processes share the batches.
     """
 
     def __init__(self, model: "PreTrainedModel", sample: Sample) -> None:
+        """Runs the model as it is now."""
         self._model = model
         first = next(iter(sample.values()))
-        at_once = max(1, BATCH_TOKENS // max(1, first[0].numel() if first.ndim == 2 else BATCH_TOKENS // 8))
-        parts = {name: tensor.split(at_once) for name, tensor in sample.items()}
-        self._batches = [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
-        self._original = [self._answer(batch) for batch in self._batches]
+        batch_size = max(1, BATCH_TOKENS // max(1, first[0].numel() if first.ndim == 2 else BATCH_TOKENS // 8))
+        parts = {name: tensor.split(batch_size) for name, tensor in sample.items()}
+        batches = [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
+        self._own = [
+            (number, batch, *self._answer(batch)) for number, batch in enumerate(batches) if falls_here(number)
+        ]
 
     def __call__(self) -> float:
-        """Of the model as it is now."""
+        """Return the divergence of the model as it is now."""
         found, count = 0.0, 0.0
-        for batch, (original, weight) in zip(self._batches, self._original, strict=True):
-            changed, _ = self._answer(batch)
-            found += float((self._distance(original, changed) * weight).sum())
-            count += float(weight.sum())
+        own = [(number, self._sums(batch, original, weight)) for number, batch, original, weight in self._own]
+        for distance, weight in gathered_in_order(own):
+            found, count = found + distance, count + weight
         return found / count
+
+    def _sums(self, batch: Sample, original: Tensor, weight: Tensor) -> tuple[float, float]:
+        """Return the sum of distances over the positions of a batch that count, and their number."""
+        changed, _ = self._answer(batch)
+        return float((self._distance(original, changed) * weight).sum()), float(weight.sum())
 
     @torch.no_grad()
     def _answer(self, batch: Sample) -> tuple[Tensor, Tensor]:
@@ -76,16 +86,21 @@ class Damage:
         return ((changed - original).square().sum(-1) / original.square().sum(-1).mean()).cpu()
 
 
-def alone(
+def measure_sites_alone(
     model: "PreTrainedModel",
     sample: Sample,
     changes: Mapping[tuple[str, int], Callable[[], AbstractContextManager[None]]],
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[int, float]]:
-    """The damage of each change alone. `changes` maps (name, K/V heads) to what makes the model a changed one while it is entered."""
-    damage, found = Damage(model, sample), {}
-    for (name, count), make in changes.items():
-        progress(name)
+    """Return the divergence of each change alone, by site and number of K/V heads.
+
+    `changes` maps (site, K/V heads) to a function whose context manager changes the model while it is entered. `progress` is called with
+    the name of the site before each change.
+    """
+    divergence = Divergence(model, sample)
+    found: dict[str, dict[int, float]] = {}
+    for (site, num_kv_heads), make in changes.items():
+        progress(site)
         with make():
-            found.setdefault(name, {})[count] = damage()
+            found.setdefault(site, {})[num_kv_heads] = divergence()
     return found

@@ -46,7 +46,7 @@ class TaskUnits:
     aggregate: Callable[[Sequence[Any]], float]
     sums: Units | None
     """Where the aggregate is one of sums over items: the same, without a call per resample."""
-    of: str = "items"
+    unit: str = "items"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -234,7 +234,7 @@ def _group(name: str, found: Mapping[str, Any], units: Sequence[TaskUnits]) -> I
         parts = [one for one in units if one.task in leaves and one.metric == metric]
         if not parts or any(one.sums is None or one.sums.value is not ratio for one in parts):
             continue
-        sums = Units(metric=metric, of="items", sums=np.concatenate([one.sums.sums for one in parts]))
+        sums = Units(metric=metric, unit="items", sums=np.concatenate([one.sums.sums for one in parts]))
         if isinstance(total, float) and math.isclose(sums.total, total, rel_tol=1e-9):
             yield TaskUnits(
                 task=name,
@@ -276,7 +276,7 @@ def _sums(items: Sequence[Any], aggregate: Any) -> Units | None:
     if form is None or table.ndim > 2 or (table.ndim == 2 and table.shape[1] != 2):
         return None
     table = table if table.ndim == 2 else np.stack([table, np.ones(len(table))], 1)
-    return Units(metric="", of="items", sums=table, value=form)
+    return Units(metric="", unit="items", sums=table, value=form)
 
 
 @contextlib.contextmanager

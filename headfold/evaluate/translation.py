@@ -16,7 +16,8 @@ from ..corpus.samples import Sample, batches
 from ..hf_models import quiet
 from . import bleu, rouge
 from .bootstrap import Units
-from .placing import placed
+from .placement import place_batch
+from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ class Translation:
     kl: float | None = None
 
 
-def evaluate(
+def evaluate_translation(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[str, str]],
     tokenizer: Any,
@@ -78,15 +79,15 @@ def evaluate(
     """
     start, options = time.perf_counter(), {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     options |= {"metric": metric, "context": context}
-    own = measure(model, pairs, tokenizer, reference=reference, **options)
-    other = [] if reference is None else measure(reference, pairs, tokenizer, **options)
+    own = scores_per_pair(model, pairs, tokenizer, reference=reference, **options)
+    other = [] if reference is None else scores_per_pair(reference, pairs, tokenizer, **options)
     beside = {f"reference_{units.metric}": units.total for units in other}
     totals = {units.metric: units.total for units in own}
     num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
     return Translation(num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, **totals, **beside)
 
 
-def measure(
+def scores_per_pair(
     model: "PreTrainedModel",
     pairs: Sequence[tuple[str, str]],
     tokenizer: Any,
@@ -111,13 +112,13 @@ def measure(
         found.append(_per_token("kl", target_divergences(model, reference, sample, batch_size=batch_size)))
     if max_new_tokens:
         options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        outputs = written(model, sample, tokenizer, **options)
+        outputs = generate_texts(model, sample, tokenizer, **options)
         found += METRICS[metric].units(outputs, [target for _, target in pairs])
     return found
 
 
 def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
-    return Units(metric=metric, of="pairs", sums=sums.numpy(), lower_is_better=True)
+    return Units(metric=metric, unit="pairs", sums=sums.numpy(), lower_is_better=True)
 
 
 @torch.no_grad()
@@ -125,16 +126,19 @@ def target_divergences(
     model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
 ) -> Float[Tensor, "item 2"]:
     """KL(reference || model) summed over the labels that are no padding, in nats, teacher-forced, and how many; in the sample's order."""
-    rows, order = [], _by_length(sample)
-    for batch in batches(_reordered(sample, order), batch_size):
+
+    def divergences(batch: Sample) -> Float[Tensor, "item 2"]:
         kept = batch["labels"] != IGNORED
         expected, found = (
-            log_softmax(one(**placed(batch, one), use_cache=False).logits.cpu()[kept].float(), -1)
+            log_softmax(one(**place_batch(batch, one), use_cache=False).logits.cpu()[kept].float(), -1)
             for one in (reference, model)
         )
-        divergences = torch.zeros(kept.shape, dtype=torch.float64)
-        divergences[kept] = kl_div(found, expected, reduction="none", log_target=True).sum(-1).double()
-        rows.append(torch.stack([divergences.sum(1), kept.double().sum(1)], 1))
+        per_label = torch.zeros(kept.shape, dtype=torch.float64)
+        per_label[kept] = kl_div(found, expected, reduction="none", log_target=True).sum(-1).double()
+        return torch.stack([per_label.sum(1), kept.double().sum(1)], 1)
+
+    order = _by_length(sample)
+    rows = run_shared(batches(_reordered(sample, order), batch_size), divergences)
     return torch.cat(rows)[order.argsort()]
 
 
@@ -155,18 +159,21 @@ def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int =
     Raises:
         UserError: the model gives no logits.
     """
-    rows, order = [], _by_length(sample)
-    for batch in batches(_reordered(sample, order), batch_size):
-        output = model(**placed(batch, model), use_cache=False)
+
+    def losses(batch: Sample) -> Float[Tensor, "item 2"]:
+        output = model(**place_batch(batch, model), use_cache=False)
         if "logits" not in output:
             raise UserError(
-                f"{type(model).__name__}: expected a language-model head, found none; name one in config.json"
+                f"{type(model).__name__}: expected a language-model head, found none; name a class that has one in config.json"
             )
         logits, labels = output.logits, batch["labels"]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        losses = cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none")
-        losses = losses.cpu().double().view(labels.shape)
-        rows.append(torch.stack([losses.sum(1), (labels != IGNORED).double().sum(1)], 1))
+        found = cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none")
+        per_label = found.cpu().double().view(labels.shape)
+        return torch.stack([per_label.sum(1), (labels != IGNORED).double().sum(1)], 1)
+
+    order = _by_length(sample)
+    rows = run_shared(batches(_reordered(sample, order), batch_size), losses)
     return torch.cat(rows)[order.argsort()]
 
 
@@ -181,7 +188,7 @@ def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BA
 
 
 @torch.no_grad()
-def written(
+def generate_texts(
     model: "PreTrainedModel",
     sample: Sample,
     tokenizer: Any,
@@ -196,13 +203,16 @@ def written(
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
     order, max_new_tokens = _by_length(inputs), _fitting(max_new_tokens, model)
-    texts: list[str] = []
-    for batch in batches(_reordered(inputs, order), batch_size):
+
+    def generate(batch: Sample) -> list[str]:
         with quiet():
             ids = model.generate(
-                **placed(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
+                **place_batch(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
             )
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    batches_of_texts = run_shared(batches(_reordered(inputs, order), batch_size), generate)
+    texts = [text for part in batches_of_texts for text in part]
     return [texts[place] for place in order.argsort().tolist()]
 
 

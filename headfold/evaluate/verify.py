@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calibration import Sample, decoder_inputs, num_tokens
 from ..hf_models import open_model, stored_dtype
-from .placing import placed
+from .placement import place_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(
+def compare_with_twin(
     source_dir: str | Path,
     out_dir: str | Path,
     expected: Mapping[str, Tensor],
@@ -55,7 +55,7 @@ def verify(
     source_class: Any = None,
     fold_class: Any = None,
     unrounded: Mapping[str, Tensor] | None = None,
-    dressed: Callable[["PreTrainedModel"], "PreTrainedModel"] | None = None,
+    make_twin: Callable[["PreTrainedModel"], "PreTrainedModel"] | None = None,
     device: str = "cpu",
     memory_limit: int | None = None,
 ) -> Verification:
@@ -63,7 +63,7 @@ def verify(
 
     `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
     twin; it may be lazy; `renamed` and the classes are those of `open_model`. `unrounded` is what the fold's weights were before
-    they were rounded, where it multiplied some. `dressed` makes the twin of the opened source, where it has other shapes than
+    they were rounded, where it multiplied some. `make_twin` makes the twin of the opened source, where it has other shapes than
     that. The models are opened one after the other,
     streamed from disk where they exceed the memory, so a few windows of logits are all that is held besides. A wrong logit
     anywhere, NaN included, fails.
@@ -75,8 +75,8 @@ def verify(
     opening = {"dtype": dtype, "device": device, "memory_limit": memory_limit}
 
     def open_twin() -> "PreTrainedModel":
-        if dressed is not None:
-            return dressed(open_model(source_dir, model_class=source_class, **opening))
+        if make_twin is not None:
+            return make_twin(open_model(source_dir, model_class=source_class, **opening))
         return open_model(source_dir, overlay=expected, renamed=renamed, model_class=source_class, **opening)
 
     def open_fold() -> "PreTrainedModel":
@@ -118,7 +118,7 @@ def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
         sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
     wanted = {name: tensor for name, tensor in sample.items() if name != "labels" and name in known}
     without_cache = {"use_cache": False} if "use_cache" in known else {}
-    return placed(wanted, model) | without_cache
+    return place_batch(wanted, model) | without_cache
 
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:

@@ -7,8 +7,8 @@ from .pieces import UNTOUCHED, Export
 
 def exported_card(card: str, made: Export) -> str:
     """`card` with another section on use; the rest, what was folded and how, holds for every layout."""
-    section = f"## Use\n\n{made.said}.\n\n```python\n{_lines(made)}\n```\n\n"
-    card = card.replace(UNTOUCHED, made.kept)
+    section = f"## Use\n\n{made.description}.\n\n```python\n{_lines(made)}\n```\n\n"
+    card = card.replace(UNTOUCHED, made.unchanged)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")
     return f"{before.rstrip()}\n\n{section}{heading.strip()}{' ' if heading else ''}{after}"

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..families import family_of
 from ..families.spec import Attention, Family, read_field
-from ..runtime.load import check
+from ..runtime.load import read_checked_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,14 +30,14 @@ class Entry:
     """Query head → K/V head."""
 
     @property
-    def width(self) -> int:
-        """Queries of the largest group."""
+    def group_size(self) -> int:
+        """The number of query heads in the largest group."""
         return max(self.groups.sizes)
 
-    def slots(self, width: int) -> tuple[int, ...]:
+    def slots(self, group_size: int) -> tuple[int, ...]:
         """Slot → query head, every group filled up to `width` slots; `num_heads` in an empty one."""
         empty = [self.num_heads]
-        return tuple(slot for heads in self.groups.members for slot in [*heads, *empty * (width - len(heads))])
+        return tuple(slot for heads in self.groups.members for slot in [*heads, *empty * (group_size - len(heads))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,11 @@ class Folded:
     def counts(self) -> tuple[int, ...]:
         """K/V heads, by layer."""
         return tuple(entry.groups.num_kv_heads for entry in self.entries)
+
+    @property
+    def group_size(self) -> int:
+        """The number of query heads in the largest group of all layers."""
+        return max(entry.group_size for entry in self.entries)
 
     @property
     def is_uniform(self) -> bool:
@@ -107,7 +112,7 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
         UserError: no checkpoint, an unfinished one, or one whose config, plan and tensors disagree.
     """
     path = Path(path)
-    found = folded(check(path), f"{path}/config.json")
+    found = folded(read_checked_config(path), f"{path}/config.json")
     checkpoint = Checkpoint.open(path)
     for entry in found.entries:
         _check_rows(entry, checkpoint, path)
@@ -130,13 +135,13 @@ def _shape(
 ) -> tuple[int, Groups, int]:
     """Heads, groups and their width: as a site lists them, else as the config counts them."""
     num_heads = site.get("heads") or read_field(family, config, attention.heads)
-    native = read_field(family, config, attention.kv_heads) if attention.kv_heads else None
-    num_kv_heads = site.get("kv_heads") or native or num_heads
-    width = read_field(family, config, attention.head_dim) if attention.head_dim else None
-    width = width or read_field(family, config, attention.width) // num_heads
+    config_count = read_field(family, config, attention.kv_heads) if attention.kv_heads else None
+    num_kv_heads = site.get("kv_heads") or config_count or num_heads
+    head_dim = read_field(family, config, attention.head_dim) if attention.head_dim else None
+    head_dim = head_dim or read_field(family, config, attention.width) // num_heads
     uneven = site.get("kv_of_query")
     groups = Groups(tuple(uneven)) if uneven else Groups.contiguous(num_heads, num_kv_heads)
-    return num_heads, groups, site.get("head_dim") or width
+    return num_heads, groups, site.get("head_dim") or head_dim
 
 
 def _check_rows(entry: Entry, checkpoint: Checkpoint, path: Path) -> None:

@@ -25,9 +25,9 @@ UNTOUCHED = "all tensors outside attention are the original's, byte for byte"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tensors that go together: `olds` leave, those in `shapes` come, in the shard and dtype of the first that leaves."""
+    """Tensors that go together: `replaced` leave, those in `shapes` come, in the shard and dtype of the first that leaves."""
 
-    olds: tuple[str, ...]
+    replaced: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     make: Make = lambda read: {}
     rounds: bool = False
@@ -41,9 +41,9 @@ class Export:
     layout: str
     config: Mapping[str, Any]
     pieces: Sequence[Piece]
-    said: str
+    description: str
     files: Mapping[str, str] = field(default_factory=dict)
-    kept: str = UNTOUCHED
+    unchanged: str = UNTOUCHED
     """The same of the export."""
 
     @property
@@ -74,10 +74,10 @@ class Linear:
         outs, ins = checkpoint.tensors[f"{self.old}.weight"].shape
         outs = outs if self.rows is None else len(self.rows) * self.block
         ins = ins if self.columns is None else len(self.columns) * self.block
-        shapes = {f"{self.new}.weight": (outs, ins)}
+        shapes: dict[str, tuple[int, ...]] = {f"{self.new}.weight": (outs, ins)}
         shapes |= {f"{self.new}.bias": (outs,)} if has_bias or self.bias or self.norm else {}
-        olds = (f"{self.old}.weight", *([f"{self.old}.bias"] if has_bias else []))
-        return Piece(olds, shapes, self._make(has_bias, frozenset(shapes)), rounds=bool(self.norm))
+        replaced = (f"{self.old}.weight", *([f"{self.old}.bias"] if has_bias else []))
+        return Piece(replaced, shapes, self._make(has_bias, frozenset(shapes)), rounds=bool(self.norm))
 
     def _make(self, has_bias: bool, names: frozenset[str]) -> Make:
         def make(read: Read) -> dict[str, Tensor]:
@@ -144,11 +144,11 @@ def write_export(
     Raises:
         UserError: the disk cannot hold it, or numbers that overflow the checkpoint's dtype.
     """
-    by_name = {piece.olds[0]: piece for piece in made.pieces}
+    by_name = {piece.replaced[0]: piece for piece in made.pieces}
     shapes = {name: shape for piece in made.pieces for name, shape in piece.shapes.items()}
-    owner = {name: piece.olds[0] for piece in made.pieces for name in piece.shapes}
-    gone: dict[str, tuple[str, ...]] = {old: () for piece in made.pieces for old in piece.olds}
-    instead = gone | {first: tuple(piece.shapes) for first, piece in by_name.items()}
+    owner = {name: piece.replaced[0] for piece in made.pieces for name in piece.shapes}
+    removed: dict[str, tuple[str, ...]] = {old: () for piece in made.pieces for old in piece.replaced}
+    instead = removed | {first: tuple(piece.shapes) for first, piece in by_name.items()}
     total, done = output_bytes(checkpoint, shapes, instead), 0
 
     def advance(count: int) -> None:

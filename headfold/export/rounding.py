@@ -23,7 +23,7 @@ class Unrounded(Mapping[str, Tensor]):
         self._pieces = {
             name: piece
             for piece in made.pieces
-            if piece.rounds and checkpoint.tensors[piece.olds[0]].dtype.itemsize < dtype.itemsize
+            if piece.rounds and checkpoint.tensors[piece.replaced[0]].dtype.itemsize < dtype.itemsize
             for name in piece.shapes
         }
         self._last: tuple[Piece, Mapping[str, Tensor]] | None = None

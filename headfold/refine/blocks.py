@@ -48,13 +48,13 @@ class Block:
 @contextmanager
 def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Tensor]]]:
     """Every call of the module that holds a site's projections, each with what the output projection answered."""
-    answers: list[Tensor] = []
+    outputs: list[Tensor] = []
     seen: list[tuple[Call, Tensor]] = []
-    output = attention.get_submodule(site.paths["o"].removeprefix(f"{site.module}."))
+    projection = attention.get_submodule(site.paths["o"].removeprefix(f"{site.module}."))
     handles = [
-        output.register_forward_hook(lambda module, inputs, answer: answers.append(answer)),
+        projection.register_forward_hook(lambda module, inputs, output: outputs.append(output)),
         attention.register_forward_hook(
-            lambda module, args, kwargs, _: seen.append(((args, kwargs), answers.pop())), with_kwargs=True
+            lambda module, args, kwargs, _: seen.append(((args, kwargs), outputs.pop())), with_kwargs=True
         ),
     ]
     try:
@@ -64,7 +64,7 @@ def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Ten
             handle.remove()
 
 
-def calls(
+def recorded_calls(
     model: "PreTrainedModel", sites: list[Site], batch: Sample
 ) -> Iterator[tuple[Site, Call, Float[Tensor, "*batch model"]]]:
     """One pass of the whole model: for each site the call that its attention received, and its answer."""
@@ -72,8 +72,8 @@ def calls(
         recorded = [(site, stack.enter_context(_recorded(model.get_submodule(site.module), site))) for site in sites]
         run(model, batch)
     for site, seen in recorded:
-        for call, answer in seen:
-            yield site, call, answer
+        for call, output in seen:
+            yield site, call, output
 
 
 def _first(output: Any) -> Tensor:
@@ -85,7 +85,7 @@ def blocks_of(model: "PreTrainedModel", sites: list[Site]) -> list[Block]:
     return [Block(s, model.get_submodule(s.module.rpartition(".")[0]), model.get_submodule(s.module)) for s in sites]
 
 
-def enter(
+def first_hidden_states(
     model: "PreTrainedModel", first: Block, batch: Int[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token model"]:
     """The hidden states that the first block receives."""
@@ -159,11 +159,11 @@ def walk(
     """
     blocks = blocks_of(model, sites)
     keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
-    hidden = [enter(model, blocks[0], batch) for batch in batches]
+    hidden = [first_hidden_states(model, blocks[0], batch) for batch in batches]
     for index, block in enumerate(blocks):
 
         def visit(number: int, index: int = index, block: Block = block) -> tuple[Call, Tensor]:
-            hidden[number], call, answer = block.run(hidden[number], keywords[len(batches[number])][index])
-            return call, answer
+            hidden[number], call, output = block.run(hidden[number], keywords[len(batches[number])][index])
+            return call, output
 
         yield block, visit

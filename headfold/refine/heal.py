@@ -20,7 +20,7 @@ from ..core.heads import Heads
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
 from .fitting import Fields, Solver, fit
-from .recorded import Trial
+from .recorded import RecordedSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,12 +33,12 @@ ITEMS = 2**14
 BATCH_TOKENS = 2048
 HELD_BACK = 8
 """One batch of so many."""
-LOOKS = 8
+NUM_CHECKS = 8
 """How often the error on what is held back is looked at."""
-ASTRAY = 2
+MAX_ERROR_RATIO = 2
 """Times the least error that a look may find: between, steps are still long, and what they scatter falls as they shorten. Backing off at
 every look that found nothing better ended at a rise of 0.0387 on a small Llama at 2 of 8 heads, 0.0234 so."""
-SHORT = 0.75
+LATE = 0.75
 """Of the steps: what nothing better was found with until then will not be found with the rest of them."""
 BACK_OFF = 4
 """Beyond these training goes on from the best heads in steps so much smaller."""
@@ -67,19 +67,21 @@ def heal(
     Every block is trained with `tokens` tokens of `sample` (items where it has none), over all processes together. `model`, `sites`,
     `merged` and `how` are those of `fitting.fit`.
     """
-    every = _batches(sample)
-    train, held = _split(len(every))
+    all_batches = _batches(sample)
+    train, held = _split(len(all_batches))
     rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
-    steps = max(1, round(tokens * len(every) / sum(map(num_tokens, every)) * (len(rounds) / len(train))))
-    solver = Solver(partial(_healed, rounds=rounds, held=held, steps=steps, rate=rate, seed=seed), cost(sample, tokens))
-    return fit(model, sites, merged, every, solver, **how)
+    steps = max(1, round(tokens * len(all_batches) / sum(map(num_tokens, all_batches)) * (len(rounds) / len(train))))
+    solver = Solver(
+        partial(_healed, rounds=rounds, held=held, steps=steps, rate=rate, seed=seed), tokens_per_block(sample, tokens)
+    )
+    return fit(model, sites, merged, all_batches, solver, **how)
 
 
-def cost(sample: Sample, tokens: int) -> int:
-    """Tokens that one block is run over, training and looks."""
-    every = _batches(sample)
-    _, held = _split(len(every))
-    return tokens + (LOOKS + 1) * sum(num_tokens(every[number]) for number in held)
+def tokens_per_block(sample: Sample, tokens: int) -> int:
+    """Tokens that one block is run over, training and checks."""
+    all_batches = _batches(sample)
+    _, held = _split(len(all_batches))
+    return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
 
 
 def _batches(sample: Sample) -> list[Sample]:
@@ -87,7 +89,7 @@ def _batches(sample: Sample) -> list[Sample]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leaves:
+class _TrainedWeights:
     """The weights that are trained, by field, and how far a step moves each at rate 1."""
 
     heads: Heads
@@ -95,7 +97,7 @@ class _Leaves:
     scales: dict[str, float]
 
     @classmethod
-    def of(cls, heads: Heads, site: Site) -> "_Leaves":
+    def of(cls, heads: Heads, site: Site) -> "_TrainedWeights":
         """A bias column that the checkpoint has no room for stays as it is."""
         biased = "qkv" in site.biases
         tensors = {"o": heads.o}
@@ -108,7 +110,7 @@ class _Leaves:
         scales = {name: _root_mean_square(t) for name, t in tensors.items()}
         return cls(heads, leaves, scales | ({"o_bias": scales["o"]} if "o_bias" in scales else {}))
 
-    def worn(self) -> Heads:
+    def to_heads(self) -> Heads:
         """The heads with the weights as they are now."""
         rows = {name: self._whole(name, tensor) for name, tensor in self.tensors.items()}
         return replace(self.heads, **rows)
@@ -117,7 +119,7 @@ class _Leaves:
         before = getattr(self.heads, name)
         return tensor if tensor.shape == before.shape else torch.cat([tensor, before[..., -1:]], -1)
 
-    def put(self, fields: Mapping[str, Tensor]) -> None:
+    def set(self, fields: Mapping[str, Tensor]) -> None:
         """Go back to weights that `fields` gave."""
         for name, leaf in self.tensors.items():
             before = fields[name]
@@ -128,30 +130,30 @@ class _Leaves:
 
 
 def _healed(
-    trial: Trial, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
+    site_calls: RecordedSite, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
 ) -> Fields:
     """A step sees the batches of one of the `rounds`, one per process."""
-    leaves = _Leaves.of(heads, trial.site)
-    positions, energy = _measured(trial, held.stop)
-    best, found = _error(trial, leaves.worn(), held), leaves.fields()
+    weights = _TrainedWeights.of(heads, site_calls.site)
+    positions, energy = _positions_and_energy(site_calls, held.stop)
+    best, found = _error(site_calls, weights.to_heads(), held), weights.fields()
     if not best > 0:  # a perfect fold
         return found
     rate *= best**0.5
     optimizer = torch.optim.Adam(
-        [{"params": [tensor], "lr": 0.0, "scale": leaves.scales[name]} for name, tensor in leaves.tensors.items()],
+        [{"params": [tensor], "lr": 0.0, "scale": weights.scales[name]} for name, tensor in weights.tensors.items()],
         betas=BETAS,
     )
-    looks = {round(steps * (look + 1) / LOOKS) for look in range(LOOKS)}
-    for step, numbers in enumerate(_drawn(rounds, steps, seed)):
+    checks = {round(steps * (check + 1) / NUM_CHECKS) for check in range(NUM_CHECKS)}
+    for step, numbers in enumerate(_shuffled(rounds, steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"] * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP)
-        _step(trial, leaves, optimizer, numbers, energy * sum(positions[number] for number in numbers))
-        if step + 1 in looks:
-            error = _error(trial, leaves.worn(), held)
+        _step(site_calls, weights, optimizer, numbers, energy * sum(positions[number] for number in numbers))
+        if step + 1 in checks:
+            error = _error(site_calls, weights.to_heads(), held)
             if error < best:
-                best, found = error, leaves.fields()
-            elif not error <= ASTRAY * best or step + 1 >= SHORT * steps:
-                leaves.put(found)
+                best, found = error, weights.fields()
+            elif not error <= MAX_ERROR_RATIO * best or step + 1 >= LATE * steps:
+                weights.set(found)
                 optimizer.state.clear()
                 rate /= BACK_OFF
     return found
@@ -165,7 +167,7 @@ def _split(count: int) -> tuple[range, range]:
     return range(count - held), range(count - held, count)
 
 
-def _drawn(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]:
+def _shuffled(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]:
     """Each round of batches once in random order, then again in another, for so many steps; the same in all processes."""
     generator = torch.Generator().manual_seed(seed)
     left: list[range] = []
@@ -174,21 +176,23 @@ def _drawn(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]:
         yield left.pop()
 
 
-def _step(trial: Trial, leaves: _Leaves, optimizer: torch.optim.Optimizer, numbers: range, energy: float) -> None:
+def _step(
+    site_calls: RecordedSite, weights: _TrainedWeights, optimizer: torch.optim.Optimizer, numbers: range, energy: float
+) -> None:
     """Σ ‖y − ŷ‖² / `energy` over the batches of these numbers; a process that has none of them adds no gradient."""
-    tensors = list(leaves.tensors.values())
+    tensors = list(weights.tensors.values())
     gradients = [torch.zeros_like(tensor) for tensor in tensors]
-    for number in _here(trial, numbers):
+    for number in _on_this_rank(site_calls, numbers):
         with torch.enable_grad():
-            seen = trial.run(leaves.worn(), number)
-            loss = (seen.output - seen.answer).square().sum() / energy
+            replay = site_calls.run(weights.to_heads(), number)
+            loss = (replay.output - replay.target).square().sum() / energy
             gradients = list(torch.autograd.grad(loss, tensors))
-    for leaf, gradient in zip(tensors, _summed(gradients), strict=True):
+    for leaf, gradient in zip(tensors, _all_reduced(gradients), strict=True):
         leaf.grad = gradient
     optimizer.step()
 
 
-def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _all_reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Over all processes, in one message."""
     if world_size() == 1:
         return list(tensors)
@@ -196,27 +200,27 @@ def _summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
-def _here(trial: Trial, numbers: range) -> Iterator[int]:
-    return (number for number in numbers if number in trial.numbers)
+def _on_this_rank(site_calls: RecordedSite, numbers: range) -> Iterator[int]:
+    return (number for number in numbers if number in site_calls.numbers)
 
 
-def _measured(trial: Trial, count: int) -> tuple[list[int], float]:
+def _positions_and_energy(site_calls: RecordedSite, count: int) -> tuple[list[int], float]:
     """Positions of each of the `count` batches of all processes, and the mean of ‖y‖² over them all."""
     positions, total = [0.0] * count, 0.0
-    for number in trial.numbers:
-        answer = trial.answer(number)
-        positions[number], total = len(answer), total + float(answer.square().sum(dtype=torch.float64))
+    for number in site_calls.numbers:
+        target = site_calls.target(number)
+        positions[number], total = len(target), total + float(target.square().sum(dtype=torch.float64))
     *counts, total = all_reduce(torch.tensor([*positions, total], dtype=torch.float64)).tolist()
     return [int(each) for each in counts], max(total / int(sum(counts)), torch.finfo(torch.float32).tiny)
 
 
-def _error(trial: Trial, heads: Heads, numbers: range) -> float:
+def _error(site_calls: RecordedSite, heads: Heads, numbers: range) -> float:
     """Σ ‖y − ŷ‖² / Σ ‖y‖² over these batches."""
     missing = energy = 0.0
-    for number in _here(trial, numbers):
-        seen = trial.run(heads, number)
-        missing += float((seen.output - seen.answer).square().sum(dtype=torch.float64))
-        energy += float(seen.answer.square().sum(dtype=torch.float64))
+    for number in _on_this_rank(site_calls, numbers):
+        replay = site_calls.run(heads, number)
+        missing += float((replay.output - replay.target).square().sum(dtype=torch.float64))
+        energy += float(replay.target.square().sum(dtype=torch.float64))
     missing, energy = all_reduce(torch.tensor([missing, energy], dtype=torch.float64)).tolist()
     return missing / max(energy, torch.finfo(torch.float32).tiny)
 

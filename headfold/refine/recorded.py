@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Recorded(NamedTuple):
+class RecordedCall(NamedTuple):
     """One call of the original attention, what its output projection answered, and which positions are no padding."""
 
     call: Call
-    answer: Float[Tensor, "batch token model"]
+    output: Float[Tensor, "batch token model"]
     mask: Bool[Tensor, "batch token"] | None
 
     def storages(self) -> dict[int, int]:
         """Address → bytes of every tensor that keeping it holds; what sites share (masks, an encoder's output) has one address."""
-        (args, kwargs), answer = self.call, self.answer
-        return {t.data_ptr(): t.nbytes for t in (*args, *kwargs.values(), answer) if isinstance(t, Tensor)}
+        (args, kwargs), output = self.call, self.output
+        return {t.data_ptr(): t.nbytes for t in (*args, *kwargs.values(), output) if isinstance(t, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Replay:
     """What one call brought to the output projection and what that answered, and what the values were made of; padding left out."""
 
-    heads: Float[Tensor, "position head_times_dim"]
+    inputs: Float[Tensor, "position head_times_dim"]
     output: Float[Tensor, "position model"]
-    answer: Float[Tensor, "position model"]
-    source: Float[Tensor, "position_of_values model"]
+    target: Float[Tensor, "position model"]
+    value_inputs: Float[Tensor, "position_of_values model"]
 
 
-class Trial:
+class RecordedSite:
     """One site of the original with its recorded calls.
 
     `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
@@ -54,14 +54,14 @@ class Trial:
         self,
         attention: nn.Module,
         site: Site,
-        recorded: Sequence[Recorded],
+        recorded: Sequence[RecordedCall],
         order: Sequence[int],
-        heard: Callable[[int], None] = lambda number: None,
+        on_replay: Callable[[int], None] = lambda number: None,
         model: "PreTrainedModel | None" = None,
         head_dim_multiple: int = 1,
         numbers: range | None = None,
     ) -> None:
-        self.site, self._heard = site, heard
+        self.site, self._on_replay = site, on_replay
         self.numbers = range(len(recorded)) if numbers is None else numbers
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
         self._order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
@@ -81,14 +81,14 @@ class Trial:
     def _submodule(self, role: str) -> nn.Module:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
 
-    def answer(self, number: int) -> Float[Tensor, "position model"]:
+    def target(self, number: int) -> Float[Tensor, "position model"]:
         """What the original answered to the call of that number; float32 at least, padding left out."""
-        _, answer, mask = self._recorded[number]
-        return _rows(answer, None if mask is None else mask.flatten())
+        _, target, mask = self._recorded[number]
+        return _rows(target, None if mask is None else mask.flatten())
 
-    def run(self, heads: Heads, number: int) -> Seen:
+    def run(self, heads: Heads, number: int) -> Replay:
         """The call of that number with other heads; float32 at least, as sums in half precision would drown a ridge."""
-        (args, kwargs), answer, mask = self._recorded[number]
+        (args, kwargs), target, mask = self._recorded[number]
         bias = kwargs.get("position_bias")
         if isinstance(bias, Tensor) and bias.shape[1] == len(self._order):
             kwargs = {**kwargs, "position_bias": bias.index_select(1, self._order.to(bias.device))}
@@ -102,13 +102,13 @@ class Trial:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._heard(number)
-        source, inputs, output = found
+        self._on_replay(number)
+        value_inputs, inputs, output = found
         kept = None if mask is None else mask.flatten()
-        inputs, output, answer = (_rows(t, kept) for t in (inputs, output, answer))
+        inputs, output, target = (_rows(t, kept) for t in (inputs, output, target))
         # Keys' padding is left out where they are the queries' own; elsewhere it weighs little in a preconditioner.
-        same = source.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
-        return Seen(inputs, output, answer, _rows(source, kept if same else None))
+        same = value_inputs.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
+        return Replay(inputs, output, target, _rows(value_inputs, kept if same else None))
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
         """The module's parameters that the heads decide, by name in the module."""

@@ -13,7 +13,7 @@ from ..calibration import Sample, batches, total_tokens
 from ..core.heads import Heads
 from ..families.spec import Site
 from .fitting import Fields, Solver, fit
-from .recorded import Trial
+from .recorded import RecordedSite
 from .ridge import refit_output
 from .values import refit_values
 
@@ -52,9 +52,9 @@ def refit(
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
-def _fitted(trial: Trial, heads: Heads, ridge: float, value_steps: int) -> Fields:
-    heads = refit_output(trial, heads, ridge)
+def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int) -> Fields:
+    heads = refit_output(site_calls, heads, ridge)
     if value_steps:
-        heads = refit_output(trial, refit_values(trial, heads, ridge, value_steps), ridge)
+        heads = refit_output(site_calls, refit_values(site_calls, heads, ridge, value_steps), ridge)
     fields = {"o": heads.o, "o_bias": heads.o_bias, "v": heads.v if value_steps else None}
     return {name: tensor for name, tensor in fields.items() if tensor is not None}

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from ..core.heads import Heads
 from ..parallel import all_reduce
-from .recorded import Trial
+from .recorded import RecordedSite
 
 
 @torch.no_grad()
-def refit_output(trial: Trial, heads: Heads, ridge: float) -> Heads:
+def refit_output(site_calls: RecordedSite, heads: Heads, ridge: float) -> Heads:
     """The heads with new `o`, and a new `o_bias` where the site has one."""
     size, model = heads.o[..., 0].numel() + 1, heads.o.shape[-1]
     gram, cross = (torch.zeros(size, n, dtype=torch.float64, device=heads.o.device) for n in (size, model))
-    for number in trial.numbers:
-        seen = trial.run(heads, number)
-        a = torch.cat([seen.heads, seen.heads.new_ones(len(seen.heads), 1)], 1)
+    for number in site_calls.numbers:
+        replay = site_calls.run(heads, number)
+        a = torch.cat([replay.inputs, replay.inputs.new_ones(len(replay.inputs), 1)], 1)
         gram += (a.T @ a).double()
-        cross += (a.T @ (seen.answer - seen.output)).double()
+        cross += (a.T @ (replay.target - replay.output)).double()
     step = _solved(all_reduce(gram), all_reduce(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
     o = heads.o + step[:-1].reshape(heads.o.shape)
     return replace(heads, o=o, o_bias=None if heads.o_bias is None else heads.o_bias + step[-1])

@@ -10,6 +10,7 @@ the data do not show come last.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,35 +18,39 @@ from torch import Tensor
 
 from ..core.heads import Heads
 from ..parallel import all_reduce, on_main
-from .recorded import Trial
+from .recorded import RecordedSite
 
 _DAMPING = 1e-3
 """Of both factors of M, over their mean energy."""
 
-Rows = Float[Tensor, "group dim width"]
+Rows = Float[Tensor, "group dim size"]
 
 
-def refit_values(trial: Trial, heads: Heads, ridge: float, steps: int) -> Heads:
+def refit_values(site_calls: RecordedSite, heads: Heads, ridge: float, steps: int) -> Heads:
     """The heads with other `v`; its bias column stays as it is where the site has none."""
-    width = heads.v.shape[2] if {"v", "qkv"} & set(trial.site.biases) else heads.v.shape[2] - 1
-    second = torch.zeros(width, width, dtype=torch.float64, device=heads.v.device)
-    rest = -_gradient(trial, heads, heads.v[..., :width], to_answer=True, moments=second)
+    size = heads.v.shape[2] if {"v", "qkv"} & set(site_calls.site.biases) else heads.v.shape[2] - 1
+    second = torch.zeros(size, size, dtype=torch.float64, device=heads.v.device)
+    rest = -_gradient(site_calls, heads, heads.v[..., :size], to_target=True, moments=second)
     measure, precondition = _measure(heads, all_reduce(second))
     blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
     linear = replace(heads, o_bias=blank)  # without what does not depend on V
-    change = torch.zeros_like(heads.v[..., :width])
+    change = torch.zeros_like(heads.v[..., :size])
     energy, direction = None, torch.zeros_like(change)
     for _ in range(steps):
-        turned = precondition(rest)
-        before, energy = energy, (rest * turned).sum()
-        direction = turned if before is None else turned + energy / before * direction
-        image = _gradient(trial, linear, direction, to_answer=False) + ridge * measure(direction)
+        preconditioned = precondition(rest)
+        before, energy = energy, (rest * preconditioned).sum()
+        direction = preconditioned if before is None else preconditioned + energy / before * direction
+        image = _gradient(site_calls, linear, direction, to_target=False) + ridge * measure(direction)
         curvature = (direction * image).sum()
-        if on_main(lambda reached=curvature: not reached > 0):  # nothing left to gain: a perfect fold, or all V zero
+        if on_main(partial(_is_flat, curvature)):  # nothing left to gain: a perfect fold, or all V zero
             break
         change += energy / curvature * direction
         rest -= energy / curvature * image
-    return replace(heads, v=_with(heads.v, heads.v[..., :width] + change))
+    return replace(heads, v=_with(heads.v, heads.v[..., :size] + change))
+
+
+def _is_flat(curvature: Tensor) -> bool:
+    return not curvature > 0
 
 
 def _with(v: Tensor, rows: Rows) -> Tensor:
@@ -54,22 +59,29 @@ def _with(v: Tensor, rows: Rows) -> Tensor:
 
 
 def _gradient(
-    trial: Trial, heads: Heads, rows: Rows, *, to_answer: bool, moments: Float[Tensor, "width width"] | None = None
+    site_calls: RecordedSite,
+    heads: Heads,
+    rows: Rows,
+    *,
+    to_target: bool,
+    moments: Float[Tensor, "size size"] | None = None,
 ) -> Rows:
-    """Of ½ Σ ‖ŷ − y‖² by the values at `rows`; y = 0 unless `to_answer`, and then the values are `rows` alone.
+    """Of ½ Σ ‖ŷ − y‖² by the values at `rows`; y = 0 unless `to_target`, and then the values are `rows` alone.
 
     Over all processes at work. Adds Σ x xᵀ of the inputs x = [inputs, 1] (its first columns) of this one to `moments`.
     """
     leaf = rows.clone().requires_grad_()
     total = torch.zeros_like(rows)
-    for number in trial.numbers:
+    for number in site_calls.numbers:
         with torch.enable_grad():
-            v = _with(heads.v if to_answer else torch.zeros_like(heads.v), leaf)
-            seen = trial.run(replace(heads, v=v), number)
-            missing = seen.output - seen.answer if to_answer else seen.output
+            v = _with(heads.v if to_target else torch.zeros_like(heads.v), leaf)
+            replay = site_calls.run(replace(heads, v=v), number)
+            missing = replay.output - replay.target if to_target else replay.output
             total += torch.autograd.grad(0.5 * missing.square().sum(), leaf)[0]
         if moments is not None:
-            x = torch.cat([seen.source, seen.source.new_ones(len(seen.source), 1)], 1)[:, : len(moments)]
+            x = torch.cat([replay.value_inputs, replay.value_inputs.new_ones(len(replay.value_inputs), 1)], 1)[
+                :, : len(moments)
+            ]
             moments += (x.T @ x).double()
     return all_reduce(total)
 

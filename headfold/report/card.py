@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tables import counts, markdown_table, percent, price_rows
+from .tables import count_range, markdown_table, percent, serving_cost_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the source's card that holds for the fold as well."""
@@ -23,7 +23,7 @@ class CardFacts:
     base_model: str
     family: str
     num_heads: str
-    """As are the counts before, a number or a range: `report.tables.counts`."""
+    """As are the counts before, a number or a range: `report.tables.count_range`."""
     kv_heads_before: str
     kv_heads_after: int
     kv_heads_least: int
@@ -51,7 +51,7 @@ class CardFacts:
 
 def model_card(source: Path, facts: CardFacts) -> str:
     """The whole card. `source` is the checkpoint directory that was folded: licence and language come from its card."""
-    name, kv_heads = model_name(facts.base_model), counts(facts.kv_heads_least, facts.kv_heads_after)
+    name, kv_heads = model_name(facts.base_model), count_range(facts.kv_heads_least, facts.kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
         f"# {name} with {kv_heads} K/V heads",
@@ -133,7 +133,7 @@ def _summary(name: str, facts: CardFacts) -> str:
     refit = (
         ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
     )
-    after = counts(facts.kv_heads_least, facts.kv_heads_after)
+    after = count_range(facts.kv_heads_least, facts.kv_heads_after)
     before, now = facts.serving_costs
     return (
         f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
@@ -152,8 +152,8 @@ def _training(healed: int) -> str:
 def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", facts.num_heads, facts.num_heads],
-        ["K/V heads", facts.kv_heads_before, counts(facts.kv_heads_least, facts.kv_heads_after)],
-        *price_rows(*facts.serving_costs),
+        ["K/V heads", facts.kv_heads_before, count_range(facts.kv_heads_least, facts.kv_heads_after)],
+        *serving_cost_rows(*facts.serving_costs),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():

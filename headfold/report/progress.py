@@ -1,31 +1,41 @@
-"""How far a job is: bars with rate and time left on a terminal, one line per finished stage elsewhere."""
+"""Progress of a job on stderr: bars on a terminal, elsewhere a line at least every 30 seconds and one at the end of each stage."""
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from ..parallel import rank
 from .tables import duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+INTERVAL = 30.0
+"""Seconds between two lines of a running stage where stderr is not a terminal."""
 UNITS = {
     "plan": "sites", "uptrain": "tokens or items",
     "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
     "models": "models", "requests": "requests",
 }  # fmt: skip
-"""What a stage counts; tokens where it is not listed."""
+"""Stage → what it counts; stages that are not listed count tokens."""
 
 
 class ProgressReport:
-    """Call it with (stage, done, total). A context manager: leaving it ends the last stage."""
+    """Shows progress when it is called with (stage, done, total); use it as a context manager, which ends the last stage.
 
-    def __init__(self, to: TextIO | None = None, *, silent: bool = False) -> None:
-        self._to, self._silent = to or sys.stderr, silent
+    Where `to` is no terminal, a thread prints the state of the running stage every `interval` seconds, so that a stage that does not
+    advance is not silent either. Nothing is printed when `silent`, nor by ranks other than 0.
+    """
+
+    def __init__(self, to: TextIO | None = None, *, silent: bool = False, interval: float = INTERVAL) -> None:
+        self._to, self._silent, self._interval = to or sys.stderr, silent, interval
         self._stage, self._start, self._done, self._total = "", 0.0, 0, 0
         self._bars: Progress | None = None
         self._task: TaskID | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -33,24 +43,27 @@ class ProgressReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._finish(complete=error is None)
+        self._ended.set()
+        with self._lock:
+            self._finish(complete=error is None)
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._silent:
+        if self._silent or rank():
             return
-        if stage != self._stage:
-            self._finish()
-            self._begin(stage, total)
-        self._done, self._total = done, total
-        if self._bars is not None and self._task is not None:
-            rate = self._rate() if total > 1 else ""
-            self._bars.update(self._task, completed=done, total=total or None, rate=rate)
+        with self._lock:
+            if stage != self._stage:
+                self._finish()
+                self._begin(stage, total)
+            self._done, self._total = done, total
+            if self._bars is not None and self._task is not None:
+                rate = self._rate() if total > 1 else ""
+                self._bars.update(self._task, completed=done, total=total or None, rate=rate)
 
     def say(self, line: str) -> None:
-        """A line beside the bars."""
-        if self._silent:
+        """Print a line beside the bars."""
+        if self._silent or rank():
             return
         if self._bars is not None:
             self._bars.console.print(line, highlight=False)
@@ -62,18 +75,37 @@ class ProgressReport:
         if self._to.isatty():
             self._bars = self._bars or _bars(self._to)
             self._task = self._bars.add_task(stage, total=total or None, rate="")
+        elif self._thread is None:
+            self._thread = threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True)
+            self._thread.start()
 
     def _finish(self, *, complete: bool = True) -> None:
-        """End the running stage: a stage that another one follows is complete, whatever was last said of it."""
+        """End the running stage. A stage that another one follows is complete, whatever count was last reported."""
         if self._stage and complete:
             self._done = self._total or self._done
             if self._bars is not None and self._task is not None:
                 self._bars.update(self._task, completed=self._done, rate=self._rate())
             else:
-                self._print_line()
+                self._print_end()
         self._stage = ""
 
-    def _print_line(self) -> None:
+    def _print_regularly(self) -> None:
+        while not self._ended.wait(self._interval):
+            with self._lock:
+                if self._stage and not 0 < self._total <= self._done:
+                    print(self._state(), file=self._to, flush=True)
+
+    def _state(self) -> str:
+        """Return a line on the running stage: `calibrate: 42 %, 1,240 tokens/s, 0:35 left`."""
+        passed = time.monotonic() - self._start
+        if self._total <= 1:
+            return f"{self._stage}: running for {clock(passed)}"
+        percent = f"{self._stage}: {100 * self._done / self._total:.0f} %"
+        if not self._done:
+            return f"{percent}, running for {clock(passed)}"
+        return f"{percent}, {self._rate()}, {clock(passed / self._done * (self._total - self._done))} left"
+
+    def _print_end(self) -> None:
         passed = duration(time.monotonic() - self._start)
         counted = f"{amount(self._stage, self._done)} in " if self._total > 1 else ""
         rate = f", {self._rate()}" if self._total > 1 else ""
@@ -85,11 +117,18 @@ class ProgressReport:
 
 
 def amount(stage: str, number: float) -> str:
-    """`12,300 tokens`, `5 sites`, `1.2 GiB`."""
+    """Return a count with the unit of its stage: `12,300 tokens`, `5 sites`, `1.2 GiB`."""
     unit = UNITS.get(stage.split()[0], "tokens")
     if unit == "bytes":
         return size(number)
     return f"{number:,.0f} {unit}" if number >= 10 or number == int(number) else f"{number:.1f} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as `0:35`, `12:07` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _bars(to: TextIO) -> "Progress":

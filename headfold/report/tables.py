@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 
-def counts(least: int, most: int) -> str:
+def count_range(least: int, most: int) -> str:
     """A count, or the range of counts that differ."""
     return str(most) if least == most else f"{least} to {most}"
 
@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-def price_rows(before: Any, after: Any) -> list[list[str]]:
+def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     """What the cache takes and what wide heads cost for it, of two `recipe.price.ServingCost`."""
     return [
         ["width of a K/V head", before.head_dims, after.head_dims],

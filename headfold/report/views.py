@@ -1,32 +1,35 @@
-"""What each verb shows to people. Results go to stdout; the machines' form is the result's own JSON."""
+"""The reports that each verb prints to stdout for people; `--json` prints the result's own JSON instead."""
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from .tables import counts, duration, percent, price_rows, show_table, size
+from .tables import count_range, duration, percent, serving_cost_rows, show_table, size
 
 FRACTIONS = ("1/2", "1/4", "1/8")
-BLOCKS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█"
 COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
 
 
 class SiteForecast(Protocol):
-    """Predicted error of one site by the fraction of K/V heads that stays, as shares of the energy."""
+    """The predicted error of one site by the fraction of K/V heads that is kept, as shares (0 to 1) of the energy."""
 
-    name: str
-    key: Mapping[str, float]
-    value: Mapping[str, float]
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> Mapping[str, float]: ...
+    @property
+    def value(self) -> Mapping[str, float]: ...
 
 
 def show_inspection(found: Any) -> None:
-    """A `recipe.Inspection`: the facts, then the heat strips of K and V."""
+    """Print an inspection: the facts of the model, then the predicted error of every site."""
     rows = [
         ["family", f"{found.family} ({found.architecture})"],
         ["parameters", f"{found.num_parameters:,} in {found.dtype}"],
-        ["attentions", str(found.num_layers)],
-        ["query heads", f"{found.num_heads} of {found.head_dim}"],
+        ["attention sites", str(found.num_layers)],
+        ["query heads", f"{found.num_heads} with head_dim {found.head_dim}"],
         ["K/V heads", str(found.num_kv_heads)],
         ["K/V cache per token", size(found.kv_bytes_per_token)],
         ["K/V cache at 32k tokens", size(found.kv_bytes_32k)],
@@ -34,48 +37,61 @@ def show_inspection(found: Any) -> None:
         ["order of query heads", found.query_order],
     ]
     show_table([found.model, ""], rows)
-    show_strips(found.sites, found.basis)
+    show_predicted_errors(found.sites, found.basis)
 
 
-def show_strips(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:
-    """One cell per layer; rows are what share of the K/V heads stays. Blocks with colour on a terminal, digits elsewhere."""
+def show_predicted_errors(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:
+    """Print the predicted error of every site by the share of K/V heads kept: bars on a terminal, a table of percents elsewhere."""
     to = to or sys.stdout
-    print(f"\npredicted error by layer, from {basis}", file=to)
+    title = f"predicted error of K and V, as a share of their energy, from {basis}"
+    columns = [
+        (tensor, fraction)
+        for tensor in ("key", "value")
+        for fraction in FRACTIONS
+        if any(fraction in getattr(site, tensor) for site in sites)
+    ]
     if to.isatty():
-        print("cell height is the square root of the error as a share of its energy", file=to)
-    else:
-        print("digit d: at least d² percent of its energy (1: 1 %, 3: 9 %, 5: 25 %, 7: 49 %)", file=to)
-    for tensor in ("key", "value"):
-        for fraction in FRACTIONS:
-            errors = {site.name: getattr(site, tensor)[fraction] for site in sites if fraction in getattr(site, tensor)}
-            if errors:
-                _print_strip(f"{tensor[0].upper()} {fraction}", errors, to)
-
-
-def _print_strip(label: str, errors: Mapping[str, float], to: TextIO) -> None:
-    worst = max(errors, key=errors.__getitem__)
-    middle = sorted(errors.values())[len(errors) // 2]
-    tail = f"median {percent(middle)}, worst {percent(errors[worst])} at {worst}"
-    if not to.isatty():
-        print(f"{label}  {''.join(str(level(error, 10)) for error in errors.values())}  {tail}", file=to)
+        _print_bars(sites, columns, title, to)
         return
+    header = ["site", *(f"{tensor[0].upper()} {fraction}" for tensor, fraction in columns)]
+    rows = [
+        [site.name, *(_share(getattr(site, tensor).get(fraction)) for tensor, fraction in columns)] for site in sites
+    ]
+    print(file=to)
+    show_table(header, rows, title=f"{title}, by the share of K/V heads kept", to=to)
+
+
+def _share(error: float | None) -> str:
+    return "" if error is None else percent(error)
+
+
+def _print_bars(sites: Sequence[SiteForecast], columns: Sequence[tuple[str, str]], title: str, to: TextIO) -> None:
+    """Print a row of bars, one bar per site, for every tensor and fraction."""
     from rich.console import Console
     from rich.text import Text
 
-    cells = [(BLOCKS[level(error, 8)], COLOURS[level(error, 8)]) for error in errors.values()]
-    Console(file=to).print(Text.assemble(f"{label}  ", *cells, f"  {tail}"), soft_wrap=True)
+    console = Console(file=to)
+    console.print(f"\n{title}", highlight=False)
+    console.print("one bar per site in order; a full bar is 100 %, a half bar 25 %, a quarter 6 %", style="dim")
+    for tensor, fraction in columns:
+        errors = {site.name: error for site in sites if (error := getattr(site, tensor).get(fraction)) is not None}
+        worst = max(errors, key=errors.__getitem__)
+        median = sorted(errors.values())[len(errors) // 2]
+        bars = [(BARS[level(error)], COLOURS[level(error)]) for error in errors.values()]
+        tail = f"  median {percent(median)}, worst {percent(errors[worst])} at {worst}"
+        console.print(Text.assemble(f"{tensor[0].upper()} {fraction}  ", *bars, tail), soft_wrap=True)
 
 
-def level(share: float, num_levels: int) -> int:
-    """The square root of a share, in `num_levels` equal steps: small errors stay apart."""
-    return min(num_levels - 1, int(num_levels * math.sqrt(max(share, 0.0)) + 1e-9))
+def level(share: float) -> int:
+    """Return the bar of an error: its square root in eight equal steps, so that small errors remain distinguishable."""
+    return min(len(BARS) - 1, int(len(BARS) * math.sqrt(max(share, 0.0)) + 1e-9))
 
 
 def show_fold(result: Any) -> None:
     """A `recipe.FoldResult`."""
     rows = [
-        ["K/V heads", str(result.kv_heads_before), counts(result.kv_heads_least, result.kv_heads_after)],
-        *price_rows(result.before, result.after),
+        ["K/V heads", str(result.kv_heads_before), count_range(result.kv_heads_least, result.kv_heads_after)],
+        *serving_cost_rows(result.before, result.after),
     ]
     show_plan_errors(result.plan)
     show_table([f"{result.family}, {result.num_heads} query heads", "before", "after"], rows)
@@ -108,7 +124,7 @@ def show_plan_errors(plan: Any) -> None:
 def show_plan(plan: Any, serving_costs: Any) -> None:
     """A `core.plan.Plan` and the pair of `recipe.price.ServingCost` around it."""
     show_plan_errors(plan)
-    show_table(["", "before", "after"], price_rows(*serving_costs))
+    show_table(["", "before", "after"], serving_cost_rows(*serving_costs))
 
 
 def _shares(site: Any) -> list[str]:
@@ -236,13 +252,28 @@ def show_probe(found: Any, out: Any = None) -> None:
     print(f"\n{found.source}" if out is None else f"wrote {out}")
 
 
-def show_methods(summaries: Mapping[str, Mapping[str, str]]) -> None:
-    """Axis → method → its one line."""
-    width = max(len(name) for methods in summaries.values() for name in methods)
+def show_methods(summaries: Mapping[str, Mapping[str, str]], to: TextIO | None = None) -> None:
+    """Print option, method and summary of all methods: a table on a terminal, plain text elsewhere."""
+    to = to or sys.stdout
+    if not to.isatty():
+        longest = max(len(name) for methods in summaries.values() for name in methods)
+        for option, methods in summaries.items():
+            print(option, file=to)
+            for name, summary in methods.items():
+                print(f"  {name.ljust(longest)}  {summary}", file=to)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("option", "method", "summary"):
+        table.add_column(column, no_wrap=column != "summary")
     for option, methods in summaries.items():
-        print(option)
-        for name, summary in methods.items():
-            print(f"  {name.ljust(width)}  {summary}")
+        for at, (name, summary) in enumerate(methods.items()):
+            last = at == len(methods) - 1
+            table.add_row("" if at else option, name, summary, end_section=last)
+    Console(file=to).print(table)
 
 
 def show_page(option: str, name: str, page: str, options: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
         UserError: no checkpoint there, an unfinished one, one whose config and plan disagree, or one that does not load.
     """
     directory = Path(directory)
-    config = check(directory)
+    config = read_checked_config(directory)
     try:
         with quiet():
             model = _model_class(config).from_pretrained(
@@ -84,7 +84,7 @@ def own_class(config: Mapping[str, Any]) -> Any:
     return None
 
 
-def layer_counts(config: Mapping[str, Any]) -> list[int] | None:
+def kv_heads_by_layer(config: Mapping[str, Any]) -> list[int] | None:
     """K/V heads by layer where a config tells them by layer, as the layouts per-layer and decilm do; else None."""
     name, num_heads = (config.get("architectures") or [""])[0], config.get("num_attention_heads")
     if name == "DeciLMForCausalLM":
@@ -97,7 +97,7 @@ def layer_counts(config: Mapping[str, Any]) -> list[int] | None:
     return None
 
 
-def check(directory: Path) -> dict[str, Any]:
+def read_checked_config(directory: Path) -> dict[str, Any]:
     """The config of a directory; refused where no finished fold can be: plan and config must agree."""
     if directory.name.endswith(".partial"):
         raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again, it goes on from there")
@@ -110,7 +110,7 @@ def check(directory: Path) -> dict[str, Any]:
     sites = _listed_sites(config, directory)
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")
-        counts = [site["kv_heads"] for site in sites] or layer_counts(config)
+        counts = [site["kv_heads"] for site in sites] or kv_heads_by_layer(config)
         if counts:
             _check_counts(directory, plan, counts)
         else:

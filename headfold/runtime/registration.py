@@ -9,35 +9,35 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-KEEPER = "transformers.modeling_utils"
+TRANSFORMERS_MODULE = "transformers.modeling_utils"
 """It is not imported for this: most of what headfold does needs no transformers, which takes seconds to import."""
 ATTENTION = "headfold.runtime.modeling_headfold"
 REGISTERS = "headfold.runtime.attention"
 
 
-def announce() -> None:
+def register_attention() -> None:
     """Register the attention, or leave word for when transformers comes."""
-    if KEEPER in sys.modules:
+    if TRANSFORMERS_MODULE in sys.modules:
         import_module(ATTENTION)
-    elif not any(isinstance(finder, _Word) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Word())
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
 
 
-class _Word(MetaPathFinder):
+class _RegisterOnImport(MetaPathFinder):
     """Finds nothing by itself; sees the module coming, lets the others find it, and registers behind it."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != KEEPER:
+        if name != TRANSFORMERS_MODULE:
             return None
         with suppress(ValueError):  # another thread was here first
             sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Behind(spec.loader)
+            spec.loader = _RegisterAfterLoading(spec.loader)
         return spec
 
 
-class _Behind(Loader):
+class _RegisterAfterLoading(Loader):
     """A module's own loader, then the registration."""
 
     def __init__(self, loader: Loader) -> None:

@@ -49,12 +49,12 @@ def install_heads(
 
 @contextmanager
 def installed_heads(
-    model: PreTrainedModel, clothes: Iterable[tuple[Site, Mapping[str, Tensor], int, int]]
+    model: PreTrainedModel, replacements: Iterable[tuple[Site, Mapping[str, Tensor], int, int]]
 ) -> Iterator[None]:
     """`install_heads` at several sites, and everything back in its place afterwards."""
     undone = []
     try:
-        for site, *rest in clothes:
+        for site, *rest in replacements:
             undone.append((site, install_heads(model, site, *rest)))
         yield
     finally:

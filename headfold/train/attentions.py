@@ -16,19 +16,19 @@ Scope = Literal["attention", "all", "lora"]
 SCOPES: tuple[Scope, ...] = ("attention", "all", "lora")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q_norm", "k_norm")
 """What stock classes with K/V heads call what makes queries, keys and values."""
-RANK = 16
+LORA_RANK = 16
 """Of LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionPaths:
     """One attention: the path of the module that holds all its projections, and of the one that makes its output."""
 
     module: str
     output: str
 
 
-def attentions(model: nn.Module) -> list[Attention]:
+def find_attentions(model: nn.Module) -> list[AttentionPaths]:
     """Those with grouped heads, in headfold's runtime or in a stock class that counts K/V heads.
 
     Raises:
@@ -52,13 +52,13 @@ def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
             yield path, set(PROJECTIONS)
 
 
-def _attention(model: nn.Module, core: str, inputs: set[str]) -> Attention:
+def _attention(model: nn.Module, core: str, inputs: set[str]) -> AttentionPaths:
     """The output projection is the last linear that makes no heads: in the core, or in a module around it (BERT, ViT)."""
     path = core
     while path:
         own = [name for name in _linears(model.get_submodule(path)) if name.rpartition(".")[2] not in inputs]
         if own:
-            return Attention(path, f"{path}.{own[-1]}")
+            return AttentionPaths(path, f"{path}.{own[-1]}")
         path = path.rpartition(".")[0]
     raise AssertionError(f"{core}: no output projection")
 
@@ -69,7 +69,7 @@ def _linears(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
 
 
-def prepared(model: "PreTrainedModel", scope: Scope, rank: int = RANK) -> Any:
+def set_trainable(model: "PreTrainedModel", scope: Scope, rank: int = LORA_RANK) -> Any:
     """The model with what `scope` names left to train: the attentions alone, everything, or low-rank updates of the attentions
     (LoRA, 2106.09685; needs `peft`).
 
@@ -78,7 +78,7 @@ def prepared(model: "PreTrainedModel", scope: Scope, rank: int = RANK) -> Any:
     """
     if scope not in SCOPES:
         raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
-    modules = [] if scope == "all" else [attention.module for attention in attentions(model)]
+    modules = [] if scope == "all" else [attention.module for attention in find_attentions(model)]
     if scope == "lora":
         return _with_lora(model, modules, rank)
     for name, parameter in model.named_parameters():
@@ -99,6 +99,6 @@ def _with_lora(model: "PreTrainedModel", modules: list[str], rank: int) -> Any:
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
-def merged(model: Any) -> "PreTrainedModel":
+def merge_adapters(model: Any) -> "PreTrainedModel":
     """The ordinary model again, low-rank updates added to the weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

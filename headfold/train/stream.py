@@ -85,7 +85,7 @@ def _items(sample: Mapping[str, Tensor]) -> Iterator[Item]:
         yield {name: tensor[at] for name, tensor in sample.items()}
 
 
-def together(items: Sequence[Item]) -> Item:
+def collate(items: Sequence[Item]) -> Item:
     """One batch, without columns that pad every item."""
     stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     (batch,) = batches(stacked, len(items))

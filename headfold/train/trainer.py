@@ -20,7 +20,7 @@ from ..corpus.pairs import IGNORED
 from ..parallel import on_all
 from .distillation import Distillation
 
-WHOLE = "headfold-whole"
+COMPLETE_MARK = "headfold-whole"
 """Lies in a Trainer's checkpoint once all of it is on disk."""
 KEPT = 2
 """Checkpoints: while one is written, the last good one stands."""
@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TrainingConfig:
     """How a run trains; all of it is in the run's record."""
 
     steps: int
@@ -55,7 +55,9 @@ OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def arguments(recipe: Recipe, directory: Path, device: str, logs: Path | None, world_size: int) -> TrainingArguments:
+def training_arguments(
+    recipe: TrainingConfig, directory: Path, device: str, logs: Path | None, world_size: int
+) -> TrainingArguments:
     """What the Trainer is told. The batch is divided among processes and parts."""
     share, rest = divmod(recipe.batch, world_size * recipe.accumulate)
     assert share and not rest
@@ -193,7 +195,7 @@ class Uptrainer(Trainer):
         on_all(refuse)
 
 
-class Whole(TrainerCallback):
+class MarkComplete(TrainerCallback):
     """Marks checkpoints that are whole, so that one cut off by a kill is never resumed from."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
@@ -202,34 +204,34 @@ class Whole(TrainerCallback):
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for entry in directory.rglob("*"):
                 flush(entry)
-            (directory / WHOLE).touch()
+            (directory / COMPLETE_MARK).touch()
             flush(directory)
 
 
-def last_whole(directory: Path) -> Path | None:
+def last_complete_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that is whole; those that are not are removed."""
     found: dict[int, Path] = {}
     for path in directory.glob("checkpoint-*"):
-        if (path / WHOLE).exists():
+        if (path / COMPLETE_MARK).exists():
             found[int(path.name.rpartition("-")[2])] = path
         else:
             shutil.rmtree(path)
     return found[max(found)] if found else None
 
 
-class Complete(Exception):
+class AlreadyTrained(Exception):
     """All steps are done already."""
 
 
-class Ending(TrainerCallback):
+class StopWhenTrained(TrainerCallback):
     """Ends a run that goes on from its last step: the Trainer would take one more."""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step >= state.max_steps:
-            raise Complete
+            raise AlreadyTrained
 
 
-class Telling(TrainerCallback):
+class ReportProgress(TrainerCallback):
     """Progress by step, and a line with the loss now and then."""
 
     def __init__(self, advance: Callable[[int, int], None], say: Say, tokens_per_step: int, unit: str) -> None:
@@ -262,7 +264,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+def loss_curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Step, loss, its parts and the learning rate, from the Trainer's history."""
     names = ("step", "loss", "kl", "site_error", "learning_rate", "grad_norm")
     return [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]

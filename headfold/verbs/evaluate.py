@@ -107,7 +107,7 @@ def evaluate(
     progress("evaluate", 0, 1)
     found: Evaluation | DataEvaluation
     if kind == "text":
-        found = perplexity.evaluate(
+        found = perplexity.evaluate_perplexity(
             directory, original, text, context=context, max_tokens=limit, device=where, dtype=compute_dtype
         )
     else:

@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..export.card import exported_card
 from ..export.folded import Folded, open_folded
-from ..export.layouts import choose_layout, make_export
+from ..export.layout import choose_layout, make_export
 from ..export.pieces import Export, write_export
 from ..parallel import main_only
 
@@ -75,7 +75,7 @@ def export(
     _copy_plan_and_card(checkpoint, made, staging)
     difference, tolerance = compare_layouts(checkpoint, made, staging, progress) if verify else (None, None)
     commit(staging, out, force)
-    return ExportResult(out, chosen, made.model_class, made.said, source.counts, difference, tolerance)
+    return ExportResult(out, chosen, made.model_class, made.description, source.counts, difference, tolerance)
 
 
 def _nothing_to_export(source: Folded) -> str:

@@ -132,7 +132,7 @@ def fold(
                 written = write_fold(
                     source, made, statistics, refits, job.staging, job.work, written_layout, progress
                 )
-            notes += [f"layout {written_layout}: {written.export.said}"] if written.export else []
+            notes += [f"layout {written_layout}: {written.export.description}"] if written.export else []
             verification = None
             with job.timed("verify"):
                 if verify:

@@ -19,8 +19,17 @@ from ..corpus.samples import kind_of
 from ..hf_models import check_device, quiet
 from ..parallel import num_processes, on_all, on_main, reachable_peers, spmd
 from ..train.distillation import SITE_WEIGHT
-from ..train.stream import together
-from ..train.trainer import Complete, Ending, Say, Telling, Uptrainer, Whole, arguments, curve
+from ..train.stream import collate
+from ..train.trainer import (
+    AlreadyTrained,
+    MarkComplete,
+    ReportProgress,
+    Say,
+    StopWhenTrained,
+    Uptrainer,
+    loss_curve,
+    training_arguments,
+)
 
 DTYPES = {"bfloat16": True, "float32": False}
 """What training computes in → whether that is bfloat16 autocast. Weights stay float32."""
@@ -83,7 +92,7 @@ def uptrain(
         progress: Called with (stage, done, total).
         say: Called with lines to print.
         callbacks: Further callbacks of the Trainer.
-        **recipe: Fields of `train.trainer.Recipe`: `batch`, `learning_rate`, `seed` …
+        **recipe: Fields of `train.trainer.TrainingConfig`: `batch`, `learning_rate`, `seed` …
 
     Raises:
         UserError: no fold, a plan missing beside it, data or a teacher that do not suit it, or options that exclude each other.
@@ -113,21 +122,21 @@ def uptrain(
     on_main(lambda: run.open_staging(resume, force))
     last = on_all(run.last_checkpoint)
     per_step = run.recipe.batch * ready.tokens_per_item
-    telling = Telling(
+    telling = ReportProgress(
         lambda done, total: progress("uptrain", done, total), say or (lambda line: None), per_step, run.unit
     )
     trainer = Uptrainer(
         model=ready.model,
-        args=arguments(run.recipe, run.work, where, run.request.tensorboard, num_processes()),
+        args=training_arguments(run.recipe, run.work, where, run.request.tensorboard, num_processes()),
         train_dataset=ready.stream,
-        data_collator=together,
-        callbacks=[Whole(), Ending(), telling, *callbacks],
+        data_collator=collate,
+        callbacks=[MarkComplete(), StopWhenTrained(), telling, *callbacks],
         distillation=ready.distillation,
     )
     on_all(lambda: run.check_sharding(trainer, last))
     counts = ready.parameter_counts
     started = time.monotonic()
-    with quiet(), reachable_peers(), memory_errors(), suppress(Complete):
+    with quiet(), reachable_peers(), memory_errors(), suppress(AlreadyTrained):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
     trained = run.trained_model(trainer, ready.distillation)
@@ -138,7 +147,7 @@ def uptrain(
         teacher = None if run.request.teacher is None else str(run.request.teacher)
         result = UptrainResult(
             run.out, run.kind, run.request.data, teacher, run.request.train, run.recipe, *counts, begun, run.recipe.steps * per_step,
-            rate, round(seconds, 3), curve(trainer.state.log_history), *compared,
+            rate, round(seconds, 3), loss_curve(trainer.state.log_history), *compared,
         )  # fmt: skip
         run.finish(result, force)
         return result

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def placed(batch: Sample, model: "PreTrainedModel") -> Sample:
+def place_batch(batch: Sample, model: "PreTrainedModel") -> Sample:
     """The batch on the model's device, its real numbers (pixels, sound) in the model's dtype."""
     device, dtype = input_device(model), model.dtype
     return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Donor:
+class SourceNames:
     """Where a class keeps what Phi keeps elsewhere; names on disk."""
 
     layer: str
@@ -35,8 +35,8 @@ class Donor:
     """What old checkpoints hold besides weights."""
 
 
-DONORS: dict[str, Donor] = {
-    "gpt_neox": Donor(
+SOURCES: dict[str, SourceNames] = {
+    "gpt_neox": SourceNames(
         layer="gpt_neox.layers.{layer}",
         fc1="mlp.dense_h_to_4h",
         fc2="mlp.dense_4h_to_h",
@@ -47,7 +47,7 @@ DONORS: dict[str, Donor] = {
         head="embed_out",
         buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
     ),
-    "gptj": Donor(
+    "gptj": SourceNames(
         layer="transformer.h.{layer}",
         fc1="mlp.fc_in",
         fc2="mlp.fc_out",
@@ -58,12 +58,11 @@ DONORS: dict[str, Donor] = {
         buffers=("attn.bias", "attn.masked_bias"),
     ),
 }
+MODEL_TYPES = tuple(SOURCES)
 
 
 def why_not(source: Folded) -> str | None:
     """Why this model has no Phi twin, None where it has one."""
-    if source.model_type not in DONORS:
-        return f"{source.model_type} has no stock class with a count of K/V heads"
     if source.model_type == "gpt_neox" and source.config.get("use_parallel_residual", True) is False:
         return "gpt_neox with use_parallel_residual=false adds attention and MLP in turn, which Phi does not"
     if source.model_type == "gptj" and not source.field("rotary_dim"):
@@ -71,57 +70,66 @@ def why_not(source: Folded) -> str | None:
     return None
 
 
-def transplant(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+def as_phi(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """The Phi twin; queries of unequal groups are filled up with zero heads."""
-    donor, width = DONORS[source.model_type], max(entry.width for entry in source.entries)
+    names, group_size = SOURCES[source.model_type], source.group_size
     stock = stock_config(source)
-    pieces = [*_ends(checkpoint, donor)]
+    pieces = [*_ends(checkpoint, names)]
     for layer, entry in enumerate(source.entries):
-        pieces += _layer(checkpoint, donor, layer, entry, width, _rotary_order(source, entry))
-    said = f"PhiForCausalLM, the same function as {source.config['architectures'][0]}: loads in stock transformers"
-    rounded = [checkpoint.tensors[piece.olds[0]].dtype for piece in pieces if piece.rounds]
+        pieces += _layer(checkpoint, names, layer, entry, group_size, _rotary_order(source, entry))
+    description = (
+        f"PhiForCausalLM, the same function as {source.config['architectures'][0]}: loads in stock transformers"
+    )
+    rounded = [checkpoint.tensors[piece.replaced[0]].dtype for piece in pieces if piece.rounds]
     if any(dtype.itemsize < 4 for dtype in rounded):
-        said += f" (weights behind layer norms are rounded to {str(rounded[0]).removeprefix('torch.')} once more)"
-    kept = "the rest of the model is the original's under other names"
-    kept += ", gains of layer norms multiplied into the weights behind them" if donor.mlp_norm else ""
-    return Export(layout, _phi_config(source, stock, width), pieces, said, kept=kept)
+        description += (
+            f" (weights behind layer norms are rounded to {str(rounded[0]).removeprefix('torch.')} once more)"
+        )
+    unchanged = "the rest of the model is the original's under other names"
+    unchanged += ", gains of layer norms multiplied into the weights behind them" if names.mlp_norm else ""
+    return Export(layout, _phi_config(source, stock, group_size), pieces, description, unchanged=unchanged)
 
 
-def _ends(checkpoint: Checkpoint, donor: Donor) -> Iterator[Piece]:
+def _ends(checkpoint: Checkpoint, names: SourceNames) -> Iterator[Piece]:
     """Embeddings, the last norm, the head. Phi's head has a bias, tied or not."""
-    head, embedding = f"{donor.head}.weight", f"{donor.embedding}.weight"
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
     for suffix in ("weight", "bias"):
-        yield moved(f"{donor.final_norm}.{suffix}", f"model.final_layernorm.{suffix}", checkpoint)
+        yield moved(f"{names.final_norm}.{suffix}", f"model.final_layernorm.{suffix}", checkpoint)
     if head in checkpoint.tensors:
         yield moved(embedding, "model.embed_tokens.weight", checkpoint)
-        yield Linear(donor.head, "lm_head", bias=True).piece(checkpoint)
+        yield Linear(names.head, "lm_head", bias=True).piece(checkpoint)
         return
-    has_bias = f"{donor.head}.bias" in checkpoint.tensors
+    has_bias = f"{names.head}.bias" in checkpoint.tensors
     tied = moved(embedding, "model.embed_tokens.weight", checkpoint)
     if has_bias:
         yield tied
-        yield moved(f"{donor.head}.bias", "lm_head.bias", checkpoint)
+        yield moved(f"{names.head}.bias", "lm_head.bias", checkpoint)
         return
     bias = filled(embedding, {"lm_head.bias": 0.0}, checkpoint.tensors[embedding].shape[0], checkpoint)
-    yield Piece(tied.olds, {**tied.shapes, **bias.shapes}, lambda read: {**tied.make(read), **bias.make(read)})
+    yield Piece(tied.replaced, {**tied.shapes, **bias.shapes}, lambda read: {**tied.make(read), **bias.make(read)})
 
 
 def _layer(
-    checkpoint: Checkpoint, donor: Donor, layer: int, entry: Entry, width: int, rotary: tuple[int, ...] | None
+    checkpoint: Checkpoint,
+    names: SourceNames,
+    layer: int,
+    entry: Entry,
+    group_size: int,
+    rotary: tuple[int, ...] | None,
 ) -> Iterator[Piece]:
-    old, new = donor.layer.format(layer=layer), f"model.layers.{layer}"
-    slots, norm = entry.slots(width), f"{old}.{donor.norm}"
-    common = {"block": entry.head_dim, "norm": norm if donor.mlp_norm else "", "bias": True}
+    old, new = names.layer.format(layer=layer), f"model.layers.{layer}"
+    slots, norm = entry.slots(group_size), f"{old}.{names.norm}"
+    common = {"block": entry.head_dim, "norm": norm if names.mlp_norm else "", "bias": True}
     for role, rows, inside in (("q", slots, rotary), ("k", None, rotary), ("v", None, None)):
         linear = Linear(entry.names[role], f"{new}.self_attn.{role}_proj", rows=rows, inside=inside, **common)
         yield linear.piece(checkpoint)
     dense = Linear(entry.names["o"], f"{new}.self_attn.dense", columns=slots, block=entry.head_dim, bias=True)
     yield dense.piece(checkpoint)
-    mlp_norm = f"{old}.{donor.mlp_norm}" if donor.mlp_norm else ""
-    yield Linear(f"{old}.{donor.fc1}", f"{new}.mlp.fc1", norm=mlp_norm, bias=True).piece(checkpoint)
-    yield Linear(f"{old}.{donor.fc2}", f"{new}.mlp.fc2", bias=True).piece(checkpoint)
+    mlp_norm = f"{old}.{names.mlp_norm}" if names.mlp_norm else ""
+    yield Linear(f"{old}.{names.fc1}", f"{new}.mlp.fc1", norm=mlp_norm, bias=True).piece(checkpoint)
+    yield Linear(f"{old}.{names.fc2}", f"{new}.mlp.fc2", bias=True).piece(checkpoint)
     yield from _norms(checkpoint, norm, f"{new}.input_layernorm", mlp_norm)
-    yield from (Piece((name,)) for buffer in donor.buffers if (name := f"{old}.{buffer}") in checkpoint.tensors)
+    yield from (Piece((name,)) for buffer in names.buffers if (name := f"{old}.{buffer}") in checkpoint.tensors)
 
 
 def _norms(checkpoint: Checkpoint, old: str, new: str, mlp_norm: str) -> Iterator[Piece]:
@@ -147,9 +155,9 @@ _KEPT = ("vocab_size", "max_position_embeddings", "initializer_range", "use_cach
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _phi_config(source: Folded, stock: "PreTrainedConfig", width: int) -> dict[str, Any]:
+def _phi_config(source: Folded, stock: "PreTrainedConfig", group_size: int) -> dict[str, Any]:
     entry = source.entries[0]
-    heads = width * entry.groups.num_kv_heads
+    heads = group_size * entry.groups.num_kv_heads
     fields = {
         "architectures": ["PhiForCausalLM"],
         "model_type": "phi",

@@ -8,13 +8,13 @@ first three; where `ffn_mult` is given, the width of the MLP is 2/3 of it times 
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reader import Checkpoint
-from .folded import Entry, Folded, stock_config
-from .padding import reordered
-from .pieces import Export
+from ...checkpoint.reader import Checkpoint
+from ..folded import Entry, Folded, stock_config
+from ..layout import ExportLayout
+from ..llama_like import reordered
+from ..pieces import Export
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "seed_oss")
-CODE = Path(__file__).parents[1] / "runtime" / "modeling_decilm.py"
+CODE = Path(__file__).parents[2] / "runtime" / "modeling_decilm.py"
 STEP = 256
 """Of the width of the MLP, where it is told by `ffn_mult`."""
 _COMMON = (
@@ -25,25 +25,21 @@ _COMMON = (
 
 
 def why_not(source: Folded) -> str | None:
-    """Why this model cannot be a DeciLM, None where it can."""
-    if source.model_type not in MODEL_TYPES:
-        return f"DeciLM is a Llama, expected one of {', '.join(MODEL_TYPES)}, got {source.model_type}"
+    """Return why the model cannot be a DeciLM."""
     if source.has_window:
-        return f"{source.model_type} with a sliding window, which DeciLM has not"
-    if not source.is_even:
-        return "DeciLM has one group size per layer, got groups of different sizes"
+        return f"{source.model_type} has a sliding window here, DeciLM has none"
     if source.config.get("hidden_act", "silu") != "silu":
-        return f"DeciLM has silu alone, got {source.config['hidden_act']}"
+        return f"DeciLM has the activation silu only, got {source.config['hidden_act']}"
     return None
 
 
-def decilm(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
-    """The same weights, query heads in standard order, under DeciLM's config."""
+def export(checkpoint: Checkpoint, source: Folded) -> Export:
+    """Return the same weights with query heads in standard order, under DeciLM's config."""
     stock = stock_config(source)
-    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
+    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.group_size)]
     counts = ", ".join(map(str, source.counts))
-    said = f"DeciLMForCausalLM with {counts} K/V heads: engines that read block_configs, transformers with trust_remote_code=True"
-    return Export(layout, _config(source, stock), pieces, said, {CODE.name: CODE.read_text()})
+    description = f"DeciLMForCausalLM with {counts} K/V heads: engines that read block_configs, transformers with trust_remote_code=True"
+    return Export(LAYOUT.name, _config(source, stock), pieces, description, {CODE.name: CODE.read_text()})
 
 
 def _config(source: Folded, stock: Any) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def _biases(model_type: str, stock: Any) -> dict[str, bool]:
 def _block(entry: Entry, stock: Any) -> dict[str, dict[str, Any]]:
     nothing = {"no_op": False, "replace_with_linear": False, "sparsify": None}
     attention = {
-        "n_heads_in_group": entry.width,
+        "n_heads_in_group": entry.group_size,
         "window_length": None,
         "num_sink_tokens": None,
         "unshifted_sink": False,
@@ -96,3 +92,15 @@ def _mlp(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
     rounded = -(-int(2 * multiple * hidden_size / 3) // STEP) * STEP
     exact = {"intermediate_size": intermediate_size}
     return {"ffn_mult": multiple, **exact} if rounded == intermediate_size else exact
+
+
+LAYOUT = ExportLayout(
+    name="decilm",
+    model_types=("llama", "mistral", "qwen2", "seed_oss"),
+    why_not=why_not,
+    export=export,
+    needs_one_count=False,
+    needs_equal_groups=True,
+    pads_groups_to="layer",
+    priority=None,
+)

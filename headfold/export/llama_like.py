@@ -26,38 +26,37 @@ _COMMON = (
 
 def why_not(source: Folded) -> str | None:
     """Why this model cannot be padded, None where it can."""
-    if source.model_type not in MODEL_TYPES:
-        return (
-            f"{source.model_type} has no stock class that reads any head_dim, expected one of {', '.join(MODEL_TYPES)}"
-        )
     if source.model_type == "qwen2" and source.has_window:
         return "qwen2 with a sliding window has no stock class that reads any head_dim"
     return None
 
 
-def standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+def in_standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Equal groups: the same class, query heads sorted by the K/V head they read."""
     entry = source.entries[0]
     config = {**without_code(source.config), "num_key_value_heads": entry.groups.num_kv_heads}
-    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.width)]
+    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.group_size)]
     return Export(layout, config, pieces, f"{config['architectures'][0]}: loads in stock transformers")
 
 
-def pad(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
+def padded(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
     """Unequal groups, each filled up to the largest of all layers."""
-    width, num_kv_heads = max(entry.width for entry in source.entries), source.counts[0]
-    config = padded_config(source, [width * num_kv_heads])
-    shape = {"num_attention_heads": width * num_kv_heads, "num_key_value_heads": num_kv_heads}
+    group_size, num_kv_heads = source.group_size, source.counts[0]
+    num_heads = group_size * num_kv_heads
+    config = padded_config(source, [num_heads])
+    shape = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
     config |= shape | {"head_dim": source.entries[0].head_dim}
-    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, width)]
-    empty = width * num_kv_heads - source.entries[0].num_heads
-    said = f"{config['architectures'][0]} with {empty} zero query heads in every layer: loads in stock transformers"
-    return Export(layout, config, pieces, said)
+    pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, group_size)]
+    empty = num_heads - source.entries[0].num_heads
+    description = (
+        f"{config['architectures'][0]} with {empty} zero query heads in every layer: loads in stock transformers"
+    )
+    return Export(layout, config, pieces, description)
 
 
-def reordered(checkpoint: Checkpoint, entry: Entry, width: int) -> Iterator[Piece]:
+def reordered(checkpoint: Checkpoint, entry: Entry, group_size: int) -> Iterator[Piece]:
     """The rows of Q and the columns of O in slots; nothing where they lie so already."""
-    slots = entry.slots(width)
+    slots = entry.slots(group_size)
     if slots == tuple(range(entry.num_heads)):
         return
     for role, axis in (("q", "rows"), ("o", "columns")):

@@ -1,0 +1,86 @@
+"""Reports: colours and bars for a terminal, numbers and lines of text for everything else."""
+
+import io
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from headfold.report import progress, views
+from headfold.report.progress import ProgressReport, clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@dataclass
+class Site:
+    name: str
+    key: dict[str, float]
+    value: dict[str, float]
+
+
+SITES = [
+    Site("layers.0.self", {"1/2": 0.01, "1/4": 0.3}, {"1/2": 0.0, "1/4": 0.8}),
+    Site("layers.1.self", {"1/2": 0.123}, {"1/2": 0.04}),
+]
+
+
+def test_a_stage_that_does_not_advance_is_not_silent() -> None:
+    to = io.StringIO()
+    with ProgressReport(to, interval=0.05) as report:
+        report("refit", 0, 1000)
+        time.sleep(0.3)
+        report("refit", 420, 1000)
+        time.sleep(0.3)
+    lines = to.getvalue().splitlines()
+    assert lines[0] == "refit: 0 %, running for 0:00"
+    assert any(
+        line.startswith("refit: 42 %, ") and " tokens/s, 0:0" in line and line.endswith(" left") for line in lines
+    )
+    assert lines[-1].startswith("refit: 1,000 tokens in ") and len(lines) < 20
+
+
+def test_nothing_is_printed_after_the_end_or_when_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    to = io.StringIO()
+    with ProgressReport(to, interval=0.02) as report:
+        report("plan", 1, 1)
+    said = to.getvalue()
+    with ProgressReport(to, silent=True, interval=0.02) as report:
+        report("plan", 0, 7)
+        report.say("a line")
+        time.sleep(0.1)
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    with ProgressReport(to, interval=0.02) as report:
+        report("plan", 0, 7)
+        report.say("a line")
+        time.sleep(0.1)
+    assert said.startswith("plan: ") and to.getvalue() == said
+
+
+def test_times_left() -> None:
+    assert [clock(seconds) for seconds in (35, 727, 3723)] == ["0:35", "12:07", "1:02:03"]
+
+
+def test_errors_are_numbers_in_a_file_and_bars_on_a_terminal() -> None:
+    file, terminal = io.StringIO(), Terminal()
+    for to in (file, terminal):
+        views.show_predicted_errors(SITES, "norm gains alone", to)
+    rows = [line.split() for line in file.getvalue().splitlines()]
+    assert ["layers.0.self", "1.00", "%", "30.0", "%", "0.00", "%", "80.0", "%"] in rows
+    assert ["layers.1.self", "12.3", "%", "4.00", "%"] in rows
+    assert not set(views.BARS) & set(file.getvalue()) and set(views.BARS) & set(terminal.getvalue())
+    assert "worst 30.0 % at layers.0.self" in terminal.getvalue()
+    assert [views.level(share) for share in (0.0, 1 / 64, 0.25, 1.0, 2.0)] == [0, 1, 4, 7, 7]
+
+
+def test_methods_are_a_table_on_a_terminal() -> None:
+    summaries = {"--merge": {"mean": "The mean of the heads.", "absorb": "Another."}, "--group": {"swap": "A third."}}
+    file, terminal = io.StringIO(), Terminal()
+    for to in (file, terminal):
+        views.show_methods(summaries, to)
+    assert file.getvalue().splitlines()[:2] == ["--merge", "  mean    The mean of the heads."]
+    for word in ("option", "--group", "absorb", "A third."):
+        assert word in terminal.getvalue()
