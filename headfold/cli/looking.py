@@ -1,13 +1,17 @@
 """Verbs that look: inspect, probe, methods."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..report import views
 from .answers import answer
 from .options import Debug, Force, Json, Model, StatsFile
+
+if TYPE_CHECKING:
+    from ..core.methods import MethodRecord
 
 
 def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
@@ -49,19 +53,24 @@ def methods(
     """List the methods, or show the page of one."""
     from .. import group, merge
     from ..core import plugins
+    from ..core.methods import CostMethod, GroupingMethod, MergeMethod, RouteMethod
     from ..group import costs
     from ..runtime import routes
 
-    axes = {"--merge": (merge, "merge"), "--group": (group, "group"), "--group METHOD:cost=": (costs, "cost")}
-    axes["--route"] = (routes, "route")
+    axes: dict[str, tuple[ModuleType, type[MethodRecord]]] = {
+        "--merge": (merge, MergeMethod),
+        "--group": (group, GroupingMethod),
+        "--group METHOD:cost=": (costs, CostMethod),
+        "--route": (routes, RouteMethod),
+    }
     pages = [
-        _page(option, found, plugins.load(package, found), entry)
-        for option, (package, entry) in axes.items()
+        _page(option, package, found, kind)
+        for option, (package, kind) in axes.items()
         for found in plugins.names(package)
         if name in (None, found)
     ]
     if not pages:
-        plugins.load(merge, name or "")  # refuses, suggesting near names
+        plugins.load(merge, name or "", MergeMethod)  # refuses, suggesting near names
     if answer({"methods": pages}, as_json):
         return
     if name is None:
@@ -72,9 +81,15 @@ def methods(
         views.show_page(page["option"], page["name"], page["page"], page["options"])
 
 
-def _page(option: str, name: str, module: Any, entry: str) -> dict[str, Any]:
+def _page(option: str, package: ModuleType, name: str, kind: "type[MethodRecord]") -> dict[str, Any]:
     from ..core import plugins
 
-    page = (module.__doc__ or "").strip()
-    defaults = plugins.option_defaults(getattr(module, entry))
-    return {"option": option, "name": name, "summary": plugins.summary(module), "page": page, "options": defaults}
+    page = plugins.documentation(package, name)
+    defaults = plugins.option_defaults(plugins.load(package, name, kind).function)
+    return {
+        "option": option,
+        "name": name,
+        "summary": plugins.summary(package, name),
+        "page": page,
+        "options": defaults,
+    }

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .. import merge as merges
 from .. import planning
 from ..budget import total
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
-from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
 from .config import config_of, refuse_mixed
@@ -220,5 +218,4 @@ def plan_source(
 
 def needs_statistics(group: str, merge: str) -> bool:
     """Whether a method asks for statistics. A grouping cost mostly does: without data it would group by weights alone, unasked."""
-    method = plugins.parse(merges, merge, "merge")
-    return bool(planning.parse_group(group).needs) or bool(plugins.needs(method))
+    return bool(planning.statistics_needed(group, merge))

@@ -5,33 +5,34 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..checkpoint.disk import disk_errors, flush, require_space
+from ..core.fitted import FittedHeads
 
 
-class FittedHeads(Mapping[str, Mapping[str, Tensor]]):
-    """By site, the fields of its heads (`surgery.Refits`), each read when it is asked for; one site is held at a time."""
+class FittedFiles(Mapping[str, FittedHeads]):
+    """By site, its fitted weights, each read when it is asked for; one site is held at a time."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob("*.partial"):
             left.unlink()
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._last: tuple[str, FittedHeads] | None = None
 
-    def put(self, site: str, fields: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    def put(self, site: str, fitted: FittedHeads, facts: Mapping[str, str]) -> None:
         """Keep a site's fields, and the facts of what they were fitted on; the file appears whole or not at all.
 
         Raises:
             UserError: the place is full or may not be written to.
         """
         path = self._path(site)
-        size = sum(tensor.nbytes for tensor in fields.values())
+        tensors = {name: tensor.contiguous() for name, tensor in fitted.to_tensors().items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
         partial = path.with_suffix(".partial")
         with disk_errors(path, size):
             require_space(self._directory, size)
-            save_file({name: tensor.contiguous() for name, tensor in fields.items()}, partial, dict(facts))
+            save_file(tensors, partial, dict(facts))
             flush(partial)
             partial.replace(path)
 
@@ -43,11 +44,11 @@ class FittedHeads(Mapping[str, Mapping[str, Tensor]]):
                 return dict(sorted((file.metadata() or {}).items()))
         return {}
 
-    def __getitem__(self, site: str) -> Mapping[str, Tensor]:
+    def __getitem__(self, site: str) -> FittedHeads:
         if site not in self:
             raise KeyError(site)
-        if self._last[0] != site:
-            self._last = (site, load_file(self._path(site)))
+        if self._last is None or self._last[0] != site:
+            self._last = (site, FittedHeads.from_tensors(load_file(self._path(site))))
         return self._last[1]
 
     def __contains__(self, site: object) -> bool:

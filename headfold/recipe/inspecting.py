@@ -110,7 +110,7 @@ def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
     """What fold would choose, where that is found quickly; neighbours in wide layers, an upper bound."""
     if num_heads > 12:
         return Groups.contiguous(num_heads, num_kv_heads)
-    return swap.group(absorb.cost_of(moments), num_heads, num_kv_heads)
+    return swap.group(absorb.cost_from_moments(moments), num_heads, num_kv_heads)
 
 
 def _from_gains(source: Source, site: Site, model: int) -> SiteStats:

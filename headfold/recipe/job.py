@@ -20,6 +20,7 @@ from ..checkpoint.staging import JOB, commit, copy_side_files, disown, job_key, 
 from ..checkpoint.stats_file import StatsFile
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..evaluate.verify import verify as compare_with_twin
@@ -30,15 +31,16 @@ from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..families.spec import Site
 from ..hf_models import exceeds_memory
+from ..merge import parse_merge
 from ..report import tables
 from ..report.card import CardFacts, model_card
 from ..runtime.load import own_class
 from ..runtime.remote import auto_map, remote_files
-from ..surgery import Refits, kept_weights, read_without_kept, site_tensors
+from ..surgery import kept_weights, read_without_kept, site_tensors
 from .command import command_of
 from .config import config_of
 from .exporting import write_layout
-from .fitted import FittedHeads
+from .fitted import FittedFiles
 from .measuring import Teacher
 from .price import ServingCost, price
 from .source import Progress, Source
@@ -206,23 +208,25 @@ class Job:
         self.finish(result, stats)
         return result
 
-    def refits(self, run: Teacher, plan: Plan, stats: StatsFile | None) -> Refits:
+    def refits(self, run: Teacher, plan: Plan, stats: StatsFile | None) -> Mapping[str, FittedHeads]:
         """Heads refitted; `refit_text` says what they were fitted on, also where an earlier run fitted them."""
-        fitted = FittedHeads(self.work / "refit")
+        fitted = FittedFiles(self.work / "refit")
         if any(site.name not in fitted for site in self.source.sites):
             run.refit(plan, stats, fitted)
         self.refit_text = fitted.facts
         return fitted
 
-    def healed(self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Refits | None, tokens: int) -> Refits:
+    def healed(
+        self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Mapping[str, FittedHeads] | None, tokens: int
+    ) -> Mapping[str, FittedHeads]:
         """Heads trained block by block, from where merge and refit end."""
-        trained = FittedHeads(self.work / "heal")
+        trained = FittedFiles(self.work / "heal")
         if any(site.name not in trained for site in self.source.sites):
             run.heal(plan, stats, refits, trained, tokens, self.settings["seed"])
         self.refit_text = trained.facts
         return trained
 
-    def write(self, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
+    def write(self, plan: Plan, stats: StatsFile | None, refits: Mapping[str, FittedHeads] | None) -> None:
         """Weights, config, plan and everything that lies beside the source's weights."""
         checkpoint, counts = self.source.checkpoint, plan.num_kv_heads
         sites = {site.name: site for site in self.source.sites}
@@ -270,7 +274,9 @@ class Job:
     def _layout(self, plan: Plan) -> str | None:
         return choose_layout(config_of(self.source, plan), self.settings["layout"], f"{self.source.name}/config.json")
 
-    def verify(self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> Verification | None:
+    def verify(
+        self, run: Teacher, plan: Plan, stats: StatsFile | None, refits: Mapping[str, FittedHeads] | None
+    ) -> Verification | None:
         """Compare the written weights with the head-repeated twin, both under stock transformers.
 
         Raises:
@@ -369,7 +375,7 @@ class Job:
 def _is_blind(site: Site, plan: Plan, stats: StatsFile | None) -> bool:
     """Whether absorb would fit over distances that the statistics do not tell."""
     fits = (
-        plan.sites[site.name].merge.startswith("absorb")
+        parse_merge(plan.sites[site.name].merge).record.fits_distances
         and site.key_freedom.frequencies
         and not site.key_freedom.normed
     )

@@ -15,6 +15,7 @@ from .. import calibration as calibrating
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
@@ -25,8 +26,8 @@ from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import agreed, everyone, together
 from ..refine import heal, refit
 from ..runtime.load import own_class
-from ..surgery import Refits, kept_weights, query_order, site_heads
-from .fitted import FittedHeads
+from ..surgery import kept_weights, query_order, site_heads
+from .fitted import FittedFiles
 from .source import Progress, Source, context_limit, open_source, refuse_existing, silent
 
 DEFAULT_CALIBRATION = "self"
@@ -260,7 +261,7 @@ class Teacher:
         """What the calibration data is, for the record."""
         return self.data.facts(self.sample)
 
-    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedHeads) -> None:
+    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedFiles) -> None:
         """Refit the heads that are not yet there to the original's answers; what their merge made of W_q and W_k is kept too."""
         total = calibrating.total_tokens(self.sample) * refit.num_passes()
         self._fit("refit", refit.refit, total, plan, stats, None, fitted)
@@ -269,8 +270,8 @@ class Teacher:
         self,
         plan: Plan,
         stats: Mapping[str, SiteStats] | None,
-        refits: Refits | None,
-        healed: FittedHeads,
+        refits: Mapping[str, FittedHeads] | None,
+        healed: FittedFiles,
         tokens: int,
         seed: int,
     ) -> None:
@@ -302,8 +303,8 @@ class Teacher:
         tokens: int,
         plan: Plan,
         stats: Mapping[str, SiteStats] | None,
-        refits: Refits | None,
-        fitted: FittedHeads,
+        refits: Mapping[str, FittedHeads] | None,
+        fitted: FittedFiles,
     ) -> None:
         """`fit` on every site that is not yet in `fitted`; it runs `tokens` through each."""
         read, model = self.source.checkpoint.read, self.model
@@ -315,9 +316,9 @@ class Teacher:
             merged[site.name] = agreed(partial(site_heads, site, plan, read, stats, refits))
             return merged[site.name]
 
-        def keep(name: str, fields: dict[str, Tensor]) -> None:
-            both = {} if kept_weights(sites[name], plan) else {"q": merged[name].q, "k": merged[name].k}
-            fitted.put(name, {**both, **fields}, self.facts())
+        def keep(name: str, found: FittedHeads) -> None:
+            whole = found if kept_weights(sites[name], plan) else found.completed(merged[name])
+            fitted.put(name, whole, self.facts())
 
         advance = self._count(stage, tokens * len(sites))
         order, done = partial(query_order, plan=plan), frozenset(fitted)

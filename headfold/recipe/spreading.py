@@ -15,6 +15,7 @@ from ..budget import Option, Options, check_bytes, spread, spread_qcqa
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..evaluate.sensitivity import alone, replaced
@@ -23,7 +24,7 @@ from ..hf_models import is_streamed
 from ..planning import Choice
 from ..refine.refit import refit
 from ..runtime.regrouping import installed_heads
-from ..surgery import Refits, query_order, site_heads, site_tensors
+from ..surgery import query_order, site_heads, site_tensors
 from .measuring import Teacher
 from .source import Progress, Source
 from .wish import BudgetRequest
@@ -166,7 +167,7 @@ def refitted(
     stats: Mapping[str, SiteStats],
     model: "PreTrainedModel",
     sample: Mapping[str, Tensor],
-) -> Refits:
+) -> dict[str, FittedHeads]:
     """Refits of some sites on a little data, the others being the original's."""
     read = source.checkpoint.read
     return refit(
@@ -183,7 +184,7 @@ def twin_parameters(
     plan: Plan,
     source: Source,
     stats: Mapping[str, SiteStats] | None,
-    refits: Refits | None = None,
+    refits: Mapping[str, FittedHeads] | None = None,
 ) -> dict[str, Tensor]:
     """By the model's names, the parameters of these sites with shared heads repeated: the fold in the source's shapes."""
     made = {}
@@ -201,7 +202,7 @@ def folded_in_memory(
     plan: Plan,
     source: Source,
     stats: Mapping[str, SiteStats] | None,
-    refits: Refits | None = None,
+    refits: Mapping[str, FittedHeads] | None = None,
 ) -> Iterator[None]:
     """The original with these sites folded as the plan says, by shared heads repeated or, where they are wide, slot by slot."""
     widths = plan.head_dim_multiples(sites)

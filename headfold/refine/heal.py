@@ -7,7 +7,7 @@ healed block is no worse than it was. Of several processes together each takes a
 a step sees as many batches as there are processes, and fewer steps train a block with as many tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..calibration import Sample, batches, num_tokens
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from ..parallel import summed, world_size
-from .fitting import Fields, Solver, fit
+from .fitting import Solver, fit
 from .recorded import Trial
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def heal(
     rate: float = RATE,
     seed: int = 0,
     **how: Any,
-) -> dict[str, Fields]:
+) -> dict[str, FittedHeads]:
     """By site, its healed heads: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
 
     Every block is trained with `tokens` tokens of `sample` (items where it has none), over all processes together. `model`, `sites`,
@@ -117,23 +118,25 @@ class _Leaves:
         before = getattr(self.heads, name)
         return tensor if tensor.shape == before.shape else torch.cat([tensor, before[..., -1:]], -1)
 
-    def put(self, fields: Mapping[str, Tensor]) -> None:
-        """Go back to weights that `fields` gave."""
+    def put(self, fitted: FittedHeads) -> None:
+        """Go back to weights that `fitted` gave."""
         for name, leaf in self.tensors.items():
-            before = fields[name]
+            before = getattr(fitted, name)
             leaf.data.copy_(before if leaf.shape == before.shape else before[..., :-1])
 
-    def fields(self) -> Fields:
-        return {name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
+    def fitted(self) -> FittedHeads:
+        return FittedHeads(
+            **{name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
+        )
 
 
 def _healed(
     trial: Trial, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
-) -> Fields:
+) -> FittedHeads:
     """A step sees the batches of one of the `rounds`, one per process."""
     leaves = _Leaves.of(heads, trial.site)
     positions, energy = _measured(trial, held.stop)
-    best, found = _error(trial, leaves.worn(), held), leaves.fields()
+    best, found = _error(trial, leaves.worn(), held), leaves.fitted()
     if not best > 0:  # a perfect fold
         return found
     rate *= best**0.5
@@ -149,7 +152,7 @@ def _healed(
         if step + 1 in looks:
             error = _error(trial, leaves.worn(), held)
             if error < best:
-                best, found = error, leaves.fields()
+                best, found = error, leaves.fitted()
             elif not error <= ASTRAY * best or step + 1 >= SHORT * steps:
                 leaves.put(found)
                 optimizer.state.clear()
