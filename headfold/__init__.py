@@ -30,7 +30,21 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_VERBS = ("bench", "calibrate", "compare", "demo", "detect", "export", "fold", "frontier", "inspect", "methods", "plan", "route", "uptrain")
+_VERBS = (
+    "bench",
+    "calibrate",
+    "compare",
+    "demo",
+    "detect",
+    "export",
+    "fold",
+    "frontier",
+    "inspect",
+    "methods",
+    "plan",
+    "route",
+    "uptrain",
+)
 _HOMES = {
     **{name: (f"verbs.{name}", name) for name in _VERBS},
     "eval": ("verbs.evaluate", "evaluate"),

@@ -118,7 +118,9 @@ def _of_all(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
         return sums
     shapes: dict[str, dict[str, torch.Size]] = {}
     counts: dict[str, int] = {}
-    for seen in all_gather({name: (s.count, {key: t.shape for key, t in s.tensors.items()}) for name, s in sums.items()}):
+    for seen in all_gather(
+        {name: (s.count, {key: t.shape for key, t in s.tensors.items()}) for name, s in sums.items()}
+    ):
         for name, (count, shaped) in seen.items():
             shapes[name] = shapes.get(name, {}) | shaped
             counts[name] = counts.get(name, 0) + count

@@ -53,8 +53,8 @@ def found(name: str, batch_tokens: int = BATCH_TOKENS, tokens: int = TOKENS) -> 
     given = (model, sites, lambda site: site_heads(site, plan, read, stats), sample)
     results = {
         "statistics": {site: s.tensors for site, s in stats.items()},
-        "refit": refit(*given, **how),
-        "heal": healed(*given, tokens=tokens, **how),
+        "refit": {site: fitted.to_tensors() for site, fitted in refit(*given, **how).items()},
+        "heal": {site: fitted.to_tensors() for site, fitted in healed(*given, tokens=tokens, **how).items()},
     }
     counts = {f"count/{site}": torch.tensor([float(s.count)]).double() for site, s in stats.items()}
     return counts | {

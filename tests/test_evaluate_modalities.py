@@ -151,7 +151,9 @@ def test_divergence_of_translations_is_that_of_each_token(batch_size: int, token
 
 def test_without_new_tokens_nothing_is_written(tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(translation, "generate_texts", None)
-    found = translation.evaluate_translation(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
+    found = translation.evaluate_translation(
+        writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0
+    )
     assert found.bleu is None and found.reference_bleu is None and found.kl > 0
 
 
@@ -249,9 +251,7 @@ def test_an_encoder_is_nearest_to_itself(head, family, pooling):
     )
     changed = embedding.evaluate_embedding(model, sample, other, pooling=pooling)
     assert (
-        -1 <= changed.worst_cosine < changed.cosine < 0.9
-        and changed.rank_correlation < 0.9
-        and changed.num_items == 13
+        -1 <= changed.worst_cosine < changed.cosine < 0.9 and changed.rank_correlation < 0.9 and changed.num_items == 13
     )
     a, b = (embedding.embed(each, sample, pooling=pooling) for each in (model, other))
     cosines = [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)]

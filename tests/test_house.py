@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ import headfold.group.costs
 import headfold.merge
 import headfold.runtime.routes
 from headfold.core import plugins
+from headfold.core.methods import CostMethod, GroupingMethod, MergeMethod, RouteMethod
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "headfold"
@@ -126,15 +129,32 @@ PAGES = [
 
 
 @pytest.mark.parametrize(("package", "name"), PAGES, ids=lambda value: getattr(value, "__name__", value))
-def test_method_pages_have_a_help_line(package: object, name: str) -> None:
-    line = plugins.summary(plugins.load(package, name))
+def test_method_pages_have_a_help_line(package: ModuleType, name: str) -> None:
+    line = plugins.summary(package, name)
     assert line and line[0].isupper() and len(line) <= 140
+
+
+RECORDS = {
+    headfold.merge: ("MERGE", MergeMethod),
+    headfold.group: ("GROUPING", GroupingMethod),
+    headfold.group.costs: ("COST", CostMethod),
+    headfold.runtime.routes: ("ROUTE", RouteMethod),
+}
+
+
+@pytest.mark.parametrize(("package", "name"), PAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_method_pages_end_in_one_record(package: ModuleType, name: str) -> None:
+    constant, kind = RECORDS[package]
+    *_, last = ast.parse(Path(package.__path__[0], f"{name}.py").read_text()).body
+    assert isinstance(last, ast.Assign) and ast.unparse(last.targets[0]) == constant
+    record = plugins.load(package, name, kind)
+    assert record.function.__name__ == fields(kind)[0].name
 
 
 @pytest.mark.parametrize("name", plugins.names(headfold.merge))
 def test_merges_name_their_source(name: str) -> None:
     """A paper by its arXiv number, or the equations they solve."""
-    assert re.search(r"\b\d{4}\.\d{5}\b|docs/absorb\.md|[Ee]quation", plugins.load(headfold.merge, name).__doc__)
+    assert re.search(r"\b\d{4}\.\d{5}\b|docs/absorb\.md|[Ee]quation", plugins.documentation(headfold.merge, name))
 
 
 def help_of(*verb: str) -> str:

@@ -31,7 +31,7 @@ import headfold
 from headfold.calibration import collect
 from headfold.checkpoint.stats_file import write_stats
 from headfold.core.errors import UserError
-from headfold.core.plan import not_wide
+from headfold.core.plan import head_dim_refusal
 from headfold.planning import make_plan
 from headfold.recipe.source import Source, open_source
 from headfold.recipe.twin import Twin
@@ -51,7 +51,7 @@ def opened(name: str) -> tuple[Source, dict]:
 
 def may_be_wide(name: str) -> bool:
     """A whole CLIP is folded tower by tower."""
-    return name != "clip" and not any(not_wide(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
+    return name != "clip" and not any(head_dim_refusal(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
 WIDE = sorted(name for name in [*TINY, *FOREIGN] if may_be_wide(name))
@@ -250,13 +250,13 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
         (["--kv-heads", 4, "--head-dim-multiple", "wide"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", 2, "--merge", "mean"],
-            "--merge mean knows heads of the source's width alone",
+            "--merge mean keeps the source's head_dim",
         ),
         (["--kv-heads", 4, "--head-dim-multiple", 16], "expected at most 8"),
         (["--kv-heads", 4, "--head-dim-multiple", "²"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", "auto", "--merge", "mean"],
-            "--head-dim-multiple auto: --merge mean knows heads",
+            "--head-dim-multiple auto: --merge mean keeps the source",
         ),
     ]:
         found = run("fold", model, tmp_path / "out", *words, "--calibration", text)

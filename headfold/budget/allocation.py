@@ -107,7 +107,9 @@ def pareto_front(options: Options) -> list[Allocation]:
 
 def total(options: Options, allocation: Mapping[str, int]) -> CountOption:
     """Return the heads, bytes and loss increase of an allocation, summed."""
-    taken = [next(option for option in options[name] if option.num_kv_heads == count) for name, count in allocation.items()]
+    taken = [
+        next(option for option in options[name] if option.num_kv_heads == count) for name, count in allocation.items()
+    ]
     return CountOption(
         sum(option.num_kv_heads for option in taken),
         sum(option.kv_bytes for option in taken),

@@ -69,9 +69,7 @@ def front_points(
         multiple, is_uniform = budget.head_dim_multiple, counts in equal
         name = f"plan-{sums.kv_bytes}{f'-x{multiple}' if multiple > 1 else ''}{'-uniform' if is_uniform else ''}.json"
         weights = serving_cost(source, plan).weight_bytes
-        point = Point(
-            name, sums.kv_bytes, dict(counts), sums.loss_increase, measured, is_uniform, multiple, weights
-        )
+        point = Point(name, sums.kv_bytes, dict(counts), sums.loss_increase, measured, is_uniform, multiple, weights)
         found.append((point, plan))
     return found
 

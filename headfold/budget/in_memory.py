@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..conversion.source import Source
 from ..conversion.teacher import Teacher
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..evaluate.sensitivity import replaced_parameters
@@ -14,7 +15,7 @@ from ..families.spec import Site
 from ..parallel import on_main
 from ..refine.refit import refit
 from ..runtime.regrouping import installed_heads
-from ..surgery import Refits, query_order, site_heads, site_tensors
+from ..surgery import query_order, site_heads, site_tensors
 
 MEASURED_TOKENS = 8192
 """Tokens of the calibration data that one measurement takes."""
@@ -52,7 +53,7 @@ def twin_parameters(
     plan: Plan,
     source: Source,
     stats: Mapping[str, SiteStats] | None,
-    refits: Refits | None = None,
+    refits: Mapping[str, FittedHeads] | None = None,
 ) -> dict[str, Tensor]:
     """Return by the model's names the parameters of these sites with shared heads repeated: the fold in the source's shapes."""
     made = {}
@@ -64,13 +65,19 @@ def twin_parameters(
 
 
 def _repeated(
-    source: Source, site: Site, plan: Plan, stats: Mapping[str, SiteStats] | None, refits: Refits | None
+    source: Source,
+    site: Site,
+    plan: Plan,
+    stats: Mapping[str, SiteStats] | None,
+    refits: Mapping[str, FittedHeads] | None,
 ) -> dict[str, Tensor]:
     read = source.checkpoint.read
     return on_main(lambda: site_tensors(site, plan, read, stats, refits, num_kv_heads=site.num_kv_heads))
 
 
-def _refits(teacher: Teacher, sites: Sequence[Site], plan: Plan, stats: Mapping[str, SiteStats] | None) -> Refits:
+def _refits(
+    teacher: Teacher, sites: Sequence[Site], plan: Plan, stats: Mapping[str, SiteStats] | None
+) -> Mapping[str, FittedHeads]:
     """Refit some sites on a little data, all others being the original's."""
     read = teacher.source.checkpoint.read
     return refit(

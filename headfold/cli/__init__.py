@@ -8,7 +8,22 @@ import typer
 
 from ..core.errors import UserError
 from ..parallel import is_main
-from . import bench, calibrate, compare, demo, detect, evaluate, export, fold, frontier, inspect, methods, plan, route, uptrain
+from . import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    detect,
+    evaluate,
+    export,
+    fold,
+    frontier,
+    inspect,
+    methods,
+    plan,
+    route,
+    uptrain,
+)
 
 app = typer.Typer(
     name="headfold",

@@ -7,7 +7,24 @@ from typing import Annotated
 from ..core.errors import UserError
 from ..parallel import is_main
 from .options import (
-    DATA, HOW, OUTPUT, WHAT, Calibration, Columns, Context, Debug, Device, Dtype, Force, Items, Json, Model, Seed, StatsFile, Tokens, option,
+    DATA,
+    HOW,
+    OUTPUT,
+    WHAT,
+    Calibration,
+    Columns,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Items,
+    Json,
+    Model,
+    Seed,
+    StatsFile,
+    Tokens,
+    option,
 )  # fmt: skip
 from .output import answered, given, names
 
@@ -79,7 +96,14 @@ def compare(
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = verb.compare(
-            model, names(kv_heads) or (), seed=seed, force=force, device=device, dtype=dtype, progress=progress, **chosen
+            model,
+            names(kv_heads) or (),
+            seed=seed,
+            force=force,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            **chosen,
         )
     if not answered(found.to_json(), as_json):
         comparisons.show_comparison(found)

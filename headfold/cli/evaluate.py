@@ -98,9 +98,7 @@ def evaluate(
         resamples=resamples, seed=seed,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
-        found = verb.evaluate(
-            models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen
-        )
+        found = verb.evaluate(models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen)
     if not answered(verb.facts(found), as_json):
         show = {"PairedComparison": contrasts.show_contrast, "TaskEvaluation": contrasts.show_tasks}
         show.get(type(found).__name__, views.show_evaluation)(found)

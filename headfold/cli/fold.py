@@ -7,8 +7,31 @@ import typer
 
 from ..core.errors import UserError
 from .options import (
-    HOW, WHAT, Calibration, Columns, Context, Debug, Device, Dtype, Encoder, Force, Group, HeadDimMultiple, HeadWidth, Items, Json, KvHeads,
-    Layout, Merge, Model, Refit, Seed, StatsFile, Tokens, Verify, option,
+    HOW,
+    WHAT,
+    Calibration,
+    Columns,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Encoder,
+    Force,
+    Group,
+    HeadDimMultiple,
+    HeadWidth,
+    Items,
+    Json,
+    KvHeads,
+    Layout,
+    Merge,
+    Model,
+    Refit,
+    Seed,
+    StatsFile,
+    Tokens,
+    Verify,
+    option,
 )  # fmt: skip
 from .output import answered, given, names, renamed
 

@@ -6,8 +6,26 @@ from typing import Annotated
 import typer
 
 from .options import (
-    HOW, Allowed, Debug, Device, Dtype, Encoder, Force, Group, HeadDimMultiple, HeadWidth, Json, Merge, Model, Refit, Seed, Sensitivity,
-    StatsFile, Tp, Workers, option,
+    HOW,
+    Allowed,
+    Debug,
+    Device,
+    Dtype,
+    Encoder,
+    Force,
+    Group,
+    HeadDimMultiple,
+    HeadWidth,
+    Json,
+    Merge,
+    Model,
+    Refit,
+    Seed,
+    Sensitivity,
+    StatsFile,
+    Tp,
+    Workers,
+    option,
 )  # fmt: skip
 from .output import answered, counts, given, renamed
 

@@ -23,7 +23,8 @@ KvHeads = Annotated[
     option("--kv-heads", panel=WHAT, metavar="N", help="K/V heads to keep: a count (4) or a share (1/2)."),
 ]
 Encoder = Annotated[
-    bool, option("--encoder", panel=WHAT, help="Fold the encoder of an encoder-decoder too; by default only its decoder.")
+    bool,
+    option("--encoder", panel=WHAT, help="Fold the encoder of an encoder-decoder too; by default only its decoder."),
 ]
 HeadDimMultiple = Annotated[
     str | None,
@@ -42,9 +43,7 @@ Group = Annotated[
 ]
 Merge = Annotated[
     str | None,
-    option(
-        "--merge", panel=HOW, metavar="METHOD", help="How heads become one; see headfold methods. Default: absorb."
-    ),
+    option("--merge", panel=HOW, metavar="METHOD", help="How heads become one; see headfold methods. Default: absorb."),
 ]
 Refit = Annotated[
     bool,

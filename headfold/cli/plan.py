@@ -6,8 +6,28 @@ from typing import Annotated
 import typer
 
 from .options import (
-    HOW, WHAT, Allowed, Debug, Device, Dtype, Encoder, Force, Group, HeadDimMultiple, HeadWidth, Json, KvHeads, Merge, Model, Refit, Seed,
-    Sensitivity, StatsFile, Tp, Workers, option,
+    HOW,
+    WHAT,
+    Allowed,
+    Debug,
+    Device,
+    Dtype,
+    Encoder,
+    Force,
+    Group,
+    HeadDimMultiple,
+    HeadWidth,
+    Json,
+    KvHeads,
+    Merge,
+    Model,
+    Refit,
+    Seed,
+    Sensitivity,
+    StatsFile,
+    Tp,
+    Workers,
+    option,
 )  # fmt: skip
 from .output import answered, counts, given, renamed
 

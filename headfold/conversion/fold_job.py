@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint.staging import job_key, open_staging
 from ..checkpoint.stats_file import StatsFile
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..parallel import on_main, on_main_only
-from ..surgery import Refits
 from .fitted_sites import FittedSites
 from .provenance import Fitting
 from .source import Source
@@ -63,7 +63,9 @@ class FoldJob:
             teacher.use_sample(stats)
             return stats
 
-    def refitted(self, teacher: Teacher, plan: Plan, stats: StatsFile | None) -> tuple[Refits, Fitting]:
+    def refitted(
+        self, teacher: Teacher, plan: Plan, stats: StatsFile | None
+    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
         """Return the refitted heads and what they were fitted on; sites that an earlier run refitted are not refitted again."""
         with self.timed("refit"):
             fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
@@ -72,8 +74,14 @@ class FoldJob:
             return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
 
     def healed(
-        self, teacher: Teacher, plan: Plan, stats: StatsFile | None, refits: Refits | None, fitting: Fitting, tokens: int
-    ) -> tuple[Refits, Fitting]:
+        self,
+        teacher: Teacher,
+        plan: Plan,
+        stats: StatsFile | None,
+        refits: Mapping[str, FittedHeads] | None,
+        fitting: Fitting,
+        tokens: int,
+    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
         """Return the heads trained block by block, from where merge and refit end."""
         with self.timed("heal"):
             trained = on_main_only(lambda: FittedSites(self.work / "heal"))

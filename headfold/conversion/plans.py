@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 
-from .. import merge as merges
 from .. import planning
 from ..checkpoint.stats_file import StatsFile
-from ..core import plugins
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress
 from ..families.spec import Site
+from ..merge import parse_merge
 from .source import Source
 
 
@@ -53,14 +52,13 @@ def plan_uniform(
 
 def needs_statistics(group: str, merge: str) -> bool:
     """Return whether a method needs statistics. Most grouping costs do: without data they would group by weights alone, unasked."""
-    method = plugins.parse(merges, merge, "merge")
-    return bool(planning.parse_group(group).needs) or bool(plugins.needs(method))
+    return bool(planning.statistics_needed(group, merge))
 
 
 def sites_with_assumed_distances(source: Source, plan: Plan, stats: StatsFile | None) -> Iterator[Site]:
     """Yield the sites whose merge fits read-outs over attention distances that the statistics do not hold."""
     for site in source.sites:
-        fits = plan.sites[site.name].merge.startswith("absorb")
+        fits = parse_merge(plan.sites[site.name].merge).record.fits_distances
         rotates = site.key_freedom.frequencies and not site.key_freedom.normed
         if fits and rotates and stats is not None and not stats.holds(site.name, "attended"):
             yield site

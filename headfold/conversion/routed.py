@@ -68,13 +68,9 @@ def every_site(plan: Plan, config: Mapping[str, Any]) -> dict[str, SitePlan]:
     return sites
 
 
-def write_routed(
-    checkpoint: Checkpoint, staging: Path, config: dict[str, Any], plan: Plan, progress: Progress
-) -> None:
+def write_routed(checkpoint: Checkpoint, staging: Path, config: dict[str, Any], plan: Plan, progress: Progress) -> None:
     """Write weights and side files as they are, and the config, the grouped class, the plan and the card anew."""
-    rewrite(
-        checkpoint, staging, {}, {}, lambda name: {}, counter(progress, "write", output_bytes(checkpoint, {}))
-    )
+    rewrite(checkpoint, staging, {}, {}, lambda name: {}, counter(progress, "write", output_bytes(checkpoint, {})))
     copy_side_files(checkpoint.path, staging)
     for name, text in remote_files(config).items():
         (staging / name).write_text(text)

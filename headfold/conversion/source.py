@@ -88,9 +88,7 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-    return Source(
-        str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected
-    )
+    return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
@@ -113,9 +111,7 @@ def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any]) -> lis
         return sites
     found = plane_frequencies(config)
     return [
-        replace(
-            site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer))
-        )
+        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
         if site.key_freedom.rotary_dim == 2 * len(found) > 0
         else site
         for layer, site in enumerate(sites)
@@ -138,7 +134,11 @@ def _refuse_uneven_folds(config: Mapping[str, Any], where: str) -> None:
     listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
     known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
     stock_gqa = listed and known and any(attention.kv_heads for attention in known)
-    if kv_heads_by_layer(config) is not None or stock_gqa or any({"kv_of_query", "slots"} & site.keys() for site in listed):
+    if (
+        kv_heads_by_layer(config) is not None
+        or stock_gqa
+        or any({"kv_of_query", "slots"} & site.keys() for site in listed)
+    ):
         raise UserError(
             f"{where}: this checkpoint is already folded, with K/V heads that differ in group size, count or head_dim; "
             f"{_FOLD_THE_ORIGINAL}"

@@ -14,6 +14,7 @@ from .. import calibration as calibrating
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.errors import UserError
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..core.plan import Plan
 from ..core.progress import Progress, counter, no_progress
@@ -26,7 +27,7 @@ from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import heal, refit
 from ..runtime.load import own_class
-from ..surgery import Refits, kept_weights, query_order, site_heads
+from ..surgery import kept_weights, query_order, site_heads
 from .calibration_config import CalibrationConfig
 from .fitted_sites import FittedSites
 from .source import Source
@@ -138,7 +139,7 @@ class Teacher:
         self,
         plan: Plan,
         stats: Mapping[str, SiteStats] | None,
-        refits: Refits | None,
+        refits: Mapping[str, FittedHeads] | None,
         healed: FittedSites,
         tokens: int,
         seed: int,
@@ -174,7 +175,7 @@ class Teacher:
         tokens: int,
         plan: Plan,
         stats: Mapping[str, SiteStats] | None,
-        refits: Refits | None,
+        refits: Mapping[str, FittedHeads] | None,
         fitted: FittedSites,
     ) -> None:
         """Run `fit` on every site that `fitted` lacks; it runs `tokens` tokens through each. Rank 0 merges and keeps, all ranks fit."""
@@ -187,9 +188,9 @@ class Teacher:
             merged[site.name] = on_main(partial(site_heads, site, plan, read, stats, refits))
             return merged[site.name]
 
-        def keep(name: str, fields: dict[str, Tensor]) -> None:
-            both = {} if kept_weights(sites[name], plan) else {"q": merged[name].q, "k": merged[name].k}
-            on_main_only(lambda: fitted.put(name, {**both, **fields}, facts))
+        def keep(name: str, found: FittedHeads) -> None:
+            whole = found if kept_weights(sites[name], plan) else found.completed(merged[name])
+            on_main_only(lambda: fitted.put(name, whole, facts))
 
         done = on_main(lambda: frozenset(fitted))
         fit(

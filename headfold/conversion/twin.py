@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..checkpoint.stats_file import StatsFile
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..families.layout import planned_shapes
 from ..families.spec import Site
 from ..runtime.regrouping import install_heads
-from ..surgery import Refits, site_tensors
+from ..surgery import site_tensors
 from .source import Source
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 class Twin(Mapping[str, Tensor]):
     """The twin's tensors by name on disk, in the source's shapes; one site is computed at a time."""
 
-    def __init__(self, source: Source, plan: Plan, stats: StatsFile | None, refits: Refits | None) -> None:
+    def __init__(
+        self, source: Source, plan: Plan, stats: StatsFile | None, refits: Mapping[str, FittedHeads] | None
+    ) -> None:
         self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
         shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
         self._site_of = {

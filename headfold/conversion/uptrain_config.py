@@ -116,7 +116,9 @@ def resolve_uptrain(
     for other in filter(None, (folded, teacher, source_of_heads)):
         refuse_overlap(other, out)
     if teacher is not None and Checkpoint.open(teacher).fingerprint() == Checkpoint.open(folded).fingerprint():
-        raise UserError(f"--distill {distill}: expected the original of the fold, got the fold itself; name the original")
+        raise UserError(
+            f"--distill {distill}: expected the original of the fold, got the fold itself; name the original"
+        )
     return UptrainConfig(
         train=_one_of("--train", train, SCOPES),
         data=_data(data, plan),
@@ -179,7 +181,9 @@ def _one_of(option: str, value: str, known: Sequence[str]) -> str:
 def _positive(option: str, value: float, least: float | None = None) -> float:
     """Return a finite number above 0 or, where it is given, of at least `least`."""
     if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-        raise UserError(f"{option} {value:g}: expected a number {'above 0' if least is None else f'of at least {least:g}'}")
+        raise UserError(
+            f"{option} {value:g}: expected a number {'above 0' if least is None else f'of at least {least:g}'}"
+        )
     return value
 
 

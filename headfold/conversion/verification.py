@@ -17,8 +17,7 @@ from ..core.progress import Progress
 from ..corpus import open_corpus
 from ..corpus.samples import kind_of
 from ..corpus.windows import token_windows
-from ..evaluate.verify import Verification
-from ..evaluate.verify import compare_with_twin
+from ..evaluate.verify import Verification, compare_with_twin
 from ..families.context import context_length
 from ..hf_models import exceeds_memory, open_tokenizer
 from ..runtime.load import own_class

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import copy_side_files, write_json
 from ..checkpoint.writer import output_bytes, rewrite
+from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.progress import Progress, counter
 from ..core.stats import SiteStats
@@ -19,7 +20,7 @@ from ..export.pieces import Export
 from ..export.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..runtime.remote import auto_map, remote_files
-from ..surgery import Refits, kept_weights, read_without_kept, site_tensors
+from ..surgery import kept_weights, read_without_kept, site_tensors
 from .folded_config import folded_config
 from .layouts import write_layout
 from .source import Source
@@ -36,9 +37,7 @@ class Written:
         """Return the export's weights before they were rounded to the checkpoint's dtype, as verification compares them."""
         if self.export is None:
             return None
-        return Unrounded(
-            Checkpoint.open(self.grouped), self.export, staging, torch.promote_types(dtype, torch.float32)
-        )
+        return Unrounded(Checkpoint.open(self.grouped), self.export, staging, torch.promote_types(dtype, torch.float32))
 
 
 def choose_fold_layout(source: Source, plan: Plan, requested: str | None) -> str | None:
@@ -54,7 +53,7 @@ def write_fold(
     source: Source,
     plan: Plan,
     stats: Mapping[str, SiteStats] | None,
-    refits: Refits | None,
+    refits: Mapping[str, FittedHeads] | None,
     staging: Path,
     work: Path,
     layout: str | None,

@@ -158,9 +158,7 @@ def _language_models(
     longest = perplexity.MAX_CONTEXT
     context = request.context or min(min(context_length(_config(path)) or longest, longest) for path in directories)
     windows = perplexity.split_windows(tokens, context)
-    reference = (
-        None if reference_directory is None else open_language_model(reference_directory, dtype, request.device)
-    )
+    reference = None if reference_directory is None else open_language_model(reference_directory, dtype, request.device)
     measured: list[Sequence[Resampled]] = []
     for number, directory in enumerate(directories):
         progress("models", number, len(directories))

@@ -7,7 +7,6 @@ cuts by its own batches; DistributedDataParallel hands the first one's buffers t
 checkpointing makes, nothing is cut or drawn anew.
 """
 
-import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ..calibration import run
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.groups import Groups
+from ..core.methods import RouteMethod
 from ..core.plan import Plan, SitePlan
 from ..core.routes import Norms, RouteState, even, runs
 from . import routes
@@ -31,18 +31,18 @@ from .modeling_headfold import SiteConfig, own_forward
 KvOfQuery = tuple[int, ...]
 
 
-def parse(text: str) -> plugins.Method:
+def parse(text: str) -> plugins.Method[RouteMethod]:
     """`dgqa:window=300` → the route of that name on a page in `headfold.runtime.routes`, with its options.
 
     Raises:
         UserError: no such route or option.
     """
-    return plugins.parse(routes, text, "route")
+    return plugins.parse(routes, text, RouteMethod)
 
 
-def depends_on_batch(method: plugins.Method) -> bool:
+def depends_on_batch(method: plugins.Method[RouteMethod]) -> bool:
     """Whether, outside training, what a model says of an item depends on the items beside it, or before."""
-    return bool(method.options.get("published")) and _page(method).BATCH_DEPENDENT
+    return bool(method.options.get("published")) and method.record.published_depends_on_batch
 
 
 def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> dict[str, "Router"]:
@@ -157,7 +157,9 @@ class Shape:
 class Router(nn.Module):
     """The route of one attention: its page, its options, and in buffers what it remembers."""
 
-    def __init__(self, method: plugins.Method, shape: Shape, own: KvOfQuery, seed: int, before: dict[str, Any]) -> None:
+    def __init__(
+        self, method: plugins.Method[RouteMethod], shape: Shape, own: KvOfQuery, seed: int, before: dict[str, Any]
+    ) -> None:
         """`own` is the map that the attention has by itself, `before` what of the module is put back by `detach`."""
         super().__init__()
         self.method, self.seed, self.before = method, seed, before
@@ -204,7 +206,7 @@ class Router(nn.Module):
 
     def perturbed(self, output: Tensor) -> Tensor:
         """The output of the attention (sample, token, head, dim) as the route leaves it."""
-        perturb = getattr(_page(self.method), "perturb", None)
+        perturb = self.method.record.perturb
         if perturb is None or self.is_frozen or self._held:
             return output
         draw = random.Random(f"{self.seed} {self.state.draws}").getrandbits(63)
@@ -220,14 +222,14 @@ class Router(nn.Module):
     def freeze(self, where: str) -> None:
         """Settle on what has been measured, for good; `where` names the attention."""
         self._held = None
-        if hasattr(_page(self.method), "settle") and not self.is_frozen:
+        if self.method.record.settle is not None and not self.is_frozen:
             if not (self.state.count or self.state.step):
                 raise UserError(f"{where}: {self.method}: nothing was measured; train first, or give batches")
             self._settle()
         self.counts[3] = 1
 
     def _settle(self) -> None:
-        settle = getattr(_page(self.method), "settle", None)
+        settle = self.method.record.settle
         self.state = settle(self.state, **self.method.options) if settle else self.state
 
 
@@ -244,10 +246,6 @@ def key_norms(key: Tensor, mask: Tensor | None, slots: int = 1) -> Norms:
         seen = allowed.any(2).any(1, keepdim=True).expand_as(seen).to(energy)
     mean = (energy * seen).sum(-1) / seen.sum(-1).clamp_min(1)
     return Norms(energy.sum(-1).sqrt(), mean.sqrt())
-
-
-def _page(method: plugins.Method) -> Any:
-    return inspect.getmodule(method.function)
 
 
 def _recomputing() -> bool:
@@ -276,7 +274,7 @@ def _shape(module: nn.Module) -> Shape | None:
     return Shape(num_heads, num_heads // per_group, head_dim)
 
 
-def _attach(path: str, module: nn.Module, shape: Shape, method: plugins.Method, seed: int) -> Router:
+def _attach(path: str, module: nn.Module, shape: Shape, method: plugins.Method[RouteMethod], seed: int) -> Router:
     names = ("kv_of_query", "num_key_value_groups", "config")
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
     own = before.setdefault("kv_of_query", None) or runs(even(shape.num_heads, shape.num_kv_heads))

@@ -67,7 +67,12 @@ def demo(
             progress=progress,
         )  # fmt: skip
         found = evaluate(
-            place, reference=BUNDLED, limit=HELD_OUT_TOKENS, device=device, dtype=dtype, progress=progress or no_progress
+            place,
+            reference=BUNDLED,
+            limit=HELD_OUT_TOKENS,
+            device=device,
+            dtype=dtype,
+            progress=progress or no_progress,
         )
     assert isinstance(found, Evaluation)
     counts = (folded.num_kv_heads_before, folded.num_kv_heads_after)

@@ -84,9 +84,7 @@ def _nothing_to_export(source: Folded) -> str:
             f"{source.where}: expected a fold in headfold's own form, got the stock class {source.config['architectures'][0]}, which "
             "needs no export; name another layout with --layout"
         )
-    return (
-        f"{source.where}: {source.model_type} has no stock layout for this fold; headfold's runtime runs it as it is"
-    )
+    return f"{source.where}: {source.model_type} has no stock layout for this fold; headfold's runtime runs it as it is"
 
 
 def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> None:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ..checkpoint.staging import commit, refuse_overlap
@@ -129,9 +128,7 @@ def fold(
         def write() -> FoldResult:
             notes = teacher.notes
             with job.timed("write"):
-                written = write_fold(
-                    source, made, statistics, refits, job.staging, job.work, written_layout, progress
-                )
+                written = write_fold(source, made, statistics, refits, job.staging, job.work, written_layout, progress)
             notes += [f"layout {written_layout}: {written.export.description}"] if written.export else []
             verification = None
             with job.timed("verify"):
@@ -143,9 +140,7 @@ def fold(
             notes += notes_on(source, job.staging, sites_with_assumed_distances(source, made, statistics))
             costs = serving_cost(source), serving_cost(source, made, layout)
             measured_on = statistics.metadata if statistics else {}
-            facts = card_facts(
-                source, out, job.staging, made, settings, costs, fitting, measured_on, verification
-            )
+            facts = card_facts(source, out, job.staging, made, settings, costs, fitting, measured_on, verification)
             card = model_card(source.checkpoint.path, facts)
             (job.staging / "README.md").write_text(exported_card(card, written.export) if written.export else card)
             shutil.rmtree(job.work)

@@ -121,7 +121,7 @@ def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | N
 def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
     if num_heads > MAX_SEARCHED:
         return Groups.contiguous(num_heads, num_kv_heads)
-    return swap.group(absorb.cost_of(moments), num_heads, num_kv_heads)
+    return swap.group(absorb.cost_from_moments(moments), num_heads, num_kv_heads)
 
 
 def _stats_from_gains(source: Source, site: Site, hidden_size: int) -> SiteStats:

@@ -7,16 +7,17 @@ from typing import Any
 from .. import group, merge
 from ..core import plugins
 from ..core.errors import UserError, suggest
+from ..core.methods import CostMethod, GroupingMethod, MergeMethod, MethodRecord, RouteMethod
 from ..group import costs
 from ..runtime import routes
 
-KINDS: dict[str, tuple[ModuleType, str]] = {
-    "--merge": (merge, "merge"),
-    "--group": (group, "group"),
-    "--group METHOD:cost=": (costs, "cost"),
-    "--route": (routes, "route"),
+KINDS: dict[str, tuple[ModuleType, type[MethodRecord]]] = {
+    "--merge": (merge, MergeMethod),
+    "--group": (group, GroupingMethod),
+    "--group METHOD:cost=": (costs, CostMethod),
+    "--route": (routes, RouteMethod),
 }
-"""Option of the command line → the folder of its method pages, and the name of the function on a page."""
+"""Option of the command line → the folder of its method pages, and the record that each page ends in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ def methods(name: str | None = None) -> list[MethodPage]:
         UserError: no method has that name.
     """
     pages = [
-        _page(option, found, package, entry)
-        for option, (package, entry) in KINDS.items()
+        _page(option, found, package, kind)
+        for option, (package, kind) in KINDS.items()
         for found in plugins.names(package)
         if name in (None, found)
     ]
@@ -49,7 +50,6 @@ def methods(name: str | None = None) -> list[MethodPage]:
     return pages
 
 
-def _page(option: str, name: str, package: ModuleType, entry: str) -> MethodPage:
-    module = plugins.load(package, name)
-    options = plugins.option_defaults(getattr(module, entry))
-    return MethodPage(option, name, plugins.summary(module), (module.__doc__ or "").strip(), options)
+def _page(option: str, name: str, package: ModuleType, kind: type[MethodRecord]) -> MethodPage:
+    options = plugins.option_defaults(plugins.load(package, name, kind).function)
+    return MethodPage(option, name, plugins.summary(package, name), plugins.documentation(package, name), options)

@@ -9,13 +9,13 @@ from ..budget.curves import CurveRequest, loss_curves, require_statistics, teach
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple, sensitivity_path
 from ..checkpoint.staging import write_json
+from ..checkpoint.stats_file import StatsFile
 from ..conversion.folded_config import folded_config, refuse_counts_per_layer
 from ..conversion.head_dims import largest_multiple, possible_multiples
 from ..conversion.outputs import refuse_existing
 from ..conversion.plans import plan_uniform
-from ..conversion.source import Source, open_source, open_stats
+from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
-from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
@@ -97,12 +97,18 @@ def plan(
         )
     if out is not None:
         on_main(lambda: refuse_existing(Path(out), force))
-    source, progress, compute_dtype = on_all(lambda: open_source(model, encoder)), progress or no_progress, dtype_named(dtype)
+    source, progress, compute_dtype = (
+        on_all(lambda: open_source(model, encoder)),
+        progress or no_progress,
+        dtype_named(dtype),
+    )
     given_stats = on_main_only(lambda: open_stats(stats, source))
     multiples = possible_multiples(source, head_dim_multiple, group, merge)
     if kv_heads is not None:
         multiple = largest_multiple(source, multiples, kv_heads, group)
-        made = on_main(lambda: plan_uniform(source, kv_heads, group, merge, given_stats, seed, progress, multiple, workers))
+        made = on_main(
+            lambda: plan_uniform(source, kv_heads, group, merge, given_stats, seed, progress, multiple, workers)
+        )
     else:
         refuse_counts_per_layer(source)
         on_main(lambda: require_statistics(given_stats))
