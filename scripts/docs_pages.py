@@ -83,8 +83,9 @@ def _verb(name: str, verb: Any) -> str:
 
 
 def _parameter(parameter: Any, is_argument: bool) -> str:
+    earlier = [] if is_argument else [f"`{name}`" for name in parameter.opts[1:] if name.startswith("--")]
     names = (
-        [parameter.metavar or parameter.name.upper()] if is_argument else [*parameter.opts, *parameter.secondary_opts]
+        [parameter.metavar or parameter.name.upper()] if is_argument else parameter.opts[:1] + parameter.secondary_opts
     )
     value = (
         ""
@@ -100,6 +101,8 @@ def _parameter(parameter: Any, is_argument: bool) -> str:
         notes.append(f" Default: `{default}`.")
     if parameter.required:
         notes.append(" Required.")
+    if earlier:
+        notes.append(f" Earlier name: {', '.join(earlier)}.")
     return f"| {spelled} | {plain(getattr(parameter, 'help', ''))}{''.join(notes)} |"
 
 

@@ -95,8 +95,8 @@ def quality() -> str:
             "procrustes, norm",
             "procrustes, norm + refit",
             "default: absorb, swap, refit",
-            "of the mean's",
-            "of procrustes'",
+            "default relative to mean",
+            "default relative to procrustes",
         ]
         made.append(
             f"**{MODELS[model]}**: loss {facts['original_nll']:.3f} nats per token on {facts['tokens']:,} held-out tokens, "

@@ -170,7 +170,7 @@ def wgqa() -> str:
         "BLEU trained",
         "loss before",
         "loss trained",
-        "less the plain fold's",
+        "minus GQA or MQA",
         "validation loss by rate, seed 0",
     ]
     lines = []
