@@ -170,6 +170,22 @@ def budgets() -> str:
     return table(["model", "K/V bytes of", *BUDGETS.values()], lines)
 
 
+def predicted() -> str:
+    """The sum of the sensitivities beside what the whole fold loses."""
+    lines = []
+    for model in ("bundled", "pylib-llama", "multi30k-t5", "cifar10-vit", "minilm"):
+        factor = 1e6 if model == "cifar10-vit" else 1
+        unit = {"cifar10-vit": "KL in millionths", "minilm": "1 − cosine"}.get(model, "KL in nats")
+        for count in sorted({found["bytes_of"] for found in rows(f"{model}-budgets")}, reverse=True):
+            cells = []
+            for allocation in BUDGETS:
+                found = row(f"{model}-budgets", bytes_of=count, allocation=allocation)
+                both = (factor * found["predicted"], factor * field(found, "loss_of_part"))
+                cells.append(" / ".join(map(number, both)))
+            lines.append([f"{MODELS[model]} ({unit})", f"{count} of {SOURCE_KV_HEADS[model]} heads", *cells])
+    return table(["model", "K/V bytes of", *BUDGETS.values()], lines)
+
+
 def correlations() -> str:
     def span(values: list[float]) -> str:
         low, high = f"{min(values):.2f}", f"{max(values):.2f}"
@@ -336,6 +352,7 @@ TABLES = {
     "methods": Block(methods, of_models("-methods")),
     "groupings": Block(groupings, ("pylib-llama-groupings",)),
     "budgets": Block(budgets, of_models("-budgets")),
+    "predicted-losses": Block(predicted, of_models("-budgets")),
     "rank-correlations": Block(correlations, of_models("-budgets")),
     "head-dim-multiples": Block(
         multiples, of_models("-wide", ("pylib-llama", "bundled", "multi30k-t5", "cifar10-vit"))
