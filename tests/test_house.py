@@ -208,18 +208,6 @@ def test_readme_commands_exist() -> None:
             assert refused_words(command) == [], command
 
 
-def test_readme_tree_is_true() -> None:
-    """Every file that the layout names is there."""
-    layout = (ROOT / "README.md").read_text().split("## Layout")[1].split("\n## ")[0]
-    folder, paths = ROOT, []
-    for indent, name in re.findall(r"^( *)([a-z_]+(?:\.py|/)) ", layout, re.MULTILINE):
-        if len(indent) < 4:
-            folder = HOUSE / name if indent else ROOT
-        paths.append(folder / name if len(indent) == 4 or not indent else HOUSE / name)
-    assert len(paths) > 15
-    assert [str(path) for path in paths if not path.exists()] == []
-
-
 @pytest.mark.parametrize("module", ["headfold", "headfold.cli"])
 def test_start_up_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*{{'torch', 'transformers', 'rich'}} & sys.modules.keys())"
