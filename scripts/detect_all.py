@@ -42,7 +42,7 @@ def _counts(config_class: Any) -> bool:
 def probed(model_type: str) -> dict[str, Any]:
     """What is seen of one type, or why nothing is."""
     from headfold.core.errors import UserError
-    from headfold.detect import probe
+    from headfold.detection import probe
 
     signal.alarm(SECONDS_EACH)
     try:

@@ -36,7 +36,7 @@ RECORDS = (
     "headfold.core.methods.GroupingMethod",
     "headfold.core.methods.CostMethod",
     "headfold.core.methods.RouteMethod",
-    "headfold.export.layouts.ExportLayout",
+    "headfold.exports.layouts.ExportLayout",
 )
 """What plans, families and methods are made of. A record that a version of the package has not got is left out."""
 MARK = re.compile(r"^<!-- generated:(\w+) -->$", re.MULTILINE)

@@ -21,12 +21,12 @@ from transformers import TrainerCallback
 from headfold import calibration, cli, parallel
 from headfold.core.errors import UserError
 from headfold.planning import make_plan
-from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
 from headfold.refine import refit as refitting
 from headfold.refine.heal import heal as healed
 from headfold.refine.refit import refit
 from headfold.surgery import query_order, site_heads
+from headfold.verbs.uptrain import uptrain
 
 BATCH_TOKENS = 64
 CASES: dict[str, tuple[str, Mapping[str, Tensor]]] = {

@@ -15,11 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.recipe.benching import bench
 from headfold.report import timings
 from headfold.runtime.cache import GrowingLayer
 from headfold.timing import breakdown, generation, machine, shapes
 from headfold.timing.generation import Setting
+from headfold.verbs.bench import bench
 
 SMALL = dict(contexts=(12,), batches=(2,), new_tokens=4, rounds=2)
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 import headfold.cli
 import headfold.families
 from headfold.core.errors import UserError
-from headfold.detect import Probed, probe, prove, source_of, subject_of
-from headfold.detect.laws import prove_laws
-from headfold.detect.shrink import Geometry, shrink
-from headfold.detect.toy import Unproven
+from headfold.detection import Probed, probe, prove, source_of, subject_of
+from headfold.detection.laws import prove_laws
+from headfold.detection.shrink import Geometry, shrink
+from headfold.detection.toy import Unproven
 from headfold.families import family_of
 from headfold.families.spec import Attention, Family, Rope, sites
-from headfold.recipe import probing
+from headfold.verbs import detect as probing
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ("llama", "phi", "cohere", "qwen3", "phi3", "gpt_oss", "smollm3", "gemma3_text", "glm", "gpt_neox")
@@ -178,7 +178,7 @@ def test_the_results_say_why_a_type_does_not_fold() -> None:
 
 
 def test_toy_models_are_computed_in_float64_throughout() -> None:
-    from headfold.detect.toy import in_float64
+    from headfold.detection.toy import in_float64
 
     norm = torch.nn.Linear(3, 3, dtype=torch.float32)
     x = torch.ones(2, 3, dtype=torch.float64)

@@ -350,7 +350,7 @@ def test_eval_chooses_embeddings_for_encoders(saved, tmp_path):
     ],
 )
 def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, tmp_path):
-    from headfold.recipe import scoring
+    from headfold.evaluate import data as scoring
 
     (tmp_path / "lines.txt").write_text("w1 w2\nw3\n")
     with pytest.raises(UserError, match=message):
@@ -358,7 +358,6 @@ def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, t
 
 
 def test_view_shows_what_was_measured(capsys):
-    from headfold.recipe.scoring import Scores
     from headfold.report.views import show_evaluation
 
     measured = classification.Classification(num_items=1234, accuracy=0.5, cross_entropy=1.25, seconds=1.0)

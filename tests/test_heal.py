@@ -18,12 +18,12 @@ from torch import Tensor
 import headfold
 from headfold import calibration
 from headfold.calibration import batches, mask_of
+from headfold.conversion import fitted_sites as fitted_files
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
 from headfold.core.heads import Heads
 from headfold.families.layout import write_heads
 from headfold.families.spec import Site
-from headfold.recipe import fitted as fitted_files
 from headfold.refine import heal as healing
 from headfold.refine.blocks import recorded_calls
 from headfold.refine.heal import heal
@@ -185,21 +185,21 @@ def test_healing_goes_on_at_the_block_where_it_was(
     """Killed when the first block is healed; then the same bytes as without. Mean pooling leaves Q alone, and healing does not."""
     how = {**HEALED, "merge": merge, "group": "contiguous"}
     headfold.fold(readable, tmp_path / "calm", **how)
-    put, done = fitted_files.FittedFiles.put, []
+    put, done = fitted_files.FittedSites.put, []
 
-    def killed(self: fitted_files.FittedFiles, site: str, *rest: Any) -> None:
+    def killed(self: fitted_files.FittedSites, site: str, *rest: Any) -> None:
         put(self, site, *rest)
         done.append(self._directory.name)
         if done[-1] == "heal":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitted_files.FittedFiles, "put", killed)
+    monkeypatch.setattr(fitted_files.FittedSites, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         headfold.fold(readable, tmp_path / "out", **how)
-    monkeypatch.setattr(fitted_files.FittedFiles, "put", put)
+    monkeypatch.setattr(fitted_files.FittedSites, "put", put)
     seen: list[str] = []
     monkeypatch.setattr(
-        fitted_files.FittedFiles, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
+        fitted_files.FittedSites, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
     )
     headfold.fold(readable, tmp_path / "out", **how)
     assert done.count("heal") == 1 and len(seen) == 1

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 from weighted_folds import GROUPS, answer, attach, attached, backward, fold_of, linears, load
 
 import headfold
+from headfold.conversion.source import Source, open_source
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families import family_of
 from headfold.families.spec import folded_config, sites
-from headfold.recipe.source import Source, open_source
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train import wgqa
 

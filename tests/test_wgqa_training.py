@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from weighted_folds import answer, attach, attached, backward, fold_of, linears, load
 
 import headfold
+from headfold.conversion.source import open_source
 from headfold.corpus.samples import draw_sample
-from headfold.recipe.source import open_source
 from headfold.train import wgqa
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -10,10 +10,10 @@ from ..checkpoint.staging import disown
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..evaluate.verify import TOLERANCE
-from ..export.folded import open_folded
-from ..export.layout import make_export
-from ..export.pieces import Export, write_export
-from ..export.rounding import Unrounded
+from ..exports.folded import open_folded
+from ..exports.layout import make_export
+from ..exports.pieces import Export, write_export
+from ..exports.rounding import Unrounded
 from ..hf_models import open_model, stored_dtype
 from ..runtime.load import own_class
 from .verification import random_sample

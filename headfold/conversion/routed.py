@@ -15,8 +15,8 @@ from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..core.progress import Progress, counter
 from ..evaluate.verify import compared_output, difference_and_tolerance
-from ..export.card import exported_card
-from ..export.pieces import Export
+from ..exports.card import exported_card
+from ..exports.pieces import Export
 from ..families.spec import Family, entry
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card

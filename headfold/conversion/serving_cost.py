@@ -5,7 +5,7 @@ from math import prod
 
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
-from ..export.layout import choose_layout, query_heads
+from ..exports.layout import choose_layout, query_heads
 from ..families.layout import planned_shapes
 from .folded_config import folded_config
 from .source import Source

@@ -155,6 +155,6 @@ def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
 
     if model_type not in CONFIG_MAPPING:
         return family_of(config, where), False
-    from ..detect import prove
+    from ..detection import prove
 
     return prove(checkpoint.path), True

@@ -15,9 +15,9 @@ from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.progress import Progress, counter
 from ..core.stats import SiteStats
-from ..export.layout import choose_layout
-from ..export.pieces import Export
-from ..export.rounding import Unrounded
+from ..exports.layout import choose_layout
+from ..exports.pieces import Export
+from ..exports.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
 from ..runtime.remote import auto_map, remote_files
 from ..surgery import kept_weights, read_without_kept, site_tensors

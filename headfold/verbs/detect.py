@@ -5,8 +5,8 @@ from pathlib import Path
 from ..checkpoint.hub import resolve
 from ..conversion.outputs import refuse_existing
 from ..core.errors import UserError
-from ..detect import Probed
-from ..detect import probe as experiment
+from ..detection import Probed
+from ..detection import probe as experiment
 from ..parallel import main_only
 
 

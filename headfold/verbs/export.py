@@ -12,10 +12,10 @@ from ..checkpoint.staging import commit, open_staging, refuse_overlap
 from ..conversion.layouts import compare_layouts
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
-from ..export.card import exported_card
-from ..export.folded import Folded, open_folded
-from ..export.layout import choose_layout, make_export
-from ..export.pieces import Export, write_export
+from ..exports.card import exported_card
+from ..exports.folded import Folded, open_folded
+from ..exports.layout import choose_layout, make_export
+from ..exports.pieces import Export, write_export
 from ..parallel import main_only
 
 

@@ -21,7 +21,7 @@ from ..conversion.verification import verification_sample, verify_fold
 from ..conversion.writing import choose_fold_layout, write_fold
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
-from ..export.card import exported_card
+from ..exports.card import exported_card
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..report.card import model_card

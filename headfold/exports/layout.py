@@ -1,6 +1,6 @@
 """The record that each export layout declares, the discovery of layouts, and the choice among them.
 
-A layout is one file in `headfold/export/layouts` with one `LAYOUT` record; the folder is the registry.
+A layout is one file in `headfold/exports/layouts` with one `LAYOUT` record; the folder is the registry.
 """
 
 import functools
@@ -23,7 +23,7 @@ _LEAVE_OUT = "leave out --layout, headfold's runtime runs it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportLayout:
-    """A form of checkpoint that a stock class or an engine reads, declared by one file in `headfold/export/layouts`.
+    """A form of checkpoint that a stock class or an engine reads, declared by one file in `headfold/exports/layouts`.
 
     Attributes:
         name: the word for `--layout`.
