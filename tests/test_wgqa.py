@@ -212,7 +212,7 @@ def refused(model: PreTrainedModel, source: Source, plan: Plan, *words: str) -> 
 def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
     fold = source, target = fold_of("llama")
     plan, model = Plan.load(target / "plan.json"), load(target)
-    with pytest.raises(UserError, match="expected a model with it attached, found none"):
+    with pytest.raises(UserError, match="expected a model with WGQA attached, got one without"):
         wgqa.fold_away(model)
     elsewhere = {name: replace(row, groups=Groups.contiguous(8, 2)) for name, row in plan.sites.items()}
     refused(
