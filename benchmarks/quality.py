@@ -22,6 +22,7 @@ from machine import describe
 from torch import Tensor
 
 from headfold import calibration, planning
+from headfold.core.fitted import FittedHeads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.corpus.windows import draw_windows, token_stream
@@ -29,7 +30,7 @@ from headfold.evaluate.perplexity import compare_models, split_windows
 from headfold.hf_models import open_model, open_tokenizer
 from headfold.recipe.source import Source, open_source
 from headfold.refine.refit import VALUE_STEPS, refit
-from headfold.surgery import Refits, query_order, site_heads, site_tensors
+from headfold.surgery import query_order, site_heads, site_tensors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -129,7 +130,7 @@ class Bench:
             "fold_seconds": round(seconds, 2),
         }
 
-    def _refit(self, row: Row, plan: Plan, stats: Mapping[str, SiteStats], windows: Tensor) -> Refits:
+    def _refit(self, row: Row, plan: Plan, stats: Mapping[str, SiteStats], windows: Tensor) -> dict[str, FittedHeads]:
         read = self.source.checkpoint.read
         return refit(
             self.model,
@@ -140,7 +141,7 @@ class Bench:
             value_steps=row.value_steps,
         )
 
-    def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Refits | None) -> None:
+    def _load(self, plan: Plan, stats: Mapping[str, SiteStats], refits: Mapping[str, FittedHeads] | None) -> None:
         parameters = dict(self.model.named_parameters())
         for site in self.source.sites:
             made = site_tensors(site, plan, self.source.checkpoint.read, stats, refits, num_kv_heads=site.num_kv_heads)

@@ -1,8 +1,9 @@
-"""headfold: fold a checkpoint's key/value heads. Same model, smaller KV cache.
+"""headfold: fold a checkpoint's key/value heads. The same model with a smaller KV cache.
 
-The public functions are those of the command line: `fold`, `uptrain`, `calibrate`, `plan`, `inspect`, `eval`, `frontier`, `compare`,
-`bench`, and `load`, which opens what `fold` wrote. Nothing heavy is imported before one of them is asked for. With this package imported,
-any transformers model may be opened with `attn_implementation="headfold"`.
+The public functions are the verbs of the command line, under the same names and with the same words: `fold`, `calibrate`, `plan`,
+`inspect`, `eval`, `export`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `detect`, `methods`, `demo`; and `load`, which opens what
+`fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
+`attn_implementation="headfold"`.
 """
 
 from importlib import import_module
@@ -11,26 +12,42 @@ from typing import TYPE_CHECKING, Any
 from .runtime.registration import register_attention
 
 if TYPE_CHECKING:
-    from .recipe import calibrate, fold, inspect, plan
-    from .recipe import evaluate as eval
-    from .recipe.benching import bench
-    from .recipe.comparing import compare
-    from .recipe.frontier import frontier
-    from .recipe.uptraining import uptrain
     from .runtime.load import load
+    from .verbs.bench import bench
+    from .verbs.calibrate import calibrate
+    from .verbs.compare import compare
+    from .verbs.demo import demo
+    from .verbs.detect import detect
+    from .verbs.evaluate import evaluate as eval
+    from .verbs.export import export
+    from .verbs.fold import fold
+    from .verbs.frontier import frontier
+    from .verbs.inspect import inspect
+    from .verbs.methods import methods
+    from .verbs.plan import plan
+    from .verbs.route import route
+    from .verbs.uptrain import uptrain
 
     __version__: str
 
+_VERBS = (
+    "bench",
+    "calibrate",
+    "compare",
+    "demo",
+    "detect",
+    "export",
+    "fold",
+    "frontier",
+    "inspect",
+    "methods",
+    "plan",
+    "route",
+    "uptrain",
+)
 _HOMES = {
-    "fold": ("recipe", "fold"),
-    "calibrate": ("recipe", "calibrate"),
-    "plan": ("recipe", "plan"),
-    "inspect": ("recipe", "inspect"),
-    "eval": ("recipe", "evaluate"),
-    "bench": ("recipe.benching", "bench"),
-    "frontier": ("recipe.frontier", "frontier"),
-    "compare": ("recipe.comparing", "compare"),
-    "uptrain": ("recipe.uptraining", "uptrain"),
+    **{name: (f"verbs.{name}", name) for name in _VERBS},
+    "eval": ("verbs.evaluate", "evaluate"),
     "load": ("runtime.load", "load"),
 }
 """Public name → module and name there. A public name must not be that of a submodule, which would take its place."""
@@ -40,12 +57,17 @@ __all__ = [
     "bench",
     "calibrate",
     "compare",
+    "demo",
+    "detect",
     "eval",
+    "export",
     "fold",
     "frontier",
     "inspect",
     "load",
+    "methods",
     "plan",
+    "route",
     "uptrain",
 ]
 

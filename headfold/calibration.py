@@ -17,7 +17,7 @@ from .corpus.samples import batches as in_batches
 from .families.spec import Site
 from .hf_models import input_device
 from .measure import attended, second_moment
-from .parallel import agreed, falls_here, gathered, summed, world_size
+from .parallel import all_gather, all_reduce, falls_here, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +79,7 @@ def collect(
     sample: Sample,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, SiteStats]:
-    """Statistics of every site from one pass over `sample`, of which each of several processes together takes a share.
+    """Statistics of every site from one pass over `sample`, of which each of several processes collate takes a share.
 
     `progress` is called with the number of tokens of each finished batch.
     """
@@ -108,7 +108,7 @@ def collect(
                 run(model, batch)
             progress(num_tokens(batch))
     sums = _of_all(sums)
-    agreed(lambda: _refuse_not_finite(sums))
+    _refuse_not_finite(sums)
     return sums
 
 
@@ -118,7 +118,9 @@ def _of_all(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
         return sums
     shapes: dict[str, dict[str, torch.Size]] = {}
     counts: dict[str, int] = {}
-    for seen in gathered({name: (s.count, {key: t.shape for key, t in s.tensors.items()}) for name, s in sums.items()}):
+    for seen in all_gather(
+        {name: (s.count, {key: t.shape for key, t in s.tensors.items()}) for name, s in sums.items()}
+    ):
         for name, (count, shaped) in seen.items():
             shapes[name] = shapes.get(name, {}) | shaped
             counts[name] = counts.get(name, 0) + count
@@ -126,7 +128,7 @@ def _of_all(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
     return {
         name: SiteStats(
             {
-                key: summed(own[name][key] if key in own[name] else torch.zeros(shape, dtype=torch.float64))
+                key: all_reduce(own[name][key] if key in own[name] else torch.zeros(shape, dtype=torch.float64))
                 for key, shape in shaped.items()
             },
             counts[name],

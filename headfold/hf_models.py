@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoint.reader import Checkpoint, refuse_remote_code
 from .core.errors import UserError
-from .parallel import processes_here
+from .parallel import num_local_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,45 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 MEMORY_SHARE = 0.6
 """Share of the available memory that a whole model may take; the rest is for activations and the caller."""
+
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name such as "float32"; None for None.
+
+    Raises:
+        UserError: not one of `DTYPES`.
+    """
+    if name not in (None, *DTYPES):
+        raise UserError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return None if name is None else getattr(torch, name)
+
+
+def default_device() -> str:
+    """Return the accelerator, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str | None) -> str:
+    """Return the device to run on, by default the accelerator where there is one.
+
+    Raises:
+        UserError: torch does not know the device, or this machine does not have it.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name}: expected a device of this machine such as cpu or cuda; {_first_line(error)}"
+        ) from error
+    if device.type == "meta":
+        raise UserError("--device meta: expected a device that computes, such as cpu or cuda")
+    return name
 
 
 def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype, str]:
@@ -177,7 +216,7 @@ def exceeds_memory(
     needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
     if memory_limit is None:
         # Those of a launcher open it all at once; each has a GPU of its own.
-        takers = processes_here() if torch.device(device).type == "cpu" else 1
+        takers = num_local_processes() if torch.device(device).type == "cpu" else 1
         memory_limit = int(MEMORY_SHARE * available_memory(device) / takers)
     return needed > memory_limit
 

@@ -1,8 +1,8 @@
-"""Processes that a launcher (torchrun, accelerate launch) started for one job: the first leads it, the others follow.
+"""Several processes as one program (SPMD): a launcher (torchrun, accelerate launch) starts them, and all run the same lines.
 
-The leader runs the whole job and decides everything. The followers wait for its orders: passes over data that all make `together`, each
-over its share, with sums over all. Outside of these every process is alone, so code that is never led runs as without a launcher. What
-the leader refuses, and what it ends with, the followers hear as their next message, whatever they wait for.
+Rank 0 alone reads the user's files, writes and prints; `on_main` hands what it finds to the other ranks. Every rank runs its share of
+each pass over data, and sums are reduced over all ranks, so that all hold the same numbers. Without a launcher, every function here
+behaves as in a single process.
 """
 
 import atexit
@@ -12,331 +12,293 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache, partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .core.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""That followers wait for a message: planning and sampling, which the leader does alone, take hours. Deaths are noticed at once."""
+"""How long a worker waits for rank 0, which plans and samples alone for hours. A process that dies is noticed at once."""
+LAST_WORD = timedelta(seconds=20)
+"""How long a worker waits before it exits for rank 0 to print: launchers end all processes as soon as one has failed."""
 
 
-class Told(UserError):
-    """A refusal that the leader has said, or that the launcher will: nothing is left to print."""
-
-
-class Gone(UserError):
-    """Another process has died, or cannot be reached any more."""
+class ProcessLost(UserError):
+    """Another process has died or cannot be reached any more."""
 
 
 @dataclass(slots=True)
-class _Team:
+class _Group:
     state: "PartialState"
     messages: "ProcessGroup"
-    """Objects travel here, whatever tensors travel by; with patience."""
-    together: bool = False
-    led: bool = True
-    """Whether followers wait for the leader's orders, or all do the same by themselves."""
+    """Objects travel over this group, with patience, whatever tensors travel over."""
+    store: "Store"
+    shares: bool = True
+    """False while rank 0 works alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    name: str
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    reason: str
-
-
-_team: _Team | None = None
+_group: _Group | None = None
 
 
 def launched() -> bool:
-    """Whether a launcher started this process beside others."""
+    """Return whether a launcher started this process beside others."""
     return {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def processes() -> int:
-    """Those launched."""
+def num_processes() -> int:
+    """Return the number of processes that the launcher started."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def leads() -> bool:
-    """Whether this process speaks and writes: the first of those launched, or the only one."""
-    return not launched() or os.environ["RANK"] == "0"
-
-
-def processes_here() -> int:
-    """Those that share this machine's memory."""
+def num_local_processes() -> int:
+    """Return the number of processes that share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
 
 
-@contextmanager
-def joined() -> Iterator[None]:
-    """Within, this process is one of those launched, and leads or follows.
+def is_main() -> bool:
+    """Return whether this process prints and writes: rank 0, or the only process."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def spmd(verb: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a verb that all launched processes run together.
 
     Raises:
-        UserError: they cannot reach each other, or are more than the GPUs of their machine.
+        UserError: from the verb; also if the processes cannot reach each other or outnumber the GPUs of their machine.
     """
-    global _team
-    _team = _Team(*_connected())
-    try:
-        yield
-    finally:
-        _team = None
+
+    @wraps(verb)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        if not launched() or _group is not None:
+            return verb(*arguments, **options)
+        with _joined():
+            return verb(*arguments, **options)
+
+    return run
 
 
-@cache
-def _connected() -> tuple["PartialState", "ProcessGroup"]:
-    """Once in a process, for good: tensors go over nccl between GPUs (one per process, by LOCAL_RANK) or over gloo, messages over gloo."""
-    import torch
-    import torch.distributed as dist
-    from accelerate import PartialState
+def main_only(verb: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a verb whose work is not shared: rank 0 runs it, and every rank returns its result."""
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if 0 < gpus < processes_here():
-        raise UserError(
-            f"launcher: expected at most {gpus} processes, one per GPU, got {processes_here()}; start fewer"
-        )
-    with _reaching():
-        state = PartialState(cpu=not gpus, backend="nccl" if gpus else "gloo")
-        return state, dist.new_group(backend="gloo", timeout=PATIENCE)
+    @wraps(verb)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        return on_main(partial(verb, *arguments, **options))
 
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """Whatever a backend raises means that others cannot be reached: died, or on the other side of a broken network."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = re.sub(r"^\[.*?\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
-        reason = said.partition(". ")[0]  # without where in the backend's sources, and its advice
-        raise Gone(
-            f"another process of this run cannot be reached ({reason}); run the same command again, it goes on from what is done"
-        ) from error
+    return spmd(run)
 
 
 def world_size() -> int:
-    """Processes that share the pass over data which is made now."""
-    return _team.state.num_processes if _team is not None and _team.together else 1
+    """Return the number of processes that share passes over data at this point."""
+    return _group.state.num_processes if _group is not None and _group.shares else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
-    return _team.state.process_index if _team is not None and _team.together else 0
+    """Return the number of this process among those that share passes over data."""
+    return _group.state.process_index if _group is not None and _group.shares else 0
 
 
 def share(count: int) -> range:
-    """Of so many things, numbered, those that fall to this process; none where there are fewer things than processes."""
+    """Return the numbers, of `count` items, that this rank works on; empty where there are fewer items than ranks."""
     return range(rank(), count, world_size())
 
 
 def falls_here(number: int) -> bool:
-    """Whether a thing of that number is in the share of this process."""
+    """Return whether the item of that number belongs to this rank."""
     return number % world_size() == rank()
 
 
-def summed(tensor: "Tensor") -> "Tensor":
-    """The sum over processes, bitwise the same in all of them; every one gives a tensor of the same shape and dtype, and gives it away."""
+def all_reduce(tensor: "Tensor") -> "Tensor":
+    """Return the sum over all ranks, bitwise the same on each; every rank passes a tensor of one shape and dtype, and gives it up."""
     if world_size() == 1:
         return tensor
     import torch.distributed as dist
 
-    assert _team is not None
-    total = tensor.contiguous().to(_team.state.device)
-    with _reaching():
+    assert _group is not None
+    total = tensor.contiguous().to(_group.state.device)
+    with _reachable():
         dist.all_reduce(total)
     return total.to(tensor.device)
 
 
-def gathered(value: T) -> list[T]:
-    """What every process has, by rank."""
+def all_gather(value: T) -> list[T]:
+    """Return the value of every rank, in their order."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
-    assert _team is not None
+    assert _group is not None
     values: list[Any] = [None] * world_size()
-    with _reaching():
-        dist.all_gather_object(values, value, _team.messages)
+    with _reachable():
+        dist.all_gather_object(values, value, _group.messages)
     return values
 
 
-def agreed(make: Callable[[], T] | None = None) -> T:
-    """What `make` gives in the leader, in all; a follower need not know how to make it."""
-    if rank():
-        return _heard(_Answer).value
-    assert make is not None
-    value = make()
-    if world_size() == 1:
-        return value
-    _say(_Answer(value))
-    return value
+def on_main(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 alone and return its value on every rank.
+
+    Raises:
+        UserError: from `make`, on every rank.
+    """
+    return _on_main(make, shared=True)
 
 
-def everyone(make: Callable[[], T]) -> T:
-    """What `make` gives here; what one process refuses, all refuse, and the first says it."""
+def on_main_only(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 alone and return its value there; other ranks get None, which they must not use.
+
+    Raises:
+        UserError: from `make`, on every rank.
+    """
+    return _on_main(make, shared=False)
+
+
+def _on_main(make: Callable[[], T], *, shared: bool) -> T:
     if world_size() == 1:
         return make()
-    assert _team is not None
-    value, refusal = None, None
+    value: Any = None
+    error: UserError | OSError | None = None
+    if rank() == 0:
+        try:
+            with _alone():
+                value = make()
+        except (UserError, OSError) as raised:
+            error = raised
+    said, reason = _broadcast((value if shared and error is None else None, error and str(error)))
+    if reason is not None:
+        raise error or UserError(reason)
+    return said if rank() else value
+
+
+def on_all(make: Callable[[], T]) -> T:
+    """Run `make` on every rank and return its value there. An error on one rank is raised on all of them.
+
+    Raises:
+        UserError: from `make`; another rank's names its number.
+    """
+    if world_size() == 1:
+        return make()
+    value: Any = None
+    error: UserError | OSError | None = None
     try:
         value = make()
-    except (UserError, OSError) as error:
-        refusal = error
-    refusals = {at: text for at, text in enumerate(gathered(refusal and str(refusal))) if text is not None}
-    if not refusals:
-        return value  # type: ignore[return-value]
-    said = "; ".join(f"process {at}: {text}" for at, text in refusals.items())
-    if rank() and _team.led:
-        _heard(_Answer)  # the leader's refusal
-    if not _team.led:
-        _parts()
-    if rank():
-        raise Told(said)
-    raise refusal or UserError(said)
+    except (UserError, OSError) as raised:
+        error = raised
+    reasons = {at: text for at, text in enumerate(all_gather(error and str(error))) if text is not None}
+    if not reasons:
+        return value
+    said = "; ".join(f"process {at}: {text}" for at, text in reasons.items())
+    raise error if error is not None and rank() == 0 else UserError(said)
 
 
 @contextmanager
-def alike() -> Iterator[None]:
-    """Within, all processes that were launched do the same by themselves, each its share, and none leads; without a launcher nothing is
-    there. What may be refused belongs into `everyone`: a process that fails elsewhere ends alone, and its launcher ends the others."""
-    if not launched():
-        yield
-        return
-    with joined():
-        assert _team is not None
-        _team.led = False
-        with _sharing():
-            yield
-        _parts()
-
-
-@contextmanager
-def reaching_others() -> Iterator[None]:
-    """For passes that something else divides among the processes: its errors of sending are those of `summed`."""
+def reachable_peers() -> Iterator[None]:
+    """Report a lost process as `ProcessLost` where another library sends between the processes (a Trainer's backward pass)."""
     try:
         yield
     except RuntimeError as error:
         if world_size() == 1 or not re.search(r"gloo|nccl|connection|peer", str(error), re.IGNORECASE):
             raise
-        with _reaching():
+        with _reachable():
             raise
 
 
 @contextmanager
-def together(order: str, *arguments: Any) -> Iterator[None]:
-    """What the leader does within, its followers do as well: they get the order, and `follow` carries it out."""
-    if _team is None:
-        yield
-        return
-    _say(_Order(order, arguments))
-    with _sharing():
-        yield
-
-
-@contextmanager
-def _sharing() -> Iterator[None]:
-    assert _team is not None and not _team.together
-    _team.together = True
+def _alone() -> Iterator[None]:
+    assert _group is not None
+    _group.shares = False
     try:
         yield
     finally:
-        if _team is not None:
-            _team.together = False
+        _group.shares = True
 
 
-def lead(job: Callable[[], T]) -> T:
-    """The leader's part: the job, and word to all of how it ended."""
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Make this process one of the launched ones for the duration of a verb; leave word of an error for rank 0."""
+    global _group
+    _group = _Group(*_connected())
     try:
-        value = job()
-    except Gone:
-        raise
+        yield
     except (UserError, OSError) as error:
-        with suppress(Gone):  # the error itself says more
-            _say(_Refusal(str(error)))
-            _parts()
+        if not is_main() and not isinstance(error, ProcessLost):
+            with suppress(RuntimeError):
+                _group.store.set(f"error/{os.environ['RANK']}", " ".join(str(error).split()))
         raise
-    _say(_End(value))
-    _parts()
-    return value
-
-
-def follow(obey: Callable[..., None]) -> Any:
-    """A follower's part: `obey(order, *arguments)` for every order; gives what the leader's job gave.
-
-    Raises:
-        Told: the job was refused.
-    """
-    while not isinstance(message := _heard(_Order, _End), _End):
-        with _sharing():
-            obey(message.name, *message.arguments)
-    _parts()
-    return message.value
-
-
-def _say(message: Any) -> None:
-    import torch.distributed as dist
-
-    assert _team is not None
-    with _reaching():
-        dist.broadcast_object_list([message], src=0, group=_team.messages)
-
-
-def _heard(*kinds: type) -> Any:
-    """The leader's next message; of one of these kinds, unless it refuses."""
-    import torch.distributed as dist
-
-    assert _team is not None
-    heard: list[Any] = [None]
-    try:
-        with _reaching():
-            dist.broadcast_object_list(heard, src=0, group=_team.messages)
-    except Gone as error:
-        raise Told(str(error)) from error
-    if isinstance(heard[0], _Refusal):
-        _parts()
-        raise Told(heard[0].reason)
-    assert isinstance(heard[0], kinds), heard[0]
-    return heard[0]
+    finally:
+        _group = None
 
 
 @cache
-def _parts() -> None:
-    """Once, when all have heard how a job ended: none exits before all do. Launchers end the rest as soon as one has failed, and the leader
-    has yet to speak."""
+def _connected() -> tuple["PartialState", "ProcessGroup", "Store"]:
+    """Connect once per process: tensors go over nccl between GPUs (one per process, by LOCAL_RANK) or over gloo, objects over gloo."""
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < num_local_processes():
+        raise UserError(
+            f"launcher: expected at most {gpus} processes, one per GPU, got {num_local_processes()}; start fewer"
+        )
+    with _reachable():
+        state = PartialState(cpu=not gpus, backend="nccl" if gpus else "gloo")
+        messages = dist.new_group(backend="gloo", timeout=PATIENCE)
+        store = dist.PrefixStore("headfold", dist.distributed_c10d._get_default_store())
+    atexit.register(_leave, store)
+    return state, messages, store
+
+
+def _leave(store: "Store") -> None:
+    """Let rank 0 print before any process exits, and keep its store alive until the workers have seen that it did."""
     import torch.distributed as dist
 
-    def part(messages: "ProcessGroup") -> None:
-        with suppress(Gone), _reaching():
-            dist.barrier(messages)
+    number = int(os.environ["RANK"])
+    with suppress(RuntimeError):
+        store.set(f"left/{number}", "")
+        others = [f"left/{at}" for at in range(1, num_processes())] if number == 0 else ["left/0"]
+        store.wait(others, LAST_WORD if number else LAST_WORD / 4)
+    with suppress(RuntimeError):
         dist.destroy_process_group()
 
-    assert _team is not None
-    atexit.register(part, _team.messages)
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    """Turn whatever a backend raises into `ProcessLost`: a process has died, or the network between them is broken."""
+    try:
+        yield
+    except RuntimeError as error:
+        if errors := _errors_of_workers():
+            raise UserError(errors) from error
+        said = re.sub(r"^\[.*?\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = said.partition(". ")[0]  # without the place in the backend's sources and its advice
+        raise ProcessLost(
+            f"another process of this run cannot be reached ({reason}); run the same command again to resume"
+        ) from error
 
 
-# The names of torch.distributed for the same functions.
-all_reduce = summed
-all_gather = gathered
-on_main = agreed
-on_all = everyone
+def _errors_of_workers() -> str:
+    """Return the errors with which workers ended by themselves, as far as rank 0 can still read them."""
+    found = []
+    with suppress(RuntimeError):
+        for at in range(1, num_processes()):
+            if _group is not None and is_main() and _group.store.check([f"error/{at}"]):
+                found.append(f"process {at}: {_group.store.get(f'error/{at}').decode()}")
+    return "; ".join(found)
+
+
+def _broadcast(message: Any) -> Any:
+    """Return rank 0's message on every rank."""
+    import torch.distributed as dist
+
+    assert _group is not None
+    box = [message]
+    with _reachable():
+        dist.broadcast_object_list(box, src=0, group=_group.messages)
+    return box[0]

@@ -1,6 +1,5 @@
-"""Make a plan: group the K/V heads of every site and predict what that loses. No model is run here."""
+"""Make a plan: group the K/V heads of every site and predict the error of folding them. No model is run here."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,30 +9,33 @@ import torch
 from torch import Tensor
 
 from . import group as solvers
-from . import merge as merges
 from .core import plugins
 from .core.costs import Cost, summed
 from .core.errors import UserError
 from .core.groups import Groups, check_group_count
 from .core.heads import Heads
+from .core.methods import CostMethod, GroupingMethod
 from .core.moments import Moments, site_moments
-from .core.plan import Plan, SitePlan, not_wide
+from .core.plan import Plan, SitePlan, head_dim_refusal
 from .core.predict import grouped_error, site_energy
 from .core.stats import SiteStats
 from .families.layout import read_heads
 from .families.spec import Site
 from .group import costs
+from .merge import parse_merge
 
 Read = Callable[[str], Tensor]
 LARGE = 2048
-"""Inputs of a site above which Gram matrices are multiplied out in float32: their terms are many, and only sums of errors are wanted."""
+"""Hidden size above which Gram matrices are computed in float32: each has many terms, and only sums of errors are wanted."""
+PREDICTION_STATISTICS = frozenset({"second", "scatter"})
+"""What the predicted errors in a plan are computed from."""
 
 
 def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False) -> int:
-    """`4` or `1/2` (of the source's K/V heads) → a count.
+    """Return the count of K/V heads that `4` or `1/2` (of the source's `num_kv_heads`) means.
 
     Raises:
-        UserError: not a number, or one that does not split the source's K/V heads equally where groups have to be equal.
+        UserError: not a number, or a count that does not divide the source's K/V heads where groups must be equal.
     """
     try:
         value = Fraction(str(text))
@@ -50,45 +52,59 @@ def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False)
 
 
 def divisors(num_heads: int) -> list[int]:
-    """Counts of K/V heads that equal groups allow."""
+    """Return the counts of K/V heads that equal groups allow."""
     return [n for n in range(1, num_heads + 1) if num_heads % n == 0]
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """`--group`: a solver, the cost it asks, and whether its groups may differ in size."""
+    """The value of `--group`: a solver, its cost (None where it uses none), and whether its groups may differ in size."""
 
-    solver: plugins.Method
-    cost: plugins.Method | None
+    solver: plugins.Method[GroupingMethod]
+    cost: plugins.Method[CostMethod] | None
     unequal: bool
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """Statistics that it cannot do without; a cost that says nothing needs some."""
-        return () if self.cost is None else getattr(inspect.getmodule(self.cost.function), "NEEDS", ("second",))
+    def statistics(self) -> frozenset[str]:
+        """The statistics that the cost reads."""
+        return frozenset() if self.cost is None else self.cost.record.statistics
 
 
 def parse_group(text: str) -> Grouping:
-    """`SOLVER[:cost=COST,option=value]`; where no cost is named, the solver's own or absorb's."""
+    """Return the grouping that `SOLVER[:cost=COST,option=value]` names; without a cost, it has the solver's default one.
+
+    Raises:
+        UserError: unknown solver, cost or option.
+    """
     name, _, tail = text.partition(":")
     items = [item for item in tail.split(",") if item]
     named = [item.removeprefix("cost=") for item in items if item.startswith("cost=")]
     rest = ",".join(item for item in items if not item.startswith("cost="))
-    solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, "group")
-    page = inspect.getmodule(solver.function)
-    unequal = solver.options.get("unequal", getattr(page, "UNEQUAL", False))
-    if not getattr(page, "ASKS_COST", True):
+    solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, GroupingMethod)
+    unequal = solver.options.get("unequal", solver.record.unequal)
+    if solver.record.default_cost is None:
         return Grouping(solver, None, unequal)
-    return Grouping(
-        solver, plugins.parse(costs, named[0] if named else getattr(page, "COST", "absorb"), "cost"), unequal
-    )
+    cost = named[0] if named else solver.record.default_cost
+    return Grouping(solver, plugins.parse(costs, cost, CostMethod), unequal)
+
+
+def statistics_needed(group: str, merge: str) -> frozenset[str]:
+    """Return the names of the statistics that a plan and a fold by these methods read (`SiteStats.tensors`); empty if none.
+
+    Where there are any, those that predict the errors of the plan are among them.
+
+    Raises:
+        UserError: unknown method or option.
+    """
+    named = parse_group(group).statistics | parse_merge(merge).record.statistics
+    return named | PREDICTION_STATISTICS if named else named
 
 
 def counts_of(sites: Sequence[Site], kv_heads: str | int, grouping: Grouping) -> list[int]:
-    """Of every site the count that `kv_heads` means (`parse_kv_heads`).
+    """Return the count of K/V heads that `kv_heads` means (`parse_kv_heads`) for each site.
 
     Raises:
-        UserError: a site cannot have it.
+        UserError: a site cannot have that count.
     """
     return [
         parse_kv_heads(kv_heads, site.num_kv_heads, unequal=may_differ(site, unequal=grouping.unequal))
@@ -97,13 +113,13 @@ def counts_of(sites: Sequence[Site], kv_heads: str | int, grouping: Grouping) ->
 
 
 def may_differ(site: Site, *, unequal: bool) -> bool:
-    """Whether a site's groups may differ in size, where the grouping's may: those of neighbours in a fixed order (ALiBi) may not."""
+    """Return whether a site's groups may differ in size: if the grouping allows it (`unequal`) and no order of heads is fixed (ALiBi)."""
     return unequal and site.query_order != "fixed"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Sites that are decided together, and what becomes of each of them by the count of K/V heads."""
+    """Sites that must have the same groups (or one site), and the plan of each for every count of K/V heads."""
 
     sites: tuple[Site, ...]
     plans: Mapping[int, tuple[SitePlan, ...]]
@@ -124,16 +140,17 @@ def make_plan(
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Plan:
-    """Group every site's K/V heads into `kv_heads` (`parse_kv_heads`) and predict the loss.
+    """Group every site's K/V heads into `kv_heads` groups (`parse_kv_heads`) and predict the errors.
 
-    The cache is that of `kv_heads` heads of the source's width: with a `head_dim_multiple` of 2 there are half as many, twice as wide.
+    The K/V cache is as large as with `kv_heads` heads of the source's head_dim: with a `head_dim_multiple` of 2 there are half as
+    many heads, each with twice the head_dim.
 
-    Sites that share one order of query heads (T5's stacks) are grouped alike, by the sum of their costs; where the order is
-    fixed (ALiBi) neighbours share. `read` gives a tensor by its name on disk; without `stats`, costs are computed as if inputs
-    were white, and nothing is predicted.
+    Sites that share one order of query heads (T5's stacks) get the same groups, chosen by the sum of their costs; where the order
+    is fixed (ALiBi), neighbours are grouped. `read` returns a tensor by its name on disk. Without `stats`, costs are computed as if
+    inputs were white noise, and no error is predicted.
 
     Raises:
-        UserError: unknown method or option; a count that does not split the heads.
+        UserError: unknown method or option; a count that does not divide the heads.
     """
     grouping = parse_group(group)
     made = choices(
@@ -156,51 +173,54 @@ def choices(
     workers: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Choice]:
-    """For every site, or sites that have to be grouped alike, the groups at each of `counts` and what they are predicted to lose.
+    """Plan every site, or set of sites that must have the same groups, at each of its `counts` of K/V heads.
 
-    Counts are of heads of the source's width, whose cache `head_dim_multiple` times fewer, wider ones share.
-    `workers` sites are looked at side by side, each in a thread of its own.
+    Counts are of heads of the source's head_dim; with a `head_dim_multiple`, that many of them are replaced by one head of the same
+    bytes. `workers` sites are planned at a time, each in a thread of its own.
+
+    Raises:
+        UserError: unknown method or option; a `head_dim_multiple` or a count that a site cannot have.
     """
-    merging = str(plugins.parse(merges, merge, "merge"))
+    merging = str(parse_merge(merge))
     if head_dim_multiple > 1:
         check_head_dim_multiple(head_dim_multiple, sites, merge, grouping)
 
     def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
-        views = [_View.of(site, read, stats, head_dim_multiple) for site in together]
+        analyses = [_SiteAnalysis.of(site, read, stats, head_dim_multiple) for site in together]
         planned = {}
         for count in counts(together[0]):
             if count % head_dim_multiple:
                 raise UserError(
-                    f"--kv-heads {count} --head-dim-multiple {head_dim_multiple}: expected a count that the width divides"
+                    f"--kv-heads {count} --head-dim-multiple {head_dim_multiple}: expected a count that {head_dim_multiple} divides"
                 )
-            groups = _grouped(views, grouping, count // head_dim_multiple, seed)
-            planned[count] = tuple(view.plan(groups, merging) for view in views)
+            groups = _grouped(analyses, grouping, count // head_dim_multiple, seed)
+            planned[count] = tuple(analysis.plan(groups, merging) for analysis in analyses)
         return Choice(tuple(together), planned)
 
-    difference_and_tolerance = _decided_together(sites)
+    sets = _grouped_together(sites)
     if workers == 1:
-        return [decide(together) for together in difference_and_tolerance]
+        return [decide(together) for together in sets]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(decide, difference_and_tolerance))
+        return list(pool.map(decide, sets))
 
 
 def check_head_dim_multiple(head_dim_multiple: int, sites: Iterable[Site], merge: str, grouping: Grouping) -> None:
-    """Refuse heads wider than the source's where a method or a site cannot have them.
+    """Refuse a multiple of the source's head_dim that the merge, the grouping or a site cannot have.
 
     Raises:
-        UserError: says which.
+        UserError: names the method or the site.
     """
     asked = f"--head-dim-multiple {head_dim_multiple}"
-    name = merge.partition(":")[0]
-    if not getattr(plugins.load(merges, name), "HEAD_DIM_MULTIPLE", False):
-        raise UserError(f"{asked}: --merge {name} knows heads of the source's width alone; use --merge absorb")
+    merging = parse_merge(merge)
+    if not merging.record.head_dim_multiples:
+        raise UserError(f"{asked}: --merge {merging.name} keeps the source's head_dim; choose --merge absorb")
     for site in sites:
-        if reason := not_wide(site, head_dim_multiple):
-            raise UserError(f"{asked}: {site.name}: {reason}; choose another, or leave it out")
+        if reason := head_dim_refusal(site, head_dim_multiple):
+            raise UserError(f"{asked}: {site.name}: {reason}; choose another multiple, or leave the option out")
     if grouping.unequal:
         raise UserError(
-            f"{asked}: expected equal groups; leave out unequal=true, or choose another --group than kmeans"
+            f"{asked}: expected groups of equal size; leave unequal=true out, or choose another --group than kmeans"
         )
 
 
@@ -212,7 +232,7 @@ def assemble(
     seed: int,
     calibration: Mapping[str, str] | None,
 ) -> Plan:
-    """The plan that takes of each choice the count beside it."""
+    """Return the plan with the given count of K/V heads for each choice."""
     found = {
         site.name: plan
         for choice, count in chosen
@@ -221,8 +241,8 @@ def assemble(
     return Plan({site.name: found[site.name] for site in sites}, group, source, seed, calibration or {})
 
 
-def _decided_together(sites: Sequence[Site]) -> list[list[Site]]:
-    """Each site alone, but the sites of a stack with one order of query heads at once."""
+def _grouped_together(sites: Sequence[Site]) -> list[list[Site]]:
+    """Return the sites in sets that must have the same groups: those of a stack with one order of query heads, every other one alone."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
         stacks.setdefault(f"stack {site.stack}" if site.query_order == "stack" else site.name, []).append(site)
@@ -230,8 +250,8 @@ def _decided_together(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 @dataclass(slots=True)
-class _View:
-    """A site with what was computed of it, each thing once and only if asked for."""
+class _SiteAnalysis:
+    """What is computed of one site, each part once and only if it is needed."""
 
     site: Site
     read: Read
@@ -242,32 +262,40 @@ class _View:
     _cost: Cost | None = None
 
     @classmethod
-    def of(cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None, head_dim_multiple: int) -> "_View":
+    def of(
+        cls, site: Site, read: Read, stats: Mapping[str, SiteStats] | None, head_dim_multiple: int
+    ) -> "_SiteAnalysis":
         return cls(site, read, None if stats is None else stats[site.name], head_dim_multiple)
 
     @property
     def heads(self) -> Heads:
-        # A site of a 7B model is 134 MB: read only where there is something to compute from.
+        # A site of a 7B model is 134 MB: it is read only if something is computed from it.
         self._heads = read_heads(self.site, self.read) if self._heads is None else self._heads
         return self._heads
 
     @property
+    def stats_or_isotropic(self) -> SiteStats:
+        return self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1)
+
+    @property
     def moments(self) -> Moments:
         if self._moments is None:
-            given = self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1)
-            large = self.heads.k.shape[2] > LARGE
-            self._moments = site_moments(self.heads, given, products=torch.float32 if large else torch.float64)
+            products = torch.float32 if self.heads.k.shape[2] > LARGE else torch.float64
+            self._moments = site_moments(self.heads, self.stats_or_isotropic, products=products)
         return self._moments
 
-    def cost(self, method: plugins.Method) -> Cost:
-        """Of the one method that a run groups by; it remembers sets, so all counts share what they ask."""
-        page = inspect.getmodule(method.function)
-        if self._cost is None and hasattr(page, "cost_of"):
-            width = {"head_dim_multiple": self.head_dim_multiple} if getattr(page, "HEAD_DIM_MULTIPLE", False) else {}
-            self._cost = page.cost_of(self.moments, **method.options, **width)
-        elif self._cost is None:
-            self._cost = method(self.heads, self.stats or SiteStats.isotropic(self.heads.k.shape[2] - 1))
+    def cost(self, method: plugins.Method[CostMethod]) -> Cost:
+        """Return the cost of grouping heads of this site, made once: it remembers the sets that it computed for earlier counts."""
+        if self._cost is None:
+            self._cost = self._new_cost(method)
         return self._cost
+
+    def _new_cost(self, method: plugins.Method[CostMethod]) -> Cost:
+        record = method.record
+        if record.cost_from_moments is None:
+            return method(self.heads, self.stats_or_isotropic)
+        multiple = {"head_dim_multiple": self.head_dim_multiple} if record.head_dim_multiples else {}
+        return record.cost_from_moments(self.moments, **method.options, **multiple)
 
     def plan(self, groups: Groups, merge: str) -> SitePlan:
         dim = self.head_dim_multiple * self.site.head_dim
@@ -277,13 +305,13 @@ class _View:
         return SitePlan(groups, merge, dim, error, site_energy(self.moments))
 
 
-def _grouped(views: Sequence[_View], grouping: Grouping, num_kv_heads: int, seed: int) -> Groups:
-    """One partition for all of the sites."""
-    site = views[0].site
+def _grouped(analyses: Sequence[_SiteAnalysis], grouping: Grouping, num_kv_heads: int, seed: int) -> Groups:
+    """Return one partition for all of the sites."""
+    site = analyses[0].site
     num_heads = site.num_kv_heads
     if num_kv_heads in (1, num_heads) or site.query_order == "fixed":
         return Groups.contiguous(num_heads, num_kv_heads)
     if grouping.cost is None:
         return grouping.solver(None, num_heads, num_kv_heads, seed=seed)
-    cost = summed([view.cost(grouping.cost) for view in views])
+    cost = summed([analysis.cost(grouping.cost) for analysis in analyses])
     return grouping.solver(cost, num_heads, num_kv_heads, seed=seed)

@@ -11,9 +11,9 @@ import transformers
 from grades import assert_tight, assert_tight_through_float32_norms
 from torch import Tensor
 
-from headfold.recipe.exporting import export
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.runtime.remote import BASE, auto_map
+from headfold.verbs.export import export
 
 HEADS, DIM, WIDTH, VOCABULARY, LAYERS = 6, 10, 60, 61, 2
 EVEN, SHUFFLED, UNEVEN, OTHER, ONE = (

@@ -21,12 +21,12 @@ from transformers import TrainerCallback
 from headfold import calibration, cli, parallel
 from headfold.core.errors import UserError
 from headfold.planning import make_plan
-from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
 from headfold.refine import refit as refitting
 from headfold.refine.heal import heal as healed
 from headfold.refine.refit import refit
 from headfold.surgery import query_order, site_heads
+from headfold.verbs.uptrain import uptrain
 
 BATCH_TOKENS = 64
 CASES: dict[str, tuple[str, Mapping[str, Tensor]]] = {
@@ -53,8 +53,8 @@ def found(name: str, batch_tokens: int = BATCH_TOKENS, tokens: int = TOKENS) -> 
     given = (model, sites, lambda site: site_heads(site, plan, read, stats), sample)
     results = {
         "statistics": {site: s.tensors for site, s in stats.items()},
-        "refit": refit(*given, **how),
-        "heal": healed(*given, tokens=tokens, **how),
+        "refit": {site: fitted.to_tensors() for site, fitted in refit(*given, **how).items()},
+        "heal": {site: fitted.to_tensors() for site, fitted in healed(*given, tokens=tokens, **how).items()},
     }
     counts = {f"count/{site}": torch.tensor([float(s.count)]).double() for site, s in stats.items()}
     return counts | {

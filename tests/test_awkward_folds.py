@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import model  # noqa: F401  (a fixture)
 
-from headfold import recipe
+import headfold
 from headfold.core.errors import UserError
 
 BASELINE = {"merge": "mean", "group": "contiguous"}
@@ -24,7 +24,7 @@ def test_nan_outside_attention_is_named_by_verification(source: Path, tmp_path: 
     tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = torch.nan
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight: 1 of \d+ elements are NaN"):
-        recipe.fold(source, tmp_path / "out", kv_heads=4, refit=False, **BASELINE)
+        headfold.fold(source, tmp_path / "out", kv_heads=4, refit=False, **BASELINE)
     assert not (tmp_path / "out").exists()
 
 
@@ -32,7 +32,7 @@ def test_a_refusal_before_anything_is_made_leaves_nothing(source: Path, tmp_path
     (tmp_path / "empty.txt").write_text("")
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match="empty.txt"):
-        recipe.fold(source, tmp_path / "out", kv_heads=4, calibration=str(tmp_path / "empty.txt"))
+        headfold.fold(source, tmp_path / "out", kv_heads=4, calibration=str(tmp_path / "empty.txt"))
     assert set(tmp_path.iterdir()) == before
 
 
@@ -41,24 +41,24 @@ def test_the_card_tells_the_text_of_the_statistics_from_that_of_the_refit(source
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
     other.write_text("and now for something else, said the dog\n" * 60)
     stats = tmp_path / "stats.safetensors"
-    recipe.calibrate(source, stats, calibration=str(text), tokens=256)
+    headfold.calibrate(source, stats, calibration=str(text), tokens=256)
     words = {"calibration": str(other), "tokens": 256, "verify": False}
 
-    recipe.fold(source, tmp_path / "out", kv_heads=4, stats=stats, **words)
+    headfold.fold(source, tmp_path / "out", kv_heads=4, stats=stats, **words)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Calibration: `{text}`" in card and f"Refitted on: `{other}`" in card and "--stats" in card
 
-    recipe.fold(source, tmp_path / "baseline", kv_heads=4, **BASELINE, **words)
+    headfold.fold(source, tmp_path / "baseline", kv_heads=4, **BASELINE, **words)
     card = (tmp_path / "baseline" / "README.md").read_text()
     assert "Calibration: none" in card and f"Refitted on: `{other}`" in card
 
-    recipe.fold(source, tmp_path / "one", kv_heads=4, **words)
+    headfold.fold(source, tmp_path / "one", kv_heads=4, **words)
     card = (tmp_path / "one" / "README.md").read_text()
     assert f"Calibration: `{other}`" in card and "Refitted on" not in card
 
 
 def test_a_plan_makes_its_folder(source: Path, tmp_path: Path) -> None:
-    recipe.plan(source, tmp_path / "new" / "plan.json", kv_heads=4, **BASELINE)
+    headfold.plan(source, tmp_path / "new" / "plan.json", kv_heads=4, **BASELINE)
     assert (tmp_path / "new" / "plan.json").exists()
 
 
@@ -66,4 +66,4 @@ def test_a_model_type_that_is_no_name_is_refused(source: Path) -> None:
     config = source / "config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": ["llama"]'))
     with pytest.raises(UserError, match="unknown model_type"):
-        recipe.inspect(source)
+        headfold.inspect(source)

@@ -15,11 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.recipe.benching import bench
 from headfold.report import timings
 from headfold.runtime.cache import GrowingLayer
 from headfold.timing import breakdown, generation, machine, shapes
 from headfold.timing.generation import Setting
+from headfold.verbs.bench import bench
 
 SMALL = dict(contexts=(12,), batches=(2,), new_tokens=4, rounds=2)
 
@@ -129,9 +129,7 @@ def test_random_models_of_a_shape_share_all_but_keys_and_values(name: str) -> No
     other = shapes.random_model(config, 2, dtype=torch.float32, like=first, where=where)
     own = dict(first.named_parameters())
     differing = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
-    assert differing and all(
-        "attn" in path.lower() or "attention" in path.lower() for path in differing
-    )
+    assert differing and all("attn" in path.lower() or "attention" in path.lower() for path in differing)
     assert set(generation.generate(other, Setting(6, 1, 3), grows=False).kv_heads) == {2}
     logits = other(**tiny_sample(name)).logits
     assert torch.isfinite(logits).all() and logits.std() > 0

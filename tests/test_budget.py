@@ -16,90 +16,90 @@ from test_cli import copy, model, run  # noqa: F401 - fixtures
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
 
 import headfold
-from headfold import planning, recipe
-from headfold.budget import Option, frontier, spread, spread_qcqa, total
+from headfold import planning
+from headfold.budget.allocation import CountOption, allocate, allocate_qcqa, pareto_front, total
+from headfold.budget.curves import interpolated_loss, measured_counts
+from headfold.budget.request import BudgetRequest, _share, _size
+from headfold.conversion.folded_config import folded_config as config_of
+from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
 from headfold.evaluate.sensitivity import Divergence, measure_sites_alone, replaced_parameters
 from headfold.families.spec import Site
-from headfold.recipe.config import config_of
-from headfold.recipe.source import open_source
-from headfold.recipe.spreading import _measured_counts, loss_at
-from headfold.recipe.wish import BudgetRequest, _share, _size
 
 
 @st.composite
-def curves(draw: st.DrawFn) -> dict[str, list[Option]]:
+def curves(draw: st.DrawFn) -> dict[str, list[CountOption]]:
     """A few sites, each with counts whose loss falls as their bytes rise."""
     made = {}
     for name in "abcd"[: draw(st.integers(1, 4))]:
         width, scale = draw(st.sampled_from([16, 24])), draw(st.sampled_from([1e2, 1e4, 1e8]))
         losses = sorted(draw(st.lists(st.integers(1, 1000), min_size=3, max_size=3)), reverse=True)
-        made[name] = [Option(n, n * width, x / scale) for n, x in zip((1, 2, 4), losses, strict=True)] + [
-            Option(8, 8 * width, 0.0)
+        made[name] = [CountOption(n, n * width, x / scale) for n, x in zip((1, 2, 4), losses, strict=True)] + [
+            CountOption(8, 8 * width, 0.0)
         ]
     return made
 
 
-def every_spread(options: dict[str, list[Option]]) -> list[dict[str, int]]:
-    counts = itertools.product(*([option.kv_heads for option in listed] for listed in options.values()))
+def every_spread(options: dict[str, list[CountOption]]) -> list[dict[str, int]]:
+    counts = itertools.product(*([option.num_kv_heads for option in listed] for listed in options.values()))
     return [dict(zip(options, found, strict=True)) for found in counts]
 
 
 @settings(max_examples=60, deadline=None)
 @given(curves(), st.floats(0.13, 1))
-def test_no_spread_within_the_budget_loses_less(options: dict[str, list[Option]], share: float) -> None:
+def test_no_spread_within_the_budget_loses_less(options: dict[str, list[CountOption]], share: float) -> None:
     limit = share * sum(listed[-1].kv_bytes for listed in options.values())
-    found = total(options, spread(options, max_bytes=limit))
+    found = total(options, allocate(options, max_bytes=limit))
     assert found.kv_bytes <= limit
     within = [total(options, made) for made in every_spread(options)]
-    assert found.loss <= min(one.loss for one in within if one.kv_bytes <= limit) + 1e-12
+    assert found.loss_increase <= min(one.loss_increase for one in within if one.kv_bytes <= limit) + 1e-12
 
 
 @settings(max_examples=60, deadline=None)
 @given(curves(), st.floats(0, 20))
-def test_no_spread_within_the_loss_takes_less(options: dict[str, list[Option]], limit: float) -> None:
-    found = total(options, spread(options, max_loss=limit))
-    assert found.loss <= limit + 1e-12
+def test_no_spread_within_the_loss_takes_less(options: dict[str, list[CountOption]], limit: float) -> None:
+    found = total(options, allocate(options, max_loss=limit))
+    assert found.loss_increase <= limit + 1e-12
     within = [total(options, made) for made in every_spread(options)]
-    best = min((one.kv_bytes, one.loss) for one in within if one.loss <= limit)  # of equal bytes the least loss
-    assert (found.kv_bytes, found.loss) == pytest.approx(best, rel=1e-12)
+    best = min((one.kv_bytes, one.loss_increase) for one in within if one.loss_increase <= limit)  # of equal bytes the least loss
+    assert (found.kv_bytes, found.loss_increase) == pytest.approx(best, rel=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
 @given(curves())
-def test_a_frontier_falls(options: dict[str, list[Option]]) -> None:
-    points = [total(options, made) for made in frontier(options)]
-    assert points[-1].loss == 0
+def test_a_frontier_falls(options: dict[str, list[CountOption]]) -> None:
+    points = [total(options, made) for made in pareto_front(options)]
+    assert points[-1].loss_increase == 0
     for less, more in itertools.pairwise(points):
-        assert less.kv_bytes < more.kv_bytes and less.loss > more.loss
+        assert less.kv_bytes < more.kv_bytes and less.loss_increase > more.loss_increase
 
 
 @settings(max_examples=5, deadline=None)
 @given(curves())
-def test_the_second_stage_of_qcqa_is_within_the_budget_and_not_better(options: dict[str, list[Option]]) -> None:
+def test_the_second_stage_of_qcqa_is_within_the_budget_and_not_better(options: dict[str, list[CountOption]]) -> None:
     limit = 0.6 * sum(listed[-1].kv_bytes for listed in options.values())
-    theirs = spread_qcqa(options, limit, generations=10)
+    theirs = allocate_qcqa(options, limit, generations=10)
     assert set(theirs.values()) <= {1, 8} and total(options, theirs).kv_bytes <= limit
-    assert total(options, spread(options, max_bytes=limit)).loss <= total(options, theirs).loss + 1e-4
+    assert total(options, allocate(options, max_bytes=limit)).loss_increase <= total(options, theirs).loss_increase + 1e-4
 
 
 def test_budgets_that_nothing_meets_are_refused() -> None:
-    options = {"a": [Option(1, 16, 2.0), Option(2, 32, 1.0)]}
+    options = {"a": [CountOption(1, 16, 2.0), CountOption(2, 32, 1.0)]}
     with pytest.raises(UserError, match="fewest K/V heads"):
-        spread(options, max_bytes=8)
+        allocate(options, max_bytes=8)
     with pytest.raises(UserError, match="most K/V heads"):
-        spread(options, max_loss=0.5)
+        allocate(options, max_loss=0.5)
     with pytest.raises(UserError, match="fewest K/V heads"):
-        spread_qcqa(options, 8)
+        allocate_qcqa(options, 8)
 
 
 def test_loss_between_measured_counts_follows_the_prediction() -> None:
     predicted = {1: 0.8, 2: 0.4, 4: 0.2, 8: 0.1, 16: 0.0}
     measured = {1: 3 * 0.8**2, 4: 3 * 0.2**2}
     for count, error in predicted.items():
-        assert math.isclose(loss_at(count, predicted, measured), 3 * error**2, rel_tol=1e-9), count
-    assert loss_at(2, predicted, {4: 0.1}) == pytest.approx(0.2)  # of one point: in proportion
+        assert math.isclose(interpolated_loss(count, predicted, measured), 3 * error**2, rel_tol=1e-9), count
+    assert interpolated_loss(2, predicted, {4: 0.1}) == pytest.approx(0.2)  # of one point: in proportion
 
 
 @pytest.mark.parametrize(("text", "size"), [("40KiB", 40960), ("65536", 65536), ("1.5 kB", 1500), ("2MiB", 2 << 20)])
@@ -149,7 +149,7 @@ def test_every_count_may_be_used_where_groups_may_differ_in_size() -> None:
 def test_measured_counts_reach_from_the_least_to_the_most(most: int, number: int) -> None:
     """And nowhere leave a gap much wider than even steps of the logarithm would."""
     counts = list(range(1, most + 1))
-    found = _measured_counts(counts, number)
+    found = measured_counts(counts, number)
     assert found[0] == 1 and found[-1] == most and set(found) <= set(counts) and len(found) == min(number, most)
     assert all(
         after / before <= max(2, 1.35 * most ** (1 / (number - 1))) for before, after in itertools.pairwise(found)
@@ -260,7 +260,7 @@ def test_what_else_lies_in_a_file_of_sensitivities_changes_nothing(
 
 def test_an_encoder_has_no_budget(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leave --encoder out"):
-        recipe.deciding.refuse_unreachable(open_source(tiny_checkpoint("t5"), True), BudgetRequest(kv_budget="50%"))
+        BudgetRequest(kv_budget="50%").check_reachable(open_source(tiny_checkpoint("t5"), True))
 
 
 @pytest.mark.parametrize("name", ["swap:unequal=true", "kmeans"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import headfold
 from headfold import cli
-from headfold.recipe import DEFAULT_CALIBRATION, DEFAULT_TOKENS
+from headfold.conversion.calibration_config import DEFAULT_TOKENS
 
 LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
 
@@ -73,7 +73,7 @@ def test_the_whole_path(run, model: Path, tmp_path: Path) -> None:
     folded = run("fold", model, out, "--plan", tmp_path / "plan.json", "--stats", stats, *source, "--json")
     result = json.loads(folded.out)
     assert (
-        folded.err == "" and result["kv_heads_after"] == 2 and result["refitted"] and result["verification"]["passed"]
+        folded.err == "" and result["num_kv_heads_after"] == 2 and result["refitted"] and result["verification"]["passed"]
     )
     assert result["plan"] == json.loads((tmp_path / "plan.json").read_text())
     assert headfold.load(out).config.num_key_value_heads == 2
@@ -247,7 +247,7 @@ def test_an_interrupt_is_one_line(run, monkeypatch: pytest.MonkeyPatch, model: P
     def interrupted(*args: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("headfold.recipe.inspect", interrupted)
+    monkeypatch.setattr("headfold.verbs.inspect.inspect", interrupted)
     ran = run("inspect", model)
     assert ran.code == 130 and ran.err == "headfold: interrupted\n"
 

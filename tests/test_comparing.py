@@ -9,9 +9,10 @@ import pytest
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 
+from headfold.conversion.comparison_methods import METHODS
 from headfold.core.errors import UserError
-from headfold.recipe import comparing
-from headfold.recipe.comparing import METHODS, compare
+from headfold.verbs import compare as comparing
+from headfold.verbs.compare import compare
 
 
 def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_path: Path) -> None:

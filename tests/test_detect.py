@@ -1,11 +1,9 @@
 """The probe, which looks at no literal, finds those that were written by hand; lies about a family are caught."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,13 +14,13 @@ from typer.testing import CliRunner
 import headfold.cli
 import headfold.families
 from headfold.core.errors import UserError
-from headfold.detect import Probed, probe, prove, source_of, subject_of
-from headfold.detect.laws import prove_laws
-from headfold.detect.shrink import Geometry, shrink
-from headfold.detect.toy import Unproven
+from headfold.detection import Probed, probe, prove, source_of, subject_of
+from headfold.detection.laws import prove_laws
+from headfold.detection.shrink import Geometry, shrink
+from headfold.detection.toy import Unproven
 from headfold.families import family_of
 from headfold.families.spec import Attention, Family, Rope, sites
-from headfold.recipe import probing
+from headfold.verbs import detect as probing
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ("llama", "phi", "cohere", "qwen3", "phi3", "gpt_oss", "smollm3", "gemma3_text", "glm", "gpt_neox")
@@ -173,23 +171,14 @@ def test_what_is_no_model_is_refused() -> None:
         probe("vit")
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("probe_all", ROOT / "scripts" / "probe_all.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_readme_has_the_table_of_the_results() -> None:
+def test_the_results_say_why_a_type_does_not_fold() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "probe.json").read_text())
     assert results["proven"] == sum(found["proven"] for found in results["types"].values()) >= 60
     assert all(found["proven"] or found["reason"] for found in results["types"].values())
-    between = (ROOT / "README.md").read_text().split(script().BEGIN)[1].split(script().END)[0]
-    assert between.strip() == script().table(results["types"], results["versions"]["transformers"])
 
 
 def test_toy_models_are_computed_in_float64_throughout() -> None:
-    from headfold.detect.toy import in_float64
+    from headfold.detection.toy import in_float64
 
     norm = torch.nn.Linear(3, 3, dtype=torch.float32)
     x = torch.ones(2, 3, dtype=torch.float64)

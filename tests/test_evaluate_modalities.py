@@ -151,7 +151,9 @@ def test_divergence_of_translations_is_that_of_each_token(batch_size: int, token
 
 def test_without_new_tokens_nothing_is_written(tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(translation, "generate_texts", None)
-    found = translation.evaluate_translation(writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0)
+    found = translation.evaluate_translation(
+        writer("bart"), PAIRS, tokenizer, reference=writer("bart", seed=1), max_new_tokens=0
+    )
     assert found.bleu is None and found.reference_bleu is None and found.kl > 0
 
 
@@ -249,9 +251,7 @@ def test_an_encoder_is_nearest_to_itself(head, family, pooling):
     )
     changed = embedding.evaluate_embedding(model, sample, other, pooling=pooling)
     assert (
-        -1 <= changed.worst_cosine < changed.cosine < 0.9
-        and changed.rank_correlation < 0.9
-        and changed.num_items == 13
+        -1 <= changed.worst_cosine < changed.cosine < 0.9 and changed.rank_correlation < 0.9 and changed.num_items == 13
     )
     a, b = (embedding.embed(each, sample, pooling=pooling) for each in (model, other))
     cosines = [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)]
@@ -350,7 +350,7 @@ def test_eval_chooses_embeddings_for_encoders(saved, tmp_path):
     ],
 )
 def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, tmp_path):
-    from headfold.recipe import scoring
+    from headfold.evaluate import data as scoring
 
     (tmp_path / "lines.txt").write_text("w1 w2\nw3\n")
     with pytest.raises(UserError, match=message):
@@ -358,7 +358,6 @@ def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, t
 
 
 def test_view_shows_what_was_measured(capsys):
-    from headfold.recipe.scoring import Scores
     from headfold.report.views import show_evaluation
 
     measured = classification.Classification(num_items=1234, accuracy=0.5, cross_entropy=1.25, seconds=1.0)

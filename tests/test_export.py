@@ -32,8 +32,8 @@ from grouped_models import (
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.recipe.exporting import export
 from headfold.runtime.remote import BASE
+from headfold.verbs.export import export
 
 STOCK = [
     *((name, EVEN, "PhiForCausalLM") for name in PHI),

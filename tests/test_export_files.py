@@ -19,14 +19,14 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
-from headfold.export import layout as export_layout
-from headfold.export import phi
-from headfold.export.folded import folded
-from headfold.export.layout import choose_layout, export_layouts, make_export, query_heads
-from headfold.export.pieces import UNTOUCHED
-from headfold.export.rounding import Unrounded
-from headfold.recipe.exporting import export
+from headfold.exports import layout as export_layout
+from headfold.exports import phi
+from headfold.exports.folded import folded
+from headfold.exports.layout import choose_layout, export_layouts, make_export, query_heads
+from headfold.exports.pieces import UNTOUCHED
+from headfold.exports.rounding import Unrounded
 from headfold.report import card
+from headfold.verbs.export import export
 
 
 def test_decilm_is_read_as_its_readers_do(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ import headfold
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
 from headfold.checkpoint.stats_file import StatsFile, write_stats
+from headfold.conversion import fitted_sites as fitted
+from headfold.conversion import verification, writing
+from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
-from headfold.recipe import fitted, folding, job
-from headfold.recipe.measuring import Teacher
+from headfold.verbs import fold as verb
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
@@ -81,7 +83,7 @@ def test_a_mean_needs_no_calibration_and_loads_in_stock_transformers(dtype: torc
     source, out = tiny_checkpoint("llama", dtype), tmp_path / "out"
     result = headfold.fold(source, out, **BASELINE)
     assert result.verification.passed and not result.refitted and result.plan.calibration == {}
-    assert (result.kv_heads_before, result.kv_heads_after) == (8, 2)
+    assert (result.num_kv_heads_before, result.num_kv_heads_after) == (8, 2)
     assert result.kv_bytes_before == 4 * result.kv_bytes_after == 2 * 2 * 8 * 8 * dtype.itemsize
     config, old = (json.loads((path / "config.json").read_text()) for path in (out, source))
     assert config == old | {"num_key_value_heads": 2}
@@ -120,7 +122,7 @@ def test_a_grouped_source_folds_on_down_to_one_head(merge: str, tmp_path: Path, 
     if merge in ("absorb", "procrustes"):
         settings["stats"] = stats
     four, one = tmp_path / "four", tmp_path / "one"
-    assert headfold.fold(source, four, kv_heads="1/2", **settings).kv_heads_after == 4
+    assert headfold.fold(source, four, kv_heads="1/2", **settings).num_kv_heads_after == 4
     if "stats" in settings:
         grouped = collect(
             stock_model(four), [site for site, _ in tiny_sites(four)], {"input_ids": tiny_tokens(6, seed=1)}
@@ -128,7 +130,7 @@ def test_a_grouped_source_folds_on_down_to_one_head(merge: str, tmp_path: Path, 
         settings["stats"] = tmp_path / "grouped.safetensors"
         write_stats(settings["stats"], grouped, {"model": Checkpoint.open(four).fingerprint()})
     result = headfold.fold(four, one, kv_heads=1, **settings)
-    assert (result.kv_heads_before, result.kv_heads_after) == (4, 1) and result.verification.passed
+    assert (result.num_kv_heads_before, result.num_kv_heads_after) == (4, 1) and result.verification.passed
     assert {heads.num_kv_heads for _, heads in tiny_sites(one)} == {1}
     if merge == "mean":  # means of equal groups of means are means
         headfold.fold(source, tmp_path / "at once", kv_heads=1, **settings)
@@ -180,15 +182,15 @@ def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 KILLED_AT: dict[str, tuple[Any, str, int]] = {
     "calibrate": (Teacher, "write_statistics", 0),
-    "plan": (folding, "plan_source", 0),
+    "plan": (verb, "plan_uniform", 0),
     "refit": (Teacher, "refit", 0),
     "refit, second site": (fitted, "save_file", 1),
-    "write, first site": (job, "site_tensors", 0),
-    "write, second site": (job, "site_tensors", 1),
-    "side files": (job, "copy_side_files", 0),
-    "verify": (job, "compare_with_twin", 0),
-    "card": (job, "model_card", 0),
-    "rename": (job, "commit", 0),
+    "write, first site": (writing, "site_tensors", 0),
+    "write, second site": (writing, "site_tensors", 1),
+    "side files": (writing, "copy_side_files", 0),
+    "verify": (verification, "compare_with_twin", 0),
+    "card": (verb, "model_card", 0),
+    "rename": (verb, "commit", 0),
 }
 """Where a function lives, its name, and how many calls of it return before one never does."""
 
@@ -233,7 +235,7 @@ def test_killed_in_shards_and_run_again_gives_the_same_bytes(source: Path, tmp_p
     shards = resharded(source, tmp_path / "shards", torch.float32)
     headfold.fold(shards, tmp_path / "calm", **BASELINE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "site_tensors", failing(job.site_tensors, 1))
+        patch.setattr(writing, "site_tensors", failing(writing.site_tensors, 1))
         with pytest.raises(KeyboardInterrupt):
             headfold.fold(shards, tmp_path / "out", **BASELINE)
     headfold.fold(shards, tmp_path / "out", **BASELINE)
@@ -282,7 +284,7 @@ def one_head_wrong(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path: Path) -> None:
-    make = job.site_tensors
+    make = writing.site_tensors
 
     def corrupting(site: Any, *args: Any, **keywords: Any) -> Mapping[str, Tensor]:
         tensors = make(site, *args, **keywords)
@@ -291,7 +293,7 @@ def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path:
 
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "site_tensors", corrupting)
+        patch.setattr(writing, "site_tensors", corrupting)
         with pytest.raises(UserError, match=r"head-repeated twin.*first in layers\.1.*not renamed") as refusal:
             headfold.fold(source, out, **BASELINE)
         assert "\n" not in str(refusal.value)
@@ -302,9 +304,9 @@ def test_a_fold_that_is_not_its_twin_never_gets_its_name(source: Path, tmp_path:
 
 def test_a_failed_verification_is_not_taken_up_again(source: Path, tmp_path: Path) -> None:
     """After the cause is gone the same call must not go on from the wrong bytes."""
-    make, out = job.site_tensors, tmp_path / "out"
+    make, out = writing.site_tensors, tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k))
+        patch.setattr(writing, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k))
         with pytest.raises(UserError):
             headfold.fold(source, out, **BASELINE)
     headfold.fold(source, out, **BASELINE)

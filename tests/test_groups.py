@@ -20,6 +20,7 @@ from headfold.core.equivalents import random_equivalent, repeated_random_equival
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
+from headfold.core.methods import CostMethod, GroupingMethod
 from headfold.group import costs, swap
 
 Cost = Callable[[tuple[int, ...]], float]
@@ -36,22 +37,24 @@ def shuffled_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
     return replace(own, **{role: getattr(own, role)[order] for role in ("q", "k", "v", "o")})
 
 
-UNDONE = {
-    "absorb": repeated_random_equivalent,
-    "procrustes": turned_copies,
-    "wse": shuffled_copies,
-    "cosine": shuffled_copies,
+COPIES_THAT_DIFFER_BY = {
+    "copies": shuffled_copies,
+    "rotations": turned_copies,
+    "key_freedom": repeated_random_equivalent,
 }
-"""Copies of heads that each cost promises to see through."""
 SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
+def record_of(name: str) -> GroupingMethod:
+    return plugins.load(solvers, name, GroupingMethod)
+
+
 def solve(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed: int = 0, **options: int) -> Groups:
-    return plugins.load(solvers, name).group(cost, num_heads, num_kv_heads, seed=seed, **options)
+    return record_of(name).group(cost, num_heads, num_kv_heads, seed=seed, **options)
 
 
 def cost_of(name: str, site: RandomSite) -> Cost:
-    return plugins.load(costs, name).cost(site.heads, site.stats)
+    return plugins.load(costs, name, CostMethod).cost(site.heads, site.stats)
 
 
 def generic_cost(seed: int) -> Cost:
@@ -90,7 +93,7 @@ def test_the_answer_is_a_balanced_partition_in_canonical_labels_and_repeatable(
     num_heads, num_kv_heads = sizes
     groups = solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
     assert (groups.num_heads, groups.num_kv_heads) == sizes
-    if not getattr(plugins.load(solvers, name), "UNEQUAL", False):
+    if not record_of(name).unequal:
         assert set(groups.sizes) == {num_heads // num_kv_heads}
     assert groups == Groups.of(groups.group_of_head)
     assert groups == solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
@@ -167,23 +170,22 @@ def test_a_solver_asks_only_for_sorted_sets(name: str) -> None:
 
     solve(name, cost, 8, 2)
     solve(name, cost, 16, 4)
-    assert bool(asked) == getattr(plugins.load(solvers, name), "ASKS_COST", True)
+    assert bool(asked) == (record_of(name).default_cost is not None)
     assert all(list(members) == sorted(set(members)) for members in asked)
     # Pairs stand in for what is dear; beyond them only what is asked of is.
-    unequal = getattr(plugins.load(solvers, name), "UNEQUAL", False)
+    unequal = record_of(name).unequal
     assert unequal or {len(members) for members in asked} <= {2, 4}
 
 
 UNEQUAL_SOLVERS = [
     name
     for name in plugins.names(solvers)
-    if "unequal" in plugins.option_defaults(plugins.load(solvers, name).group)
-    or getattr(plugins.load(solvers, name), "UNEQUAL", False)
+    if "unequal" in plugins.option_defaults(record_of(name).group) or record_of(name).unequal
 ]
 
 
 def solve_unequal(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed: int = 0) -> Groups:
-    asked = {} if getattr(plugins.load(solvers, name), "UNEQUAL", False) else {"unequal": True}
+    asked = {} if record_of(name).unequal else {"unequal": True}
     return solve(name, cost, num_heads, num_kv_heads, seed, **asked)
 
 
@@ -335,7 +337,8 @@ def test_a_cost_does_not_care_how_heads_are_named(name: str, freedom: str) -> No
 @pytest.mark.parametrize("copy", ["identical", "disguised"])
 def test_copies_share_for_nothing(name: str, freedom: str, copy: str) -> None:
     few = random_site(freedom, 2, 3)
-    heads = few.heads.expand(6) if copy == "identical" else UNDONE[name](few.heads, 3, seed=5)
+    copies = COPIES_THAT_DIFFER_BY[plugins.load(costs, name, CostMethod).undoes]
+    heads = few.heads.expand(6) if copy == "identical" else copies(few.heads, 3, seed=5)
     cost = cost_of(name, replace(few, heads=heads))
     for members in planted(heads).members:
         equal(cost(members), 0.0)

@@ -18,11 +18,12 @@ from torch import Tensor
 import headfold
 from headfold import calibration
 from headfold.calibration import batches, mask_of
+from headfold.conversion import fitted_sites as fitted_files
 from headfold.core.errors import UserError
+from headfold.core.fitted import FittedHeads
 from headfold.core.heads import Heads
 from headfold.families.layout import write_heads
 from headfold.families.spec import Site
-from headfold.recipe import fitted
 from headfold.refine import heal as healing
 from headfold.refine.blocks import recorded_calls
 from headfold.refine.heal import heal
@@ -75,8 +76,8 @@ def lacking(name: str, site: Site, heads: Heads, batch: Mapping[str, Tensor]) ->
     return energy(replay.target - replay.output) / energy(replay.target)
 
 
-def worn(heads: Heads, fields: Mapping[str, Tensor]) -> Heads:
-    return dataclasses.replace(heads, **{name: tensor.double() for name, tensor in fields.items()})
+def with_fitted(heads: Heads, fitted: FittedHeads) -> Heads:
+    return fitted.to("cpu", torch.float64).onto(heads)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,22 +87,22 @@ def test_what_is_held_back_is_answered_better(name: str) -> None:
     *_, held = batches(tiny_sample(name, NUM_ITEMS), 1)
     for site, heads in tiny_sites(tiny_checkpoint(name)):
         before = lacking(name, site, spoilt(site, heads), held)
-        assert lacking(name, site, worn(heads, found[site.name]), held) < 0.9 * before
+        assert lacking(name, site, with_fitted(heads, found[site.name]), held) < 0.9 * before
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_the_checkpoint_has_room_for_changes(name: str) -> None:
     found, _ = healed(name)
     for site, heads in tiny_sites(tiny_checkpoint(name)):
-        fields, before = found[site.name], spoilt(site, heads)
-        assert fields.keys() == {"q", "k", "v", "o"} | ({"o_bias"} if heads.o_bias is not None else set())
-        for field, tensor in fields.items():
+        fitted, before = found[site.name], spoilt(site, heads)
+        assert fitted.is_complete and (fitted.o_bias is None) == (heads.o_bias is None)
+        for field, tensor in fitted.to_tensors().items():
             assert tensor.shape == getattr(before, field).shape and tensor.dtype == torch.float32
             assert_differs(tensor, getattr(before, field))
         for field in {"q", "k", "v"} - {"q" if "q" in site.biases else ""}:
             if not {field, "qkv"} & set(site.biases):
-                assert_bitwise(fields[field][..., -1], getattr(before, field)[..., -1].float())
-        assert write_heads(site, worn(before, fields)).keys() == write_heads(site, heads).keys()
+                assert_bitwise(getattr(fitted, field)[..., -1], getattr(before, field)[..., -1].float())
+        assert write_heads(site, with_fitted(before, fitted)).keys() == write_heads(site, heads).keys()
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
@@ -109,7 +110,7 @@ def test_steps_too_large_are_taken_back(name: str) -> None:
     """Of the heads met on the way the best are kept, those at the start among them."""
     found, _ = healed(name, rate=1e9)
     for site, heads in tiny_sites(tiny_checkpoint(name)):
-        for field, tensor in found[site.name].items():
+        for field, tensor in found[site.name].to_tensors().items():
             assert_bitwise(tensor, getattr(spoilt(site, heads), field).float())
 
 
@@ -121,7 +122,7 @@ def test_a_perfect_fold_stays_as_it_is() -> None:
         stock_model(directory), sites, lambda site: pairs[site.name][1], tiny_sample("llama", NUM_ITEMS), tokens=1000
     )
     for site, heads in pairs.values():
-        for field, tensor in found[site.name].items():
+        for field, tensor in found[site.name].to_tensors().items():
             assert_bitwise(tensor, getattr(heads, field).float())
 
 
@@ -141,9 +142,9 @@ def test_a_seed_draws_the_batches() -> None:
         ]
         for seed in (0, 0, 1)
     )
-    for field, tensor in first.items():
-        assert_bitwise(tensor, again[field])
-        assert_differs(tensor, other[field])
+    for field, tensor in first.to_tensors().items():
+        assert_bitwise(tensor, getattr(again, field))
+        assert_differs(tensor, getattr(other, field))
 
 
 HEALED: dict[str, Any] = dict(kv_heads=2, calibration="self", **CALIBRATED, heal=True, heal_tokens=2048)
@@ -184,21 +185,21 @@ def test_healing_goes_on_at_the_block_where_it_was(
     """Killed when the first block is healed; then the same bytes as without. Mean pooling leaves Q alone, and healing does not."""
     how = {**HEALED, "merge": merge, "group": "contiguous"}
     headfold.fold(readable, tmp_path / "calm", **how)
-    put, done = fitted.FittedHeads.put, []
+    put, done = fitted_files.FittedSites.put, []
 
-    def killed(self: fitted.FittedHeads, site: str, *rest: Any) -> None:
+    def killed(self: fitted_files.FittedSites, site: str, *rest: Any) -> None:
         put(self, site, *rest)
         done.append(self._directory.name)
         if done[-1] == "heal":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitted.FittedHeads, "put", killed)
+    monkeypatch.setattr(fitted_files.FittedSites, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         headfold.fold(readable, tmp_path / "out", **how)
-    monkeypatch.setattr(fitted.FittedHeads, "put", put)
+    monkeypatch.setattr(fitted_files.FittedSites, "put", put)
     seen: list[str] = []
     monkeypatch.setattr(
-        fitted.FittedHeads, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
+        fitted_files.FittedSites, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
     )
     headfold.fold(readable, tmp_path / "out", **how)
     assert done.count("heal") == 1 and len(seen) == 1

@@ -19,26 +19,20 @@ from headfold.core.equivalents import repeated_random_equivalent
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
+from headfold.core.methods import MergeMethod, Undoes
 from headfold.core.moments import site_moments
 from headfold.core.predict import SiteError, site_energy
+from headfold.core.stats import SiteStats
 
-DECLARES = {
-    "absorb": "all that attention does not see",
-    "procrustes": "rotations",
-    "mean": "nothing",
-    "first": "nothing",
-    "random": "all is lost",
-}
-"""What each merge says it undoes: heads of a group that differ by that keep the function."""
-
-EVERY_MERGE = pytest.mark.parametrize("name", plugins.names(merges))
+NAMES = plugins.names(merges)
+EVERY_MERGE = pytest.mark.parametrize("name", NAMES)
 EVERY_FREEDOM = pytest.mark.parametrize("freedom", sorted(FREEDOMS))
 PROCRUSTES_BOTH_WAYS = ("procrustes", "procrustes:norm=true")
 SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
 def merged(site: RandomSite, text: str, groups: Groups, seed: int = 0) -> Heads:
-    return plugins.parse(merges, text, "merge")(site.heads, groups, site.stats, seed=seed)
+    return merges.parse_merge(text)(site.heads, groups, site.stats, seed=seed)
 
 
 def output(site: RandomSite, heads: Heads | None = None) -> Tensor:
@@ -47,12 +41,12 @@ def output(site: RandomSite, heads: Heads | None = None) -> Tensor:
     return attention_output(heads or site.heads, unseen)
 
 
-def merges_that_keep(*declarations: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [name for name, undone in DECLARES.items() if undone in declarations])
+def record_of(name: str) -> MergeMethod:
+    return plugins.load(merges, name, MergeMethod)
 
 
-def test_every_merge_declares_what_it_undoes() -> None:
-    assert DECLARES.keys() == set(plugins.names(merges))
+def merges_that_undo(*declared: Undoes) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in NAMES if record_of(name).undoes in declared])
 
 
 @EVERY_MERGE
@@ -62,7 +56,7 @@ def test_no_sharing_keeps_the_function(name: str, freedom: str) -> None:
     assert_tight(output(site, merged(site, name, Groups.contiguous(3, 3))), output(site))
 
 
-@merges_that_keep("nothing", "rotations", "all that attention does not see")
+@merges_that_undo("copies", "rotations", "key_freedom")
 @EVERY_FREEDOM
 def test_identical_heads_keep_the_function(name: str, freedom: str) -> None:
     few = random_site(freedom, 2, 6)
@@ -70,7 +64,7 @@ def test_identical_heads_keep_the_function(name: str, freedom: str) -> None:
     assert_tight(output(site, merged(site, name, Groups.contiguous(6, 2))), output(few))
 
 
-@merges_that_keep("rotations", "all that attention does not see")
+@merges_that_undo("rotations", "key_freedom")
 @EVERY_FREEDOM
 @pytest.mark.parametrize("bias", [True, False])
 def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bias: bool) -> None:
@@ -80,7 +74,7 @@ def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bi
     assert_tight(output(site, merged(site, name, Groups.contiguous(6, 2))), output(few))
 
 
-@merges_that_keep("all that attention does not see")
+@merges_that_undo("key_freedom")
 @EVERY_FREEDOM
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("queries", [3, 6])
@@ -92,7 +86,7 @@ def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool,
     assert_tight(output(site, merged(site, name, planted(site.heads))), output(few))
 
 
-@merges_that_keep("nothing", "rotations", "all is lost")
+@merges_that_undo("nothing", "copies", "rotations")
 @pytest.mark.parametrize("freedom", sorted(set(FREEDOMS) - {"normed", "normed pairs"}))
 def test_disguised_copies_are_lost_on_merges_that_do_not_undo_them(name: str, freedom: str) -> None:
     few = random_site(freedom, 2, 3)
@@ -191,18 +185,50 @@ def test_shapes_map_and_dtype_are_as_agreed(name: str, case: tuple[RandomSite, G
     heads = site.heads.to(torch.float32)
     kept = {f.name: getattr(heads, f.name) for f in fields(heads)}
     copies = {key: t.clone() for key, t in kept.items() if isinstance(t, Tensor)}
-    new = plugins.parse(merges, name, "merge")(heads, groups, site.stats, seed=1)
+    new = merges.parse_merge(name)(heads, groups, site.stats, seed=1)
     for key, tensor in copies.items():
         assert_bitwise(kept[key], tensor)  # the source is left as it was
         found = getattr(new, key)
         assert found.dtype in (torch.float32, torch.float64)
         expected = (groups.num_kv_heads, *tensor.shape[1:]) if key in ("k", "v") else tensor.shape
         assert found.shape == expected
-    assert new.kv_of_query == heads.groups.compose(groups)
+    assert new.groups == heads.groups.compose(groups)
     assert new.key_freedom == heads.key_freedom
-    again = plugins.parse(merges, name, "merge")(heads, groups, site.stats, seed=1)
+    again = merges.parse_merge(name)(heads, groups, site.stats, seed=1)
     for key in copies:
         assert_bitwise(getattr(new, key), getattr(again, key))
+
+
+@EVERY_MERGE
+@EVERY_FREEDOM
+def test_queries_and_outputs_change_as_declared(name: str, freedom: str) -> None:
+    site = random_site(freedom, 4, 2)
+    new = merged(site, name, Groups.contiguous(4, 2))
+    for role in ("q", "o"):
+        before, after = getattr(site.heads, role), getattr(new, role)
+        (assert_differs if record_of(name).transforms_queries else assert_bitwise)(after, before)
+
+
+@EVERY_MERGE
+def test_only_declared_statistics_are_read(name: str) -> None:
+    site, groups = random_site("halves"), Groups.contiguous(4, 2)
+    declared = {key: t for key, t in site.stats.tensors.items() if key in record_of(name).statistics}
+    new, all_known = (
+        merges.parse_merge(name)(site.heads, groups, stats)
+        for stats in (SiteStats(declared, site.stats.count), site.stats)
+    )
+    for role in ("q", "k", "v", "o"):
+        assert_bitwise(getattr(new, role), getattr(all_known, role))
+
+
+@EVERY_MERGE
+def test_wide_heads_are_made_as_declared(name: str) -> None:
+    site = random_site("halves")
+    takes = "head_dim_multiple" in inspect.signature(record_of(name).merge).parameters
+    assert takes == record_of(name).head_dim_multiples
+    if takes:
+        wide = merges.parse_merge(name)(site.heads, Groups.contiguous(4, 2), site.stats, head_dim_multiple=2)
+        assert wide.head_dim == 2 * site.heads.head_dim
 
 
 @EVERY_MERGE
@@ -215,7 +241,7 @@ def test_no_bias_grows_where_the_source_has_none(name: str, freedom: str) -> Non
     assert new.o_bias is None
 
 
-@pytest.mark.parametrize("name", sorted(DECLARES.keys() - {"random"}))
+@merges_that_undo("copies", "rotations", "key_freedom")
 def test_a_merge_follows_the_names_of_the_heads(name: str) -> None:
     """K/V heads in another order, with the groups told so: the same function."""
     site, groups = random_site("partial halves", 6), Groups((0, 0, 1, 1, 2, 2))
@@ -228,10 +254,10 @@ def test_a_merge_follows_the_names_of_the_heads(name: str) -> None:
 
 @EVERY_MERGE
 def test_statistics_are_asked_for_where_they_are_needed(name: str) -> None:
-    page = plugins.load(merges, name)
-    call = partial(page.merge, random_site().heads, Groups.contiguous(4, 2))
-    assert [p.name for p in inspect.signature(page.merge).parameters.values()][:3] == ["heads", "groups", "stats"]
-    if not getattr(page, "NEEDS", ()):
+    record = record_of(name)
+    call = partial(record.merge, random_site().heads, Groups.contiguous(4, 2))
+    assert [p.name for p in inspect.signature(record.merge).parameters.values()][:3] == ["heads", "groups", "stats"]
+    if not record.statistics:
         call()
         return
     with pytest.raises(UserError, match=f"{name} needs calibration statistics"):

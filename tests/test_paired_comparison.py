@@ -14,7 +14,6 @@ from tiny import stock_model, tiny_checkpoint
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.evaluate import classification, embedding, perplexity, rouge, translation
-from headfold.recipe.contrasting import contrast
 
 TIGHT = 2**10 * torch.finfo(torch.float64).eps
 
@@ -224,7 +223,7 @@ def test_too_few_units_are_said(run, models):  # noqa: F811
 
 
 def test_speech_is_refused(monkeypatch, models):
-    monkeypatch.setattr("headfold.recipe.contrasting.kind_of", lambda config: "audio")
+    monkeypatch.setattr("headfold.evaluate.paired.kind_of", lambda config: "audio")
     with pytest.raises(UserError, match="not for models of audio"):
         contrast(models, text="sounds")
 

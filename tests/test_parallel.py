@@ -22,8 +22,8 @@ from torch import Tensor
 import headfold
 from headfold import calibration, parallel
 from headfold.checkpoint.stats_file import StatsFile
+from headfold.conversion import fitted_sites as fitted
 from headfold.core.plan import Plan
-from headfold.recipe import fitted
 from headfold.refine import heal
 
 HERE = Path(__file__).parent

@@ -12,12 +12,11 @@ from tiny import tiny_checkpoint
 from torch import Tensor
 
 import headfold
-from headfold import recipe
+from headfold.conversion.source import open_source
 from headfold.core import readout
 from headfold.core.distances import NUM_BINS, Distances, bin_of, edges
 from headfold.core.heads import KeyFreedom
 from headfold.core.readout import Average, Fitted, Frame, fit
-from headfold.recipe.source import open_source
 
 FREQUENCIES = (1.0, 0.2, 0.01)
 LAYOUTS = {
@@ -183,10 +182,10 @@ def test_frequencies_come_from_the_config() -> None:
 
 def test_distances_halve_what_a_real_model_loses(tmp_path: Path) -> None:
     """At a quarter of the K/V heads, without refit."""
-    recipe.calibrate(BUNDLED, tmp_path / "stats.safetensors", tokens=8192, calibration="stdlib")
+    headfold.calibrate(BUNDLED, tmp_path / "stats.safetensors", tokens=8192, calibration="stdlib")
     rises = {}
     for merge in ("absorb", "absorb:distances=false"):
-        recipe.fold(
+        headfold.fold(
             BUNDLED,
             tmp_path / "out",
             kv_heads=2,
@@ -195,6 +194,6 @@ def test_distances_halve_what_a_real_model_loses(tmp_path: Path) -> None:
             force=True,
             stats=tmp_path / "stats.safetensors",
         )
-        found = recipe.evaluate(tmp_path / "out", reference=BUNDLED, limit=8192)
+        found = headfold.eval(tmp_path / "out", reference=BUNDLED, limit=8192)
         rises[merge] = found.nll - found.reference_nll
     assert 0 < rises["absorb"] < 0.5 * rises["absorb:distances=false"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headfold import calibration
 from headfold.calibration import collect, mask_of, total_tokens
+from headfold.core.fitted import FittedHeads
 from headfold.core.heads import Heads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
@@ -27,7 +28,7 @@ from headfold.refine.blocks import recorded_calls
 from headfold.refine.recorded import RecordedCall, RecordedSite
 from headfold.refine.refit import num_passes, refit
 from headfold.refine.values import refit_values
-from headfold.surgery import Refits, query_order, site_heads, site_tensors
+from headfold.surgery import query_order, site_heads, site_tensors
 
 FAMILIES = ["llama", "llama-bias-gqa", "phi", "phi3", "qwen3", "cohere", "starcoder2", "mixtral"]
 WITH_OUTPUT_BIAS = ["llama-bias-gqa", "phi", "cohere", "starcoder2"]
@@ -55,7 +56,7 @@ class Folded:
     def merged(self, site: Site) -> Heads:
         return site_heads(site, self.plan, self.read, self.stats)
 
-    def twin(self, site: Site, refits: Refits | None = None) -> dict[str, Tensor]:
+    def twin(self, site: Site, refits: Mapping[str, FittedHeads] | None = None) -> dict[str, Tensor]:
         return site_tensors(site, self.plan, self.read, self.stats, refits, num_kv_heads=site.num_kv_heads)
 
     def refit(
@@ -98,7 +99,7 @@ def answers(case: Folded, site: Site, weights: Mapping[str, Tensor]) -> tuple[Te
     return tuple(torch.cat([t.flatten(0, 1) for t in parts]) for parts in ([c[2] for c in calls], theirs))
 
 
-def missing(case: Folded, site: Site, refits: Refits) -> Tensor:
+def missing(case: Folded, site: Site, refits: Mapping[str, FittedHeads]) -> Tensor:
     """What the merged attention still lacks."""
     original, other = answers(case, site, case.twin(site, refits))
     return original - other
@@ -132,23 +133,25 @@ def test_refit_gives_output_projections_and_values_alone(name: str) -> None:
     assert found.keys() == {site.name for site in case.sites}
     for site in case.sites:
         merged = case.merged(site)
-        assert found[site.name].keys() == {"o", "v"} | ({"o_bias"} if name in WITH_OUTPUT_BIAS else set())
-        for field, tensor in found[site.name].items():
+        assert not found[site.name].is_complete and found[site.name].v is not None
+        assert (found[site.name].o_bias is not None) == (name in WITH_OUTPUT_BIAS)
+        for field, tensor in found[site.name].to_tensors().items():
             assert tensor.shape == getattr(merged, field).shape and tensor.dtype == torch.float32
         if not {"v", "qkv"} & set(site.biases):
-            assert not found[site.name]["v"][..., -1].any()
-        assert refitted(name, SMALL, 0)[site.name].keys() == found[site.name].keys() - {"v"}
+            assert not found[site.name].v[..., -1].any()
+        assert refitted(name, SMALL, 0)[site.name].v is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_merged_before_is_not_merged_again(name: str) -> None:
-    """With all four fields given, heads are those of the merge with the refitted ones put in, bit by bit."""
+    """With complete heads given, they are those of the merge with the refitted ones put in, bit by bit."""
     case = folded(name)
     for site in case.sites:
-        merged, fields = case.merged(site), refitted(name)[site.name]
-        whole = {site.name: {"q": merged.q, "k": merged.k, **fields}}
+        merged, fitted = case.merged(site), refitted(name)[site.name]
+        whole = {site.name: fitted.completed(merged)}
+        assert whole[site.name].is_complete and not fitted.is_complete
         again = site_heads(site, case.plan, case.read, None, whole)  # without statistics, which the merge needs
-        expected = site_heads(site, case.plan, case.read, case.stats, {site.name: fields})
+        expected = site_heads(site, case.plan, case.read, case.stats, {site.name: fitted})
         for field in ("q", "k", "v", "o"):
             assert_bitwise(getattr(again, field), getattr(expected, field))
         assert again.groups == expected.groups and again.per_head.keys() == expected.per_head.keys()
@@ -162,19 +165,19 @@ def test_sites_are_given_away_one_by_one_and_passed_over(name: str) -> None:
     model, first = open_model(case.directory, dtype=torch.float64), case.sites[0].name
     left = refit(model, case.sites, case.merged, SAMPLE, ridge=SMALL, skip={first}, keep=given.__setitem__)
     assert left == {} and given.keys() == {site.name for site in case.sites[1:]}
-    for site, fields in given.items():
-        for field, tensor in fields.items():
-            assert_bitwise(tensor, refitted(name)[site][field])
+    for site, fitted in given.items():
+        for field, tensor in fitted.to_tensors().items():
+            assert_bitwise(tensor, getattr(refitted(name)[site], field))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_an_infinite_ridge_keeps_the_merged_heads(name: str) -> None:
     case = folded(name)
-    for site, fields in case.refit(INFINITE).items():
+    for site, fitted in case.refit(INFINITE).items():
         merged = case.merged(next(s for s in case.sites if s.name == site))
-        for field, tensor in fields.items():
+        for field, tensor in fitted.to_tensors().items():
             assert_bitwise(tensor, getattr(merged, field).to(torch.float32))
-            assert_differs(refitted(name)[site][field], getattr(merged, field))
+            assert_differs(getattr(refitted(name)[site], field), getattr(merged, field))
 
 
 @pytest.mark.parametrize("name", WITH_OUTPUT_BIAS)
@@ -193,9 +196,9 @@ def test_an_output_bias_takes_the_mean_error(name: str, ridge: float) -> None:
 def test_a_streamed_model_gives_the_same_refit(name: str) -> None:
     streamed, whole = folded(name).refit(SMALL, memory_limit=0), refitted(name)
     assert streamed.keys() == whole.keys()
-    for site, fields in whole.items():
-        for field, tensor in fields.items():
-            assert_bitwise(streamed[site][field], tensor)
+    for site, fitted in whole.items():
+        for field, tensor in fitted.to_tensors().items():
+            assert_bitwise(getattr(streamed[site], field), tensor)
 
 
 def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
@@ -310,10 +313,10 @@ def test_portions_change_nothing_and_progress_ends_where_it_should(name: str, mo
             )
         )
     for site in sites:
-        for field, tensor in found[0][site.name].items():
-            assert_bitwise(tensor, found[1][site.name][field])
+        for field, tensor in found[0][site.name].to_tensors().items():
+            assert_bitwise(tensor, getattr(found[1][site.name], field))
         tried = site_calls(directory, site, sample, query_order(site, plan))
         merged = site_heads(site, plan, read, stats)
-        refitted = dataclasses.replace(merged, **{f: t.double() for f, t in found[0][site.name].items()})
+        refitted = found[0][site.name].to("cpu", torch.float64).onto(merged)
         assert lacking(tried, refitted) < lacking(tried, merged)
     assert heard == [total_tokens(sample) * len(sites) * num_passes()] * 2

@@ -19,9 +19,9 @@ from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.core.routes import even, runs
-from headfold.recipe import routing as recipe
-from headfold.recipe.exporting import export
 from headfold.runtime import routing
+from headfold.verbs import route as recipe
+from headfold.verbs.export import export
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then again.\n" * 20
 GRADES = {"llama": assert_tight_through_float32_norms, "gpt2": assert_tight}

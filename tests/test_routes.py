@@ -14,12 +14,15 @@ from torch import Tensor
 
 from headfold.core import plugins
 from headfold.core.errors import UserError
+from headfold.core.methods import RouteMethod
 from headfold.core.routes import Norms, RouteState, apportion, even, runs
 from headfold.runtime import routes, routing
 from headfold.runtime.routes import dgqa, kdgqa, pgqa
 
 NAMES = plugins.names(routes)
-PUBLISHED = [name for name in NAMES if "published" in plugins.option_defaults(plugins.load(routes, name).route)]
+PUBLISHED = [
+    name for name in NAMES if "published" in plugins.option_defaults(plugins.load(routes, name, RouteMethod).route)
+]
 OPTIONS = [*NAMES, "dgqa:window=2", "dgqa:difference=true,window=2", "pgqa:strength=0.5"]
 FORMS = [*OPTIONS, *(f"{name}:published=true" for name in PUBLISHED), "dgqa:published=true,difference=true,window=2"]
 HEADS, GROUPS = 8, 3
@@ -209,10 +212,11 @@ def test_maps_are_valid(form: str, batches: list[list[int]]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_say_what_they_are(name: str) -> None:
     """A help line, a paper, whether the published form depends on the batch; and they see tensors and integers alone."""
-    page = plugins.load(routes, name)
-    line = plugins.summary(page)
+    line, page = plugins.summary(routes, name), plugins.documentation(routes, name)
     assert line[0].isupper() and line.endswith(".") and len(line) <= 140
-    assert "2408.08454" in page.__doc__ or "2305.13245" in page.__doc__
-    assert isinstance(page.BATCH_DEPENDENT, bool) and page.BATCH_DEPENDENT <= (name in PUBLISHED)
-    imported = [line for line in Path(page.__file__).read_text().splitlines() if line.startswith("from .")]
+    assert "2408.08454" in page or "2305.13245" in page
+    assert plugins.load(routes, name, RouteMethod).published_depends_on_batch <= (name in PUBLISHED)
+    imported = [
+        line for line in (Path(routes.__path__[0]) / f"{name}.py").read_text().splitlines() if line.startswith("from .")
+    ]
     assert all(line.startswith("from ...core") for line in imported)

@@ -22,11 +22,11 @@ from tiny import (
 )
 
 import headfold
+from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.families.spec import Site
-from headfold.recipe.source import open_source
 from headfold.surgery import site_tensors
 
 ALONE = sorted({*TINY, *FOREIGN} - {"falcon-multi-query", "phi3", "phi3-partial-gqa"})
@@ -95,7 +95,7 @@ def test_a_plan_of_unequal_groups_folds(name: str, kinds: str, tmp_path: Path) -
     assert_differs(found, answer_of(stock_model(directory), tiny_sample(name)).detach())
     assert result.kv_bytes_after < result.kv_bytes_before
     least, most = min(plan.num_kv_heads.values()), max(plan.num_kv_heads.values())
-    assert (result.kv_heads_least, result.kv_heads_after) == (least, most)
+    assert (result.num_kv_heads_least, result.num_kv_heads_after) == (least, most)
     assert (
         f"with {most if least == most else f'{least} to {most}'} K/V heads" in (tmp_path / "out/README.md").read_text()
     )

@@ -21,12 +21,12 @@ from transformers import TrainerCallback
 import headfold
 from headfold.core.errors import UserError
 from headfold.hf_models import open_tokenizer
-from headfold.recipe.uptraining import uptrain
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train.attentions import find_attentions, set_trainable
 from headfold.train.distillation import Distillation, kl_divergence, relative_error
 from headfold.train.stream import Stream, collate
 from headfold.train.trainer import COMPLETE_MARK, last_complete_checkpoint
+from headfold.verbs.uptrain import uptrain
 
 SHARED = Path(__file__).parents[2] / "shared"
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)

@@ -20,10 +20,10 @@ from transformers import BertConfig, BertModel, TrainingArguments
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.recipe.uptraining import uptrain
 from headfold.report.card import uptrained_card
 from headfold.train.distillation import Distillation
 from headfold.train.trainer import TrainingConfig, training_arguments
+from headfold.verbs.uptrain import uptrain
 
 # ruff: noqa: F811
 
@@ -61,7 +61,7 @@ def test_a_kill_after_the_last_step_costs_no_step_more(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("headfold.recipe.training.copy_side_files", killed)
+        patched.setattr("headfold.conversion.uptraining.copy_side_files", killed)
         uptrain(folded, tmp_path / "out", **how)
     found = uptrain(folded, tmp_path / "out", **how)
     assert found.resumed_at == 6 and found.curve == calm.curve

@@ -15,7 +15,7 @@ from tiny import tiny_checkpoint
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.recipe.uptraining import uptrain
+from headfold.verbs.uptrain import uptrain
 
 STEPS: dict[str, Any] = dict(steps=4, batch=4, context=16, save_every=2, log_every=1, learning_rate=1e-2)
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
@@ -124,7 +124,7 @@ def test_sharded_training_is_that_of_one_process(place: Path, launched: dict[str
 
 
 def test_shards_are_not_taken_for_a_whole(place: Path, tmp_path: Path) -> None:
-    from headfold.recipe.sharding import check_sharding
+    from headfold.train.sharding import check_sharding
 
     class MarkComplete:
         is_fsdp_enabled = False

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 from weighted_folds import GROUPS, answer, attach, attached, backward, fold_of, linears, load
 
 import headfold
+from headfold.conversion.source import Source, open_source
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families import family_of
 from headfold.families.spec import folded_config, sites
-from headfold.recipe.source import Source, open_source
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train import wgqa
 
-KINDS = wgqa.CHOICES["kind"]
+KINDS = get_args(wgqa.Kind)
 FORMULA = ["llama", "llama-bias-gqa", "t5", "gpt2", "opt"]
 
 
@@ -48,7 +49,7 @@ def test_it_starts_at_the_mean_fold(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("init", wgqa.CHOICES["init"])
+@pytest.mark.parametrize("init", get_args(wgqa.Init))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_coefficient_is_trained_and_frozen_bases_are_not(name: str, kind: str, init: str, frozen: bool) -> None:

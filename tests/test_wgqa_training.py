@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from weighted_folds import answer, attach, attached, backward, fold_of, linears, load
 
 import headfold
+from headfold.conversion.source import open_source
 from headfold.corpus.samples import draw_sample
-from headfold.recipe.source import open_source
 from headfold.train import wgqa
 
 SHARED = Path(__file__).parents[2] / "shared"
-KINDS = wgqa.CHOICES["kind"]
+KINDS = get_args(wgqa.Kind)
 
 
 def steps(model: PreTrainedModel, optimizer: torch.optim.Optimizer, name: str, count: int) -> None:

@@ -30,11 +30,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import headfold
 from headfold.calibration import collect
 from headfold.checkpoint.stats_file import write_stats
+from headfold.conversion.fold_result import FoldResult
+from headfold.conversion.source import Source, open_source
+from headfold.conversion.twin import Twin
 from headfold.core.errors import UserError
-from headfold.core.plan import not_wide
+from headfold.core.plan import head_dim_refusal
 from headfold.planning import make_plan
-from headfold.recipe.source import Source, open_source
-from headfold.recipe.twin import Twin
 from headfold.refine.refit import refit
 from headfold.runtime.regrouping import installed_heads
 from headfold.runtime.rotary import wide_table
@@ -51,7 +52,7 @@ def opened(name: str) -> tuple[Source, dict]:
 
 def may_be_wide(name: str) -> bool:
     """A whole CLIP is folded tower by tower."""
-    return name != "clip" and not any(not_wide(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
+    return name != "clip" and not any(head_dim_refusal(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
 WIDE = sorted(name for name in [*TINY, *FOREIGN] if may_be_wide(name))
@@ -63,7 +64,7 @@ def graded(name: str):
     return assert_tight_through_float32_norms if name in FLOAT32_NORMS or name in FOREIGN else assert_tight
 
 
-def folded(name: str, out: Path, kv_heads: str = "1/1", **options) -> headfold.recipe.FoldResult:
+def folded(name: str, out: Path, kv_heads: str = "1/1", **options) -> FoldResult:
     """Without data of its own: what it needs is given."""
     source, stats = opened(name)
     path = out.with_name(f"{out.name}.stats.safetensors")
@@ -100,7 +101,7 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
     assert "headfold" not in config and result.verification.passed
     site = open_source(tiny_checkpoint(name)).sites[0]
     assert result.after.kv_bytes_per_token == result.before.kv_bytes_per_token
-    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.kv_heads_after == site.num_kv_heads // WIDTH
+    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.num_kv_heads_after == site.num_kv_heads // WIDTH
     longest = min(config.get("max_position_embeddings", 64), 64)
     tokens = tiny_tokens(2, longest)
     # Frequencies are float32 numbers, of which some are missed by their last bit.
@@ -112,7 +113,7 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
 @pytest.mark.parametrize("name", SLOTTED)
 def test_other_classes_take_them_in_the_runtime(name: str, tmp_path: Path) -> None:
     result = folded(name, tmp_path / "out", verify=False)
-    assert result.kv_heads_after * WIDTH == result.kv_heads_before
+    assert result.num_kv_heads_after * WIDTH == result.num_kv_heads_before
     for options in ({}, {"attn_implementation": "eager"}):
         found = headfold.load(tmp_path / "out", **options)
         graded(name)(
@@ -250,13 +251,13 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
         (["--kv-heads", 4, "--head-dim-multiple", "wide"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", 2, "--merge", "mean"],
-            "--merge mean knows heads of the source's width alone",
+            "--merge mean keeps the source's head_dim",
         ),
         (["--kv-heads", 4, "--head-dim-multiple", 16], "expected at most 8"),
         (["--kv-heads", 4, "--head-dim-multiple", "²"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", "auto", "--merge", "mean"],
-            "--head-dim-multiple auto: --merge mean knows heads",
+            "--head-dim-multiple auto: --merge mean keeps the source",
         ),
     ]:
         found = run("fold", model, tmp_path / "out", *words, "--calibration", text)
@@ -328,7 +329,7 @@ def test_auto_takes_the_widest_heads_that_the_count_allows(run, model: Path, tmp
     found = run("fold", model, tmp_path / "out", "--kv-heads", 4, *options)
     assert found.code == 0, found.err
     result = json.loads(found.out)
-    assert result["kv_heads_after"] == 1 and result["after"]["head_dims"] == "32"
+    assert result["num_kv_heads_after"] == 1 and result["after"]["head_dims"] == "32"
     assert result["after"]["kv_bytes_per_token"] * 2 == result["before"]["kv_bytes_per_token"]
     assert result["after"]["weight_bytes"] > result["before"]["weight_bytes"]
     assert "--head-dim-multiple 4" in (tmp_path / "out/README.md").read_text()

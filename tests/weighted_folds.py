@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import headfold
+from headfold.conversion.source import Source, open_source
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families.layout import read_heads
 from headfold.families.spec import Site
-from headfold.recipe.source import Source, open_source
 from headfold.train import wgqa
 
 GROUPS = {

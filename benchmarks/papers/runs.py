@@ -122,7 +122,9 @@ class Data:
             found = classification.evaluate_classification(model, self._test)
             return {"accuracy": 100 * found.accuracy, "cross_entropy": found.cross_entropy}
         length = MAX_NEW_TOKENS if written else 0
-        found = translation.evaluate_translation(model, self._test, self._tokenizer, batch_size=100, max_new_tokens=length)
+        found = translation.evaluate_translation(
+            model, self._test, self._tokenizer, batch_size=100, max_new_tokens=length
+        )
         return {"bleu": found.bleu, "nll": found.nll, "eval_seconds": found.seconds}
 
     def validation_loss(self, model: Any) -> float:

@@ -1,23 +1,42 @@
-"""headfold on the command line: verbs to functions, and nothing else."""
+"""headfold on the command line: words to verbs, results to reports, and nothing else."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from ..core.errors import UserError
-from ..parallel import Told, leads
-from . import comparing, evaluating, looking, making, timing, training
+from ..parallel import is_main
+from . import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    detect,
+    evaluate,
+    export,
+    fold,
+    frontier,
+    inspect,
+    methods,
+    plan,
+    route,
+    uptrain,
+)
 
 app = typer.Typer(
     name="headfold",
     help="Fold a checkpoint's key/value heads: the same model with a smaller KV cache.",
     no_args_is_help=True,
     add_completion=False,
-    epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4; in several processes: torchrun --nproc-per-node 8 -m headfold …",
-    rich_markup_mode=None,
+    epilog="Example: headfold demo\n\nExample: headfold fold my-model my-model-gqa --kv-heads 1/4\n\n"
+    "Example: torchrun --nproc-per-node 8 -m headfold fold my-model my-model-gqa --kv-heads 1/4",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+FIRST, FOLD, AFTER, MEASURE = "First", "Fold", "After a fold", "Measure and compare"
+"""Panels of verbs."""
 
 
 def _version(asked: bool) -> None:
@@ -28,39 +47,35 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-ALONE = ("inspect", "plan", "export", "route", "eval", "frontier", "compare", "bench", "probe", "methods")
-"""Verbs of which one process is enough: of those that a launcher started, the first runs them."""
-
-
 @app.callback()
 def root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Fold a checkpoint's key/value heads: the same model with a smaller KV cache."""
-    if context.invoked_subcommand in ALONE and not leads():
-        raise typer.Exit
 
 
-app.command(epilog="Example: headfold inspect meta-llama/Llama-2-7b-hf")(looking.inspect)
-app.command(epilog="Example: headfold calibrate my-model stats.safetensors --calibration notes.txt --tokens 100000")(
-    making.calibrate
-)
-app.command(epilog="Example: headfold plan my-model plan.json --kv-heads 1/4 --stats stats.safetensors")(making.plan)
-app.command(epilog="Example: headfold fold my-model my-model-gqa --kv-heads 1/4")(making.fold)
-app.command(epilog="Example: headfold export my-model-gqa my-model-decilm --layout decilm")(making.export)
-app.command(epilog="Example: headfold route my-vit-gqa my-vit-routed --route kdgqa --calibration images/")(making.route)
-app.command(epilog="Example: headfold uptrain my-model-gqa OUT --distill my-model --data text/ --tokens 10000000")(
-    training.uptrain
-)
-app.command("eval", epilog="Example: headfold eval my-model-gqa --reference my-model --text notes.txt")(
-    evaluating.evaluate
-)
-app.command(epilog="Example: headfold frontier my-model front --stats stats.safetensors")(comparing.frontier)
-app.command(epilog="Example: headfold compare my-model --kv-heads 1/2,1/4 --text notes.txt")(comparing.compare)
-app.command(epilog="Example: headfold bench my-model my-model-gqa --context 2048,8192")(timing.bench)
-app.command(epilog="Example: headfold probe my-model --out my_family.py")(looking.probe)
-app.command(epilog="Example: headfold methods absorb")(looking.methods)
+def _add(panel: str, verb: Callable[..., None], examples: tuple[str, ...], **options: Any) -> None:
+    epilog = "\n\n".join(f"Example: {example}" for example in examples)
+    app.command(epilog=epilog, rich_help_panel=panel, **options)(verb)
+
+
+_add(FIRST, demo.demo, demo.EXAMPLES)
+_add(FIRST, inspect.inspect, inspect.EXAMPLES)
+_add(FIRST, methods.methods, methods.EXAMPLES)
+_add(FIRST, detect.detect, detect.EXAMPLES)
+_add(FIRST, detect.detect, detect.EXAMPLES, name="probe", hidden=True)  # the former name, for one release
+_add(FOLD, calibrate.calibrate, calibrate.EXAMPLES)
+_add(FOLD, plan.plan, plan.EXAMPLES)
+_add(FOLD, fold.fold, fold.EXAMPLES)
+_add(AFTER, export.export, export.EXAMPLES)
+_add(AFTER, route.route, route.EXAMPLES)
+_add(AFTER, uptrain.uptrain, uptrain.EXAMPLES)
+_add(MEASURE, evaluate.evaluate, evaluate.EXAMPLES, name="eval")
+_add(MEASURE, compare.compare, compare.EXAMPLES)
+_add(MEASURE, frontier.frontier, frontier.EXAMPLES)
+_add(MEASURE, bench.bench, bench.EXAMPLES)
 
 
 def _one_line(error: UserError | OSError) -> str:
@@ -71,17 +86,17 @@ def _one_line(error: UserError | OSError) -> str:
 
 
 def main() -> None:
-    """What a user can cause ends as one line on stderr and exit code 2; an interrupt as one line and 130."""
+    """Run the command line: what a user can cause ends as one line on stderr and exit code 2, an interrupt as one line and 130."""
     try:
         app(prog_name="headfold")
     except SystemExit as leaving:
-        if leaving.code == 130 and leads():
+        if leaving.code == 130 and is_main():
             print("headfold: interrupted", file=sys.stderr)
         raise
     except (UserError, OSError) as error:
         if "--debug" in sys.argv[1:]:
             raise
-        if leads() or not isinstance(error, Told):
+        if is_main():
             print(f"headfold: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

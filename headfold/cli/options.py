@@ -1,53 +1,74 @@
-"""Arguments and options that several verbs share, with their help."""
+"""Arguments and options of the command line that several verbs share, in the panels in which --help shows them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+WHAT, HOW, DATA, WHERE, OUTPUT = "What to fold", "How", "Data", "Where it runs", "Output"
+"""Titles of the panels."""
+
+
+def option(*flags: str, panel: str, help: str, metavar: str | None = None, **limits: Any) -> Any:
+    """Return a typer option in a panel."""
+    return typer.Option(*flags, rich_help_panel=panel, help=help, metavar=metavar, **limits)
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")]
-StatsFile = Annotated[Path | None, typer.Option("--stats", metavar="STATS", help="What headfold calibrate wrote.")]
+StatsFile = Annotated[
+    Path | None, option("--stats", panel=DATA, metavar="STATS", help="Statistics that headfold calibrate wrote.")
+]
 KvHeads = Annotated[
-    str | None, typer.Option("--kv-heads", metavar="N", help="K/V heads to keep: a count (4) or a share (1/2).")
+    str | None,
+    option("--kv-heads", panel=WHAT, metavar="N", help="K/V heads to keep: a count (4) or a share (1/2)."),
+]
+Encoder = Annotated[
+    bool,
+    option("--encoder", panel=WHAT, help="Fold the encoder of an encoder-decoder too; by default only its decoder."),
 ]
 HeadDimMultiple = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--head-dim-multiple",
-        "--head-width",
+        panel=HOW,
         metavar="N",
-        help="Make K/V heads N times as wide and N times fewer: the same cache, a better fold, N times larger W_q and W_o. auto: as wide "
-        "as kernels take (256).",
+        help="Give K/V heads N times the head_dim, and N times fewer of them: the same cache, a better fold, N times larger W_q and W_o. "
+        "auto: as large as attention kernels take (256).",
     ),
 ]
+HeadWidth = Annotated[str | None, typer.Option("--head-width", hidden=True, help="Former name of --head-dim-multiple.")]
 Group = Annotated[
     str | None,
-    typer.Option("--group", metavar="METHOD", help="Who shares a head; see headfold methods. Default: swap."),
+    option("--group", panel=HOW, metavar="METHOD", help="Which heads share one; see headfold methods. Default: swap."),
 ]
 Merge = Annotated[
     str | None,
-    typer.Option("--merge", metavar="METHOD", help="How they become one; see headfold methods. Default: absorb."),
+    option("--merge", panel=HOW, metavar="METHOD", help="How heads become one; see headfold methods. Default: absorb."),
 ]
-Route = Annotated[
-    str, typer.Option("--route", metavar="ROUTE", help="How to divide them; see headfold methods. Default: kdgqa.")
+Refit = Annotated[
+    bool,
+    option("--refit/--no-refit", panel=HOW, help="Refit W_o and W_v of every block to the original's output."),
 ]
+Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]
 Calibration = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--calibration",
+        panel=DATA,
         metavar="SOURCE",
-        help="A text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], a hub dataset "
-        "(hub:NAME[:CONFIG][:SPLIT][:COLUMN]), stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
+        help="A text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], a hub dataset (hub:NAME[:CONFIG][:SPLIT][:COLUMN]), "
+        "stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
     ),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens of a language model. Default: 65536."),
+    option("--tokens", panel=DATA, metavar="N", min=1, help="Calibration tokens of a language model. Default: 65536."),
 ]
 Items = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--items",
+        panel=DATA,
         metavar="N",
         min=1,
         help="Calibration items of other models. Default: 2048 pairs or sentences, 512 images or sounds.",
@@ -55,84 +76,66 @@ Items = Annotated[
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(
-        "--columns", metavar="NAME,NAME", help="Where a source has them under other names than source,target or image."
+    option(
+        "--columns", panel=DATA, metavar="NAME,NAME", help="Columns of a table, if not source,target or image,label."
     ),
-]
-Encoder = Annotated[
-    bool, typer.Option("--encoder", help="Fold an encoder-decoder's encoder too; by default only its decoder.")
 ]
 Context = Annotated[
     int | None,
-    typer.Option(
-        "--context", metavar="N", min=2, help="Tokens per window. Default: the model's own, at most 1024 (eval: 2048)."
+    option(
+        "--context",
+        panel=DATA,
+        metavar="N",
+        min=2,
+        help="Tokens per window. Default: the model's own context, at most 1024 (eval: 2048).",
     ),
 ]
 Layout = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--layout",
+        panel=OUTPUT,
         metavar="LAYOUT",
         help="native, padded (unequal groups), per-layer or decilm (a count per layer), or headfold (its own runtime's). "
         "Default: the one that stock transformers loads, if there is one.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn at random.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-
-KvBudget = Annotated[
+Verify = Annotated[
+    bool, option("--verify/--no-verify", panel=OUTPUT, help="Open the result again and compare its logits.")
+]
+Force = Annotated[bool, option("--force", panel=OUTPUT, help="Replace what is there.")]
+Json = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout and nothing else.")]
+Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show the full traceback of an error.")]
+Device = Annotated[
     str | None,
-    typer.Option(
-        "--kv-budget", metavar="SHARE", help="Share of the K/V cache to keep, spread over layers: 25% or 1/4."
+    option("--device", panel=WHERE, metavar="DEVICE", help="cpu or cuda. Default: the accelerator, if there is one."),
+]
+Dtype = Annotated[
+    str | None,
+    option(
+        "--dtype",
+        panel=WHERE,
+        metavar="DTYPE",
+        help="What models compute in: bfloat16, float16, float32 or float64. Default: the fastest that holds the weights.",
     ),
 ]
-KvBytes = Annotated[
-    str | None,
-    typer.Option("--kv-bytes", metavar="SIZE", help="K/V bytes per token to keep, spread over layers: 40KiB."),
-]
-MaxLossIncrease = Annotated[
-    float | None,
-    typer.Option(
-        "--max-loss-increase",
-        "--max-rise",
-        metavar="NATS",
-        help="The least cache whose predicted loss per token is at most this.",
-    ),
+Workers = Annotated[
+    int, option("--workers", panel=WHERE, metavar="N", min=1, help="Sites that are grouped side by side, in threads.")
 ]
 Allowed = Annotated[
     str | None,
-    typer.Option("--allowed", metavar="N,N", help="Counts of K/V heads that a layer may get, beside its own."),
+    option("--allowed", panel=WHAT, metavar="N,N", help="Counts of K/V heads that a layer may get, beside its own."),
 ]
 Tp = Annotated[
-    int, typer.Option("--tp", metavar="N", min=1, help="Devices of tensor parallelism: counts are multiples of it.")
-]
-Spread = Annotated[
-    str, typer.Option("--spread", metavar="METHOD", help="exact, or qcqa: its second stage, for comparison.")
+    int,
+    option("--tp", panel=WHAT, metavar="N", min=1, help="Devices of tensor parallelism: counts are multiples of it."),
 ]
 Sensitivity = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--sensitivity",
+        panel=DATA,
         metavar="FILE",
-        help="Where the damage of single layers is kept, and read again. Default: beside the plan.",
+        help="Where measured sensitivities of single layers are kept, and read again. Default: beside the plan.",
     ),
-]
-Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Layers that are decided side by side.")]
-Heal = Annotated[
-    bool, typer.Option("--heal", help="Then train every block's attention alone to the original's output (minutes).")
-]
-HealTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--heal-tokens",
-        metavar="N",
-        min=1,
-        help="Tokens (or items) of the calibration source that --heal trains every block with, more than once where there are fewer. "
-        "Default: 524288 tokens, 16384 images.",
-    ),
-]
-Refit = Annotated[
-    bool, typer.Option("--refit/--no-refit", help="Refit W_o and W_v of every block to the original's output.")
 ]

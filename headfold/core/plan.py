@@ -125,7 +125,7 @@ class Plan:
                 stacks.setdefault(site.stack, planned.groups)
 
 
-def not_wide(site: Named, head_dim_multiple: int) -> str | None:
+def head_dim_refusal(site: Named, head_dim_multiple: int) -> str | None:
     """Why the site cannot have heads that many times as wide as the source's, or gains nothing from them; None where it may."""
     if site.key_freedom.normed:
         return "its keys pass a norm per head, so a wide head is no better than several"
@@ -145,7 +145,7 @@ def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
         return f"kv_of_source_head: expected {site.num_kv_heads} entries, one per K/V head, got {groups.num_heads}"
     if planned.head_dim < 1 or planned.head_dim % site.head_dim:
         return f"head_dim: expected the source's {site.head_dim} or a multiple, got {planned.head_dim}"
-    if planned.head_dim != site.head_dim and (reason := not_wide(site, planned.head_dim // site.head_dim)):
+    if planned.head_dim != site.head_dim and (reason := head_dim_refusal(site, planned.head_dim // site.head_dim)):
         return f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}: {reason}"
     if site.query_order == "fixed" and not groups.is_ordered:
         return "its heads' order is fixed (a slope each), so only neighbours can share; make kv_of_source_head ascend"

@@ -6,24 +6,29 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from .errors import UserError, suggest
+from .methods import MethodRecord
 
-OF_THE_CALLER = ("seed", "head_dim_multiple")
-"""Keyword-only parameters that are no options of a method: the plan says them."""
+SET_BY_CALLER = ("seed", "head_dim_multiple")
+"""Keyword-only parameters that are not options of a method: the plan sets them."""
+
+Record = TypeVar("Record")
+SomeMethod = TypeVar("SomeMethod", bound=MethodRecord)
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """One plug-in with its options settled."""
+class Method(Generic[SomeMethod]):
+    """One method, chosen by name, with the options that were given."""
 
     name: str
-    function: Callable[..., Any]
+    record: SomeMethod
     options: dict[str, Any]
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.function(*args, **self.options, **keywords)
+        """Call the page's function with the options."""
+        return self.record.function(*args, **self.options, **keywords)
 
     def __str__(self) -> str:
         written = ",".join(f"{key}={value}" for key, value in self.options.items())
@@ -31,49 +36,63 @@ class Method:
 
 
 def names(package: ModuleType) -> list[str]:
-    """The methods in a plug-in package: its modules, packages left out."""
+    """Return the names of the methods in a plug-in package: its modules, without subpackages."""
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
 
 
-def load(package: ModuleType, name: str) -> ModuleType:
-    """The page of one method.
-
-    Raises:
-        UserError: no such method; the nearest names are suggested.
-    """
+def _page(package: ModuleType, name: str) -> ModuleType:
     axis = package.__name__.removeprefix("headfold.").replace(".", " ")
     if name not in names(package):
         raise UserError(f"unknown {axis} method {name!r}; {suggest(name, names(package))}")
     return importlib.import_module(f"{package.__name__}.{name}")
 
 
+def load(package: ModuleType, name: str, kind: type[Record]) -> Record:
+    """Return the record of one page: its only constant of the type `kind`.
+
+    Raises:
+        UserError: there is no such page; the nearest names are suggested.
+    """
+    (record,) = (value for value in vars(_page(package, name)).values() if isinstance(value, kind))
+    return record
+
+
 def option_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of a method with their defaults, but for those that the caller decides."""
+    """Return the options of a method with their defaults: its keyword-only parameters, except those that the caller sets."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OF_THE_CALLER}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SET_BY_CALLER}
 
 
-def parse(package: ModuleType, text: str, entry: str) -> Method:
-    """`name` or `name:key=value,key=value` → the method, options checked against the signature of its `entry` function.
+def parse(package: ModuleType, text: str, kind: type[SomeMethod]) -> Method[SomeMethod]:
+    """Return the method that `name` or `name:key=value,key=value` names.
 
     Raises:
         UserError: unknown method or option, or a value of the wrong type.
     """
-    name, _, tail = text.partition(":")
-    function = getattr(load(package, name), entry)
+    name, _, options = text.partition(":")
+    record = load(package, name, kind)
+    return Method(name, record, parse_options(name, options, record.function))
+
+
+def parse_options(name: str, text: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options in `key=value,key=value`, checked against the signature of `function`; `name` is for messages.
+
+    Raises:
+        UserError: unknown option, or a value of the wrong type.
+    """
     defaults = option_defaults(function)
     options: dict[str, Any] = {}
-    for item in filter(None, tail.split(",")):
+    for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if key not in defaults or not equals:
             listed = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
-            raise UserError(f"{name}: no option {item!r}; it takes {listed}")
+            raise UserError(f"{name}: no option {item!r}; its options are {listed}")
         options[key] = _convert(name, key, value, defaults[key])
-    return Method(name, function, options)
+    return options
 
 
 def _convert(name: str, key: str, text: str, default: Any) -> Any:
-    """The text as a value of the default's type."""
+    """Return the text as a value of the default's type."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise UserError(f"{name}: {key}={text!r}, expected true or false")
@@ -84,11 +103,15 @@ def _convert(name: str, key: str, text: str, default: Any) -> Any:
         raise UserError(f"{name}: {key}={text!r}, expected a value like {default!r}") from error
 
 
-def needs(method: Method) -> tuple[str, ...]:
-    """Names of the statistics that a method's page says it cannot do without."""
-    return getattr(inspect.getmodule(method.function), "NEEDS", ())
+def documentation(package: ModuleType, name: str) -> str:
+    """Return the docstring of a page.
+
+    Raises:
+        UserError: there is no such page.
+    """
+    return (_page(package, name).__doc__ or "").strip()
 
 
-def summary(module: ModuleType) -> str:
-    """The first line of a method's page: its help."""
-    return (module.__doc__ or "").strip().splitlines()[0]
+def summary(package: ModuleType, name: str) -> str:
+    """Return the first line of a page's docstring: its help."""
+    return documentation(package, name).splitlines()[0]

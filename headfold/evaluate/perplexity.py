@@ -92,11 +92,13 @@ def evaluate_perplexity(
     batch_size: int | None = None,
     max_tokens: int | None = None,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Measure a checkpoint on the whole of a text, in order, in one pass together with its reference.
 
     `text` is any source of `headfold.corpus` (default: the bundled held-out text). Windows of `context` tokens (default: the
-    model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early.
+    model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early. `dtype` is what both models
+    compute in (default: `compute_dtype` of the checkpoint's).
 
     Raises:
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
@@ -104,7 +106,7 @@ def evaluate_perplexity(
     """
     source, tokens = read_tokens(model_dir, text, max_tokens)
     stored = stored_dtype(model_dir)
-    dtype, _ = compute_dtype(stored, device)
+    dtype = dtype or compute_dtype(stored, device)[0]
     model = open_language_model(model_dir, dtype, device)
     reference = None if reference_dir is None else open_language_model(reference_dir, dtype, device)
     reference_bytes = None

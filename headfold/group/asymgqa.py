@@ -9,8 +9,7 @@ import random
 
 from ..core.costs import Cost, many
 from ..core.groups import Groups
-
-COST = "cosine"
+from ..core.methods import GroupingMethod
 
 
 def group(
@@ -50,3 +49,6 @@ def _climb(
         if sum(many(cost, list(made))) < sum(many(cost, [members[a], members[b]])):
             members[a], members[b] = made
     return members
+
+
+GROUPING = GroupingMethod(group=group, default_cost="cosine")

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 from ..core.groups import Groups
-
-ASKS_COST = False
+from ..core.methods import GroupingMethod
 
 
 def group(
@@ -12,3 +11,6 @@ def group(
 ) -> Groups:
     """`num_kv_heads` equal runs of `num_heads` heads; the cost is not asked."""
     return Groups.contiguous(num_heads, num_kv_heads)
+
+
+GROUPING = GroupingMethod(group=group, default_cost=None)

@@ -12,6 +12,7 @@ import numpy as np
 from ..core.costs import Cost, many
 from ..core.errors import UserError
 from ..core.groups import Groups
+from ..core.methods import GroupingMethod
 
 
 def group(
@@ -123,3 +124,6 @@ def _split(cost: Cost, members: list[tuple[int, ...]], num_kv_heads: int) -> lis
         worst = int(np.argmax(serving_costs))
         members = [*members[:worst], members[worst][:-1], members[worst][-1:], *members[worst + 1 :]]
     return members
+
+
+GROUPING = GroupingMethod(group=group)

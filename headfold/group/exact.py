@@ -11,6 +11,7 @@ from functools import cache
 from ..core.costs import Cost, many
 from ..core.errors import UserError
 from ..core.groups import Groups
+from ..core.methods import GroupingMethod
 
 MOST_SETS = 20_000
 MOST_UNEQUAL = 14
@@ -80,3 +81,6 @@ def _unequal(cost: Cost, num_heads: int, num_kv_heads: int) -> list[tuple[int, .
         groups.append(members[mask])
         done ^= mask
     return groups
+
+
+GROUPING = GroupingMethod(group=group)

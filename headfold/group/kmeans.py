@@ -8,9 +8,8 @@ import random
 
 from ..core.costs import Cost, many
 from ..core.groups import Groups
+from ..core.methods import GroupingMethod
 
-UNEQUAL = True
-COST = "wse"
 GAIN = 1e-12
 
 
@@ -44,3 +43,6 @@ def _settled(cost: Cost, labels: list[int], num_kv_heads: int) -> Groups:
             if gains[best] < gains[own] - GAIN * abs(gains[own]):
                 labels[head], moved = best, True
     return Groups.of(labels)
+
+
+GROUPING = GroupingMethod(group=group, default_cost="wse", unequal=True)

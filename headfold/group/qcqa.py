@@ -9,9 +9,8 @@ error: this page is for comparison, and nothing uses it unasked. Needs pymoo: `p
 
 from ..core.costs import Cost
 from ..core.groups import Groups
+from ..core.methods import GroupingMethod
 from . import evolve
-
-COST = "wse"
 
 
 def group(
@@ -31,3 +30,6 @@ def group(
     """
     options = {"population": population, "generations": generations, "unequal": unequal}
     return evolve.group(cost, num_heads, num_kv_heads, seed=seed, **options)
+
+
+GROUPING = GroupingMethod(group=group, default_cost="wse")

@@ -4,8 +4,7 @@ import random
 from collections.abc import Callable
 
 from ..core.groups import Groups
-
-ASKS_COST = False
+from ..core.methods import GroupingMethod
 
 
 def group(
@@ -16,3 +15,6 @@ def group(
     random.Random(seed).shuffle(heads)
     size = num_heads // num_kv_heads
     return Groups.from_members([heads[start : start + size] for start in range(0, num_heads, size)])
+
+
+GROUPING = GroupingMethod(group=group, default_cost=None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.costs import Cost, SetCost, many, pair_matrix
 from ..core.groups import Groups
+from ..core.methods import GroupingMethod
 from . import exact
 
 GAIN = 1e-12
@@ -112,3 +113,6 @@ def _changes(left: tuple[int, ...], right: tuple[int, ...], *, unequal: bool) ->
         made += [(tuple(h for h in left if h != i), tuple(sorted({*right, i}))) for i in left if len(left) > 1]
         made += [(tuple(sorted({*left, j})), tuple(h for h in right if h != j)) for j in right if len(right) > 1]
     return made
+
+
+GROUPING = GroupingMethod(group=group)

@@ -25,15 +25,11 @@ from ..core.distances import NUM_BINS, Distances
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
+from ..core.methods import MergeMethod
 from ..core.moments import Moments, Planes, Weighted, site_moments
 from ..core.readout import fit
 from ..core.shared import align_signs, top_functionals, top_planes
 from ..core.stats import SiteStats
-
-NEEDS = ("second", "scatter")
-"""Statistics it cannot do without."""
-HEAD_DIM_MULTIPLE = True
-"""Shared heads may be several of the source's wide."""
 
 
 def merge(
@@ -227,3 +223,11 @@ def _blocks(heads: Heads, factors: Complex[Tensor, "member plane"]) -> Float[Ten
     blocks[:, first, first], blocks[:, other, other] = factors.real, factors.real
     blocks[:, first, other], blocks[:, other, first] = -factors.imag, factors.imag
     return blocks
+
+
+MERGE = MergeMethod(
+    merge=merge,
+    undoes="key_freedom",
+    statistics=frozenset({"second", "scatter", "attended"}),
+    head_dim_multiples=True,
+)

@@ -4,13 +4,14 @@ import dataclasses
 
 from ..core.groups import Groups
 from ..core.heads import Heads
+from ..core.methods import MergeMethod
 from ..core.stats import SiteStats
-
-TRANSFORMS_QUERIES = False
-"""Neither looks at Q and O nor changes them."""
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
     """`groups` partitions the source's K/V heads. Exact only where the heads of a group are equal."""
     first = [members[0] for members in groups.members]
     return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], groups=heads.groups.compose(groups))
+
+
+MERGE = MergeMethod(merge=merge, undoes="copies", transforms_queries=False)

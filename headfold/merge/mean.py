@@ -9,10 +9,8 @@ import dataclasses
 from ..core.combining import combine, equal_weights
 from ..core.groups import Groups
 from ..core.heads import Heads
+from ..core.methods import MergeMethod
 from ..core.stats import SiteStats
-
-TRANSFORMS_QUERIES = False
-"""Neither looks at Q and O nor changes them."""
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
@@ -20,3 +18,6 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     weights = equal_weights(groups)
     k, v = (combine(rows, weights, groups) for rows in (heads.k, heads.v))
     return dataclasses.replace(heads, k=k, v=v, groups=heads.groups.compose(groups))
+
+
+MERGE = MergeMethod(merge=merge, undoes="copies", transforms_queries=False)

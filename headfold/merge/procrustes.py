@@ -19,11 +19,9 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
+from ..core.methods import MergeMethod
 from ..core.rotations import align_key, align_value, pair_grams
 from ..core.stats import SiteStats
-
-NEEDS = ("second",)
-"""Statistics it cannot do without."""
 
 
 def merge(
@@ -98,3 +96,6 @@ def _average(rows: Tensor, turns: Tensor, blocks: Tensor, norm: bool) -> Float[T
         return shared
     mean_energy = torch.einsum("iaia->", blocks) / len(rows)
     return shared * (mean_energy / (_agreement(turns, blocks) / len(rows) ** 2)).sqrt()
+
+
+MERGE = MergeMethod(merge=merge, undoes="rotations", statistics=frozenset({"second"}))

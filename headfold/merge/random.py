@@ -10,10 +10,8 @@ import torch
 
 from ..core.groups import Groups
 from ..core.heads import Heads
+from ..core.methods import MergeMethod
 from ..core.stats import SiteStats
-
-TRANSFORMS_QUERIES = False
-"""Neither looks at Q and O nor changes them."""
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
@@ -32,3 +30,6 @@ def _draw(source: torch.Tensor, groups: Groups, generator: torch.Generator) -> t
         if len(members) == 1:
             drawn[group] = source[members[0]]
     return drawn
+
+
+MERGE = MergeMethod(merge=merge, undoes="nothing", transforms_queries=False)

@@ -5,14 +5,14 @@ prefix makes of them, toward the original's residual stream, ends at a rise of 0
 block can be fitted before the last one is.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..calibration import Sample, mask_of, num_tokens
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from ..hf_models import input_device
@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 PORTION_BYTES = 2**31
 """Of recorded calls held at once where blocks cannot be walked one by one."""
 
-Fields = dict[str, Tensor]
-Keep = Callable[[str, Fields], None]
+Keep = Callable[[str, FittedHeads], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Solver:
     """What makes better heads of merged ones: the fields that change, float32, and how many tokens it runs through a block for that."""
 
-    solve: Callable[[RecordedSite, Heads], Mapping[str, Tensor]]
+    solve: Callable[[RecordedSite, Heads], FittedHeads]
     tokens: int
 
 
@@ -50,7 +49,7 @@ def fit(
     skip: Container[str] = (),
     keep: Keep | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> dict[str, Fields]:
+) -> dict[str, FittedHeads]:
     """By site, the fields of its merged heads that replace the merge's.
 
     `model` is the original under stock transformers; `merged(site)` gives the site's folded heads in standard order, `order(site)`
@@ -60,7 +59,7 @@ def fit(
     whole, a portion of their sites at a time. Of several processes together each records and runs its share of the batches, and all find
     the same fields.
     """
-    found: dict[str, Fields] = {}
+    found: dict[str, FittedHeads] = {}
     numbers = share(len(batches))
     for site, recorded in _recorded(model, sites, [batches[number] for number in numbers]):
         left = solver.tokens
@@ -80,7 +79,7 @@ def fit(
         site_calls = RecordedSite(
             model.get_submodule(site.module), site, recorded, order(site), on_replay, model, head_dim_multiple, numbers
         )
-        fields = {name: tensor.to("cpu", torch.float32) for name, tensor in solver.solve(site_calls, heads).items()}
+        fields = solver.solve(site_calls, heads).to("cpu", torch.float32)
         if keep is None:
             found[site.name] = fields
         else:

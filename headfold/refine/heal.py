@@ -7,7 +7,7 @@ healed block is no worse than it was. Of several processes together each takes a
 a step sees as many batches as there are processes, and fewer steps train a block with as many tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..calibration import Sample, batches, num_tokens
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
-from .fitting import Fields, Solver, fit
+from .fitting import Solver, fit
 from .recorded import RecordedSite
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def heal(
     rate: float = RATE,
     seed: int = 0,
     **how: Any,
-) -> dict[str, Fields]:
+) -> dict[str, FittedHeads]:
     """By site, its healed heads: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
 
     Every block is trained with `tokens` tokens of `sample` (items where it has none), over all processes together. `model`, `sites`,
@@ -119,23 +120,25 @@ class _TrainedWeights:
         before = getattr(self.heads, name)
         return tensor if tensor.shape == before.shape else torch.cat([tensor, before[..., -1:]], -1)
 
-    def set(self, fields: Mapping[str, Tensor]) -> None:
-        """Go back to weights that `fields` gave."""
+    def set(self, fitted: FittedHeads) -> None:
+        """Go back to the weights that `fitted` returned."""
         for name, leaf in self.tensors.items():
-            before = fields[name]
+            before = getattr(fitted, name)
             leaf.data.copy_(before if leaf.shape == before.shape else before[..., :-1])
 
-    def fields(self) -> Fields:
-        return {name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
+    def fitted(self) -> FittedHeads:
+        return FittedHeads(
+            **{name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
+        )
 
 
 def _healed(
     site_calls: RecordedSite, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
-) -> Fields:
+) -> FittedHeads:
     """A step sees the batches of one of the `rounds`, one per process."""
     weights = _TrainedWeights.of(heads, site_calls.site)
     positions, energy = _positions_and_energy(site_calls, held.stop)
-    best, found = _error(site_calls, weights.to_heads(), held), weights.fields()
+    best, found = _error(site_calls, weights.to_heads(), held), weights.fitted()
     if not best > 0:  # a perfect fold
         return found
     rate *= best**0.5
@@ -151,7 +154,7 @@ def _healed(
         if step + 1 in checks:
             error = _error(site_calls, weights.to_heads(), held)
             if error < best:
-                best, found = error, weights.fields()
+                best, found = error, weights.fitted()
             elif not error <= MAX_ERROR_RATIO * best or step + 1 >= LATE * steps:
                 weights.set(found)
                 optimizer.state.clear()

@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..calibration import Sample, batches, total_tokens
+from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
-from .fitting import Fields, Solver, fit
+from .fitting import Solver, fit
 from .recorded import RecordedSite
 from .ridge import refit_output
 from .values import refit_values
@@ -41,7 +42,7 @@ def refit(
     ridge: float = RIDGE,
     value_steps: int = VALUE_STEPS,
     **how: Any,
-) -> dict[str, Fields]:
+) -> dict[str, FittedHeads]:
     """By site, the fields of its merged heads that replace the merge's: `o`, `o_bias` where there is one, and `v`; float32.
 
     `value_steps=0` fits W_o alone. `model`, `sites`, `merged` and `how` are those of `fitting.fit`.
@@ -52,9 +53,8 @@ def refit(
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
-def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int) -> Fields:
+def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int) -> FittedHeads:
     heads = refit_output(site_calls, heads, ridge)
     if value_steps:
         heads = refit_output(site_calls, refit_values(site_calls, heads, ridge, value_steps), ridge)
-    fields = {"o": heads.o, "o_bias": heads.o_bias, "v": heads.v if value_steps else None}
-    return {name: tensor for name, tensor in fields.items() if tensor is not None}
+    return FittedHeads(o=heads.o, o_bias=heads.o_bias, v=heads.v if value_steps else None)

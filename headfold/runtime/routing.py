@@ -7,7 +7,6 @@ several processes each routes by its own batches; DistributedDataParallel copies
 recomputation of gradient checkpointing nothing is measured or drawn again.
 """
 
-import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ..calibration import run
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.groups import Groups
+from ..core.methods import RouteMethod
 from ..core.plan import Plan, SitePlan
 from ..core.routes import Norms, RouteState, even, runs
 from . import routes
@@ -41,18 +41,18 @@ class GroupedAttention(Protocol):
     headfold_route: "Router"
 
 
-def parse(text: str) -> plugins.Method:
+def parse(text: str) -> plugins.Method[RouteMethod]:
     """Return the route `dgqa:window=300`, from a page in `headfold.runtime.routes`, with its options.
 
     Raises:
         UserError: an unknown route or option.
     """
-    return plugins.parse(routes, text, "route")
+    return plugins.parse(routes, text, RouteMethod)
 
 
-def depends_on_batch(method: plugins.Method) -> bool:
+def depends_on_batch(method: plugins.Method[RouteMethod]) -> bool:
     """Return whether, outside training, the output for one item depends on the items beside or before it."""
-    return bool(method.options.get("published")) and _page(method).BATCH_DEPENDENT
+    return bool(method.options.get("published")) and method.record.published_depends_on_batch
 
 
 def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> dict[str, "Router"]:
@@ -177,7 +177,9 @@ class Router(nn.Module):
     kept: Tensor
     mean: Tensor
 
-    def __init__(self, method: plugins.Method, shape: Shape, own: KvOfQuery, seed: int, before: dict[str, Any]) -> None:
+    def __init__(
+        self, method: plugins.Method[RouteMethod], shape: Shape, own: KvOfQuery, seed: int, before: dict[str, Any]
+    ) -> None:
         """`own` is the map that the attention has by itself, `before` the attributes of the module that `detach` restores."""
         super().__init__()
         self.method, self.seed, self.before = method, seed, before
@@ -224,7 +226,7 @@ class Router(nn.Module):
 
     def perturbed(self, output: Tensor) -> Tensor:
         """Return the output of the attention (sample, token, head, dim) with the noise of the route, where it has any."""
-        perturb = getattr(_page(self.method), "perturb", None)
+        perturb = self.method.record.perturb
         if perturb is None or self.is_frozen or self._held:
             return output
         draw = random.Random(f"{self.seed} {self.state.draws}").getrandbits(63)
@@ -240,14 +242,14 @@ class Router(nn.Module):
     def freeze(self, where: str) -> None:
         """Settle on what has been measured, for good; `where` names the attention in messages."""
         self._held = None
-        if hasattr(_page(self.method), "settle") and not self.is_frozen:
+        if self.method.record.settle is not None and not self.is_frozen:
             if not (self.state.count or self.state.step):
                 raise UserError(f"{where}: {self.method}: nothing was measured; train first, or give batches")
             self._settle()
         self.counts[3] = 1
 
     def _settle(self) -> None:
-        settle = getattr(_page(self.method), "settle", None)
+        settle = self.method.record.settle
         self.state = settle(self.state, **self.method.options) if settle else self.state
 
 
@@ -264,10 +266,6 @@ def key_norms(key: Tensor, mask: Tensor | None, slots: int = 1) -> Norms:
         seen = allowed.any(2).any(1, keepdim=True).expand_as(seen).to(energy)
     mean = (energy * seen).sum(-1) / seen.sum(-1).clamp_min(1)
     return Norms(energy.sum(-1).sqrt(), mean.sqrt())
-
-
-def _page(method: plugins.Method) -> Any:
-    return inspect.getmodule(method.function)
 
 
 def _recomputing() -> bool:
@@ -299,7 +297,7 @@ def _shape(module: nn.Module) -> Shape | None:
     return Shape(num_heads, num_heads // per_group, head_dim)
 
 
-def _attach(path: str, attention: nn.Module, shape: Shape, method: plugins.Method, seed: int) -> Router:
+def _attach(path: str, attention: nn.Module, shape: Shape, method: plugins.Method[RouteMethod], seed: int) -> Router:
     module = cast(GroupedAttention, attention)
     names = ("kv_of_query", "num_key_value_groups", "config")
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}

@@ -30,8 +30,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from .. import merge as merges
-from .. import train
 from ..core import plugins
 from ..core.combining import combine, equal_weights
 from ..core.errors import UserError
@@ -39,6 +37,7 @@ from ..core.groups import Groups
 from ..core.plan import Plan
 from ..families.layout import read_heads
 from ..families.spec import Site
+from ..merge import parse_merge
 from ..runtime.regrouping import local_names
 from ..surgery import site_tensors
 
@@ -76,10 +75,10 @@ def parse(spec: str) -> Options:
     Raises:
         UserError: another name, or an unknown option or value.
     """
-    name = spec.partition(":")[0]
+    name, _, options = spec.partition(":")
     if name != "wgqa":
         raise UserError(f"unknown parametrization {name!r}; expected wgqa, such as wgqa:kind=column,frozen=true")
-    return plugins.parse(train, spec, "wgqa")()
+    return wgqa(**plugins.parse_options(name, options, wgqa))
 
 
 class WeightedHeads(nn.Module):
@@ -224,7 +223,6 @@ def _linears(model: PreTrainedModel, site: Site, plan: Plan, read: Read) -> Sequ
 def _refuse(site: Site, plan: Plan) -> None:
     """Refuse sites for which a weighted sum of the original's heads is not defined."""
     planned = plan.sites[site.name]
-    merge = planned.merge.partition(":")[0]
     if "qkv" in site.weights and site.stock_gqa:
         raise UserError(
             f"wgqa: {site.name}: expected linears of their own for k and v, its class has one for q, k and v"
@@ -234,7 +232,7 @@ def _refuse(site: Site, plan: Plan) -> None:
             f"wgqa: {site.name}: expected the original's head_dim {site.head_dim}, the plan has {planned.head_dim}: such a "
             "head stores several heads side by side, which leaves nothing to weight; make the plan with --head-dim-multiple 1"
         )
-    if getattr(plugins.load(merges, merge), "TRANSFORMS_QUERIES", True):
+    if parse_merge(planned.merge).record.transforms_queries:
         raise UserError(
             f"wgqa: {site.name}: expected a merge that does not transform queries, the plan has {planned.merge}, so the "
             "original's keys do not fit the queries; fold with --merge mean --no-refit"

@@ -10,22 +10,21 @@ from torch import Tensor
 
 from ...core.costs import Cost, SetCost
 from ...core.heads import Heads
+from ...core.methods import CostMethod
 from ...core.moments import Moments, site_moments
 from ...core.predict import predicted_errors, site_energy
 from ...core.stats import SiteStats
 
-HEAD_DIM_MULTIPLE = True
-"""It knows what a shared head of several heads' width loses."""
 LARGE = 1024
 """Dims of a group's values above which they are left out under RoPE: an eigenproblem of that size takes a second for every set."""
 
 
 def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
-    return cost_of(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
+    return cost_from_moments(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
 
 
-def cost_of(
+def cost_from_moments(
     moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_dim_multiple: int = 1
 ) -> Cost:
     """The same from moments that are at hand already; `head_dim_multiple` as in `core.predict`."""
@@ -41,3 +40,12 @@ def cost_of(
         return key_weight * keys / energy.key + value_weight * values / energy.value
 
     return SetCost(compute)
+
+
+COST = CostMethod(
+    cost=cost,
+    undoes="key_freedom",
+    cost_from_moments=cost_from_moments,
+    statistics=frozenset({"second", "scatter"}),
+    head_dim_multiples=True,
+)

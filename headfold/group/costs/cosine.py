@@ -11,6 +11,7 @@ import torch
 
 from ...core.costs import Cost, around_mean
 from ...core.heads import Heads
+from ...core.methods import CostMethod
 from ...core.rotations import pair_grams
 from ...core.stats import SiteStats
 
@@ -24,3 +25,6 @@ def cost(heads: Heads, stats: SiteStats) -> Cost:
         length = torch.diagonal(inner).clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
         similarity += inner / (length[:, None] * length) / 2
     return around_mean(similarity)
+
+
+COST = CostMethod(cost=cost, undoes="copies")

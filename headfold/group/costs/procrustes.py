@@ -7,6 +7,7 @@ loses, as in `cosine`. The paper groups by K or by V; here both count alike.
 
 from ...core.costs import Cost, around_mean
 from ...core.heads import Heads
+from ...core.methods import CostMethod
 from ...core.rotations import aligned_similarity, pair_grams
 from ...core.stats import SiteStats
 
@@ -18,3 +19,6 @@ def cost(heads: Heads, stats: SiteStats) -> Cost:
         heads.key_freedom, grams.v, keys=False
     )
     return around_mean(similarity)
+
+
+COST = CostMethod(cost=cost, undoes="rotations")

@@ -7,13 +7,14 @@ It knows nothing of what reads K and V: heads that differ by a rotation which at
 
 from ...core.costs import Cost, around_mean
 from ...core.heads import Heads
+from ...core.methods import CostMethod
 from ...core.stats import SiteStats
-
-NEEDS: tuple[str, ...] = ()
-"""No statistics."""
 
 
 def cost(heads: Heads, stats: SiteStats | None = None) -> Cost:
     """Returns the cost of one set of K/V heads sharing a single head."""
     rows = [tensor.double().flatten(1) for tensor in (heads.k, heads.v)]
     return around_mean(sum(row @ row.T for row in rows))
+
+
+COST = CostMethod(cost=cost, undoes="copies", statistics=frozenset())

@@ -22,12 +22,11 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.methods import RouteMethod
 from ...core.routes import Norms, RouteState, apportion, rounded
 
 NEW = 0.9
 """Weight of the new norms in their moving average, as published."""
-BATCH_DEPENDENT = True
-"""Of the published form; the repaired one never is."""
 
 
 def route(
@@ -83,3 +82,6 @@ def corrected(sizes: Sequence[int], num_heads: int, draw: random.Random) -> tupl
         group = draw.randrange(len(sizes))
         sizes[group] += 1 if wrong > 0 else -(sizes[group] > 0)
     return tuple(sizes)
+
+
+ROUTE = RouteMethod(route=route, settle=settle, published_depends_on_batch=True)

@@ -19,10 +19,8 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.methods import RouteMethod
 from ...core.routes import Norms, RouteState, apportion, rounded, spread
-
-BATCH_DEPENDENT = True
-"""Of the published form; the repaired one never is."""
 
 
 def route(state: RouteState, norms: Norms, training: bool, *, published: bool = False, seed: int = 0) -> RouteState:
@@ -50,3 +48,6 @@ def published_sizes(norms: Float[Tensor, " group"], num_heads: int) -> tuple[int
     while sum(sizes) < num_heads:
         sizes[sizes.index(min(sizes))] += 1
     return tuple(sizes)
+
+
+ROUTE = RouteMethod(route=route, settle=settle, published_depends_on_batch=True)

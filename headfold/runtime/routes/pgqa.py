@@ -18,10 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.methods import RouteMethod
 from ...core.routes import Norms, RouteState
-
-BATCH_DEPENDENT = True
-"""Of the published form; the repaired one never is."""
 
 
 def route(
@@ -65,3 +63,6 @@ def _noise(
     noise = noise / noise.std(2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     scaled = noise * rows.std(2, keepdim=True)
     return scaled + rows.mean(2, keepdim=True) if published else strength * scaled
+
+
+ROUTE = RouteMethod(route=route, perturb=perturb, published_depends_on_batch=True)

@@ -3,11 +3,13 @@
 What every other route is compared with, bit for bit the model without one.
 """
 
+from ...core.methods import RouteMethod
 from ...core.routes import Norms, RouteState
-
-BATCH_DEPENDENT = False
 
 
 def route(state: RouteState, norms: Norms, training: bool, *, seed: int = 0) -> RouteState:
     """The state as it is."""
     return state
+
+
+ROUTE = RouteMethod(route=route)

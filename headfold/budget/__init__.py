@@ -1,0 +1,1 @@
+"""Floor 9: a count of K/V heads per layer, from a budget: the request, measured sensitivities, the exact allocation."""

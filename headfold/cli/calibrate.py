@@ -1,0 +1,43 @@
+"""headfold calibrate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Calibration, Columns, Context, Debug, Device, Dtype, Force, Items, Json, Model, Seed, Tokens
+from .output import answered, given, names
+
+EXAMPLES = (
+    "headfold calibrate my-model stats.safetensors --calibration notes.txt --tokens 100000",
+    "headfold calibrate my-t5 stats.safetensors --calibration pairs.jsonl --items 2048",
+)
+
+
+def calibrate(
+    model: Model,
+    stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
+    context: Context = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure once what attention sees, for any number of folds."""
+    from ..report import views
+    from ..report.progress import ProgressReport
+    from ..verbs import calibrate as verb
+
+    chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
+    with ProgressReport(silent=as_json) as progress:
+        result = verb.calibrate(
+            model, stats, seed=seed, force=force, device=device, dtype=dtype, progress=progress, **chosen
+        )
+    if not answered(result.to_json(), as_json):
+        views.show_calibration(result)

@@ -1,0 +1,35 @@
+"""headfold detect."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import OUTPUT, Debug, Force, Json, option
+from .output import answered
+
+EXAMPLES = ("headfold detect my-model", "headfold detect my-model --out my_family.py")
+
+
+def detect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id or a model_type of transformers.")
+    ],
+    out: Annotated[
+        Path | None,
+        option("--out", panel=OUTPUT, metavar="FAMILY.py", help="Write the family literal as Python source."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Detect an unknown architecture's attention and prove it foldable.
+
+    A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
+    is tried on it, and the family literal that follows must pass all laws."""
+    from ..report import views
+    from ..verbs import detect as verb
+
+    found = verb.detect(model, out=out, force=force)
+    if not answered(found.to_json(), as_json):
+        views.show_probe(found, out)

@@ -1,0 +1,115 @@
+"""headfold eval."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from .options import DATA, HOW, WHAT, Context, Debug, Device, Dtype, Json, option
+from .output import answered, given, names
+
+EXAMPLES = (
+    "headfold eval my-model-gqa --reference my-model --text notes.txt",
+    "headfold eval --compare my-model my-model-gqa other-fold",
+)
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id; several with --compare."),
+    ],
+    compare: Annotated[
+        bool,
+        option("--compare", panel=WHAT, help="Measure several models on the same data, and how far each is from the first."),
+    ] = False,
+    reference: Annotated[
+        str | None, option("--reference", panel=WHAT, metavar="ORIGINAL", help="The model that MODEL was folded from.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        option(
+            "--text", panel=DATA, metavar="SOURCE",
+            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); sentences; a "
+            "folder or table of images. Default, for language models alone: the bundled text.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        option("--columns", panel=DATA, metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        option(
+            "--task", panel=DATA, metavar="NAME,NAME",
+            help="Run tasks of lm-evaluation-harness instead, by its own code: hellaswag, mmlu_*. Needs the extra tasks of this package.",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, option("--include-path", panel=DATA, metavar="DIR", help="A folder with task files (.yaml) of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        option("--num-fewshot", panel=DATA, metavar="N", min=0, help="Examples before each item. Default: the task's own number."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        option("--limit", panel=DATA, metavar="N", min=1, help="Items to measure on, of each task; tokens of plain text."),
+    ] = None,
+    context: Context = None,
+    metric: Annotated[
+        str | None,
+        option("--metric", panel=HOW, metavar="METRIC", help="Metric of what an encoder-decoder writes: bleu or rouge. Default: bleu."),
+    ] = None,
+    beams: Annotated[
+        int | None, option("--beams", panel=HOW, metavar="N", min=1, help="Beams that an encoder-decoder writes with. Default: 1.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        option(
+            "--max-new-tokens", panel=HOW, metavar="N", min=0,
+            help="Tokens at which an output is cut; 0: none is written, so no BLEU or ROUGE. Default: 128.",
+        ),
+    ] = None,
+    resamples: Annotated[
+        int | None,
+        option("--resamples", panel=HOW, metavar="N", min=1000, help="Draws of the bootstrap behind intervals. Default: 2000."),
+    ] = None,
+    seed: Annotated[int | None, option("--seed", panel=HOW, help="Seed of these draws. Default: 0.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure perplexity, BLEU or ROUGE, accuracy, embeddings, or tasks.
+
+    What is measured depends on the model: a language model's perplexity and KL to the original, loss and BLEU or ROUGE of an
+    encoder-decoder, accuracy of a classifier, likeness of an encoder's embeddings to the original's. With --reference always beside the
+    original; with --compare several models, with 95 % intervals of the differences."""
+    _check_count(models, compare)
+    from ..report import contrasts, views
+    from ..report.progress import ProgressReport
+    from ..verbs import evaluate as verb
+
+    chosen = given(
+        reference=reference, text=text, columns=names(columns), metric=metric, beams=beams, max_new_tokens=max_new_tokens,
+        task=names(task), num_fewshot=num_fewshot, include_path=include_path, limit=limit, context=context,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
+    with ProgressReport(silent=as_json) as progress:
+        found = verb.evaluate(models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen)
+    if not answered(verb.facts(found), as_json):
+        show = {"PairedComparison": contrasts.show_contrast, "TaskEvaluation": contrasts.show_tasks}
+        show.get(type(found).__name__, views.show_evaluation)(found)
+
+
+def _check_count(models: list[str], compare: bool) -> None:
+    if compare and len(models) < 2:
+        raise UserError(
+            f"eval: --compare: expected at least two models, got {models[0]} alone; name the others after it"
+        )
+    if len(models) > 1 and not compare:
+        raise UserError(
+            f"eval: expected one model, got {len(models)}; to measure them on the same data, give --compare"
+        )

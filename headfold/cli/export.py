@@ -1,0 +1,36 @@
+"""headfold export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, Force, Json, Layout, Verify
+from .output import answered
+
+EXAMPLES = (
+    "headfold export my-pythia-gqa my-pythia-phi --layout native",
+    "headfold export my-model-gqa my-model-decilm --layout decilm",
+)
+
+
+def export(
+    folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="A checkpoint that headfold fold wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    layout: Layout = None,
+    verify: Verify = True,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a fold again in another layout, the same function.
+
+    Layouts are checkpoint forms that stock classes or engines read: see --layout."""
+    from ..report import views
+    from ..report.progress import ProgressReport
+    from ..verbs import export as verb
+
+    with ProgressReport(silent=as_json) as progress:
+        result = verb.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
+    if not answered(result.to_json(), as_json):
+        views.show_export(result)

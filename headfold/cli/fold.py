@@ -1,0 +1,118 @@
+"""headfold fold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from .options import (
+    HOW,
+    WHAT,
+    Calibration,
+    Columns,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Encoder,
+    Force,
+    Group,
+    HeadDimMultiple,
+    HeadWidth,
+    Items,
+    Json,
+    KvHeads,
+    Layout,
+    Merge,
+    Model,
+    Refit,
+    Seed,
+    StatsFile,
+    Tokens,
+    Verify,
+    option,
+)  # fmt: skip
+from .output import answered, given, names, renamed
+
+EXAMPLES = (
+    "headfold fold my-model my-model-gqa --kv-heads 1/4",
+    "headfold fold my-t5 my-t5-gqa --kv-heads 2 --calibration pairs.jsonl",
+)
+
+
+def fold(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    kv_heads: KvHeads = None,
+    plan: Annotated[
+        Path | None, option("--plan", panel=WHAT, metavar="PLAN.json", help="A plan that headfold plan wrote.")
+    ] = None,
+    encoder: Encoder = False,
+    head_dim_multiple: HeadDimMultiple = None,
+    group: Group = None,
+    merge: Merge = None,
+    refit: Refit = True,
+    heal: Annotated[
+        bool, option("--heal", panel=HOW, help="Then train every block's attention alone to the original's output (minutes).")
+    ] = False,
+    heal_tokens: Annotated[
+        int | None,
+        option(
+            "--heal-tokens", panel=HOW, metavar="N", min=1,
+            help="Tokens (or items) of the calibration source that --heal trains every block on, more than once where there are fewer. "
+            "Default: 524288 tokens, 16384 images.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    calibration: Calibration = None,
+    tokens: Tokens = None,
+    items: Items = None,
+    columns: Columns = None,
+    context: Context = None,
+    stats: StatsFile = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    layout: Layout = None,
+    verify: Verify = True,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    head_width: HeadWidth = None,
+) -> None:  # fmt: skip
+    """Write the model again with fewer K/V heads.
+
+    OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
+    head_dim_multiple = renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple)
+    _check(kv_heads, plan, group, merge, head_dim_multiple)
+    from ..report import views
+    from ..report.progress import ProgressReport
+    from ..verbs import fold as verb
+
+    chosen = given(
+        kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple,
+        heal_tokens=heal_tokens,
+    )  # fmt: skip
+    with ProgressReport(silent=as_json) as progress:
+        result = verb.fold(
+            model, out, refit=refit, heal=heal, encoder=encoder, seed=seed, force=force, verify=verify, device=device, dtype=dtype,
+            progress=progress, **chosen,
+        )  # fmt: skip
+    if not answered(result.to_json(), as_json):
+        views.show_fold(result)
+
+
+def _check(
+    kv_heads: str | None, plan: Path | None, group: str | None, merge: str | None, head_dim_multiple: str | None
+) -> None:
+    """Refuse options that exclude each other."""
+    if (kv_heads is None) == (plan is None):
+        number = "none" if plan is None else "both"
+        raise UserError(f"fold: expected either --kv-heads N or --plan PLAN.json, got {number}; give one")
+    decided = {"--group": group, "--merge": merge, "--head-dim-multiple": head_dim_multiple}
+    refused = [option for option, value in decided.items() if value is not None]
+    if plan is not None and refused:
+        raise UserError(
+            f"fold: {' and '.join(refused)} beside --plan {plan}; the plan decides, leave them out or make another plan"
+        )

@@ -1,0 +1,18 @@
+"""headfold inspect."""
+
+from .options import Debug, Json, Model, StatsFile
+from .output import answered
+
+EXAMPLES = ("headfold inspect meta-llama/Llama-2-7b-hf", "headfold inspect my-model --stats stats.safetensors --json")
+
+
+def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show heads, cache size and the predicted cost of folding.
+
+    The strips show, layer by layer, the error predicted for keeping 1/2, 1/4 and 1/8 of the K/V heads."""
+    from ..report import views
+    from ..verbs import inspect as verb
+
+    found = verb.inspect(model, stats=stats)
+    if not answered(found.to_json(), as_json):
+        views.show_inspection(found)

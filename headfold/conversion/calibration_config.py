@@ -1,0 +1,102 @@
+"""Which data a model is calibrated on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..corpus.samples import kind_of
+from ..corpus.windows import fingerprint
+from .source import Source
+
+DEFAULT_SOURCE = "self"
+DEFAULT_TOKENS = 65_536
+DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512}
+"""Items by kind of data. On a small T5, 2,048 pairs lose a tenth less than 512; that many large images would not fit into memory."""
+_KINDS_IN_WORDS = {
+    "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "audio": "sound",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRequest:
+    """Calibration data as the user names it; None stands for a default."""
+
+    source: str | None = None
+    tokens: int | None = None
+    items: int | None = None
+    columns: tuple[str, ...] = ()
+    context: int | None = None
+    seed: int = 0
+
+    @property
+    def names_data(self) -> bool:
+        """Whether it asks for other data than what was used before."""
+        return (self.source, self.tokens, self.items, self.context) != (None, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """Calibration data before any of it is read. `tokens` counts packed text, `items` everything else."""
+
+    kind: str
+    """As `headfold.corpus.samples.kind_of` says."""
+    source: str
+    tokens: int
+    items: int
+    columns: tuple[str, ...]
+    context: int | None
+    seed: int
+
+    @classmethod
+    def resolve(
+        cls, opened: Source, request: CalibrationRequest, recorded: Mapping[str, str] | None = None
+    ) -> "CalibrationConfig":
+        """Fill in what the request leaves open: from `recorded` (the metadata of statistics or a plan) if it names no source, else defaults.
+
+        The seed of recorded data is kept: the same text serves folds of any seed.
+
+        Raises:
+            UserError: a model that cannot write its own calibration text has no data named.
+        """
+        if request.source is None and (recorded or {}).keys() >= {"source", "seed", "tokens"}:
+            assert recorded is not None
+            request = _from_record(request, recorded)
+        kind = kind_of(opened.checkpoint.config)
+        if request.source is None and kind != "text":
+            raise UserError(
+                f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, for which there is no default; pass --calibration SOURCE"
+            )
+        return cls(
+            kind,
+            request.source or DEFAULT_SOURCE,
+            request.tokens or DEFAULT_TOKENS,
+            request.items or DEFAULT_ITEMS.get(kind, 0),
+            request.columns,
+            request.context,
+            request.seed,
+        )
+
+    def facts(self, sample: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return what describes the data in files and cards: enough to draw the same again."""
+        first = next(iter(sample.values()))
+        amount = first.numel() if self.kind == "text" else len(first)
+        length = {"context": str(first.shape[1])} if first.ndim == 2 else {}
+        columns = {"columns": ",".join(self.columns)} if self.columns else {}
+        named = {"kind": self.kind, "source": self.source, "tokens": str(amount), "seed": str(self.seed)}
+        return {**named, **length, **columns, "fingerprint": fingerprint(sample)}
+
+
+def _from_record(request: CalibrationRequest, recorded: Mapping[str, str]) -> CalibrationRequest:
+    is_text = recorded.get("kind", "text") == "text"
+    amount = int(recorded["tokens"])
+    columns: Sequence[str] = list(filter(None, recorded.get("columns", "").split(",")))
+    return CalibrationRequest(
+        recorded["source"],
+        request.tokens or amount,
+        request.items or amount,
+        tuple(columns),
+        request.context or (int(recorded["context"]) if is_text else None),
+        int(recorded["seed"]),
+    )

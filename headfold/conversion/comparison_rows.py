@@ -1,0 +1,120 @@
+"""Rows of a comparison of methods: one fold each, kept on disk so that the next call goes on from there."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.staging import write_json
+from ..core.errors import UserError
+from ..evaluate import classification, embedding
+from ..evaluate.data import DataEvaluation
+from ..evaluate.perplexity import Evaluation
+
+STATISTICS = "stats.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """One method at one count of K/V heads."""
+
+    method: str
+    num_kv_heads: int
+    """Whose cache the fold takes, in heads of the source's head_dim."""
+    kv_bytes_per_token: int
+    metric: str
+    value: float
+    original: float | None
+    loss_increase: float
+    """How much worse than the original's the metric is, whichever direction is better."""
+    kl: float | None
+    """KL to the original, in nats per token or item; None where the metric has none."""
+    seconds: float
+    """Of the fold: plan, merge, refit and writing, without calibration."""
+    peak_bytes: int | None
+    """Most memory that the fold took."""
+    weight_bytes: int
+    """Of attention, and beside it its arithmetic in a prompt: `conversion.serving_cost.ServingCost`."""
+    flops_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodComparison:
+    """All rows, and where they lie."""
+
+    model: str
+    data: str
+    directory: str
+    rows: list[MethodRow]
+    skipped: dict[str, str]
+    """Method and count → why it could not be folded."""
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the machine-readable form, as --json prints it."""
+        return [asdict(row) for row in self.rows]
+
+
+def write_rows(directory: Path, settings: Mapping[str, Any], rows: Sequence[MethodRow]) -> None:
+    """Write compare.json with the settings that its rows were measured with."""
+    write_json(directory / "compare.json", {"settings": settings, "rows": [asdict(row) for row in rows]})
+
+
+def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> list[MethodRow]:
+    """Return the rows of an earlier call with the same settings.
+
+    Raises:
+        UserError: other files, or rows of other settings, lie there and `force` is not given.
+    """
+    file = directory / "compare.json"
+    if not file.exists():
+        if directory.exists() and any(directory.iterdir()) and not force:
+            raise UserError(
+                f"{directory}: expected an earlier comparison or nothing, got other files; choose another --out"
+            )
+        (directory / STATISTICS).unlink(missing_ok=True)  # of unknown origin
+        return []
+    try:
+        found = json.loads(file.read_text())
+        same = found["settings"] == json.loads(json.dumps(settings, default=str))
+        rows = [MethodRow(**row) for row in found["rows"]]
+        numbers = [n for row in rows for n in (row.num_kv_heads, row.value, row.loss_increase, row.seconds)]
+        if not all(isinstance(number, float | int) for number in numbers):
+            raise TypeError("a row without its numbers")
+    except (ValueError, KeyError, TypeError) as error:
+        if not force:
+            raise UserError(
+                f"{file}: expected rows of this version of headfold; choose another --out, or --force to start over"
+            ) from error
+        same, rows = False, []
+    if same:
+        return rows
+    if not force:
+        raise UserError(
+            f"{file}: expected rows of the same data and model, got others; choose another --out, or --force to start over"
+        )
+    (directory / STATISTICS).unlink(missing_ok=True)
+    return []
+
+
+def file_digest(name: str | None) -> str | None:
+    """Return a digest of a file's contents, so that rows of other data are told apart; None for what is no single file."""
+    path = Path(name.partition(":")[0]) if name else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scored(found: Evaluation | DataEvaluation) -> tuple[str, float, float | None, float, float | None]:
+    """Return the metric, its value, the original's value, how much worse that is, and the KL to the original."""
+    measured = found.measured if isinstance(found, DataEvaluation) else found
+    if isinstance(measured, classification.Classification):
+        value, original = measured.accuracy, measured.reference_accuracy
+        assert original is not None
+        return "accuracy", value, original, original - value, measured.kl
+    if isinstance(measured, embedding.Embedding):
+        return "cosine", measured.cosine, None, 1 - measured.cosine, None
+    assert measured.reference_nll is not None
+    return "nll", measured.nll, measured.reference_nll, measured.nll - measured.reference_nll, measured.kl

@@ -1,0 +1,94 @@
+"""One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.staging import job_key, open_staging
+from ..checkpoint.stats_file import StatsFile
+from ..core.fitted import FittedHeads
+from ..core.plan import Plan
+from ..parallel import on_main, on_main_only
+from .fitted_sites import FittedSites
+from .provenance import Fitting
+from .source import Source
+from .teacher import Teacher
+
+_WORK = ".headfold-work"
+
+
+@dataclass(slots=True)
+class FoldJob:
+    """The staging directory of one fold, with what is computed on the way to it. All of it lies on rank 0."""
+
+    staging: Path
+    settings: Mapping[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, out: Path, settings: Mapping[str, Any], force: bool) -> "FoldJob":
+        """Open `OUT.partial`, empty or as an earlier run of the same settings left it.
+
+        Raises:
+            UserError: `out` has contents and `force` is not given, or the place cannot be written to.
+        """
+        job = cls(on_main(lambda: open_staging(out, job_key(settings), force)), settings)
+        on_main(lambda: job.work.mkdir(exist_ok=True))
+        return job
+
+    @property
+    def work(self) -> Path:
+        """Where statistics and fitted heads wait while the output grows; removed before the output is renamed."""
+        return self.staging / _WORK
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the seconds that a stage takes."""
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - started, 3)
+
+    def calibrated(self, teacher: Teacher, given: StatsFile | None, needed: bool) -> StatsFile | None:
+        """Return the statistics that were given, else those of an earlier run, else measure them; None where no method needs any."""
+        path = self.work / "stats.safetensors"
+        if on_main(lambda: given is not None) or not needed:
+            return given
+        with self.timed("calibrate"):
+            if on_main(lambda: not path.exists()):
+                teacher.write_statistics(path)
+            stats = on_main_only(lambda: StatsFile(path))
+            teacher.use_sample(stats)
+            return stats
+
+    def refitted(
+        self, teacher: Teacher, plan: Plan, stats: StatsFile | None
+    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
+        """Return the refitted heads and what they were fitted on; sites that an earlier run refitted are not refitted again."""
+        with self.timed("refit"):
+            fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
+            if self._lacks_sites(teacher.source, fitted):
+                teacher.refit(plan, stats, fitted)
+            return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
+
+    def healed(
+        self,
+        teacher: Teacher,
+        plan: Plan,
+        stats: StatsFile | None,
+        refits: Mapping[str, FittedHeads] | None,
+        fitting: Fitting,
+        tokens: int,
+    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
+        """Return the heads trained block by block, from where merge and refit end."""
+        with self.timed("heal"):
+            trained = on_main_only(lambda: FittedSites(self.work / "heal"))
+            if self._lacks_sites(teacher.source, trained):
+                teacher.heal(plan, stats, refits, trained, tokens, self.settings["seed"])
+            return trained, Fitting(fitting.refitted, tokens, on_main(lambda: trained.facts))
+
+    @staticmethod
+    def _lacks_sites(source: Source, fitted: FittedSites) -> bool:
+        return on_main(lambda: any(site.name not in fitted for site in source.sites))

@@ -1,0 +1,91 @@
+"""What a fold is asked to do, resolved: the plan or what it is made by, the calibration data, and the settings that identify the job."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import planning
+from ..checkpoint.stats_file import StatsFile
+from ..core.plan import Plan
+from ..refine import heal as healing
+from ..refine.refit import num_passes
+from .calibration_config import CalibrationConfig, CalibrationRequest
+from .head_dims import largest_multiple, possible_multiples
+from .plans import needs_statistics
+from .source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRequest:
+    """How a fold is made. `plan` is None where it is still to be made by `group` and `merge`."""
+
+    plan: Plan | None
+    group: str
+    merge: str
+    head_dim_multiple: int
+    encoder: bool
+    needs_statistics: bool
+    calibration: CalibrationConfig | None
+    """None where no step needs data and none is named."""
+    heal_tokens: int
+    """Tokens, or items, to train every block on; 0 for none."""
+    settings: Mapping[str, Any]
+    """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
+
+
+def resolve_fold(
+    source: Source,
+    *,
+    kv_heads: str | int | None,
+    plan: str | Path | None,
+    head_dim_multiple: str | int,
+    group: str,
+    merge: str,
+    refit: bool,
+    heal: bool,
+    heal_tokens: int | None,
+    data: CalibrationRequest,
+    stats: StatsFile | None,
+) -> FoldRequest:
+    """Check the options of a fold against the source and fill in the defaults.
+
+    Raises:
+        UserError: a count, method or plan that does not suit the source.
+    """
+    ready = None if plan is None else Plan.load(Path(plan))
+    encoder, multiple = source.encoder, 1
+    if ready is None:
+        assert kv_heads is not None
+        planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
+        needed = needs_statistics(group, merge)
+        multiples = possible_multiples(source, head_dim_multiple, group, merge)
+        multiple = largest_multiple(source, multiples, kv_heads, group)
+    else:
+        # With the encoder's sites if the plan has any of them, else without.
+        encoder = any(site.optional and site.name in ready.sites for site in source.every_site)
+        source = replace(source, encoder=encoder)
+        ready.check_source(source.checkpoint.fingerprint(), source.sites)
+        group, merge = ready.group, next(iter(ready.sites.values())).merge
+        needed = needs_statistics("contiguous", merge)
+    recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
+    calibration = None
+    if needed or refit or heal or data.source is not None or _names_source(recorded):
+        calibration = CalibrationConfig.resolve(source, data, recorded)
+    length = 0
+    if heal:
+        assert calibration is not None
+        default = healing.ITEMS if calibration.kind in ("images", "audio") else healing.TOKENS
+        length = heal_tokens or default
+    settings = {
+        "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
+        "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
+        "refit": num_passes() if refit else 0, "heal": length, "data": calibration and asdict(calibration), "encoder": encoder,
+        "stats": stats and stats.metadata,
+    }  # fmt: skip
+    return FoldRequest(ready, group, merge, multiple, encoder, needed, calibration, length, settings)
+
+
+def _names_source(recorded: Mapping[str, str]) -> bool:
+    return recorded.keys() >= {"source", "seed", "tokens"}

@@ -1,0 +1,82 @@
+"""What a fold reports."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.plan import Plan
+from ..evaluate.verify import Verification
+from .provenance import Fitting
+from .serving_cost import ServingCost
+from .source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class FoldResult:
+    """What a fold wrote and what was found on the way."""
+
+    out: Path
+    family: str
+    num_heads: int
+    num_kv_heads_before: int
+    num_kv_heads_after: int
+    """K/V heads of the site that keeps most; `num_kv_heads_least` of the one that keeps fewest."""
+    num_kv_heads_least: int
+    before: ServingCost
+    after: ServingCost
+    plan: Plan
+    refitted: bool
+    healed: int
+    """Tokens, or items, that every block was trained on; 0 for none."""
+    verification: Verification | None
+    notes: list[str]
+    seconds: dict[str, float]
+    """By stage."""
+
+    @classmethod
+    def of(
+        cls,
+        out: Path,
+        source: Source,
+        plan: Plan,
+        costs: tuple[ServingCost, ServingCost],
+        fitting: Fitting,
+        verification: Verification | None,
+        notes: list[str],
+        seconds: dict[str, float],
+    ) -> "FoldResult":
+        """Put a result collate."""
+        counts = plan.num_kv_heads.values()
+        return cls(
+            out=out,
+            family=source.checkpoint.config["model_type"],
+            num_heads=max(site.num_heads for site in source.sites),
+            num_kv_heads_before=source.num_kv_heads,
+            num_kv_heads_after=max(counts),
+            num_kv_heads_least=min(counts),
+            before=costs[0],
+            after=costs[1],
+            plan=plan,
+            refitted=fitting.refitted,
+            healed=fitting.healed,
+            verification=verification,
+            notes=notes,
+            seconds=seconds,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        facts = {name: getattr(self, name) for name in self.__slots__}
+        costs = {"before": asdict(self.before), "after": asdict(self.after)}
+        costs |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
+        verification = None if self.verification is None else asdict(self.verification)
+        return {**facts, **costs, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """Bytes per token, over all layers, in the checkpoint's dtype."""
+        return self.before.kv_bytes_per_token
+
+    @property
+    def kv_bytes_after(self) -> int:
+        return self.after.kv_bytes_per_token

@@ -1,0 +1,55 @@
+"""Write a fold in the layout of a stock class or an engine, and compare its logits with those of headfold's runtime."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.staging import disown
+from ..core.errors import UserError
+from ..core.progress import Progress
+from ..evaluate.verify import TOLERANCE
+from ..exports.folded import open_folded
+from ..exports.layout import make_export
+from ..exports.pieces import Export, write_export
+from ..exports.rounding import Unrounded
+from ..hf_models import open_model, stored_dtype
+from ..runtime.load import own_class
+from .verification import random_sample
+
+
+def write_layout(folded: Path, target: Path, layout: str, progress: Callable[[int, int], None]) -> Export:
+    """Write the grouped checkpoint `folded`, as headfold's runtime reads it, into the existing directory `target` in `layout`."""
+    checkpoint, source = open_folded(folded)
+    made = make_export(checkpoint, source, layout)
+    write_export(checkpoint, made, target, progress)
+    return made
+
+
+@torch.no_grad()
+def compare_layouts(checkpoint: Checkpoint, made: Export, staging: Path, progress: Progress) -> tuple[float, float]:
+    """Return the largest difference of logits on random tokens between `checkpoint` and its export in `staging`, and the tolerance.
+
+    Raises:
+        UserError: they differ by more; the output stays in `staging`.
+    """
+    sample = random_sample("sentences", checkpoint.config)
+    size = sample["input_ids"].numel()
+    progress("verify", 0, size)
+    dtype = torch.promote_types(stored_dtype(checkpoint.path), torch.float32)
+    grouped_class = own_class(checkpoint.config)
+    expected = open_model(checkpoint.path, dtype=dtype, model_class=grouped_class)(**sample, use_cache=False).logits
+    overlay = Unrounded(checkpoint, made, staging, dtype)
+    exported = open_model(staging, dtype=dtype, model_class=own_class(made.config), overlay=overlay)
+    found = exported(**sample, use_cache=False).logits
+    progress("verify", size, size)
+    difference = (found - expected).abs().max().item()
+    tolerance = TOLERANCE[dtype] * expected.double().pow(2).mean().sqrt().item()
+    if not difference <= tolerance:
+        disown(staging)
+        raise UserError(
+            f"{staging}: expected the logits of {checkpoint.path} within {tolerance:.2g}, got a difference of {difference:.2g}; "
+            "left there and not renamed"
+        )
+    return difference, tolerance

@@ -1,0 +1,64 @@
+"""Plans with one count of K/V heads, or one share, for all sites; and what methods need for them."""
+
+from collections.abc import Iterator
+
+from .. import planning
+from ..checkpoint.stats_file import StatsFile
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..core.progress import Progress
+from ..families.spec import Site
+from ..merge import parse_merge
+from .source import Source
+
+
+def plan_uniform(
+    source: Source,
+    kv_heads: str | int,
+    group: str,
+    merge: str,
+    stats: StatsFile | None,
+    seed: int,
+    progress: Progress,
+    head_dim_multiple: int = 1,
+    workers: int = 1,
+) -> Plan:
+    """Group the K/V heads of every site into `kv_heads`, a count or a share.
+
+    Raises:
+        UserError: a method needs statistics and there are none; see `planning.make_plan`.
+    """
+    if stats is None and needs_statistics(group, merge):
+        raise UserError(
+            f"--group {group} --merge {merge} need calibration statistics: run headfold calibrate and pass --stats, "
+            "or choose --group contiguous --merge mean"
+        )
+    names = [site.name for site in source.sites]
+    return planning.make_plan(
+        source.sites,
+        source.checkpoint.read,
+        kv_heads,
+        source=source.checkpoint.fingerprint(),
+        group=group,
+        merge=merge,
+        stats=stats,
+        calibration=None if stats is None else stats.metadata,
+        seed=seed,
+        head_dim_multiple=head_dim_multiple,
+        workers=workers,
+        progress=lambda name: progress("plan", names.index(name), len(names)),
+    )
+
+
+def needs_statistics(group: str, merge: str) -> bool:
+    """Return whether a method needs statistics. Most grouping costs do: without data they would group by weights alone, unasked."""
+    return bool(planning.statistics_needed(group, merge))
+
+
+def sites_with_assumed_distances(source: Source, plan: Plan, stats: StatsFile | None) -> Iterator[Site]:
+    """Yield the sites whose merge fits read-outs over attention distances that the statistics do not hold."""
+    for site in source.sites:
+        fits = parse_merge(plan.sites[site.name].merge).record.fits_distances
+        rotates = site.key_freedom.frequencies and not site.key_freedom.normed
+        if fits and rotates and stats is not None and not stats.holds(site.name, "attended"):
+            yield site

@@ -1,0 +1,160 @@
+"""A checkpoint, opened by its headers and checked to be one that can be folded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.hub import resolve
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.stats_file import StatsFile
+from ..core.errors import UserError
+from ..core.heads import kv_bytes
+from ..core.plan import Plan
+from ..families import family_of, is_known
+from ..families.context import context_length
+from ..families.layout import check_shapes
+from ..families.spec import Family, Site
+from ..families.spec import sites as sites_of
+from ..runtime.load import kv_heads_by_layer
+from ..runtime.rotary import plane_frequencies
+
+_FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
+UNKNOWN_CONTEXT = 2048
+"""Tokens that attention is assumed to span where the config names no limit."""
+_SLIDING_BY_DEFAULT = ("mistral", "mixtral", "starcoder2", "phi3")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint with its family and sites, checked to be one that can be folded."""
+
+    name: str
+    """As the user wrote it: a directory or a hub id."""
+    checkpoint: Checkpoint
+    family: Family
+    every_site: list[Site]
+    encoder: bool = False
+    """Whether the encoder of an encoder-decoder is folded too."""
+    detected: bool = False
+    """Whether the architecture has no family literal and was detected by experiments on a toy model."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites to fold: all but the optional ones, unless those were asked for or there are no others."""
+        chosen = [site for site in self.every_site if self.encoder or not site.optional]
+        return chosen or self.every_site
+
+    @property
+    def cached_sites(self) -> list[Site]:
+        """The sites whose K and V are cached; an encoder beside a decoder caches nothing."""
+        return [site for site in self.every_site if not site.optional] or self.every_site
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The K/V heads of the site that has most."""
+        return max(site.num_kv_heads for site in self.sites)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
+
+    def kv_bytes_per_token(self, plan: Plan | None = None) -> int:
+        """Return the bytes of K and V that one token adds to the cache over all sites, in the checkpoint's dtype, as `plan` folds them."""
+        shapes = {site.name: (site.num_kv_heads, site.head_dim) for site in self.every_site}
+        planned = plan.sites.items() if plan else ()
+        shapes |= {name: (site.groups.num_kv_heads, site.head_dim) for name, site in planned}
+        return sum(kv_bytes(*shapes[site.name], self.dtype.itemsize) for site in self.cached_sites)
+
+
+def open_source(model: str | Path, encoder: bool = False) -> Source:
+    """Open a directory or hub id: its config and the headers of its weights; no weights are read.
+
+    An architecture without a family literal is detected by experiments on a toy model of its config. `encoder` as in `Source`.
+
+    Raises:
+        UserError: whatever makes folding impossible, in one line.
+    """
+    checkpoint = Checkpoint.open(resolve(str(model)))
+    where = f"{model}/config.json"
+    _refuse_uneven_folds(checkpoint.config, where)
+    family, detected = _family(checkpoint, where)
+    if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
+        raise UserError(
+            f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
+        )
+    sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
+    for site in sites:
+        check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
+    return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
+
+
+def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
+    """Open a file of statistics.
+
+    Raises:
+        UserError: the statistics are of another checkpoint.
+    """
+    if path is None:
+        return None
+    stats = StatsFile(Path(path))
+    if stats.metadata.get("model") not in (None, source.checkpoint.fingerprint()):
+        raise UserError(f"{path}: statistics of another model than {source.name}; run headfold calibrate on this one")
+    return stats
+
+
+def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
+    """Return the sites with the frequencies of their RoPE planes, where the config has one table for all of them."""
+    if not any(site.key_freedom.rotary_dim for site in sites):
+        return sites
+    found = plane_frequencies(config)
+    return [
+        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
+        if site.key_freedom.rotary_dim == 2 * len(found) > 0
+        else site
+        for layer, site in enumerate(sites)
+    ]
+
+
+def _attention_span(config: Mapping[str, Any], layer: int) -> int:
+    """Return how many tokens a layer's attention can look back over: its sliding window, or the whole context."""
+    whole, kinds = context_length(config) or UNKNOWN_CONTEXT, config.get("layer_types") or ()
+    if kinds:
+        slides = "sliding" in kinds[min(layer, len(kinds) - 1)]
+    else:
+        slides = config.get("use_sliding_window", config["model_type"] in _SLIDING_BY_DEFAULT)
+    window = config.get("sliding_window") if slides else None
+    return min(whole, window) if window else whole
+
+
+def _refuse_uneven_folds(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a fold whose K/V heads are not described by one count: its original can be folded further, it cannot."""
+    listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
+    known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
+    stock_gqa = listed and known and any(attention.kv_heads for attention in known)
+    if (
+        kv_heads_by_layer(config) is not None
+        or stock_gqa
+        or any({"kv_of_query", "slots"} & site.keys() for site in listed)
+    ):
+        raise UserError(
+            f"{where}: this checkpoint is already folded, with K/V heads that differ in group size, count or head_dim; "
+            f"{_FOLD_THE_ORIGINAL}"
+        )
+
+
+def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
+    """Return the family of a known `model_type` and False, or a detected one and True."""
+    config = checkpoint.config
+    model_type = config.get("model_type")
+    if is_known(model_type) or not isinstance(model_type, str) or "text_config" in config or "auto_map" in config:
+        return family_of(config, where), False
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return family_of(config, where), False
+    from ..detection import prove
+
+    return prove(checkpoint.path), True

@@ -1,0 +1,131 @@
+"""Compare a fold with its head-repeated twin on a little data, real where there is any."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import num_tokens
+from ..checkpoint.reader import check_finite
+from ..checkpoint.staging import disown
+from ..core.errors import UserError
+from ..core.progress import Progress
+from ..corpus import open_corpus
+from ..corpus.samples import kind_of
+from ..corpus.windows import token_windows
+from ..evaluate.verify import Verification, compare_with_twin
+from ..families.context import context_length
+from ..hf_models import exceeds_memory, open_tokenizer
+from ..runtime.load import own_class
+from .source import Source
+from .teacher import Teacher
+from .twin import Twin
+
+WINDOW_TOKENS = 256
+"""Length of each of the two windows of text."""
+ITEMS = 4
+"""Number of items of other data."""
+
+
+def verify_fold(
+    source: Source,
+    staging: Path,
+    twin: Twin,
+    sample: Mapping[str, Tensor],
+    unrounded: Mapping[str, Tensor] | None,
+    notes: list[str],
+    progress: Progress,
+) -> Verification | None:
+    """Compare the weights written to `staging` with the twin, both under stock transformers; None where memory cannot hold the twin.
+
+    Raises:
+        UserError: they differ; the output stays in `staging`, and the next run starts anew.
+    """
+    wide = twin.has_wide_heads
+    if wide and exceeds_memory(source.checkpoint, torch.promote_types(source.dtype, torch.float32)):
+        notes.append(
+            "not verified: wide heads are compared with their twin in memory, and this model is larger than that"
+        )
+        return None
+    size = num_tokens(sample)
+    progress("verify", 0, size)
+    config = json.loads((staging / "config.json").read_text())
+    found = compare_with_twin(
+        source.checkpoint.path,
+        staging,
+        twin,
+        sample,
+        renamed=twin.names_on_disk,
+        source_class=own_class(source.checkpoint.config),
+        fold_class=own_class(config),
+        unrounded=unrounded,
+        make_twin=twin.install if wide else None,
+    )
+    progress("verify", size, size)
+    if not math.isfinite(found.tolerance):
+        _refuse_not_finite(source)
+    if not found.passed:
+        disown(staging)
+        raise UserError(
+            f"{staging}: expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a difference of "
+            f"{found.max_abs_difference:.2g}, first in {found.where}; left there and not renamed"
+        )
+    return found
+
+
+def _refuse_not_finite(source: Source) -> None:
+    """Name the tensor that makes every logit NaN: a copied one, as folded ones were checked when they were made."""
+    for name in source.checkpoint.tensors:
+        check_finite(f"{source.name}: {name}", source.checkpoint.read(name))
+
+
+def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> Mapping[str, Tensor]:
+    """Return two windows of text, or the first calibration items; random inputs, and a note, where there is neither."""
+    config = source.checkpoint.config
+    kind = kind_of(config)
+    if kind == "text":
+        return {"input_ids": _windows(source, notes)}
+    if teacher.config is not None:
+        return {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}
+    notes.append("no calibration data: verified on random inputs")
+    return random_sample(kind, config)
+
+
+def _windows(source: Source, notes: list[str]) -> Tensor:
+    config = source.checkpoint.config
+    length = min(WINDOW_TOKENS, context_length(config) or WINDOW_TOKENS)
+    try:
+        tokenizer = open_tokenizer(source.checkpoint.path)
+    except UserError:
+        notes.append("no tokenizer beside the checkpoint: verified on random tokens")
+        return _random_tokens(config, 2, length)
+    return token_windows(open_corpus("stdlib", seed=0).documents, tokenizer, 2 * length, length, 0)
+
+
+def random_sample(kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return random inputs of the shapes that a model of this kind and config takes."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "captions":
+        texts, pictures = (
+            random_sample(k, config[f"{n}_config"]) for k, n in (("sentences", "text"), ("images", "vision"))
+        )
+        return {**texts, **pictures}
+    if kind == "images":
+        size = config.get("image_size", 224)
+        shape = (ITEMS, config.get("num_channels", 3), *((size, size) if isinstance(size, int) else size))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    if kind == "audio":
+        frames = 2 * config.get("max_source_positions", 1500)
+        features = torch.randn((ITEMS, config.get("num_mel_bins", 80), frames), generator=generator)
+        return {"input_features": features, "labels": _random_tokens(config, ITEMS, 16)}
+    tokens = _random_tokens(config, ITEMS, min(32, context_length(config) or 32))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return inputs if kind == "sentences" else {**inputs, "labels": _random_tokens(config, ITEMS, 24)}
+
+
+def _random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
+    return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))

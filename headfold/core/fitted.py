@@ -1,0 +1,58 @@
+"""The weights of one folded site that were fitted to the teacher after the merge."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .heads import Heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedHeads:
+    """Fitted weights of a site's folded heads, query heads in standard order; None where the merge's own weights stay.
+
+    A refit fits the outputs, `o` and `v` (and `o_bias` where the site has one). Complete heads have `q` and `k` too: nothing of
+    the merge is left to compute.
+    """
+
+    o: Float[Tensor, "head value_dim model"]
+    v: Float[Tensor, "group value_dim model_plus_1"] | None = None
+    o_bias: Float[Tensor, " model"] | None = None
+    q: Float[Tensor, "head dim model_plus_1"] | None = None
+    k: Float[Tensor, "group dim model_plus_1"] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.q is None) == (self.k is None), "queries and keys are fitted together or not at all"
+        assert self.q is None or self.v is not None, "complete heads have values"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether these are all weights of the folded site, so that it need not be merged."""
+        return self.q is not None
+
+    def completed(self, merged: Heads) -> Self:
+        """Return complete heads: these weights, and those of the merged heads for all others."""
+        own = {"q": merged.q, "k": merged.k, "v": merged.v} | self.to_tensors()
+        return replace(self, **own)
+
+    def onto(self, heads: Heads) -> Heads:
+        """Return the folded heads with the fitted weights in place of their own."""
+        return Heads(**{field.name: getattr(heads, field.name) for field in fields(heads)} | self.to_tensors())
+
+    def to(self, device: str, dtype: torch.dtype) -> Self:
+        """Return the weights on a device and in a dtype."""
+        return replace(self, **{name: tensor.to(device, dtype) for name, tensor in self.to_tensors().items()})
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the fitted weights by field."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o, "o_bias": self.o_bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the fitted weights that `to_tensors` listed."""
+        return cls(**tensors)

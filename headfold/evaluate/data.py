@@ -1,0 +1,227 @@
+"""Measure a checkpoint on data of its own kind, alone or beside the one that it was folded from."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.errors import UserError, suggest
+from ..corpus.pairs import read_pairs
+from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
+from ..families.context import context_length
+from ..hf_models import open_model, open_tokenizer, stored_dtype
+from ..runtime.load import own_class
+from . import classification, embedding, translation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Measured = translation.Translation | classification.Classification | embedding.Embedding
+MAX_CONTEXT = 512
+"""Tokens at which texts are cut, where the model itself takes more."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataRequest:
+    """What to measure on, and how; None stands for a default."""
+
+    source: str | None
+    columns: Sequence[str] = ()
+    context: int | None = None
+    limit: int | None = None
+    """Items, or tokens of plain text."""
+    metric: str | None = None
+    """What the outputs of an encoder-decoder are measured by: "bleu" or "rouge"."""
+    beams: int = 1
+    max_new_tokens: int = translation.MAX_NEW_TOKENS
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataEvaluation:
+    """What was measured, with what, on what. `kind` is what the model takes (`corpus.samples.kind_of`)."""
+
+    kind: str
+    model: str
+    reference: str | None
+    source: str
+    dtype: str
+    measured: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        facts = asdict(self)
+        return facts | facts.pop("measured")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModels:
+    """A model, its reference if there is one, and the data to measure them on."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    model: "PreTrainedModel"
+    reference: "PreTrainedModel | None"
+    reference_directory: Path | None
+    request: DataRequest
+    source: str
+    context: int
+
+    @classmethod
+    def of(cls, directory: Path, reference: Path | None, request: DataRequest) -> "OpenedModels":
+        """Open the models, in their checkpoint's dtype but float32 at least.
+
+        Raises:
+            UserError: a checkpoint does not open, or the request names no source.
+        """
+        config = json.loads((directory / "config.json").read_text())
+        check_source(request.source, kind_of(config), directory)
+        assert request.source is not None
+        dtype = request.dtype or torch.promote_types(stored_dtype(directory), torch.float32)
+        return cls(
+            directory=directory,
+            config=config,
+            model=_open(directory, dtype, request.device),
+            reference=None if reference is None else _open(reference, dtype, request.device),
+            reference_directory=reference,
+            request=request,
+            source=request.source,
+            context=request.context or default_context(directory, config),
+        )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model's head names the class of an item."""
+        heads = self.config.get("architectures") or [""]
+        return heads[0].removeprefix("Grouped").endswith(("ForImageClassification", "ForSequenceClassification"))
+
+    @property
+    def pooling(self) -> str:
+        """How token embeddings are pooled: as the reference does it, which a fold is to stand in for."""
+        directories = [path for path in (self.reference_directory, self.directory) if path is not None]
+        return next(filter(None, map(embedding.pooling_of, directories)), "mean")
+
+    def sample(self, kind: str) -> Sample:
+        """Return the whole source, or its first items."""
+        return draw_sample(
+            kind, self.source, path=self.directory, num_items=self.request.limit, context=self.context, seed=None,
+            columns=self.request.columns,
+        )  # fmt: skip
+
+    def image_blocks(self) -> Iterator[Sample]:
+        """Yield the whole source, or as many items drawn from all of it: files tend to be sorted by class."""
+        limit = self.request.limit
+        seed = None if limit is None else 0
+        return image_sample_blocks(
+            self.source, path=self.directory, num_items=limit, seed=seed, columns=self.request.columns
+        )
+
+    def pairs(self) -> tuple[Any, Any, dict[str, Any]]:
+        """Return the pairs of text, the tokenizer, and how outputs are written."""
+        request = self.request
+        how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
+        how |= {"context": self.context, "reference": self.reference}
+        return read_pairs(self.source, request.columns, request.limit), open_tokenizer(self.directory), how
+
+
+def evaluate_on_data(
+    name: str | Path, directory: Path, reference_name: str | Path | None, reference: Path | None, request: DataRequest
+) -> DataEvaluation:
+    """Measure a model that is no causal language model.
+
+    An encoder-decoder: loss per target token of pairs of text, and BLEU or ROUGE of what it writes. A classifier: accuracy and
+    cross-entropy of labelled images or sentences. Any other encoder: cosines and rank correlation of its embeddings to the reference's.
+
+    Raises:
+        UserError: a checkpoint or source that cannot be read, or a source of another kind than the model's.
+    """
+    opened = OpenedModels.of(directory, reference, request)
+    kind = kind_of(opened.config)
+    dtype = str(opened.model.dtype).removeprefix("torch.")
+    reference_name = None if reference_name is None else str(reference_name)
+    return DataEvaluation(kind, str(name), reference_name, opened.source, dtype, _MEASURES[kind](opened))
+
+
+def check_metric(metric: str | None, kind: str, model: str | Path) -> None:
+    """Refuse an unknown metric of outputs, or one for a model that writes none.
+
+    Raises:
+        UserError: as said.
+    """
+    if metric is not None and metric not in translation.METRICS:
+        raise UserError(f"--metric {metric}: {suggest(metric, translation.METRICS)}")
+    if metric is not None and kind != "pairs":
+        raise UserError(
+            f"--metric {metric}: expected an encoder-decoder of pairs of text, got {model}, a model of {kind}; leave it out"
+        )
+
+
+def check_source(source: str | None, kind: str, model: str | Path) -> None:
+    """Refuse to measure without data: only plain text is bundled.
+
+    Raises:
+        UserError: as said.
+    """
+    if source is None and kind != "text":
+        raise UserError(
+            f"{model}: expected data to measure a model of {kind} on, got none; none is bundled, give --text SOURCE"
+        )
+
+
+def default_context(directory: Path, config: Mapping[str, Any]) -> int:
+    """Return the tokens that a text may have: what the config and sentence-transformers allow, at most `MAX_CONTEXT`."""
+    limits = [context_length(config) or MAX_CONTEXT]
+    file = directory / "sentence_bert_config.json"
+    limits += [json.loads(file.read_text()).get("max_seq_length") or MAX_CONTEXT] if file.is_file() else []
+    return min([MAX_CONTEXT, *limits])
+
+
+def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """Open a checkpoint with its grouped class where it has one, else with stock transformers."""
+    config = json.loads((directory / "config.json").read_text())
+    return open_model(directory, dtype=dtype, device=device, model_class=own_class(config))
+
+
+def _pairs(opened: OpenedModels) -> translation.Translation:
+    pairs, tokenizer, how = opened.pairs()
+    return translation.evaluate_translation(opened.model, pairs, tokenizer, **how)
+
+
+def _audio(opened: OpenedModels) -> translation.Translation:
+    sample = opened.sample("audio")
+    if "labels" not in sample:
+        raise UserError(
+            f"{opened.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
+        )
+    nll, num_tokens = translation.target_nll(opened.model, sample)
+    reference_nll = None if opened.reference is None else translation.target_nll(opened.reference, sample)[0]
+    return translation.Translation(
+        num_items=len(sample["labels"]), num_tokens=num_tokens, nll=nll, beams=1, seconds=0.0, reference_nll=reference_nll
+    )  # fmt: skip
+
+
+def _images(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
+    if opened.classifies:
+        return classification.evaluate_classification(opened.model, opened.image_blocks(), reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
+
+
+def _sentences(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
+    sample = opened.sample("sentences")
+    if opened.classifies and "labels" in sample:
+        return classification.evaluate_classification(opened.model, sample, reference=opened.reference)
+    return embedding.evaluate_embedding(opened.model, sample, opened.reference, pooling=opened.pooling)
+
+
+def _captions(opened: OpenedModels) -> embedding.Embedding:
+    """Compare the embeddings of both towers."""
+    return embedding.evaluate_embedding(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
+
+
+_MEASURES: Mapping[str, Callable[[OpenedModels], Measured]] = {
+    "captions": _captions, "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences,
+}  # fmt: skip

@@ -1,0 +1,84 @@
+"""Measure once what attention sees, for any number of plans and folds."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
+from ..conversion.outputs import refuse_existing
+from ..conversion.source import open_source
+from ..conversion.teacher import Teacher
+from ..core.progress import Progress, no_progress
+from ..hf_models import check_device, dtype_named
+from ..parallel import on_all, on_main, spmd
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """What calibration measured, and where the file lies."""
+
+    path: Path
+    source: str
+    fingerprint: str
+    """Of the calibration data."""
+    tokens: int
+    sites: int
+    seconds: float
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        return {**asdict(self), "path": str(self.path), "tokens_per_second": round(self.tokens / self.seconds, 1)}
+
+
+@spmd
+def calibrate(
+    model: str | Path,
+    stats: str | Path,
+    *,
+    calibration: str | None = None,
+    tokens: int | None = None,
+    items: int | None = None,
+    columns: Sequence[str] = (),
+    context: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
+
+    Files of several runs add up (`headfold.checkpoint.stats_file.add_stats`).
+
+    Args:
+        model: A checkpoint directory or a hub id.
+        stats: The file to write.
+        calibration: A source of `headfold.corpus` that suits the model: text for a language model, pairs for an encoder-decoder,
+            sentences, images or sound. By default a language model writes its own text.
+        tokens: Calibration tokens of a language model; by default `DEFAULT_TOKENS` of `conversion.calibration_config`.
+        items: Calibration items of other models; by default `DEFAULT_ITEMS` there.
+        columns: Columns of a table.
+        context: Length of windows, or where texts are cut; by default the model's own context, at most 1024 tokens.
+        seed: Seed of the drawing of data.
+        force: Replace the file.
+        device: "cpu" or "cuda".
+        dtype: What the model computes in, such as "float32"; by default the fastest dtype that holds its weights.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: a source that cannot be folded or read, or a file in the way without `force`.
+    """
+    path, compute_dtype = Path(stats), dtype_named(dtype)
+    on_main(lambda: refuse_existing(path, force))
+    source = on_all(lambda: open_source(model))
+    data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
+    config = CalibrationConfig.resolve(source, data)
+    teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress)
+    started = time.monotonic()
+    metadata = teacher.write_statistics(path)
+    seconds = time.monotonic() - started
+    found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, teacher.notes)
+    return CalibrationResult(path, config.source, *found)

@@ -1,0 +1,170 @@
+"""Fold by every method at every count of K/V heads on the user's model and data: one table, and no row is computed twice."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.stats_file import StatsFile
+from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, WITHOUT_REFIT
+from ..conversion.comparison_rows import (
+    STATISTICS,
+    MethodComparison,
+    MethodRow,
+    earlier_rows,
+    file_digest,
+    scored,
+    write_rows,
+)
+from ..conversion.source import Source, open_source, open_stats
+from ..core.errors import UserError, suggest
+from ..core.progress import Progress, no_progress
+from ..corpus.samples import kind_of
+from ..evaluate.data import DataEvaluation, check_source
+from ..evaluate.perplexity import Evaluation
+from ..hf_models import check_device
+from ..parallel import on_all, on_main, spmd
+from ..planning import parse_group, parse_kv_heads
+from ..timing.machine import peak_memory
+from .calibrate import calibrate
+from .evaluate import evaluate
+from .fold import fold
+
+FOLDED = ".headfold-folded"
+"""Where a row's fold lies while it is measured: a name that no user's directory has."""
+
+
+@spmd
+def compare(
+    model: str | Path,
+    kv_heads: Sequence[str | int],
+    *,
+    methods: Sequence[str] = DEFAULT,
+    out: str | Path | None = None,
+    text: str | None = None,
+    limit: int | None = None,
+    calibration: str | None = None,
+    tokens: int | None = None,
+    items: int | None = None,
+    columns: Sequence[str] = (),
+    context: int | None = None,
+    stats: str | Path | None = None,
+    seed: int = 0,
+    force: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> MethodComparison:
+    """Fold `model` by each of `methods` to each of `kv_heads`, and measure what that loses.
+
+    Statistics are measured once, for all methods, or taken from `stats`. Rows are kept in the directory `out`, and another call with the
+    same settings goes on from there.
+
+    Args:
+        model: A checkpoint directory or a hub id.
+        kv_heads: Counts of K/V heads, or shares of the source's.
+        methods: Names of `METHODS`, with `+refit` for a refit.
+        out: The directory of the rows; by default the model's name with `.compare`.
+        text: What to measure on, as in `headfold.eval`.
+        limit: Items to measure on; tokens of plain text.
+        calibration: A source of calibration data (`headfold.calibrate`).
+        tokens: Calibration tokens of a language model.
+        items: Calibration items of other models.
+        columns: Columns of a table.
+        context: Tokens per window.
+        stats: A file that `headfold.calibrate` wrote.
+        seed: Seed of everything drawn at random.
+        force: Start over where other rows lie in `out`.
+        device: "cpu" or "cuda".
+        dtype: What the models compute in, such as "float32".
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: an unknown method, a count that no site can have, options that contradict each other, data that does not suit the
+            model, or no method that could be folded.
+    """
+    for name in methods:
+        if name.removesuffix(REFIT) not in METHODS or name in {one + REFIT for one in WITHOUT_REFIT}:
+            raise UserError(f"compare: no method {name!r}; {suggest(name, list(DEFAULT))}")
+    source, progress, device = on_all(lambda: open_source(model)), progress or no_progress, check_device(device)
+    measures = {"calibration": calibration, "tokens": tokens, "items": items}
+    if stats is not None and (named := [f"--{name}" for name, value in measures.items() if value is not None]):
+        raise UserError(
+            f"compare: --stats and {' and '.join(named)} exclude each other, as statistics name their own data; give one"
+        )
+    check_source(text, kind_of(source.checkpoint.config), model)
+    wanted = [(name, count) for count in _counts(source, kv_heads, methods) for name in methods]
+    directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
+    measured = Path(stats) if stats is not None else directory / STATISTICS
+
+    def begin() -> tuple[dict[str, Any], list[MethodRow], bool]:
+        open_stats(stats, source)
+        settings = {
+            "version": version("headfold"), "model": source.checkpoint.fingerprint(), "text": text, "limit": limit,
+            "calibration": calibration, "tokens": tokens, "items": items, "columns": list(columns), "context": context, "seed": seed,
+            "dtype": dtype, "stats": stats and StatsFile(Path(stats)).metadata, "files": [file_digest(name) for name in (text, calibration)],
+        }  # fmt: skip
+        known = earlier_rows(directory, settings, force)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_rows(directory, settings, known)  # before anything else lies there: it says whose directory this is
+        return settings, known, measured.exists()
+
+    settings, known, calibrated = on_main(begin)
+    if not calibrated:
+        calibrate(
+            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, seed=seed, device=device,
+            dtype=dtype, progress=progress,
+        )  # fmt: skip
+    rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
+    options = {} if context is None else {"context": context}
+    for number, (name, count) in enumerate(wanted):
+        progress("compare", number, len(wanted))
+        if (name, count) in rows:
+            continue
+        made = directory / FOLDED
+        on_main(lambda made=made: _remove(made))
+        started = time.monotonic()
+        try:
+            with peak_memory(device) as peak:
+                result = fold(
+                    source.name, made, kv_heads=f"{count}/{source.num_kv_heads}", refit=name.endswith(REFIT), stats=measured, seed=seed,
+                    verify=False, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
+                )  # fmt: skip
+        except UserError as error:
+            skipped[f"{name} at {count}"] = str(error)
+            continue
+        seconds = round(time.monotonic() - started, 2)
+        try:
+            found = evaluate(
+                made, reference=source.name, text=text, limit=limit, columns=columns or None, device=device, dtype=dtype,
+                max_new_tokens=0, **options,
+            )  # fmt: skip
+        finally:
+            on_main(lambda made=made: _remove(made))
+        assert isinstance(found, Evaluation | DataEvaluation)
+        cost = result.after
+        rows[name, count] = MethodRow(
+            name, count, cost.kv_bytes_per_token, *scored(found), seconds, peak.num_bytes, cost.weight_bytes, cost.flops_per_token
+        )  # fmt: skip
+        on_main(lambda: write_rows(directory, settings, list(rows.values())))
+    progress("compare", len(wanted), len(wanted))
+    if skipped and not rows:
+        raise UserError(f"compare: no method could be folded; {next(iter(skipped))}: {next(iter(skipped.values()))}")
+    order = {pair: place for place, pair in enumerate(wanted)}
+    chosen = sorted((pair for pair in rows if pair in order), key=order.__getitem__)
+    return MethodComparison(
+        str(model), text or "the bundled text", str(directory), [rows[pair] for pair in chosen], skipped
+    )
+
+
+def _counts(source: Source, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
+    """Return counts that all of the methods can have."""
+    unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
+    return [parse_kv_heads(asked, source.num_kv_heads, unequal=unequal) for asked in kv_heads]
+
+
+def _remove(made: Path) -> None:
+    for left in (made, made.with_name(f"{made.name}.partial")):
+        shutil.rmtree(left, ignore_errors=True)

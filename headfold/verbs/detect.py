@@ -1,0 +1,38 @@
+"""Find out what an unknown architecture is, and write its family literal."""
+
+from pathlib import Path
+
+from ..checkpoint.hub import resolve
+from ..conversion.outputs import refuse_existing
+from ..core.errors import UserError
+from ..detection import Probed
+from ..detection import probe as experiment
+from ..parallel import main_only
+
+
+@main_only
+def detect(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Probed:
+    """Detect the attention of an architecture by experiments on a toy model, and prove that it can be folded.
+
+    Args:
+        model: A checkpoint directory, a hub id, or a `model_type` of transformers.
+        out: A file for the family literal, as Python source.
+        force: Replace that file.
+
+    Raises:
+        UserError: no such model; with `out`, an architecture that is not proven, or a file in the way.
+    """
+    if out is not None:
+        refuse_existing(Path(out), force)
+    found = experiment(model if _is_model_type(model) else resolve(str(model)))
+    if out is not None:
+        if found.family is None:
+            raise UserError(f"{model}: no literal to write to {out}: {found.reason}")
+        Path(out).write_text(found.source)
+    return found
+
+
+def _is_model_type(model: str | Path) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return str(model) in CONFIG_MAPPING and not Path(model).is_dir()

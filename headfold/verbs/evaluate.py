@@ -1,0 +1,132 @@
+"""Measure a model on data of its kind or on tasks: alone, beside its reference, or several on the same data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.hub import resolve
+from ..core.errors import UserError
+from ..core.progress import Progress, no_progress
+from ..corpus.samples import kind_of
+from ..evaluate import perplexity, translation
+from ..evaluate.bootstrap import RESAMPLES
+from ..evaluate.data import DataEvaluation, DataRequest, check_metric, evaluate_on_data
+from ..evaluate.harness import TaskEvaluation, TaskRequest, compare_on_tasks, evaluate_tasks
+from ..evaluate.paired import PairedComparison, compare_on_data
+from ..evaluate.perplexity import Evaluation
+from ..hf_models import check_device, dtype_named
+from ..parallel import on_all, spmd
+
+TASK_OPTIONS = ("num_fewshot", "include_path")
+"""Options that only tasks have."""
+DATA_OPTIONS = ("text", "metric", "columns", "context", "beams", "max_new_tokens")
+"""Options that only data has."""
+INTERVAL_OPTIONS = ("resamples", "seed")
+"""Options that only comparisons and tasks have."""
+
+
+@spmd
+def evaluate(
+    model: str | Path,
+    *,
+    compare: Sequence[str | Path] = (),
+    reference: str | Path | None = None,
+    text: str | None = None,
+    metric: str | None = None,
+    columns: Sequence[str] | None = None,
+    context: int | None = None,
+    beams: int | None = None,
+    max_new_tokens: int | None = None,
+    task: str | Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    resamples: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation | DataEvaluation | TaskEvaluation | PairedComparison:
+    """Measure `model` on data of its kind or on a task of lm-evaluation-harness.
+
+    A causal language model is measured by perplexity, KL and top-1 agreement; an encoder-decoder by its loss and BLEU or ROUGE; a
+    classifier by accuracy; any other encoder by the likeness of its embeddings to the reference's, which it needs.
+
+    Args:
+        model: A checkpoint directory or a hub id.
+        compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
+        reference: The original that KL, agreement and likeness are relative to.
+        text: A source of `headfold.corpus` that suits the model; by default, for language models alone, the bundled held-out text.
+        metric: "bleu" or "rouge", for what an encoder-decoder writes.
+        columns: Columns of a table.
+        context: Tokens per window, or where texts are cut.
+        beams: Beams that an encoder-decoder writes with; by default 1.
+        max_new_tokens: Where its outputs are cut; 0 writes none.
+        task: A task of lm-evaluation-harness, or several, by name or pattern.
+        num_fewshot: Examples before each item of a task; by default the task's own number.
+        include_path: A folder with task files.
+        limit: Items to measure on; tokens of plain text.
+        resamples: Draws of the bootstrap behind intervals.
+        seed: Seed of these draws.
+        device: "cpu" or "cuda".
+        dtype: What the models compute in, such as "float32".
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: a checkpoint or source that cannot be read, or options that exclude each other.
+    """
+    given = {name: value for name, value in locals().items() if name in _EXCLUSIVE and value is not None}
+    progress, where, compute_dtype = progress or no_progress, check_device(device), dtype_named(dtype)
+    interval = (RESAMPLES if resamples is None else resamples, seed or 0)
+    models = [model, *compare] if compare else [model] if reference is None else [model, reference]
+    if task is not None:
+        _refuse(given, DATA_OPTIONS, "beside --task")
+        if compare and reference is not None:
+            raise UserError(
+                "eval: --reference has no meaning beside --compare with --task; name the original as the first model"
+            )
+        names = [task] if isinstance(task, str) else list(task)
+        tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
+        run = compare_on_tasks if compare else evaluate_tasks
+        return run(models, on_all(lambda: [resolve(str(each)) for each in models]), tasks, *interval, progress)
+    _refuse(given, TASK_OPTIONS, "without --task NAME")
+    directories = on_all(lambda: [resolve(str(each)) for each in models])
+    data = DataRequest(
+        text, columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        where, compute_dtype,
+    )  # fmt: skip
+    if compare:
+        original = None if reference is None else resolve(str(reference))
+        return compare_on_data(models, directories, original, data, *interval, progress)
+    _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
+    directory, original = directories[0], directories[1] if reference is not None else None
+    kind = kind_of(json.loads((directory / "config.json").read_text()))
+    check_metric(metric, kind, model)
+    progress("evaluate", 0, 1)
+    found: Evaluation | DataEvaluation
+    if kind == "text":
+        found = perplexity.evaluate_perplexity(
+            directory, original, text, context=context, max_tokens=limit, device=where, dtype=compute_dtype
+        )
+    else:
+        found = evaluate_on_data(model, directory, reference, original, data)
+    progress("evaluate", 1, 1)
+    return found
+
+
+_EXCLUSIVE = frozenset((*TASK_OPTIONS, *DATA_OPTIONS, *INTERVAL_OPTIONS))
+
+
+def _refuse(given: Mapping[str, Any], options: Sequence[str], where: str) -> None:
+    for name in options:
+        if name in given:
+            raise UserError(f"eval: --{name.replace('_', '-')} has no meaning {where}; leave it out")
+
+
+def facts(found: Evaluation | DataEvaluation | TaskEvaluation | PairedComparison) -> Any:
+    """Return the machine-readable form: a list of rows for a comparison, else one object."""
+    if isinstance(found, Evaluation):
+        return {**asdict(found), "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
+    return found.to_json()

@@ -1,0 +1,95 @@
+"""Write a fold again in another layout: the same function in a form that other classes or engines read."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.staging import commit, open_staging, refuse_overlap
+from ..conversion.layouts import compare_layouts
+from ..core.errors import UserError
+from ..core.progress import Progress, no_progress
+from ..exports.card import exported_card
+from ..exports.folded import Folded, open_folded
+from ..exports.layout import choose_layout, make_export
+from ..exports.pieces import Export, write_export
+from ..parallel import main_only
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export wrote. `difference` and `tolerance` are of logits, absolute; None where they were not compared."""
+
+    out: Path
+    layout: str
+    model_class: str
+    said: str
+    """One line on what the layout is and what loads it."""
+    num_kv_heads: tuple[int, ...]
+    """By layer."""
+    difference: float | None
+    tolerance: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"out": str(self.out)}
+
+
+@main_only
+def export(
+    folded: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    force: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write what `fold` left in `folded` again as `out`, in another layout.
+
+    Args:
+        folded: A checkpoint directory that `headfold.fold` wrote.
+        out: The directory to write.
+        layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer); by
+            default the one that stock transformers loads.
+        force: Replace what is at `out`.
+        verify: Compare the logits of the output with those of headfold's runtime.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: not a fold, a layout that cannot hold it, or an output whose logits differ.
+    """
+    progress, out = progress or no_progress, Path(out)
+    refuse_overlap(Path(folded), out)
+    checkpoint, source = open_folded(folded)
+    chosen = choose_layout(source.config, layout, source.where)
+    if chosen is None:
+        raise UserError(_nothing_to_export(source))
+    made = make_export(checkpoint, source, chosen)
+    key = hashlib.sha256(f"{version('headfold')} {chosen} {checkpoint.fingerprint()}".encode()).hexdigest()
+    staging = open_staging(out, key, force)
+    write_export(checkpoint, made, staging, lambda done, total: progress("write", done, total))
+    _copy_plan_and_card(checkpoint, made, staging)
+    difference, tolerance = compare_layouts(checkpoint, made, staging, progress) if verify else (None, None)
+    commit(staging, out, force)
+    return ExportResult(out, chosen, made.model_class, made.description, source.counts, difference, tolerance)
+
+
+def _nothing_to_export(source: Folded) -> str:
+    if "headfold" not in source.config:
+        return (
+            f"{source.where}: expected a fold in headfold's own form, got the stock class {source.config['architectures'][0]}, which "
+            "needs no export; name another layout with --layout"
+        )
+    return f"{source.where}: {source.model_type} has no stock layout for this fold; headfold's runtime runs it as it is"
+
+
+def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> None:
+    if (checkpoint.path / "plan.json").is_file():
+        shutil.copyfile(checkpoint.path / "plan.json", staging / "plan.json")
+    if (checkpoint.path / "README.md").is_file():
+        card = (checkpoint.path / "README.md").read_text()
+        (staging / "README.md").write_text(exported_card(card, made))

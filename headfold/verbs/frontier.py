@@ -1,0 +1,146 @@
+"""Show what each size of the K/V cache costs: the Pareto front of K/V bytes against loss, with a plan per point."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..budget.curves import CurveRequest, loss_curves, require_statistics, teacher_of_statistics
+from ..budget.frontier import Point, front_points, rank_correlation, site_rank_correlation, undominated
+from ..budget.request import BudgetRequest
+from ..budget.sensitivity_file import path_of_multiple
+from ..checkpoint.staging import write_json
+from ..conversion.head_dims import possible_multiples
+from ..conversion.source import open_source, open_stats
+from ..core.errors import UserError
+from ..core.plan import Plan
+from ..core.progress import Progress, no_progress
+from ..hf_models import check_device, dtype_named
+from ..parallel import on_all, on_main, on_main_only, spmd
+from ..planning import parse_group
+from ..report.plot import plot_frontier, require_plot
+
+NUM_MEASURED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All points, from fewest bytes to most, and how well predictions order what was measured."""
+
+    points: list[Point]
+    rank_correlation: float | None
+    """Spearman's, of predicted and measured losses at the points that were measured."""
+    site_rank_correlation: float | None
+    """Spearman's, of predicted relative errors and measured loss increases of single sites."""
+    directory: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        return asdict(self)
+
+
+@spmd
+def frontier(
+    model: str | Path,
+    out: str | Path,
+    *,
+    head_dim_multiple: str | int = 1,
+    allowed: Sequence[int] = (),
+    tp: int = 1,
+    group: str = "swap",
+    merge: str = "absorb",
+    stats: str | Path | None = None,
+    sensitivity: str | Path | None = None,
+    refit: bool = True,
+    measured: int = NUM_MEASURED,
+    encoder: bool = False,
+    seed: int = 0,
+    workers: int = 1,
+    force: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Frontier:
+    """Write frontier.json, frontier.png and a plan per point into the directory `out`.
+
+    The points are the best allocations of several budgets, and for comparison one count everywhere. `headfold fold --plan` makes any of
+    them.
+
+    Args:
+        model: A checkpoint directory or a hub id.
+        out: The directory to write.
+        head_dim_multiple: With "auto", points of all multiples that attention kernels take compete.
+        allowed: Counts of K/V heads that may be used.
+        tp: Devices of tensor parallelism, of which all counts are multiples.
+        group: Grouping method with its options.
+        merge: Merge method with its options.
+        stats: A file that `headfold.calibrate` wrote; needed.
+        sensitivity: The file of measured sensitivities; by default in `out`.
+        refit: Refit what is folded in memory, as fold will.
+        measured: Points to fold in memory and measure, beside the uniform ones; the others are predicted.
+        encoder: Include the encoder of an encoder-decoder.
+        seed: Seed of everything drawn at random.
+        workers: Sites that are grouped side by side, in threads.
+        force: Replace what an earlier frontier wrote to `out`.
+        device: "cpu" or "cuda".
+        dtype: What the original computes in, such as "float32".
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: as `headfold.plan`; a directory in the way without `force`; matplotlib is not installed.
+    """
+    directory, progress, compute_dtype = Path(out), progress or no_progress, dtype_named(dtype)
+    require_plot(directory / "frontier.png", "headfold frontier")
+    on_main(lambda: _refuse_contents(directory, force))
+    source = on_all(lambda: open_source(model, encoder))
+    given = on_main_only(lambda: open_stats(stats, source))
+    multiples = possible_multiples(source, head_dim_multiple, group, merge)
+    on_main(lambda: require_statistics(given))
+    budget = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
+    replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)
+    on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
+    teacher = teacher_of_statistics(source, given, check_device(device), compute_dtype, progress)
+    request = CurveRequest(group, merge, refit, seed, workers)
+    found: list[tuple[Point, Plan]] = []
+    correlation: float | None = None
+    for multiple in multiples:
+        asked, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
+        if not first and not asked.is_reachable(source):
+            continue
+        path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
+        curves = loss_curves(teacher, asked, request, given, path)
+        correlation = site_rank_correlation(curves) if first else correlation
+        found += front_points(teacher, asked, curves, given, measured, uniform=first)
+    points = undominated([point for point, _ in found])
+    both = [(point.predicted, point.measured) for point in points if point.measured is not None]
+    result = Frontier(points, rank_correlation(both), correlation, str(directory))
+    title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
+    on_main(lambda: _write(directory, result, {point.plan: plan for point, plan in found}, title))
+    return result
+
+
+def _refuse_contents(directory: Path, force: bool) -> None:
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise UserError(
+            f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
+        )
+
+
+def _write(directory: Path, result: Frontier, plans: dict[str, Plan], title: str) -> None:
+    for left in _plans_of(directory / "frontier.json"):  # of an earlier frontier, which --force gave up
+        (directory / left).unlink(missing_ok=True)
+    for point in result.points:
+        write_json(directory / point.plan, plans[point.plan].to_json())
+    write_json(directory / "frontier.json", result.to_json())
+    plot_frontier(directory / "frontier.png", result.points, title=title)
+
+
+def _plans_of(earlier: Path) -> list[str]:
+    """Return the file names of the plans that an earlier frontier.json lists; everything else there is the user's."""
+    try:
+        names = [str(point["plan"]) for point in json.loads(earlier.read_text())["points"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if re.fullmatch(r"plan-\d+[a-z0-9-]*\.json", name)]

@@ -1,0 +1,130 @@
+"""Look at a checkpoint: what it caches, and what folding it is predicted to cost, without running it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..conversion.source import Source, open_source, open_stats
+from ..core.groups import Groups
+from ..core.moments import Moments, site_moments
+from ..core.predict import grouped_error, site_energy
+from ..core.stats import SiteStats
+from ..families.context import context_length
+from ..families.layout import read_heads
+from ..families.spec import Site
+from ..group import swap
+from ..group.costs import absorb
+from ..parallel import main_only
+
+SHARES = (2, 4, 8)
+"""Errors are predicted for a half, a quarter and an eighth of the K/V heads."""
+MAX_SEARCHED = 12
+"""K/V heads up to which the grouping that fold would choose is searched for; above, neighbours share: an upper bound of the error."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInspection:
+    """Predicted error of K and of V of one site, as shares of their energy, by the share of K/V heads kept ("1/2" …)."""
+
+    name: str
+    key: dict[str, float]
+    value: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One checkpoint at a glance. Bytes are of the K/V cache, over all layers, in the checkpoint's dtype."""
+
+    model: str
+    family: str
+    architecture: str
+    dtype: str
+    num_parameters: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    key_freedom: str
+    query_order: str
+    context: int | None
+    """Tokens that the model takes at once; None where its config names no limit."""
+    kv_bytes_per_token: int
+    kv_bytes_32k: int
+    basis: str
+    """What the predictions rest on."""
+    sites: list[SiteInspection]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        return asdict(self)
+
+
+@main_only
+def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection:
+    """Return heads, cache size and predicted errors of a checkpoint.
+
+    Args:
+        model: A checkpoint directory or a hub id.
+        stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
+
+    Raises:
+        UserError: a source that cannot be folded or read.
+    """
+    source = open_source(model)
+    known = open_stats(stats, source)
+    first, config = source.sites[0], source.checkpoint.config
+    per_token = source.kv_bytes_per_token()
+    return Inspection(
+        model=str(model),
+        family=config["model_type"],
+        architecture=next(iter(config.get("architectures") or []), "unknown"),
+        dtype=str(source.dtype).removeprefix("torch."),
+        num_parameters=sum(torch.Size(info.shape).numel() for info in source.checkpoint.tensors.values()),
+        num_layers=len(source.every_site),
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        key_freedom=_freedom(first),
+        query_order=first.query_order,
+        context=context_length(config),
+        kv_bytes_per_token=per_token,
+        kv_bytes_32k=per_token * 32_768,
+        basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
+        sites=[_inspect_site(source, site, known) for site in source.every_site],
+    )
+
+
+def _freedom(site: Site) -> str:
+    freedom = site.key_freedom
+    partial = f" on {freedom.rotary_dim} of {site.head_dim} dims" if 0 < freedom.rotary_dim < site.head_dim else ""
+    return freedom.kind + partial
+
+
+def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
+    heads = read_heads(site, source.checkpoint.read)
+    stats = known[site.name] if known is not None else _stats_from_gains(source, site, heads.q.shape[2] - 1)
+    moments = site_moments(heads, stats)
+    energy = site_energy(moments)
+    key, value = {}, {}
+    for share in SHARES:
+        if site.num_kv_heads % share:
+            continue
+        groups = _grouping(moments, site.num_kv_heads, site.num_kv_heads // share)
+        error = grouped_error(moments, groups)
+        key[f"1/{share}"], value[f"1/{share}"] = error.key / energy.key, error.value / energy.value
+    return SiteInspection(site.name, key, value)
+
+
+def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
+    if num_heads > MAX_SEARCHED:
+        return Groups.contiguous(num_heads, num_kv_heads)
+    return swap.group(absorb.cost_from_moments(moments), num_heads, num_kv_heads)
+
+
+def _stats_from_gains(source: Source, site: Site, hidden_size: int) -> SiteStats:
+    if site.input_norm is None:
+        return SiteStats.isotropic(hidden_size)
+    return SiteStats.from_gains(source.checkpoint.read(site.input_norm).to(torch.float64) + site.norm_gain_offset)

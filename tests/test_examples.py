@@ -1,0 +1,56 @@
+"""The examples run from the package alone, and print what they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SECONDS = 240
+"""An idle core takes less than a tenth of it."""
+PRINTED = {
+    "fold_and_eval.py": "perplexity of the original",
+    "budget.py": "layers.4.self",
+    "custom_merge.py": "largest",
+    "fold_bundled.ipynb": "verified: True",
+}
+"""Example → a part of its output."""
+
+
+def source(path: Path) -> str:
+    """A script as it stands; the code cells of a notebook, one after the other."""
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_every_example_is_run() -> None:
+    found = {path.name for suffix in ("*.py", "*.ipynb") for path in EXAMPLES.glob(suffix)}
+    assert found == PRINTED.keys()
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    path = EXAMPLES / name
+    words = [str(path)] if path.suffix == ".py" else ["-c", source(path)]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert PRINTED[name] in ran.stdout
+
+
+def test_the_notebook_is_committed_without_output() -> None:
+    cells = json.loads((EXAMPLES / "fold_bundled.ipynb").read_text())["cells"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
