@@ -161,7 +161,7 @@ def test_a_healed_fold_is_verified_and_says_so(readable: Path, tmp_path: Path) -
     assert losses[1] < losses[0]
     card = (found.out / "README.md").read_text()
     assert "trained alone, on 2,048 tokens" in card and "--heal --heal-tokens 2048" in card
-    assert "Nothing was trained" in (plain.out / "README.md").read_text()
+    assert "No block was trained" in (plain.out / "README.md").read_text()
 
 
 def test_a_source_that_has_more_is_healed_on_more(readable: Path, tmp_path: Path) -> None:  # noqa: F811

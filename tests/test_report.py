@@ -52,7 +52,7 @@ def test_nothing_is_printed_after_the_end_or_when_silent(monkeypatch: pytest.Mon
         report("plan", 0, 7)
         report.say("a line")
         time.sleep(0.1)
-    monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr(progress, "is_main", lambda: False)
     with ProgressReport(to, interval=0.02) as report:
         report("plan", 0, 7)
         report.say("a line")

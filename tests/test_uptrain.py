@@ -92,7 +92,7 @@ def test_the_result_is_an_ordinary_checkpoint_that_says_how_it_was_made(
         record["steps"] == 6 and len(record["curve"]) == 6 and {"loss", "kl", "site_error"} <= record["curve"][0].keys()
     )
     card = (found.out / "README.md").read_text()
-    assert "## Uptrained" in card and "KL to `tiny`" in card and "Nothing was trained" not in card
+    assert "## Uptrained" in card and "KL to `tiny`" in card and "No block was trained" not in card
     assert card.index("## Uptrained") < card.index("## Made by")
     assert not list(found.out.glob("*.partial")) and not (found.out / ".headfold-work").exists()
     assert headfold.eval(found.out, reference=original, text=text, limit=512, context=16).kl < (
@@ -184,7 +184,7 @@ def test_too_little_text_a_fold_without_plan_and_a_strange_teacher_are_refused(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("few")
-    with pytest.raises(UserError, match="not one item of 16 tokens"):
+    with pytest.raises(UserError, match="at least one item of 16 tokens"):
         uptrain(folded, tmp_path / "out", data=str(short), **SHORT)
     with pytest.raises(UserError, match="vocabulary"):
         uptrain(folded, tmp_path / "out", data=text, distill=tiny_checkpoint("llama", torch.float32), **SHORT)

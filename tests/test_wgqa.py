@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from headfold.families.spec import folded_config, sites
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train import wgqa
 
-KINDS = wgqa.CHOICES["kind"]
+KINDS = get_args(wgqa.Kind)
 FORMULA = ["llama", "llama-bias-gqa", "t5", "gpt2", "opt"]
 
 
@@ -48,7 +49,7 @@ def test_it_starts_at_the_mean_fold(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("init", wgqa.CHOICES["init"])
+@pytest.mark.parametrize("init", get_args(wgqa.Init))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_coefficient_is_trained_and_frozen_bases_are_not(name: str, kind: str, init: str, frozen: bool) -> None:
@@ -212,7 +213,7 @@ def refused(model: PreTrainedModel, source: Source, plan: Plan, *words: str) -> 
 def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
     fold = source, target = fold_of("llama")
     plan, model = Plan.load(target / "plan.json"), load(target)
-    with pytest.raises(UserError, match="expected a model with it attached, found none"):
+    with pytest.raises(UserError, match="expected a model with WGQA attached, got one without"):
         wgqa.fold_away(model)
     elsewhere = {name: replace(row, groups=Groups.contiguous(8, 2)) for name, row in plan.sites.items()}
     refused(

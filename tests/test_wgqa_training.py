@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from headfold.corpus.samples import draw_sample
 from headfold.train import wgqa
 
 SHARED = Path(__file__).parents[2] / "shared"
-KINDS = wgqa.CHOICES["kind"]
+KINDS = get_args(wgqa.Kind)
 
 
 def steps(model: PreTrainedModel, optimizer: torch.optim.Optimizer, name: str, count: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,13 +15,20 @@ BLOCK = 2**22
 """Counts of drawn units held at once."""
 
 
+@runtime_checkable
 class Resampled(Protocol):
     """A metric of one model, of all its units and of any collection of them."""
 
-    metric: str
-    unit: str
-    """What the units are, in the plural."""
-    lower_is_better: bool
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def unit(self) -> str:
+        """The name of the units, in the plural."""
+        ...
+
+    @property
+    def lower_is_better(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

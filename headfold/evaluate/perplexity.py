@@ -110,7 +110,9 @@ def evaluate_perplexity(
     dtype = dtype or compute_dtype(stored, device)[0]
     model = open_language_model(model_dir, dtype, device)
     reference = None if reference_dir is None else open_language_model(reference_dir, dtype, device)
-    reference_bytes = None if reference_dir is None else kv_bytes_per_token(reference, stored_dtype(reference_dir))
+    reference_bytes = None
+    if reference is not None and reference_dir is not None:
+        reference_bytes = kv_bytes_per_token(reference, stored_dtype(reference_dir))
     context = context or default_context(model.config)
     windows = split_windows(tokens, context)
     scores = compare_models(model, reference, windows, batch_size=batch_size)
@@ -275,7 +277,7 @@ def _shared_pass(
 def _of_batch(
     model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
 ) -> Float[Tensor, "quantity window position_minus_1"]:
-    logits, other = (_logits(m, batch) if m is not None else None for m in (model, reference))
+    logits, other = _logits(model, batch), None if reference is None else _logits(reference, batch)
     targets = batch[:, 1:]
     per_token = torch.zeros(5, *targets.shape, dtype=torch.float64)
     per_token[0] = 1

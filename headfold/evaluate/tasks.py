@@ -54,7 +54,7 @@ class TaskUnits:
     def resampled(self, counts: Int[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
         if self.sums is not None:
             return self.sums.resampled(counts)
-        drawn = ([self.items[at] for at in np.repeat(np.arange(len(row)), row)] for row in counts)
+        drawn = ([self.items[int(at)] for at in np.repeat(np.arange(len(row)), row)] for row in counts)
         return np.array([float(self.aggregate(items)) for items in drawn])
 
 
@@ -232,9 +232,10 @@ def _group(name: str, found: Mapping[str, Any], units: Sequence[TaskUnits]) -> I
     for key, total in found["groups"][name].items():
         metric = key.removesuffix(",none")
         parts = [one for one in units if one.task in leaves and one.metric == metric]
-        if not parts or any(one.sums is None or one.sums.value is not ratio for one in parts):
+        tables = [one.sums.sums for one in parts if one.sums is not None and one.sums.value is ratio]
+        if not parts or len(tables) < len(parts):
             continue
-        sums = Units(metric=metric, unit="items", sums=np.concatenate([one.sums.sums for one in parts]))
+        sums = Units(metric=metric, unit="items", sums=np.concatenate(tables))
         if isinstance(total, float) and math.isclose(sums.total, total, rel_tol=1e-9):
             yield TaskUnits(
                 task=name,

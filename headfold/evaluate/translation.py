@@ -3,7 +3,8 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -77,10 +78,13 @@ def evaluate_translation(
     Raises:
         UserError: the metric's package is not installed, or the model has no language-model head.
     """
-    start, options = time.perf_counter(), {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    options |= {"metric": metric, "context": context}
-    own = scores_per_pair(model, pairs, tokenizer, reference=reference, **options)
-    other = [] if reference is None else scores_per_pair(reference, pairs, tokenizer, **options)
+    start = time.perf_counter()
+    scores = partial(
+        scores_per_pair, pairs=pairs, tokenizer=tokenizer, metric=metric, context=context, batch_size=batch_size,
+        beams=beams, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    own = scores(model, reference=reference)
+    other = [] if reference is None else scores(reference)
     beside = {f"reference_{units.metric}": units.total for units in other}
     totals = {units.metric: units.total for units in own}
     num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
@@ -206,7 +210,7 @@ def generate_texts(
 
     def generate(batch: Sample) -> list[str]:
         with quiet():
-            ids = model.generate(
+            ids = cast(Any, model).generate(
                 **place_batch(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
             )
         return tokenizer.batch_decode(ids, skip_special_tokens=True)

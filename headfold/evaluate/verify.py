@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +73,15 @@ def compare_with_twin(
         UserError: the fold does not load in stock transformers.
     """
     dtype = torch.promote_types(stored_dtype(source_dir), torch.float32)
-    opening = {"dtype": dtype, "device": device, "memory_limit": memory_limit}
+    opened = partial(open_model, dtype=dtype, device=device, memory_limit=memory_limit)
 
     def open_twin() -> "PreTrainedModel":
         if make_twin is not None:
-            return make_twin(open_model(source_dir, model_class=source_class, **opening))
-        return open_model(source_dir, overlay=expected, renamed=renamed, model_class=source_class, **opening)
+            return make_twin(opened(source_dir, model_class=source_class))
+        return opened(source_dir, overlay=expected, renamed=renamed, model_class=source_class)
 
     def open_fold() -> "PreTrainedModel":
-        return open_model(out_dir, model_class=fold_class, overlay=unrounded, **opening)
+        return opened(out_dir, model_class=fold_class, overlay=unrounded)
 
     twin = _outputs(open_twin(), sample)
     fold = _outputs(open_fold(), sample)

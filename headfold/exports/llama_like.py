@@ -59,8 +59,9 @@ def reordered(checkpoint: Checkpoint, entry: Entry, group_size: int) -> Iterator
     slots = entry.slots(group_size)
     if slots == tuple(range(entry.num_heads)):
         return
-    for role, axis in (("q", "rows"), ("o", "columns")):
-        yield Linear(entry.names[role], entry.names[role], block=entry.head_dim, **{axis: slots}).piece(checkpoint)
+    query, output = entry.names["q"], entry.names["o"]
+    yield Linear(query, query, rows=slots, block=entry.head_dim).piece(checkpoint)
+    yield Linear(output, output, columns=slots, block=entry.head_dim).piece(checkpoint)
 
 
 def padded_config(source: Folded, num_heads: Collection[int]) -> dict[str, Any]:

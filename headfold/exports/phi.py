@@ -8,6 +8,7 @@ of GPT-J's pairs are put in that order, in Q and K alike, which leaves their pro
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import Checkpoint
@@ -119,10 +120,10 @@ def _layer(
 ) -> Iterator[Piece]:
     old, new = names.layer.format(layer=layer), f"model.layers.{layer}"
     slots, norm = entry.slots(group_size), f"{old}.{names.norm}"
-    common = {"block": entry.head_dim, "norm": norm if names.mlp_norm else "", "bias": True}
+    linear = partial(Linear, block=entry.head_dim, norm=norm if names.mlp_norm else "", bias=True)
     for role, rows, inside in (("q", slots, rotary), ("k", None, rotary), ("v", None, None)):
-        linear = Linear(entry.names[role], f"{new}.self_attn.{role}_proj", rows=rows, inside=inside, **common)
-        yield linear.piece(checkpoint)
+        new_name = f"{new}.self_attn.{role}_proj"
+        yield linear(entry.names[role], new_name, rows=rows, inside=inside).piece(checkpoint)
     dense = Linear(entry.names["o"], f"{new}.self_attn.dense", columns=slots, block=entry.head_dim, bias=True)
     yield dense.piece(checkpoint)
     mlp_norm = f"{old}.{names.mlp_norm}" if names.mlp_norm else ""

@@ -147,7 +147,10 @@ def _value(module: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     parameter = getattr(owner, leaf)
-    return owner._hf_hook.weights_map[leaf] if parameter.device.type == "meta" else parameter.detach()
+    if parameter.device.type != "meta":
+        return parameter.detach()
+    hook: Any = owner._hf_hook
+    return hook.weights_map[leaf]
 
 
 def walk(

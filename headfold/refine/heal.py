@@ -113,8 +113,8 @@ class _TrainedWeights:
 
     def to_heads(self) -> Heads:
         """The heads with the weights as they are now."""
-        rows = {name: self._whole(name, tensor) for name, tensor in self.tensors.items()}
-        return replace(self.heads, **rows)
+        changed: dict[str, Any] = {name: self._whole(name, tensor) for name, tensor in self.tensors.items()}
+        return replace(self.heads, **changed)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         before = getattr(self.heads, name)

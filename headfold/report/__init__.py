@@ -1,1 +1,3 @@
-"""Floor 7: what is shown to people: tables, the model card, plots."""
+"""Floor 7: what people see: tables, progress, pictures and model cards. Reports read results as they are and compute nothing of their
+own.
+"""

@@ -1,4 +1,4 @@
-"""The README.md of a folded checkpoint: what it was made from, how, and what that is predicted to cost."""
+"""The README.md of a folded checkpoint: its source, the method, and the predicted error."""
 
 import re
 from collections.abc import Mapping
@@ -9,48 +9,50 @@ from typing import Any
 from .tables import count_range, markdown_table, percent, serving_cost_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Metadata of the source's card that holds for the fold as well."""
+"""Metadata of the source's card that is copied to the fold's card."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What the card says beyond what the source's own card does.
+    """The facts on the card that the source's own card does not have.
 
-    `base_model` is a hub id or a directory; `site_errors` gives, by site, the
-    predicted error of K and of V as shares (0 to 1) of their energy, None where nothing was measured.
+    `base_model` is a hub id or a directory. `site_errors` gives, by site, the predicted error of K and of V as shares (0 to 1) of their
+    energy; it is None where nothing was measured.
     """
 
     base_model: str
     family: str
     num_heads: str
-    """As are the counts before, a number or a range: `report.tables.count_range`."""
+    """Like `kv_heads_before`, a number or a range as text (`report.tables.count_range`)."""
     kv_heads_before: str
     kv_heads_after: int
     kv_heads_least: int
     serving_costs: tuple[Any, Any]
-    """`recipe.price.ServingCost` before and after."""
+    """The serving costs before and after."""
     method: str
     group: str
     refit: bool
     healed: int
-    """Tokens, or items, that every block was trained with; 0: not at all."""
+    """The number of tokens, or items, that every block was trained with; 0 where no block was trained."""
     calibration: Mapping[str, str]
     command: str
     site_errors: Mapping[str, tuple[float, float]] | None = None
     license: str | None = None
-    """Overrides the one in the source's card."""
+    """Replaces the licence in the source's card."""
     refit_text: Mapping[str, str] = field(default_factory=dict)
-    """What blocks were refitted or healed on, as `calibration` for the statistics."""
+    """The data that blocks were refitted or healed on, in the form of `calibration`."""
     verification: str | None = None
-    """One line on what comparing the fold with its twin found; None where it was skipped."""
+    """One line on the comparison of the fold with its twin; None where it was skipped."""
     grouped_class: str = ""
-    """The auto class that opens it with the code beside the weights; empty where the stock class reads the count of K/V heads."""
+    """The auto class that opens the fold with the code saved beside the weights; empty where the stock class reads the number of K/V
+    heads.
+    """
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the card's front matter."""
 
 
 def model_card(source: Path, facts: CardFacts) -> str:
-    """The whole card. `source` is the checkpoint directory that was folded: licence and language come from its card."""
+    """Return the text of the card. `source` is the checkpoint directory that was folded; licence and language come from its card."""
     name, kv_heads = model_name(facts.base_model), count_range(facts.kv_heads_least, facts.kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
@@ -67,25 +69,27 @@ def model_card(source: Path, facts: CardFacts) -> str:
 def routed_card(
     card: str, name: str, route: str, sizes: Mapping[str, tuple[int, ...]], calibration: Mapping[str, str]
 ) -> str:
-    """The card of a checkpoint whose route is settled: that of the folded one, `name`, with a section on who reads what."""
+    """Return the card of a checkpoint with a frozen route: the card of the fold, `name`, with a section on the query heads of each
+    K/V head.
+    """
     rows = [[site, " + ".join(map(str, each))] for site, each in sizes.items()]
     text = (
         f"Query heads, in their order, were divided among the K/V heads by `{route}` (headfold methods {route.partition(':')[0]}), "
-        f"settled on {_calibration(calibration)}, and stay so: no answer depends on its batch. The weights of "
+        f"frozen on {_calibration(calibration)}: outputs do not depend on the batch. The weights of "
         f"`{name}` are untouched, byte for byte."
     )
-    section = f"## Route\n\n{text}\n\n{markdown_table(['attention', 'query heads of each K/V head'], rows)}"
+    section = f"## Route\n\n{text}\n\n{markdown_table(['site', 'query heads of each K/V head'], rows)}"
     before, heading, after = (card or f"# {name}, routed").partition("\n## Made by")
     return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"
 
 
 def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
-    """The card of a checkpoint that was trained on: that of the folded one, `name`, with a section on how."""
+    """Return the card of a checkpoint that was trained after folding: the card of the fold, `name`, with a section on the training."""
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
     text = re.sub(
-        r"(?:Nothing was trained|(Every attention block was then trained alone, .*?)); all tensors outside attention are the original's, "
-        r"byte for byte\.",
-        lambda found: f"{found[1] + '. ' if found[1] else ''}It was then trained on (see below).",
+        r"(?:No block was trained|Nothing was trained|(Every attention block was then trained alone, .*?)); "
+        r"all tensors outside attention are the original's, byte for byte\.",
+        lambda found: f"{found[1] + '. ' if found[1] else ''}The whole model was then trained (see below).",
         card or f"# {name}, uptrained",
     )
     before, heading, after = text.partition("\n## Made by")
@@ -93,13 +97,15 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
 
 
 def model_name(base_model: str) -> str:
-    """A hub id as it stands; of a path the last component alone, so that no card tells where it was made."""
+    """Return a hub id unchanged, and only the last component of a path, so that no card contains a path of the machine it was made
+    on.
+    """
     is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
     return base_model if is_hub_id else Path(base_model).resolve().name
 
 
 def source_metadata(source: Path) -> dict[str, Any]:
-    """The front matter of the source's card; empty where it has none or one that is not YAML."""
+    """Return the front matter of the source's card; empty where there is none or it is not YAML."""
     from huggingface_hub import metadata_load
 
     try:
@@ -145,8 +151,8 @@ def _summary(name: str, facts: CardFacts) -> str:
 
 def _training(healed: int) -> str:
     if not healed:
-        return "Nothing was trained"
-    return f"Every attention block was then trained alone, on {healed:,} tokens or items, to answer what the original's does"
+        return "No block was trained"
+    return f"Every attention block was then trained alone, on {healed:,} tokens or items, to reproduce the output of the original's"
 
 
 def _facts_table(facts: CardFacts) -> str:
@@ -163,7 +169,7 @@ def _facts_table(facts: CardFacts) -> str:
 
 
 def _calibration(facts: Mapping[str, str]) -> str:
-    """Source first, then the rest of what the statistics say of themselves; the model's own fingerprint is in plan.json."""
+    """Return one line on the data: the source first, then the other facts. The model's fingerprint is left to plan.json."""
     rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("source", "model"))
     return f"`{facts.get('source', 'unknown')}` ({rest})" if facts else "none"
 
@@ -177,7 +183,7 @@ def _load(facts: CardFacts) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
         )
     return (
-        "## Use\n\nThe stock class of this architecture has one K/V head per query head, so the grouped one lies beside the "
+        "## Use\n\nThe stock class of this architecture has one K/V head per query head, so a grouped class is saved beside the "
         "weights (`modeling_headfold.py`; needs torch and transformers alone).\n\n```python\n"
         f"from transformers import {facts.grouped_class}\n"
         f'model = {facts.grouped_class}.from_pretrained("path/to/this", trust_remote_code=True)\n```\n\n'
@@ -186,13 +192,12 @@ def _load(facts: CardFacts) -> str:
 
 
 def _errors(facts: CardFacts) -> str:
-    """The table of predicted errors; empty where nothing was measured."""
+    """Return the table of predicted errors, or an empty string where nothing was measured."""
     if not facts.site_errors:
         return ""
     rows = [[site, percent(key), percent(value)] for site, (key, value) in facts.site_errors.items()]
     text = (
-        "## Predicted error\n\nOf what these groups can share with every frequency plane on its own, before any fit or refit, on "
-        "the calibration text: "
-        "squared error of the attention logits (K) and of the block's output (V), as shares of their energy."
+        "## Predicted error\n\nThe error of sharing K/V heads in these groups, before merge and refit, on the calibration text: squared "
+        "error of the attention logits (K) and of the block's output (V), as shares of their energy."
     )
-    return f"{text}\n\n{markdown_table(['attention', 'K', 'V'], rows)}"
+    return f"{text}\n\n{markdown_table(['site', 'K', 'V'], rows)}"

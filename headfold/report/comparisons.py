@@ -1,4 +1,4 @@
-"""What `headfold frontier` and `headfold compare` show."""
+"""The reports of `headfold frontier` and `headfold compare`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from .tables import duration, flops, show_table, size
 
 
 def show_frontier(found: Any) -> None:
-    """A `recipe.frontier.Frontier`."""
+    """Print the points of a frontier: their bytes, counts, and predicted and measured losses."""
     rows = [
         [
             size(point.kv_bytes_per_token),
@@ -23,9 +23,9 @@ def show_frontier(found: Any) -> None:
     ]
     show_table(["K/V per token", "K/V heads", "weights", "predicted", "measured", "plan"], rows)
     if any(point.head_dim_multiple > 1 for point in found.points):
-        print("× N: N times fewer heads than that, N times as wide, in the same cache; weights: of attention")
+        print("× N: N times fewer heads with N times the head_dim, in the same cache; weights: those of attention")
     agree = [
-        ("predicted errors of single layers and their measured damage", found.site_rank_correlation),
+        ("predicted errors of single sites and their measured losses", found.site_rank_correlation),
         ("predicted and measured losses of the points", found.rank_correlation),
     ]
     for what, correlation in agree:
@@ -35,7 +35,7 @@ def show_frontier(found: Any) -> None:
 
 
 def show_comparison(found: Any) -> None:
-    """A `recipe.comparing.Comparison`: by count, the best of each marked."""
+    """Print a comparison of methods, count by count, with the best method of each count marked."""
     rows = []
     for count in dict.fromkeys(row.kv_heads for row in found.rows):
         same = [row for row in found.rows if row.kv_heads == count]
@@ -64,7 +64,7 @@ def show_comparison(found: Any) -> None:
             "K/V heads",
             "K/V per token",
             first.metric,
-            "rise",
+            "loss increase" if first.metric == "nll" else "decrease",
             "KL",
             "fold",
             "memory",
@@ -72,21 +72,25 @@ def show_comparison(found: Any) -> None:
             "FLOPs",
         ]
         show_table(header, rows, title=f"{found.model} on {found.data}")
-        original = "" if first.original is None else f"; the original has {first.original:.4f}"
-        print(f"rise: how much worse{original}; *: the best at that count; rows in {found.directory}/compare.json")
-        print("weights and FLOPs: of attention, FLOPs per token of a prompt of 2,048")
+        original = "" if first.original is None else f", which has {first.original:.4f}"
+        print(
+            f"difference to the original{original}; *: the best at that count; rows in {found.directory}/compare.json"
+        )
+        print("weights and FLOPs are those of attention; FLOPs per token of a prompt of 2,048 tokens")
     for what, reason in found.skipped.items():
-        print(f"left out: {what}: {reason}")
+        print(f"skipped: {what}: {reason}")
 
 
 def plot_comparison(path: Path, found: Any) -> None:
-    """Write a picture of what is lost against the cache, the methods with most left out where there are more than colours."""
+    """Write a picture of the quality lost against the K/V cache. Where there are more methods than colours, the worst are left out."""
     from matplotlib.ticker import NullFormatter
 
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in found.rows:
         curves.setdefault(row.method, []).append((row.kv_bytes_per_token, max(row.rise, 1e-5)))
-    shown = sorted(curves, key=lambda name: sum(lost for _, lost in curves[name]) / len(curves[name]))[: len(COLOURS)]
+    shown = sorted(curves, key=lambda name: sum(increase for _, increase in curves[name]) / len(curves[name]))[
+        : len(COLOURS)
+    ]
     axes = new_axes()
     axes.set_yscale("log")
     for colour, name in zip(COLOURS, shown, strict=False):
@@ -96,8 +100,6 @@ def plot_comparison(path: Path, found: Any) -> None:
     axes.set_xticks(ticks, [size(tick) for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("K/V cache per token")
-    axes.set_ylabel(
-        f"rise of {found.rows[0].metric}" if found.rows[0].metric == "nll" else f"loss of {found.rows[0].metric}"
-    )
+    axes.set_ylabel("loss increase (nats)" if found.rows[0].metric == "nll" else f"decrease of {found.rows[0].metric}")
     axes.legend(frameon=False, fontsize=9)
     save(axes, path)

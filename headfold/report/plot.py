@@ -1,4 +1,4 @@
-"""Perplexity against K/V bytes per token, one labelled line per method."""
+"""Pictures: perplexity against K/V bytes, training curves, and frontiers."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a6d3b", "#6d597a")
-"""Dark enough to be read on white; the first is the method that the plot is about."""
+"""Colours dark enough to be read on white; the first is for the method that the picture is about."""
 
 
 def require_plot(path: Path, asked: str = "--plot") -> None:
-    """Refuse, before anything is measured, what could not be drawn for `asked`.
+    """Check, before anything is measured, that the picture asked for with option `asked` can be written.
 
     Raises:
-        UserError: matplotlib is not installed, or it does not write such files.
+        UserError: matplotlib is not installed, or does not write files of this kind.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{asked} needs matplotlib: pip install 'headfold[plot]', or leave it out")
+        raise UserError(f"{asked} needs matplotlib; pip install 'headfold[plot]', or leave {asked} out")
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"{asked} {path}: expected a file name ending in .png, .pdf or .svg; choose another")
 
 
 def new_axes() -> "Axes":
-    """An empty picture; what is drawn lies along a logarithmic axis of sizes."""
+    """Return the axes of an empty picture whose x axis is logarithmic, for sizes in bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,19 +40,23 @@ def new_axes() -> "Axes":
 
 
 def save(axes: "Axes", path: Path) -> None:
-    """Write the picture that these axes are in."""
+    """Write the picture that these axes belong to."""
+    from matplotlib.figure import Figure
+
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", color="0.92")
     path.parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.savefig(path)
 
 
 def draw_curve(path: Path, curve: Sequence[Mapping[str, float]], title: str) -> None:
-    """The loss of a training run by step, and its parts where it has several; the losses lie along a logarithmic axis."""
+    """Write a picture of a training run: the loss by step, and its parts where it has several, on a logarithmic axis."""
     axes = new_axes()
     axes.set_xscale("linear")
     axes.set_yscale("log")
-    parts = {"loss": "loss", "kl": "KL to the original", "site_error": "error of the attentions"}
+    parts = {"loss": "loss", "kl": "KL(original ‖ model)", "site_error": "relative error of attention outputs"}
     shown = [name for name in parts if any(name in entry for entry in curve)]
     for name, colour in zip(shown, COLOURS, strict=False):
         points = [(entry["step"], entry[name]) for entry in curve if name in entry]
@@ -71,9 +75,10 @@ def plot_perplexity(
     *,
     title: str,
 ) -> None:
-    """Write a picture. `curves` maps a method to its (K/V bytes per token, perplexity); `original` is such a pair too.
+    """Write a picture of perplexity against K/V bytes per token, both on logarithmic axes.
 
-    Every curve starts at the original and is labelled at its other end; both axes are logarithmic.
+    `curves` maps a method to its (K/V bytes per token, perplexity) pairs; `original` is one such pair. Every curve begins at the
+    original and is labelled at its other end.
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -118,11 +123,16 @@ def plot_perplexity(
 
 
 def plot_frontier(path: Path, points: Sequence[Any], *, title: str) -> None:
-    """Write a picture of `recipe.frontier.Point`s: predicted losses as a line, measured ones as marks, equal counts apart."""
+    """Write a picture of a frontier: predicted losses as lines, measured losses as marks, with uniform counts in a colour of their
+    own.
+    """
     from matplotlib.ticker import NullFormatter
 
     axes = new_axes()
-    for uniform, colour, name in ((False, COLOURS[0], "best spread"), (True, COLOURS[1], "one count everywhere")):
+    for uniform, colour, name in (
+        (False, COLOURS[0], "best counts per layer"),
+        (True, COLOURS[1], "one count everywhere"),
+    ):
         chosen = [point for point in points if point.uniform == uniform and point.predicted > 0]
         seen = [(point.kv_bytes_per_token, point.measured) for point in chosen if point.measured]
         line = [(point.kv_bytes_per_token, point.predicted) for point in chosen]
@@ -142,7 +152,7 @@ def plot_frontier(path: Path, points: Sequence[Any], *, title: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yscale("log")
     axes.set_xlabel("K/V cache per token")
-    axes.set_ylabel("loss (KL to the original, nats)")
+    axes.set_ylabel("loss increase (KL to the original, nats)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     save(axes, path)

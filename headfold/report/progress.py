@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from ..parallel import rank
+from ..parallel import is_main
 from .tables import duration, size
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ProgressReport:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._silent or rank():
+        if self._silent or not is_main():
             return
         with self._lock:
             if stage != self._stage:
@@ -63,7 +63,7 @@ class ProgressReport:
 
     def say(self, line: str) -> None:
         """Print a line beside the bars."""
-        if self._silent or rank():
+        if self._silent or not is_main():
             return
         if self._bars is not None:
             self._bars.console.print(line, highlight=False)

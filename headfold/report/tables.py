@@ -1,4 +1,4 @@
-"""Numbers as people read them, and tables: drawn by rich on a terminal, tab-free plain columns in a pipe."""
+"""Numbers formatted for people, and tables: drawn by rich on a terminal, plain columns elsewhere."""
 
 import sys
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from typing import Any, TextIO
 
 
 def count_range(least: int, most: int) -> str:
-    """A count, or the range of counts that differ."""
+    """Return a count, or a range where counts differ: `4`, `2 to 8`."""
     return str(most) if least == most else f"{least} to {most}"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with a binary unit and three digits: `1.5 KiB`."""
+    """Return bytes with a binary unit and three digits: `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.3g} {unit}" if num_bytes < 999.5 else f"{num_bytes:.0f} {unit}"
@@ -20,22 +20,22 @@ def size(num_bytes: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share (0 to 1) as percent with three digits, never more than two decimals."""
+    """Return a share (0 to 1) as a percent with three digits and at most two decimals."""
     value = 100 * share
     return f"{value:.2f} %" if abs(value) < 10 else f"{value:.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """`0.8 s`, `47 s`, `3 min 20 s`."""
+    """Return seconds as `0.8 s`, `47 s` or `3 min 20 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
-    """What the cache takes and what wide heads cost for it, of two `recipe.price.ServingCost`."""
+    """Return the rows of a table that compares two serving costs: head_dim, cache, weights and FLOPs."""
     return [
-        ["width of a K/V head", before.head_dims, after.head_dims],
+        ["head_dim of a K/V head", before.head_dims, after.head_dims],
         ["K/V cache per token", size(before.kv_bytes_per_token), size(after.kv_bytes_per_token)],
         ["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in (before, after))],
         ["attention weights", size(before.weight_bytes), size(after.weight_bytes)],
@@ -44,7 +44,7 @@ def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
 
 
 def flops(number: float) -> str:
-    """Floating-point operations with a decimal unit and three digits: `1.5 M`."""
+    """Return floating-point operations with a decimal unit and three digits: `1.5 M`."""
     for unit in ("", "k", "M", "G", "T"):
         if number < 999.5 or unit == "T":
             break
@@ -53,13 +53,13 @@ def flops(number: float) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, numbers to the right."""
+    """Return a Markdown table with its first column aligned to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces, two apart; the first to the left, the others to the right."""
+    """Return a table of space-padded columns, the first aligned to the left and the others to the right."""
     table = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     lines = (
@@ -75,7 +75,7 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def show_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", to: TextIO | None = None
 ) -> None:
-    """Print a table: rich's on a terminal, plain columns elsewhere."""
+    """Print a table, drawn by rich on a terminal and as plain columns elsewhere."""
     to = to or sys.stdout
     if not to.isatty():
         print(*filter(None, [title, plain_table(header, rows)]), sep="\n", file=to)

@@ -1,4 +1,4 @@
-"""What `headfold bench` shows: a table, which way of decoding ran and why, and a picture."""
+"""The report of `headfold bench`: a table, the attention path that ran, and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ from .plot import COLOURS, new_axes, save
 from .tables import percent, show_table, size
 
 PARTS = ("weights", "attention", "cache", "rest")
-"""The order of columns that say where time goes."""
+"""The order of the columns that split the time of a token."""
 
 
 def show_bench(found: Any) -> None:
-    """A `recipe.benching.Bench`."""
+    """Print the timings of a bench run."""
     rows = found.rows
     varied = [name for name in ("context", "batch") if len({getattr(row, name) for row in rows}) > 1]
     parts = [part for part in PARTS if any(part in (row.parts or ()) for row in rows)]
@@ -23,11 +23,12 @@ def show_bench(found: Any) -> None:
     same = [f"{name} {getattr(rows[0], name)}" for name in ("context", "batch") if name not in varied]
     padded = ", half of the samples padded" if found.padded else ""
     print(
-        f"{found.new_tokens} new tokens, {', '.join([*same, found.dtype])}{padded}; medians of {found.rounds} rounds in turns; "
-        "new token: of the whole batch; peak: beyond weights"
+        f"{found.new_tokens} new tokens, {', '.join([*same, found.dtype])}{padded}; medians over {found.rounds} interleaved rounds; "
+        "new token: time for the whole batch; peak: memory beyond the weights"
     )
     print(
-        f"{found.device}, {found.threads} threads: reads {found.read_bandwidth / 1e9:.1f} GB/s; read: weights and cache of a token"
+        f"{found.device}, {found.threads} threads: reads memory at {found.read_bandwidth / 1e9:.1f} GB/s; "
+        "read: weights and cache of one token, per second"
     )
     for line in (*found.paths, *(f"note: {note}" for note in found.notes)):
         print(line)
@@ -58,9 +59,9 @@ def _time(seconds: float) -> str:
 
 
 def plot_bench(path: Path, found: Any) -> None:
-    """Write a picture: time against K/V heads where these differ, else against the context or the batch.
+    """Write a picture of time against K/V heads where these differ, else against the context or the batch.
 
-    The time is that of a whole sample (figure 6 of 2305.13245), or of a new token where no prompt was read.
+    The time is that of a whole sample (figure 6 of 2305.13245), or of a new token where the prompt was skipped.
     """
     from matplotlib.ticker import NullLocator
 
@@ -90,21 +91,21 @@ def _place(row: Any, along: str) -> int:
 
 
 def _one_each(rows: Sequence[Any], along: str) -> bool:
-    """Whether the models are told apart by their K/V heads alone."""
+    """Return whether every model has a number of K/V heads of its own."""
     models = {(row.model, row.kv_heads) for row in rows}
     return along == "kv_heads" and len({m for m, _ in models}) == len({h for _, h in models}) == len(models) > 1
 
 
 def _curves(rows: Sequence[Any], along: str, attribute: str) -> dict[str, list[tuple[int, float]]]:
-    """Label → points from left to right; a label tells what is different between curves."""
+    """Return label → points from left to right. A label names only what differs between curves."""
     others = [name for name in ("model", "attention", "kv_heads", "context", "batch") if name != along]
-    told = [name for name in others if len({str(getattr(row, name)) for row in rows}) > 1]
+    varied = [name for name in others if len({str(getattr(row, name)) for row in rows}) > 1]
     joined = _one_each(rows, along)
-    told = [name for name in told if name != "model" or not joined]
+    varied = [name for name in varied if name != "model" or not joined]
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         words = {"model": row.model, "attention": row.attention, "kv_heads": f"{max(row.kv_heads)} K/V heads"}
         words |= {"context": f"{row.context:,} tokens", "batch": f"batch {row.batch}"}
-        label = ", ".join(words[name] for name in told) or (row.attention if joined else row.model)
+        label = ", ".join(words[name] for name in varied) or (row.attention if joined else row.model)
         curves.setdefault(label, []).append((_place(row, along), getattr(row, attribute)))
     return {label: sorted(points) for label, points in curves.items()}

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from .tables import count_range, duration, percent, serving_cost_rows, show_table, size
 
@@ -12,6 +12,7 @@ BARS = "▁▂▃▄▅▆▇█"
 COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
 
 
+@runtime_checkable
 class SiteForecast(Protocol):
     """The predicted error of one site by the fraction of K/V heads that is kept, as shares (0 to 1) of the energy."""
 
@@ -88,7 +89,7 @@ def level(share: float) -> int:
 
 
 def show_fold(result: Any) -> None:
-    """A `recipe.FoldResult`."""
+    """Print the result of a fold: predicted errors, serving costs, notes, verification and times."""
     rows = [
         ["K/V heads", str(result.kv_heads_before), count_range(result.kv_heads_least, result.kv_heads_after)],
         *serving_cost_rows(result.before, result.after),
@@ -106,23 +107,23 @@ def _verification(found: Any) -> str:
     if found is None:
         return "not verified: the check against the head-repeated twin was skipped"
     return (
-        f"verified: logits are the head-repeated twin's to {found.max_abs_difference:.2g} "
+        f"verified: logits differ from those of the head-repeated twin by at most {found.max_abs_difference:.2g} "
         f"(tolerance {found.tolerance:.2g} in {found.dtype})"
     )
 
 
 def show_plan_errors(plan: Any) -> None:
-    """A `core.plan.Plan`: predicted error per site, K and V apart; nothing where there were no statistics."""
+    """Print the predicted error of each site of a plan, K and V separately; a hint where the plan was made without statistics."""
     rows = [[name, *_shares(site), *_members(site)] for name, site in plan.sites.items() if site.error is not None]
     if rows:
-        title = "predicted error of what the groups share, every frequency plane on its own, as shares of the energy"
-        show_table(["attention", "K", "V", "groups"][: len(rows[0])], rows, title=title)
+        title = "predicted error of each site as a share of its energy, before merge and refit"
+        show_table(["site", "K", "V", "groups"][: len(rows[0])], rows, title=title)
     else:
-        print("no statistics, so no predicted error: run headfold calibrate and pass --stats to see it")
+        print("no predicted error without statistics: run headfold calibrate and pass --stats")
 
 
 def show_plan(plan: Any, serving_costs: Any) -> None:
-    """A `core.plan.Plan` and the pair of `recipe.price.ServingCost` around it."""
+    """Print a plan and the serving costs before and after it."""
     show_plan_errors(plan)
     show_table(["", "before", "after"], serving_cost_rows(*serving_costs))
 
@@ -132,30 +133,31 @@ def _shares(site: Any) -> list[str]:
 
 
 def _members(site: Any) -> list[str]:
-    """The heads of each group; nothing where there are more than a line takes."""
+    """Return the heads of each group as one cell, or no cell where it would be too long."""
     written = " ".join(",".join(map(str, members)) for members in site.groups.members)
     return [written] if len(written) <= 50 else []
 
 
 def show_route(result: Any) -> None:
-    """A `recipe.routing.RouteResult`."""
+    """Print the result of freezing a route."""
     rows = [[name, " + ".join(map(str, sizes))] for name, sizes in result.sizes.items()]
-    said = result.calibration
-    amount = f"{said['tokens']} {'tokens' if said['kind'] == 'text' else 'items'}"
-    title = f"{result.route}, settled on {amount} of {said['source']}"
-    show_table(["attention", "query heads of each K/V head"], rows, title=title)
+    calibration = result.calibration
+    amount = f"{calibration['tokens']} {'tokens' if calibration['kind'] == 'text' else 'items'}"
+    title = f"{result.route}, frozen on {amount} of {calibration['source']}"
+    show_table(["site", "query heads of each K/V head"], rows, title=title)
     for note in result.notes:
         print(f"note: {note}")
     if result.batch_dependent:
-        print("note: as published this route depends on the batch that an item is in; settled as here, on none")
+        print("note: the published form of this route depends on the batch; frozen, it does not")
     print(
-        f"verified: the checkpoint says what the routed model says to {result.difference:.2g} (tolerance {result.tolerance:.2g})"
+        f"verified: the checkpoint's outputs differ from the routed model's by at most {result.difference:.2g} "
+        f"(tolerance {result.tolerance:.2g})"
     )
     print(f"wrote {result.out}")
 
 
 def show_uptraining(result: Any) -> None:
-    """A `recipe.uptraining.UptrainResult`."""
+    """Print the result of training a fold."""
     recipe, unit = result.recipe, "tokens" if result.kind == "text" else "items"
     begun = f", from step {result.resumed_at:,} on" if result.resumed_at else ""
     rows = [
@@ -165,18 +167,23 @@ def show_uptraining(result: Any) -> None:
         ["optimizer", f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup}"],
         ["speed", f"{result.tokens_per_second:,.0f} {unit}/s, {duration(result.seconds)}"],
     ]
-    for name, label in (("loss", "loss"), ("kl", "KL to the original"), ("site_error", "error of the attentions")):
+    for name, label in (
+        ("loss", "loss"),
+        ("kl", "KL(original ‖ model)"),
+        ("site_error", "relative error of attention outputs"),
+    ):
         found = [entry[name] for entry in result.curve if name in entry]
-        rows += [[label, f"{found[0]:.4f} first, {found[-1]:.4f} last"]] if found else []
+        rows += [[label, f"{found[0]:.4f} at the start, {found[-1]:.4f} at the end"]] if found else []
     show_table([str(result.out), ""], rows)
     print(
-        f"verified: the checkpoint says what the trained model says to {result.difference:.2g} (tolerance {result.tolerance:.2g})"
+        f"verified: the checkpoint's outputs differ from the trained model's by at most {result.difference:.2g} "
+        f"(tolerance {result.tolerance:.2g})"
     )
     print(f"wrote {result.out}")
 
 
 def show_calibration(result: Any) -> None:
-    """A `recipe.CalibrationResult`."""
+    """Print what was calibrated on and where the statistics were written."""
     print(f"{result.tokens:,} tokens of {result.source} through {result.sites} sites in {duration(result.seconds)}")
     for note in result.notes:
         print(f"note: {note}")
@@ -198,11 +205,11 @@ _MEASURES = (
     ("cosine to the reference, lowest", "{:.4f}", "worst_cosine"),
     ("rank correlation of similarities", "{:.4f}", "rank_correlation"),
 )
-"""Label, form and field of what a measurement may hold; `reference_FIELD` is the reference's."""
+"""Label, format and field of each measure. The reference's value is in the field `reference_FIELD`."""
 
 
 def show_scores(found: Any) -> None:
-    """A `recipe.scoring.Scores`: what it measured, and the same of its reference."""
+    """Print the scores of a model on data that is not plain text, beside those of its reference."""
     rows = []
     for label, form, field in _MEASURES:
         if getattr(found.measured, field, None) is not None:
@@ -214,7 +221,7 @@ def show_scores(found: Any) -> None:
 
 
 def show_evaluation(found: Any) -> None:
-    """An `evaluate.perplexity.Evaluation`, beside its reference where it has one; or, for what is no text, `Scores`."""
+    """Print the loss and perplexity of a model beside those of its reference, or the scores on data that is not plain text."""
     if hasattr(found, "measured"):
         return show_scores(found)
     title = f"{found.num_tokens:,} tokens of {found.text}, context {found.context}, computed in {found.dtype}"
@@ -223,7 +230,7 @@ def show_evaluation(found: Any) -> None:
         ["NLL (nats per token)", *_numbers("{:.4f}", found.nll, found.reference_nll)],
         ["perplexity", *_numbers("{:.3f}", found.perplexity, found.reference_perplexity)],
         ["KL(reference || model)", *_numbers("{:.4f}", found.kl, None)],
-        ["same first token", "" if found.top1_agreement is None else percent(found.top1_agreement), ""],
+        ["same most likely token", "" if found.top1_agreement is None else percent(found.top1_agreement), ""],
     ]
     if found.reference is None:
         show_table(["", found.model], [row[:2] for row in rows[:3]], title=title)
@@ -240,7 +247,7 @@ def _size(num_bytes: int | None) -> str:
 
 
 def show_probe(found: Any, out: Any = None) -> None:
-    """A `probe.Probed`: what was seen, the laws, and the literal, unless it was written to `out`."""
+    """Print the result of probing an architecture: the findings, the laws, and the family literal unless it was written to `out`."""
     print(f"{found.model_type} ({found.architecture})")
     for line in found.seen:
         print(f"  {line}")
@@ -248,7 +255,7 @@ def show_probe(found: Any, out: Any = None) -> None:
         print(f"not foldable: {found.reason}")
         return
     rows = [[law, f"{moved:.1g}" if moved else "0"] for law, moved in found.laws.items()]
-    show_table(["law", "logits moved by"], rows, title="every law holds; changes relative to the largest logit")
+    show_table(["law", "change of the logits"], rows, title="all laws hold; changes are relative to the largest logit")
     print(f"\n{found.source}" if out is None else f"wrote {out}")
 
 
@@ -277,7 +284,7 @@ def show_methods(summaries: Mapping[str, Mapping[str, str]], to: TextIO | None =
 
 
 def show_page(option: str, name: str, page: str, options: Mapping[str, Any]) -> None:
-    """One method: its page and its options with their defaults."""
+    """Print the page of one method and its options with their defaults."""
     print(f"{option} {name}\n\n{page}\n")
     if options:
         print("options, with their defaults:")

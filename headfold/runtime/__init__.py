@@ -1,1 +1,1 @@
-"""Floor 6: a folded checkpoint as a running model."""
+"""Floor 6: running a folded checkpoint: loading, attention, cache, and routes."""

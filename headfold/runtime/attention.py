@@ -1,6 +1,7 @@
-"""Attention over grouped K/V heads: the queries of a group are rows of one matrix, so no key and no value is ever copied.
+"""Attention over grouped K/V heads: the queries of a group are rows of one matrix, so no key and no value is copied.
 
-Registered with transformers as `headfold`, for any model whose attention goes through its interface.
+Registered with transformers under the name `headfold`, for every model whose attention goes through its attention interface.
+The text below this docstring is copied into checkpoints (`remote.py`), so it changes only on purpose.
 """
 
 import functools

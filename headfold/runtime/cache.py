@@ -1,11 +1,12 @@
-"""A K/V cache that grows in place: room is kept ahead, and a new token is written into it instead of copying all that came before.
+"""A K/V cache that grows in place: memory is reserved ahead, and a new token is written into it without copying the earlier ones.
 
-Stock `DynamicCache` concatenates at every step, that is it copies the whole cache for each new token. The layers here are drop-in:
-`GrowingCache(config)` goes wherever a `DynamicCache` does, with any stock model, and `headfold.load` gives it to `generate`. They write in
-place under `no_grad` or in inference mode; where gradients are enabled, or a compiler traces, they concatenate as stock does.
+Stock `DynamicCache` concatenates, and so copies the whole cache, at every step. The layers here are drop-in replacements:
+`GrowingCache(config)` works wherever a `DynamicCache` does, with any stock model, and `headfold.load` makes `generate` use it.
+They write in place under `no_grad` or in inference mode; where gradients are enabled, or a compiler traces, they concatenate as
+stock does.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST_ROOM = 64
-"""Tokens of the first room; each further one is twice what is then needed."""
+"""Tokens that are reserved at first; each later reservation is twice what is needed then."""
 
 States = Float[Tensor, "batch group token dim"]
 
 
 class _InPlace(DynamicLayer):
-    """What is common to layers that grow in place. `keys` and `values` are views of the written part of a larger room.
+    """The common part of layers that grow in place. `keys` and `values` are views of the written part of the reserved tensors.
 
-    `limit` is how long the cache will get, where that is known: the first rooms are no larger.
+    `limit` is the final length of the cache where it is known: the first reservations are not larger.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, *arguments: Any, limit: int | None = None, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -37,16 +41,16 @@ class _InPlace(DynamicLayer):
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
 
     def reset(self) -> None:
-        """Empty, and its rooms let go."""
+        """Empty the cache and release the reserved tensors."""
         super().reset()
         self._rooms = (None, None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beams that stay where they are cost nothing; the others are copied into their places."""
+        """Copy the beams that change their place; the others are left where they are."""
         if self.get_seq_length() == 0:
             return
         if len(beam_idx) != len(self.keys):
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(cast("torch.LongTensor", beam_idx))
             return
         index = beam_idx.to(self.keys.device)
         moved = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
@@ -54,7 +58,7 @@ class _InPlace(DynamicLayer):
             states[moved] = states[index[moved]]
 
     def _grown(self, key_states: States, value_states: States) -> tuple[States, States] | None:
-        """Keys and values with the new ones behind; None where autograd may need the old, or a compiler traces."""
+        """Return keys and values with the new ones appended; None where autograd may need the old ones, or a compiler traces."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
         if not self.is_initialized:
@@ -69,7 +73,7 @@ class GrowingLayer(_InPlace):
     """The cache of one layer."""
 
     def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
-        """Write the new tokens behind the old; returns all of them. With gradients enabled as stock."""
+        """Append the new tokens and return all of them. With gradients enabled this concatenates as stock does."""
         grown = self._grown(key_states, value_states)
         if grown is None:
             return super().update(key_states, value_states, *args, **keywords)
@@ -78,10 +82,17 @@ class GrowingLayer(_InPlace):
 
 
 class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
-    """The cache of one layer that sees a window: this slides along a room of twice its size, and is copied only at its end."""
+    """The cache of one layer with a sliding window: the window moves along reserved tensors of twice its size, and is copied only at
+    their end.
+    """
+
+    keys: Tensor
+    values: Tensor
 
     def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
-        """Write the new tokens behind the old; returns those that the new ones may see. With gradients enabled as stock."""
+        """Append the new tokens and return those that the new ones may attend to. With gradients enabled this concatenates as stock
+        does.
+        """
         count, kept = key_states.shape[-2], self.sliding_window - 1
         # A long prompt is not worth a room: nearly all of it is out of sight at the next token.
         grown = self._grown(key_states, value_states) if count <= kept else None
@@ -97,7 +108,9 @@ class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
 
 
 def _appended(states: States, new: States, room: Tensor | None, limit: int | None) -> tuple[States, Tensor]:
-    """`states` with `new` behind, and where they lie: in `room` if they do already and it takes them, else in one twice as large."""
+    """Return `states` with `new` appended, and the tensor they lie in: `room` if they lie in it and it is large enough, else one of
+    twice the size.
+    """
     length = states.shape[-2] + new.shape[-2]
     start = None if room is None else _place(states, new, room)
     if start is None:
@@ -110,7 +123,9 @@ def _appended(states: States, new: States, room: Tensor | None, limit: int | Non
 
 
 def _place(states: States, new: States, room: Tensor) -> int | None:
-    """The token of the room that is the first of `states`; None where these lie elsewhere, or the room cannot take what is new."""
+    """Return the index in `room` of the first token of `states`; None where they lie elsewhere or the room is too small for the new
+    tokens.
+    """
     inside = (
         states.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
         and room.shape[:2] == states.shape[:2]
@@ -128,7 +143,9 @@ def _place(states: States, new: States, room: Tensor) -> int | None:
 class GrowingCache(DynamicCache):
     """A `DynamicCache` whose layers grow in place.
 
-    Args: `config` of the model, so that its sliding layers are known; `limit`, tokens that the cache will hold at most.
+    Args:
+        config: the model's config, which names its sliding layers.
+        limit: tokens that the cache will hold at most.
     """
 
     def __init__(self, config: Any = None, limit: int | None = None, **keywords: Any) -> None:
@@ -137,7 +154,7 @@ class GrowingCache(DynamicCache):
 
 
 def grow_in_place(cache: Cache, limit: int | None = None) -> None:
-    """Let the layers of an empty dynamic cache grow in place; of an encoder-decoder's that of the decoder's own tokens."""
+    """Make the layers of an empty dynamic cache grow in place; of an encoder-decoder's cache only those of the decoder's own tokens."""
     if isinstance(cache, EncoderDecoderCache):
         grow_in_place(cache.self_attention_cache, limit)
     elif isinstance(cache, DynamicCache) and not cache.offloading:
@@ -147,7 +164,7 @@ def grow_in_place(cache: Cache, limit: int | None = None) -> None:
 
 
 def _growing(layer: Any, limit: int | None) -> Any:
-    """The same kind of layer, empty, growing in place; any other kind as it is."""
+    """Return a layer of the same kind that grows in place, or the layer itself where there is none."""
     if type(layer) is DynamicSlidingWindowLayer:
         made = GrowingSlidingLayer(layer.sliding_window, limit=limit)
         made.record_past = layer.record_past
@@ -156,7 +173,9 @@ def _growing(layer: Any, limit: int | None) -> Any:
 
 
 class _InPlaceCaches:
-    """`_prepare_cache_for_generation` of one model: dynamic caches that it makes grow in place. A class, so that models pickle."""
+    """Replaces `_prepare_cache_for_generation` of one model, so that the dynamic caches it makes grow in place. A class, so that
+    models pickle.
+    """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -165,7 +184,7 @@ class _InPlaceCaches:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, longest: int, *rest: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
-        stock = type(self.model)._prepare_cache_for_generation
+        stock: Any = type(self.model)._prepare_cache_for_generation  # type: ignore[attr-defined]  # of GenerationMixin
         stock(self.model, generation_config, model_kwargs, mode, batch, longest, *rest)
         cache = model_kwargs.get("past_key_values")
         if given is None and cache is not None:
@@ -176,6 +195,6 @@ class _InPlaceCaches:
 
 
 def generate_in_place(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Let `generate` of a model use caches that grow in place wherever it would take dynamic ones; returns the model."""
-    model._prepare_cache_for_generation = _InPlaceCaches(model)
+    """Make `generate` of a model use caches that grow in place wherever it would use dynamic ones, and return the model."""
+    vars(model)["_prepare_cache_for_generation"] = _InPlaceCaches(model)
     return model

@@ -1,8 +1,8 @@
-"""A candidate for decode attention in C++ (`decode.cpp`), built once per machine and user where there is a compiler, never needed.
+"""An implementation of decode attention in C++ (`decode.cpp`), compiled once per machine and user where there is a compiler; optional.
 
-On processors without bf16 matrix units torch's kernels read a bf16 cache at a tenth to a third of what memory gives. This one reads
-it at half to three quarters while up to four query rows share a head; with more it is arithmetic that decides. torch's own loader
-of extensions is not used: it wants ninja, and waits for ever on the lock of a build that was killed.
+On processors without bf16 matrix units torch's kernels read a bf16 cache at a tenth to a third of the memory bandwidth. This one reads
+it at half to three quarters while up to four query rows share a head; with more rows arithmetic is the limit. torch's own loader of
+extensions is not used: it needs ninja, and waits forever on the lock of a build that was killed.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 PATIENCE = 120
 """Seconds that a build may take; it takes about three."""
 LEAST_STRETCH = 256
-"""Keys below which splitting them over threads costs more than it gives."""
+"""Number of keys below which splitting them over threads is slower."""
 FUNCTIONS = {torch.bfloat16: "headfold_decode_bfloat16", torch.float32: "headfold_decode_float32"}
 _log = logging.getLogger("headfold")
 
@@ -35,9 +35,10 @@ _Integers = ctypes.c_int64 * 3
 
 
 class _Problem(ctypes.Structure):
-    """Of `decode.cpp`. Queries, bias and output are (batch, group, row, dim or key), keys and values (batch, group, key, dim).
+    """The struct of `decode.cpp`. Queries, bias and output are (batch, group, row, dim or key), keys and values (batch, group, key,
+    dim).
 
-    Strides are counted in numbers: of keys and values for batch, group, key; of the bias for batch, group, row.
+    Strides are in elements: of keys and values for batch, group and key; of the bias for batch, group and row.
     """
 
     _fields_ = (
@@ -59,10 +60,11 @@ def kernel(
     is_causal: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(batch, group, row, dim) over (batch, group, key, dim) → (batch, row, group, dim), in bfloat16 or float32 on a CPU.
+    """Return attention of (batch, group, row, dim) over (batch, group, key, dim) as (batch, row, group, dim), in bfloat16 or float32
+    on a CPU.
 
     Raises:
-        Unsuited: no compiler here, or states of another kind.
+        Unsuited: there is no compiler, or the tensors are of another kind.
     """
     built, reason = library()
     dim = query.shape[-1]
@@ -71,7 +73,7 @@ def kernel(
     same = key.shape == value.shape and key.shape[-1] == dim and key.dtype == value.dtype == query.dtype
     if not same or dropout or is_causal or not key.numel() or key.stride(-1) != 1 or value.stride(-1) != 1:
         return sdpa(module, query, key, value, mask, scaling, dropout, is_causal)
-    batch, groups, rows, _ = query.shape
+    batch, groups, rows = query.shape[:3]
     query, output = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     bias = None if mask is None else _bias(mask, key.shape[2]).expand(batch, groups, rows, -1)
     threads = torch.get_num_threads()
@@ -89,7 +91,7 @@ def kernel(
 
 
 def _bias(mask: Tensor, keys: int) -> Tensor:
-    """What is added to the logits, float32, one number for every key and these side by side."""
+    """Return the float32 bias that is added to the logits: one number per key, contiguous."""
     if mask.dtype == torch.bool:
         lowest = torch.finfo(torch.float32).min
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, lowest)
@@ -98,11 +100,14 @@ def _bias(mask: Tensor, keys: int) -> Tensor:
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The built kernel, or None and the reason why there is none."""
+    """Return the compiled kernel, or None and the reason why there is none."""
     try:
         built = ctypes.CDLL(str(_built()), mode=os.RTLD_NOW)
     except subprocess.CalledProcessError as error:
-        found = None, f"{error.cmd[0]} failed: {(error.stderr.strip() or 'silent').splitlines()[0]}"
+        found: tuple[ctypes.CDLL | None, str] = (
+            None,
+            f"{error.cmd[0]} failed: {(error.stderr.strip() or 'silent').splitlines()[0]}",
+        )
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: a user without a home
         found = None, str(error).splitlines()[0]
     else:
@@ -114,7 +119,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _built() -> Path:
-    """The library in the user's cache, built now if it is not there for this source, compiler and processor."""
+    """Return the path of the library in the user's cache, compiled now if it is missing for this source, compiler and processor."""
     if os.environ.get("HEADFOLD_KERNEL") == "0":
         raise OSError("HEADFOLD_KERNEL=0 in the environment")
     compiler = shlex.split(os.environ.get("CXX") or "c++")

@@ -1,4 +1,4 @@
-"""Open what `fold` wrote, after a look at whether it is whole."""
+"""Opens what `fold` wrote, after checking that the directory is complete and consistent."""
 
 import json
 from collections import Counter
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
-    """The model of a folded checkpoint, of the class that its config names: in eval mode, in its own dtype.
+    """Return the model of a folded checkpoint, of the class that its config names, in eval mode and in its own dtype.
 
-    It is the stock class where that reads its count of K/V heads from the config, else a class made from it: grouped, or with
-    the counts of the layouts per-layer and decilm.
-    `keywords` go to `from_pretrained` (`dtype`, `device_map`, `attn_implementation` …). Unless one is named there, attention is
-    `headfold`, which decodes without copies of K and V; `generate` has caches that grow in place.
+    This is the stock class where it reads its number of K/V heads from the config, else a class made from it: a grouped class, or
+    one with the counts of the layouts per-layer and decilm. `keywords` are passed to `from_pretrained` (`dtype`, `device_map`,
+    `attn_implementation` …). Unless `attn_implementation` is among them, attention is `headfold`, which decodes without copying K
+    and V, and `generate` uses caches that grow in place.
 
     Raises:
-        UserError: no checkpoint there, an unfinished one, one whose config and plan disagree, or one that does not load.
+        UserError: there is no checkpoint, it is unfinished, its config and plan disagree, or it does not load.
     """
     directory = Path(directory)
     config = read_checked_config(directory)
@@ -41,7 +41,7 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
 
 
 def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTrainedModel":
-    """With the attention `headfold` where the class takes one by its name, and caches that grow in place."""
+    """Set the attention `headfold` where the class takes attention by name, and caches that grow in place; return the model."""
     from .attention import NAME
     from .cache import generate_in_place
 
@@ -51,12 +51,14 @@ def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTra
 
 
 def takes_attention(model: "PreTrainedModel") -> bool:
-    """Whether the class lets its attention be named: `sdpa`, or the interface of transformers where sdpa lacks what it needs (Gemma 2)."""
+    """Return whether the class takes attention by name: it supports `sdpa`, or the attention interface where sdpa lacks a feature
+    (Gemma 2).
+    """
     return bool(model._supports_sdpa or getattr(model, "_supports_attention_backend", False))
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:
-    """The class that `architectures` names: one of ours where the checkpoint needs it."""
+    """Return the class that `architectures` names, one of headfold's where the checkpoint needs it."""
     import transformers
 
     name = (config.get("architectures") or [""])[0]
@@ -64,7 +66,7 @@ def _model_class(config: Mapping[str, Any]) -> Any:
 
 
 def own_class(config: Mapping[str, Any]) -> Any:
-    """The class of ours that opens a checkpoint, without code from its directory; None where a stock class does."""
+    """Return headfold's class for a checkpoint, so that no code from its directory is run; None where a stock class opens it."""
     name = (config.get("architectures") or [""])[0]
     if "headfold" in config:
         from .modeling_headfold import grouped_class  # and with it the attention `headfold`
@@ -85,7 +87,7 @@ def own_class(config: Mapping[str, Any]) -> Any:
 
 
 def kv_heads_by_layer(config: Mapping[str, Any]) -> list[int] | None:
-    """K/V heads by layer where a config tells them by layer, as the layouts per-layer and decilm do; else None."""
+    """Return the number of K/V heads of each layer where the config lists them by layer (layouts per-layer and decilm), else None."""
     name, num_heads = (config.get("architectures") or [""])[0], config.get("num_attention_heads")
     if name == "DeciLMForCausalLM":
         sizes = [block["attention"]["n_heads_in_group"] for block in config.get("block_configs") or []]
@@ -98,7 +100,11 @@ def kv_heads_by_layer(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def read_checked_config(directory: Path) -> dict[str, Any]:
-    """The config of a directory; refused where no finished fold can be: plan and config must agree."""
+    """Return the config of a checkpoint directory after checking that the fold is finished and that plan and config agree.
+
+    Raises:
+        UserError: there is no checkpoint, it is unfinished, or config and plan disagree.
+    """
     if directory.name.endswith(".partial"):
         raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again, it goes on from there")
     if not (directory / "config.json").is_file():
@@ -119,7 +125,7 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
 
 
 def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[str, Any]]:
-    """The grouped sites of a config; none in that of a native class."""
+    """Return the grouped sites listed in a config; none for a stock class."""
     if "headfold" not in config:
         return []
     listed = config["headfold"].get("sites") if isinstance(config["headfold"], dict) else None

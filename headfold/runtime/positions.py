@@ -1,4 +1,7 @@
-"""Rotary position on heads (batch, head, token, dim): the first dims turn, as many as there are angles; the rest pass."""
+"""Rotary position embedding of heads (batch, head, token, dim): rotates the first dims, as many as there are angles.
+
+The text below this docstring is copied into checkpoints (`remote.py`), so it changes only on purpose.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""The one attention of all own forwards: grouped projections, the cache, the output; a page per family says what differs."""
+"""The attention that all own forwards share: grouped projections, cache, output. A page per family adds what differs.
+
+The text below this docstring is copied into checkpoints (`remote.py`), so it changes only on purpose.
+"""
 
 from collections.abc import Callable
 from functools import partial

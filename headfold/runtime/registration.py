@@ -1,4 +1,4 @@
-"""Tell transformers of the attention `headfold`, now or as soon as somebody imports the part that keeps such a list."""
+"""Registers the attention `headfold` with transformers, now or as soon as transformers is imported."""
 
 import sys
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ from importlib.util import find_spec
 from types import ModuleType
 
 TRANSFORMERS_MODULE = "transformers.modeling_utils"
-"""It is not imported for this: most of what headfold does needs no transformers, which takes seconds to import."""
+"""The module that keeps the registry. It is not imported here, as most of headfold does not need transformers, which takes seconds to
+import.
+"""
 ATTENTION = "headfold.runtime.modeling_headfold"
 REGISTERS = "headfold.runtime.attention"
 
 
 def register_attention() -> None:
-    """Register the attention, or leave word for when transformers comes."""
+    """Register the attention now if transformers is imported, else install an import hook that does it later."""
     if TRANSFORMERS_MODULE in sys.modules:
         import_module(ATTENTION)
     elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
@@ -24,7 +26,7 @@ def register_attention() -> None:
 
 
 class _RegisterOnImport(MetaPathFinder):
-    """Finds nothing by itself; sees the module coming, lets the others find it, and registers behind it."""
+    """An import hook that removes itself when transformers' module is imported, and registers the attention after it."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TRANSFORMERS_MODULE:
@@ -38,7 +40,7 @@ class _RegisterOnImport(MetaPathFinder):
 
 
 class _RegisterAfterLoading(Loader):
-    """A module's own loader, then the registration."""
+    """Runs the module's own loader, then registers the attention."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""Let attention sites of a stock model run other heads, grouped and of any width: to try them before anything is written."""
+"""Installs other heads at attention sites of a model in memory, with any number of K/V heads and any head_dim multiple."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from .modeling_headfold import config_above, regroup_module
 def regrouped(
     root: nn.Module, site: Site, num_kv_heads: int, head_dim_multiple: int, model: PreTrainedModel
 ) -> nn.Module:
-    """The module that holds a site's projections, a copy of `model`'s, given room for these heads, in place."""
+    """Resize a module that holds a site's projections, a copy of `model`'s, for these heads in place, and return it."""
     inner = site.core.removeprefix(site.module).removeprefix(".")
     output = site.paths["o"].removeprefix(f"{site.module}.")
     regroup_module(
@@ -24,7 +24,7 @@ def regrouped(
 
 
 def local_names(site: Site) -> dict[str, str]:
-    """Tensor name on disk, as `write_heads` gives them in slots → name of the parameter below the site's module."""
+    """Return the parameter name below the site's module for each tensor name on disk, as `write_heads` gives them in slots."""
     named = dict(site.parameters)
     if "qkv" in site.weights:
         for role, name in site.unfused.items():
@@ -35,7 +35,7 @@ def local_names(site: Site) -> dict[str, str]:
 def install_heads(
     model: PreTrainedModel, site: Site, tensors: Mapping[str, Tensor], num_kv_heads: int, head_dim_multiple: int
 ) -> nn.Module:
-    """Put these tensors (by names on disk, in slots) to work at a site of the model; returns the module that was there."""
+    """Install these tensors (by names on disk, in slots) at a site of the model, and return the module that was there."""
     parent, _, leaf = site.module.rpartition(".")
     holder = model.get_submodule(parent)
     before = getattr(holder, leaf)
@@ -51,13 +51,13 @@ def install_heads(
 def installed_heads(
     model: PreTrainedModel, replacements: Iterable[tuple[Site, Mapping[str, Tensor], int, int]]
 ) -> Iterator[None]:
-    """`install_heads` at several sites, and everything back in its place afterwards."""
-    undone = []
+    """Return a context in which `install_heads` is done at several sites, given as (site, tensors, K/V heads, head_dim multiple)."""
+    replaced: list[tuple[Site, nn.Module]] = []
     try:
-        for site, *rest in replacements:
-            undone.append((site, install_heads(model, site, *rest)))
+        for site, tensors, num_kv_heads, head_dim_multiple in replacements:
+            replaced.append((site, install_heads(model, site, tensors, num_kv_heads, head_dim_multiple)))
         yield
     finally:
-        for site, before in undone:
+        for site, before in replaced:
             parent, _, leaf = site.module.rpartition(".")
             setattr(model.get_submodule(parent), leaf, before)

@@ -1,4 +1,4 @@
-"""The runtime as one file that needs no headfold, to lie beside a checkpoint's weights, and the `auto_map` that leads to it."""
+"""The runtime as one file that does not need headfold, to save beside a checkpoint's weights, and the `auto_map` that points to it."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ PAGES = HERE / "forwards"
 
 
 def remote_files(config: Mapping[str, Any]) -> dict[str, str]:
-    """File name → text to write into the directory of a grouped checkpoint with this config.json."""
+    """Return file name → text of the code to write into the directory of a grouped checkpoint with this config.json."""
     return {f"{BASE}.py": remote_code(*sorted(set(_model_types(config))))}
 
 
 def auto_map(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every auto class that transformers has for the config's `model_type` → the grouped class of the same task."""
+    """Return the grouped class for every auto class that transformers has for the config's `model_type`."""
     from transformers.models.auto import modeling_auto
 
     found = {}
@@ -32,7 +32,7 @@ def auto_map(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def remote_code(*model_types: str) -> str:
-    """One self-contained text: the runtime, and the own forwards of these model types where it has such pages."""
+    """Return one self-contained text: the runtime, and the own forwards of these model types where there are any."""
     parts: dict[Path, str] = {}
     imports: set[str] = set()
     for path in (HERE / f"{BASE}.py", *(PAGES / f"{page}.py" for page in model_types)):
@@ -44,16 +44,16 @@ def remote_code(*model_types: str) -> str:
 
 
 def _gather(path: Path, parts: dict[Path, str], imports: set[str]) -> None:
-    """Add a file's code behind that of the files it imports from here; what it imports from elsewhere goes to `imports`."""
+    """Add a file's code to `parts` after that of the files it imports from here, and its other imports to `imports`."""
     if path in parts:
         return
     text = path.read_text()
     lines, tree = text.splitlines(), ast.parse(text)
-    dropped = {line for node in tree.body[:1] for line in range(node.lineno, node.end_lineno + 1)}
+    dropped = {line for node in tree.body[:1] for line in _lines_of(node)}
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            dropped |= set(range(node.lineno, node.end_lineno + 1))
-            if getattr(node, "level", 0):
+            dropped |= set(_lines_of(node))
+            if isinstance(node, ast.ImportFrom) and node.level:
                 _gather(path.parents[node.level - 1] / f"{node.module}.py", parts, imports)
             else:
                 imports.add(ast.unparse(node))
@@ -61,12 +61,16 @@ def _gather(path: Path, parts: dict[Path, str], imports: set[str]) -> None:
     parts[path] = "\n".join(kept).strip() + "\n"
 
 
+def _lines_of(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
 def _import_order(line: str) -> tuple[bool, str]:
     return line.startswith("from"), line
 
 
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """Of the config and of the configs inside it."""
+    """Yield the model types of the config and of the configs inside it."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]
     for value in config.values():

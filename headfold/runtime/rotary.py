@@ -1,6 +1,7 @@
-"""A rotary table for wide heads: every frequency of the source's table several times, as transformers' `longrope` reads it.
+"""Rotary tables for heads with a larger head_dim: every frequency of the source's table repeated, in the form of transformers'
+`longrope`.
 
-longrope divides the frequencies θ^(-2p/dim) of a head by a factor each, so any table can be written down (methods: docs/absorb.md, 7).
+longrope divides each frequency θ^(-2p/dim) of a head by a factor, so any table can be expressed (docs/absorb.md, section 7).
 """
 
 import math
@@ -13,12 +14,12 @@ from torch import Tensor
 
 
 def wide_table(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
-    """The config fields of a table `head_dim_multiple` times as wide: plane p has the source's frequency p // head_dim_multiple.
+    """Return the config fields of a table `head_dim_multiple` times as large: plane p has the source's frequency p // head_dim_multiple.
 
-    The same at every context length, but for a source whose table is a longrope already: it keeps its two.
+    The table is the same at every context length, except for a source that uses longrope: it keeps its two tables.
 
     Raises:
-        KeyError: the source's kind of table changes with the context, or per layer (`families.spec.has_one_table`).
+        KeyError: the source's table changes with the context, or per layer (`families.spec.has_one_table`).
     """
     source = _read(config)
     rope = dict(source.rope_parameters)
@@ -40,7 +41,7 @@ def wide_table(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, A
 
 
 def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
-    """Radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
+    """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
     try:
         return tuple(_frequencies(_read(config), None)[0].tolist())
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
@@ -48,7 +49,7 @@ def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _read(config: Mapping[str, Any]) -> Any:
-    """As its class reads it, with rotary parameters of the present form."""
+    """Return the config as its class reads it, with rotary parameters in their present form."""
     from transformers import CONFIG_MAPPING
 
     source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
@@ -57,7 +58,7 @@ def _read(config: Mapping[str, Any]) -> Any:
 
 
 def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane"], float]:
-    """Of the source's table, in float32 as it computes them, and what cosine and sine are multiplied by."""
+    """Return the frequencies of the source's table, in float32 as it computes them, and the factor of cosine and sine."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = source.rope_parameters
@@ -69,7 +70,7 @@ def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane
 
 
 def _factors(frequencies: Float[Tensor, " plane"], theta: float, head_dim_multiple: int) -> list[float]:
-    """One per plane of the wide head, such that longrope's own float32 arithmetic comes nearest to the source's frequencies."""
+    """Return one factor per plane, such that longrope's float32 arithmetic comes nearest to the source's frequencies."""
     wanted = frequencies.repeat_interleave(head_dim_multiple)
     dim = 2 * len(wanted)
     own = theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)

@@ -1,17 +1,17 @@
-"""Routes at work: a model whose query heads choose their K/V heads as it runs, and that choice settled into ordinary groups.
+"""Routes while they run: query heads choose their K/V heads in every forward pass, until the choice is frozen into ordinary groups.
 
-K and V, their weights and their cache, never change with a route: only who reads them. The choice is discrete, so gradients reach Q,
-K and V as in any grouped model. What a route remembers lies in buffers, `<attention>.headfold_route.*`, which `save_pretrained` and
-a Trainer's checkpoints keep and `load_state_dict` brings back to a model with the same route attached. Among several processes each
-cuts by its own batches; DistributedDataParallel hands the first one's buffers to all. In the recomputation that gradient
-checkpointing makes, nothing is cut or drawn anew.
+K and V, their weights and their cache, never change with a route, only which query reads them. The choice is discrete, so
+gradients reach Q, K and V as in any grouped model. The state of a route is in buffers, `<attention>.headfold_route.*`, which
+`save_pretrained` and a Trainer's checkpoints save and `load_state_dict` restores in a model with the same route attached. Among
+several processes each routes by its own batches; DistributedDataParallel copies the first one's buffers to all. In the
+recomputation of gradient checkpointing nothing is measured or drawn again.
 """
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,29 +31,40 @@ from .modeling_headfold import SiteConfig, own_forward
 KvOfQuery = tuple[int, ...]
 
 
+@runtime_checkable
+class GroupedAttention(Protocol):
+    """The attributes of an attention module with grouped heads that a route reads and sets."""
+
+    config: Any
+    kv_of_query: KvOfQuery | None
+    num_key_value_groups: int
+    headfold_route: "Router"
+
+
 def parse(text: str) -> plugins.Method[RouteMethod]:
-    """`dgqa:window=300` → the route of that name on a page in `headfold.runtime.routes`, with its options.
+    """Return the route `dgqa:window=300`, from a page in `headfold.runtime.routes`, with its options.
 
     Raises:
-        UserError: no such route or option.
+        UserError: an unknown route or option.
     """
     return plugins.parse(routes, text, RouteMethod)
 
 
 def depends_on_batch(method: plugins.Method[RouteMethod]) -> bool:
-    """Whether, outside training, what a model says of an item depends on the items beside it, or before."""
+    """Return whether, outside training, the output for one item depends on the items beside or before it."""
     return bool(method.options.get("published")) and method.record.published_depends_on_batch
 
 
 def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> dict[str, "Router"]:
-    """Let every grouped attention of a model be routed, in place of what was attached before; routers by module path.
+    """Attach a route to every grouped attention of a model, instead of any route attached before, and return the routers by module path.
 
-    The model is one of headfold's runtime (`headfold.load`), or of a stock class with grouped heads (Llama …), which is set to
-    the attention `headfold`. Every router starts from the groups that the model has. `seed` is that of routes that draw.
+    The model is one of headfold's runtime (`headfold.load`), or of a stock class with grouped heads (Llama …), which is then set to the
+    attention `headfold`. Every router starts from the groups that the model has. `seed` is for routes that draw random numbers.
 
     Raises:
-        UserError: no such route or option; no attention with several K/V heads, each read by several query heads; a stock class whose
-            attention cannot be named.
+        UserError: an unknown route or option; no attention with several K/V heads that each serve several query heads; a stock
+            class that
+            does not take attention by name.
     """
     method = parse(route)
     detach(model)
@@ -74,41 +85,45 @@ def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> d
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Take the routes off: every attention has the groups again that it had before."""
+    """Remove the routes: every attention gets back the groups that it had before."""
     for module in [module for module in model.modules() if hasattr(module, "headfold_route")]:
-        for name, value in module.headfold_route.before.items():
+        for name, value in cast(GroupedAttention, module).headfold_route.before.items():
             setattr(module, name, value)
         del module.headfold_route
 
 
 def routers(model: PreTrainedModel) -> dict[str, "Router"]:
-    """Those attached, by the path of their attention.
+    """Return the attached routers by the path of their attention.
 
     Raises:
         UserError: there are none.
     """
-    found = {name: module.headfold_route for name, module in model.named_modules() if hasattr(module, "headfold_route")}
+    found = {
+        path: cast(GroupedAttention, module).headfold_route
+        for path, module in model.named_modules()
+        if hasattr(module, "headfold_route")
+    }
     if not found:
         raise UserError(f"{type(model).__name__}: expected a routed model, found no route; attach one first")
     return found
 
 
 def new_epoch(model: PreTrainedModel) -> None:
-    """Count the steps of windows from 0 again, as the published DGQA does at every epoch."""
+    """Restart the count of steps in a window at 0, as the published DGQA does at every epoch."""
     for router in routers(model).values():
         router.state = replace(router.state, step=0)
 
 
 @torch.no_grad()
 def freeze(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] = ()) -> dict[str, KvOfQuery]:
-    """Settle every route for good; returns, by module path, query head → K/V head.
+    """Freeze every route for good, and return query head → K/V head by module path.
 
-    What counts is the state after training, settled, and on top of it the norms of `batches` (keyword arguments of the model). These
-    run in eval mode with the groups as they stand then, whatever a batch would call for, and are measured as steps of training are.
-    From then on every router repeats its map, in training too.
+    The frozen groups follow from the state after training, and in addition from the norms of `batches` (keyword arguments of the
+    model). These batches run in eval mode with the present groups, whatever groups a batch alone would give, and are measured like
+    training steps. After this every router returns its frozen map, in training too.
 
     Raises:
-        UserError: no routes are attached, or nothing has been measured by one that goes by norms.
+        UserError: no routes are attached, or a route that depends on norms has measured none.
     """
     found, was_training = routers(model), model.training
     model.eval()
@@ -123,9 +138,9 @@ def freeze(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] = ())
 
 
 def frozen_plan(model: PreTrainedModel, source: str, calibration: Mapping[str, str] = MappingProxyType({})) -> Plan:
-    """The settled routes of a model as a plan: at every site, named by its module, query head → K/V head.
+    """Return the frozen routes of a model as a plan: at every site, named by its module path, query head → K/V head.
 
-    It says who reads what. `source` is the fingerprint of the routed checkpoint, whose K and V stay as they are.
+    `source` is the fingerprint of the routed checkpoint, whose K and V remain as they are.
 
     Raises:
         UserError: a route that is not frozen, or a K/V head that no query reads.
@@ -145,22 +160,27 @@ def frozen_plan(model: PreTrainedModel, source: str, calibration: Mapping[str, s
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Heads of one attention."""
+    """The numbers of heads of one attention."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     slots: int = 1
-    """Parts that a wide head lies in."""
+    """The number of parts that a head with a larger head_dim is stored in."""
 
 
 class Router(nn.Module):
-    """The route of one attention: its page, its options, and in buffers what it remembers."""
+    """The route of one attention: its page and its options, with its state in buffers."""
+
+    sizes: Tensor
+    counts: Tensor
+    kept: Tensor
+    mean: Tensor
 
     def __init__(
         self, method: plugins.Method[RouteMethod], shape: Shape, own: KvOfQuery, seed: int, before: dict[str, Any]
     ) -> None:
-        """`own` is the map that the attention has by itself, `before` what of the module is put back by `detach`."""
+        """`own` is the map that the attention has by itself, `before` the attributes of the module that `detach` restores."""
         super().__init__()
         self.method, self.seed, self.before = method, seed, before
         self._held: KvOfQuery | None = None
@@ -196,7 +216,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def forward(self, key: Tensor, mask: Tensor | None) -> KvOfQuery:
-        """Query head → K/V head for this pass, from the keys (sample, group · slot, position, dim) that it sees, cached ones too."""
+        """Return query head → K/V head for this pass, given its keys (sample, group · slot, position, dim), cached ones included."""
         if not self.is_frozen and not _recomputing():
             norms = key_norms(key, mask, self._slots)
             if not norms.whole.isfinite().all():
@@ -205,7 +225,7 @@ class Router(nn.Module):
         return self._held or self.kv_of_query
 
     def perturbed(self, output: Tensor) -> Tensor:
-        """The output of the attention (sample, token, head, dim) as the route leaves it."""
+        """Return the output of the attention (sample, token, head, dim) with the noise of the route, where it has any."""
         perturb = self.method.record.perturb
         if perturb is None or self.is_frozen or self._held:
             return output
@@ -214,13 +234,13 @@ class Router(nn.Module):
         return perturb(output, self.state.sizes, self.training, generator, **self.method.options)
 
     def observe(self) -> None:
-        """Settle on what training has measured, if it has, and keep to that while more is measured."""
+        """Settle on what training has measured, if anything, and keep these groups while more is measured."""
         if self.state.count and not self.is_frozen:
             self._settle()
         self._held = self.kv_of_query
 
     def freeze(self, where: str) -> None:
-        """Settle on what has been measured, for good; `where` names the attention."""
+        """Settle on what has been measured, for good; `where` names the attention in messages."""
         self._held = None
         if self.method.record.settle is not None and not self.is_frozen:
             if not (self.state.count or self.state.step):
@@ -234,9 +254,9 @@ class Router(nn.Module):
 
 
 def key_norms(key: Tensor, mask: Tensor | None, slots: int = 1) -> Norms:
-    """Lengths of keys (sample, group · slot, position, dim) by K/V head, in float32 or better.
+    """Return the lengths of keys (sample, group · slot, position, dim) by K/V head, in float32 or better.
 
-    Positions count that the mask (sample or 1, head or 1, token, position; boolean, or added) lets some query see; all without one.
+    With a mask (sample or 1, head or 1, token, position; boolean or additive) only positions count that some query may attend to.
     """
     wide = key.detach().to(torch.promote_types(key.dtype, torch.float32))
     energy = wide.pow(2).sum(-1).unflatten(1, (-1, slots)).sum(2)
@@ -249,12 +269,12 @@ def key_norms(key: Tensor, mask: Tensor | None, slots: int = 1) -> Norms:
 
 
 def _recomputing() -> bool:
-    """Whether this forward pass runs inside a backward one."""
+    """Return whether this forward pass runs inside a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _grouped(model: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, Shape]]]:
-    """Attentions, by path, whose query heads have a choice."""
+    """Yield path, module and shape of every attention whose query heads have a choice of K/V heads."""
     for path, module in model.named_modules():
         shape = _shape(module)
         if shape is not None and 1 < shape.num_kv_heads < shape.num_heads:
@@ -262,27 +282,33 @@ def _grouped(model: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, Sha
 
 
 def _shape(module: nn.Module) -> Shape | None:
-    """As the runtime lists it or, of a stock class, as its attention has it; None where the module is no attention."""
-    site = getattr(module, "headfold_site", None)
+    """Return the shape that the runtime lists, or that a stock class has; None where the module is no attention."""
+    site: Any = getattr(module, "headfold_site", None)
     if site is not None:
         return Shape(site["heads"], site["kv_heads"], site["head_dim"], site.get("slots", 1))
     per_group, head_dim = getattr(module, "num_key_value_groups", None), getattr(module, "head_dim", None)
     if not (isinstance(per_group, int) and isinstance(head_dim, int) and hasattr(module, "config")):
         return None
     query = getattr(module, "q_proj", None)
-    num_heads = query.out_features // head_dim if isinstance(query, nn.Linear) else module.config.num_attention_heads
+    if isinstance(query, nn.Linear):
+        num_heads = query.out_features // head_dim
+    else:
+        num_heads = cast(GroupedAttention, module).config.num_attention_heads
     return Shape(num_heads, num_heads // per_group, head_dim)
 
 
-def _attach(path: str, module: nn.Module, shape: Shape, method: plugins.Method[RouteMethod], seed: int) -> Router:
+def _attach(path: str, attention: nn.Module, shape: Shape, method: plugins.Method[RouteMethod], seed: int) -> Router:
+    module = cast(GroupedAttention, attention)
     names = ("kv_of_query", "num_key_value_groups", "config")
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
     own = before.setdefault("kv_of_query", None) or runs(even(shape.num_heads, shape.num_kv_heads))
     drawn = random.Random(f"{seed} {path}").getrandbits(32)
-    router = Router(method, shape, own, drawn, before).train(module.training)
-    module.headfold_route = router.to(next(module.parameters()).device)
+    router = Router(method, shape, own, drawn, before).train(attention.training)
+    module.headfold_route = router.to(next(attention.parameters()).device)
     module.kv_of_query, module.num_key_value_groups = own, 1
-    if not (hasattr(module, "headfold_site") and own_forward(type(module))):  # an own forward asks for the map itself
+    if not (
+        hasattr(module, "headfold_site") and own_forward(type(attention))
+    ):  # an own forward asks for the map itself
         config = module.config
         module.config = SiteConfig(config._config if isinstance(config, SiteConfig) else config, special=True)
     return router

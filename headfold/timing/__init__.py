@@ -1,1 +1,1 @@
-"""Floor 7: how fast a model decodes on this machine, how much memory that takes, and where the time goes."""
+"""Floor 7: how fast a model decodes on this machine, how much memory it takes, and where the time goes."""

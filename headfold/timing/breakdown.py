@@ -1,8 +1,8 @@
-"""Where the time of a new token goes: reading weights, attention, the cache, everything else."""
+"""The time of a new token split into reading weights, attention, the cache, and the rest."""
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("weights", "attention", "cache", "rest")
-"""Linear layers; attention between projections; writing into the cache; norms, positions, the choice of a token, Python."""
+"""Linear layers; attention between the projections; writing into the cache; norms, positions, choosing a token, and Python."""
 WEIGHTED = (nn.Linear, Conv1D)
 TRACED = 8
-"""New tokens in a trace."""
+"""Number of new tokens in a trace."""
 
 
 class Stopwatches:
-    """Seconds by part; what runs inside another part counts there alone."""
+    """Accumulates seconds by part; time spent inside a nested part counts for that part only."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside: list[float] = []
         self._device = device
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time added to `part`."""
+        """Return the function with its time added to `part`."""
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             started = self._now()
@@ -58,9 +58,9 @@ class Stopwatches:
 
 
 def breakdown(model: "PreTrainedModel", setting: Setting, *, grows: bool) -> dict[str, float]:
-    """Seconds of a new token by part (`PARTS`), mean over the tokens behind the first.
+    """Return the seconds of a new token by part (`PARTS`), mean over all tokens after the first.
 
-    Attention that is not called by a name (`eager`) cannot be told from the rest, and is left out.
+    Attention that is not called by a name (`eager`) cannot be separated; it counts as rest.
     """
     watches = Stopwatches(model.device)
     with _watching(model, watches):
@@ -71,12 +71,13 @@ def breakdown(model: "PreTrainedModel", setting: Setting, *, grows: bool) -> dic
 
 
 def weights_read(model: "PreTrainedModel", setting: Setting, *, grows: bool) -> int:
-    """Bytes of the linear layers that a new token runs through, each counted once."""
+    """Return the bytes of the linear layers that a new token runs through, each counted once."""
     read: dict[int, int] = {}
     weighted = [module for module in model.modules() if isinstance(module, WEIGHTED)]
 
     def note(module: nn.Module, *_: Any) -> None:
-        read[module.weight.data_ptr()] = module.weight.nbytes
+        weight = module.get_parameter("weight")
+        read[weight.data_ptr()] = weight.nbytes
 
     hooks = [module.register_forward_hook(note) for module in weighted]
     try:
@@ -92,7 +93,7 @@ def _watching(model: "PreTrainedModel", watches: Stopwatches) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, WEIGHTED):
-                module.forward = watches.timed("weights", module.forward)
+                vars(module)["forward"] = watches.timed("weights", module.forward)
                 stack.callback(delattr, module, "forward")
         for layer in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer, GrowingSlidingLayer):
             _replace(stack, layer, "update", watches.timed("cache", layer.update))
@@ -110,7 +111,7 @@ def _replace(stack: contextlib.ExitStack, owner: type, name: str, made: Any) -> 
 
 
 def write_trace(path: Path, model: "PreTrainedModel", setting: Setting, *, grows: bool) -> None:
-    """A few new tokens as the profiler of torch sees them, for chrome://tracing or Perfetto."""
+    """Write a trace of a few new tokens by torch's profiler, for chrome://tracing or Perfetto."""
     from torch.profiler import ProfilerActivity, profile
 
     short = replace(setting, new_tokens=TRACED, skip_prefill=True)

@@ -1,4 +1,4 @@
-"""What this machine gives: how fast it reads memory, and how much memory a piece of work takes at most."""
+"""Memory bandwidth of this machine, and the peak memory of a piece of work."""
 
 import contextlib
 import ctypes
@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 READ = 1 << 30
-"""Bytes that are read to find the bandwidth: more than any cache holds."""
+"""Bytes that are read to measure the bandwidth: more than any processor cache holds."""
 ROUNDS = 7
 RESET_PEAK = "5"
-"""Written to `clear_refs` it lets Linux count the peak of resident memory anew."""
+"""Written to `clear_refs`, makes Linux restart the peak of resident memory."""
 
 
 def read_bandwidth(device: str = "cpu") -> float:
-    """Bytes per second that all cores read, or a GPU: the best of a few sums over 1 GiB."""
+    """Return bytes per second that all cores, or a GPU, read: the best of a few sums over 1 GiB."""
     data = torch.ones(READ // 4, device=device)
     best = float("inf")
     for _ in range(ROUNDS):
@@ -36,14 +36,14 @@ def _wait(device: str) -> None:
 
 @dataclass(slots=True)
 class Peak:
-    """Bytes beyond what was taken before; None where they cannot be told."""
+    """Bytes above what was in use before; None where this cannot be measured."""
 
     num_bytes: int | None = None
 
 
 @contextlib.contextmanager
 def peak_memory(device: str = "cpu") -> Iterator[Peak]:
-    """The most memory that the work inside takes on top of what there was: of the GPU, else of this process (Linux)."""
+    """Return a context that measures the peak memory above that in use before: of the GPU, else of this process (Linux)."""
     peak = Peak()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

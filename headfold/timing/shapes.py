@@ -1,4 +1,4 @@
-"""Models of a named shape, or of a checkpoint's, with random weights and any count of K/V heads: what a fold will gain, before it is made.
+"""Models with random weights and any number of K/V heads, of a named shape or a checkpoint's: what a fold will gain, before it is made.
 
 Sizes are those of the published configs.
 """
@@ -56,17 +56,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": _gpt2(1600, 48, 25),
 }
 """Published MHA models (T5 as in version 1.1; positions extended, so that any context can be timed), and `attention`: two layers with
-little else than attention in them."""
+little else than attention in them.
+"""
 
 BLOCK = 1 << 16
 LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
-"""What configs call their counts of layers."""
+"""Names of the number of layers in configs."""
 
 
 def shape_config(shape: str, *, layers: int | None = None) -> dict[str, Any]:
-    """The config of a named shape or of a checkpoint directory, cut to `layers` layers.
+    """Return the config of a named shape or of a checkpoint directory, reduced to `layers` layers.
 
     Raises:
         UserError: neither a name nor a directory with a config.json; more layers than it has.
@@ -80,7 +81,9 @@ def shape_config(shape: str, *, layers: int | None = None) -> dict[str, Any]:
     named = [name for name in LAYERS if isinstance(config.get(name), int)]
     if layers is not None and not named:
         raise UserError(f"{file}: expected a count of layers ({', '.join(LAYERS)}), found none; leave --layers out")
-    for name in named if layers is not None else ():
+    for name in named:
+        if layers is None:
+            break
         if not 1 <= layers <= config[name]:
             raise UserError(f"{shape}: expected 1 to {config[name]} layers, got {layers}")
         config[name] = layers
@@ -112,9 +115,9 @@ def random_model(
     like: "PreTrainedModel | None" = None,
     where: str = "shape",
 ) -> "PreTrainedModel":
-    """A model of this config with `kv_heads` K/V heads at every decoder site (None: its own), its weights arbitrary.
+    """Return a model of this config with `kv_heads` K/V heads at every decoder site (None: its own) and arbitrary weights.
 
-    Parameters that are as large as those of `like`, another such model, are that model's.
+    Parameters of the same size as those of `like`, another such model, are shared with it.
 
     Raises:
         UserError: an architecture that headfold does not know, or a count that does not divide its heads.
@@ -151,7 +154,7 @@ def _require_memory(model_class: Any, config: Mapping[str, Any], dtype: torch.dt
 
 
 def _fill(parameter: Tensor) -> None:
-    """Numbers of a usual size, quickly: one block over and over. Ones for gains and biases."""
+    """Fill a parameter with numbers of a usual size, quickly, by repeating one block; gains and biases are 1."""
     if parameter.dim() == 1:
         parameter.fill_(1)
         return
@@ -163,7 +166,7 @@ def _fill(parameter: Tensor) -> None:
 
 
 def _grouped(config: Mapping[str, Any], kv_heads: int, where: str) -> dict[str, Any]:
-    """The config of its fold to so many K/V heads, in equal groups of neighbours."""
+    """Return the config of a fold to so many K/V heads, in equal groups of neighbours."""
     family = family_of(dict(config), where)
     found = sites(family, config, _tensors(config, where), where)
     decoding = [site for site in found if site.stack != "encoder"] or found
@@ -176,7 +179,7 @@ def _grouped(config: Mapping[str, Any], kv_heads: int, where: str) -> dict[str, 
 
 
 def _tensors(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Tensors by name: those on disk, or those that the stock class of a named shape would save."""
+    """Return tensors by name: those on disk, or those that the stock class of a named shape would save."""
     if where not in SHAPES and list(Path(where).glob("*.safetensors")):
         return Checkpoint.open(Path(where)).tensors
     import transformers

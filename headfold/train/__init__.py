@@ -1,1 +1,1 @@
-"""Floor 7: train a folded model on, as a whole: data, objectives, and the transformers Trainer around them."""
+"""Floor 7: training of a folded model as a whole: data, objectives, and a transformers Trainer."""

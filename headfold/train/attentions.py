@@ -1,4 +1,4 @@
-"""Where the grouped attentions of a running model are, and what trains of it."""
+"""The grouped attention modules of a model in memory, and which parameters are trained."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 Scope = Literal["attention", "all", "lora"]
 SCOPES: tuple[Scope, ...] = ("attention", "all", "lora")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q_norm", "k_norm")
-"""What stock classes with K/V heads call what makes queries, keys and values."""
+"""Names that stock classes with K/V heads give to the modules that make queries, keys and values."""
 LORA_RANK = 16
-"""Of LoRA."""
+"""Default rank of LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPaths:
-    """One attention: the path of the module that holds all its projections, and of the one that makes its output."""
+    """The path of the module that holds all projections of one attention site, and the path of its output projection."""
 
     module: str
     output: str
 
 
 def find_attentions(model: nn.Module) -> list[AttentionPaths]:
-    """Those with grouped heads, in headfold's runtime or in a stock class that counts K/V heads.
+    """Return the attention modules with grouped heads, of headfold's runtime or of a stock class that counts K/V heads.
 
     Raises:
         UserError: there are none.
@@ -43,7 +43,7 @@ def find_attentions(model: nn.Module) -> list[AttentionPaths]:
 
 
 def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
-    """Paths of the modules that hold q, k and v, each with their names in it."""
+    """Yield the path of every module that holds q, k and v, with the names of these in it."""
     for path, module in model.named_modules():
         site = getattr(module, "headfold_site", None)
         if site is not None:
@@ -53,7 +53,9 @@ def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
 
 
 def _attention(model: nn.Module, core: str, inputs: set[str]) -> AttentionPaths:
-    """The output projection is the last linear that makes no heads: in the core, or in a module around it (BERT, ViT)."""
+    """Return the paths of one site. The output projection is the last linear that makes no heads, in the core or in a module around it
+    (BERT, ViT).
+    """
     path = core
     while path:
         own = [name for name in _linears(model.get_submodule(path)) if name.rpartition(".")[2] not in inputs]
@@ -70,11 +72,11 @@ def _linears(module: nn.Module) -> list[str]:
 
 
 def set_trainable(model: "PreTrainedModel", scope: Scope, rank: int = LORA_RANK) -> Any:
-    """The model with what `scope` names left to train: the attentions alone, everything, or low-rank updates of the attentions
-    (LoRA, 2106.09685; needs `peft`).
+    """Return the model with gradients enabled for `scope` only: the attention modules, all parameters, or low-rank updates of the
+    attention modules (LoRA, 2106.09685; needs `peft`).
 
     Raises:
-        UserError: another scope, no grouped attention to train alone, or no peft.
+        UserError: an unknown scope, no grouped attention module, or peft is not installed.
     """
     if scope not in SCOPES:
         raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
@@ -100,5 +102,5 @@ def _with_lora(model: "PreTrainedModel", modules: list[str], rank: int) -> Any:
 
 
 def merge_adapters(model: Any) -> "PreTrainedModel":
-    """The ordinary model again, low-rank updates added to the weights."""
+    """Return the ordinary model, with low-rank updates added to its weights where it has any."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,6 +1,6 @@
-"""Training data without end: what a model takes, read as it is needed, drawn by seed, another order in every epoch.
+"""An endless stream of training data, read as needed and shuffled by seed, with another order in every epoch.
 
-The items depend on source and seed alone, not on how many processes share them: a run resumes, and scales, on the same data.
+The items depend on source and seed only, not on the number of processes, so a run can be resumed or scaled on the same data.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,23 +17,28 @@ from ..corpus.samples import batches, draw_sample, image_sample_blocks
 
 Item = dict[str, Tensor]
 LABELLED = ("text", "pairs", "images", "sentences")
-"""Kinds of data that can be trained on (`corpus.samples.kind_of`)."""
+"""Kinds of data that models can be trained on (`corpus.samples.kind_of`)."""
 
 
 class Stream(IterableDataset):
-    """Items of a source, epoch after epoch. Text is packed: windows of `context` tokens, no padding, `labels` the tokens themselves."""
+    """Yields the items of a source, epoch after epoch.
+
+    Text is packed into windows of `context` tokens without padding, whose `labels` are the tokens themselves.
+    """
 
     def __init__(
         self, kind: str, source: str, path: Path, tokenizer: Any, context: int, seed: int, columns: Sequence[str] = ()
     ) -> None:
-        """`path` is the model's directory, for its tokenizer or processor; `tokenizer` is that of text, else None."""
+        """`path` is the model's directory, which holds its tokenizer or processor; `tokenizer` is given for text only, else None.
+
+        Raises:
+            UserError: a kind of data that cannot be trained on, or text that the model would have to write itself.
+        """
         super().__init__()
         if kind not in LABELLED:
-            raise UserError(
-                f"uptrain: a model of {kind} cannot be trained here yet; expected one of {', '.join(LABELLED)}"
-            )
+            raise UserError(f"uptrain: models of {kind} cannot be trained yet, expected one of {', '.join(LABELLED)}")
         if source == "self":
-            raise UserError("--data self: the model would learn from itself alone; name text, or another source")
+            raise UserError("--data self: a model cannot be trained on text that it writes itself; name another source")
         self.kind, self.source, self.path, self.tokenizer = kind, source, path, tokenizer
         self.context, self.seed, self.columns = context, seed, columns
         self._sample: Item | None = None
@@ -46,7 +51,9 @@ class Stream(IterableDataset):
                 yield item
                 count += 1
             if count == 0:
-                raise UserError(f"{self.source}: not one item of {self.context} tokens to train on; give more data")
+                raise UserError(
+                    f"{self.source}: expected at least one item of {self.context} tokens to train on, got none; give more data"
+                )
             epoch += 1
 
     def _epoch(self, seed: int) -> Iterator[Item]:
@@ -60,7 +67,9 @@ class Stream(IterableDataset):
             yield from self._drawn(seed)
 
     def _windows(self, seed: int) -> Iterator[Item]:
-        """Documents one behind the other, each with the tokenizer's own special tokens; what is left at the end of an epoch is dropped."""
+        """Yield windows of concatenated documents, each with the tokenizer's special tokens; the remainder at the end of an epoch is
+        dropped.
+        """
         ids: list[int] = []
         for document in open_corpus(self.source, seed=seed).documents:
             ids += self.tokenizer(document, verbose=False)["input_ids"]
@@ -70,10 +79,17 @@ class Stream(IterableDataset):
             ids = ids[len(ids) // self.context * self.context :]
 
     def _drawn(self, seed: int) -> Iterator[Item]:
-        """All items in the order that the seed draws."""
+        """Yield all items in a random order given by the seed."""
         if self._sample is None:
-            asked = {"path": self.path, "context": self.context, "columns": self.columns}
-            self._sample = draw_sample(self.kind, self.source, num_items=None, seed=self.seed, **asked)
+            self._sample = draw_sample(
+                self.kind,
+                self.source,
+                path=self.path,
+                context=self.context,
+                num_items=None,
+                seed=self.seed,
+                columns=self.columns,
+            )
         sample = self._sample
         number = len(next(iter(sample.values())))
         for at in torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist():
@@ -86,7 +102,7 @@ def _items(sample: Mapping[str, Tensor]) -> Iterator[Item]:
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """One batch, without columns that pad every item."""
+    """Return one batch of items, without the columns that are padding in all of them."""
     stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     (batch,) = batches(stacked, len(items))
     return batch

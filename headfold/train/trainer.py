@@ -1,4 +1,4 @@
-"""The transformers Trainer for folded models: their objective, checkpoints that are whole or not there, and what people see meanwhile."""
+"""A transformers Trainer for folded models: its objective, checkpoints that are complete or ignored, and progress reports."""
 
 import math
 import shutil
@@ -21,30 +21,30 @@ from ..parallel import on_all
 from .distillation import Distillation
 
 COMPLETE_MARK = "headfold-whole"
-"""Lies in a Trainer's checkpoint once all of it is on disk."""
+"""File in a Trainer's checkpoint that is created once everything else is on disk."""
 KEPT = 2
-"""Checkpoints: while one is written, the last good one stands."""
+"""Number of checkpoints kept: the last complete one stays while another is written."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """How a run trains; all of it is in the run's record."""
+    """The hyperparameters of a run; all of them are written to the run's record."""
 
     steps: int
     optimizer: str
     learning_rate: float
     schedule: str
     warmup: int
-    """Steps."""
+    """In steps."""
     batch: int = 16
     """Items of one step, over all processes."""
     accumulate: int = 1
-    """Parts in which each process takes its share of a batch."""
+    """Number of parts that each process divides its share of a batch into."""
     weight_decay: float = 0.0
     bf16: bool = False
-    """Autocast; weights and optimizer stay float32."""
+    """Autocast to bfloat16; weights and optimizer remain float32."""
     gradient_checkpointing: bool = False
     save_every: int = 500
     log_every: int = 10
@@ -58,11 +58,11 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 def training_arguments(
     recipe: TrainingConfig, directory: Path, device: str, logs: Path | None, world_size: int
 ) -> TrainingArguments:
-    """What the Trainer is told. The batch is divided among processes and parts."""
+    """Return the Trainer's arguments. The batch is divided among processes and accumulation parts."""
     share, rest = divmod(recipe.batch, world_size * recipe.accumulate)
     assert share and not rest
     on_gpu = device.startswith("cuda")
-    told = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
         per_device_train_batch_size=share,
@@ -91,31 +91,31 @@ def training_arguments(
         accelerator_config={"dispatch_batches": False},
     )
     # A process has one GPU. The Trainer would copy the model to all it sees, for a batch of each, and hooks do not survive that.
-    _ = told.device  # which counts them
-    told._n_gpu = min(told._n_gpu, 1)
-    return told
+    _ = arguments.device  # which counts them
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, under whichever of its two names this transformers knows."""
+    """Return the arguments for gradient checkpointing, under the name that this version of transformers knows."""
     known = {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 class Uptrainer(Trainer):
-    """Trains by the model's own loss or, with a `distillation`, by that."""
+    """Trains with the model's own loss or, where a `distillation` is given, with that."""
 
     def __init__(self, *, distillation: Distillation | None = None, **how: Any) -> None:
         super().__init__(**how)
         self._distillation = distillation
-        self._parts: dict[str, list[float]] = {}
-        self.remove_callback_of_printing()
+        self._parts: dict[str, list[Tensor]] = {}
+        self._remove_printing()
         self.model_accepts_loss_kwargs = True  # so that labels are counted over all parts and processes
         self.loss_is_scaled_for_ga = True
 
-    def remove_callback_of_printing(self) -> None:
-        """The Trainer's own printing to stdout, which is for results."""
+    def _remove_printing(self) -> None:
+        """Remove the Trainer's callback that prints to stdout, which is for results."""
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
@@ -123,12 +123,13 @@ class Uptrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Of a part of the batch, so weighted that parts and processes make the mean over all the labels of a batch.
+        """Return the loss of one part of a batch, weighted so that parts and processes add up to the mean over all labels of the batch.
 
-        The model is not told their count: some (T5) take it and go by their own all the same.
+        The count of labels is not passed to the model: some models (T5) accept it and ignore it.
         """
         if self._distillation is None:
-            loss, parts = super().compute_loss(model, inputs), {}
+            loss: Any = super().compute_loss(model, inputs)
+            parts: dict[str, Tensor] = {}
         else:
             with self.accelerator.autocast():
                 loss, parts = self._distillation(model, inputs)
@@ -138,26 +139,29 @@ class Uptrainer(Trainer):
         return (loss * weight, None) if return_outputs else loss * weight
 
     def _weight(self, labels: Tensor | None, count: Tensor | None) -> Tensor | float:
-        """Of a mean over `labels`, `count` being those of the whole batch; gradients are averaged over processes later."""
+        """Return the weight of a mean over `labels`, where `count` is the number of labels in the batch; gradients are averaged over
+        processes later.
+        """
         if labels is None or count is None:
             return 1 / self.current_gradient_accumulation_steps
         counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
         return (counted != IGNORED).sum() * self.accelerator.num_processes / count
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Under the names that the model has in memory: the Trainer resumes by those, and passes over all others without a word (a ViT's
-        are others on disk)."""
+        """Save weights under their names in memory, by which the Trainer resumes; it silently skips all others, and a ViT has others
+        on disk.
+        """
         model = self.model
         if not isinstance(model, PreTrainedModel):
             return super()._save(output_dir, state_dict)
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        vars(model)["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
         try:
             super()._save(output_dir, state_dict)
         finally:
-            del model.save_pretrained
+            del vars(model)["save_pretrained"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Of numbers alone: a checkpoint of NaN would be resumed from for ever.
+        """Save a checkpoint if all weights are finite; otherwise every resumed run would start from NaN.
 
         Raises:
             UserError: training has diverged, or the disk is full.
@@ -166,14 +170,14 @@ class Uptrainer(Trainer):
         finite = torch.stack([_local(parameter.detach()).isfinite().all() for parameter in trained]).all()
         if not self.accelerator.gather(finite.to(self.args.device)[None]).all():
             self._refuse_divergence("weights that are not finite")
-        with write_errors(Path(self.args.output_dir)):
+        with write_errors(Path(str(self.args.output_dir))):
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the means of the loss's parts since the last time, over all processes.
+        """Add the means of the loss's parts since the last log, over all processes.
 
         Raises:
-            UserError: the loss is no number.
+            UserError: the loss is not finite.
         """
         if not math.isfinite(logs.get("loss", 0.0)):
             self._refuse_divergence(f"a loss of {logs['loss']}")
@@ -188,20 +192,20 @@ class Uptrainer(Trainer):
     def _refuse_divergence(self, found: str) -> None:
         def refuse() -> None:
             raise UserError(
-                f"step {self.state.global_step:,}: expected training to stay finite, got {found}; the last checkpoint from before stands, "
-                "but that rate leads here again: choose a smaller --learning-rate or a longer --warmup"
+                f"step {self.state.global_step:,}: expected training to stay finite, got {found}; the checkpoint from before is kept, "
+                "but training would diverge again: choose a smaller --learning-rate or a longer --warmup"
             )
 
         on_all(refuse)
 
 
 class MarkComplete(TrainerCallback):
-    """Marks checkpoints that are whole, so that one cut off by a kill is never resumed from."""
+    """Marks checkpoints that are complete, so that a run never resumes from one that was interrupted while it was written."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
         PartialState().wait_for_everyone()  # each writes its own part
         if state.is_world_process_zero:
-            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             for entry in directory.rglob("*"):
                 flush(entry)
             (directory / COMPLETE_MARK).touch()
@@ -209,7 +213,7 @@ class MarkComplete(TrainerCallback):
 
 
 def last_complete_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed."""
+    """Return the newest complete checkpoint, and delete incomplete ones."""
     found: dict[int, Path] = {}
     for path in directory.glob("checkpoint-*"):
         if (path / COMPLETE_MARK).exists():
@@ -220,11 +224,11 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
 
 
 class AlreadyTrained(Exception):
-    """All steps are done already."""
+    """Raised where a resumed run has done all its steps."""
 
 
 class StopWhenTrained(TrainerCallback):
-    """Ends a run that goes on from its last step: the Trainer would take one more."""
+    """Ends a resumed run that has done all its steps; the Trainer would do one more."""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -232,7 +236,7 @@ class StopWhenTrained(TrainerCallback):
 
 
 class ReportProgress(TrainerCallback):
-    """Progress by step, and a line with the loss now and then."""
+    """Reports progress after every step, and prints a line with the loss whenever the Trainer logs."""
 
     def __init__(self, advance: Callable[[int, int], None], say: Say, tokens_per_step: int, unit: str) -> None:
         self._advance, self._say, self._tokens, self._unit = advance, say, tokens_per_step, unit
@@ -265,11 +269,11 @@ def _clock(seconds: float) -> str:
 
 
 def loss_curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Step, loss, its parts and the learning rate, from the Trainer's history."""
+    """Return step, loss, its parts and the learning rate from the Trainer's history."""
     names = ("step", "loss", "kl", "site_error", "learning_rate", "grad_norm")
     return [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of what is sharded."""
+    """Return this process's part of a sharded tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,1 +1,1 @@
-"""Own forwards, one page per `model_type` whose stock class hard-wires the head count in a view."""
+"""Own forwards, one page per `model_type` whose stock class has a fixed number of heads. Their text is copied into checkpoints."""

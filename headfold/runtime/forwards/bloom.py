@@ -1,4 +1,4 @@
-"""BLOOM: a bias by head index (ALiBi), and the residual added inside the attention."""
+"""BLOOM: an ALiBi bias per head; the residual is added inside the attention."""
 
 from typing import Any
 

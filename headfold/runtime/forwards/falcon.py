@@ -1,4 +1,4 @@
-"""Falcon, all three layouts: rotary position in halves, or ALiBi that arrives within the mask."""
+"""Falcon, all three layouts: rotary position in halves, or an ALiBi bias that is part of the mask."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPT-2: q, k and v are linears of their own in the place of one Conv1D; the output stays a Conv1D."""
+"""GPT-2: q, k and v are linears that replace one Conv1D; the output projection remains a Conv1D."""
 
 from typing import Any
 

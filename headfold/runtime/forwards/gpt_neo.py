@@ -1,4 +1,4 @@
-"""GPT-Neo: no softmax scale, Q and K in float32, and in every other layer a window that the module masks itself."""
+"""GPT-Neo: no softmax scale, Q and K in float32, and in every other layer a sliding window that the module masks itself."""
 
 from typing import Any
 

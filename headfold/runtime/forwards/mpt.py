@@ -1,4 +1,4 @@
-"""MPT: a bias by head index (ALiBi), and a mask that is true where not to attend."""
+"""MPT: an ALiBi bias per head, and a mask that is true where tokens must not attend."""
 
 from typing import Any
 

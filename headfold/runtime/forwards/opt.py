@@ -1,4 +1,4 @@
-"""OPT: positions are in the embeddings, queries are scaled as they are made."""
+"""OPT: positions are added to the embeddings, and queries are scaled after their projection."""
 
 from typing import Any
 

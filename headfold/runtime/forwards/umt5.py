@@ -1,4 +1,4 @@
-"""UMT5: T5's relative bias, of its own in every layer; no softmax scale; self and cross are one class."""
+"""UMT5: T5's relative position bias, separate in every layer; no softmax scale; self- and cross-attention are one class."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whisper: encoder, decoder and cross-attention are one class; K has no bias; queries are scaled as they are made."""
+"""Whisper: encoder, decoder and cross-attention are one class; K has no bias; queries are scaled after their projection."""
 
 from typing import Any
 
