@@ -32,27 +32,27 @@ ITEMS_PER_BATCH = 64
 
 
 def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
-    """Items in batches of about `num_tokens` (default `TOKENS_PER_BATCH`), without the columns that only items of other batches need."""
+    """Yield items in batches of about `num_tokens` (default `TOKENS_PER_BATCH`), each padded only as far as its own items need."""
     tokens = sample.get("input_ids")
     by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, (num_tokens or TOKENS_PER_BATCH) // tokens.shape[1])
     return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
 
 
 def num_tokens(batch: Sample) -> int:
-    """What progress counts: tokens of the main input, or items where it has none."""
+    """Return what progress counts: tokens of the main input, or items where it has none."""
     tokens = batch.get("input_ids")
     return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
 
 
 def total_tokens(sample: Sample) -> int:
-    """What one pass over the sample counts."""
+    """Return the tokens, or items, of one pass over the sample."""
     return sum(num_tokens(batch) for batch in batches(sample))
 
 
 def run(model: "PreTrainedModel", batch: Sample) -> Any:
-    """One forward pass without cache, loss or, where the model has a body apart, its head."""
+    """Run one forward pass without cache or loss and, where the model has a separate body, without its head."""
     body = model.base_model
-    inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: t.to(input_device(model)) for name, t in batch.items() if name != "labels"}
     if getattr(model.config, "is_encoder_decoder", False):
         labels = batch["labels"].to(input_device(model))
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
@@ -62,9 +62,10 @@ def run(model: "PreTrainedModel", batch: Sample) -> Any:
 
 
 def decoder_inputs(model: "PreTrainedModel", labels: Tensor) -> Tensor:
-    """The labels as the decoder reads them: moved one to the right, as the model does it itself for a loss."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    """Return the labels shifted one to the right, as the decoder reads them when the model computes a loss."""
+    prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)
     config = model.config
     shifted = torch.full_like(labels, config.pad_token_id)
     shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
@@ -107,13 +108,13 @@ def collect(
                 current[:] = [batch]
                 run(model, batch)
             progress(num_tokens(batch))
-    sums = _of_all(sums)
+    sums = _summed_over_ranks(sums)
     _refuse_not_finite(sums)
     return sums
 
 
-def _of_all(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
-    """Over all processes; one without a batch takes part with zeros."""
+def _summed_over_ranks(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
+    """Sum over all processes; one without a batch takes part with zeros."""
     if world_size() == 1:
         return sums
     shapes: dict[str, dict[str, torch.Size]] = {}
@@ -146,26 +147,26 @@ def _refuse_not_finite(sums: Mapping[str, SiteStats]) -> None:
 
 
 _WATCHED: dict[nn.Module, Callable[..., None]] = {}
-"""Attention modules that are looked at now, by any calibration of this process, each with what to call."""
+"""Attention modules that a calibration of this process observes now, each with the function to call."""
 _WATCHING = threading.Lock()
 
 
 @contextmanager
 def _watching(model: "PreTrainedModel", sites: list[Site], sums: dict[str, SiteStats]) -> Iterator[None]:
-    """Note how far back the sites look that rotate: their attention runs as before, and is looked at on its way.
+    """Record how far back the sites with RoPE look, while their attention runs as before.
 
-    Classes whose attention does not go through transformers' interface are not seen.
+    Classes whose attention does not go through transformers' interface are not observed.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def noting(site: Site) -> Callable[..., None]:
-        def note(query: Tensor, key: Tensor, mask: Tensor | None, **asked: Any) -> None:
-            _add(sums, site.name, SiteStats(attended.observe(query, key, mask, **asked), 0))
+    def recorder(site: Site) -> Callable[..., None]:
+        def record(query: Tensor, key: Tensor, mask: Tensor | None, **options: Any) -> None:
+            _add(sums, site.name, SiteStats(attended.observe(query, key, mask, **options), 0))
 
-        return note
+        return record
 
-    turning = [site for site in sites if site.key_freedom.rotary_dim and not site.key_freedom.normed]
-    watched = {model.get_submodule(site.core): noting(site) for site in turning}
+    rotary = [site for site in sites if site.key_freedom.rotary_dim and not site.key_freedom.normed]
+    watched = {model.get_submodule(site.core): recorder(site) for site in rotary}
     name = getattr(model.config, "_attn_implementation", None) or "eager"
     with _WATCHING:
         if watched and not isinstance(ALL_ATTENTION_FUNCTIONS.get(name), _Watch):
@@ -184,7 +185,7 @@ def _watching(model: "PreTrainedModel", sites: list[Site], sums: dict[str, SiteS
 
 
 class _Watch:
-    """An attention function that shows the queries and keys of watched modules to those who watch, in the place of the stock one."""
+    """An attention function that passes the queries and keys of observed modules on, then calls the stock function whose place it takes."""
 
     def __init__(self, functions: Any, name: str) -> None:
         self._functions, self._name = functions, name
@@ -192,7 +193,7 @@ class _Watch:
         self._stock = functions.get(name)
 
     def leave(self) -> None:
-        """Everything back in its place."""
+        """Put the stock function back."""
         if self._local is None:
             del self._functions[self._name]
         else:
@@ -208,16 +209,16 @@ class _Watch:
         *rest: Any,
         **keywords: Any,
     ) -> Any:
-        if (note := _WATCHED.get(module)) is not None and query.shape[2] > 1:
-            asked = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
-            note(query, key, mask, **asked)
+        if (record := _WATCHED.get(module)) is not None and query.shape[2] > 1:
+            options = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
+            record(query, key, mask, **options)
         # `eager` has no entry: every class brings its own.
         stock = self._stock or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return stock(module, query, key, value, mask, *rest, **keywords)
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
-    """In place: a copy of the sums of a wide layer for every batch would cost as much as measuring it."""
+    """Add in place: copying the sums of a wide layer for every batch would cost as much as measuring it."""
     old = sums.get(name, SiteStats({}, 0))
     for key, tensor in seen.tensors.items():
         if key in old.tensors:
@@ -226,7 +227,7 @@ def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
 
 
 def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | None:
-    """Which positions of x are no padding: x is what the site's queries, or its keys, are made of. None: all count."""
+    """Return which positions of `x`, the input of the site's queries or of its keys, are not padding; None if all count."""
     if site.stack == "vision" and "input_ids" in batch:
         return None  # the mask is that of the texts beside the images
     decodes = "labels" in batch and batch["labels"].ndim == 2 and site.stack == "decoder"
@@ -237,7 +238,7 @@ def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | 
 
 
 def key_path(site: Site) -> str:
-    """Path in the model of the linear that makes K: its input is what K and V are functions of."""
+    """Return the path in the model of the linear that computes K; its input is that of K and V."""
     return site.paths.get("k") or site.paths["qkv"]
 
 

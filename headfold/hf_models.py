@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PRODUCT = 512, 1024, 1024
-"""Rows, inner and outer size of the matrix product that tells whether a dtype is worth computing in."""
+"""Rows, inner and outer size of the matrix product that decides whether a dtype is worth computing in."""
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Either is where a directory says how images or sound become inputs."""
+"""Files of a directory that describe how images or sound become inputs; one of them is there."""
 
 MEMORY_SHARE = 0.6
 """Share of the available memory that a whole model may take; the rest is for activations and the caller."""
@@ -68,10 +68,10 @@ def check_device(name: str | None) -> str:
 
 
 def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype, str]:
-    """The dtype to run a model of dtype `source` in, and why.
+    """Return the dtype to run a model of dtype `source` in, and why.
 
-    The source's own, except that a CPU on which float32 multiplies matrices faster than bf16 or fp16 runs these in float32, which
-    is more exact too. Which it is, is measured once: processors without matrix units for bf16 take several times as long.
+    It is the source's own, except that bf16 and fp16 run in float32 on a CPU that multiplies float32 matrices faster, which is more
+    exact too. That is measured once: processors without matrix units for bf16 take several times as long.
     """
     if torch.device(device).type != "cpu" or source not in (torch.bfloat16, torch.float16):
         return source, f"computed in the checkpoint's own {_short(source)}"
@@ -84,7 +84,7 @@ def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype
 
 @functools.cache
 def product_seconds(dtype: torch.dtype) -> float:
-    """Least seconds of a product of matrices of `PRODUCT`'s size on this CPU, of three."""
+    """Return the least seconds of three products of matrices of size `PRODUCT` on this CPU."""
     rows, inner, outer = PRODUCT
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(outer, inner, dtype=dtype)
     seconds = []
@@ -96,7 +96,7 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def processor_flags() -> frozenset[str]:
-    """Instruction-set flags of the first processor as Linux lists them; empty where there is no such list."""
+    """Return the instruction-set flags of the first processor as Linux lists them; empty where there is no such list."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -110,8 +110,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes that can be taken: what a GPU has free; on the CPU what the kernel gives without swapping, or less where the
-    control group is smaller."""
+    """Return the bytes that can be allocated: what a GPU has free; on the CPU what the kernel gives without swapping, or less where
+    the control group is smaller."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -128,7 +128,7 @@ def available_memory(device: str = "cpu") -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bars and its remarks on loading, put back as they were afterwards."""
+    """Silence the progress bars and loading messages of transformers, and restore its settings afterwards."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -143,7 +143,7 @@ def quiet() -> Iterator[None]:
 
 
 def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer lying in a checkpoint directory.
+    """Open the tokenizer of a checkpoint directory.
 
     Raises:
         UserError: there is none, or it needs code of its own.
@@ -161,7 +161,7 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def open_processor(kind: str, path: str | Path) -> Any:
-    """The image processor ("images", on pillow and numpy) or feature extractor ("audio") in a checkpoint directory.
+    """Open the image processor ("images", on pillow and numpy) or feature extractor ("audio") of a checkpoint directory.
 
     Raises:
         UserError: there is none, or it does not load.
@@ -188,7 +188,7 @@ def open_model(
     model_class: Any = None,
     memory_limit: int | None = None,
 ) -> "PreTrainedModel":
-    """The model of a checkpoint directory in eval mode, without gradients, by the class that its config names.
+    """Open the model of a checkpoint directory in eval mode, without gradients, by the class that its config names.
 
     `dtype` is what it computes in (default: `compute_dtype` of the checkpoint's). `overlay` maps tensor names on disk to
     tensors, shapes as stored, that take the place of the stored ones; it may be lazy and is asked for one at a time; `renamed`
@@ -201,6 +201,7 @@ def open_model(
     """
     checkpoint = Checkpoint.open(Path(path))
     dtype = dtype or compute_dtype(_main_dtype(checkpoint), device)[0]
+    model: Any
     with quiet():
         if exceeds_memory(checkpoint, dtype, device, memory_limit):
             model = _streamed(checkpoint, dtype, device, overlay or {}, model_class)
@@ -212,27 +213,27 @@ def open_model(
 def exceeds_memory(
     checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None
 ) -> bool:
-    """Whether `open_model` streams it."""
+    """Return whether `open_model` streams the checkpoint from disk."""
     needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
     if memory_limit is None:
-        # Those of a launcher open it all at once; each has a GPU of its own.
+        # All launched processes of a machine open it at once; each has a GPU of its own.
         takers = num_local_processes() if torch.device(device).type == "cpu" else 1
         memory_limit = int(MEMORY_SHARE * available_memory(device) / takers)
     return needed > memory_limit
 
 
 def is_streamed(model: "PreTrainedModel") -> bool:
-    """Whether the model's weights stay on disk between forward passes."""
+    """Return whether the model's weights stay on disk between forward passes."""
     return next(iter(model.parameters())).device.type == "meta"
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:
-    """Where the model's inputs belong; a streamed model moves them itself."""
+    """Return the device of the model's inputs; a streamed model moves them itself."""
     return torch.device("cpu") if is_streamed(model) else next(iter(model.parameters())).device
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The dtype that holds most of a checkpoint's numbers."""
+    """Return the dtype that holds most of a checkpoint's numbers."""
     return _main_dtype(Checkpoint.open(Path(path)))
 
 
@@ -248,7 +249,7 @@ def _num_elements(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _auto_class(checkpoint: Checkpoint) -> Any:
-    """The transformers class that opens the checkpoint: the one that its config names, else the model without a head.
+    """Return the transformers class that opens the checkpoint: the one that its config names, else the model without a head.
 
     Raises:
         UserError: the config asks for code of its own. Where transformers has the architecture as well, its own is used.
@@ -264,14 +265,14 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
 
 
 def _experts(dtype: torch.dtype) -> dict[str, str]:
-    """The grouped product that transformers picks for experts has no float64."""
+    """Return options for experts: the grouped product that transformers picks for them has no float64."""
     return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
 def _whole(
     checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor], renamed: Mapping[str, str], chosen: Any
 ) -> "PreTrainedModel":
-    """Loaded by transformers itself, as any user would; then the overlay is copied in."""
+    """Load with transformers itself, as any user would, then copy the overlay in."""
     auto, path = chosen or _auto_class(checkpoint), checkpoint.path
     try:
         model, info = auto.from_pretrained(
@@ -308,7 +309,7 @@ def _whole(
 def _streamed(
     checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor], chosen: Any
 ) -> "PreTrainedModel":
-    """A model of shapes alone, its real buffers computed, whose modules fetch their weights as they run."""
+    """Build a model on the meta device with real buffers, whose modules fetch their weights as they run."""
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
     from transformers import AutoConfig
@@ -329,7 +330,7 @@ def _streamed(
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Parameter name → its value, read at the moment it is asked for."""
+    """Parameter name → its value, read from disk when asked for."""
 
     def __init__(
         self, model: "PreTrainedModel", checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor]
@@ -341,6 +342,7 @@ class _Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         on_disk = self.names[name]
+        assert on_disk is not None  # `_refuse_missing` has seen to that
         stored = self._overlay[on_disk] if on_disk in self._overlay else self._checkpoint.read(on_disk)
         return stored.to(self._dtype)
 
@@ -352,7 +354,7 @@ class _Weights(Mapping[str, Tensor]):
 
 
 def _name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
-    """The tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied twin's."""
+    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     twins = [source for target, source in tied.items() if target == parameter]
     twins += [target for target, source in tied.items() if source == parameter]

@@ -176,6 +176,23 @@ def _on_main(make: Callable[[], T], *, shared: bool) -> T:
     return said if rank() else value
 
 
+def each_from_main(make: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Iterate on rank 0 over what `make` returns, and yield each item on every rank; one item is in memory at a time.
+
+    Raises:
+        UserError: from the iterator, on every rank.
+    """
+    if world_size() == 1:
+        yield from make()
+        return
+    iterator = on_main_only(make)
+    while True:
+        item = on_main(lambda: next(([value] for value in iterator), []))
+        if not item:
+            return
+        yield item[0]
+
+
 def on_all(make: Callable[[], T]) -> T:
     """Run `make` on every rank and return its value there. An error on one rank is raised on all of them.
 

@@ -1,4 +1,4 @@
-"""What each process does that `test_distributed.py` and `test_uptrain_distributed.py` launch: python processes.py PART DIRECTORY."""
+"""What each process does that `test_parallel.py` and `test_uptrain_parallel.py` launch: python processes.py PART DIRECTORY."""
 
 import contextlib
 import io
@@ -69,7 +69,7 @@ def measure(directory: Path) -> None:
     """Every case, found together with the other processes."""
     for family, _ in CASES.values():
         tiny_checkpoint(family)  # together, transformers lets the first process alone write
-    with parallel.joined(), parallel._sharing():
+    with parallel._joined():
         rank = parallel.rank()
         assert parallel.world_size() == 2
         for number, name in enumerate(CASES):

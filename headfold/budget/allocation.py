@@ -67,7 +67,7 @@ def _front(options: Options) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
 def _chosen(options: Options, stages: list[np.ndarray], place: int) -> Allocation:
     """Return the allocation at a point of the front."""
     found = {}
-    for name, stage in zip(reversed(options), reversed(stages), strict=True):
+    for name, stage in zip(reversed(list(options)), reversed(stages), strict=True):
         place, taken = stage[place]
         found[name] = options[name][taken].num_kv_heads
     return {name: found[name] for name in options}

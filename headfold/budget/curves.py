@@ -188,8 +188,11 @@ def _options(choice: Choice, source: Source, measured: Mapping[int, float]) -> l
 
 def predicted_error(choice: Choice, count: int) -> float:
     """Return the relative errors of K and V, summed over the sites of a choice."""
-    plans = [plan for plan in choice.plans[count] if plan.error is not None and plan.energy is not None]
-    return sum(p.error.key / p.energy.key + p.error.value / p.energy.value for p in plans)
+    found = 0.0
+    for plan in choice.plans[count]:
+        assert plan.error is not None and plan.energy is not None, "a budget is planned with statistics"
+        found += plan.error.key / plan.energy.key + plan.error.value / plan.energy.value
+    return found
 
 
 def interpolated_loss(count: int, predicted: Mapping[int, float], measured: Mapping[int, float]) -> float:

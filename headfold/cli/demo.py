@@ -26,11 +26,11 @@ def demo(
 
     Folds a small language model that lies in this package to half of its K/V heads, and measures both on held-out text: under a minute,
     and nothing else is needed."""
-    from ..report import views
+    from ..report.demo import show_demo
     from ..report.progress import ProgressReport
     from ..verbs import demo as verb
 
     with ProgressReport(silent=as_json) as progress:
         result = verb.demo(out, force=force, device=device, dtype=dtype, progress=progress)
     if not answered(result.to_json(), as_json):
-        views.show_demo(result)
+        show_demo(result)

@@ -26,11 +26,11 @@ def export(
     """Write a fold again in another layout, the same function.
 
     Layouts are checkpoint forms that stock classes or engines read: see --layout."""
-    from ..report import views
+    from ..report.exports import show_export
     from ..report.progress import ProgressReport
     from ..verbs import export as verb
 
     with ProgressReport(silent=as_json) as progress:
         result = verb.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
     if not answered(result.to_json(), as_json):
-        views.show_export(result)
+        show_export(result)

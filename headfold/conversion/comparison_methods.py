@@ -1,7 +1,9 @@
 """The methods that a comparison folds by."""
 
+from typing import Any
+
 REFIT = "+refit"
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "mean": {"merge": "mean", "group": "contiguous"},
     "first": {"merge": "first", "group": "contiguous"},
     "random": {"merge": "random", "group": "contiguous"},

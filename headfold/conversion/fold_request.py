@@ -22,6 +22,8 @@ class FoldRequest:
     """How a fold is made. `plan` is None where it is still to be made by `group` and `merge`."""
 
     plan: Plan | None
+    kv_heads: str | int
+    """The count or share that the plan is made for; empty where there is a plan."""
     group: str
     merge: str
     head_dim_multiple: int
@@ -84,7 +86,18 @@ def resolve_fold(
         "refit": num_passes() if refit else 0, "heal": length, "data": calibration and asdict(calibration), "encoder": encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
-    return FoldRequest(ready, group, merge, multiple, encoder, needed, calibration, length, settings)
+    return FoldRequest(
+        ready,
+        "" if kv_heads is None else kv_heads,
+        group,
+        merge,
+        multiple,
+        encoder,
+        needed,
+        calibration,
+        length,
+        settings,
+    )
 
 
 def _names_source(recorded: Mapping[str, str]) -> bool:

@@ -67,7 +67,7 @@ class FoldResult:
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""
         facts = {name: getattr(self, name) for name in self.__slots__}
-        costs = {"before": asdict(self.before), "after": asdict(self.after)}
+        costs: dict[str, Any] = {"before": asdict(self.before), "after": asdict(self.after)}
         costs |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
         verification = None if self.verification is None else asdict(self.verification)
         return {**facts, **costs, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}

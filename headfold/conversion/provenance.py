@@ -62,7 +62,7 @@ def card_facts(
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(staging),
-        verification=verification and (
+        verification=None if verification is None else (
             f"largest difference of logits to the head-repeated twin {verification.max_abs_difference:.2g} "
             f"(tolerance {verification.tolerance:.2g}, {verification.num_tokens} tokens, {verification.dtype})"
         ),

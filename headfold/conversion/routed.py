@@ -92,7 +92,8 @@ def compare_routed(teacher: Teacher, staging: Path, config: Mapping[str, Any]) -
     """
     dtype = torch.promote_types(stored_dtype(staging), torch.float32)
     sample: dict[str, Tensor] = {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}
-    expected = compared_output(teacher.model.to(dtype), sample)
+    model: Any = teacher.model
+    expected = compared_output(model.to(dtype), sample)
     teacher.close()
     teacher.progress("verify", 0, 1)
     opened = open_model(staging, dtype=dtype, device=teacher.device, model_class=own_class(dict(config)))

@@ -25,6 +25,7 @@ PUBLISHED = {"optimizer": "adafactor", "learning_rate": 1e-3, "schedule": "const
 """2305.13245, section 2.2: Adafactor with the schedule of pre-training, which for T5 ends at a constant rate."""
 DISTILLED = {"optimizer": "adamw", "learning_rate": 5e-4, "schedule": "linear"}
 MAX_WARM_UP = 100
+DEFAULT_BATCH = next(field.default for field in fields(TrainingConfig) if field.name == "batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def resolve_recipe(
     options = {name: value for name, value in given.items() if value is not None}
     unknown = options.keys() - {field.name for field in fields(TrainingConfig)} | options.keys() & {"steps"}
     assert not unknown, f"no such option: {sorted(unknown)}"
-    batch = options.get("batch", TrainingConfig.batch)
+    batch = options.get("batch", DEFAULT_BATCH)
     steps = length.num_steps(None if tokens_per_item is None else batch * tokens_per_item)
     defaults: dict[str, Any] = {
         **(DISTILLED if distills else PUBLISHED),

@@ -270,7 +270,8 @@ class Uptraining:
         """
         if wgqa.attached(model):
             wgqa.fold_away(model)
-        trained = places.merge_adapters(model).to("cpu")
+        trained: Any = places.merge_adapters(model)
+        trained = trained.to("cpu")
         staging, wide = self.staging, torch.promote_types(dtype, torch.float32)
         trained.eval()
         for parameter in trained.parameters():  # buffers, such as RoPE frequencies, keep their precision

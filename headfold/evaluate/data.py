@@ -13,6 +13,7 @@ from ..corpus.pairs import read_pairs
 from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
 from ..families.context import context_length
 from ..hf_models import open_model, open_tokenizer, stored_dtype
+from ..parallel import each_from_main, on_main
 from ..runtime.load import own_class
 from . import classification, embedding, translation
 
@@ -106,26 +107,27 @@ class OpenedModels:
         return next(filter(None, map(embedding.pooling_of, directories)), "mean")
 
     def sample(self, kind: str) -> Sample:
-        """Return the whole source, or its first items."""
-        return draw_sample(
+        """Return the whole source, or its first items; rank 0 reads it."""
+        return on_main(lambda: draw_sample(
             kind, self.source, path=self.directory, num_items=self.request.limit, context=self.context, seed=None,
             columns=self.request.columns,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def image_blocks(self) -> Iterator[Sample]:
         """Yield the whole source, or as many items drawn from all of it: files tend to be sorted by class."""
         limit = self.request.limit
         seed = None if limit is None else 0
-        return image_sample_blocks(
+        return each_from_main(lambda: image_sample_blocks(
             self.source, path=self.directory, num_items=limit, seed=seed, columns=self.request.columns
-        )
+        ))  # fmt: skip
 
     def pairs(self) -> tuple[Any, Any, dict[str, Any]]:
         """Return the pairs of text, the tokenizer, and how outputs are written."""
         request = self.request
         how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
         how |= {"context": self.context, "reference": self.reference}
-        return read_pairs(self.source, request.columns, request.limit), open_tokenizer(self.directory), how
+        pairs = on_main(lambda: read_pairs(self.source, request.columns, request.limit))
+        return pairs, open_tokenizer(self.directory), how
 
 
 def evaluate_on_data(

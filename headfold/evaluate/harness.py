@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _measure(
     tasks = harness.load_tasks(request.names, request.include_path)
     found = []
     for number, directory in enumerate(directories, 1):
-        stage = "requests" if len(models) == 1 else f"requests {number}"
+        report = partial(progress, "requests" if len(models) == 1 else f"requests {number}")
         dtype = request.dtype or compute_dtype(stored_dtype(directory), request.device)[0]
         found.append(
             harness.run(
@@ -140,7 +141,7 @@ def _measure(
                 tasks,
                 num_fewshot=request.num_fewshot,
                 limit=request.limit,
-                progress=lambda done, total, stage=stage: progress(stage, done, total),
+                progress=report,
             )
         )
     return found

@@ -14,6 +14,7 @@ from ..core.progress import Progress
 from ..corpus.samples import kind_of
 from ..families.context import context_length
 from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
+from ..parallel import on_main
 from . import classification, embedding, perplexity, translation
 from .bootstrap import LEVEL, Difference, Resampled, differences
 from .data import DataRequest, OpenedModels, check_metric
@@ -152,7 +153,7 @@ def _language_models(
     first, *others = directories
     dtypes = [compute_dtype(stored_dtype(path), request.device)[0] for path in directories]
     dtype = request.dtype or reduce(torch.promote_types, dtypes)
-    source, tokens = perplexity.read_tokens(first, request.source, request.limit)
+    source, tokens = on_main(lambda: perplexity.read_tokens(first, request.source, request.limit))
     for other in (*others, *([] if reference_directory is None else [reference_directory])):
         _check_tokens(first, other, tokens, request)
     longest = perplexity.MAX_CONTEXT
@@ -170,7 +171,7 @@ def _language_models(
 
 def _check_tokens(first: Path, other: Path, tokens: torch.Tensor, request: DataRequest) -> None:
     """Refuse models that split the text into different tokens: their losses per token do not compare."""
-    _, found = perplexity.read_tokens(other, request.source, request.limit)
+    _, found = on_main(lambda: perplexity.read_tokens(other, request.source, request.limit))
     if not torch.equal(found, tokens):
         raise UserError(
             f"{other}: expected the tokens of {first}, got others: losses per token of two vocabularies do not compare; use models of "
@@ -219,28 +220,28 @@ def _share_tokenizer(directories: Sequence[Path], reference: Path | None, reques
     return same
 
 
-def _pairs(opened: OpenedModels) -> list[Resampled]:
+def _pairs(opened: OpenedModels) -> Sequence[Resampled]:
     pairs, tokenizer, how = opened.pairs()
     return translation.scores_per_pair(opened.model, pairs, tokenizer, **how)
 
 
-def _images(opened: OpenedModels) -> list[Resampled]:
+def _images(opened: OpenedModels) -> Sequence[Resampled]:
     if opened.classifies:
         return classification.scores_per_item(opened.model, opened.image_blocks(), reference=opened.reference)
     return embedding.cosines_per_item(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
 
 
-def _sentences(opened: OpenedModels) -> list[Resampled]:
+def _sentences(opened: OpenedModels) -> Sequence[Resampled]:
     sample = opened.sample("sentences")
     if opened.classifies and "labels" in sample:
         return classification.scores_per_item(opened.model, sample, reference=opened.reference)
     return embedding.cosines_per_item(opened.model, sample, opened.reference, pooling=opened.pooling)
 
 
-def _captions(opened: OpenedModels) -> list[Resampled]:
+def _captions(opened: OpenedModels) -> Sequence[Resampled]:
     return embedding.cosines_per_item(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
 
 
-_MEASURES: Mapping[str, Callable[[OpenedModels], list[Resampled]]] = {
+_MEASURES: Mapping[str, Callable[[OpenedModels], Sequence[Resampled]]] = {
     "pairs": _pairs, "images": _images, "sentences": _sentences, "captions": _captions,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
+from ..parallel import on_main
 from ..runtime.load import kv_heads_by_layer, own_class
 from .bootstrap import Units
 from .sharing import run_shared
@@ -107,7 +108,7 @@ def evaluate_perplexity(
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
             fewer than two tokens.
     """
-    source, tokens = read_tokens(model_dir, text, max_tokens)
+    source, tokens = on_main(lambda: read_tokens(model_dir, text, max_tokens))
     stored = stored_dtype(model_dir)
     dtype = dtype or compute_dtype(stored, device)[0]
     model = open_language_model(model_dir, dtype, device)

@@ -108,7 +108,8 @@ def opened_models(
 
 
 def _opened(name: str, attentions: Sequence[str], dtype: torch.dtype | None, device: str) -> BenchModel:
-    model = load(resolve(name), **({} if dtype is None else {"dtype": dtype})).to(device)
+    model: Any = load(resolve(name), **({} if dtype is None else {"dtype": dtype}))
+    model = model.to(device)
     _require_text(name, model)
     return BenchModel(name.rstrip("/"), model, _attentions(model, attentions))
 
@@ -154,7 +155,8 @@ def random_models(
         return
     config, like = shape_config(shape, layers=layers), None
     name = Path(shape).name if layers is None else f"{Path(shape).name}, {layers} layers"
-    for count in kv_heads or [None]:
+    own: list[int | None] = [None]
+    for count in kv_heads or own:
         model = random_model(config, count, dtype=dtype, device=device, like=like, where=shape)
         like = like or model
         _require_text(shape, model)

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,12 @@ def compare(
             dtype=dtype, progress=progress,
         )  # fmt: skip
     rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
-    options = {} if context is None else {"context": context}
     for number, (name, count) in enumerate(wanted):
         progress("compare", number, len(wanted))
         if (name, count) in rows:
             continue
         made = directory / FOLDED
-        on_main(lambda made=made: _remove(made))
+        on_main(partial(_remove, made))
         started = time.monotonic()
         try:
             with peak_memory(device) as peak:
@@ -139,10 +139,10 @@ def compare(
         try:
             found = evaluate(
                 made, reference=source.name, text=text, limit=limit, columns=columns or None, device=device, dtype=dtype,
-                max_new_tokens=0, **options,
+                max_new_tokens=0, context=context,
             )  # fmt: skip
         finally:
-            on_main(lambda made=made: _remove(made))
+            on_main(partial(_remove, made))
         assert isinstance(found, Evaluation | DataEvaluation)
         cost = result.after
         rows[name, count] = MethodRow(

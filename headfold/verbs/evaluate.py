@@ -17,7 +17,7 @@ from ..evaluate.harness import TaskEvaluation, TaskRequest, compare_on_tasks, ev
 from ..evaluate.paired import PairedComparison, compare_on_data
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, spmd
+from ..parallel import on_all, on_main, spmd
 
 TASK_OPTIONS = ("num_fewshot", "include_path")
 """Options that only tasks have."""
@@ -90,7 +90,8 @@ def evaluate(
         names = [task] if isinstance(task, str) else list(task)
         tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
         run = compare_on_tasks if compare else evaluate_tasks
-        return run(models, on_all(lambda: [resolve(str(each)) for each in models]), tasks, *interval, progress)
+        # The harness is not shared: it would order its requests anew.
+        return on_main(lambda: run(models, [resolve(str(each)) for each in models], tasks, *interval, progress))
     _refuse(given, TASK_OPTIONS, "without --task NAME")
     directories = on_all(lambda: [resolve(str(each)) for each in models])
     data = DataRequest(

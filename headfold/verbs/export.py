@@ -26,7 +26,7 @@ class ExportResult:
     out: Path
     layout: str
     model_class: str
-    said: str
+    description: str
     """One line on what the layout is and what loads it."""
     num_kv_heads: tuple[int, ...]
     """By layer."""

@@ -116,7 +116,7 @@ def fold(
         statistics = job.calibrated(teacher, given, request.needs_statistics)
         with job.timed("plan"):
             made = request.plan or on_main(lambda: plan_uniform(
-                source, kv_heads, request.group, request.merge, statistics, seed, progress, request.head_dim_multiple
+                source, request.kv_heads, request.group, request.merge, statistics, seed, progress, request.head_dim_multiple
             ))  # fmt: skip
         written_layout = on_main(lambda: choose_fold_layout(source, made, layout))
         shrinks = any(made.num_kv_heads[site.name] < site.num_kv_heads for site in source.sites)
