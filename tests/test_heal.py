@@ -26,7 +26,7 @@ from headfold.families.layout import write_heads
 from headfold.families.spec import Site
 from headfold.refine import heal as healing
 from headfold.refine.blocks import recorded_calls
-from headfold.refine.heal import heal
+from headfold.refine.heal import heal, tokens_per_block
 from headfold.refine.recorded import RecordedCall, RecordedSite
 
 NAMES = sorted({*TINY, *FOREIGN})

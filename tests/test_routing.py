@@ -257,8 +257,8 @@ def test_what_cannot_be_routed_is_refused() -> None:
         "unknown runtime routes method 'kdgq'; did you mean kdgqa": lambda: routing.attach(model, "kdgq"),
         "no option 'windows=3'": lambda: routing.attach(model, "dgqa:windows=3"),
         "found no route; attach one first": lambda: routing.freeze(model),
-        "nothing was measured": lambda: (routing.attach(model, "dgqa"), routing.freeze(model)),
-        "still moves; call freeze first": lambda: routing.frozen_plan(model, "0"),
+        "expected key norms to freeze on": lambda: (routing.attach(model, "dgqa"), routing.freeze(model)),
+        "still changes; call freeze first": lambda: routing.frozen_plan(model, "0"),
     }
     for words, attempt in refusals.items():
         with pytest.raises(UserError) as refusal:

@@ -1,1 +1,3 @@
-"""Floor 7: how good a model is on real text, and whether a fold is what it claims to be."""
+"""Floor 7: measuring models: loss and perplexity, accuracy, embeddings, generated text, tasks, and how far a fold is from its
+original.
+"""

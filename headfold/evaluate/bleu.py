@@ -1,4 +1,4 @@
-"""BLEU of what an encoder-decoder writes, by sacrebleu with its defaults, and what it adds up over sentences."""
+"""BLEU of the outputs of an encoder-decoder, by sacrebleu with its defaults, as sums over sentences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ ORDERS = 4
 
 
 def require() -> Any:
-    """sacrebleu's class.
+    """Return sacrebleu's class.
 
     Raises:
         UserError: it is not installed.
@@ -26,10 +26,10 @@ def require() -> Any:
 
 
 def units(hypotheses: Sequence[str], targets: Sequence[str]) -> list[Units]:
-    """Corpus BLEU in percent (Papineni et al. 2002; 13a tokenisation, exponential smoothing), one reference an item.
+    """Return corpus BLEU in percent (Papineni et al. 2002; 13a tokenisation, exponential smoothing), with one reference per item.
 
-    Per item the lengths of output and reference, then matching and all n-grams of every order: their sums are all that corpus BLEU
-    reads, so it is computed anew for every resample.
+    The statistics of an item are the lengths of output and reference, then the matching and all n-grams of every order. Corpus
+    BLEU depends on their sums only, so it can be computed for every resample.
 
     Raises:
         UserError: sacrebleu is not installed.
@@ -42,7 +42,7 @@ def units(hypotheses: Sequence[str], targets: Sequence[str]) -> list[Units]:
 
 
 def corpus_bleu(hypotheses: Sequence[str], targets: Sequence[str]) -> float:
-    """BLEU in percent of all outputs together.
+    """Return BLEU in percent of all outputs together.
 
     Raises:
         UserError: sacrebleu is not installed.

@@ -1,4 +1,4 @@
-"""Whether a difference between models is more than chance: a paired bootstrap over what both were measured on."""
+"""Whether a difference between models is more than chance: a paired bootstrap over the units that all models were measured on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from ..core.errors import UserError
 RESAMPLES = 2000
 LEVEL = 0.95
 BLOCK = 2**22
-"""Counts of drawn units held at once."""
+"""Number of drawn unit counts held in memory at once."""
 
 
 @runtime_checkable
 class Resampled(Protocol):
-    """A metric of one model, of all its units and of any collection of them."""
+    """A metric of one model that can be computed for all its units and for any resample of them."""
 
     @property
     def metric(self) -> str: ...
@@ -34,22 +34,22 @@ class Resampled(Protocol):
 
     @property
     def total(self) -> float:
-        """The metric of all units."""
+        """The metric over all units."""
         ...
 
     def resampled(self, counts: Int[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        """The metric of collections that hold every unit so many times."""
+        """Return the metric of each resample, in which every unit occurs as often as `counts` says."""
         ...
 
 
 def ratio(sums: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
-    """The first sum over the second: losses over tokens, values over items."""
+    """Return the first sum over the second: loss over tokens, or a sum of values over items."""
     return sums[..., 0] / sums[..., 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """What a metric adds up over its units, and how sums become its value.
+    """The sums over units that a metric is made of, and the function from sums to the metric.
 
     `sums` is (unit, statistic) in float64; the metric of any collection of units is `value` of the sum of their rows.
     """
@@ -72,18 +72,18 @@ class Units:
 
 
 def mean_of(metric: str, unit: str, values: Float[np.ndarray, " unit"], *, lower_is_better: bool = False) -> Units:
-    """Units whose metric is the mean of one number each."""
+    """Return units whose metric is the mean of one number per unit."""
     sums = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1)
     return Units(metric=metric, unit=unit, sums=sums, lower_is_better=lower_is_better)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far a metric is from the first model's, the percentile interval of that, and the chance of it without a difference.
+    """The difference of a metric to the first model's, with its percentile interval and its p-value.
 
-    `p` is two-sided and agrees with the interval: below 1 - `LEVEL` where that leaves out zero (to one draw). That of sacrebleu's
-    paired bootstrap looks at one side, so it is about half as large. All but `value` are NaN
-    where a resample has no value.
+    `p` is two-sided and agrees with the interval: it is below 1 - `LEVEL` where the interval excludes zero (to one draw).
+    sacrebleu's paired bootstrap is one-sided, so its p is about half as large. All fields except `value` are NaN where the metric
+    of a resample is undefined.
     """
 
     value: float
@@ -99,12 +99,13 @@ class Difference:
 def differences(
     models: Sequence[Resampled], *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> list[Difference]:
-    """What the metric of every model after the first is more than the first's, with its interval.
+    """Return the difference of each later model's metric to the first model's, with its interval.
 
-    Units are drawn with replacement, as many as there are, and every model is measured anew on the same draw: what is hard for all
-    of them cancels out. Koehn (2004), Statistical Significance Tests for Machine Translation Evaluation, section 4, which reports how
-    often one system wins; here the percentiles of the difference (Efron & Tibshirani 1993, section 13.3), and from the same draws p.
-    Units count as independent: neighbouring windows of one document are not quite, and then the interval is a little too narrow.
+    Units are drawn with replacement, as many as there are, and every model is measured on the same draw, so that units that are
+    hard for all models cancel out. Koehn (2004), Statistical Significance Tests for Machine Translation Evaluation, section 4,
+    counts how often one system wins; here the interval is made of percentiles of the difference (Efron & Tibshirani 1993, section
+    13.3), and p of the same draws. Units are treated as independent: neighbouring windows of one document are not quite, which
+    makes the interval a little too narrow.
 
     Raises:
         UserError: fewer than two units.
@@ -124,14 +125,14 @@ def differences(
 def interval(
     units: Resampled, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The percentile interval of one model's metric, from the draws that `differences` has; NaN where a resample has no value."""
+    """Return the percentile interval of one model's metric, from the same draws as `differences`; NaN where a resample has no value."""
     drawn = np.concatenate([units.resampled(counts) for counts in draws(len(units), resamples, seed)])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def draws(num_units: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "resample unit"]]:
-    """How often each unit is in each of the resamples, a block of them at a time."""
+    """Yield how often each unit occurs in each of the resamples, one block of resamples at a time."""
     generator, block = np.random.default_rng(seed), max(1, BLOCK // num_units)
     for start in range(0, resamples, block):
         size = (min(block, resamples - start), num_units)

@@ -1,4 +1,4 @@
-"""How often a classifier of images or sequences is right, and how sure of the right class it is."""
+"""Accuracy and cross-entropy of a classifier of images or sequences, alone or beside a reference."""
 
 import time
 from collections.abc import Iterable
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64
 QUANTITIES = ("accuracy", "cross_entropy", "reference_accuracy", "reference_cross_entropy", "kl", "agreement")
-"""Of every item; the first two without a reference."""
+"""The quantities of every item; only the first two without a reference."""
 LOSSES = ("cross_entropy", "kl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classification:
-    """`accuracy` is a share, `cross_entropy` in nats. Beside a reference, `kl` is the mean KL(reference || model) and
-    `agreement` the share of items that both put into the same class."""
+    """`accuracy` is a share, `cross_entropy` is in nats. Beside a reference, `kl` is the mean KL(reference ‖ model) and `agreement`
+    the share of items that both models assign to the same class.
+    """
 
     num_items: int
     accuracy: float
@@ -47,12 +48,12 @@ def evaluate_classification(
     reference: "PreTrainedModel | None" = None,
     batch_size: int = BATCH_SIZE,
 ) -> Classification:
-    """An open model, and its reference, on items with `labels` (item,): one sample, or many read as they are needed.
+    """Measure an open model, and its reference, on items with `labels` (item,): one sample, or several that are read as needed.
 
-    Log-probabilities are taken in float32 (float64 for float64 logits) and summed in float64.
+    Log-probabilities are computed in float32 (float64 for float64 logits) and summed in float64.
 
     Raises:
-        UserError: the items have no labels or the model no such class; the model has no classifier.
+        UserError: the items have no labels or labels that the model does not have; the model is not a classifier.
     """
     start = time.perf_counter()
     items = _items(model, sample, reference, batch_size)
@@ -68,10 +69,10 @@ def scores_per_item(
     reference: "PreTrainedModel | None" = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Units]:
-    """What `evaluate` says of the model, item by item.
+    """Return the scores of `evaluate_classification` item by item.
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as `evaluate_classification`.
     """
     items = _items(model, sample, reference, batch_size)
     names = [name for name in _measured(reference) if not name.startswith("reference_")]
@@ -92,7 +93,7 @@ def _items(
     reference: "PreTrainedModel | None",
     batch_size: int,
 ) -> Float[Tensor, "item quantity"]:
-    """`QUANTITIES` of every item, in float64."""
+    """Return `QUANTITIES` of every item, in float64."""
 
     def scores(batch: Sample) -> Float[Tensor, "item quantity"]:
         inputs, labels = _split(batch)
@@ -114,7 +115,7 @@ def _split(batch: Sample) -> tuple[Sample, Tensor]:
 def _log_probabilities(model: "PreTrainedModel", inputs: Sample, labels: Tensor) -> Float[Tensor, "item class"]:
     output = model(**place_batch(inputs, model))
     if "logits" not in output or output.logits.ndim != 2:
-        raise UserError(f"{type(model).__name__}: expected a classifier, got a model that names no class of an item")
+        raise UserError(f"{type(model).__name__}: expected a classifier, got a model without logits per class")
     logits = output.logits.cpu()
     if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         found = f"{int(labels.min())} to {int(labels.max())}"
@@ -125,7 +126,7 @@ def _log_probabilities(model: "PreTrainedModel", inputs: Sample, labels: Tensor)
 
 
 def _scores(log_probabilities: Float[Tensor, "item class"], labels: Tensor) -> tuple[Tensor, Float[Tensor, " item"]]:
-    """Right answers and losses."""
+    """Return whether each answer is right, and its loss."""
     losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
     return log_probabilities.argmax(1) == labels, losses
 
@@ -133,6 +134,6 @@ def _scores(log_probabilities: Float[Tensor, "item class"], labels: Tensor) -> t
 def _beside(
     ours: Float[Tensor, "item class"], theirs: Float[Tensor, "item class"]
 ) -> tuple[Float[Tensor, " item"], Tensor]:
-    """KL(theirs || ours) and equal answers."""
+    """Return KL(theirs ‖ ours) of each item, and whether both models choose the same class."""
     divergences = kl_div(ours, theirs, reduction="none", log_target=True)
     return divergences.double().sum(1), ours.argmax(1) == theirs.argmax(1)

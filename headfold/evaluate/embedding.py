@@ -1,4 +1,4 @@
-"""How near an encoder's embeddings stay to those of the model that it was folded from."""
+"""How close an encoder's embeddings stay to those of the model it was folded from."""
 
 import json
 import time
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64
 MAX_RANKED = 2000
-"""Items whose similarities are ranked: two million pairs. The cosines are over all."""
+"""Number of items whose similarities are ranked: two million pairs. Cosines are computed for all items."""
 
 POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
-"""How hidden states become one embedding, and what sentence-transformers calls it in the config of a Pooling module."""
+"""Ways to make one embedding of the hidden states, and their names in the config of a sentence-transformers Pooling module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """Cosine of each embedding to the reference's, mean and lowest; `rank_correlation` is Spearman's, between the
-    similarities (cosines) of all pairs of items by the model and by the reference, NaN for fewer than three items."""
+    """Mean and lowest cosine of each embedding to the reference's. `rank_correlation` is Spearman's, between the similarities
+    (cosines) of all pairs of items by the model and by the reference; NaN for fewer than three items.
+    """
 
     num_items: int
     pooling: str
@@ -50,13 +51,13 @@ def evaluate_embedding(
     pooling: str = "mean",
     batch_size: int = BATCH_SIZE,
 ) -> Embedding:
-    """Embeddings of an open model beside those of its reference, on one sample, or on many read as they are needed.
+    """Compare the embeddings of an open model with those of its reference, on one sample or on several that are read as needed.
 
-    `pooling` is "mean" (over the attention mask), "cls" (the first token) or "max"; "projected" for a model with a tower for texts and
-    one for images: what it compares of either, texts and images each an item.
+    `pooling` is "mean" (over the attention mask), "cls" (the first token) or "max"; "projected" is for a model with one tower for
+    texts and one for images and takes the embeddings it compares, with texts and images as separate items.
 
     Raises:
-        UserError: no reference, another width than the reference's, or an unknown pooling.
+        UserError: there is no reference, its embeddings have another size, or the pooling is unknown.
     """
     start = time.perf_counter()
     ours, theirs = _both(model, sample, reference, pooling, batch_size)
@@ -79,10 +80,10 @@ def cosines_per_item(
     pooling: str = "mean",
     batch_size: int = BATCH_SIZE,
 ) -> list[Units]:
-    """Cosine of every item's embedding to the reference's: what `evaluate` takes the mean of.
+    """Return the cosine of every item's embedding to the reference's, whose mean `evaluate_embedding` returns.
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as `evaluate_embedding`.
     """
     ours, theirs = _both(model, sample, reference, pooling, batch_size)
     return [mean_of("cosine", "items", (ours * theirs).sum(1).numpy())]
@@ -95,9 +96,11 @@ def _both(
     pooling: str,
     batch_size: int,
 ) -> tuple[Float[Tensor, "item model"], Float[Tensor, "item model"]]:
-    """Unit vectors of the model and of its reference."""
+    """Return the unit vectors of the model and of its reference."""
     if reference is None:
-        raise UserError("an encoder has no loss of its own; give the model it was folded from (--reference ORIGINAL)")
+        raise UserError(
+            "an encoder has no loss, so its embeddings are compared with the original's: give --reference ORIGINAL"
+        )
 
     def both(batch: Sample) -> tuple[Tensor, Tensor]:
         return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
@@ -106,7 +109,7 @@ def _both(
     found = run_shared((batch for part in parts for batch in batches(part, batch_size)), both)
     ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))
     if ours.shape != theirs.shape:
-        raise UserError(f"expected embeddings as wide as the reference's {theirs.shape[1]}, got {ours.shape[1]}")
+        raise UserError(f"expected embeddings of the reference's size {theirs.shape[1]}, got {ours.shape[1]}")
     return ours, theirs
 
 
@@ -114,7 +117,7 @@ def _both(
 def embed(
     model: "PreTrainedModel", sample: Sample, *, pooling: str = "mean", batch_size: int = BATCH_SIZE
 ) -> Float[Tensor, "item model"]:
-    """One embedding an item, in float64, from the last hidden states of the model without its head.
+    """Return one embedding per item, in float64, made of the last hidden states of the model without its head.
 
     Raises:
         UserError: an unknown pooling.
@@ -144,12 +147,12 @@ def _pooled(
 
 
 def pooling_of(path: Path) -> str | None:
-    """The pooling that a sentence-transformers directory asks for; None where it is no such directory.
+    """Return the pooling that a sentence-transformers directory specifies; None where it is no such directory.
 
-    Modules after the pooling (a dense layer) are left out: they are the same for model and reference.
+    Modules after the pooling (a dense layer) are ignored, as they are the same in model and reference.
 
     Raises:
-        UserError: it asks for one that is not known here, or for several.
+        UserError: the pooling is not supported, or there are several.
     """
     if not (path / "modules.json").is_file():
         return None
@@ -169,14 +172,14 @@ def pooling_of(path: Path) -> str | None:
 
 
 def _similarities(embeddings: Float[Tensor, "item model"]) -> Float[Tensor, " pair"]:
-    """Cosines of all pairs among the first `MAX_RANKED` unit vectors."""
+    """Return the cosines of all pairs among the first `MAX_RANKED` unit vectors."""
     some = embeddings[:MAX_RANKED]
     first, second = torch.triu_indices(len(some), len(some), 1)
     return (some @ some.T)[first, second]
 
 
 def rank_correlation(ours: Float[Tensor, " pair"], theirs: Float[Tensor, " pair"]) -> float:
-    """Spearman's: Pearson's correlation of the ranks, ties sharing their mean rank; NaN where one side has no order."""
+    """Return Spearman's rank correlation, with mean ranks for ties; NaN where one side is constant."""
     from scipy.stats import rankdata
 
     a, b = (torch.from_numpy(rankdata(values.numpy())) for values in (ours, theirs))

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, alone or beside the model that it was folded from."""
+"""Loss and perplexity of a language model on a text, alone or beside the model it was folded from."""
 
 import json
 import math
@@ -30,26 +30,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MAX_CONTEXT = 2048
-"""Default window where the model's own context is longer."""
+"""Default window where the model's context is longer."""
 
 NUM_BINS = 16
-"""Equal bins of position in the window that the loss is split into."""
+"""Number of equal bins of position in the window that the loss is reported for."""
 
 LOGIT_BUDGET = 2**27
-"""Logits held at once, per model: what decides the default batch."""
+"""Number of logits held at once per model, which determines the default batch."""
 
 CHUNK = 2**18
-"""Logits normalised at once, so that the passes over them stay near the processor."""
+"""Number of logits normalised at once, so that they stay in the processor's cache."""
 
 HELDOUT = "the bundled held-out text"
 
 
 @dataclass(frozen=True, slots=True)
 class LossComparison:
-    """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` only beside one.
+    """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` are None without a
+    reference.
 
-    `kl` is the mean KL(reference || model), `top1_agreement` the share of positions where both rank the same token first.
-    `nll_by_position` is the mean loss in equal bins of position in the window, NaN where no token fell.
+    `kl` is the mean KL(reference ‖ model), `top1_agreement` the share of positions where both rank the same token first.
+    `nll_by_position` is the mean loss in equal bins of position in the window, NaN where a bin is empty.
     """
 
     num_tokens: int
@@ -72,7 +73,9 @@ class LossComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(LossComparison):
-    """A comparison, with what was measured on what. K/V bytes count the checkpoint's own dtype, all layers, one token."""
+    """A loss comparison with the models and data it is about. K/V bytes are those of one token, over all layers, in the checkpoint's
+    own dtype.
+    """
 
     model: str
     reference: str | None
@@ -130,10 +133,10 @@ def evaluate_perplexity(
 
 
 def read_tokens(model_dir: str | Path, text: str | None, max_tokens: int | None) -> tuple[str, Int[Tensor, " token"]]:
-    """The name of a text, and its first tokens by the model's tokenizer.
+    """Return the name of a text and its first tokens by the model's tokenizer.
 
     Raises:
-        UserError: a text or tokenizer that cannot be read, or fewer than two tokens.
+        UserError: the text or tokenizer cannot be read, or there are fewer than two tokens.
     """
     source, documents = _text(text)
     tokens = token_stream(documents, open_tokenizer(model_dir), max_tokens)
@@ -143,7 +146,7 @@ def read_tokens(model_dir: str | Path, text: str | None, max_tokens: int | None)
 
 
 def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
-    """The model of a directory, of a class of ours where it needs one.
+    """Return the model of a directory, of headfold's class where it needs one.
 
     Raises:
         UserError: it does not open, or has no language-model head.
@@ -159,7 +162,7 @@ def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "P
 
 
 def _text(source: str | None) -> tuple[str, Iterator[str]]:
-    """The name and documents of a source; the bundled text where none is named."""
+    """Return the name and documents of a source; of the bundled text where none is named."""
     if source is not None:
         corpus = open_corpus(source)
         return corpus.name, corpus.documents
@@ -170,17 +173,17 @@ def _text(source: str | None) -> tuple[str, Iterator[str]]:
 
 
 def default_context(config: "PreTrainedConfig") -> int:
-    """Tokens of a window where nobody says how many: all positions of the model, at most `MAX_CONTEXT`."""
+    """Return the default tokens per window: all positions of the model, at most `MAX_CONTEXT`."""
     return min(context_length(config.to_dict()) or MAX_CONTEXT, MAX_CONTEXT)
 
 
 def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:
-    """The stream cut into windows of `context`, in order; a last one of a single token predicts nothing and is dropped."""
+    """Return the tokens as consecutive windows of `context`; a last window of a single token predicts nothing and is dropped."""
     return tuple(window for window in tokens.split(context) if len(window) > 1)
 
 
 def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
-    """Bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
+    """Return the bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
     counts = kv_heads_by_layer(model.config.to_dict())
     config = _text_config(model)
     if counts is not None:
@@ -206,9 +209,9 @@ def compare_models(
     batch_size: int | None = None,
     num_bins: int = NUM_BINS,
 ) -> LossComparison:
-    """Both open models over the same windows, a batch at a time: no more than one batch of logits is ever held.
+    """Measure an open model, and its reference, on the same windows, with no more than one batch of logits in memory.
 
-    Windows may differ in length; runs of equal length are batched. Log-probabilities are taken in float32 (float64 for
+    Windows may differ in length; consecutive windows of equal length are batched. Log-probabilities are computed in float32 (float64 for
     float64 logits) and summed in float64.
     """
     start, context = time.perf_counter(), max(len(window) for window in windows)
@@ -232,7 +235,7 @@ def losses_per_window(
     *,
     batch_size: int | None = None,
 ) -> list[Units]:
-    """What `compare_models` says of the model, window by window: loss, and beside a reference KL and top-1 agreement, per token."""
+    """Return the figures of `compare_models` window by window: loss, and beside a reference KL and top-1 agreement, per token."""
     sums = _shared_pass(model, reference, windows, batch_size, over="positions")
     tokens, nll, _, kl, agreements = torch.cat(sums, 1).numpy()
 
@@ -248,7 +251,7 @@ def _means(totals: Float[Tensor, "quantity bin"], row: int) -> tuple[float, ...]
 
 
 def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window position"]]:
-    """Consecutive windows of one length, at most `batch_size` together."""
+    """Yield consecutive windows of one length, at most `batch_size` together."""
     batch: list[Tensor] = []
     for window in windows:
         if batch and (len(batch) == batch_size or len(batch[0]) != len(window)):
@@ -277,6 +280,7 @@ def _shared_pass(
 def _of_batch(
     model: "PreTrainedModel", reference: "PreTrainedModel | None", batch: Int[Tensor, "window position"]
 ) -> Float[Tensor, "quantity window position_minus_1"]:
+    """Return five quantities of every predicted token of a batch: 1, loss, reference loss, KL and agreement."""
     logits, other = _logits(model, batch), None if reference is None else _logits(reference, batch)
     targets = batch[:, 1:]
     per_token = torch.zeros(5, *targets.shape, dtype=torch.float64)
@@ -292,7 +296,7 @@ def _of_batch(
 
 
 def _logits(model: "PreTrainedModel", batch: Int[Tensor, "window position"]) -> Float[Tensor, "window position vocab"]:
-    """Logits that predict every token but the first."""
+    """Return the logits that predict every token except the first."""
     return model(input_ids=batch.to(input_device(model)), use_cache=False).logits[:, :-1]
 
 
@@ -301,7 +305,7 @@ def _scores(
     other: Float[Tensor, "position vocab"] | None,
     targets: Int[Tensor, " position"],
 ) -> Float[Tensor, "4 position"]:
-    """Loss, reference loss, KL(reference || model) and agreement of each position; zeros without a reference."""
+    """Return loss, reference loss, KL(reference ‖ model) and agreement of each position; zeros without a reference."""
     log_q = _log_softmax(logits)
     nll = -log_q.gather(1, targets[:, None])[:, 0]
     if other is None:

@@ -1,4 +1,4 @@
-"""Batches go where their model is."""
+"""Moves batches to the device of their model."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 
 def place_batch(batch: Sample, model: "PreTrainedModel") -> Sample:
-    """The batch on the model's device, its real numbers (pixels, sound) in the model's dtype."""
+    """Return the batch on the model's device, with its real numbers (pixels, sound) in the model's dtype."""
     device, dtype = input_device(model), model.dtype
     return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in batch.items()}

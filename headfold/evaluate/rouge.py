@@ -1,4 +1,4 @@
-"""ROUGE of what an encoder-decoder writes, by the rouge-score package with its defaults."""
+"""ROUGE of the outputs of an encoder-decoder, by the rouge-score package with its defaults."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from ..core.errors import UserError
 from .bootstrap import Units, mean_of
 
 NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-"""Single words, pairs of words, and the longest common subsequence: of the whole text, and by its lines."""
+"""Single words, pairs of words, and the longest common subsequence of the whole text and line by line."""
 
 
 def require() -> Any:
-    """rouge-score's scorer of all of `NAMES`.
+    """Return rouge-score's scorer of all of `NAMES`.
 
     Raises:
         UserError: it is not installed.
@@ -27,13 +27,13 @@ def require() -> Any:
 
 
 def scores(hypotheses: Sequence[str], targets: Sequence[str]) -> dict[str, Float[np.ndarray, " item"]]:
-    """F1 of every item in percent, by name (Lin 2004): 2 P R / (P + R) of precision and recall, one reference an item.
+    """Return F1 of every item in percent, by name (Lin 2004): 2 P R / (P + R) of precision and recall, with one reference per item.
 
-    No stemming. Words are runs of the letters a to z and of digits, in lower case: all else separates them, so texts without such
-    letters are refused rather than scored 0. Sentences of rougeLsum end where lines do.
+    There is no stemming. Words are runs of the letters a to z and of digits, in lower case; all other characters separate words,
+    so texts without such letters are refused instead of scored 0. Sentences of rougeLsum end at line ends.
 
     Raises:
-        UserError: rouge-score is not installed, or no target has a word as it understands them.
+        UserError: rouge-score is not installed, or no target contains such a word.
     """
     scorer = require()
     if not any(character.isascii() and character.isalnum() for target in targets for character in target):
@@ -44,7 +44,7 @@ def scores(hypotheses: Sequence[str], targets: Sequence[str]) -> dict[str, Float
 
 
 def units(hypotheses: Sequence[str], targets: Sequence[str]) -> list[Units]:
-    """All of `NAMES` in percent: means over the items.
+    """Return all of `NAMES` in percent, as means over the items.
 
     Raises:
         UserError: as `scores`.

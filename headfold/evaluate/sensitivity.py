@@ -1,4 +1,4 @@
-"""What folding one site alone does to the model: the yardstick that makes predicted errors of different layers comparable."""
+"""How much folding one site alone changes the model: the scale on which predicted errors of different layers become comparable."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import Sample
+from ..corpus.pairs import IGNORED
 from ..parallel import falls_here
 from .sharing import gathered_in_order
 from .verify import model_output
@@ -21,7 +22,7 @@ BATCH_TOKENS = 4096
 
 @contextmanager
 def replaced_parameters(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other numbers in some of its parameters, by name; put back afterwards."""
+    """Return a context in which some parameters, by name, have other values."""
     parameters = {name: model.get_parameter(name).data for name in tensors}
     before = {name: data.clone() for name, data in parameters.items()}
     try:
@@ -41,14 +42,14 @@ class Divergence:
     """
 
     def __init__(self, model: "PreTrainedModel", sample: Sample) -> None:
-        """Runs the model as it is now."""
+        """Run the model as it is now."""
         self._model = model
         first = next(iter(sample.values()))
         batch_size = max(1, BATCH_TOKENS // max(1, first[0].numel() if first.ndim == 2 else BATCH_TOKENS // 8))
         parts = {name: tensor.split(batch_size) for name, tensor in sample.items()}
         batches = [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
         self._own = [
-            (number, batch, *self._answer(batch)) for number, batch in enumerate(batches) if falls_here(number)
+            (number, batch, *self._output(batch)) for number, batch in enumerate(batches) if falls_here(number)
         ]
 
     def __call__(self) -> float:
@@ -61,19 +62,19 @@ class Divergence:
 
     def _sums(self, batch: Sample, original: Tensor, weight: Tensor) -> tuple[float, float]:
         """Return the sum of distances over the positions of a batch that count, and their number."""
-        changed, _ = self._answer(batch)
+        changed, _ = self._output(batch)
         return float((self._distance(original, changed) * weight).sum()), float(weight.sum())
 
     @torch.no_grad()
-    def _answer(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Log-probabilities or states, (item, …, last), and which positions count."""
+    def _output(self, batch: Sample) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities or states, (item, …, last), and which positions count."""
         name, output = model_output(self._model, batch)
         if name == "logits":
             output = output.float().log_softmax(-1)
         weight = torch.ones(output.shape[:-1])
         labels, mask = batch.get("labels"), batch.get("attention_mask")
         if labels is not None and labels.shape == weight.shape:
-            weight = (labels != -100).float()
+            weight = (labels != IGNORED).float()
         elif mask is not None and mask.shape == weight.shape:
             weight = mask.float()
         self._is_logits = name == "logits"

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run by its own code on open models: their metrics, and what those are made of item by item."""
+"""Tasks of lm-evaluation-harness, run by its own code on open models: metrics, and the scores of single items."""
 
 import contextlib
 import difflib
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-"""The harness's own."""
+"""The harness's defaults."""
 MAX_BATCH = 64
 LOGIT_BUDGET = 2**27
-"""Logits held at once, if no text has more than `USUAL` tokens."""
+"""Number of logits held at once if no text has more than `USUAL` tokens."""
 USUAL = 512
 
 Requests = Callable[[int, int], None]
-"""Told how many requests of how many are done."""
+"""Called with the number of requests done and their total."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskUnits:
-    """One metric of one task: what the harness reports as `total`, and its items (`bootstrap.Resampled`)."""
+    """One metric of one task: the harness's value as `total`, and its items (`bootstrap.Resampled`)."""
 
     task: str
     metric: str
@@ -45,7 +45,7 @@ class TaskUnits:
     items: Sequence[Any]
     aggregate: Callable[[Sequence[Any]], float]
     sums: Units | None
-    """Where the aggregate is one of sums over items: the same, without a call per resample."""
+    """The same metric as a function of sums over items, where it is one; saves a call of `aggregate` per resample."""
     unit: str = "items"
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class TaskUnits:
 
 
 def require() -> Any:
-    """The harness.
+    """Return the harness.
 
     Raises:
         UserError: it is not installed.
@@ -73,12 +73,12 @@ def require() -> Any:
 
 
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
-    """The harness's tasks of these names (patterns such as `mmlu_*` too), with their data, as its `evaluate` takes them.
+    """Return the harness's tasks of these names (patterns such as `mmlu_*` too) with their data, in the form that its `evaluate` takes.
 
-    `include_path` is a folder with task files of the user's own, which go before those of the harness.
+    `include_path` is a folder with the user's own task files, which take precedence over those of the harness.
 
     Raises:
-        UserError: the harness is not installed, a name that neither has, or data that cannot be read.
+        UserError: the harness is not installed, a name is unknown, or data cannot be read.
     """
     require()
     if include_path is not None and not Path(include_path).is_dir():
@@ -93,7 +93,9 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """Of the user's folder alone where that has all names: the harness's own 15,000 files take eight seconds to list."""
+    """Return a task manager of the user's folder only, where that has all names: listing the harness's 15,000 files takes eight
+    seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -130,11 +132,12 @@ def run(
     limit: int | None = None,
     progress: Requests = lambda done, total: None,
 ) -> list[TaskUnits]:
-    """The metrics of `load_tasks`' tasks, by the harness's `evaluate`, as its `simple_evaluate` would have them (which besides asks
-    git, pip and the hub about this machine): the same seeds, and examples in the prompt where the task allows another number.
+    """Return the metrics of tasks from `load_tasks`, computed by the harness's `evaluate`.
 
-    Log-probabilities are taken in float32 at least: the harness's own choice for a bf16 model rounds those of a sentence to a half.
-    `limit` is the number of items of each task, the first.
+    The figures are those of the harness's `simple_evaluate` (which also asks git, pip and the hub about this machine): the same
+    seeds, and examples in the prompt where the task allows another number. Log-probabilities are computed in float32 or better:
+    the harness's own choice for a bf16 model rounds those of a sentence to a half. `limit` takes the first items of each task
+    only.
 
     Raises:
         UserError: whatever the harness fails on.
@@ -165,7 +168,7 @@ def _set_examples(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
 
 
 def _wrapped(model: "PreTrainedModel", tokenizer: Any, progress: Requests) -> Any:
-    """The harness's wrapper of transformers' models around an open one, counting what it has done."""
+    """Return the harness's wrapper of an open model, which counts the requests done."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):
@@ -206,7 +209,7 @@ def _wrapped(model: "PreTrainedModel", tokenizer: Any, progress: Requests) -> An
 
 
 def _units(task: Any, name: str, found: Mapping[str, Any]) -> Iterator[TaskUnits]:
-    """Metrics by filter, as the harness reports them: `exact_match`, `exact_match,strict-match`."""
+    """Yield metrics by filter, as the harness reports them: `exact_match`, `exact_match,strict-match`."""
     samples, reported = found["samples"][name], found["results"][name]
     for key, total in reported.items():
         metric, _, kept = key.partition(",")
@@ -227,11 +230,11 @@ def _units(task: Any, name: str, found: Mapping[str, Any]) -> Iterator[TaskUnits
 
 
 def _group(name: str, found: Mapping[str, Any], units: Sequence[TaskUnits]) -> Iterator[TaskUnits]:
-    """A group's metrics that are the mean over the items of all its tasks, weighted alike, as most are; others are left out."""
-    leaves = _leaves(name, found["group_subtasks"])
+    """Yield those metrics of a group that are means over the items of all its tasks, equally weighted, as most are; skip the others."""
+    tasks = _subtasks(name, found["group_subtasks"])
     for key, total in found["groups"][name].items():
         metric = key.removesuffix(",none")
-        parts = [one for one in units if one.task in leaves and one.metric == metric]
+        parts = [one for one in units if one.task in tasks and one.metric == metric]
         tables = [one.sums.sums for one in parts if one.sums is not None and one.sums.value is ratio]
         if not parts or len(tables) < len(parts):
             continue
@@ -249,8 +252,8 @@ def _group(name: str, found: Mapping[str, Any], units: Sequence[TaskUnits]) -> I
             )
 
 
-def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> set[str]:
-    return set().union(*(_leaves(child, subtasks) for child in subtasks[name])) if subtasks.get(name) else {name}
+def _subtasks(name: str, subtasks: Mapping[str, Sequence[str]]) -> set[str]:
+    return set().union(*(_subtasks(child, subtasks) for child in subtasks[name])) if subtasks.get(name) else {name}
 
 
 def _mean() -> Any:
@@ -260,7 +263,7 @@ def _mean() -> Any:
 
 
 def _sums(items: Sequence[Any], aggregate: Any) -> Units | None:
-    """The aggregates that are functions of sums; items are numbers, or pairs of a log-likelihood and a length."""
+    """Return the metric as a function of sums, where it is one; items are numbers, or pairs of a log-likelihood and a length."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
     forms = {
@@ -282,7 +285,7 @@ def _sums(items: Sequence[Any], aggregate: Any) -> Units | None:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """The harness without its bars, remarks and prints: results are ours to show, and what goes wrong is raised."""
+    """Return a context in which the harness prints nothing: headfold shows results itself, and errors are raised."""
     import datasets
 
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
@@ -300,7 +303,7 @@ def _silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """All generators as the harness seeds them, put back afterwards."""
+    """Return a context in which all generators are seeded as the harness does it; their states are restored afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(SEEDS["random"])

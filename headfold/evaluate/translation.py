@@ -1,4 +1,4 @@
-"""How well an encoder-decoder expects given outputs (teacher-forced), and how good the outputs are that it writes (BLEU, ROUGE)."""
+"""Loss of an encoder-decoder on given outputs (teacher-forced), and the quality of the outputs that it generates (BLEU, ROUGE)."""
 
 import time
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ MAX_NEW_TOKENS = 128
 
 
 METRICS = {"bleu": bleu, "rouge": rouge}
-"""What outputs may be measured by: pages with `require()` and `units(hypotheses, targets)`."""
+"""Metrics of generated outputs: pages with `require()` and `units(hypotheses, targets)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """`nll` is in nats per target token, teacher-forced; `kl` is the mean KL(reference || model) per target token.
+    """`nll` is in nats per target token, teacher-forced; `kl` is the mean KL(reference ‖ model) per target token.
 
-    `bleu` is sacrebleu's corpus BLEU (13a), or the four of rouge-score are mean F1, all in percent: None where others were asked for,
-    or nothing was written.
+    `bleu` is sacrebleu's corpus BLEU (13a), the four of rouge-score are mean F1, all in percent; None where another metric was
+    asked for or nothing was generated.
     """
 
     num_items: int
@@ -70,9 +70,10 @@ def evaluate_translation(
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Translation:
-    """Both measures of open models on pairs of (input, expected output), cut at `context` tokens a side for the model only.
+    """Measure an open model on pairs of (input, expected output), and its reference too; for the models both sides are cut at
+    `context` tokens.
 
-    Outputs are measured by `metric`, one of `METRICS`. With `max_new_tokens=0` nothing is written, and there is none: that takes most of
+    Generated outputs are measured by `metric`, one of `METRICS`. With `max_new_tokens=0` nothing is generated, which takes most of
     the time.
 
     Raises:
@@ -103,10 +104,10 @@ def scores_per_pair(
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Units]:
-    """What `evaluate` says of the model, pair by pair: the loss, KL beside a reference, and what `metric` makes of its outputs.
+    """Return the model's figures of `evaluate_translation` pair by pair: the loss, KL beside a reference, and `metric` of its outputs.
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as `evaluate_translation`.
     """
     if max_new_tokens:
         METRICS[metric].require()  # before hours of writing
@@ -129,7 +130,9 @@ def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
 def target_divergences(
     model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
 ) -> Float[Tensor, "item 2"]:
-    """KL(reference || model) summed over the labels that are no padding, in nats, teacher-forced, and how many; in the sample's order."""
+    """Return, per item in the sample's order, KL(reference ‖ model) in nats summed over the labels that are not padding, and their
+    number.
+    """
 
     def divergences(batch: Sample) -> Float[Tensor, "item 2"]:
         kept = batch["labels"] != IGNORED
@@ -149,16 +152,17 @@ def target_divergences(
 def target_kl(
     model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
 ) -> float:
-    """Mean KL(reference || model) per label that is no padding, in nats, teacher-forced."""
+    """Return the mean KL(reference ‖ model) per label that is not padding, in nats, teacher-forced."""
     total, count = target_divergences(model, reference, sample, batch_size=batch_size).sum(0).tolist()
     return total / count
 
 
 @torch.no_grad()
 def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> Float[Tensor, "item 2"]:
-    """Loss summed over the labels that are no padding, in nats, teacher-forced, and how many; in the sample's order.
+    """Return, per item in the sample's order, the loss in nats summed over the labels that are not padding, and their number;
+    teacher-forced.
 
-    Items of like length run together. Log-probabilities are taken in float32 (float64 for float64 logits), summed in float64.
+    Items of similar length run together. Log-probabilities are computed in float32 (float64 for float64 logits) and summed in float64.
 
     Raises:
         UserError: the model gives no logits.
@@ -182,7 +186,7 @@ def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int =
 
 
 def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> tuple[float, int]:
-    """Mean loss per label that is no padding, in nats, teacher-forced, and how many there are.
+    """Return the mean loss per label that is not padding, in nats, teacher-forced, and the number of these labels.
 
     Raises:
         UserError: the model gives no logits.
@@ -201,9 +205,9 @@ def generate_texts(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """What the model writes for each item, greedily or with beams, in the sample's order, without special tokens.
+    """Return the text that the model generates for each item, greedily or by beam search, in the sample's order, without special tokens.
 
-    Whatever else its generation config says (forced tokens, length penalty) holds. Items of like length run together.
+    Other settings of its generation config (forced tokens, length penalty) apply. Items of similar length run together.
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
     order, max_new_tokens = _by_length(inputs), _fitting(max_new_tokens, model)
@@ -221,14 +225,16 @@ def generate_texts(
 
 
 def _fitting(num_tokens: int, model: "PreTrainedModel") -> int:
-    """No more tokens after the first than the decoder has positions for, where it has learned ones."""
+    """Return the number of new tokens, limited to the positions of the decoder where these are learned."""
     fields = ("max_target_positions", "max_position_embeddings")
     limits = [getattr(model.config, field, None) for field in fields]
     return min([num_tokens, *(limit - 1 for limit in limits if isinstance(limit, int))])
 
 
 def _by_length(sample: Sample) -> Int[Tensor, " item"]:
-    """Longest first, so that memory runs out at once or never; sounds, all of one length, keep their order."""
+    """Return the order of items by length, longest first, so that memory runs out at once or never; sounds, all of one length, keep
+    their order.
+    """
     mask = sample.get("attention_mask")
     lengths = torch.zeros(len(next(iter(sample.values())))) if mask is None else mask.sum(1)
     return lengths.argsort(descending=True, stable=True)

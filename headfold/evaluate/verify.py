@@ -1,4 +1,4 @@
-"""Whether a folded checkpoint, under stock transformers, is the head-repeated twin of its plan: same logits on real tokens."""
+"""Verification of a fold: its logits, under stock transformers, are compared with those of the head-repeated twin of its plan."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
-"""Largest difference of logits, relative to their root mean square, by the dtype that both models are computed in.
+"""Largest difference of logits, relative to their root mean square, by the dtype that both models compute in.
 
-bf16 and fp16 checkpoints are verified in float32, which holds their weights exactly, so that rounding cannot hide a wrong head.
-Fold and twin then hold the same numbers; only the order of sums may differ, where a product with fewer rows or an attention kernel
-for repeated heads associates otherwise. The bound is three times what exchanging the whole attention kernel moves the logits of
-a random 40-layer model (3e-5; 4e-6 on a trained one of 6 layers). In float64 it is the float32 norms of stock models that
-decide, hence 1e-5. A wrong or misplaced head moves logits by about their own size.
+bf16 and fp16 checkpoints are verified in float32, which represents their weights exactly, so that rounding cannot hide a wrong head.
+Fold and twin then have the same weights; only the order of sums may differ, where a product with fewer rows or an attention kernel
+for repeated heads associates otherwise. The bound is three times the change of logits when the whole attention kernel of a random
+40-layer model is exchanged (3e-5; 4e-6 on a trained one of 6 layers). In float64 the float32 norms of stock models are the limit,
+hence 1e-5. A wrong or misplaced head changes logits by about their own size.
 """
 
 OUTPUTS = ("logits", "logits_per_text", "prediction_logits", "start_logits", "last_hidden_state")
-"""What is compared: the first of these that the model gives."""
+"""The outputs that can be compared; the first one that the model has is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What comparing a fold with its twin found. `where` names the first part that differs, None where all is well."""
+    """The result of comparing a fold with its twin. `where` names the first part that differs, None where none does."""
 
     passed: bool
     max_abs_difference: float
     tolerance: float
-    """Absolute: the table's entry times the root mean square of the twin's logits."""
+    """Absolute: the entry of `TOLERANCE` times the root mean square of the twin's logits."""
     dtype: str
     num_tokens: int
     where: str | None
@@ -60,14 +60,13 @@ def compare_with_twin(
     device: str = "cpu",
     memory_limit: int | None = None,
 ) -> Verification:
-    """Compare the logits of a fold with those of the source whose attention weights are replaced by the head-repeated twin's.
+    """Compare the logits of a fold with those of its head-repeated twin, which is the source with other attention weights.
 
-    `expected` gives, by name on disk in the source and in the source's shapes and dtype, what each replaced tensor is in the
-    twin; it may be lazy; `renamed` and the classes are those of `open_model`. `unrounded` is what the fold's weights were before
-    they were rounded, where it multiplied some. `make_twin` makes the twin of the opened source, where it has other shapes than
-    that. The models are opened one after the other,
-    streamed from disk where they exceed the memory, so a few windows of logits are all that is held besides. A wrong logit
-    anywhere, NaN included, fails.
+    `expected` gives the twin's replaced tensors by their names on disk in the source, in the source's shapes and dtype; it may be
+    lazy. `renamed` and the classes are those of `open_model`. `unrounded` gives weights of the fold before they were rounded,
+    where an export multiplied some. `make_twin` makes the twin from the opened source instead, where their shapes differ. The
+    models are opened one after the other, and streamed from disk where they exceed the memory, so that only a few windows of
+    logits are held besides. A wrong logit anywhere, NaN included, fails the comparison.
 
     Raises:
         UserError: the fold does not load in stock transformers.
@@ -99,19 +98,19 @@ def compare_with_twin(
 
 
 def _outputs(model: "PreTrainedModel", sample: Sample) -> Float[Tensor, "item *output"]:
-    """Logits, or the last hidden states of a model without a head."""
+    """Return logits, or the last hidden states of a model without a head."""
     return model_output(model, sample)[1].cpu()
 
 
 def model_output(model: "PreTrainedModel", sample: Sample) -> tuple[str, Tensor]:
-    """The first of `OUTPUTS` that the model gives, with its name."""
+    """Return name and value of the first of `OUTPUTS` that the model has."""
     output = model(**model_inputs(model, sample))
     name = next(name for name in OUTPUTS if name in output)
     return name, output[name]
 
 
 def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
-    """What of a sample the model takes, placed where it is: no labels, no cache."""
+    """Return the inputs of a sample that the model takes, on its device, without labels and without a cache."""
     known = inspect.signature(model.forward).parameters
     # Not as labels: a loss over them is no business of this comparison, and not every head can take them.
     labels = sample.get("labels")
@@ -123,19 +122,19 @@ def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
 
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:
-    """Embeddings, then the output of each layer; of an encoder-decoder those of the encoder first."""
+    """Return the embeddings and the output of each layer; those of the encoder first."""
     output = model(**model_inputs(model, sample), output_hidden_states=True)
     names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
     return tuple(state.cpu() for name in names for state in output.get(name) or ())
 
 
 def _scale(reference: Tensor) -> float:
-    """Root mean square, accumulated in float64."""
+    """Return the root mean square, accumulated in float64."""
     return reference.to(torch.float64).pow(2).mean().sqrt().item()
 
 
 def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relative: float) -> str:
-    """The first layer whose output differs by more than the table allows; `embeddings` before and `output head` after them."""
+    """Return the first layer whose output differs by more than the tolerance, `embeddings` before them or `output head` after them."""
     for depth, (expected, found) in enumerate(zip(twin, fold, strict=True)):
         if not (found - expected).abs().max().item() <= relative * _scale(expected):
             return f"layers.{depth - 1}" if depth else "embeddings"
@@ -144,11 +143,11 @@ def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relati
 
 @torch.no_grad()
 def compared_output(model: "PreTrainedModel", sample: Sample) -> Tensor:
-    """The first of `OUTPUTS` that the model gives of the sample."""
+    """Return the first of `OUTPUTS` that the model has, on the CPU."""
     return model_output(model, dict(sample))[1].cpu()
 
 
 def difference_and_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest difference of two answers computed in `dtype`, and the tolerance for it, absolute."""
+    """Return the largest difference of two outputs computed in `dtype`, and the tolerance for it, both absolute."""
     tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
     return (found - expected).abs().max().item(), tolerance

@@ -1,1 +1,1 @@
-"""Floor 7: a folded checkpoint written again in a layout that stock classes and engines read. Directory in, directory out."""
+"""Floor 7: writes a folded checkpoint in a layout that stock classes and engines read; reads one directory and writes another."""

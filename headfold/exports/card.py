@@ -1,4 +1,4 @@
-"""The card of a fold, with a section that says how the layout it is in now is opened."""
+"""The model card of an export: that of the fold, with a section on how to open the layout."""
 
 import re
 
@@ -6,7 +6,7 @@ from .pieces import UNTOUCHED, Export
 
 
 def exported_card(card: str, made: Export) -> str:
-    """`card` with another section on use; the rest, what was folded and how, holds for every layout."""
+    """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout."""
     section = f"## Use\n\n{made.description}.\n\n```python\n{_lines(made)}\n```\n\n"
     card = card.replace(UNTOUCHED, made.unchanged)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)

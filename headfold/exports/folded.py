@@ -1,4 +1,4 @@
-"""A folded checkpoint as the layouts see it: its attentions by layer, with their heads and groups as the config lists them."""
+"""A folded checkpoint as layouts read it: the attention of each layer, with its heads and groups as the config lists them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ ROLES = ("q", "k", "v", "o")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The attention of one layer. `names` are role → tensor name on disk without its suffix, the projections unfused."""
+    """The attention of one layer. `names` maps role to tensor name on disk without suffix; the projections are not fused."""
 
     names: Mapping[str, str]
     num_heads: int
     head_dim: int
-    """Width of a K/V head, and of its queries."""
+    """Dims of a K/V head and of its queries."""
     groups: Groups
     """Query head → K/V head."""
 
@@ -35,14 +35,14 @@ class Entry:
         return max(self.groups.sizes)
 
     def slots(self, group_size: int) -> tuple[int, ...]:
-        """Slot → query head, every group filled up to `width` slots; `num_heads` in an empty one."""
+        """Return slot → query head, with every group filled up to `group_size` slots; `num_heads` stands for an empty one."""
         empty = [self.num_heads]
         return tuple(slot for heads in self.groups.members for slot in [*heads, *empty * (group_size - len(heads))])
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a layout may look at before anything is read: config and attentions. `where` names it in messages."""
+    """What a layout may read before any tensor is read: config and attention sites. `where` names the config in messages."""
 
     config: Mapping[str, Any]
     family: Family
@@ -55,7 +55,7 @@ class Folded:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """K/V heads, by layer."""
+        """The number of K/V heads of each layer."""
         return tuple(entry.groups.num_kv_heads for entry in self.entries)
 
     @property
@@ -65,35 +65,37 @@ class Folded:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have equally many K/V heads of one width."""
+        """Whether all layers have the same number of K/V heads and one head_dim."""
         return len({(entry.groups.num_kv_heads, entry.head_dim) for entry in self.entries}) == 1
 
     @property
     def is_even(self) -> bool:
-        """Whether inside every layer all groups are equal."""
+        """Whether all groups of each layer have the same size."""
         return all(entry.groups.is_even for entry in self.entries)
 
     @property
     def has_window(self) -> bool:
-        """Whether attention of any layer sees only the last tokens."""
+        """Whether the attention of any layer has a sliding window."""
         turned_on = self.config.get("use_sliding_window", self.model_type == "mistral")
         windows = turned_on and self.config.get("sliding_window", 4096 if self.model_type == "mistral" else None)
         return bool(windows) or "sliding_attention" in (self.config.get("layer_types") or ())
 
     def field(self, name: str) -> Any:
-        """A config field as its class sees it."""
+        """Return a config field as its class reads it."""
         return read_field(self.family, self.config, name)
 
 
 def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
-    """Of a config alone. A model with other attentions than one per layer, or without a language head, has no entries."""
+    """Return a fold given by its config alone. A model with other sites than one per layer, or without a language head, has no
+    entries.
+    """
     family = family_of(dict(config), where)
     simple = len(family.attentions) == 1 and (config.get("architectures") or [""])[0].endswith("ForCausalLM")
     return Folded(config, family, tuple(_entries(config, family)) if simple else (), where)
 
 
 def stock_config(source: Folded) -> "PreTrainedConfig":
-    """The config of the source's own class, with all that this class assumes."""
+    """Return the config as an object of the source's own class, with all its defaults."""
     import transformers
 
     config_class = getattr(transformers, source.config["architectures"][0]).config_class
@@ -101,7 +103,7 @@ def stock_config(source: Folded) -> "PreTrainedConfig":
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that stay when a fold leaves headfold's runtime."""
+    """Return the fields that remain when a fold no longer needs headfold's runtime."""
     return {name: value for name, value in config.items() if name not in ("headfold", "auto_map")}
 
 
@@ -109,7 +111,7 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
     """Open a directory that `fold` wrote.
 
     Raises:
-        UserError: no checkpoint, an unfinished one, or one whose config, plan and tensors disagree.
+        UserError: there is no checkpoint, it is unfinished, or its config, plan and tensors disagree.
     """
     path = Path(path)
     found = folded(read_checked_config(path), f"{path}/config.json")
@@ -133,7 +135,7 @@ def _entries(config: Mapping[str, Any], family: Family) -> Iterator[Entry]:
 def _shape(
     config: Mapping[str, Any], family: Family, attention: Attention, site: Mapping[str, Any]
 ) -> tuple[int, Groups, int]:
-    """Heads, groups and their width: as a site lists them, else as the config counts them."""
+    """Return heads, groups and head_dim: as a site lists them, else as the config counts them."""
     num_heads = site.get("heads") or read_field(family, config, attention.heads)
     config_count = read_field(family, config, attention.kv_heads) if attention.kv_heads else None
     num_kv_heads = site.get("kv_heads") or config_count or num_heads
@@ -145,7 +147,7 @@ def _shape(
 
 
 def _check_rows(entry: Entry, checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse weights that are not as large as the config says."""
+    """Raise a UserError where weights do not have the size that the config says."""
     rows = {"q": entry.num_heads, "k": entry.groups.num_kv_heads, "v": entry.groups.num_kv_heads}
     for role, heads in rows.items():
         name = f"{entry.names[role]}.weight"

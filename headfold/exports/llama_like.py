@@ -1,8 +1,8 @@
-"""Llama's relatives with one count of K/V heads: queries in standard order, small groups filled up with zero heads.
+"""Models of Llama's kind with one number of K/V heads: queries in standard order, smaller groups filled up with zero heads.
 
-A zero query attends evenly, and its zero columns of `W_o` drop what it found: exact, at the cost of its weights and no K/V.
-Then heads times their width is no longer the model's, so the class must read `head_dim`, and an engine must too: Llama refuses
-a model width that its heads do not divide, Qwen 2 is read without `head_dim` by engines. Mistral and Seed-OSS compute the same.
+A zero query attends evenly, and its zero columns of `W_o` drop the result: this is exact, and costs weights but no K/V cache. The number
+of heads times head_dim is then no longer the hidden size, so the class must read `head_dim`, and an engine too: Llama refuses a hidden
+size that its heads do not divide, and engines read Qwen 2 without `head_dim`. Mistral and Seed-OSS compute the same function.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ from .folded import Entry, Folded, stock_config, without_code
 from .pieces import Export, Linear, Piece
 
 READ_HEAD_DIM = ("mistral", "qwen3", "seed_oss")
-"""Model types whose class takes any number of heads of any width; so does llama where its heads divide the model's width."""
+"""Model types whose class takes any number of heads and any head_dim; llama does so where its heads divide the hidden size."""
 MODEL_TYPES = ("llama", "qwen2", *READ_HEAD_DIM)
 _NAMES = {"mistral": "Mistral", "seed_oss": "SeedOss"}
 _COMMON = (
@@ -25,14 +25,14 @@ _COMMON = (
 
 
 def why_not(source: Folded) -> str | None:
-    """Why this model cannot be padded, None where it can."""
+    """Return why a model of these types cannot be padded, None where it can."""
     if source.model_type == "qwen2" and source.has_window:
         return "qwen2 with a sliding window has no stock class that reads any head_dim"
     return None
 
 
 def in_standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
-    """Equal groups: the same class, query heads sorted by the K/V head they read."""
+    """Return the same class with equal groups: query heads are sorted by the K/V head they read."""
     entry = source.entries[0]
     config = {**without_code(source.config), "num_key_value_heads": entry.groups.num_kv_heads}
     pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.group_size)]
@@ -40,7 +40,7 @@ def in_standard_order(checkpoint: Checkpoint, source: Folded, layout: str) -> Ex
 
 
 def padded(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
-    """Unequal groups, each filled up to the largest of all layers."""
+    """Return a class that reads `head_dim`, with every group filled up to the largest of all layers."""
     group_size, num_kv_heads = source.group_size, source.counts[0]
     num_heads = group_size * num_kv_heads
     config = padded_config(source, [num_heads])
@@ -55,7 +55,7 @@ def padded(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
 
 
 def reordered(checkpoint: Checkpoint, entry: Entry, group_size: int) -> Iterator[Piece]:
-    """The rows of Q and the columns of O in slots; nothing where they lie so already."""
+    """Yield the rows of Q and the columns of O in slots; nothing where they are in this order already."""
     slots = entry.slots(group_size)
     if slots == tuple(range(entry.num_heads)):
         return
@@ -65,7 +65,7 @@ def reordered(checkpoint: Checkpoint, entry: Entry, group_size: int) -> Iterator
 
 
 def padded_config(source: Folded, num_heads: Collection[int]) -> dict[str, Any]:
-    """The config of a class that takes these counts of query heads, all of them in one model, but for the heads."""
+    """Return the config, except its heads, of a class that takes these numbers of query heads in one model."""
     stock = stock_config(source)
     # Llama's config divides by the count before it knows that layers have counts of their own.
     divides = source.model_type == "llama" and len(num_heads) == 1 and stock.hidden_size % min(num_heads) == 0

@@ -1,8 +1,8 @@
-"""GPT-NeoX with parallel residual, and GPT-J, as the stock Phi class: the same function, and Phi reads a count of K/V heads.
+"""GPT-NeoX with parallel residual, and GPT-J, as the stock Phi class, which computes the same function and reads a number of K/V heads.
 
-All three add attention and MLP to one residual. Phi has one layer norm for both, so GPT-NeoX's two become the identity's and
-their gains and offsets go into the linears behind them: W (g * x + b) = (W g) x + W b. Phi rotates halves of a head; the rows
-of GPT-J's pairs are put in that order, in Q and K alike, which leaves their products as they are.
+All three add attention and MLP to one residual. Phi has one layer norm for both, so GPT-NeoX's two become identities and their gains and
+offsets are multiplied into the linears after them: W (g * x + b) = (W g) x + W b. Phi rotates halves of a head; the rows of GPT-J's
+pairs are put in that order, in Q and K alike, which leaves their products unchanged.
 """
 
 import math
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SourceNames:
-    """Where a class keeps what Phi keeps elsewhere; names on disk."""
+    """The names on disk of the parts of a class that Phi has under other names."""
 
     layer: str
     fc1: str
@@ -31,9 +31,9 @@ class SourceNames:
     final_norm: str
     head: str
     mlp_norm: str = ""
-    """The second norm of a layer; both are folded away then."""
+    """The second norm of a layer; where there is one, both norms are folded into the linears."""
     buffers: tuple[str, ...] = ()
-    """What old checkpoints hold besides weights."""
+    """Tensors of old checkpoints that are not weights."""
 
 
 SOURCES: dict[str, SourceNames] = {
@@ -63,16 +63,16 @@ MODEL_TYPES = tuple(SOURCES)
 
 
 def why_not(source: Folded) -> str | None:
-    """Why this model has no Phi twin, None where it has one."""
+    """Return why a model of these types has no Phi model that computes the same function, None where it has one."""
     if source.model_type == "gpt_neox" and source.config.get("use_parallel_residual", True) is False:
         return "gpt_neox with use_parallel_residual=false adds attention and MLP in turn, which Phi does not"
     if source.model_type == "gptj" and not source.field("rotary_dim"):
-        return "gptj without rotary_dim turns by other angles than Phi"
+        return "gptj without rotary_dim rotates by other angles than Phi"
     return None
 
 
 def as_phi(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
-    """The Phi twin; queries of unequal groups are filled up with zero heads."""
+    """Return the Phi model; smaller groups are filled up with zero heads."""
     names, group_size = SOURCES[source.model_type], source.group_size
     stock = stock_config(source)
     pieces = [*_ends(checkpoint, names)]
@@ -92,7 +92,7 @@ def as_phi(checkpoint: Checkpoint, source: Folded, layout: str) -> Export:
 
 
 def _ends(checkpoint: Checkpoint, names: SourceNames) -> Iterator[Piece]:
-    """Embeddings, the last norm, the head. Phi's head has a bias, tied or not."""
+    """Yield embeddings, the last norm and the head. Phi's head has a bias, tied or not."""
     head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
     for suffix in ("weight", "bias"):
         yield moved(f"{names.final_norm}.{suffix}", f"model.final_layernorm.{suffix}", checkpoint)
@@ -134,7 +134,9 @@ def _layer(
 
 
 def _norms(checkpoint: Checkpoint, old: str, new: str, mlp_norm: str) -> Iterator[Piece]:
-    """The one norm moves; of two, whose numbers are in the linears now, one becomes the identity's and one goes."""
+    """Yield the norm under its new name; of two norms, which are folded into the linears, one becomes the identity and the other is
+    removed.
+    """
     for suffix, identity in (("weight", 1.0), ("bias", 0.0)):
         if not mlp_norm:
             yield moved(f"{old}.{suffix}", f"{new}.{suffix}", checkpoint)
@@ -145,11 +147,11 @@ def _norms(checkpoint: Checkpoint, old: str, new: str, mlp_norm: str) -> Iterato
 
 
 def _rotary_order(source: Folded, entry: Entry) -> tuple[int, ...] | None:
-    """Dims of a head in the order of Phi: the first of every pair, the second of every pair, those that do not turn."""
+    """Return the dims of a head in Phi's order: the first of every pair, the second of every pair, then those that are not rotated."""
     if not (source.family.position and source.family.position.interleaved):
         return None
-    turning = source.field("rotary_dim")
-    return (*range(0, turning, 2), *range(1, turning, 2), *range(turning, entry.head_dim))
+    rotary_dim = source.field("rotary_dim")
+    return (*range(0, rotary_dim, 2), *range(1, rotary_dim, 2), *range(rotary_dim, entry.head_dim))
 
 
 _KEPT = ("vocab_size", "max_position_embeddings", "initializer_range", "use_cache", "tie_word_embeddings")
@@ -203,12 +205,12 @@ def _of_gptj(stock: Any, head_dim: int) -> dict[str, Any]:
 
 
 def _rope(parameters: dict[str, Any], share: float) -> dict[str, Any]:
-    """The rotary fields, also under the names that older readers know."""
+    """Return the rotary fields, under their old names too."""
     both = {"rope_theta": parameters["rope_theta"], "partial_rotary_factor": share}
     return {**both, "rope_parameters": {**parameters, **both}}
 
 
 def _share(rotary_dim: int, head_dim: int) -> float:
-    """The share of a head that turns, such that `int(head_dim * share)` is `rotary_dim`."""
+    """Return the share of head_dim that is rotated, such that `int(head_dim * share)` is `rotary_dim`."""
     share = rotary_dim / head_dim
     return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 2.0)

@@ -1,4 +1,4 @@
-"""A checkpoint written again in another layout: which tensors go, which come in their place, and who computes them."""
+"""A checkpoint rewritten in another layout: which tensors are replaced, by which, and how these are computed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,23 +20,25 @@ Make = Callable[[Read], Mapping[str, Tensor]]
 
 
 UNTOUCHED = "all tensors outside attention are the original's, byte for byte"
-"""What the card of a fold says of the rest of the model."""
+"""The sentence of a fold's card on the rest of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tensors that go together: `replaced` leave, those in `shapes` come, in the shard and dtype of the first that leaves."""
+    """Tensors that are written together: `replaced` are removed, those in `shapes` take their place, in the shard and dtype of the
+    first.
+    """
 
     replaced: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     make: Make = lambda read: {}
     rounds: bool = False
-    """Whether the numbers are new ones, rounded to the dtype, and not the old ones in other places."""
+    """Whether the numbers are computed and rounded to the dtype, rather than moved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A layout of one checkpoint: its config, the tensors that change, files of code, and one line that says what it is."""
+    """One checkpoint in a layout: its config, the tensors that change, files of code, and a one-line description."""
 
     layout: str
     config: Mapping[str, Any]
@@ -44,7 +46,7 @@ class Export:
     description: str
     files: Mapping[str, str] = field(default_factory=dict)
     unchanged: str = UNTOUCHED
-    """The same of the export."""
+    """The sentence that replaces `UNTOUCHED` on the card."""
 
     @property
     def model_class(self) -> str:
@@ -55,8 +57,8 @@ class Export:
 class Linear:
     """One linear to be written under another name or in another shape.
 
-    `rows` and `columns` pick from the old ones in units of `block` (a head); one past the last picks zeros. `inside` reorders
-    the rows of every block. `norm` is the layer norm before it, whose gains and offsets it takes in. `bias` writes one where
+    `rows` and `columns` select from the old ones in units of `block` (a head); one past the last selects zeros. `inside` reorders
+    the rows of every block. `norm` is the layer norm before it, whose gains and offsets are folded in. `bias` adds a bias where
     the old linear has none.
     """
 
@@ -102,7 +104,9 @@ def picked(
     axis: int,
     inside: Sequence[int] | None = None,
 ) -> Float[Tensor, "..."]:
-    """Blocks of an axis in another order, one past the last being zeros; and each of them reordered `inside`."""
+    """Return the blocks of an axis in another order, where one past the last is zeros, with the rows of each block reordered by
+    `inside`.
+    """
     if order is None and inside is None:
         return tensor
     blocks = tensor.unflatten(axis, (-1, block))
@@ -117,18 +121,18 @@ def picked(
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise UserError(
-            f"{name}: not finite in {tensor.dtype}; expected numbers: the norm before it overflows the dtype"
+            f"{name}: expected finite numbers in {tensor.dtype}, got others: with the norm before it this linear overflows the dtype"
         )
     return tensor
 
 
 def moved(old: str, new: str, checkpoint: Checkpoint) -> Piece:
-    """One tensor under another name."""
+    """Return one tensor under another name."""
     return Piece((old,), {new: tuple(checkpoint.tensors[old].shape)}, lambda read: {new: read(old)})
 
 
 def filled(old: str, values: Mapping[str, float], size: int, like: Checkpoint) -> Piece:
-    """Constant vectors in the place and dtype of a tensor that goes."""
+    """Return constant vectors in the place and dtype of a tensor that is removed."""
     dtype = like.tensors[old].dtype
     shapes = dict.fromkeys(values, (size,))
     return Piece((old,), shapes, lambda read: {n: torch.full((size,), v, dtype=dtype) for n, v in values.items()})
@@ -137,12 +141,12 @@ def filled(old: str, values: Mapping[str, float], size: int, like: Checkpoint) -
 def write_export(
     checkpoint: Checkpoint, made: Export, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Write weights, config, code and all that lies beside the weights into the existing directory `target`.
+    """Write weights, config, code and all files beside the weights into the existing directory `target`.
 
-    One piece is in memory at a time. After a kill another call writes the missing shards, and the same bytes.
+    One piece is in memory at a time. After a kill another call writes the missing shards, with the same bytes.
 
     Raises:
-        UserError: the disk cannot hold it, or numbers that overflow the checkpoint's dtype.
+        UserError: the disk is too small, or numbers overflow the checkpoint's dtype.
     """
     by_name = {piece.replaced[0]: piece for piece in made.pieces}
     shapes = {name: shape for piece in made.pieces for name, shape in piece.shapes.items()}

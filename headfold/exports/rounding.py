@@ -1,7 +1,7 @@
-"""New numbers of an export before they were rounded: with them a comparison in float32 is as strict as for any fold.
+"""The numbers of an export before they were rounded, so that a comparison in float32 is as strict as for any fold.
 
-Gains that go into a linear make products that half precision rounds once more, by as much as it rounded the weights when they were
-saved. That would hide a wrong row, so the comparison takes the products as they are, and the written ones must be these, rounded.
+Gains folded into a linear give products that half precision rounds once more, by as much as it rounded the weights when they were saved.
+That would hide a wrong row, so the comparison takes the products as they are, and the written ones must be these, rounded.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from .pieces import Export, Piece
 
 
 class Unrounded(Mapping[str, Tensor]):
-    """Tensor name in `target` → its numbers in `dtype`; only where those written there were rounded to less."""
+    """Maps tensor names in `target` to their numbers in `dtype`, for those that were rounded to less when they were written."""
 
     def __init__(self, checkpoint: Checkpoint, made: Export, target: Path, dtype: torch.dtype) -> None:
         self._source, self._written, self._dtype = checkpoint, Checkpoint.open(target), dtype
@@ -34,7 +34,7 @@ class Unrounded(Mapping[str, Tensor]):
             self._last = (piece, piece.make(lambda old: self._source.read(old).to(self._dtype)))
         tensor, written = self._last[1][name], self._written.read(name)
         if not torch.equal(tensor.to(written.dtype), written):
-            raise UserError(f"{self._written.path}: {name}: expected what was computed, got other numbers; start again")
+            raise UserError(f"{self._written.path}: {name}: expected what was computed, got other numbers; export again")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

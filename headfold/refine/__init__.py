@@ -1,1 +1,1 @@
-"""Floor 7: what needs a running model to improve a fold. One block-by-block loop, one page per solver."""
+"""Floor 7: improving merged heads block by block, by least squares (refit) and by gradient (heal)."""

@@ -1,7 +1,7 @@
-"""Walk a stock model block by block: one pass over the data, one block at work, every attention's inputs handed out.
+"""Runs a stock model block by block: one pass over the data, one block at a time, with the inputs of every attention site recorded.
 
-The hidden states of all calibration windows wait between blocks; a block is run once per batch of windows. What else a
-block is called with (position embeddings, masks) is the same for every batch of one shape, so it is recorded once.
+The hidden states of all calibration windows are kept between blocks; a block is run once per batch of windows. The other arguments of a
+block (position embeddings, masks) are the same for every batch of one shape, so they are recorded once.
 """
 
 import copy
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
-    """Raised by the first block so that the rest of the model is not run; carries the call."""
+    """Raised by the first block, so that the rest of the model is not run; carries the call."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -32,14 +32,14 @@ class _Reached(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One attention site inside its transformer block."""
+    """One attention site in its transformer block."""
 
     site: Site
     block: nn.Module
     attention: nn.Module
 
     def run(self, hidden: Float[Tensor, "batch token model"], keywords: dict[str, Any]) -> tuple[Tensor, Call, Tensor]:
-        """The block's output, the call that its attention received, and what its output projection answered."""
+        """Return the block's output, the call that its attention received, and the output of its output projection."""
         with _recorded(self.attention, self.site) as seen:
             output = _first(self.block(hidden, **keywords))
         return output, *seen[0]
@@ -47,7 +47,7 @@ class Block:
 
 @contextmanager
 def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Tensor]]]:
-    """Every call of the module that holds a site's projections, each with what the output projection answered."""
+    """Return a context that records every call of the module with a site's projections, with the output of the output projection."""
     outputs: list[Tensor] = []
     seen: list[tuple[Call, Tensor]] = []
     projection = attention.get_submodule(site.paths["o"].removeprefix(f"{site.module}."))
@@ -67,7 +67,7 @@ def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Ten
 def recorded_calls(
     model: "PreTrainedModel", sites: list[Site], batch: Sample
 ) -> Iterator[tuple[Site, Call, Float[Tensor, "*batch model"]]]:
-    """One pass of the whole model: for each site the call that its attention received, and its answer."""
+    """Yield, from one pass of the whole model, each call of each site's attention and the output of its output projection."""
     with ExitStack() as stack:
         recorded = [(site, stack.enter_context(_recorded(model.get_submodule(site.module), site))) for site in sites]
         run(model, batch)
@@ -81,14 +81,14 @@ def _first(output: Any) -> Tensor:
 
 
 def blocks_of(model: "PreTrainedModel", sites: list[Site]) -> list[Block]:
-    """The blocks of the sites, in order: a site's block is the module that contains its attention."""
+    """Return the blocks of the sites, in order. A site's block is the module that contains its attention."""
     return [Block(s, model.get_submodule(s.module.rpartition(".")[0]), model.get_submodule(s.module)) for s in sites]
 
 
 def first_hidden_states(
     model: "PreTrainedModel", first: Block, batch: Int[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token model"]:
-    """The hidden states that the first block receives."""
+    """Return the hidden states that the first block receives."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached((args, kwargs))
@@ -107,7 +107,7 @@ def first_hidden_states(
 def block_keywords(
     model: "PreTrainedModel", blocks: list[Block], batch: Int[Tensor, "batch token"]
 ) -> list[dict[str, Any]]:
-    """What every block is called with beside the hidden states, for batches of this shape."""
+    """Return the arguments of every block besides the hidden states, for batches of this shape."""
     recorded: dict[int, dict[str, Any]] = {}
 
     def recorder(index: int) -> Callable[..., None]:
@@ -127,7 +127,7 @@ def block_keywords(
 
 
 def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a stock attention module with other weights of the same shapes; `weights` by names on disk."""
+    """Return a copy of a stock attention module with other weights of the same shapes; `weights` are given by names on disk."""
     # What streams an original's weights from disk is not copied: a twin holds its weights.
     hooks = [part._hf_hook for part in attention.modules() if hasattr(part, "_hf_hook")]
     module = copy.deepcopy(attention, {id(hook): None for hook in hooks})
@@ -143,7 +143,7 @@ def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.
 
 
 def _value(module: nn.Module, name: str) -> Tensor:
-    """A parameter's value, fetched from disk where the module's own is only a shape."""
+    """Return a parameter's value, read from disk where the module holds only a shape."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     parameter = getattr(owner, leaf)
@@ -156,9 +156,9 @@ def _value(module: nn.Module, name: str) -> Tensor:
 def walk(
     model: "PreTrainedModel", sites: list[Site], batches: list[Int[Tensor, "batch token"]]
 ) -> Iterator[tuple[Block, Callable[[int], tuple[Call, Tensor]]]]:
-    """Yields every block with a function: number of a batch → the attention's call and answer in the original model.
+    """Yield every block with a function from the number of a batch to its attention's call and output in the original model.
 
-    The function must be called once per batch, in any order, before the next block is asked for.
+    The function must be called once per batch, in any order, before the next block is requested.
     """
     blocks = blocks_of(model, sites)
     keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}

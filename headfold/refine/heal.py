@@ -1,10 +1,10 @@
-"""Heal every block: its four projections trained alone, by gradient, to answer what the original's attention answers.
+"""Heals every block: trains its four projections alone, by gradient, to reproduce the output of the original's attention.
 
-Minimises Σ ‖y − ŷ‖² / Σ ‖y‖² over the calibration tokens by Adam (Kingma & Ba 2015, 1412.6980) on W_q, W_k, W_v and W_o together, from
-where merge and refit end. No pass through the whole model, forward or backward: one block is at work, and a block is done
-in some hundred steps. An eighth of the data is held back; of the heads met on the way, those that answer best there are kept, so that a
-healed block is no worse than it was. Of several processes together each takes a batch of every step and its share of what is held back, so
-a step sees as many batches as there are processes, and fewer steps train a block with as many tokens.
+Minimises Σ ‖y − ŷ‖² / Σ ‖y‖² over the calibration tokens by Adam (Kingma & Ba 2015, 1412.6980) on W_q, W_k, W_v and W_o together,
+starting from the merged and refitted heads. There is no pass through the whole model: one block is trained at a time, in some
+hundred steps. An eighth of the data is held back, and the heads with the least error on it are kept, so that a healed block is
+never worse than before. With several ranks, each takes one batch of every step and its share of the held-back data, so a step sees
+as many batches as there are ranks, and fewer steps train a block with the same number of tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,27 +27,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 2**19
-"""That every block is trained with, more than once where there are fewer. Rises on a small Llama at 2 of 8 heads, from 0.0647: 0.0334 after
-164 k tokens of 65 k, 0.0270 after 492 k."""
+"""Tokens that every block is trained with, repeated where the sample has fewer. Loss increases on a small Llama at 2 of 8 heads, from
+0.0647: 0.0334 after 164 k tokens of 65 k, 0.0270 after 492 k.
+"""
 ITEMS = 2**14
-"""The same of what has no tokens to count: images, sound."""
+"""The same for data without tokens: images and sound."""
 BATCH_TOKENS = 2048
 HELD_BACK = 8
-"""One batch of so many."""
+"""One batch in so many is held back."""
 NUM_CHECKS = 8
-"""How often the error on what is held back is looked at."""
+"""How often the error on the held-back data is computed."""
 MAX_ERROR_RATIO = 2
-"""Times the least error that a look may find: between, steps are still long, and what they scatter falls as they shorten. Backing off at
-every look that found nothing better ended at a rise of 0.0387 on a small Llama at 2 of 8 heads, 0.0234 so."""
+"""A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
+shorter. Backing off at every check without improvement ended at a loss increase of 0.0387 on a small Llama at 2 of 8 heads, this
+way at 0.0234.
+"""
 LATE = 0.75
-"""Of the steps: what nothing better was found with until then will not be found with the rest of them."""
+"""Share of the steps after which a check without improvement backs off: the remaining steps would not improve either."""
 BACK_OFF = 4
-"""Beyond these training goes on from the best heads in steps so much smaller."""
+"""Backing off means to continue from the best heads with steps so many times smaller."""
 RATE = 0.2
-"""Step of Adam in root mean squares of a projection's weights, at an error of 1; it goes with the root of the error, as weights that are
-nearly right have less far to go. At an error of 0.006 a fixed step of 0.06 ends higher than it began, at 0.07 one of 0.01 is too slow."""
+"""Adam's step in root mean squares of a projection's weights, at an error of 1. It is proportional to the root of the error, as
+weights that are nearly right need smaller steps: at an error of 0.006 a fixed step of 0.06 ends above the error it began with, and
+at an error of 0.07 a step of 0.01 is too slow.
+"""
 WARM_UP = 5
-"""Steps."""
+"""In steps."""
 BETAS = (0.9, 0.95)
 FIELDS = ("q", "k", "v", "o")
 
@@ -63,9 +68,9 @@ def heal(
     seed: int = 0,
     **how: Any,
 ) -> dict[str, FittedHeads]:
-    """By site, its healed heads: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
+    """Return the healed heads of every site: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
 
-    Every block is trained with `tokens` tokens of `sample` (items where it has none), over all processes together. `model`, `sites`,
+    Every block is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together. `model`, `sites`,
     `merged` and `how` are those of `fitting.fit`.
     """
     all_batches = _batches(sample)
@@ -79,7 +84,7 @@ def heal(
 
 
 def tokens_per_block(sample: Sample, tokens: int) -> int:
-    """Tokens that one block is run over, training and checks."""
+    """Return the number of tokens that one block is run on, in training and in checks."""
     all_batches = _batches(sample)
     _, held = _split(len(all_batches))
     return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
@@ -99,7 +104,7 @@ class _TrainedWeights:
 
     @classmethod
     def of(cls, heads: Heads, site: Site) -> "_TrainedWeights":
-        """A bias column that the checkpoint has no room for stays as it is."""
+        """Return the weights of these heads. A bias column that the checkpoint has no tensor for stays as it is."""
         biased = "qkv" in site.biases
         tensors = {"o": heads.o}
         for field in ("q", "k", "v"):
@@ -112,7 +117,7 @@ class _TrainedWeights:
         return cls(heads, leaves, scales | ({"o_bias": scales["o"]} if "o_bias" in scales else {}))
 
     def to_heads(self) -> Heads:
-        """The heads with the weights as they are now."""
+        """Return the heads with the present weights."""
         changed: dict[str, Any] = {name: self._whole(name, tensor) for name, tensor in self.tensors.items()}
         return replace(self.heads, **changed)
 
@@ -121,12 +126,13 @@ class _TrainedWeights:
         return tensor if tensor.shape == before.shape else torch.cat([tensor, before[..., -1:]], -1)
 
     def set(self, fitted: FittedHeads) -> None:
-        """Go back to the weights that `fitted` returned."""
+        """Set the weights to those of fitted heads."""
         for name, leaf in self.tensors.items():
             before = getattr(fitted, name)
             leaf.data.copy_(before if leaf.shape == before.shape else before[..., :-1])
 
     def fitted(self) -> FittedHeads:
+        """Return a copy of the present weights."""
         return FittedHeads(
             **{name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
         )
@@ -135,7 +141,7 @@ class _TrainedWeights:
 def _healed(
     site_calls: RecordedSite, heads: Heads, *, rounds: list[range], held: range, steps: int, rate: float, seed: int
 ) -> FittedHeads:
-    """A step sees the batches of one of the `rounds`, one per process."""
+    """Return the heads with the least error on the held-back batches. A step sees the batches of one of the `rounds`, one per rank."""
     weights = _TrainedWeights.of(heads, site_calls.site)
     positions, energy = _positions_and_energy(site_calls, held.stop)
     best, found = _error(site_calls, weights.to_heads(), held), weights.fitted()
@@ -163,7 +169,7 @@ def _healed(
 
 
 def _split(count: int) -> tuple[range, range]:
-    """Numbers of the batches to train on and to look at; a single batch is both."""
+    """Return the numbers of the batches for training and for checks; a single batch is used for both."""
     if count == 1:
         return range(1), range(1)
     held = max(1, count // HELD_BACK)
@@ -171,7 +177,7 @@ def _split(count: int) -> tuple[range, range]:
 
 
 def _shuffled(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]:
-    """Each round of batches once in random order, then again in another, for so many steps; the same in all processes."""
+    """Yield all rounds in random order, again and again, for so many steps; the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     left: list[range] = []
     for _ in range(steps):
@@ -182,7 +188,7 @@ def _shuffled(rounds: Sequence[range], steps: int, seed: int) -> Iterator[range]
 def _step(
     site_calls: RecordedSite, weights: _TrainedWeights, optimizer: torch.optim.Optimizer, numbers: range, energy: float
 ) -> None:
-    """Σ ‖y − ŷ‖² / `energy` over the batches of these numbers; a process that has none of them adds no gradient."""
+    """Take one step on Σ ‖y − ŷ‖² / `energy` over the batches of these numbers; a rank that has none of them adds no gradient."""
     tensors = list(weights.tensors.values())
     gradients = [torch.zeros_like(tensor) for tensor in tensors]
     for number in _on_this_rank(site_calls, numbers):
@@ -196,7 +202,7 @@ def _step(
 
 
 def _all_reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Over all processes, in one message."""
+    """Return the sums over all ranks, in one message."""
     if world_size() == 1:
         return list(tensors)
     flat = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
@@ -208,7 +214,7 @@ def _on_this_rank(site_calls: RecordedSite, numbers: range) -> Iterator[int]:
 
 
 def _positions_and_energy(site_calls: RecordedSite, count: int) -> tuple[list[int], float]:
-    """Positions of each of the `count` batches of all processes, and the mean of ‖y‖² over them all."""
+    """Return the positions of each of the `count` batches of all ranks, and the mean of ‖y‖² over all of them."""
     positions, total = [0.0] * count, 0.0
     for number in site_calls.numbers:
         target = site_calls.target(number)
@@ -218,7 +224,7 @@ def _positions_and_energy(site_calls: RecordedSite, count: int) -> tuple[list[in
 
 
 def _error(site_calls: RecordedSite, heads: Heads, numbers: range) -> float:
-    """Σ ‖y − ŷ‖² / Σ ‖y‖² over these batches."""
+    """Return Σ ‖y − ŷ‖² / Σ ‖y‖² over these batches."""
     missing = energy = 0.0
     for number in _on_this_rank(site_calls, numbers):
         replay = site_calls.run(heads, number)

@@ -1,4 +1,4 @@
-"""Try other heads in an attention block: the stock module, run on the calls that the original received."""
+"""Runs other heads in an attention block: the stock module, replayed on the calls that the original received."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,21 +19,25 @@ if TYPE_CHECKING:
 
 
 class RecordedCall(NamedTuple):
-    """One call of the original attention, what its output projection answered, and which positions are no padding."""
+    """One call of the original's attention, the output of its output projection, and which positions are not padding."""
 
     call: Call
     output: Float[Tensor, "batch token model"]
     mask: Bool[Tensor, "batch token"] | None
 
     def storages(self) -> dict[int, int]:
-        """Address → bytes of every tensor that keeping it holds; what sites share (masks, an encoder's output) has one address."""
+        """Return address → bytes of every tensor that it holds; tensors that sites share (masks, an encoder's output) have one
+        address.
+        """
         (args, kwargs), output = self.call, self.output
         return {t.data_ptr(): t.nbytes for t in (*args, *kwargs.values(), output) if isinstance(t, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What one call brought to the output projection and what that answered, and what the values were made of; padding left out."""
+    """One call replayed with other heads, without padding: input and output of the output projection, the original's output (the
+    target), and the inputs of the value projection.
+    """
 
     inputs: Float[Tensor, "position head_times_dim"]
     output: Float[Tensor, "position model"]
@@ -42,12 +46,13 @@ class Replay:
 
 
 class RecordedSite:
-    """One site of the original with its recorded calls.
+    """One site of the original with its recorded calls, which can be replayed with other heads.
 
-    `heads` handed to it are grouped, in standard order; the stock module runs their head-repeated twin, so gradients of shared
-    heads are summed over those who read them; wide heads run slot by slot. `order` is the standard order's: new position → query
-    head of the original, by which a position bias that the call brings along (T5's, made in the first layer of a stack) is put
-    in order too. `numbers` are those of the recorded calls, among the calls of all processes at work.
+    The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
+    heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
+    new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
+    stack) is reordered by it. `numbers` are those of the recorded calls among the calls of all ranks. `on_replay` is called with
+    the number of each replayed call.
     """
 
     def __init__(
@@ -82,12 +87,12 @@ class RecordedSite:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
 
     def target(self, number: int) -> Float[Tensor, "position model"]:
-        """What the original answered to the call of that number; float32 at least, padding left out."""
+        """Return the original's output for the call of that number, in float32 or better, without padding."""
         _, target, mask = self._recorded[number]
         return _rows(target, None if mask is None else mask.flatten())
 
     def run(self, heads: Heads, number: int) -> Replay:
-        """The call of that number with other heads; float32 at least, as sums in half precision would drown a ridge."""
+        """Replay the call of that number with other heads, in float32 or better, as sums in half precision would hide a ridge."""
         (args, kwargs), target, mask = self._recorded[number]
         bias = kwargs.get("position_bias")
         if isinstance(bias, Tensor) and bias.shape[1] == len(self._order):
@@ -111,7 +116,7 @@ class RecordedSite:
         return Replay(inputs, output, target, _rows(value_inputs, kept if same else None))
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
-        """The module's parameters that the heads decide, by name in the module."""
+        """Return the module's parameters that depend on the heads, by name in the module."""
         tensors = write_heads(self.site, heads.expand(self.site.num_kv_heads), in_slots=self._head_dim_multiple > 1)
         names = local_names(self.site)
         local = {names[name]: t for name, t in tensors.items()}

@@ -1,8 +1,8 @@
-"""W_o by ridge least squares on what the merged heads bring to it.
+"""Refits W_o by ridge regression on the outputs of the merged heads.
 
-Minimises Σ ‖y − W a − b‖² + λ ‖W − W_before‖² over the calibration tokens, y what the original attention answers and a what the
-merged heads bring to W_o. λ is `ridge` times the mean energy of a, so that directions the data hardly show keep the
-weights they had (never zero). Normal equations, summed in float64, over all processes at work.
+Minimises Σ ‖y − W a − b‖² + λ ‖W − W_before‖² over the calibration tokens, where y is the output of the original's attention and a
+the input of W_o with the merged heads. λ is `ridge` times the mean energy of a, so that in directions with little data the weights
+stay as they were (and do not become zero). The normal equations are summed in float64, over all ranks.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .recorded import RecordedSite
 
 @torch.no_grad()
 def refit_output(site_calls: RecordedSite, heads: Heads, ridge: float) -> Heads:
-    """The heads with new `o`, and a new `o_bias` where the site has one."""
+    """Return the heads with a new `o`, and a new `o_bias` where the site has one."""
     size, model = heads.o[..., 0].numel() + 1, heads.o.shape[-1]
     gram, cross = (torch.zeros(size, n, dtype=torch.float64, device=heads.o.device) for n in (size, model))
     for number in site_calls.numbers:
@@ -34,7 +34,7 @@ def refit_output(site_calls: RecordedSite, heads: Heads, ridge: float) -> Heads:
 def _solved(
     gram: Float[Tensor, "n_plus_1 n_plus_1"], cross: Float[Tensor, "n_plus_1 model"], ridge: float, *, intercept: bool
 ) -> Float[Tensor, "n_plus_1 model"]:
-    """The change of [W_o; b_o]; its last row, never shrunk, is zero without an intercept."""
+    """Return the change of [W_o; b_o]. Its last row has no ridge, and is zero without an intercept."""
     gram = gram.clone()
     energies = gram.diagonal()[:-1]
     energies += ridge * energies.mean().clamp_min(torch.finfo(torch.float64).tiny)

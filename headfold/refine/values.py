@@ -1,11 +1,10 @@
-"""W_v of the shared heads by least squares on the attended values: attention weights and W_o as they stand.
+"""Refits W_v of the shared heads by least squares on the attended values, with attention weights and W_o fixed.
 
-A block's output is linear in W_v once its attention weights are fixed, y = Σ_h W_o,h W_v,g(h) z_h with z_h the inputs
-that head h attends to. The merge, which never sees attention weights, weighs the inputs as if all were attended alike; this weighs
-them as the model does. Minimises Σ ‖y − ŷ‖² + λ ‖W_v − W_before‖²_M by preconditioned conjugate gradients on the normal equations
-(Hestenes & Stiefel 1952), each step one forward and one backward pass of the block alone. M is the same quadratic form for inputs
-all attended alike, Σ_h W_oᵀ W_o ⊗ Σ x xᵀ: it serves as the preconditioner and as the ridge's measure. Few steps, as directions that
-the data do not show come last.
+With fixed attention weights a block's output is linear in W_v: y = Σ_h W_o,h W_v,g(h) z_h, where z_h are the attended inputs of head h.
+A merge, which does not see attention weights, weights all inputs equally; this weights them as the model does. Minimises
+Σ ‖y − ŷ‖² + λ ‖W_v − W_before‖²_M by preconditioned conjugate gradients on the normal equations (Hestenes & Stiefel 1952); each step is
+one forward and one backward pass of the block alone. M is the same quadratic form for equally attended inputs,
+Σ_h W_oᵀ W_o ⊗ Σ x xᵀ: it is the preconditioner and the norm of the ridge. The steps are few, as directions with little data come last.
 """
 
 from collections.abc import Callable
@@ -21,13 +20,13 @@ from ..parallel import all_reduce, on_main
 from .recorded import RecordedSite
 
 _DAMPING = 1e-3
-"""Of both factors of M, over their mean energy."""
+"""Added to both factors of M, relative to their mean energy."""
 
 Rows = Float[Tensor, "group dim size"]
 
 
 def refit_values(site_calls: RecordedSite, heads: Heads, ridge: float, steps: int) -> Heads:
-    """The heads with other `v`; its bias column stays as it is where the site has none."""
+    """Return the heads with another `v`; its bias column stays as it is where the site has none."""
     size = heads.v.shape[2] if {"v", "qkv"} & set(site_calls.site.biases) else heads.v.shape[2] - 1
     second = torch.zeros(size, size, dtype=torch.float64, device=heads.v.device)
     rest = -_gradient(site_calls, heads, heads.v[..., :size], to_target=True, moments=second)
@@ -54,7 +53,7 @@ def _is_flat(curvature: Tensor) -> bool:
 
 
 def _with(v: Tensor, rows: Rows) -> Tensor:
-    """v with its first columns replaced."""
+    """Return v with its first columns replaced."""
     return torch.cat([rows, v[..., rows.shape[2] :]], 2)
 
 
@@ -66,9 +65,10 @@ def _gradient(
     to_target: bool,
     moments: Float[Tensor, "size size"] | None = None,
 ) -> Rows:
-    """Of ½ Σ ‖ŷ − y‖² by the values at `rows`; y = 0 unless `to_target`, and then the values are `rows` alone.
+    """Return the gradient of ½ Σ ‖ŷ − y‖² with respect to the values at `rows`, summed over all ranks.
 
-    Over all processes at work. Adds Σ x xᵀ of the inputs x = [inputs, 1] (its first columns) of this one to `moments`.
+    y = 0 unless `to_target`, and then the values are `rows` alone. Adds Σ x xᵀ of this rank's inputs x = [inputs, 1] (its first
+    columns) to `moments`.
     """
     leaf = rows.clone().requires_grad_()
     total = torch.zeros_like(rows)
@@ -87,7 +87,7 @@ def _gradient(
 
 
 def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:
-    """M and its inverse, applied to rows of the values; `second` is Σ x xᵀ."""
+    """Return M and its inverse as functions of rows of the values; `second` is Σ x xᵀ."""
     second = _damped(second)
     own = (heads.o @ heads.o.mT).double()
     readers = torch.tensor(heads.groups.group_of_head, device=own.device)

@@ -113,7 +113,7 @@ def _appended(states: States, new: States, room: Tensor | None, limit: int | Non
     """
     length = states.shape[-2] + new.shape[-2]
     start = None if room is None else _place(states, new, room)
-    if start is None:
+    if room is None or start is None:
         size = max(LEAST_ROOM, 2 * length)
         size = max(length, min(size, limit)) if limit is not None and length <= limit else size
         start, room = 0, new.new_empty(*new.shape[:2], size, new.shape[-1])

@@ -106,7 +106,7 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
         UserError: there is no checkpoint, it is unfinished, or config and plan disagree.
     """
     if directory.name.endswith(".partial"):
-        raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again, it goes on from there")
+        raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again to continue it")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: expected a checkpoint directory, found no config.json there; check the path")
     try:
@@ -144,7 +144,7 @@ def _check_counts(directory: Path, plan: Plan, counts: list[int]) -> None:
     if found - planned or planned - found - same:
         raise UserError(
             f"{directory}: plan.json says {_counts(planned)}, config.json {_counts(found)}; "
-            "one was changed after the fold, fold again"
+            "one was changed after the fold; fold again"
         )
 
 
@@ -163,5 +163,5 @@ def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
         if [read_field(family, config, field)] != planned:
             raise UserError(
                 f"{directory}: plan.json says {' and '.join(map(str, planned))} K/V heads, config.json {field} = "
-                f"{read_field(family, config, field)!r}; one was changed after the fold, fold again"
+                f"{read_field(family, config, field)!r}; one was changed after the fold; fold again"
             )

@@ -77,7 +77,7 @@ def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> d
     stock = any(not hasattr(module, "headfold_site") for module, *_ in found.values())
     if stock and not takes_attention(model):
         raise UserError(
-            f"{type(model).__name__}: expected a class that takes the attention headfold, this one has its own"
+            f"{type(model).__name__}: expected a class that takes attention by name (headfold), got one with an attention of its own"
         )
     if stock:
         model.set_attn_implementation("headfold")
@@ -148,11 +148,11 @@ def frozen_plan(model: PreTrainedModel, source: str, calibration: Mapping[str, s
     found, sites = routers(model), {}
     for path, router in found.items():
         if not router.is_frozen:
-            raise UserError(f"{path}: expected a frozen route, got one that still moves; call freeze first")
+            raise UserError(f"{path}: expected a frozen route, got one that still changes; call freeze first")
         if 0 in router.state.sizes:
             raise UserError(
-                f"{path}: K/V head {router.state.sizes.index(0)} is left without a query, which no checkpoint can say; "
-                "leave published=true out, the repaired route keeps one for each"
+                f"{path}: K/V head {router.state.sizes.index(0)} has no query head, which no checkpoint can express; "
+                "leave out published=true, as the repaired route keeps one for each"
             )
         sites[path] = SitePlan(Groups(router.kv_of_query), "route", router.head_dim)
     return Plan(sites, str(next(iter(found.values())).method), source, 0, dict(calibration))
@@ -244,7 +244,7 @@ class Router(nn.Module):
         self._held = None
         if self.method.record.settle is not None and not self.is_frozen:
             if not (self.state.count or self.state.step):
-                raise UserError(f"{where}: {self.method}: nothing was measured; train first, or give batches")
+                raise UserError(f"{where}: {self.method}: expected key norms to freeze on, got none; train first, or pass batches")
             self._settle()
         self.counts[3] = 1
 

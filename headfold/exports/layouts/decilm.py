@@ -1,8 +1,8 @@
-"""Llama's relatives as DeciLM, the class of Nemotron models from architecture search: `block_configs` with a group size per layer.
+"""Models of Llama's kind as DeciLM, the class of Nemotron models from architecture search: `block_configs` with a group size per layer.
 
-Engines that know per-layer counts of K/V heads know them in this form. Fields as their readers take them: K/V heads are
-`num_attention_heads // n_heads_in_group`; `attention_bias` is that of all four projections, `qkv_bias` in its place that of the
-first three; where `ffn_mult` is given, the width of the MLP is 2/3 of it times the model's, rounded up to a multiple of 256.
+Engines that support a number of K/V heads per layer read it in this form. The fields follow their readers: K/V heads are
+`num_attention_heads // n_heads_in_group`; `attention_bias` is for all four projections, `qkv_bias` overrides it for the first three;
+where `ffn_mult` is given, the intermediate size is 2/3 of it times the hidden size, rounded up to a multiple of 256.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..pieces import Export
 
 CODE = Path(__file__).parents[2] / "runtime" / "modeling_decilm.py"
 STEP = 256
-"""Of the width of the MLP, where it is told by `ffn_mult`."""
+"""The intermediate size given by `ffn_mult` is a multiple of this."""
 _COMMON = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -87,7 +87,7 @@ def _block(entry: Entry, stock: Any) -> dict[str, dict[str, Any]]:
 
 
 def _mlp(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
-    """The width of the MLP; as a multiple too where readers that know only that get it right."""
+    """Return the intermediate size, and `ffn_mult` where readers that know only that compute the same size."""
     multiple = 1.5 * intermediate_size / hidden_size
     rounded = -(-int(2 * multiple * hidden_size / 3) // STEP) * STEP
     exact = {"intermediate_size": intermediate_size}

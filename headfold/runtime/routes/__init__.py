@@ -1,1 +1,1 @@
-"""One page per route: who reads which K/V head, decided while the model runs."""
+"""One page per route: which query head reads which K/V head, decided while the model runs."""
