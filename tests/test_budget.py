@@ -90,11 +90,11 @@ def test_the_second_stage_of_qcqa_is_within_the_budget_and_not_better(options: d
 
 def test_budgets_that_nothing_meets_are_refused() -> None:
     options = {"a": [CountOption(1, 16, 2.0), CountOption(2, 32, 1.0)]}
-    with pytest.raises(UserError, match="fewest K/V heads"):
+    with pytest.raises(UserError, match="fewest allowed K/V heads"):
         allocate(options, max_bytes=8)
-    with pytest.raises(UserError, match="most K/V heads"):
+    with pytest.raises(UserError, match="most allowed K/V"):
         allocate(options, max_loss=0.5)
-    with pytest.raises(UserError, match="fewest K/V heads"):
+    with pytest.raises(UserError, match="fewest allowed K/V heads"):
         allocate_qcqa(options, 8)
 
 
@@ -212,8 +212,8 @@ def test_a_budget_becomes_a_plan_and_a_fold(run, model: Path, stats: Path, tmp_p
     made = Plan.load(plan)
     assert sum(made.num_kv_heads.values()) <= 8
     measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())
-    assert set(measured["damage"]) == set(made.sites) and all(
-        set(row) == {"1", "2", "4"} for row in measured["damage"].values()
+    assert set(measured["loss_increase"]) == set(made.sites) and all(
+        set(row) == {"1", "2", "4"} for row in measured["loss_increase"].values()
     )
     before = (tmp_path / "plan.sensitivity.json").stat().st_mtime_ns
     assert run(*words, "--force", "--workers", 2).code == 0 and Plan.load(plan) == made
@@ -228,7 +228,7 @@ def test_groups_of_several_sizes_spread_a_budget_more_finely(run, model: Path, s
     assert done.code == 0, done.err
     made = Plan.load(plan)
     assert sum(made.num_kv_heads.values()) == 11
-    measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())["damage"]
+    measured = json.loads((tmp_path / "plan.sensitivity.json").read_text())["loss_increase"]
     assert all(set(row) == {"1", "2", "3", "4", "7"} for row in measured.values())
     assert run("fold", model, tmp_path / "out", "--plan", plan, "--stats", stats, "--json").code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -291,10 +291,10 @@ def test_a_loss_becomes_a_plan(run, model: Path, stats: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "--kv-heads, or --kv-budget"),
+        ((), "--kv-heads, or one of --kv-budget"),
         (("--kv-heads", "2", "--kv-budget", "50%"), "both"),
         (("--kv-budget", "50%", "--kv-bytes", "1KiB"), "exclude each other"),
-        (("--kv-budget", "5%"), "fewest K/V heads"),
+        (("--kv-budget", "5%"), "fewest allowed K/V heads"),
         (("--kv-budget", "150%"), "at most 100 %"),
         (("--kv-bytes", "lots"), "40KiB"),
         (("--kv-budget", "50%", "--allowed", "3,5"), "--allowed 3,5"),
@@ -315,7 +315,7 @@ def test_what_no_plan_can_be_is_refused_in_a_line(
 
 def test_a_budget_is_refused_at_once_where_layers_cannot_differ(tmp_path: Path) -> None:
     """phi3's q, k and v are one tensor that its own class splits by one count; a llama's lie apart."""
-    for name, said in (("phi3", "q, k and v are one tensor on disk"), ("llama", "headfold calibrate")):
+    for name, said in (("phi3", "they are one tensor on disk"), ("llama", "headfold calibrate")):
         with pytest.raises(UserError, match=said):
             headfold.plan(tiny_checkpoint(name), tmp_path / "plan.json", kv_budget="50%")
     assert not list(tmp_path.iterdir())
@@ -335,7 +335,7 @@ def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Pa
     )
     assert run(*words).code == 0
     refused = run(*words, "--force", "--merge", "mean")
-    assert refused.code == 2 and "another model, data or method" in refused.err
+    assert refused.code == 2 and "of this model, data and method, got others" in refused.err
     (tmp_path / "s.json").write_text("[]")
     assert "that headfold wrote" in run(*words, "--force").err
 

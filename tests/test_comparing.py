@@ -19,15 +19,15 @@ def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_p
     text = model.parent / "text.txt"
     words = ("compare", model, "--kv-heads", "4,1", "--stats", stats, "--text", text, "--out", tmp_path / "c")
     first = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
-    assert [(row["method"], row["kv_heads"]) for row in first] == [
+    assert [(row["method"], row["num_kv_heads"]) for row in first] == [
         ("mean", 4),
         ("absorb", 4),
         ("mean", 1),
         ("absorb", 1),
     ]
-    needed = {"method", "kv_heads", "kv_bytes_per_token", "metric", "value", "rise", "kl", "seconds"}
+    needed = {"method", "num_kv_heads", "kv_bytes_per_token", "metric", "value", "loss_increase", "kl", "seconds"}
     assert all(needed <= row.keys() for row in first)
-    assert first[1]["rise"] == pytest.approx(first[1]["value"] - first[1]["original"])
+    assert first[1]["loss_increase"] == pytest.approx(first[1]["value"] - first[1]["original"])
     shown = run(*words, "--methods", "mean,absorb,absorb+refit", "--plot", tmp_path / "c.png")
     assert shown.code == 0 and "absorb+refit" in shown.out and " *" in shown.out, shown.err
     again = json.loads(run(*words, "--methods", "mean,absorb", "--json").out)
@@ -49,7 +49,7 @@ def test_a_comparison_that_died_in_its_first_row_goes_on(
             compare(model, [2], **words)
     assert len(compare(model, [2], **words).rows) == 1
     text.write_text(text.read_text()[::-1])
-    with pytest.raises(UserError, match="other data"):
+    with pytest.raises(UserError, match="of the same data and model, got others"):
         compare(model, [2], **words)
 
 

@@ -12,6 +12,7 @@ from tiny import tiny_checkpoint
 from typer.testing import CliRunner
 
 import headfold.cli
+import headfold.detection
 import headfold.families
 from headfold.core.errors import UserError
 from headfold.detection import Probed, probe, prove, source_of, subject_of
@@ -121,9 +122,9 @@ def test_laws_are_tight_and_lies_are_not(name: str) -> None:
 
 
 def test_prove_gives_the_literal_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headfold.detect, "probe", lambda _: found("llama"))
+    monkeypatch.setattr(headfold.detection, "probe", lambda _: found("llama"))
     assert prove(tmp_path) is found("llama").family
-    monkeypatch.setattr(headfold.detect, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
+    monkeypatch.setattr(headfold.detection, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
     with pytest.raises(UserError, match=r"config.json: model_type 'llama' cannot be folded: because"):
         prove(tmp_path)
 
@@ -147,20 +148,20 @@ def test_every_kind_of_layer_is_in_the_toy() -> None:
 def test_the_verb_writes_the_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "experiment", lambda _: found("llama"))
     out = tmp_path / "family.py"
-    ran = CliRunner().invoke(headfold.cli.app, ["probe", "llama", "--out", str(out)])
+    ran = CliRunner().invoke(headfold.cli.app, ["detect", "llama", "--out", str(out)])
     assert ran.exit_code == 0 and "every law holds" in ran.stdout and f"wrote {out}" in ran.stdout
     assert out.read_text() == found("llama").source
     with pytest.raises(UserError, match="expected nothing there"):
-        probing.probe("llama", out=out)
-    answer = json.loads(CliRunner().invoke(headfold.cli.app, ["probe", "llama", "--json"]).stdout)
+        probing.detect("llama", out=out)
+    answer = json.loads(CliRunner().invoke(headfold.cli.app, ["detect", "llama", "--json"]).stdout)
     assert answer["proven"] and answer["literal"] == out.read_text()
 
 
 def test_without_a_proof_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"olmo2: no literal to write to .*: its q_norm"):
-        probing.probe("olmo2", out=tmp_path / "family.py")
+        probing.detect("olmo2", out=tmp_path / "family.py")
     assert not list(tmp_path.iterdir())
-    shown = CliRunner().invoke(headfold.cli.app, ["probe", "olmo2"])
+    shown = CliRunner().invoke(headfold.cli.app, ["detect", "olmo2"])
     assert shown.exit_code == 0 and "not foldable: its q_norm" in shown.stdout
 
 
@@ -204,5 +205,5 @@ def test_a_type_without_a_literal_folds_once_it_has_proven_itself(tmp_path: Path
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     baseline = {"merge": "mean", "group": "contiguous", "refit": False}
     found = headfold.fold(tmp_path / "source", tmp_path / "out", kv_heads=2, **baseline)
-    assert found.verification.passed and any("internlm3" in note and "probed" in note for note in found.notes)
+    assert found.verification.passed and any("internlm3" in note and "detected" in note for note in found.notes)
     assert headfold.load(tmp_path / "out").config.num_key_value_heads == 2

@@ -41,6 +41,6 @@ def test_a_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         runs.Table("x", {"settings": {"rates": (1e-4,), "model": "t5"}})
 
 
-def test_spread_is_of_the_sample() -> None:
-    assert runs.spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0, "seeds": 3}
-    assert runs.spread([1.0])["sd"] == 0.0
+def test_the_deviation_is_that_of_the_sample() -> None:
+    assert runs.mean_and_deviation([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0, "seeds": 3}
+    assert runs.mean_and_deviation([1.0])["sd"] == 0.0
