@@ -1,104 +1,107 @@
-"""A count of K/V heads per layer against one count everywhere, at equal K/V bytes: what is lost, and how well it is predicted.
+"""Compare a count of K/V heads per layer with one count everywhere at equal K/V bytes: the loss increase, and how well it is predicted.
 
     python benchmarks/budgets.py MODEL --name NAME --kv-heads 4,2 [--no-refit] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
-For every seed and count: `headfold fold --kv-heads`, and `headfold plan --kv-bytes` of the same bytes, spread exactly, by QCQA's second
+For every seed and count: `headfold fold --kv-heads`, and `headfold plan --kv-bytes` of the same bytes, allocated exactly, by QCQA's second
 stage, and exactly over groups that may differ in size; then `headfold fold --plan`; each verified by reload and measured against the
-original. Layers are measured once per seed and kind of groups, as `plan` does. Results go to benchmarks/results/NAME-budgets.json after
-each row, so an interrupted run goes on.
+original. Sensitivities are measured once per seed and kind of groups, as `plan` does. Results go to benchmarks/results/NAME-budgets.json
+after each row, so an interrupted run resumes.
 """
 
 import json
 import statistics
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from folds import RESULTS, loss, measure, parser, settings, statistics_of
+from folds import RESULTS, divergence, measure, parser, settings, statistics_of
 from machine import describe
 
-from headfold.budget import total
+import headfold
+from headfold.budget.allocation import total
+from headfold.budget.curves import CurveRequest, loss_curves, teacher_of_statistics
+from headfold.budget.frontier import site_rank_correlation
+from headfold.budget.request import BudgetRequest
+from headfold.conversion.source import open_source, open_stats
+from headfold.core.progress import no_progress
+from headfold.hf_models import default_device
 from headfold.planning import parse_group
-from headfold.recipe import plan
-from headfold.recipe.deciding import budget_curves
-from headfold.recipe.frontier import site_correlation
-from headfold.recipe.source import open_source, open_stats, silent
-from headfold.recipe.spreading import Curves
-from headfold.recipe.wish import BudgetRequest
 
-SPREADS = {
+ALLOCATIONS = {
     "one count": ("swap", "exact"), "exact": ("swap", "exact"), "qcqa": ("swap", "qcqa"), "exact, unequal": ("swap:unequal=true", "exact"),
 }  # fmt: skip
-"""Rows: how heads are grouped, and how counts are spread."""
+"""Rows: how heads are grouped, and how counts are allocated."""
 Key = tuple[int, str, int]
-"""Count of heads whose bytes are spent, spread, seed."""
+"""Count of heads whose bytes are spent, allocation, seed."""
 
 
 def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over seeds, and losses as shares of those of one count everywhere."""
+    """Return medians over seeds, and measured losses relative to those of one count everywhere."""
     rows = []
     for count, name in dict.fromkeys(key[:2] for key in runs):
         same = [run for key, run in runs.items() if key[:2] == (count, name)]
-        plain = [run for key, run in runs.items() if key[:2] == (count, "one count")]
-        lost, beside = (statistics.median(map(loss, some)) for some in (same, plain))
+        uniform = [run for key, run in runs.items() if key[:2] == (count, "one count")]
+        measured, base = (statistics.median(map(divergence, some)) for some in (same, uniform))
         rows.append({
-            "bytes_of": count, "spread": name, "num_seeds": len(same), "loss": lost,
-            "rise": statistics.median(run["rise"] for run in same), "of_one_count": lost / beside if beside > 0 else None,
-            "predicted": statistics.median(run["predicted"] for run in same),
+            "bytes_of": count, "allocation": name, "num_seeds": len(same), "measured": measured,
+            "loss_increase": statistics.median(run["loss_increase"] for run in same),
+            "of_one_count": measured / base if base > 0 else None, "predicted": statistics.median(run["predicted"] for run in same),
         })  # fmt: skip
     return rows
 
 
-def _sensitivity(options: Namespace, group: str, seed: int) -> Path:
-    return options.work / f"sensitivity-{'' if group == 'swap' else 'unequal-'}{seed}.json"
+def sensitivity_file(work: Path, group: str, seed: int) -> Path:
+    """Return where the sensitivities of a seed and kind of groups lie."""
+    return work / f"sensitivity-{'' if group == 'swap' else 'unequal-'}{seed}.json"
 
 
 def main() -> None:
     reader = parser(__doc__)
-    reader.add_argument("--no-refit", action="store_true")
+    reader.add_argument("--no-refit", action="store_true", help="leave out the refit")
     options = reader.parse_args()
     out = RESULTS / f"{options.name}-budgets.json"
     found = json.loads(out.read_text()) if out.exists() else {}
     runs: dict[Key, dict[str, Any]] = {tuple(run.pop("key")): run for run in found.get("runs", [])}
-    agreement: list[float] = found.get("site_rank_correlations", [])
+    correlations: list[float] = found.get("site_rank_correlations", [])
     source = open_source(options.model)
-    full, every = source.kv_bytes_per_token(), max(site.num_kv_heads for site in source.sites)
-    refit = not options.no_refit
+    source_bytes, refit = source.kv_bytes_per_token(), not options.no_refit
     for seed in range(options.seeds):
         stats = statistics_of(options, seed)
         given = open_stats(stats, source)
-        made: dict[str, Curves] = {}
-        for group in dict.fromkeys(group for group, _ in SPREADS.values()):
-            wish = BudgetRequest(kv_budget="1/2", unequal=parse_group(group).unequal)
-            made[group], run = budget_curves(
-                source, wish, group, "absorb", given, seed, _sensitivity(options, group, seed), 1, None, silent, refit
+        teacher = teacher_of_statistics(source, given, default_device(), None, no_progress)
+        curves = {
+            group: loss_curves(
+                teacher, BudgetRequest(unequal=parse_group(group).unequal), CurveRequest(group, "absorb", refit, seed), given,
+                sensitivity_file(options.work, group, seed),
             )
-            run.close()
-        agreement = [*agreement[:seed], site_correlation(made["swap"])]
+            for group in dict.fromkeys(group for group, _ in ALLOCATIONS.values())
+        }  # fmt: skip
+        teacher.close()
+        correlations = [*correlations[:seed], site_rank_correlation(curves["swap"])]
         for count in map(int, options.kv_heads.split(",")):
-            for name, (group, spread) in SPREADS.items():
+            for name, (group, allocation) in ALLOCATIONS.items():
                 key = (count, name, seed)
                 if key in runs:
                     continue
-                options_of = made[group].options
+                options_of = curves[group].options
                 if name == "one count":
                     counts = dict.fromkeys(options_of, count)
                     how: dict[str, Any] = {"kv_heads": count}
                 else:
                     how = {"plan": options.work / "plan.json"}
-                    chosen = plan(
-                        options.model, how["plan"], kv_bytes=str(full * count // every), spread=spread, group=group, stats=stats,
-                        refit=refit, sensitivity=_sensitivity(options, group, seed), seed=seed, force=True,
+                    plan = headfold.plan(
+                        options.model, how["plan"], kv_bytes=str(source_bytes * count // source.num_kv_heads), allocation=allocation,
+                        group=group, stats=stats, refit=refit, sensitivity=sensitivity_file(options.work, group, seed), seed=seed,
+                        force=True,
                     )  # fmt: skip
-                    counts = {site: chosen.num_kv_heads[site] for site in options_of}
-                predicted = total(options_of, counts).loss
+                    counts = {site: plan.num_kv_heads[site] for site in options_of}
+                predicted = total(options_of, counts).loss_increase
                 measured = measure(options, seed, refit=refit, **how)
-                runs[key] = {"kv_heads": list(counts.values()), "predicted": predicted, **measured}
-                print(key, list(counts.values()), {k: measured[k] for k in ("rise", "kl")}, flush=True)
+                runs[key] = {"num_kv_heads": list(counts.values()), "predicted": predicted, **measured}
+                print(key, list(counts.values()), {k: measured[k] for k in ("loss_increase", "kl")}, flush=True)
                 facts = {"machine": describe(), "model": options.name, "settings": settings(options)}
                 listed = [{"key": list(key), **run} for key, run in runs.items()]
-                rest = {"site_rank_correlations": agreement, "rows": table(runs), "runs": listed}
+                rest = {"site_rank_correlations": correlations, "rows": table(runs), "runs": listed}
                 out.write_text(json.dumps({**facts, **rest}, indent=1) + "\n")
 
 

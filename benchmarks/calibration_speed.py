@@ -1,4 +1,4 @@
-"""Tokens per second of calibration against the same model's forward pass without its output head, interleaved in one run.
+"""Compare the tokens per second of calibration with those of the model's forward pass without its output head, in turns within one run.
 
     python benchmarks/calibration_speed.py [MODEL] [--rounds 5]
 
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "calibration_speed.json"
 
 
 def seven_b_layers(num_layers: int) -> LlamaForCausalLM:
-    """Random weights in the shape of Llama-2-7B's layers, with a small vocabulary: the output head is not measured."""
+    """Return random layers of the shape of Llama-2-7B's, with a small vocabulary, as the output head is not measured."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=num_layers, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=1024, max_position_embeddings=4096,
@@ -42,6 +42,7 @@ def seven_b_layers(num_layers: int) -> LlamaForCausalLM:
 
 
 def seconds(job: Callable[[], object]) -> float:
+    """Return how long a job takes."""
     started = time.perf_counter()
     job()
     return time.perf_counter() - started
@@ -49,13 +50,13 @@ def seconds(job: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def forward(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    """What calibration does, without looking."""
+    """Run the model over the data as calibration does, without measuring."""
     for batch in calibration.batches({"input_ids": windows}):
         model.base_model(**batch, use_cache=False)
 
 
 def compare(name: str, model: LlamaForCausalLM, context: int, num_tokens: int, rounds: int) -> dict:
-    """Medians of both, and of their ratio round by round."""
+    """Return medians of both, and of their ratio round by round."""
     config = model.config.to_dict()
     found = sites(family_of(config), config, dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""How long folding takes on disk: a 7B-shaped checkpoint against `cp -r --reflink=never` of the same directory, both with `sync`.
+"""Time folding on disk: a 7B-shaped checkpoint against `cp -r --reflink=never` of the same directory, both with `sync`.
 
     python benchmarks/conversion_time.py DIRECTORY [--rounds 3] [--small]
 
@@ -36,37 +36,38 @@ NOISE_ELEMENTS = 2**26
 class Size:
     """A llama with one K/V head per query head."""
 
-    layers: int
-    hidden: int
-    ffn: int
-    vocabulary: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
     shard_bytes: int
-    heads: int = 32
+    num_heads: int = 32
 
     def config(self) -> dict:
+        """Return the contents of config.json."""
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
-            "hidden_size": self.hidden, "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.heads, "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_heads, "vocab_size": self.vocab_size,
             "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
         }  # fmt: skip
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor in the order in which the model uses them."""
-        square, wide, tall = (self.hidden, self.hidden), (self.ffn, self.hidden), (self.hidden, self.ffn)
-        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
-        for layer in range(self.layers):
+        """Yield the name and shape of every tensor in the order in which the model uses them."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
+        for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
-            yield from ((f"{prefix}.self_attn.{role}_proj.weight", square) for role in "qkvo")
-            yield from ((f"{prefix}.mlp.{role}_proj.weight", wide) for role in ("gate", "up"))
-            yield f"{prefix}.mlp.down_proj.weight", tall
-            yield from ((f"{prefix}.{role}_layernorm.weight", (self.hidden,)) for role in ("input", "post_attention"))
-        yield "model.norm.weight", (self.hidden,)
-        yield "lm_head.weight", (self.vocabulary, self.hidden)
+            yield from ((f"{prefix}.self_attn.{role}_proj.weight", (hidden, hidden)) for role in "qkvo")
+            yield from ((f"{prefix}.mlp.{role}_proj.weight", (inner, hidden)) for role in ("gate", "up"))
+            yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
+            yield from ((f"{prefix}.{role}_layernorm.weight", (hidden,)) for role in ("input", "post_attention"))
+        yield "model.norm.weight", (hidden,)
+        yield "lm_head.weight", (self.vocab_size, hidden)
 
 
-SEVEN_BILLION = Size(layers=32, hidden=4096, ffn=11008, vocabulary=32000, shard_bytes=5 * 10**9)
-SMALL = Size(layers=2, hidden=4096, ffn=11008, vocabulary=32000, shard_bytes=5 * 10**8)
+SEVEN_BILLION = Size(num_layers=32, hidden_size=4096, intermediate_size=11008, vocab_size=32000, shard_bytes=5 * 10**9)
+SMALL = Size(num_layers=2, hidden_size=4096, intermediate_size=11008, vocab_size=32000, shard_bytes=5 * 10**8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Timing:
 
 
 def make_checkpoint(path: Path, size: Size) -> int:
-    """Write the checkpoint tensor by tensor; returns its bytes."""
+    """Write the checkpoint tensor by tensor and return its bytes."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(size.config(), indent=2))
     noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
@@ -95,7 +96,7 @@ def make_checkpoint(path: Path, size: Size) -> int:
 
 
 def split(size: Size) -> list[dict[str, tuple[int, ...]]]:
-    """Tensors in order, a new shard where the last one is full."""
+    """Divide the tensors, in order, into shards; a new one begins where the last one is full."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in size.shapes():
@@ -109,6 +110,7 @@ def split(size: Size) -> list[dict[str, tuple[int, ...]]]:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise: memoryview) -> None:
+    """Write one shard of random weights."""
     infos, position = {}, 0
     for name, shape in shapes.items():
         end = position + num_bytes(torch.bfloat16, shape)
@@ -125,7 +127,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise: memoryvie
 
 
 def timed(command: list[str]) -> Timing:
-    """Wall time of a command and the `sync` after it, from a disk with nothing left to write."""
+    """Return the wall time of a command and the `sync` after it, from a disk with nothing left to write."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -140,7 +142,7 @@ def timed(command: list[str]) -> Timing:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process now, 0 once it has ended."""
+    """Return the RssAnon of a process, 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -149,7 +151,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def measure(source: Path, rounds: int) -> dict[str, list[Timing]]:
-    """Both sides in turns, the first in one round the second in the next."""
+    """Time both sides in turns; the first in one round is the second in the next."""
     target = source.with_name("target")
     sides = {
         "cp": ["cp", "-r", "--reflink=never", str(source), str(target)],
@@ -165,13 +167,14 @@ def measure(source: Path, rounds: int) -> dict[str, list[Timing]]:
 
 
 def file_system(path: Path) -> str:
-    """Its type, by the mount point nearest above."""
+    """Return the type of the file system, by the mount point nearest above."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     above = [fields for fields in mounts if path.resolve().is_relative_to(fields[1])]
     return max(above, key=lambda fields: len(fields[1]))[2]
 
 
 def summary(timings: dict[str, list[Timing]]) -> dict:
+    """Return medians, their ratio, the peak memory of folding and all runs."""
     medians = {side: statistics.median(timing.seconds for timing in runs) for side, runs in timings.items()}
     return {
         "median_seconds": medians,

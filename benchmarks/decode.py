@@ -1,4 +1,4 @@
-"""Decoding: time of a new token through `generate`, headfold's attention and caches against stock's, in turns inside each run.
+"""Time new tokens of `generate`: headfold's attention and caches against stock ones, in turns within each run.
 
     python benchmarks/decode.py [--parts main padded sweep alone kernel shapes figure6] [--dtypes bfloat16 float32]
 
@@ -8,7 +8,7 @@ sweep    1,024 to 16,384 tokens of context, batch 1 and 4, 1 / 4 / 8 / 32 K/V he
 alone    the attention alone, as a share of the read bandwidth measured beside it
 kernel   main with and without the C++ kernel among the candidates
 shapes   Llama-2-7B and T5-XXL cut to a few layers, MHA, 8 and 1 K/V heads, and where the time goes
-figure6  T5-XXL of one layer against the number of groups, as in figure 6 of 2305.13245
+figure6  T5-XXL of one layer against the number of K/V heads, as in figure 6 of 2305.13245
 
 Results go to benchmarks/results/decode.json, one entry per part and dtype, with the processor's flags. CPU or GPU, whatever there is.
 """
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from machine import describe
 
-from headfold.recipe.benching import bench
-from headfold.recipe.measuring import default_device
+import headfold
+from headfold.hf_models import default_device
 from headfold.report.timings import plot_bench, show_bench
 from headfold.runtime import decoding
 from headfold.runtime.cache import generate_in_place
@@ -41,21 +41,26 @@ ROUNDS = 5
 
 
 def main_row(dtype: str) -> dict[str, Any]:
-    return shown(bench(shape="attention", kv_heads=(8, 32), contexts=(2048,), batches=(4,), dtype=dtype, rounds=3))
+    """Time the shape `attention`."""
+    return shown(
+        headfold.bench(shape="attention", kv_heads=(8, 32), contexts=(2048,), batches=(4,), dtype=dtype, rounds=3)
+    )
 
 
 def padded(dtype: str) -> dict[str, Any]:
+    """Time it with half of the batch padded."""
     options = dict(kv_heads=(8, 32), contexts=(2048,), batches=(4,), dtype=dtype, padded=True, skip_prefill=True)
-    return shown(bench(shape="attention", **options, rounds=ROUNDS))
+    return shown(headfold.bench(shape="attention", **options, rounds=ROUNDS))
 
 
 def sweep(dtype: str) -> dict[str, Any]:
+    """Time it over contexts, batches and counts of K/V heads."""
     options = dict(contexts=(1024, 4096, 16384), batches=(1, 4), dtype=dtype, skip_prefill=True)
-    return shown(bench(shape="attention", kv_heads=(1, 4, 8, 32), **options, new_tokens=12, rounds=3))
+    return shown(headfold.bench(shape="attention", kv_heads=(1, 4, 8, 32), **options, new_tokens=12, rounds=3))
 
 
 def alone(dtype: str) -> dict[str, Any]:
-    """The chosen candidate on (4, kv, 32 / kv, 128) over (4, kv, keys, 128)."""
+    """Time the chosen candidate on (4, kv, 32 / kv, 128) over (4, kv, keys, 128)."""
     kind, device, rows, before = getattr(torch, dtype), default_device(), [], len(decoding.TRIALS)
     for kv, keys in [(8, 2048), (8, 4096), (8, 16384), (1, 4096), (4, 4096), (32, 4096)]:
         query = torch.randn(4, kv, 32 // kv, 128, device=device).to(kind)
@@ -67,7 +72,7 @@ def alone(dtype: str) -> dict[str, Any]:
         rate = 2 * key.nbytes / taken
         rows.append(
             {
-                "kv_heads": kv, "keys": keys, "candidate": chosen.__name__, "seconds": taken, "bytes_per_second": rate,
+                "num_kv_heads": kv, "keys": keys, "candidate": chosen.__name__, "seconds": taken, "bytes_per_second": rate,
                 "read_bandwidth": read, "share": rate / read,
             }
         )  # fmt: skip
@@ -78,6 +83,7 @@ def alone(dtype: str) -> dict[str, Any]:
 
 
 def timed(run: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
     started = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -101,6 +107,7 @@ MEASURED = {choice: functools.cache(decoding.fastest.__wrapped__) for choice in 
 
 
 def kernel(dtype: str) -> dict[str, Any]:
+    """Time it with and without the kernel, in turns."""
     rows = []
     for kv in (8, 32):
         model = random_model(shape_config("attention"), kv, dtype=getattr(torch, dtype), where="attention")
@@ -115,7 +122,7 @@ def kernel(dtype: str) -> dict[str, Any]:
                 found += timing.tokens if number else ()
         medians = {choice: statistics.median(found) for choice, found in tokens.items()}
         ratio = medians[False] / medians[True]
-        rows.append({"kv_heads": kv, "with_kernel": medians[True], "without": medians[False], "ratio": ratio})
+        rows.append({"num_kv_heads": kv, "with_kernel": medians[True], "without": medians[False], "ratio": ratio})
         print(
             f"{dtype} {kv:2d} K/V heads: {medians[True] * 1e3:.2f} ms with the kernel, {ratio:.2f} × without",
             flush=True,
@@ -124,10 +131,11 @@ def kernel(dtype: str) -> dict[str, Any]:
 
 
 def shapes(dtype: str) -> dict[str, Any]:
+    """Time the shapes of published models, and where the time goes."""
     found = {}
     for shape, layers, counts in (("llama-2-7b", 4, (32, 8, 1)), ("t5-xxl", 2, (64, 8, 1))):
         for batch in (1, 16 if dtype == "bfloat16" else 4):
-            made = bench(
+            made = headfold.bench(
                 shape=shape, kv_heads=counts, layers=layers, contexts=(2048,), batches=(batch,), dtype=dtype, skip_prefill=True,
                 new_tokens=12, rounds=3, profile=RESULTS.parent / "traces",
             )  # fmt: skip
@@ -137,7 +145,8 @@ def shapes(dtype: str) -> dict[str, Any]:
 
 
 def figure6(dtype: str) -> dict[str, Any]:
-    made = bench(
+    """Time T5-XXL against the number of K/V heads, and plot it."""
+    made = headfold.bench(
         shape="t5-xxl", kv_heads=(1, 4, 8, 16, 64), layers=1, contexts=(2048,), batches=(4,), dtype=dtype, skip_prefill=True,
         new_tokens=16, rounds=2,
     )  # fmt: skip
@@ -146,6 +155,7 @@ def figure6(dtype: str) -> dict[str, Any]:
 
 
 def shown(made: Any) -> dict[str, Any]:
+    """Print a result and return its machine-readable form."""
     show_bench(made)
     print(flush=True)
     return made.to_json()

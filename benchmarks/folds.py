@@ -1,4 +1,4 @@
-"""Folds as a user makes them, verified by reload and measured: what wide.py, budgets.py and healing.py share; methods.py: the options."""
+"""Make folds as a user makes them and measure them: what wide.py, budgets.py and healing.py share; methods.py: the options."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from headfold.recipe import calibrate, evaluate, fold
-from headfold.recipe.comparing import scored
+import headfold
+from headfold.conversion.comparison_rows import scored
 
 RESULTS = Path(__file__).parent / "results"
 DATA = ("text", "calibration", "limit", "tokens", "items", "context")
@@ -15,39 +15,40 @@ DATA = ("text", "calibration", "limit", "tokens", "items", "context")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """The model, its data, and where folds lie for a while."""
+    """Return a parser of the model, its data, and where folds lie for a while."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
-    made.add_argument("model")
-    made.add_argument("--name", required=True)
-    made.add_argument("--kv-heads", required=True)
-    made.add_argument("--text")
-    made.add_argument("--calibration")
-    made.add_argument("--limit", type=int)
-    made.add_argument("--tokens", type=int)
-    made.add_argument("--items", type=int)
-    made.add_argument("--context", type=int)
-    made.add_argument("--columns", default="")
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--work", type=Path, required=True)
+    made.add_argument("model", help="checkpoint directory or hub id")
+    made.add_argument("--name", required=True, help="the model's name in results")
+    made.add_argument("--kv-heads", required=True, help="counts of K/V heads, separated by commas")
+    made.add_argument("--text", help="source of the data to measure on")
+    made.add_argument("--calibration", help="source of calibration data")
+    made.add_argument("--limit", type=int, help="items to measure on; tokens of plain text")
+    made.add_argument("--tokens", type=int, help="calibration tokens of a language model")
+    made.add_argument("--items", type=int, help="calibration items of other models")
+    made.add_argument("--context", type=int, help="tokens per window")
+    made.add_argument("--columns", default="", help="columns of a table, separated by commas")
+    made.add_argument("--seeds", type=int, default=3, help="number of calibration seeds")
+    made.add_argument("--work", type=Path, required=True, help="directory of statistics and folds")
     return made
 
 
 def columns(options: argparse.Namespace) -> list[str]:
+    """Return the names of the columns."""
     return [name for name in options.columns.split(",") if name]
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What was measured on what, without the places where it lies."""
+    """Return what is measured on what, without the places where it lies."""
     given = {name: getattr(options, name) for name in DATA}
     return {key: Path(v).name if key in ("text", "calibration") and v else v for key, v in given.items()}
 
 
 def statistics_of(options: argparse.Namespace, seed: int) -> Path:
-    """Measured once per seed."""
+    """Return the file of statistics of a seed, measured once."""
     options.work.mkdir(parents=True, exist_ok=True)
     path = options.work / f"stats-{seed}.safetensors"
     if not path.exists():
-        calibrate(
+        headfold.calibrate(
             options.model, path, calibration=options.calibration, tokens=options.tokens, items=options.items,
             columns=columns(options), seed=seed,
         )  # fmt: skip
@@ -55,20 +56,20 @@ def statistics_of(options: argparse.Namespace, seed: int) -> Path:
 
 
 def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any]:
-    """One fold: `how` goes to `recipe.fold`."""
+    """Fold once, verify by reload and measure; `how` goes to `headfold.fold`."""
     made = options.work / "folded"
     started = time.monotonic()
-    result = fold(options.model, made, stats=statistics_of(options, seed), seed=seed, force=True, **how)
+    result = headfold.fold(options.model, made, stats=statistics_of(options, seed), seed=seed, force=True, **how)
     seconds = time.monotonic() - started
-    more = {} if options.context is None else {"context": options.context}
-    found = evaluate(
-        made, reference=options.model, text=options.text, limit=options.limit, columns=columns(options), max_new_tokens=0, **more
+    found = headfold.eval(
+        made, reference=options.model, text=options.text, limit=options.limit, columns=columns(options), context=options.context,
+        max_new_tokens=0,
     )  # fmt: skip
-    metric, value, original, rise, kl = scored(found)
+    metric, value, original, loss_increase, kl = scored(found)
     config = json.loads((made / "config.json").read_text())
     read_by = "headfold's runtime" if "headfold" in config else "code of its own" if "auto_map" in config else "stock"
     row = {
-        "metric": metric, "value": value, "original": original, "rise": rise, "kl": kl, "seconds": round(seconds, 1),
+        "metric": metric, "value": value, "original": original, "loss_increase": loss_increase, "kl": kl, "seconds": round(seconds, 1),
         "kv_bytes_per_token": result.after.kv_bytes_per_token, "weight_bytes": result.after.weight_bytes,
         "flops_per_token": result.after.flops_per_token, "class": read_by,
         "verified": result.verification is not None and result.verification.passed,
@@ -77,10 +78,10 @@ def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any
         row["heal_seconds"] = result.seconds["heal"]
     if getattr(found, "nll_by_position", None):
         pairs = zip(found.nll_by_position, found.reference_nll_by_position, strict=True)
-        row["rise_by_position"] = [round(one - other, 5) for one, other in pairs]
+        row["loss_increase_by_position"] = [round(one - other, 5) for one, other in pairs]
     return row
 
 
-def loss(row: dict[str, Any]) -> float:
-    """KL to the original where there is one: rises of accuracy are a few images."""
-    return row["rise"] if row["kl"] is None else row["kl"]
+def divergence(row: dict[str, Any]) -> float:
+    """Return the KL to the original where there is one, as losses of accuracy are a few images; else the loss increase."""
+    return row["loss_increase"] if row["kl"] is None else row["kl"]

@@ -1,4 +1,4 @@
-"""Solvers on the published objectives: weight-sharing error (QCQA) and activation cosine (AsymGQA), objective and seconds.
+"""Compare solvers on the published objectives, weight-sharing error (QCQA) and activation cosine (AsymGQA): objective and seconds.
 
     python benchmarks/groupings.py MODEL --name NAME --stats STATS
 
@@ -15,10 +15,10 @@ from machine import describe
 from quality import RESULTS
 
 from headfold import planning
+from headfold.conversion.source import open_source, open_stats
 from headfold.core.costs import Cost, around_mean, many
 from headfold.families.layout import read_heads
 from headfold.group.costs import cosine, wse
-from headfold.recipe.source import open_source, open_stats
 
 SOLVERS = (
     "contiguous", "random", "qcqa", "evolve", "asymgqa", "swap:restarts=1", "swap", "qcqa:unequal=true", "evolve:unequal=true",
@@ -27,7 +27,7 @@ SOLVERS = (
 
 
 def costs(model: str, stats: str) -> dict[str, list[tuple[int, Cost]]]:
-    """Objective → heads and a maker of its cost, by site."""
+    """Return by objective the heads and a maker of the cost of every site."""
     source = open_source(model)
     given = open_stats(stats, source)
     heads = [(site, read_heads(site, source.checkpoint.read)) for site in source.sites]

@@ -1,11 +1,11 @@
-"""What healing buys over refit, and what mean pooling loses: folds as a user makes them, verified by reload and measured.
+"""Compare healing with refit and mean pooling: folds as a user makes them, verified by reload and measured.
 
     python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways mean,refit,heal] [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
 Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit). The
-first two of the first seed alone: mean pooling sees no data, and refit's spread is in NAME-main.json. Results go to
-benchmarks/results/NAME-healing.json after each row, so an interrupted run goes on.
+first two of the first seed alone: mean pooling sees no data, and the range of refit is in NAME-main.json. Results go to
+benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
 """
 
 import json
@@ -20,6 +20,7 @@ Key = tuple[int, str, int]
 
 
 def ways(heal_tokens: int | None) -> dict[str, dict[str, Any]]:
+    """Return how each row is folded."""
     return {
         "mean": {"merge": "mean", "group": "contiguous", "refit": False},
         "refit": {},
@@ -28,15 +29,15 @@ def ways(heal_tokens: int | None) -> dict[str, dict[str, Any]]:
 
 
 def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over seeds, and rises as shares of mean pooling's and of refit's."""
+    """Return medians over seeds, and loss increases relative to those of mean pooling and of refit."""
     rows = []
     for count, way in dict.fromkeys(key[:2] for key in runs):
         values = {
-            other: [run["rise"] for key, run in runs.items() if key[:2] == (count, other)] for other in (way, "mean", "refit")
+            other: [run["loss_increase"] for key, run in runs.items() if key[:2] == (count, other)] for other in (way, "mean", "refit")
         }  # fmt: skip
         middle = {other: statistics.median(found) for other, found in values.items() if found}
-        row = {"kv_heads": count, "way": way, "num_seeds": len(values[way]), "rise": middle[way]}
-        row |= {"least_rise": min(values[way]), "greatest_rise": max(values[way])}
+        row = {"num_kv_heads": count, "way": way, "num_seeds": len(values[way]), "loss_increase": middle[way]}
+        row |= {"least_loss_increase": min(values[way]), "greatest_loss_increase": max(values[way])}
         same = [run for key, run in runs.items() if key[:2] == (count, way)]
         for field in ("kl", "seconds", "heal_seconds"):
             known = [run[field] for run in same if run.get(field) is not None]
@@ -48,8 +49,8 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     reader = parser(__doc__)
-    reader.add_argument("--heal-tokens", type=int)
-    reader.add_argument("--ways", default="mean,refit,heal")
+    reader.add_argument("--heal-tokens", type=int, help="tokens that every block is trained on")
+    reader.add_argument("--ways", default="mean,refit,heal", help="rows, separated by commas")
     options = reader.parse_args()
     out = RESULTS / f"{options.name}-healing.json"
     kept = json.loads(out.read_text())["runs"] if out.exists() else []
@@ -63,7 +64,7 @@ def main() -> None:
                 runs[key] = measure(options, seed, kv_heads=count, **how)
                 print(
                     key,
-                    {k: v for k, v in runs[key].items() if k in ("rise", "kl", "seconds", "heal_seconds")},
+                    {k: v for k, v in runs[key].items() if k in ("loss_increase", "kl", "seconds", "heal_seconds")},
                     flush=True,
                 )
                 listed = [{"key": list(key), **run} for key, run in sorted(runs.items())]

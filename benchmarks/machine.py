@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor with its flags, cores, memory, versions."""
+"""Describe what a figure was measured on: processor with its flags, cores, memory, versions."""
 
 import os
 import platform
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def describe() -> dict:
-    """The machine, without its name or paths. Flags matter: without bf16 or AVX-512 units the same code runs several times slower."""
+    """Return the facts of the machine, without its name or paths.
+
+    Flags matter: without bf16 or AVX-512 units the same code runs several times slower.
+    """
     info = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}

@@ -1,4 +1,4 @@
-"""Every method on one model without training, as `headfold compare` measures it: medians over calibration seeds.
+"""Measure every method on one model without training, as `headfold compare` does: medians over calibration seeds.
 
     python benchmarks/methods.py MODEL --name NAME --kv-heads 4,2,1 --text SOURCE [--limit N] [--calibration SOURCE] [--tokens N]
         [--items N] [--columns A,B] [--context N] [--seeds 3] [--methods NAME,…]
@@ -15,25 +15,27 @@ from typing import Any
 from folds import DATA, RESULTS, columns, parser, settings
 from machine import describe
 
-from headfold.recipe.comparing import DEFAULT, REFIT, Comparison, Row, compare
+import headfold
+from headfold.conversion.comparison_methods import DEFAULT, REFIT
+from headfold.conversion.comparison_rows import MethodComparison, MethodRow
 
 OURS = "absorb"
 
 
-def listed(found: dict[int, Comparison], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method and count: the median over its seeds, and the extremes of the rise. `others` are rows of earlier calls."""
-    runs: dict[tuple[str, int], list[Row]] = {}
+def listed(found: dict[int, MethodComparison], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per method and count: medians over its seeds, and the range of the loss increase. `others` are rows of earlier calls."""
+    runs: dict[tuple[str, int], list[MethodRow]] = {}
     for comparison in found.values():
         for row in comparison.rows:
-            runs.setdefault((row.method, row.kv_heads), []).append(row)
-    table = [row for row in others if (row["method"], row["kv_heads"]) not in runs]
+            runs.setdefault((row.method, row.num_kv_heads), []).append(row)
+    table = [row for row in others if (row["method"], row["num_kv_heads"]) not in runs]
     for (method, count), rows in runs.items():
-        rises = sorted(row.rise for row in rows)
+        increases = sorted(row.loss_increase for row in rows)
         middle = {
             field: statistics.median(getattr(row, field) for row in rows)
             for field in (
                 "value",
-                "rise",
+                "loss_increase",
                 "kl",
                 "seconds",
                 "peak_bytes",
@@ -44,18 +46,18 @@ def listed(found: dict[int, Comparison], others: list[dict[str, Any]]) -> list[d
             if getattr(rows[0], field) is not None
         }
         table.append(
-            {"method": method, "kv_heads": count, "metric": rows[0].metric, "original": rows[0].original, "num_seeds": len(rows),
-             **middle, "least_rise": rises[0], "greatest_rise": rises[-1]}
+            {"method": method, "num_kv_heads": count, "metric": rows[0].metric, "original": rows[0].original, "num_seeds": len(rows),
+             **middle, "least_loss_increase": increases[0], "greatest_loss_increase": increases[-1]}
         )  # fmt: skip
-    return sorted(table, key=lambda row: (-row["kv_heads"], row["rise"]))
+    return sorted(table, key=lambda row: (-row["num_kv_heads"], row["loss_increase"]))
 
 
 def main() -> None:
     reader = parser(__doc__)
-    reader.add_argument("--methods", default=",".join(DEFAULT))
+    reader.add_argument("--methods", default=",".join(DEFAULT), help="rows, separated by commas")
     options = reader.parse_args()
     data = {name: getattr(options, name) for name in DATA}
-    found: dict[int, Comparison] = {}
+    found: dict[int, MethodComparison] = {}
     out = RESULTS / f"{options.name}-methods.json"
     kept = json.loads(out.read_text()) if out.exists() else {}
     others = kept["rows"] if kept.get("settings") == settings(options) else []
@@ -63,7 +65,7 @@ def main() -> None:
         methods = [
             name for name in options.methods.split(",") if not (seed and name.endswith(REFIT)) or name.startswith(OURS)
         ]
-        found[seed] = compare(
+        found[seed] = headfold.compare(
             options.model, options.kv_heads.split(","), methods=methods, out=options.work / f"{options.name}-{seed}",
             columns=columns(options), seed=seed, **data,
         )  # fmt: skip

@@ -1,11 +1,11 @@
-"""What folding costs without training where there is no RoPE on K: a T5, a ViT and a sentence encoder.
+"""Measure what folding loses without training where there is no RoPE on K: a T5, a ViT and a sentence encoder.
 
     python benchmarks/modalities.py MODEL --name NAME --calibration SOURCE --items N --text SOURCE [--columns A,B] [--seeds 3]
 
-The kind of model decides the measure: teacher-forced loss and greedy BLEU, accuracy and cross-entropy, or the cosine of
+The kind of model decides what is measured: teacher-forced loss and greedy BLEU, accuracy and cross-entropy, or the cosine of
 embeddings to the original's. Folds are measured as their head-repeated twins in memory (a fold and its twin are equal;
 `headfold fold` verifies that each time). Baselines get the same statistics as ours; rows without statistics have one seed.
-Results go to benchmarks/results/NAME.json after each row, so an interrupted run goes on.
+Results go to benchmarks/results/NAME.json after each row, so an interrupted run resumes.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from machine import describe
 from torch import Tensor
 
 from headfold import calibration, planning
+from headfold.conversion.source import Source, open_source
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
 from headfold.evaluate import classification, embedding, translation
 from headfold.hf_models import open_model, open_tokenizer
-from headfold.recipe.source import Source, open_source
 from headfold.refine.refit import refit
 from headfold.surgery import query_order, site_heads, site_tensors
 
@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 60
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method as the command line spells it."""
+    """One method, with the options of the command line."""
 
     name: str
     group: str
@@ -87,13 +87,14 @@ class Bench:
 
     @property
     def num_items(self) -> int:
+        """The items of the test data."""
         if self.kind == "pairs":
             return len(self.test)
         blocks = self.test if self.kind == "images" else [self.test]
         return sum(len(next(iter(block.values()))) for block in blocks)
 
     def measure(self) -> dict[str, float]:
-        """The measures of the model as its weights now stand."""
+        """Measure the model with its present weights."""
         if self.kind == "pairs":
             found = translation.evaluate_translation(
                 self.model, self.test, open_tokenizer(self.path), max_new_tokens=MAX_NEW_TOKENS
@@ -106,7 +107,7 @@ class Bench:
         return {"accuracy": found.accuracy, "cross_entropy": found.cross_entropy}
 
     def measured(self, seed: int) -> tuple[Sample, dict[str, Any]]:
-        """Calibration data and its statistics."""
+        """Return the calibration data of a seed and its statistics."""
         if seed not in self._measured:
             sample = draw_sample(
                 self.kind, self.options.calibration, path=self.path, num_items=self.options.items,
@@ -115,13 +116,13 @@ class Bench:
             self._measured[seed] = sample, calibration.collect(self.model, self.source.sites, sample)
         return self._measured[seed]
 
-    def score(self, row: Row, kv_heads: int, seed: int) -> dict[str, float]:
-        """The measures of one fold, and the seconds that planning and refitting took."""
+    def score(self, row: Row, num_kv_heads: int, seed: int) -> dict[str, float]:
+        """Fold once in memory, measure, and return that with the seconds that planning and refitting took."""
         sample, stats = self.measured(seed)
         started = time.monotonic()
         read = self.source.checkpoint.read
         plan = planning.make_plan(
-            self.source.sites, read, kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
+            self.source.sites, read, num_kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
         )
 
         def twin(site: Any, refits: Any = None) -> dict[str, Tensor]:
@@ -148,8 +149,8 @@ class Bench:
             parameters[named[name]].data.copy_(tensor)
 
 
-def spread(scores: list[dict[str, float]]) -> dict[str, Any]:
-    """Of each measure the median over seeds, the least and the greatest."""
+def median_and_range(scores: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the median over seeds, the least and the greatest of every measure."""
     return {
         name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
         for name in scores[0]
@@ -179,13 +180,13 @@ def main() -> None:
     }  # fmt: skip
     done = json.loads(out.read_text())["rows"] if out.exists() else []
     for row in ROWS:
-        for kv_heads in options.kv_heads:
-            if any(r["name"] == row.name and r["kv_heads"] == kv_heads for r in done):
+        for num_kv_heads in options.kv_heads:
+            if any(r["name"] == row.name and r["num_kv_heads"] == num_kv_heads for r in done):
                 continue
             seeds = range(options.seeds if row.seeded else 1)
-            found = spread([bench.score(row, kv_heads, seed) for seed in seeds])
-            print(f"{row.name:28s} {kv_heads}", {k: round(v["median"], 4) for k, v in found.items()}, flush=True)
-            done.append({**asdict(row), "kv_heads": kv_heads, "num_seeds": len(seeds), **found})
+            found = median_and_range([bench.score(row, num_kv_heads, seed) for seed in seeds])
+            print(f"{row.name:28s} {num_kv_heads}", {k: round(v["median"], 4) for k, v in found.items()}, flush=True)
+            done.append({**asdict(row), "num_kv_heads": num_kv_heads, "num_seeds": len(seeds), **found})
             out.write_text(json.dumps({**head, "rows": done}, indent=1) + "\n")
 
 

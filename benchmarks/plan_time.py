@@ -1,4 +1,4 @@
-"""How long the complete plan of a 7B shape takes from its statistics: 32 heads of 128 and 4096 dims a layer, on all cores.
+"""Time the complete plan of a 7B shape from its statistics: 32 heads of 128 and a hidden size of 4096, on all cores.
 
     python benchmarks/plan_time.py DIRECTORY [--layers 32] [--kv-heads 8]
 
@@ -22,8 +22,8 @@ from conversion_time import SEVEN_BILLION, make_checkpoint
 from machine import describe
 
 from headfold.checkpoint.stats_file import write_stats
+from headfold.conversion.source import open_source
 from headfold.core.stats import SiteStats
-from headfold.recipe.source import open_source
 
 RESULT = Path(__file__).parent / "results" / "plan_time.json"
 HEADFOLD = Path(sys.executable).with_name("headfold")
@@ -31,9 +31,9 @@ TOKENS = 8192
 
 
 def make_stats(model: Path, path: Path) -> None:
-    """Second moments of a low-rank mix of inputs: real ones fall off too."""
+    """Write second moments of random inputs whose spectrum falls, as that of real ones does."""
     source = open_source(model)
-    dim = SEVEN_BILLION.hidden
+    dim = SEVEN_BILLION.hidden_size
     made = {}
     for layer, site in enumerate(source.sites):
         generator = torch.Generator().manual_seed(layer)
@@ -54,7 +54,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.directory) as work:
         model, stats = Path(work) / "model", Path(work) / "stats.safetensors"
-        make_checkpoint(model, replace(SEVEN_BILLION, layers=options.layers, vocabulary=512))
+        make_checkpoint(model, replace(SEVEN_BILLION, num_layers=options.layers, vocab_size=512))
         make_stats(model, stats)
         for count in options.kv_heads:
             for workers in (1, 2):
@@ -66,7 +66,7 @@ def main() -> None:
                 )  # fmt: skip
                 seconds = time.monotonic() - started
                 rows.append({
-                    "kv_heads": count, "workers": workers, "layers": options.layers, "seconds": round(seconds, 1),
+                    "num_kv_heads": count, "workers": workers, "num_layers": options.layers, "seconds": round(seconds, 1),
                     "seconds_of_32_layers": round(seconds * 32 / options.layers, 1),
                 })  # fmt: skip
                 print(rows[-1], flush=True)

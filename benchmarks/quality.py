@@ -1,11 +1,11 @@
-"""What folding costs without training: rise in held-out NLL by method, K/V heads and calibration seed.
+"""Measure what folding loses without training: loss increase on held-out text by method, K/V heads and calibration seed.
 
     python benchmarks/quality.py MODEL --name NAME [--rows main|ablation|domains] [--seeds 3] [--context N] [--text FILE…]
 
 Every row is measured on the same windows of held-out text, all of it or, with `--windows`, that many spread evenly over it. Folds are
 measured as their head-repeated twins in memory (a fold and its twin are equal; `headfold fold` verifies that each time).
 Baselines get the same statistics as ours. The mean has no seed; rows beside the bars are measured with one, all others with
-`--seeds`. Results go to benchmarks/results/NAME-ROWS.json after each row, so an interrupted run goes on; a row measured with
+`--seeds`. Results go to benchmarks/results/NAME-ROWS.json after each row, so an interrupted run resumes; a row measured with
 fewer seeds than asked is measured again.
 """
 
@@ -22,13 +22,13 @@ from machine import describe
 from torch import Tensor
 
 from headfold import calibration, planning
+from headfold.conversion.source import Source, open_source
 from headfold.core.fitted import FittedHeads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.corpus.windows import draw_windows, token_stream
 from headfold.evaluate.perplexity import compare_models, split_windows
 from headfold.hf_models import open_model, open_tokenizer
-from headfold.recipe.source import Source, open_source
 from headfold.refine.refit import VALUE_STEPS, refit
 from headfold.surgery import query_order, site_heads, site_tensors
 
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method as the command line spells it."""
+    """One method, with the options of the command line."""
 
     name: str
     group: str
@@ -74,7 +74,7 @@ ABLATION = (
 
 
 def domains(prose: str | None) -> tuple[Row, ...]:
-    """The default calibrated on other text than it is measured on."""
+    """Return rows of the default, calibrated on other text than it is measured on."""
     sources = ["stdlib", "self", *([prose] if prose else [])]
     sizes = [Row(f"stdlib, {n // 1024} Ki tokens", "swap", "absorb", True, tokens=n) for n in (16_384, 262_144)]
     return (*(Row(f"calibrated on {Path(s).name}", "swap", "absorb", True, source=s) for s in sources), *sizes)
@@ -97,7 +97,7 @@ class Bench:
         self.base = compare_models(self.model, None, self.windows, num_bins=16)
 
     def measured(self, row: Row, seed: int) -> tuple[Tensor, dict[str, SiteStats]]:
-        """Calibration windows and their statistics."""
+        """Return calibration windows and their statistics."""
         key = (row.source, row.tokens, seed)
         if key not in self._measured:
             windows = draw_windows(
@@ -111,13 +111,13 @@ class Bench:
             self._measured[key] = windows, calibration.collect(self.model, self.source.sites, {"input_ids": windows})
         return self._measured[key]
 
-    def score(self, row: Row, kv_heads: int, seed: int) -> dict:
-        """Rise in NLL of one fold."""
+    def score(self, row: Row, num_kv_heads: int, seed: int) -> dict:
+        """Fold once in memory and return the loss increase."""
         windows, stats = self.measured(row, seed)
         started = time.monotonic()
         read = self.source.checkpoint.read
         plan = planning.make_plan(
-            self.source.sites, read, kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
+            self.source.sites, read, num_kv_heads, source="", group=row.group, merge=row.merge, stats=stats, seed=seed
         )
         refits = self._refit(row, plan, stats, windows) if row.refit else None
         seconds = time.monotonic() - started
@@ -125,8 +125,10 @@ class Bench:
         found = compare_models(self.model, None, self.windows, num_bins=16)
         self._restore()
         return {
-            "rise": found.nll - self.base.nll,
-            "rise_by_position": [f - b for f, b in zip(found.nll_by_position, self.base.nll_by_position, strict=True)],
+            "loss_increase": found.nll - self.base.nll,
+            "loss_increase_by_position": [
+                one - other for one, other in zip(found.nll_by_position, self.base.nll_by_position, strict=True)
+            ],
             "fold_seconds": round(seconds, 2),
         }
 
@@ -154,13 +156,14 @@ class Bench:
                 parameter.data.copy_(self.original[name])
 
 
-def spread(scores: list[dict]) -> dict:
-    """Median over seeds, with least and greatest."""
-    rises = [score["rise"] for score in scores]
-    middle = sorted(scores, key=lambda score: score["rise"])[len(scores) // 2]
+def median_and_range(scores: list[dict]) -> dict:
+    """Return the median over seeds, with the least and the greatest."""
+    increases = [score["loss_increase"] for score in scores]
+    middle = sorted(scores, key=lambda score: score["loss_increase"])[len(scores) // 2]
     return {
-        "rise": statistics.median(rises), "least": min(rises), "greatest": max(rises), "num_seeds": len(rises),
-        "fold_seconds": middle["fold_seconds"], "rise_by_position": middle["rise_by_position"],
+        "loss_increase": statistics.median(increases), "least_loss_increase": min(increases), "greatest_loss_increase": max(increases),
+        "num_seeds": len(increases), "fold_seconds": middle["fold_seconds"],
+        "loss_increase_by_position": middle["loss_increase_by_position"],
     }  # fmt: skip
 
 
@@ -188,17 +191,18 @@ def main() -> None:
     }  # fmt: skip
     done = json.loads(out.read_text())["rows"] if out.exists() else []
     for row in rows:
-        for kv_heads in options.kv_heads:
+        for num_kv_heads in options.kv_heads:
             seeds = range(min(row.seeds, options.seeds))
-            before = [r for r in done if r["name"] == row.name and r["kv_heads"] == kv_heads]
+            before = [r for r in done if r["name"] == row.name and r["num_kv_heads"] == num_kv_heads]
             if any(r["num_seeds"] >= len(seeds) for r in before):
                 continue
-            found = spread([bench.score(row, kv_heads, seed) for seed in seeds])
+            found = median_and_range([bench.score(row, num_kv_heads, seed) for seed in seeds])
             print(
-                f"{row.name:28s} {kv_heads}  {found['rise']:.4f}  [{found['least']:.4f}, {found['greatest']:.4f}]",
+                f"{row.name:28s} {num_kv_heads}  {found['loss_increase']:.4f}  "
+                f"[{found['least_loss_increase']:.4f}, {found['greatest_loss_increase']:.4f}]",
                 flush=True,
             )
-            done = [r for r in done if r not in before] + [{**asdict(row), "kv_heads": kv_heads, **found}]
+            done = [r for r in done if r not in before] + [{**asdict(row), "num_kv_heads": num_kv_heads, **found}]
             out.write_text(json.dumps({**head, "rows": done}, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""Uptraining's steps against those of a plain transformers Trainer on the same grouped model, in turns within one run.
+"""Compare the steps of uptraining with those of a plain transformers Trainer on the same grouped model, in turns within one run.
 
     python benchmarks/training_speed.py FOLDED --distill ORIGINAL --data SOURCE [--context N] [--batch N] [--rounds 7]
 
-`plain` is a Trainer on the model as transformers opens it, with the same data, optimizer and what is trained; `own loss` and `distilled`
+`plain` is a Trainer on the model as transformers opens it, with the same data, optimizer and trained parameters; `own loss` and `distilled`
 are headfold's. Times are the processor's own per step, which other work on the machine does not lengthen as much as it does the clock.
 Results go to benchmarks/results/training_speed.json.
 """
@@ -30,7 +30,7 @@ WARM_UP = 1
 
 
 class Timed(TrainerCallback):
-    """Seconds of every step but the first ones."""
+    """Records the processor seconds of every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -44,12 +44,13 @@ class Timed(TrainerCallback):
 
 
 def opened(path: str) -> Any:
+    """Open a model in float32 with transformers."""
     with quiet():
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
-    """One trainer's steps, one after the other."""
+    """Train a few steps and return the seconds of each but the first ones."""
     recipe = TrainingConfig(
         steps=WARM_UP + 2, optimizer="adamw", learning_rate=1e-5, schedule="constant", warmup=0, batch=options.batch
     )
@@ -68,8 +69,8 @@ def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     if way == "plain":
         trainer = Trainer(**how, callbacks=[timed])
     else:
-        telling = ReportProgress(lambda done, total: None, lambda line: None, options.batch * options.context, "tokens")
-        trainer = Uptrainer(**how, callbacks=[MarkComplete(), telling, timed], distillation=distillation)
+        reports = ReportProgress(lambda done, total: None, lambda line: None, options.batch * options.context, "tokens")
+        trainer = Uptrainer(**how, callbacks=[MarkComplete(), reports, timed], distillation=distillation)
     with quiet():
         trainer.train()
     return timed.seconds[WARM_UP:]

@@ -1,4 +1,4 @@
-"""Training until a fold is within 1 % of its original trained on as much: our way, and the published one.
+"""Train folds until they are within 1 % of the original trained on as much: our way, and the published one.
 
     python benchmarks/uptraining.py MODEL --name NAME --kv-heads 2 --text SOURCE --calibration SOURCE [--limit N] [--tokens N] [--items N]
         [--columns A,B] [--context N] [--steps N] [--rates 3e-4,1e-3,3e-3] [--ways healed,default,original,mean] [--heal-tokens N] [--bf16]
@@ -23,15 +23,15 @@ from folds import RESULTS, columns, parser, settings, statistics_of
 from machine import describe
 from transformers import TrainerCallback
 
+import headfold
+from headfold.conversion.calibration_config import DEFAULT_ITEMS, DEFAULT_TOKENS
+from headfold.conversion.teacher import MAX_ITEM_FACTOR
 from headfold.corpus import open_corpus
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import image_sample_blocks, kind_of
 from headfold.evaluate import classification, translation
 from headfold.evaluate.perplexity import compare_models
 from headfold.hf_models import open_tokenizer
-from headfold.recipe import fold
-from headfold.recipe.measuring import DEFAULT_ITEMS, DEFAULT_TOKENS, MORE_ITEMS
-from headfold.recipe.uptraining import uptrain
 from headfold.refine import heal
 
 SHARE = 0.01
@@ -53,7 +53,7 @@ Measure = Callable[[Any], dict[str, float]]
 
 
 class Watched(TrainerCallback):
-    """What `measure` finds before the first step, after 1, 2, 4 … steps, every 64th and the last."""
+    """Measures before the first step, after 1, 2, 4 … steps, every 64th and the last."""
 
     def __init__(self, measure: Measure, per_step: int) -> None:
         self.measure, self.per_step, self.found = measure, per_step, []
@@ -75,7 +75,7 @@ class Watched(TrainerCallback):
 
 
 def held_out(options: Any, kind: str) -> Measure:
-    """Loss, and the score where the model has one, on the held-out data."""
+    """Return a function that measures the loss, and the score where a model has one, on the held-out data."""
     if kind == "pairs":
         tokenizer, pairs = (
             open_tokenizer(Path(options.model)),
@@ -100,7 +100,7 @@ def held_out(options: Any, kind: str) -> Measure:
 
 
 def evenly(options: Any) -> torch.Tensor:
-    """Windows of the held-out text, from all over it."""
+    """Return windows spread evenly over the held-out text."""
     tokenizer = open_tokenizer(Path(options.model))
     ids: list[int] = []
     for document in open_corpus(options.text).documents:
@@ -111,32 +111,32 @@ def evenly(options: Any) -> torch.Tensor:
 
 
 def start(options: Any, way: str) -> Path:
-    """The checkpoint that is trained."""
+    """Return the checkpoint that training starts from, made once."""
     place = options.work / (f"{way}-{options.heal_tokens}" if way == "healed" else way)
     if place.exists():
         return place
     if way == "original":  # a fold that keeps every head, so that it has a plan
         config = json.loads((Path(options.model) / "config.json").read_text())
         every = config.get("num_attention_heads") or config["num_heads"]
-        fold(options.model, place, kv_heads=every, merge="first", group="contiguous", refit=False)
+        headfold.fold(options.model, place, kv_heads=every, merge="first", group="contiguous", refit=False)
     else:
         how = FOLDS[way] | ({"heal_tokens": options.heal_tokens} if way == "healed" else {})
-        fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **how)
+        headfold.fold(options.model, place, kv_heads=options.kv_heads, stats=statistics_of(options, 0), **how)
     return place
 
 
 def seen_before(options: Any, way: str, kind: str) -> int:
-    """What statistics and healing ran over to make it, every time counted."""
+    """Return what statistics and healing ran over to make the start, repetitions counted."""
     if way in ("original", "mean"):
         return 0
     if kind == "text":
         healed = options.heal_tokens or heal.TOKENS
         return (options.tokens or DEFAULT_TOKENS) + (healed if way == "healed" else 0)
-    return (options.items or DEFAULT_ITEMS[kind]) * (1 + MORE_ITEMS if way == "healed" else 1)
+    return (options.items or DEFAULT_ITEMS[kind]) * (1 + MAX_ITEM_FACTOR if way == "healed" else 1)
 
 
 def reached(run: dict[str, Any], runs: list[dict[str, Any]], value: str) -> int | None:
-    """What a run had seen, before training too, when it came within 1 % of the best of the original with at most as much training."""
+    """Return what a run had seen, before training too, when it came within 1 % of the original's best with at most as much training."""
     sign = -1 if value == "score" else 1
     originals = [point for other in runs if other["way"] == "original" for point in other["curve"]]
     for point in run["curve"]:
@@ -147,7 +147,7 @@ def reached(run: dict[str, Any], runs: list[dict[str, Any]], value: str) -> int 
 
 
 def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every run without its curve."""
+    """Return every run without its curve."""
     listed = []
     for run in runs:
         values = [value for value in ("nll", "score") if value in run["curve"][0]]
@@ -158,11 +158,11 @@ def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     reader = parser(__doc__)
-    reader.add_argument("--steps", type=int, default=256)
-    reader.add_argument("--rates", default="3e-4,1e-3,3e-3")
-    reader.add_argument("--heal-tokens", type=int)
-    reader.add_argument("--bf16", action="store_true")
-    reader.add_argument("--ways", default="healed,default,original,mean")
+    reader.add_argument("--steps", type=int, default=256, help="steps of each run")
+    reader.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates, separated by commas")
+    reader.add_argument("--heal-tokens", type=int, help="tokens that every block is healed on")
+    reader.add_argument("--bf16", action="store_true", help="train under autocast")
+    reader.add_argument("--ways", default="healed,default,original,mean", help="starts, separated by commas")
     options = reader.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{options.name}-uptraining.json"
@@ -178,7 +178,7 @@ def main() -> None:
             print(way, rate, flush=True)
             watched = Watched(measure, per_step)
             distill = {"distill": options.model} if way in ("default", "healed") else {}
-            found = uptrain(
+            found = headfold.uptrain(
                 start(options, way), options.work / "trained", steps=options.steps, data=options.calibration, columns=columns(options),
                 context=options.context, batch=BATCH, learning_rate=rate, bf16=options.bf16, callbacks=[watched], force=True,
                 save_every=10**9, **distill, **WAYS[way],
@@ -192,8 +192,8 @@ def main() -> None:
                 }
             )
             facts = {
-                "machine": describe(), "model": options.name, "kv_heads": options.kv_heads, "unit": "tokens" if kind == "text" else kind,
-                "settings": settings(options), "rows": rows(runs),
+                "machine": describe(), "model": options.name, "num_kv_heads": options.kv_heads,
+                "unit": "tokens" if kind == "text" else kind, "settings": settings(options), "rows": rows(runs),
             }  # fmt: skip
             out.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
 

@@ -27,11 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "procrustes": {"merge": "procrustes:norm=true", "group": "swap:cost=procrustes", "refit": False},
     "mean": {"merge": "mean", "group": "contiguous", "refit": False},
 }
-"""The default, and the two baselines of the literature as published (procrustes at its best, with norm restoration)."""
+"""The default, and the two published baselines (procrustes with norm restoration, which loses less than without)."""
 
 
 def excerpt(out: Path) -> Path:
-    """The part of the held-out text that is measured on, as a file."""
+    """Write the part of the held-out text that is measured on, and return the file."""
     lines = (BUNDLED / "heldout.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     path = out / "heldout-excerpt.txt"
     path.write_text("".join(line for at, line in enumerate(lines) if at // BLOCK % EVERY == 0), encoding="utf-8")
@@ -39,7 +39,7 @@ def excerpt(out: Path) -> Path:
 
 
 def fold_and_measure(out: Path, method: str, kv_heads: str) -> dict[str, Any]:
-    """One row of the results: fold, then evaluate beside the original."""
+    """Fold, evaluate beside the original, and return one row of the results."""
     start, stats, text = time.monotonic(), out / "stats.safetensors", out / "heldout-excerpt.txt"
     target = out / f"{method}-{kv_heads.replace('/', '-of-')}"
     options = {"stats": stats, "force": True, **METHODS[method]}
@@ -47,20 +47,20 @@ def fold_and_measure(out: Path, method: str, kv_heads: str) -> dict[str, Any]:
     seconds = time.monotonic() - start
     found = headfold.eval(target, reference=str(BUNDLED), text=str(text))
     return {
-        "method": method, **METHODS[method], "kv_heads": folded.kv_heads_after, "kv_bytes_per_token": folded.kv_bytes_after,
+        "method": method, **METHODS[method], "num_kv_heads": folded.num_kv_heads_after, "kv_bytes_per_token": folded.kv_bytes_after,
         "perplexity": found.perplexity, "nll": found.nll, "kl": found.kl, "top1_agreement": found.top1_agreement,
         "original_perplexity": found.reference_perplexity, "original_nll": found.reference_nll,
-        "original_kv_heads": folded.kv_heads_before, "original_kv_bytes_per_token": folded.kv_bytes_before,
+        "original_num_kv_heads": folded.num_kv_heads_before, "original_kv_bytes_per_token": folded.kv_bytes_before,
         "num_tokens": found.num_tokens, "context": found.context, "text": found.text, "fold_seconds": round(seconds, 2),
     }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The original, then every fold."""
+    """Print the original, then every fold."""
     first = rows[0]
     original = [
         "original",
-        first["original_kv_heads"],
+        first["original_num_kv_heads"],
         first["original_kv_bytes_per_token"],
         first["original_perplexity"],
         "",
@@ -69,7 +69,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     lines = [original] + [
         [
             row["method"],
-            row["kv_heads"],
+            row["num_kv_heads"],
             row["kv_bytes_per_token"],
             row["perplexity"],
             f"{row['kl']:.4f}",
@@ -85,6 +85,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Plot perplexity against K/V bytes per token."""
     curves = {
         name: [(r["kv_bytes_per_token"], r["perplexity"]) for r in rows if r["method"] == name] for name in METHODS
     }

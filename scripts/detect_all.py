@@ -1,6 +1,6 @@
 """Run headfold detect on every language model of transformers whose config counts K/V heads.
 
-    .venv/bin/python scripts/detect_all.py             # all types → benchmarks/results/probe.json
+    .venv/bin/python scripts/detect_all.py             # all types → benchmarks/results/detect.json
     .venv/bin/python scripts/detect_all.py qwen3 phi   # these alone, printed
 
 `make figures` writes the tables of docs/families.md from the results.
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "probe.json"
+RESULT = ROOT / "benchmarks" / "results" / "detect.json"
 SECONDS_EACH = 60
-"""A type that takes longer is stopped; on an idle core all take under ten."""
+"""A type that takes longer is stopped; on an idle core all take less than ten."""
 COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 
 
 def model_types() -> list[str]:
-    """Types of causal language models whose config has a count of K/V heads, in order."""
+    """Return the types of causal language models whose config has a count of K/V heads, in order."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -35,18 +35,18 @@ def _counts(config_class: Any) -> bool:
         return True
     try:
         return any(name in config_class().to_dict() for name in COUNTS)
-    except Exception:  # a class that assumes nothing has its fields above
+    except Exception:  # a class without defaults has its fields above
         return False
 
 
-def probed(model_type: str) -> dict[str, Any]:
-    """What is seen of one type, or why nothing is."""
+def detected(model_type: str) -> dict[str, Any]:
+    """Return what is detected of one type, or why nothing is."""
+    import headfold
     from headfold.core.errors import UserError
-    from headfold.detection import probe
 
     signal.alarm(SECONDS_EACH)
     try:
-        found = probe(model_type)
+        found = headfold.detect(model_type)
         return {**found.to_json(), "key": found.position}
     except UserError as refusal:
         return {"model_type": model_type, "proven": False, "reason": str(refusal)}
@@ -57,7 +57,7 @@ def probed(model_type: str) -> dict[str, Any]:
 
 
 class Overdue(BaseException):
-    """No Exception, so that no experiment takes it for its own failure."""
+    """The time is up. Not an Exception, so that no experiment takes it for its own failure."""
 
 
 def _stop(*_: object) -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _stop)
     results, started = {}, time.perf_counter()
     for name in names or model_types():
-        results[name] = probed(name)
+        results[name] = detected(name)
         print(name, results[name]["reason"] or results[name]["key"], flush=True)
     seconds = round(time.perf_counter() - started)
     number = sum(found["proven"] for found in results.values())

@@ -1,8 +1,4 @@
-"""Read benchmarks/results/*.json: the names of files and fields that the figures use, and where each file comes from.
-
-Every key of a results file is named here or in the block that prints it, and keys that exist under two names (results keep the
-words of their time) are listed once, in `NAMES`.
-"""
+"""Read benchmarks/results/*.json: the rows that the figures use, and where each file comes from."""
 
 import hashlib
 import json
@@ -18,20 +14,6 @@ INDEX = ROOT / "docs" / "figures.json"
 """Results file → SHA-256 of its contents and the commit that brought them. Written by scripts/figures.py, committed."""
 UNCOMMITTED = "not committed"
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "num_kv_heads": ("num_kv_heads", "kv_heads"),
-    "loss_increase": ("loss_increase", "rise"),
-    "least": ("least_loss_increase", "least_rise", "least"),
-    "greatest": ("greatest_loss_increase", "greatest_rise", "greatest"),
-    "increase_of_plain": ("loss_increase_of_plain", "rise_of_plain"),
-    "increase_by_position": ("loss_increase_by_position", "rise_by_position"),
-    "head_dim_multiple": ("head_dim_multiple", "head_width"),
-    "allocation": ("allocation", "spread"),
-    "loss_of_part": ("loss", "quality"),
-}
-"""Field → the keys it may have in a results file, the present one first."""
-FILES = {"detected": ("detect.json", "probe.json")}
-"""Result → the names its file may have, where it has not that of the result."""
 MODELS = {
     "pylib-llama": "pylib-llama",
     "bundled": "bundled model",
@@ -45,22 +27,9 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Processor flags on which the speed of the same code depends most."""
 
 
-def field(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a field under whichever of its keys the row has.
-
-    Raises:
-        KeyError: the row has none of them.
-    """
-    for key in NAMES.get(name, (name,)):
-        if key in row:
-            return row[key]
-    raise KeyError(f"{name}: expected one of {NAMES.get(name, (name,))}, got {sorted(row)}")
-
-
 def path_of(name: str) -> Path:
-    """The file of a result: `pylib-llama-main` → benchmarks/results/pylib-llama-main.json."""
-    known = [RESULTS / file for file in FILES.get(name, (f"{name}.json",))]
-    return next((path for path in known if path.exists()), known[0])
+    """Return the file of a result: `pylib-llama-main` → benchmarks/results/pylib-llama-main.json."""
+    return RESULTS / f"{name}.json"
 
 
 @cache
@@ -70,7 +39,7 @@ def load(name: str) -> dict[str, Any]:
 
 def rows(result: str, /, **wanted: Any) -> list[dict[str, Any]]:
     """The rows of a results file whose fields have the wanted values."""
-    return [row for row in load(result)["rows"] if all(field(row, key) == value for key, value in wanted.items())]
+    return [row for row in load(result)["rows"] if all(row[key] == value for key, value in wanted.items())]
 
 
 def row(result: str, /, **wanted: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 
-from figure_data import SOURCE_KV_HEADS, field, rows
+from figure_data import SOURCE_KV_HEADS, rows
 
 MODEL = "bundled"
 CURVES = {
@@ -22,7 +22,7 @@ def curves() -> tuple[tuple[int, float], dict[str, list[tuple[int, float]]]]:
         for name in CURVES
     }
     one = rows(f"{MODEL}-methods", method="mean")[0]
-    whole = one["kv_bytes_per_token"] * SOURCE_KV_HEADS[MODEL] // field(one, "num_kv_heads")
+    whole = one["kv_bytes_per_token"] * SOURCE_KV_HEADS[MODEL] // one["num_kv_heads"]
     return (whole, math.exp(one["original"])), points
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from figure_data import MODELS, SOURCE_KV_HEADS, field, load, row, rows
+from figure_data import MODELS, SOURCE_KV_HEADS, load, row, rows
 
 MAIN = ("pylib-llama", "bundled")
 METHODS = (
@@ -51,10 +51,10 @@ def number(value: float | None) -> str:
 
 def interval(found: dict[str, Any]) -> str:
     """Median [least, greatest]; the median alone of one seed."""
-    middle = number(field(found, "loss_increase"))
+    middle = number(found["loss_increase"])
     if found["num_seeds"] == 1:
         return middle
-    return f"{middle} [{number(field(found, 'least'))}, {number(field(found, 'greatest'))}]"
+    return f"{middle} [{number(found['least_loss_increase'])}, {number(found['greatest_loss_increase'])}]"
 
 
 def change(value: float, base: float) -> str:
@@ -84,7 +84,7 @@ def quality() -> str:
         facts, lines = load(f"{model}-main"), []
         for count in (4, 2, 1):
             of = {kind: row(f"{model}-main", name=name, num_kv_heads=count) for kind, name in QUALITY.items()}
-            ours, mean, aligned = (field(of[kind], "loss_increase") for kind in ("default", "mean", "procrustes"))
+            ours, mean, aligned = (of[kind]["loss_increase"] for kind in ("default", "mean", "procrustes"))
             lines.append(
                 [f"{count} of 8", *map(interval, of.values()), f"1/{mean / ours:.0f}", f"1/{aligned / ours:.0f}"]
             )
@@ -116,9 +116,9 @@ QUALITY = {
 
 def methods() -> str:
     def cells(model: str, method: str) -> str:
-        found = sorted(rows(f"{model}-methods", method=method), key=lambda r: -field(r, "num_kv_heads"))
+        found = sorted(rows(f"{model}-methods", method=method), key=lambda r: -r["num_kv_heads"])
         factor = 100 if model == "cifar10-vit" else 1
-        increases = [factor * field(r, "loss_increase") for r in found]
+        increases = [factor * r["loss_increase"] for r in found]
         return " / ".join(f"{v + 0.0:.1f}".replace("-", "−") if factor > 1 else number(v) for v in increases)
 
     models = list(MODELS)
@@ -156,9 +156,9 @@ def budgets() -> str:
     lines = []
     for model in ("bundled", "pylib-llama", "multi30k-t5", "cifar10-vit", "minilm"):
         unit, factor, key = quantity(model)
-        key = "loss_of_part" if key == "kl" else key
+        key = "measured" if key == "kl" else key
         for count in sorted({found["bytes_of"] for found in rows(f"{model}-budgets")}, reverse=True):
-            of = {a: factor * field(row(f"{model}-budgets", bytes_of=count, allocation=a), key) for a in BUDGETS}
+            of = {a: factor * row(f"{model}-budgets", bytes_of=count, allocation=a)[key] for a in BUDGETS}
             base = of["one count"]
             lines.append(
                 [
@@ -180,7 +180,7 @@ def predicted() -> str:
             cells = []
             for allocation in BUDGETS:
                 found = row(f"{model}-budgets", bytes_of=count, allocation=allocation)
-                both = (factor * found["predicted"], factor * field(found, "loss_of_part"))
+                both = (factor * found["predicted"], factor * found["measured"])
                 cells.append(" / ".join(map(number, both)))
             lines.append([f"{MODELS[model]} ({unit})", f"{count} of {SOURCE_KV_HEADS[model]} heads", *cells])
     return table(["model", "K/V bytes of", *BUDGETS.values()], lines)
@@ -205,13 +205,13 @@ def multiples() -> str:
             weights[count, multiple, refit].append(run["weight_bytes"])
         for count in (4, 2):
             cells = []
-            plain = factor * field(row(f"{model}-wide", cache_of=count, head_dim_multiple=1, refit=True), key)
+            plain = factor * row(f"{model}-wide", cache_of=count, head_dim_multiple=1, refit=True)[key]
             for multiple in (1, 2, 4):
                 found = rows(f"{model}-wide", cache_of=count, head_dim_multiple=multiple, refit=True)
                 if not found:
                     cells.append("")
                     continue
-                value = factor * field(found[0], key)
+                value = factor * found[0][key]
                 share = statistics.median(weights[count, multiple, True]) / statistics.median(weights[count, 1, True])
                 more = f" ({value / plain:.2f}; weights × {share:.2f})" if multiple > 1 else ""
                 cells.append(f"{number(value)}{more}")
@@ -222,7 +222,7 @@ def multiples() -> str:
 def healing() -> str:
     lines = []
     for model in MODELS:
-        for count in sorted({field(found, "num_kv_heads") for found in rows(f"{model}-healing")}, reverse=True):
+        for count in sorted({found["num_kv_heads"] for found in rows(f"{model}-healing")}, reverse=True):
             of = {found["way"]: found for found in rows(f"{model}-healing", num_kv_heads=count)}
             heal = of["heal"]
             show = (lambda found: number(1e6 * found["kl"])) if model == "cifar10-vit" else interval
@@ -326,7 +326,7 @@ def modalities() -> str:
         ("minilm", "cosine", "mean cosine to the original", 1),
     ):
         whole = SOURCE_KV_HEADS[model]
-        for count in sorted({field(found, "num_kv_heads") for found in rows(model)}, reverse=True):
+        for count in sorted({found["num_kv_heads"] for found in rows(model)}, reverse=True):
             cells = [
                 median(model, key, factor, name, count) for name in ("absorb (default)", "procrustes + norm", "mean")
             ]

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from figure_data import field, load, rows
+from figure_data import load, rows
 from figure_tables import Block, milliseconds, number, table
 
 
 def per_token(case: dict[str, Any], attention: str, count: int, **more: Any) -> dict[str, Any]:
-    found = [r for r in case["rows"] if r["attention"] == attention and field(r, "num_kv_heads") == [count]]
+    found = [r for r in case["rows"] if r["attention"] == attention and r["num_kv_heads"] == [count]]
     return next(r for r in found if all(r[key] == value for key, value in more.items()))
 
 
@@ -45,9 +45,7 @@ def sweep() -> str:
     for dtype in ("bfloat16", "float32"):
         case, ratios = load("decode")[f"sweep {dtype}"], []
         for ours in (r for r in case["rows"] if r["attention"] == "headfold"):
-            stock = per_token(
-                case, "sdpa", field(ours, "num_kv_heads")[0], context=ours["context"], batch=ours["batch"]
-            )
+            stock = per_token(case, "sdpa", ours["num_kv_heads"][0], context=ours["context"], batch=ours["batch"])
             ratios.append(stock["per_token"] / ours["per_token"])
         lines.append([dtype, f"{min(ratios):.1f}", f"{max(ratios):.1f}", str(len(ratios))])
     return table(["dtype", "least ratio", "greatest ratio", "cases"], lines)
@@ -56,7 +54,7 @@ def sweep() -> str:
 def shapes() -> str:
     lines = []
     for name, case in load("decode")["shapes bfloat16"].items():
-        counts = sorted({field(r, "num_kv_heads")[0] for r in case["rows"]}, reverse=True)
+        counts = sorted({r["num_kv_heads"][0] for r in case["rows"]}, reverse=True)
         times = [milliseconds(per_token(case, how, c)["per_token"]) for how in ("sdpa", "headfold") for c in counts]
         parts = per_token(case, "headfold", 8)["parts"]
         where = ", ".join(f"{milliseconds(parts[p])} {p}" for p in ("weights", "attention", "cache", "rest"))
@@ -76,7 +74,7 @@ def shapes() -> str:
 
 def by_groups() -> str:
     case = load("decode")["figure6 bfloat16"]
-    counts = sorted({field(r, "num_kv_heads")[0] for r in case["rows"]})
+    counts = sorted({r["num_kv_heads"][0] for r in case["rows"]})
     lines = [
         [str(c), *(milliseconds(per_token(case, how, c)["per_token"]) for how in ("headfold", "sdpa"))] for c in counts
     ]
@@ -86,8 +84,8 @@ def by_groups() -> str:
 def kernel() -> str:
     facts, lines = load("decode"), []
     for dtype in ("bfloat16", "float32"):
-        shares = {(field(r, "num_kv_heads"), r["keys"]): r for r in facts[f"alone {dtype}"]["rows"]}
-        gains = {field(r, "num_kv_heads"): r["ratio"] for r in facts[f"kernel {dtype}"]["rows"]}
+        shares = {(r["num_kv_heads"], r["keys"]): r for r in facts[f"alone {dtype}"]["rows"]}
+        gains = {r["num_kv_heads"]: r["ratio"] for r in facts[f"kernel {dtype}"]["rows"]}
         for (count, keys), found in sorted(shares.items()):
             gain = f"{gains[count]:.2f}" if keys == 4096 and count in gains else ""
             lines.append([dtype, str(count), f"{keys:,}", found["candidate"], f"{100 * found['share']:.0f} %", gain])
@@ -129,9 +127,9 @@ def calibration_speed() -> str:
 def plan_time() -> str:
     lines = [
         [
-            str(field(r, "num_kv_heads")),
+            str(r["num_kv_heads"]),
             str(r["workers"]),
-            str(r["layers"]),
+            str(r["num_layers"]),
             f"{r['seconds']:.0f}",
             f"{r['seconds_of_32_layers']:.0f}",
         ]
@@ -259,7 +257,7 @@ def detected(folds: bool) -> Callable[[], str]:
     """The model types that fold, by what is free on K; or those that do not, and why."""
 
     def made() -> str:
-        types = load("detected")["types"]
+        types = load("detect")["types"]
         if not folds:
             others = [(name, found) for name, found in types.items() if not found["proven"]]
             return table(["model type", "reason"], [[name, brief(found["reason"])] for name, found in others])
@@ -289,8 +287,8 @@ BLOCKS = {
     "papers-routes": Block(routes, ("papers-routes-cifar10-vit",)),
     "papers-uptraining": Block(shares_of_training, ("papers-uptraining-multi30k-t5",)),
     "papers-groupings": Block(groups_trained, ("papers-groupings-multi30k-t5",)),
-    "detected": Block(detected(True), ("detected",)),
-    "not-detected": Block(detected(False), ("detected",)),
+    "detected": Block(detected(True), ("detect",)),
+    "not-detected": Block(detected(False), ("detect",)),
 }
 
 __all__ = ["BLOCKS", "number"]

@@ -3,14 +3,14 @@
 import statistics
 from collections.abc import Callable
 
-from figure_data import field, load, row
+from figure_data import load, row
 from figure_tables import QUALITY, number
 
 Value = Callable[[], str]
 
 
 def increase(model: str, name: str, count: int) -> float:
-    return field(row(f"{model}-main", name=name, num_kv_heads=count), "loss_increase")
+    return row(f"{model}-main", name=name, num_kv_heads=count)["loss_increase"]
 
 
 def _quality(values: dict[str, Value]) -> None:
@@ -26,7 +26,7 @@ def _quality(values: dict[str, Value]) -> None:
                 )
             for at, end in ((0, "first"), (-1, "last")):
                 values[f"{model}.default.{count}.{end}-sixteenth"] = lambda m=model, c=count, a=at: number(
-                    field(row(f"{m}-main", name=QUALITY["default"], num_kv_heads=c), "increase_by_position")[a]
+                    row(f"{m}-main", name=QUALITY["default"], num_kv_heads=c)["loss_increase_by_position"][a]
                 )
 
 
@@ -38,13 +38,13 @@ def _ablation(values: dict[str, Value]) -> None:
         "neither": "without distances and refit",
         "w_o-alone": "refit of W_o alone",
     }.items():
-        values[f"ablation.{key}"] = lambda n=name: number(field(row("pylib-llama-ablation", name=n), "loss_increase"))
+        values[f"ablation.{key}"] = lambda n=name: number(row("pylib-llama-ablation", name=n)["loss_increase"])
     for key, name in {
         "own": "calibrated on stdlib",
         "self": "calibrated on self",
         "prose": "calibrated on valid.txt",
     }.items():
-        values[f"domains.{key}"] = lambda n=name: number(field(row("pylib-llama-domains", name=n), "loss_increase"))
+        values[f"domains.{key}"] = lambda n=name: number(row("pylib-llama-domains", name=n)["loss_increase"])
 
 
 def _modalities(values: dict[str, Value]) -> None:
@@ -57,8 +57,8 @@ def _modalities(values: dict[str, Value]) -> None:
         for kind, name in (("default", "absorb (default)"), ("mean", "mean")):
             for found in load(model)["rows"]:
                 if found["name"] == name:
-                    values[f"{model}.{kind}.{field(found, 'num_kv_heads')}"] = (
-                        lambda r=found, k=key, f=factor, p=places: f"{f * r[k]['median']:.{p}f}"
+                    values[f"{model}.{kind}.{found['num_kv_heads']}"] = lambda r=found, k=key, f=factor, p=places: (
+                        f"{f * r[k]['median']:.{p}f}"
                     )
 
 
@@ -109,9 +109,9 @@ def _papers(values: dict[str, Value]) -> None:
 
 def all_values() -> dict[str, Value]:
     values: dict[str, Value] = {
-        "detected.proven": lambda: str(sum(t["proven"] for t in load("detected")["types"].values())),
-        "detected.of": lambda: str(len(load("detected")["types"])),
-        "detected.transformers": lambda: load("detected")["versions"]["transformers"],
+        "detected.proven": lambda: str(sum(t["proven"] for t in load("detect")["types"].values())),
+        "detected.of": lambda: str(len(load("detect")["types"])),
+        "detected.transformers": lambda: load("detect")["versions"]["transformers"],
         "conversion.ratio": lambda: f"{load('conversion_time')['ratio']:.2f}",
         "conversion.memory": lambda: f"{load('conversion_time')['peak_anonymous_bytes'] / 1e9:.2f} GB",
     }

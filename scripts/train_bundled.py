@@ -26,7 +26,7 @@ PEAK_RATE, WARMUP, DECAY = 3e-3, 100, 0.1
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts one `<s>` before each document."""
+    """Train a byte-level BPE that puts one `<s>` before each document."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -38,34 +38,34 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def heldout_text() -> str:
-    """The held-out library modules (no tests), each file in turn: what the bundled model is measured on."""
+    """Return the held-out library modules (no tests), each file in turn: what the bundled model is measured on."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [name for name in sorted(stdlib.heldout_files()) if "test" not in name and "encodings/" not in name]
     return "\n".join((root / name).read_text(encoding="utf-8") for name in names)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All documents as one stream of token ids."""
+    """Return all documents as one stream of token ids."""
     return torch.tensor([token for ids in tokenizer(texts, verbose=False)["input_ids"] for token in ids])
 
 
 @torch.no_grad()
 def heldout_nll(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Mean negative log-likelihood, nats per token, over full windows of the context."""
+    """Return the mean negative log-likelihood, nats per token, over full windows of the context."""
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(BATCH)]
     return sum(losses) / len(windows)
 
 
 def rate(step: int, progress: float) -> float:
-    """Linear warm-up, then cosine to a hundredth of the peak; `progress` is the share of the time used."""
+    """Return the learning rate: linear warm-up, then cosine to a hundredth of the peak; `progress` is the share of the time used."""
     return (
         PEAK_RATE * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
     )
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict:
-    """Train for `seconds` or one epoch, whichever ends first; returns what was done."""
+    """Train for `seconds` or one epoch, whichever ends first; return what was done."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": gains, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Which heads share: QCQA (2406.10247) and AsymGQA (2406.14963) beside neighbours, before and after fine-tuning.
+"""Group heads as published: QCQA (2406.10247) and AsymGQA (2406.14963) beside neighbours, before and after fine-tuning.
 
     python -m benchmarks.papers.groupings MODEL --train EN.gz,DE.gz --validation EN.gz,DE.gz --test EN.gz,DE.gz --work DIR [--bf16]
 
@@ -12,9 +12,9 @@ partition for the whole stack, as its layers share their position bias, AdamW at
 
 from typing import Any
 
-from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settings, spread, train
+from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
 
-KV_HEADS = 4
+NUM_KV_HEADS = 4
 RATE = 1e-3
 OTHER_RATES = (3e-4, 3e-3)
 ROWS = ("qcqa-ec", "qcqa-ac", "asymgqa", "asymgqa-unequal")
@@ -25,8 +25,8 @@ PUBLISHED = {
 
 
 def run(data: Data, folds: Folds, how: str, rate: float | None, seed: int) -> dict[str, Any]:
-    """One row: as opened where there is no rate, else trained."""
-    model, found = folds.open(how, KV_HEADS), {}
+    """Measure one row: as opened where there is no rate, else trained."""
+    model, found = folds.open(how, NUM_KV_HEADS), {}
     if rate is not None:
         found = train(model, data.stream(seed), recipe_of(folds.options, rate, seed), folds.options.work)
         if seed == 0:
@@ -35,6 +35,7 @@ def run(data: Data, folds: Folds, how: str, rate: float | None, seed: int) -> di
 
 
 def rows(table: Table) -> list[dict[str, Any]]:
+    """Return the table."""
     listed = []
     for how in ROWS:
         after = [found for key, found in table.runs.items() if key[:2] == (how, RATE)]
@@ -42,7 +43,7 @@ def rows(table: Table) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"row": how, "published": PUBLISHED.get(how.partition("-")[0])}
         for quantity in ("bleu", "nll"):
             row[f"{quantity}_before"] = before and before[quantity]
-            row[quantity] = spread(found[quantity] for found in after) if after else None
+            row[quantity] = mean_and_deviation(found[quantity] for found in after) if after else None
         listed.append(row | table.by_rate(how, "validation_nll"))
     return listed
 
@@ -51,7 +52,13 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     data = Data(options)
     folds = Folds(options, data.kind)
-    asked = {**settings(options), "kv_heads": KV_HEADS, "rate": RATE, "optimizer": "adamw", "schedule": "linear"}
+    asked = {
+        **settings(options),
+        "num_kv_heads": NUM_KV_HEADS,
+        "rate": RATE,
+        "optimizer": "adamw",
+        "schedule": "linear",
+    }
     facts = {"paper": "2406.10247, 2406.14963", "settings": asked, "published": PUBLISHED}
     table = Table(f"groupings-{options.model.name}", facts)
     wanted = [(how, RATE, seed) for seed in range(options.seeds) for how in ROWS]

@@ -1,4 +1,4 @@
-"""KDGQA, DGQA and PGQA against plain GQA on a vision transformer (2408.08454): accuracy before and after fine-tuning.
+"""Compare KDGQA, DGQA and PGQA with plain GQA on a vision transformer (2408.08454): accuracy before and after fine-tuning.
 
     python -m benchmarks.papers.routes MODEL --train TRAIN.parquet --test TEST.parquet --work DIR --limit 2000 --steps 80
 
@@ -13,7 +13,7 @@ in batches of 64; of KDGQA and DGQA the accuracy depends on them.
 
 from typing import Any
 
-from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settings, spread, train
+from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
 from headfold.runtime import routing
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> dict[str, Any]:
-    """One row: as opened where there is no rate, else trained with its route."""
+    """Measure one row: as opened where there is no rate, else trained with its route."""
     how, spec = ROWS[name]
     model = folds.open(how, 4)
     routers = {} if spec is None else routing.attach(model, spec, seed=seed)
@@ -53,13 +53,17 @@ def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> d
 
 
 def rows(table: Table, rate: float) -> list[dict[str, Any]]:
+    """Return the table at a learning rate."""
     listed = []
     for name in ROWS:
         before = table.runs.get((name, "before", 0))
         after = [found for key, found in table.runs.items() if key[:2] == (name, rate)]
         row = {"row": name, "published": PUBLISHED.get(name), "accuracy_before": before and before["accuracy"]}
         if after:
-            row |= {quantity: spread(found[quantity] for found in after) for quantity in ("accuracy", "cross_entropy")}
+            row |= {
+                quantity: mean_and_deviation(found[quantity] for found in after)
+                for quantity in ("accuracy", "cross_entropy")
+            }
         listed.append(row)
     return listed
 
@@ -72,7 +76,10 @@ def main() -> None:
     options = reader.parse_args()
     data = Data(options)
     folds = Folds(options, data.kind)
-    facts = {"paper": "2408.08454", "settings": {**settings(options), "kv_heads": 4, "rates": RATES, "window": WINDOW}}
+    facts = {
+        "paper": "2408.08454",
+        "settings": {**settings(options), "num_kv_heads": 4, "rates": RATES, "window": WINDOW},
+    }
     table = Table(f"routes-{options.model.name}", facts | {"published": PUBLISHED})
 
     def trained(name: str, rate: float | None, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tables of papers share: a fold opened and trained as `headfold uptrain` trains, measured in memory, runs kept as they come."""
+"""Share what the tables of papers need: open a fold, train it as `headfold uptrain` does, measure it in memory, keep every run."""
 
 import argparse
 import json
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
+import headfold
 from benchmarks.machine import describe
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import Sample, image_sample_blocks, kind_of
 from headfold.evaluate import classification, translation
-from headfold.hf_models import open_tokenizer, quiet
-from headfold.recipe import fold
-from headfold.recipe.scoring import open_own
+from headfold.hf_models import open_model, open_tokenizer, quiet
+from headfold.runtime.load import own_class
 from headfold.train.stream import Item, Stream, collate
 from headfold.train.trainer import TrainingConfig, Uptrainer, training_arguments
 
@@ -43,7 +43,7 @@ FOLDS: dict[str, dict[str, Any]] = {
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Model and data, and where folds lie."""
+    """Return a parser of the model, the data, and where folds lie."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("model", type=Path)
     made.add_argument("--train", required=True, help="source of training and calibration")
@@ -63,7 +63,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 class ByLength(IterableDataset):
-    """Items of a stream, those of one batch about as long, which halves the time: `WINDOW` batches are sorted and cut together."""
+    """Items of a stream, those of one batch about as long, which halves the time: `WINDOW` batches are sorted and divided together."""
 
     WINDOW = 20
 
@@ -103,6 +103,7 @@ class Data:
         return [{name: tensor[at : at + 100] for name, tensor in whole.items()} for at in range(0, count, 100)]
 
     def stream(self, seed: int) -> IterableDataset:
+        """Return the training data in the order of a seed."""
         self._stream.seed = seed
         return self._by_length if self.kind == "pairs" else self._stream
 
@@ -112,12 +113,12 @@ class Data:
         return len(read_pairs(self._source)) if self.kind == "pairs" else 0
 
     def first(self, count: int) -> list[Sample]:
-        """Batches of training data."""
+        """Return the first batches of training data."""
         items = islice(self.stream(0), count * self.batch)
         return [collate(list(islice(items, self.batch))) for _ in range(count)]
 
     def measure(self, model: Any, written: bool = True) -> dict[str, Any]:
-        """Of an open model, on the test data; BLEU if translations are to be `written`."""
+        """Measure an open model on the test data; BLEU if translations are to be `written`."""
         if self.kind == "images":
             found = classification.evaluate_classification(model, self._test)
             return {"accuracy": 100 * found.accuracy, "cross_entropy": found.cross_entropy}
@@ -128,7 +129,7 @@ class Data:
         return {"bleu": found.bleu, "nll": found.nll, "eval_seconds": found.seconds}
 
     def validation_loss(self, model: Any) -> float:
-        """By which a learning rate is chosen."""
+        """Return the loss by which a learning rate is chosen."""
         if self.kind == "images":
             return classification.evaluate_classification(model, self._validation).cross_entropy
         return translation.evaluate_translation(model, self._validation, self._tokenizer, max_new_tokens=0).nll
@@ -141,23 +142,24 @@ class Folds:
     options: argparse.Namespace
     kind: str
 
-    def path(self, how: str, kv_heads: int, seed: int = 0, **more: Any) -> Path:
-        """Of the name `how` in `FOLDS`; heads drawn by `random` differ by seed."""
+    def path(self, how: str, num_kv_heads: int, seed: int = 0, **more: Any) -> Path:
+        """Return the fold named `how` in `FOLDS`; heads drawn by `random` differ by seed."""
         seed = seed if how == "random" else 0
-        made = self.options.work / f"{how}-{kv_heads}-{seed}"
+        made = self.options.work / f"{how}-{num_kv_heads}-{seed}"
         if not made.exists():
             data = {"calibration": self.options.train, "items": self.options.items}
-            fold(self.options.model, made, kv_heads=kv_heads, seed=seed, **FOLDS[how], **data, **more)
+            headfold.fold(self.options.model, made, kv_heads=num_kv_heads, seed=seed, **FOLDS[how], **data, **more)
         return made
 
-    def open(self, how: str | None, kv_heads: int, seed: int = 0) -> Any:
-        """In float32; None is the original."""
-        directory = self.options.model if how is None else self.path(how, kv_heads, seed)
-        return open_own(directory, torch.float32, "cpu")
+    def open(self, how: str | None, num_kv_heads: int, seed: int = 0) -> Any:
+        """Open a fold in float32, or the original where `how` is None."""
+        directory = self.options.model if how is None else self.path(how, num_kv_heads, seed)
+        config = json.loads((directory / "config.json").read_text())
+        return open_model(directory, dtype=torch.float32, device="cpu", model_class=own_class(config))
 
 
 def recipe_of(options: argparse.Namespace, rate: float, seed: int, **more: Any) -> TrainingConfig:
-    """AdamW at a rate that falls linearly to zero, no warm-up, no weight decay."""
+    """Return the settings of a training: AdamW at a rate that falls linearly to zero, no warm-up, no weight decay."""
     given = {"steps": options.steps, "optimizer": "adamw", "schedule": "linear", **more}
     return TrainingConfig(
         learning_rate=rate, warmup=0, batch=options.batch, bf16=options.bf16, save_every=options.steps + 1, seed=seed, **given
@@ -167,7 +169,7 @@ def recipe_of(options: argparse.Namespace, rate: float, seed: int, **more: Any) 
 def train(
     model: Any, stream: IterableDataset, recipe: TrainingConfig, work: Path, callbacks: Sequence[Any] = ()
 ) -> dict[str, float]:
-    """Train all weights, in place, by the model's own loss; the loss of the last steps, and seconds."""
+    """Train all weights, in place, by the model's own loss; return the loss of the last steps, and seconds."""
     model.requires_grad_(True)
     started = time.monotonic()
     trainer = Uptrainer(
@@ -183,7 +185,7 @@ def train(
 
 
 class Table:
-    """Runs under their keys in one JSON of benchmarks/results, written after each, so that an interrupted table goes on."""
+    """Runs under their keys in one JSON of benchmarks/results, written after each, so that an interrupted table resumes."""
 
     def __init__(self, name: str, facts: dict[str, Any]) -> None:
         self._file, self._facts = RESULTS / f"papers-{name}.json", json.loads(json.dumps(facts))
@@ -193,7 +195,7 @@ class Table:
         self.runs: dict[tuple, dict[str, Any]] = {tuple(run.pop("key")): run for run in kept.get("runs", [])}
 
     def run(self, key: tuple, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The run of that key, made if it is not there."""
+        """Return the run of that key, made if it is not there."""
         if key not in self.runs:
             self.runs[key] = make()
             print(key, {name: value for name, value in self.runs[key].items() if name != "curve"}, flush=True)
@@ -201,31 +203,31 @@ class Table:
         return self.runs[key]
 
     def by_rate(self, name: str, quantity: str) -> dict[str, dict[str, float]]:
-        """That of a row's runs by learning rate, to be merged into the row; nothing where one rate alone was tried."""
+        """Return a quantity of a row's runs by learning rate, to be merged into the row; nothing where one rate alone was tried."""
         found = {str(key[1]): run[quantity] for key, run in self.runs.items() if key[0] == name and quantity in run}
         return {f"{quantity}_by_rate": found} if len(found) > 1 else {}
 
     def write(self, **more: Any) -> None:
-        """With `more` facts, such as the table itself."""
+        """Write all runs with `more` facts, such as the table itself."""
         self._facts |= more
         listed = [{"key": list(key), **run} for key, run in self.runs.items()]
         self._file.write_text(json.dumps({"machine": describe(), **self._facts, "runs": listed}, indent=1) + "\n")
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Mean and standard deviation (of the sample) over seeds."""
+def mean_and_deviation(values: Iterable[float]) -> dict[str, float]:
+    """Return mean and standard deviation (of the sample) over seeds."""
     values = list(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": round(statistics.fmean(values), 4), "sd": round(deviation, 4), "seeds": len(values)}
 
 
 def source_name(source: str) -> str:
-    """Without the place where it lies."""
+    """Return a source without the place where it lies."""
     return ",".join(Path(part).name for part in source.split(","))
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What decides a table, without places."""
+    """Return what decides a table, without places."""
     facts = {name: value for name, value in vars(options).items() if name not in ("work", "seeds", "row")}
     places = ("model", "train", "validation", "test")
     return {name: source_name(str(value)) if name in places and value else value for name, value in facts.items()}

@@ -1,4 +1,4 @@
-"""Uptraining a translator, figures 4 and 5 and table 1 (2305.13245): how to start, how long to train, what it costs and saves.
+"""Uptrain a translator, figures 4 and 5 and table 1 (2305.13245): how to start, how long to train, what it costs and saves.
 
     python -m benchmarks.papers.uptraining MODEL --train EN.gz,DE.gz --validation EN.gz,DE.gz --test EN.gz,DE.gz --work DIR [--bf16]
 
@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 import headfold
-from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settings, spread, train
+from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
 from headfold.hf_models import open_model
 
 RATE = 1e-3
@@ -61,9 +61,9 @@ class Curve(TrainerCallback):
 
 
 def run(data: Data, folds: Folds, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """Uptrain one row, measured on the way."""
-    how, kv_heads = ROWS[name]
-    model, last = folds.open(how, kv_heads, seed), SHARES[-1]
+    """Uptrain one row and measure it on the way."""
+    how, num_kv_heads = ROWS[name]
+    model, last = folds.open(how, num_kv_heads, seed), SHARES[-1]
     marks = {round(folds.options.steps * share / last): share for share in SHARES[1:]}
     curve = Curve(data, marks if rate == RATE else {})
     recipe = recipe_of(folds.options, rate, seed, optimizer="adafactor", schedule="constant")
@@ -74,19 +74,20 @@ def run(data: Data, folds: Folds, name: str, rate: float, seed: int) -> dict[str
 
 
 def before(data: Data, folds: Folds, name: str, seed: int) -> dict[str, Any]:
-    how, kv_heads = ROWS[name]
-    return data.measure(folds.open(how, kv_heads, seed))
+    """Measure a row before training."""
+    how, num_kv_heads = ROWS[name]
+    return data.measure(folds.open(how, num_kv_heads, seed))
 
 
 def seconds(data: Data, folds: Folds) -> dict[str, Any]:
-    """Per sample, of rows of table 1 before training, which decode as they do after it."""
+    """Return seconds per sample of rows of table 1 before training, which decode as they do after it."""
     models = {}
     for name in ("MHA", "MQA, mean", "GQA-2, mean"):
-        how, kv_heads = ROWS[name]
+        how, num_kv_heads = ROWS[name]
         models[name] = (
             open_model(folds.options.model, dtype=torch.float32, device="cpu")
             if how is None
-            else headfold.load(folds.path(how, kv_heads), dtype=torch.float32)
+            else headfold.load(folds.path(how, num_kv_heads), dtype=torch.float32)
         )
     ids = torch.cat([batch["input_ids"].flatten() for batch in data.first(200)])
     ids = ids[ids > 1][: SENTENCES * LONG].view(SENTENCES, LONG)
@@ -101,6 +102,7 @@ def seconds(data: Data, folds: Folds) -> dict[str, Any]:
 
 
 def rows(table: Table) -> list[dict[str, Any]]:
+    """Return the table."""
     listed = []
     for name in ROWS:
         starts = [found for key, found in table.runs.items() if key[:2] == (name, "before")]
@@ -110,7 +112,7 @@ def rows(table: Table) -> list[dict[str, Any]]:
         for share, points in by_share.items():
             for quantity in ("bleu", "nll"):
                 values = [point[quantity] for point in points if point.get(quantity) is not None]
-                row.setdefault(quantity, {}).update({str(share): spread(values)} if values else {})
+                row.setdefault(quantity, {}).update({str(share): mean_and_deviation(values)} if values else {})
         listed.append(row | table.by_rate(name, "validation_nll"))
     return listed
 

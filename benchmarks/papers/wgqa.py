@@ -1,4 +1,4 @@
-"""WGQA, table of test results (2407.10855): K and V as weighted sums of the original's heads while all weights are fine-tuned.
+"""Train WGQA, table of test results (2407.10855): K and V as weighted sums of the original's heads while all weights are fine-tuned.
 
     python -m benchmarks.papers.wgqa MODEL --train EN.gz,DE.gz --validation EN.gz,DE.gz --test EN.gz,DE.gz --work DIR [--bf16]
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.papers.runs import Data, Folds, Table, parser, recipe_of, settings, spread, train
+from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
+from headfold.conversion.source import open_source
 from headfold.core.plan import Plan
-from headfold.recipe.source import open_source
 from headfold.train import wgqa
 
 RATE = 1e-3
@@ -45,11 +45,11 @@ PUBLISHED = {
 
 
 def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> dict[str, Any]:
-    """One row: as opened where there is no rate, else trained."""
-    how, kv_heads, spec = ROWS[name]
-    model = folds.open(how, kv_heads)
+    """Measure one row: as opened where there is no rate, else trained."""
+    how, num_kv_heads, spec = ROWS[name]
+    model = folds.open(how, num_kv_heads)
     if spec is not None:
-        source, plan = open_source(folds.options.model), Plan.load(folds.path("mean", kv_heads) / "plan.json")
+        source, plan = open_source(folds.options.model), Plan.load(folds.path("mean", num_kv_heads) / "plan.json")
         wgqa.attach(model, source.every_site, plan, source.checkpoint.read, spec, seed=seed)
     found: dict[str, Any] = {}
     if rate is not None:
@@ -58,30 +58,31 @@ def run(data: Data, folds: Folds, name: str, rate: float | None, seed: int) -> d
             found["validation_nll"] = data.validation_loss(model)
     if spec is not None:
         coefficients = torch.cat([t.flatten() for site in wgqa.coefficients(model).values() for t in site.values()])
-        found["mean_change_of_coefficients"] = (coefficients - kv_heads / 8).abs().mean().item()
+        found["mean_change_of_coefficients"] = (coefficients - num_kv_heads / 8).abs().mean().item()
         wgqa.fold_away(model)
     return found if rate in OTHER_RATES else found | data.measure(model)
 
 
 def beside(table: Table, name: str, baseline: str) -> dict[str, dict[str, float]]:
-    """Loss less that of the row trained with the same seed from the plain fold."""
+    """Return the loss minus that of the row trained with the same seed from the plain fold."""
     seeds = [
         seed for one, rate, seed in table.runs if (one, rate) == (name, RATE) and (baseline, RATE, seed) in table.runs
     ]
     found = [table.runs[name, RATE, seed]["nll"] - table.runs[baseline, RATE, seed]["nll"] for seed in seeds]
-    return {f"nll_over_{baseline}": spread(found)} if found and name != baseline else {}
+    return {f"nll_over_{baseline}": mean_and_deviation(found)} if found and name != baseline else {}
 
 
 def rows(table: Table) -> list[dict[str, Any]]:
+    """Return the table."""
     listed = []
-    for name, (_, kv_heads, _) in ROWS.items():
+    for name, (_, num_kv_heads, _) in ROWS.items():
         before = table.runs.get((name, "before", 0))
         after = [found for key, found in table.runs.items() if key[:2] == (name, RATE)]
-        row: dict[str, Any] = {"row": name, "kv_heads": kv_heads, "published": PUBLISHED.get(name)}
+        row: dict[str, Any] = {"row": name, "num_kv_heads": num_kv_heads, "published": PUBLISHED.get(name)}
         for quantity in ("bleu", "nll"):
             row[f"{quantity}_before"] = before and before[quantity]
-            row[quantity] = spread(found[quantity] for found in after) if after else None
-        row |= beside(table, name, "MQA" if kv_heads == 1 else "GQA")
+            row[quantity] = mean_and_deviation(found[quantity] for found in after) if after else None
+        row |= beside(table, name, "MQA" if num_kv_heads == 1 else "GQA")
         listed.append(row | table.by_rate(name, "validation_nll"))
     return listed
 
