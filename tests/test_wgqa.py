@@ -217,7 +217,12 @@ def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
         wgqa.fold_away(model)
     elsewhere = {name: replace(row, groups=Groups.contiguous(8, 2)) for name, row in plan.sites.items()}
     refused(
-        model, source, replace(plan, sites=elsewhere), "layers.0.self", "q_proj.weight as the plan makes it", "other numbers"
+        model,
+        source,
+        replace(plan, sites=elsewhere),
+        "layers.0.self",
+        "q_proj.weight as the plan makes it",
+        "other numbers",
     )
     fewer = {name: replace(row, groups=Groups.contiguous(8, 4)) for name, row in plan.sites.items()}
     refused(model, source, replace(plan, sites=fewer), "q_proj.weight as the plan makes it")

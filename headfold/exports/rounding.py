@@ -34,7 +34,9 @@ class Unrounded(Mapping[str, Tensor]):
             self._last = (piece, piece.make(lambda old: self._source.read(old).to(self._dtype)))
         tensor, written = self._last[1][name], self._written.read(name)
         if not torch.equal(tensor.to(written.dtype), written):
-            raise UserError(f"{self._written.path}: {name}: expected what was computed, got other numbers; export again")
+            raise UserError(
+                f"{self._written.path}: {name}: expected what was computed, got other numbers; export again"
+            )
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -244,7 +244,9 @@ class Router(nn.Module):
         self._held = None
         if self.method.record.settle is not None and not self.is_frozen:
             if not (self.state.count or self.state.step):
-                raise UserError(f"{where}: {self.method}: expected key norms to freeze on, got none; train first, or pass batches")
+                raise UserError(
+                    f"{where}: {self.method}: expected key norms to freeze on, got none; train first, or pass batches"
+                )
             self._settle()
         self.counts[3] = 1
 
