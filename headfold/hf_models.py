@@ -206,7 +206,8 @@ def open_model(
         if exceeds_memory(checkpoint, dtype, device, memory_limit):
             model = _streamed(checkpoint, dtype, device, overlay or {}, model_class)
         else:
-            model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class).to(device)
+            model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class)
+            model = model.to(device)
     return model.eval().requires_grad_(False)
 
 

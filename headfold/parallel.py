@@ -8,6 +8,7 @@ behaves as in a single process.
 import atexit
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long a worker waits for rank 0, which plans and samples alone for hours. A process that dies is noticed at once."""
-LAST_WORD = timedelta(seconds=20)
-"""How long a worker waits before it exits for rank 0 to print: launchers end all processes as soon as one has failed."""
+LAST_WORD = 20.0
+"""Seconds that a worker waits for rank 0 to print before it exits: launchers end all processes as soon as one has failed."""
 
 
 class ProcessLost(UserError):
@@ -46,6 +47,8 @@ class _Group:
 
 
 _group: _Group | None = None
+_lost = False
+"""Whether another process could not be reached."""
 
 
 def launched() -> bool:
@@ -277,10 +280,12 @@ def _leave(store: "Store") -> None:
     import torch.distributed as dist
 
     number = int(os.environ["RANK"])
+    others = [f"left/{at}" for at in range(1, num_processes())] if number == 0 else ["left/0"]
+    until = time.monotonic() + (LAST_WORD if number else LAST_WORD / 4)
     with suppress(RuntimeError):
         store.set(f"left/{number}", "")
-        others = [f"left/{at}" for at in range(1, num_processes())] if number == 0 else ["left/0"]
-        store.wait(others, LAST_WORD if number else LAST_WORD / 4)
+        while not _lost and not store.check(others) and time.monotonic() < until:
+            time.sleep(0.05)
     with suppress(RuntimeError):
         dist.destroy_process_group()
 
@@ -295,6 +300,8 @@ def _reachable() -> Iterator[None]:
             raise UserError(errors) from error
         said = re.sub(r"^\[.*?\] ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
         reason = said.partition(". ")[0]  # without the place in the backend's sources and its advice
+        global _lost
+        _lost = True
         raise ProcessLost(
             f"another process of this run cannot be reached ({reason}); run the same command again to resume"
         ) from error

@@ -62,7 +62,9 @@ def test_no_spread_within_the_loss_takes_less(options: dict[str, list[CountOptio
     found = total(options, allocate(options, max_loss=limit))
     assert found.loss_increase <= limit + 1e-12
     within = [total(options, made) for made in every_spread(options)]
-    best = min((one.kv_bytes, one.loss_increase) for one in within if one.loss_increase <= limit)  # of equal bytes the least loss
+    best = min(
+        (one.kv_bytes, one.loss_increase) for one in within if one.loss_increase <= limit
+    )  # of equal bytes the least loss
     assert (found.kv_bytes, found.loss_increase) == pytest.approx(best, rel=1e-12)
 
 
@@ -81,7 +83,9 @@ def test_the_second_stage_of_qcqa_is_within_the_budget_and_not_better(options: d
     limit = 0.6 * sum(listed[-1].kv_bytes for listed in options.values())
     theirs = allocate_qcqa(options, limit, generations=10)
     assert set(theirs.values()) <= {1, 8} and total(options, theirs).kv_bytes <= limit
-    assert total(options, allocate(options, max_bytes=limit)).loss_increase <= total(options, theirs).loss_increase + 1e-4
+    assert (
+        total(options, allocate(options, max_bytes=limit)).loss_increase <= total(options, theirs).loss_increase + 1e-4
+    )
 
 
 def test_budgets_that_nothing_meets_are_refused() -> None:

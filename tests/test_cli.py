@@ -73,7 +73,10 @@ def test_the_whole_path(run, model: Path, tmp_path: Path) -> None:
     folded = run("fold", model, out, "--plan", tmp_path / "plan.json", "--stats", stats, *source, "--json")
     result = json.loads(folded.out)
     assert (
-        folded.err == "" and result["num_kv_heads_after"] == 2 and result["refitted"] and result["verification"]["passed"]
+        folded.err == ""
+        and result["num_kv_heads_after"] == 2
+        and result["refitted"]
+        and result["verification"]["passed"]
     )
     assert result["plan"] == json.loads((tmp_path / "plan.json").read_text())
     assert headfold.load(out).config.num_key_value_heads == 2

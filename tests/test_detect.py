@@ -172,7 +172,7 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 def test_the_results_say_why_a_type_does_not_fold() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "probe.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "detect.json").read_text())
     assert results["proven"] == sum(found["proven"] for found in results["types"].values()) >= 60
     assert all(found["proven"] or found["reason"] for found in results["types"].values())
 

@@ -306,7 +306,9 @@ def test_a_failed_verification_is_not_taken_up_again(source: Path, tmp_path: Pat
     """After the cause is gone the same call must not go on from the wrong bytes."""
     make, out = writing.site_tensors, tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k))
+        patch.setattr(
+            writing, "site_tensors", lambda *a, **k: one_head_wrong(make(*a, **k)) if not k else make(*a, **k)
+        )
         with pytest.raises(UserError):
             headfold.fold(source, out, **BASELINE)
     headfold.fold(source, out, **BASELINE)

@@ -101,7 +101,9 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
     assert "headfold" not in config and result.verification.passed
     site = open_source(tiny_checkpoint(name)).sites[0]
     assert result.after.kv_bytes_per_token == result.before.kv_bytes_per_token
-    assert result.after.head_dims == str(WIDTH * site.head_dim) and result.num_kv_heads_after == site.num_kv_heads // WIDTH
+    assert (
+        result.after.head_dims == str(WIDTH * site.head_dim) and result.num_kv_heads_after == site.num_kv_heads // WIDTH
+    )
     longest = min(config.get("max_position_embeddings", 64), 64)
     tokens = tiny_tokens(2, longest)
     # Frequencies are float32 numbers, of which some are missed by their last bit.

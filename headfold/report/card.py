@@ -23,10 +23,10 @@ class CardFacts:
     base_model: str
     family: str
     num_heads: str
-    """Like `kv_heads_before`, a number or a range as text (`report.tables.count_range`)."""
-    kv_heads_before: str
-    kv_heads_after: int
-    kv_heads_least: int
+    """Like `num_kv_heads_before`, a number or a range as text (`report.tables.count_range`)."""
+    num_kv_heads_before: str
+    num_kv_heads_after: int
+    num_kv_heads_least: int
     serving_costs: tuple[Any, Any]
     """The serving costs before and after."""
     method: str
@@ -53,7 +53,7 @@ class CardFacts:
 
 def model_card(source: Path, facts: CardFacts) -> str:
     """Return the text of the card. `source` is the checkpoint directory that was folded; licence and language come from its card."""
-    name, kv_heads = model_name(facts.base_model), count_range(facts.kv_heads_least, facts.kv_heads_after)
+    name, kv_heads = model_name(facts.base_model), count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
         f"# {name} with {kv_heads} K/V heads",
@@ -123,7 +123,7 @@ def _metadata(source: Path, facts: CardFacts) -> dict[str, Any]:
         "base_model": model_name(facts.base_model),
         "base_model_relation": "finetune",
         "library_name": "transformers",
-        "tags": ["gqa" if facts.kv_heads_after > 1 else "mqa", "headfold"],
+        "tags": ["gqa" if facts.num_kv_heads_after > 1 else "mqa", "headfold"],
     }
     return {**inherited, **own, **facts.metadata}
 
@@ -139,10 +139,10 @@ def _summary(name: str, facts: CardFacts) -> str:
     refit = (
         ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
     )
-    after = count_range(facts.kv_heads_least, facts.kv_heads_after)
+    after = count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     before, now = facts.serving_costs
     return (
-        f"This is {linked} with {after} instead of {facts.kv_heads_before} key/value heads per layer, folded by "
+        f"This is {linked} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
         f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts.healed)}; all tensors outside attention are the "
         "original's, byte for byte."
@@ -158,7 +158,7 @@ def _training(healed: int) -> str:
 def _facts_table(facts: CardFacts) -> str:
     rows = [
         ["query heads", facts.num_heads, facts.num_heads],
-        ["K/V heads", facts.kv_heads_before, count_range(facts.kv_heads_least, facts.kv_heads_after)],
+        ["K/V heads", facts.num_kv_heads_before, count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)],
         *serving_cost_rows(*facts.serving_costs),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]

@@ -12,7 +12,7 @@ def show_frontier(found: Any) -> None:
     rows = [
         [
             size(point.kv_bytes_per_token),
-            ",".join(map(str, point.kv_heads.values()))
+            ",".join(map(str, point.num_kv_heads.values()))
             + (f" × {point.head_dim_multiple}" if point.head_dim_multiple > 1 else ""),
             size(point.weight_bytes),
             f"{point.predicted:.3g}",
@@ -37,16 +37,16 @@ def show_frontier(found: Any) -> None:
 def show_comparison(found: Any) -> None:
     """Print a comparison of methods, count by count, with the best method of each count marked."""
     rows = []
-    for count in dict.fromkeys(row.kv_heads for row in found.rows):
-        same = [row for row in found.rows if row.kv_heads == count]
-        best = min(same, key=lambda row: row.rise)
+    for count in dict.fromkeys(row.num_kv_heads for row in found.rows):
+        same = [row for row in found.rows if row.num_kv_heads == count]
+        best = min(same, key=lambda row: row.loss_increase)
         rows += [
             [
                 row.method + (" *" if row is best else ""),
                 str(count),
                 size(row.kv_bytes_per_token),
                 f"{row.value:.4f}",
-                f"{row.rise:.4f}",
+                f"{row.loss_increase:.4f}",
                 "" if row.kl is None else f"{row.kl:.3g}",
                 duration(row.seconds),
                 "" if row.peak_bytes is None else size(row.peak_bytes),
@@ -87,7 +87,7 @@ def plot_comparison(path: Path, found: Any) -> None:
 
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in found.rows:
-        curves.setdefault(row.method, []).append((row.kv_bytes_per_token, max(row.rise, 1e-5)))
+        curves.setdefault(row.method, []).append((row.kv_bytes_per_token, max(row.loss_increase, 1e-5)))
     shown = sorted(curves, key=lambda name: sum(increase for _, increase in curves[name]) / len(curves[name]))[
         : len(COLOURS)
     ]

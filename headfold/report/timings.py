@@ -41,7 +41,7 @@ def _cells(row: Any, found: Any, varied: Sequence[str], parts: Sequence[str]) ->
     return [
         row.model,
         row.attention,
-        " and ".join(map(str, row.kv_heads)),
+        " and ".join(map(str, row.num_kv_heads)),
         *(f"{getattr(row, name):,}" for name in varied),
         *whole,
         _time(row.per_token),
@@ -66,7 +66,7 @@ def plot_bench(path: Path, found: Any) -> None:
     from matplotlib.ticker import NullLocator
 
     attribute, unit = ("per_token", "new token") if found.skip_prefill else ("per_sample", "sample")
-    places = {"kv_heads": "K/V heads", "context": "tokens of context", "batch": "samples at once"}
+    places = {"num_kv_heads": "K/V heads", "context": "tokens of context", "batch": "samples at once"}
     along = next((name for name in places if len({getattr(row, name) for row in found.rows}) > 1), "context")
     axes = new_axes()
     ticks = sorted({_place(row, along) for row in found.rows})
@@ -87,24 +87,24 @@ def plot_bench(path: Path, found: Any) -> None:
 
 def _place(row: Any, along: str) -> int:
     found = getattr(row, along)
-    return max(found) if along == "kv_heads" else found
+    return max(found) if along == "num_kv_heads" else found
 
 
 def _one_each(rows: Sequence[Any], along: str) -> bool:
     """Return whether every model has a number of K/V heads of its own."""
-    models = {(row.model, row.kv_heads) for row in rows}
-    return along == "kv_heads" and len({m for m, _ in models}) == len({h for _, h in models}) == len(models) > 1
+    models = {(row.model, row.num_kv_heads) for row in rows}
+    return along == "num_kv_heads" and len({m for m, _ in models}) == len({h for _, h in models}) == len(models) > 1
 
 
 def _curves(rows: Sequence[Any], along: str, attribute: str) -> dict[str, list[tuple[int, float]]]:
     """Return label → points from left to right. A label names only what differs between curves."""
-    others = [name for name in ("model", "attention", "kv_heads", "context", "batch") if name != along]
+    others = [name for name in ("model", "attention", "num_kv_heads", "context", "batch") if name != along]
     varied = [name for name in others if len({str(getattr(row, name)) for row in rows}) > 1]
     joined = _one_each(rows, along)
     varied = [name for name in varied if name != "model" or not joined]
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        words = {"model": row.model, "attention": row.attention, "kv_heads": f"{max(row.kv_heads)} K/V heads"}
+        words = {"model": row.model, "attention": row.attention, "num_kv_heads": f"{max(row.num_kv_heads)} K/V heads"}
         words |= {"context": f"{row.context:,} tokens", "batch": f"batch {row.batch}"}
         label = ", ".join(words[name] for name in varied) or (row.attention if joined else row.model)
         curves.setdefault(label, []).append((_place(row, along), getattr(row, attribute)))

@@ -91,7 +91,11 @@ def level(share: float) -> int:
 def show_fold(result: Any) -> None:
     """Print the result of a fold: predicted errors, serving costs, notes, verification and times."""
     rows = [
-        ["K/V heads", str(result.kv_heads_before), count_range(result.kv_heads_least, result.kv_heads_after)],
+        [
+            "K/V heads",
+            str(result.num_kv_heads_before),
+            count_range(result.num_kv_heads_least, result.num_kv_heads_after),
+        ],
         *serving_cost_rows(result.before, result.after),
     ]
     show_plan_errors(result.plan)
