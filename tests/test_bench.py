@@ -36,12 +36,12 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_say_what_a_cache_holds(folded: Path) -> None:
     original = tiny_checkpoint("llama", torch.float32)
     found = bench([original, folded], **SMALL)
-    assert [(row.kv_heads, row.attention) for row in found.rows] == [
+    assert [(row.num_kv_heads, row.attention) for row in found.rows] == [
         ((heads,), name) for heads in (8, 2) for name in ("headfold", "sdpa")
     ]
     for row in found.rows:
         # Two layers, K and V, two samples, heads of 8, float32; the last token is never written.
-        assert row.kv_bytes == 2 * 2 * 2 * row.kv_heads[0] * 8 * 4 * (12 + 4 - 1)
+        assert row.kv_bytes == 2 * 2 * 2 * row.num_kv_heads[0] * 8 * 4 * (12 + 4 - 1)
         assert 0 < row.per_token_quartiles[0] <= row.per_token <= row.per_token_quartiles[1]
         assert row.tokens_per_second == pytest.approx(2 / row.per_token)
         assert row.per_sample * 2 > row.first_token > 0
@@ -56,7 +56,7 @@ def test_a_filled_cache_is_as_large_as_a_read_one(name: str, grows: bool) -> Non
     model = stock_model(tiny_checkpoint(name))
     read = generation.generate(model, Setting(14, 2, 5), grows=grows)
     filled = generation.generate(model, Setting(14, 2, 5, skip_prefill=True), grows=grows)
-    assert filled.kv_bytes == read.kv_bytes > 0 and filled.kv_heads == read.kv_heads
+    assert filled.kv_bytes == read.kv_bytes > 0 and filled.num_kv_heads == read.num_kv_heads
     assert len(filled.tokens) == len(read.tokens) == 4
 
 
@@ -130,7 +130,7 @@ def test_random_models_of_a_shape_share_all_but_keys_and_values(name: str) -> No
     own = dict(first.named_parameters())
     differing = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
     assert differing and all("attn" in path.lower() or "attention" in path.lower() for path in differing)
-    assert set(generation.generate(other, Setting(6, 1, 3), grows=False).kv_heads) == {2}
+    assert set(generation.generate(other, Setting(6, 1, 3), grows=False).num_kv_heads) == {2}
     logits = other(**tiny_sample(name)).logits
     assert torch.isfinite(logits).all() and logits.std() > 0
 
@@ -153,7 +153,7 @@ def test_a_shape_is_timed_at_several_counts(run) -> None:  # noqa: F811
     where = tiny_checkpoint("t5", torch.float32)
     words = ("bench", "--shape", where, "--kv-heads", "8,2,1", "--attention", "headfold", "--dtype", "float32")
     found = json.loads(run(*words, "--context", 12, "--batch", 1, "--new-tokens", 3, "--rounds", 1, "--json").out)
-    assert [row["kv_heads"] for row in found["rows"]] == [[8], [2], [1]]
+    assert [row["num_kv_heads"] for row in found["rows"]] == [[8], [2], [1]]
     assert found["rows"][0]["kv_bytes"] == 8 * found["rows"][2]["kv_bytes"]
 
 
@@ -213,17 +213,17 @@ def test_labels_tell_models_apart(tmp_path: Path) -> None:
 
 
 def row(**facts: Any) -> Any:
-    given = dict(model="m", attention="headfold", kv_heads=(8,), context=1024, batch=1, per_sample=1.0) | facts
+    given = dict(model="m", attention="headfold", num_kv_heads=(8,), context=1024, batch=1, per_sample=1.0) | facts
     return type("Row", (), given)()
 
 
 def test_curves_are_labelled_by_what_differs() -> None:
-    rows = [row(kv_heads=(n,), attention=name, per_sample=n) for name in ("headfold", "sdpa") for n in (8, 1)]
-    assert timings._curves(rows, "kv_heads", "per_sample") == {
+    rows = [row(num_kv_heads=(n,), attention=name, per_sample=n) for name in ("headfold", "sdpa") for n in (8, 1)]
+    assert timings._curves(rows, "num_kv_heads", "per_sample") == {
         "headfold": [(1, 1), (8, 8)],
         "sdpa": [(1, 1), (8, 8)],
     }
     rows = [row(model=model, context=context) for model in "ab" for context in (1, 2)]
     assert set(timings._curves(rows, "context", "per_sample")) == {"a", "b"}
-    rows = [row(model="a", kv_heads=(8,)), row(model="b", kv_heads=(2,))]
-    assert timings._curves(rows, "kv_heads", "per_sample") == {"headfold": [(2, 1.0), (8, 1.0)]}
+    rows = [row(model="a", num_kv_heads=(8,)), row(model="b", num_kv_heads=(2,))]
+    assert timings._curves(rows, "num_kv_heads", "per_sample") == {"headfold": [(2, 1.0), (8, 1.0)]}

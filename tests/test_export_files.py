@@ -162,7 +162,7 @@ def test_shards_old_buffers_and_a_kill(tmp_path: Path) -> None:
 def test_half_precision_rounds_once_more_and_is_compared_before(dtype: torch.dtype, tmp_path: Path) -> None:
     grouped("gpt_neox", [EVEN, EVEN], tmp_path / "folded", dtype)
     result = export(tmp_path / "folded", tmp_path / "out")
-    assert str(dtype).removeprefix("torch.") in result.said and result.difference <= result.tolerance
+    assert str(dtype).removeprefix("torch.") in result.description and result.difference <= result.tolerance
     source, written = Checkpoint.open(tmp_path / "folded"), Checkpoint.open(tmp_path / "out")
     made = make_export(source, folded(source.config), "native")
     exact = Unrounded(source, made, tmp_path / "out", torch.float32)
@@ -204,7 +204,7 @@ def test_plan_card_and_the_command_line(
         cli.main()
     assert not leaving.value.code
     said = json.loads(capsys.readouterr().out)
-    assert (said["layout"], said["model_class"], said["kv_heads"]) == ("native", "PhiForCausalLM", [2, 2])
+    assert (said["layout"], said["model_class"], said["num_kv_heads"]) == ("native", "PhiForCausalLM", [2, 2])
     out = tmp_path / "out"
     assert (out / "plan.json").read_bytes() == (tmp_path / "folded" / "plan.json").read_bytes()
     assert (out / "tokenizer.json").is_file()

@@ -11,6 +11,7 @@ from test_evaluate import windows_of
 from test_evaluate_modalities import CLASSIFIERS, PAIRS, SHARED, items, one_by_one, saved, tiny, tokenizer, writer  # noqa: F401 (fixtures)
 from tiny import stock_model, tiny_checkpoint
 
+import headfold
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.evaluate import classification, embedding, perplexity, rouge, translation
@@ -193,8 +194,8 @@ def test_of_other_tokens_only_outputs_compare(run, saved, tmp_path):  # noqa: F8
     words = ("--compare", *paths, "--text", tmp_path / "p.jsonl")
     shown = run("eval", *words, "--max-new-tokens", 6)
     assert shown.code == 0 and "note: the models' tokenizers differ" in shown.out and "nll" not in shown.out
-    refused(run("eval", *words, "--max-new-tokens", 0), "tokenizers differ", "--max-new-tokens")
-    refused(run("eval", *words, "--reference", paths[0]), "tokenizers differ", "--reference")
+    refused(run("eval", *words, "--max-new-tokens", 0), "models of one tokenizer", "--max-new-tokens")
+    refused(run("eval", *words, "--reference", paths[0]), "models of one tokenizer", "--reference")
 
 
 def test_classifiers_and_encoders_compare(run, saved, tmp_path):  # noqa: F811
@@ -224,8 +225,8 @@ def test_too_few_units_are_said(run, models):  # noqa: F811
 
 def test_speech_is_refused(monkeypatch, models):
     monkeypatch.setattr("headfold.evaluate.paired.kind_of", lambda config: "audio")
-    with pytest.raises(UserError, match="not for models of audio"):
-        contrast(models, text="sounds")
+    with pytest.raises(UserError, match="or text, got audio"):
+        headfold.eval(models[0], compare=models[1:], text="sounds")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared models and data are not here")

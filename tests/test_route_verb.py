@@ -106,10 +106,10 @@ def test_what_cannot_be_settled_leaves_nothing(folded: Path, tmp_path: Path) -> 
         for file in ("config.json", "model.safetensors"):
             shutil.copy(tiny_checkpoint(name, num_key_value_heads=8 if name == "llama" else 4) / file, place)
     refusals = {
-        "is left without a query": lambda: settle(folded, tmp_path / "out", route="kdgqa:published=true"),
+        "has no query head": lambda: settle(folded, tmp_path / "out", route="kdgqa:published=true"),
         "unknown runtime routes method": lambda: settle(folded, tmp_path / "out", route="nothing"),
         "expected attention with fewer K/V heads": lambda: recipe.route(tmp_path / "llama", tmp_path / "out", **source),
-        "q, k and v are one tensor": lambda: recipe.route(tmp_path / "phi3-partial-gqa", tmp_path / "out", **source),
+        "expected q, k and v as separate tensors": lambda: recipe.route(tmp_path / "phi3-partial-gqa", tmp_path / "out", **source),
         "overlaps": lambda: settle(folded, folded),
         "found no config.json there": lambda: recipe.route(tmp_path / "none", tmp_path / "out", **source),
     }
@@ -123,7 +123,7 @@ def test_what_cannot_be_settled_leaves_nothing(folded: Path, tmp_path: Path) -> 
 def test_an_output_that_says_something_else_is_not_put_in_place(
     folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = recipe._config
+    honest = recipe.routed_config
 
     def forgetful(*given: Any) -> dict[str, Any]:
         config = honest(*given)
@@ -131,8 +131,8 @@ def test_an_output_that_says_something_else_is_not_put_in_place(
             del site["kv_of_query"]
         return config
 
-    monkeypatch.setattr(recipe, "_config", forgetful)
-    with pytest.raises(UserError, match="expected what the routed model says within .* not renamed"):
+    monkeypatch.setattr(recipe, "routed_config", forgetful)
+    with pytest.raises(UserError, match="expected the outputs of the routed model within .* not renamed"):
         settle(folded, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
     monkeypatch.undo()
