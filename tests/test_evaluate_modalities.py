@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import headfold
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.corpus.sentences import encode_sentences
 from headfold.evaluate import bleu, classification, embedding, translation
+from headfold.evaluate.data import DataEvaluation
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(58))]
@@ -256,7 +258,7 @@ def test_an_encoder_is_nearest_to_itself(head, family, pooling):
     a, b = (embedding.embed(each, sample, pooling=pooling) for each in (model, other))
     cosines = [torch.dot(x, y) / (x.norm() * y.norm()) for x, y in zip(a, b, strict=True)]
     assert_tight(scalar(changed.cosine), scalar(sum(cosines) / 13))
-    with pytest.raises(UserError, match="give the model it was folded from"):
+    with pytest.raises(UserError, match="give --reference ORIGINAL"):
         embedding.evaluate_embedding(model, sample)
 
 
@@ -343,31 +345,29 @@ def test_eval_chooses_embeddings_for_encoders(saved, tmp_path):
 @pytest.mark.parametrize(
     ("head", "family", "text", "message"),
     [
-        ("BertModel", "bert", "lines.txt", "give the model it was folded from"),
-        ("BertModel", "bert", None, "a model of sentences is measured on data that you name; give --text SOURCE"),
+        ("BertModel", "bert", "lines.txt", "give --reference ORIGINAL"),
+        ("BertModel", "bert", None, "expected data to measure a model of sentences on, got none"),
         ("ViTForImageClassification", "vit", "lines.txt", "an image model needs images, found none"),
         ("BartForConditionalGeneration", "bart", "lines.txt", "an encoder-decoder needs pairs of text"),
     ],
 )
 def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, tmp_path):
-    from headfold.evaluate import data as scoring
-
     (tmp_path / "lines.txt").write_text("w1 w2\nw3\n")
     with pytest.raises(UserError, match=message):
-        scoring.evaluate(saved(tiny(head, family), family), text=text and str(tmp_path / text))
+        headfold.eval(saved(tiny(head, family), family), text=text and str(tmp_path / text))
 
 
 def test_view_shows_what_was_measured(capsys):
     from headfold.report.views import show_evaluation
 
     measured = classification.Classification(num_items=1234, accuracy=0.5, cross_entropy=1.25, seconds=1.0)
-    show_evaluation(Scores("images", "folded", None, "pictures", "float32", measured))
+    show_evaluation(DataEvaluation("images", "folded", None, "pictures", "float32", measured))
     alone = capsys.readouterr().out
     assert "1,234 images of pictures" in alone and "50.00%" in alone and "1.2500" in alone and "KL" not in alone
     measured = dataclasses.replace(
         measured, reference_accuracy=0.75, reference_cross_entropy=1.0, kl=0.125, agreement=0.9
     )
-    show_evaluation(Scores("images", "folded", "original", "pictures", "float32", measured))
+    show_evaluation(DataEvaluation("images", "folded", "original", "pictures", "float32", measured))
     beside = capsys.readouterr().out
     assert "original" in beside and "75.00%" in beside and "0.1250" in beside and "90.00%" in beside
 

@@ -153,7 +153,7 @@ def test_a_fold_without_one_count_is_not_folded_again(layout: str, tmp_path: Pat
     (tmp_path / "plan.json").write_text(json.dumps(replace(made, sites=even).to_json()))
     headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", layout=layout, **BLIND)
     assert answer_of(headfold.load(tmp_path / "out"), tiny_sample("llama")).isfinite().all()
-    with pytest.raises(UserError, match="folded already, to groups, counts or widths of K/V heads that differ"):
+    with pytest.raises(UserError, match="already folded, with K/V heads that differ in group size, count or head_dim"):
         headfold.fold(tmp_path / "out", tmp_path / "again", kv_heads=1, **BLIND)
 
 
