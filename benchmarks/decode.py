@@ -61,7 +61,7 @@ def sweep(dtype: str) -> dict[str, Any]:
 
 def alone(dtype: str) -> dict[str, Any]:
     """Time the chosen candidate on (4, kv, 32 / kv, 128) over (4, kv, keys, 128)."""
-    kind, device, rows, before = getattr(torch, dtype), default_device(), [], len(decoding.TRIALS)
+    kind, device, rows, before = getattr(torch, dtype), default_device(), [], len(decoding.TIMINGS)
     for kv, keys in [(8, 2048), (8, 4096), (8, 16384), (1, 4096), (4, 4096), (32, 4096)]:
         query = torch.randn(4, kv, 32 // kv, 128, device=device).to(kind)
         key, value = (torch.randn(4, kv, keys, 128, device=device).to(kind) for _ in range(2))
@@ -79,7 +79,7 @@ def alone(dtype: str) -> dict[str, Any]:
         print(
             f"{dtype} {kv:2d} K/V heads, {keys:6,} keys: {chosen.__name__} {taken * 1e3:.2f} ms, {rate / read:.1%} of {read / 1e9:.1f} GB/s"
         )
-    return {"rows": rows, "paths": [str(trial) for trial in decoding.TRIALS[before:]]}
+    return {"rows": rows, "paths": [str(trial) for trial in decoding.TIMINGS[before:]]}
 
 
 def timed(run: Callable[[], Any]) -> float:

@@ -56,7 +56,7 @@ def test_a_filled_cache_is_as_large_as_a_read_one(name: str, grows: bool) -> Non
     model = stock_model(tiny_checkpoint(name))
     read = generation.generate(model, Setting(14, 2, 5), grows=grows)
     filled = generation.generate(model, Setting(14, 2, 5, skip_prefill=True), grows=grows)
-    assert filled.kv_bytes == read.kv_bytes > 0 and filled.kv_heads == read.kv_heads
+    assert filled.kv_bytes == read.kv_bytes > 0 and filled.num_kv_heads == read.num_kv_heads
     assert len(filled.tokens) == len(read.tokens) == 4
 
 
@@ -130,7 +130,7 @@ def test_random_models_of_a_shape_share_all_but_keys_and_values(name: str) -> No
     own = dict(first.named_parameters())
     differing = {path for path, parameter in other.named_parameters() if parameter is not own.get(path)}
     assert differing and all("attn" in path.lower() or "attention" in path.lower() for path in differing)
-    assert set(generation.generate(other, Setting(6, 1, 3), grows=False).kv_heads) == {2}
+    assert set(generation.generate(other, Setting(6, 1, 3), grows=False).num_kv_heads) == {2}
     logits = other(**tiny_sample(name)).logits
     assert torch.isfinite(logits).all() and logits.std() > 0
 
@@ -225,5 +225,5 @@ def test_curves_are_labelled_by_what_differs() -> None:
     }
     rows = [row(model=model, context=context) for model in "ab" for context in (1, 2)]
     assert set(timings._curves(rows, "context", "per_sample")) == {"a", "b"}
-    rows = [row(model="a", kv_heads=(8,)), row(model="b", kv_heads=(2,))]
+    rows = [row(model="a", num_kv_heads=(8,)), row(model="b", num_kv_heads=(2,))]
     assert timings._curves(rows, "num_kv_heads", "per_sample") == {"headfold": [(2, 1.0), (8, 1.0)]}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import headfold
 from headfold import cli
-from headfold.conversion.calibration_config import DEFAULT_TOKENS
+from headfold.conversion.calibration_config import DEFAULT_SOURCE, DEFAULT_TOKENS
 
 LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
 

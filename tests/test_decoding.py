@@ -76,7 +76,7 @@ def test_a_candidate_that_errs_is_never_chosen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(decoding, "CANDIDATES", {"wrong": wrong, "sdpa": decoding.sdpa})
     decoding.fastest.cache_clear()
     assert decoding.choose(torch.randn(2, 2, 4, 8), *torch.randn(2, 2, 2, 100, 8), None) is decoding.sdpa
-    assert "wrong" in decoding.TRIALS[-1].unsuited
+    assert "wrong" in decoding.TIMINGS[-1].unsuited
     decoding.fastest.cache_clear()
 
 

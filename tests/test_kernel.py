@@ -143,7 +143,7 @@ def test_without_a_compiler_the_others_decode(
     assert kernel.library()[0] is None
     query, key = torch.randn(2, 2, 4, 32), torch.randn(2, 2, 100, 32)
     assert decoding.choose(query, key, key, None) in (decoding.sdpa, decoding.matmuls)
-    assert reason in decoding.TRIALS[-1].unsuited["kernel"] and reason in str(decoding.TRIALS[-1])
+    assert reason in decoding.TIMINGS[-1].unsuited["kernel"] and reason in str(decoding.TIMINGS[-1])
     assert not list(tmp_path.rglob("*.so"))
 
 

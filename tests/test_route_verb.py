@@ -109,7 +109,9 @@ def test_what_cannot_be_settled_leaves_nothing(folded: Path, tmp_path: Path) -> 
         "has no query head": lambda: settle(folded, tmp_path / "out", route="kdgqa:published=true"),
         "unknown runtime routes method": lambda: settle(folded, tmp_path / "out", route="nothing"),
         "expected attention with fewer K/V heads": lambda: recipe.route(tmp_path / "llama", tmp_path / "out", **source),
-        "q, k and v are one tensor": lambda: recipe.route(tmp_path / "phi3-partial-gqa", tmp_path / "out", **source),
+        "expected q, k and v as separate tensors": lambda: recipe.route(
+            tmp_path / "phi3-partial-gqa", tmp_path / "out", **source
+        ),
         "overlaps": lambda: settle(folded, folded),
         "found no config.json there": lambda: recipe.route(tmp_path / "none", tmp_path / "out", **source),
     }

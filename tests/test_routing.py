@@ -266,7 +266,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
         assert words in str(refusal.value) and "\n" not in str(refusal.value)
     routing.attach(model, "kdgqa:published=true")
     routing.freeze(model, [sample])
-    with pytest.raises(UserError, match=r"K/V head \d is left without a query.*leave published=true out"):
+    with pytest.raises(UserError, match=r"K/V head \d has no query head.*leave out published=true"):
         routing.frozen_plan(model, "0")
 
 

@@ -174,7 +174,7 @@ def test_values_are_what_the_probabilities_say(run, model, fold, folder):  # noq
 
 def test_the_harness_alone_says_the_same(model, folder):
     """Its own entry, with examples in the prompt."""
-    import lm_eval
+    import lm_eval.tasks
     from lm_eval.models.huggingface import HFLM
 
     ours, spell = open_model(model), open_tokenizer(model)

@@ -226,17 +226,23 @@ def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
     )
     fewer = {name: replace(row, groups=Groups.contiguous(8, 4)) for name, row in plan.sites.items()}
     refused(model, source, replace(plan, sites=fewer), "q_proj.weight as the plan makes it")
-    refused(model, source, replace(plan, sites={}), "some of these sites fewer K/V heads, found none")
+    refused(model, source, replace(plan, sites={}), "some of these sites fewer K/V heads, got none")
     wide = {name: replace(row, head_dim=16) for name, row in plan.sites.items()}
-    refused(model, source, replace(plan, sites=wide), "original's width 8, the plan has 16", "--head-dim-multiple 1")
+    refused(model, source, replace(plan, sites=wide), "original's head_dim 8, the plan has 16", "--head-dim-multiple 1")
     turned = {name: replace(row, merge="procrustes:iterations=9") for name, row in plan.sites.items()}
-    refused(model, source, replace(plan, sites=turned), "procrustes:iterations=9, which turns them", "--merge mean")
+    refused(
+        model,
+        source,
+        replace(plan, sites=turned),
+        "does not transform queries, the plan has procrustes:iterations=9",
+        "--merge mean",
+    )
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0, 0] += 1
     refused(model, source, plan, "layers.1.self", "o_proj.weight", "attach before training")
     model = load(target)
     attach(model, fold, "wgqa")
-    refused(model, source, plan, "this one has it attached", "fold it away first")
+    refused(model, source, plan, "got one that has it attached", "fold it away first")
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
     text = model.parent / "text.txt"
     for words, said in [
         (["--kv-heads", 4, "--head-dim-multiple", 3], "expected a divisor of the requested 4 K/V heads"),
-        (["--kv-heads", 1, "--head-dim-multiple", 2], "does not divide the 1 K/V heads"),
+        (["--kv-heads", 1, "--head-dim-multiple", 2], "expected a divisor of the requested 1 K/V heads"),
         (["--kv-heads", 4, "--head-dim-multiple", "wide"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", 2, "--merge", "mean"],
@@ -292,8 +292,8 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
     )  # fmt: skip
     mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: wide.sites[source.sites[0].name]})
     mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)
-    Twin(source, mixed, stats, None).install_heads(mixture)
-    Twin(source, plain, stats, None).install_heads(expected)
+    Twin(source, mixed, stats, None).install(mixture)
+    Twin(source, plain, stats, None).install(expected)
     sample = tiny_sample(name)
     assert_differs(answer_of(mixture, sample), answer_of(expected, sample))
     for site in source.sites[1:]:
@@ -344,7 +344,7 @@ def test_a_plan_of_wide_heads_is_a_file_that_fold_takes(run, model: Path, tmp_pa
     stats = tmp_path / "stats.safetensors"
     assert run("calibrate", model, stats, "--calibration", model.parent / "text.txt", "--tokens", 512).code == 0
     made = run("plan", model, tmp_path / "plan.json", "--kv-heads", 4, "--head-dim-multiple", 2, "--stats", stats)
-    assert made.code == 0 and "width of a K/V head" in made.out
+    assert made.code == 0 and "head_dim of a K/V head" in made.out
     options = ("--stats", stats, "--no-refit")
     assert run("fold", model, tmp_path / "planned", "--plan", tmp_path / "plan.json", *options).code == 0
     assert run("fold", model, tmp_path / "counted", "--kv-heads", 4, "--head-dim-multiple", 2, *options).code == 0

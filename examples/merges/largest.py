@@ -5,10 +5,9 @@ Minimises nothing: an example of a merge, and a baseline. Exact only where the h
 
 import dataclasses
 
-from headfold.core.methods import MergeMethod
-
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
+from headfold.core.methods import MergeMethod
 from headfold.core.stats import SiteStats
 
 

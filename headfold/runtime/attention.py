@@ -20,14 +20,16 @@ from .decoding import FEW, choose, plain_attention, sdpa
 
 NAME = "headfold"
 EAGER_NAME = "headfold-eager"
-"""What `eager` becomes at a grouped site: the eager attention of the site's own class, on packed queries."""
+"""The name of `eager` at a grouped site: the eager attention of the site's own class, on packed queries."""
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How query heads are laid out by group: slot → head, `num_heads` in an empty slot; None where they lie so already."""
+    """The order of query heads by group: slot → head, with `num_heads` in an empty slot; None where the heads are in this order
+    already.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -35,11 +37,11 @@ class Packing:
 
     @property
     def queries_per_group(self) -> int:
-        """Slots of each group: as many as the largest one has queries."""
+        """Slots of each group: as many as the largest group has queries."""
         return len(self.slots or range(self.num_heads)) // self.num_kv_heads
 
     def rows(self, heads: Tensor) -> Tensor:
-        """(batch, head, token, dim) → (batch, group, query · token, dim); empty slots hold zeros, or True."""
+        """Return (batch, head, token, dim) as (batch, group, query · token, dim); empty slots hold zeros, or True."""
         batch, _, tokens, dim = heads.shape
         if self.slots is not None:
             blank = torch.full_like(heads[:, :1], heads.dtype == torch.bool)
@@ -47,14 +49,16 @@ class Packing:
         return heads.reshape(batch, self.num_kv_heads, self.queries_per_group * tokens, dim)
 
     def mask_rows(self, mask: Tensor | None, tokens: int) -> Tensor | None:
-        """The same for a mask or bias (batch, head or 1, token or 1, key); what is common to all rows stays so."""
+        """Return a mask or bias (batch, head or 1, token or 1, key) in the same order; one that is common to all rows is returned as
+        it is.
+        """
         if mask is None or mask.shape[1:3] == (1, 1):
             return mask
         mask = mask.expand(-1, -1, tokens, -1)
         return mask.repeat(1, 1, self.queries_per_group, 1) if mask.shape[1] == 1 else self.rows(mask)
 
     def heads(self, rows: Tensor, tokens: int) -> Tensor:
-        """(batch, group, query · token, dim) → (batch, head, token, dim)."""
+        """Return (batch, group, query · token, dim) as (batch, head, token, dim)."""
         heads = rows.reshape(rows.shape[0], self.num_kv_heads * self.queries_per_group, tokens, rows.shape[-1])
         if self.slots is None:
             return heads
@@ -64,13 +68,17 @@ class Packing:
 
 @functools.cache
 def packing(num_heads: int, num_kv_heads: int, kv_of_query: tuple[int, ...] | None) -> Packing:
-    """Equal groups of neighbours or, by `kv_of_query`, any: a small group is filled up to the largest."""
+    """Return the packing of equal groups of neighbours or, by `kv_of_query`, of any groups, with smaller groups filled up to the
+    largest.
+    """
     if kv_of_query is None:
         assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
         return Packing(num_heads, num_kv_heads)
     members = [[head for head, kv in enumerate(kv_of_query) if kv == group] for group in range(num_kv_heads)]
-    width = max(map(len, members))
-    return Packing(num_heads, num_kv_heads, tuple(slot for m in members for slot in m + [num_heads] * (width - len(m))))
+    largest = max(map(len, members))
+    return Packing(
+        num_heads, num_kv_heads, tuple(slot for m in members for slot in m + [num_heads] * (largest - len(m)))
+    )
 
 
 def packed(
@@ -82,10 +90,10 @@ def packed(
     attention_mask: Tensor | None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an attention that knows one K/V head per query head on grouped ones.
+    """Run an attention function that expects one K/V head per query head on grouped heads.
 
     `query` is (batch, head, token, dim), `key` and `value` (batch, group, key, dim), masks and biases (batch, head or 1, token, key).
-    Output (batch, token, head, dim); the weights (batch, head, token, key) where `attention` returns them.
+    Returns the output (batch, token, head, dim), and the weights (batch, head, token, key) where `attention` returns them.
     """
     tokens = query.shape[2]
     by = packing(query.shape[1], key.shape[1], getattr(module, "kv_of_query", None))
@@ -98,7 +106,9 @@ def packed(
 
 
 def routed(attention: Attention) -> Attention:
-    """The same attention where, if the module has a route, that says first who reads which K/V head, and then sees the output."""
+    """Wrap an attention function: where the module has a route, that decides which query reads which K/V head, and receives the
+    output.
+    """
 
     @functools.wraps(attention)
     def run(
@@ -127,9 +137,9 @@ def headfold_attention(
     s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The attention `headfold`: what `sdpa` computes. Shapes as in `packed`; a mask is boolean (True: attend) or added.
+    """The attention `headfold`: computes what `sdpa` does. Shapes as in `packed`; a mask is boolean (True: attend) or additive.
 
-    Where the module's heads are several slots wide, `query`, `key` and `value` hold each slot as a head of its own.
+    Where the heads of the module are stored in several slots, `query`, `key` and `value` hold each slot as a head of its own.
 
     Raises:
         ValueError: a mask or a cache in the form of another implementation.
@@ -169,7 +179,7 @@ def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tens
 def _decode(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
-    """Packed rows by whichever way is faster here."""
+    """Attention on packed rows by the implementation that is fastest here."""
     return choose(query, key, value, mask)(module, query, key, value, mask, **keywords)
 
 
@@ -183,7 +193,9 @@ def repeated(
     is_causal: bool,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Many queries: their products dwarf a copy of K and V, and the fused kernel skips what a causal mask hides."""
+    """Attention of many queries on repeated K and V: products take longer than the copy, and the fused kernel skips what a causal
+    mask hides.
+    """
     key, value = (t.transpose(2, 3).flatten(3) if t.dim() == 5 else t for t in (key, value))
     index = getattr(module, "kv_of_query", None)
     if index is None:
@@ -195,7 +207,7 @@ def repeated(
 
 
 def stock_eager(attention: type) -> Attention:
-    """The eager attention beside a stock class; the plain one where the class keeps its own inside."""
+    """Return the eager attention beside a stock class; the plain one where the class has it as a method."""
     modules = (vars(sys.modules[base.__module__]) for base in attention.__mro__)
     return next(
         (names["eager_attention_forward"] for names in modules if "eager_attention_forward" in names), plain_attention
@@ -203,7 +215,9 @@ def stock_eager(attention: type) -> Attention:
 
 
 def in_slots(module: nn.Module, query: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Queries (batch, head · slot, token, dim) → (batch, head, token, slot · dim), and the keywords with the scale of their logits."""
+    """Return queries (batch, head · slot, token, dim) as (batch, head, token, slot · dim), and the keywords with the scale of their
+    logits.
+    """
     slots = getattr(module, "headfold_slots", 1)
     if slots == 1:
         return query, keywords
@@ -213,14 +227,16 @@ def in_slots(module: nn.Module, query: Tensor, keywords: dict[str, Any]) -> tupl
 
 
 def join(heads: Tensor, slots: int) -> Tensor:
-    """(batch, head · slot, token, dim) → (batch, head, token, slot · dim)."""
+    """Return (batch, head · slot, token, dim) as (batch, head, token, slot · dim)."""
     return heads.unflatten(1, (-1, slots)).transpose(2, 3).flatten(3) if slots > 1 else heads
 
 
 def joined(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, keywords: dict[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """For attentions that know heads alone: all three with their slots joined, a copy where there are several."""
+    """Return query, key and value with their slots joined, for attention functions without slots; a copy where there are several
+    slots.
+    """
     slots = getattr(module, "headfold_slots", 1)
     query, keywords = in_slots(module, query, keywords)
     return (query, join(key, slots), join(value, slots)), keywords
@@ -230,7 +246,7 @@ def joined(
 def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention `headfold-eager`: stock numbers and weights from grouped heads."""
+    """The attention `headfold-eager`: the numbers and weights of the stock attention, computed from grouped heads."""
     heads, keywords = joined(module, query, key, value, keywords)
     states = (*heads, mask)
     if getattr(module, "sinks", None) is not None:  # which stock attentions take from the module, one per query head
@@ -240,12 +256,12 @@ def eager_attention(
 
 
 def implementation(name: str, *, special: bool) -> str:
-    """The attention that a grouped site runs when its model asks for `name`; `special` groups or widths none but ours knows."""
+    """Return the attention of a grouped site whose model is set to `name`; `special` groups or slots need headfold's own."""
     return EAGER_NAME if name == "eager" else NAME if special else name
 
 
 def headfold_mask(*sizes: Any, config: Any = None, **keywords: Any) -> Tensor | None:
-    """Masks for `headfold`: as for `sdpa`, boolean or none at all, but as for `eager` where a class expects sums."""
+    """Return a mask for `headfold`: boolean or None as for `sdpa`, but additive as for `eager` where a class expects that."""
     build = sdpa_mask if _reads_boolean_masks(type(config)) else eager_mask
     return build(*sizes, config=config, **keywords)
 
@@ -257,7 +273,9 @@ def _reads_boolean_masks(config_class: type) -> bool:
 
 
 def register(*, replace: bool) -> None:
-    """Make both attentions known to transformers, with their masks: without one it would build none, and padding would count."""
+    """Register both attentions with transformers, and their masks: without these it would make no mask, and padding would be attended
+    to.
+    """
     if replace or NAME not in AttentionInterface():
         AttentionInterface.register(NAME, headfold_attention)
         AttentionInterface.register(EAGER_NAME, eager_attention)

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 FEW = 16
-"""Query tokens that still count as decoding: beyond, a fused kernel that skips what is masked wins."""
+"""Largest number of query tokens that counts as decoding: for more, a fused kernel that skips what is masked is faster."""
 MEASURED = 2**24
-"""Numbers in the keys that a trial runs on, at most."""
+"""Largest number of elements in the keys of a timing."""
 ROUNDS = 5
 HOPELESS = 4
-"""Times the best so far: a candidate that takes longer at first is not run again."""
+"""A candidate that first takes so many times the best time is not run again."""
 
 WRONG = 0.05
-"""Part of the largest output by which a candidate may miss the fused kernel's; bfloat16 rounds to 0.004."""
+"""Share of the largest output by which a candidate may differ from the fused kernel; bfloat16 rounds to 0.004."""
 
 Inner = Callable[..., tuple[Tensor, None]]
 
 
 class Unsuited(Exception):
-    """A candidate cannot run here, or not on such states; says why."""
+    """Raised by a candidate that cannot run here, or not on such tensors; the message says why."""
 
 
 _log = logging.getLogger("headfold")
@@ -47,7 +47,9 @@ def sdpa(
     is_causal: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """torch's fused kernel on packed rows: (batch, group, row, dim) over (batch, group, key, dim) → (batch, row, group, dim)."""
+    """Return torch's fused attention on packed rows: (batch, group, row, dim) over (batch, group, key, dim) as (batch, row, group,
+    dim).
+    """
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
     )
@@ -67,10 +69,11 @@ def plain_attention(
     sinks: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention step by step, for what no kernel takes and for those who want the weights. One K/V head per query head.
+    """Return attention computed step by step, and its weights, with one K/V head per query head.
 
-    K and V may be (batch, group, slot, key, dim): heads of several slots, whose products are summed and whose outputs are joined.
-    Logits are `softcap`ped, biased, masked; `sinks` (1, head, 1 or token, 1) join the softmax, which runs in float32 at least.
+    K and V may be (batch, group, slot, key, dim), heads in several slots, whose products are summed and whose outputs are joined.
+    Logits are `softcap`ped, biased and masked; `sinks` (1, head, 1 or token, 1) take part in the softmax, which is in float32 or
+    better.
     """
     wide = key.dim() == 5
     rows = query.unflatten(-1, (key.shape[2], -1)).transpose(2, 3) if wide else query
@@ -94,7 +97,7 @@ def plain_attention(
 
 
 def matmuls(*arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
-    """Two batched products with the softmax between them: the plain attention, on packed rows."""
+    """Return two batched products with a softmax between them: the plain attention on packed rows."""
     return plain_attention(*arguments, **keywords)[0], None
 
 
@@ -102,8 +105,8 @@ CANDIDATES: dict[str, Inner] = {"sdpa": sdpa, "matmuls": matmuls}
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """What was measured for one class of shapes: seconds by candidate, and why the others did not run."""
+class KernelTiming:
+    """The timing of one class of shapes: seconds by candidate, and why other candidates did not run."""
 
     device: str
     dtype: torch.dtype
@@ -128,12 +131,14 @@ class Trial:
         return f"decode attention, {self.device} {str(self.dtype).removeprefix('torch.')}, {shape}: {times}{without}"
 
 
-TRIALS: list[Trial] = []
-"""All that were made so far."""
+TIMINGS: list[KernelTiming] = []
+"""All timings of this process."""
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Inner:
-    """The fastest candidate for packed rows of these shapes; the fused kernel where nothing can be tried (tracing, gradients, float64)."""
+    """Return the fastest candidate for packed rows of these shapes; the fused kernel where timing is impossible (tracing, gradients,
+    float64).
+    """
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     states = (query, key, value, mask)
     learning = torch.is_grad_enabled() and any(state is not None and state.requires_grad for state in states)
@@ -146,13 +151,13 @@ def choose(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> In
 
 
 def _class(size: int) -> int:
-    """The power of two at or above: sizes of one class share a measurement."""
+    """Return the least power of two that is not below `size`; sizes of one class share a timing."""
     return 1 << max(0, size - 1).bit_length()
 
 
 @functools.cache
 def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, dim: int, masked: bool) -> str:
-    """The name of the candidate that takes least time on random numbers: (groups, rows, dim) over (groups, keys, dim)."""
+    """Return the name of the candidate that is fastest on random numbers: (groups, rows, dim) over (groups, keys, dim)."""
     with torch.no_grad():
         draw = torch.Generator(device).manual_seed(0)  # of its own: what a user samples stays what it was
 
@@ -170,9 +175,9 @@ def fastest(device: str, dtype: torch.dtype, groups: int, rows: int, keys: int, 
             return time.perf_counter() - started, output
 
         seconds, unsuited = _measured(run)
-    TRIALS.append(Trial(device, dtype, groups, rows, keys, masked, seconds, unsuited))
-    _log.debug("%s", TRIALS[-1])
-    return TRIALS[-1].best
+    TIMINGS.append(KernelTiming(device, dtype, groups, rows, keys, masked, seconds, unsuited))
+    _log.debug("%s", TIMINGS[-1])
+    return TIMINGS[-1].best
 
 
 def _measured(run: Callable[[Inner], tuple[float, Tensor]]) -> tuple[dict[str, float], dict[str, str]]:

@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def turn_halves(heads: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
-    """Dim i turns with dim i + width / 2; `cos` and `sin` are (batch, token, width)."""
-    width = cos.shape[-1]
-    turning, passing = heads[..., :width], heads[..., width:]
-    first, second = turning.chunk(2, -1)
-    return _turned(turning, torch.cat([-second, first], -1), passing, cos, sin)
+    """Rotate dim i with dim i + rotary_dim / 2; `cos` and `sin` are (batch, token, rotary_dim)."""
+    rotary_dim = cos.shape[-1]
+    rotated_part, rest = heads[..., :rotary_dim], heads[..., rotary_dim:]
+    first, second = rotated_part.chunk(2, -1)
+    return _rotated(rotated_part, torch.cat([-second, first], -1), rest, cos, sin)
 
 
 def turn_pairs(heads: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
-    """Dim 2 i turns with dim 2 i + 1; `cos` and `sin` are (batch, token, width), each angle twice."""
-    width = cos.shape[-1]
-    turning, passing = heads[..., :width], heads[..., width:]
-    crossed = torch.stack([-turning[..., 1::2], turning[..., ::2]], -1).flatten(-2)
-    return _turned(turning, crossed, passing, cos, sin)
+    """Rotate dim 2 i with dim 2 i + 1; `cos` and `sin` are (batch, token, rotary_dim), with each angle twice."""
+    rotary_dim = cos.shape[-1]
+    rotated_part, rest = heads[..., :rotary_dim], heads[..., rotary_dim:]
+    crossed = torch.stack([-rotated_part[..., 1::2], rotated_part[..., ::2]], -1).flatten(-2)
+    return _rotated(rotated_part, crossed, rest, cos, sin)
 
 
-def _turned(turning: Tensor, crossed: Tensor, passing: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = turning * cos[:, None] + crossed * sin[:, None]
-    return torch.cat([turned, passing], -1)
+def _rotated(rotated_part: Tensor, crossed: Tensor, rest: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = rotated_part * cos[:, None] + crossed * sin[:, None]
+    return torch.cat([rotated, rest], -1)

@@ -17,7 +17,7 @@ Turn = Callable[[Tensor], Tensor]
 
 
 def project(module: nn.Module, role: str, states: Tensor, *, batch: int) -> Tensor:
-    """One projection by heads: (batch, token, model) → (batch, head or group, token, dim)."""
+    """Return one projection by heads: (batch, token, model) as (batch, head or group, token, dim)."""
     site = module.headfold_site
     projected = getattr(module, site[role])(states)
     num_heads = projected.shape[-1] // site["head_dim"]
@@ -34,9 +34,10 @@ def keys_and_values(
     crosses: bool = False,
     turn: Turn | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Grouped K and V (batch, group, key, dim), old ones from the cache, new ones into it.
+    """Return grouped K and V (batch, group, key, dim): old ones from the cache, and new ones, which are written into it.
 
-    `states` are (batch, token, model): the encoder's output where the site `crosses`, projected once and kept. `turn` puts the position in.
+    `states` are (batch, token, model); at a site that `crosses` they are the encoder's output, which is projected once and cached.
+    `turn` applies the rotary position.
     """
     both = cache if isinstance(cache, EncoderDecoderCache) else None
     if both is not None:
@@ -63,9 +64,9 @@ def attend(
     eager: Attention | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Heads to (batch, token, head · dim), by the attention that the model is set to; with the weights where it is eager.
+    """Return the output (batch, token, head · dim) of the attention that the model is set to, and the weights where it is eager.
 
-    `eager` takes the place of the eager attention beside the stock class.
+    `eager` replaces the eager attention beside the stock class.
     """
     keywords["dropout"] = dropout if module.training else 0.0
     special = module.kv_of_query is not None or module.headfold_slots > 1

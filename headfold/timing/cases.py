@@ -216,7 +216,7 @@ def run_round(cases: Sequence[BenchModel], setting: Setting, number: int, profil
         case.weight_bytes = case.weight_bytes or weights_read(case.model, setting, grows=grows)
         if profile is not None:
             case.parts[name] = breakdown(case.model, setting, grows=grows)
-            heads = "-".join(map(str, sorted(set(warm.kv_heads))))
+            heads = "-".join(map(str, sorted(set(warm.num_kv_heads))))
             label = f"{case.label} {heads} heads {name} {setting.context} x {setting.batch}"
             write_trace(
                 profile / f"{label.replace(', ', '-').replace(' ', '-').replace('/', '-')}.json",
@@ -256,7 +256,7 @@ def bench_row(case: BenchModel, name: str, setting: Setting) -> BenchRow:
     return BenchRow(
         model=case.label,
         attention=name,
-        num_kv_heads=tuple(sorted(set(timings[0].kv_heads))),
+        num_kv_heads=tuple(sorted(set(timings[0].num_kv_heads))),
         context=setting.context,
         batch=setting.batch,
         first_token=statistics.median(timing.first for timing in timings),

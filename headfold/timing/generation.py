@@ -38,7 +38,7 @@ class Timing:
 
     first: float
     tokens: tuple[float, ...]
-    kv_heads: tuple[int, ...]
+    num_kv_heads: tuple[int, ...]
     """By cached layer of the decoder, cross-attention after self-attention."""
     kv_bytes: int
     """Size of the cache at the end."""
@@ -83,7 +83,7 @@ def generate(
     return Timing(
         first=arrived[0] - started,
         tokens=tuple(after - before for before, after in zip(arrived, arrived[1:], strict=False)),
-        kv_heads=tuple(layer.keys.shape[1] for layer in layers),
+        num_kv_heads=tuple(layer.keys.shape[1] for layer in layers),
         kv_bytes=sum(states.numel() * states.element_size() for layer in layers for states in (layer.keys, layer.values)),
         peak_bytes=peak.num_bytes,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..hf_models import check_device, dtype_named, processor_flags
 from ..parallel import main_only
-from ..runtime.decoding import TRIALS, fastest
+from ..runtime.decoding import TIMINGS, fastest
 from ..timing.cases import (
     ATTENTIONS,
     BenchResult,
@@ -87,7 +87,7 @@ def bench(
     settings = [Setting(c, b, new_tokens, padded, skip_prefill) for c, b in product(contexts, batches)]
     check_settings(cases, settings, device)
     fastest.cache_clear()  # decoding kernels are chosen, and reported, anew in this run
-    first_trial = len(TRIALS)
+    first_timing = len(TIMINGS)
     rows: list[BenchRow] = []
     for number, setting in enumerate(settings):
         step = number * (rounds + 1)
@@ -107,6 +107,6 @@ def bench(
         rounds=rounds,
         padded=padded,
         skip_prefill=skip_prefill,
-        paths=[str(trial) for trial in TRIALS[first_trial:] if trial.keys >= MIN_KEYS_TO_REPORT],
+        paths=[str(trial) for trial in TIMINGS[first_timing:] if trial.keys >= MIN_KEYS_TO_REPORT],
         notes=notes_on(cases, device),
     )

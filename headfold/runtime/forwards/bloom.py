@@ -18,7 +18,7 @@ def bloom_forward(
     output_attentions: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`BloomAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights.
+    """`BloomAttention.forward` over grouped heads: return the output (batch, token, model), and the weights.
 
     `alibi` is (batch · head, 1, key).
     """

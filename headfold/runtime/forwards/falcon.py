@@ -22,7 +22,7 @@ def falcon_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`FalconAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`FalconAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     turn = None
     if alibi is None and position_embeddings is not None:
         cos, sin = position_embeddings

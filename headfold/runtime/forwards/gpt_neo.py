@@ -18,7 +18,7 @@ def gpt_neo_forward(
     output_attentions: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`GPTNeoSelfAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`GPTNeoSelfAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     batch = len(hidden_states)
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_id, cache=layer_past)

@@ -17,7 +17,7 @@ def gpt_neox_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`GPTNeoXAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`GPTNeoXAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     assert position_embeddings is not None
     cos, sin = position_embeddings
     turn = partial(turn_halves, cos=cos, sin=sin)

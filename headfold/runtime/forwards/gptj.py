@@ -19,7 +19,7 @@ def gptj_forward(
     output_attentions: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`GPTJAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`GPTJAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     assert position_ids is not None
     table = self._get_embed_positions(position_ids[:1])[0]
     sin, cos = table[position_ids].to(hidden_states.dtype).repeat_interleave(2, -1).chunk(2, -1)

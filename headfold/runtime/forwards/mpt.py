@@ -15,7 +15,7 @@ def mpt_forward(
     attention_mask: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`MptAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights.
+    """`MptAttention.forward` over grouped heads: return the output (batch, token, model), and the weights.
 
     `position_bias` is (head, 1, longest context).
     """

@@ -15,7 +15,7 @@ def opt_forward(
     output_attentions: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`OPTAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`OPTAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     batch = len(hidden_states)
     query = project(self, "q", hidden_states, batch=batch) * self.scaling
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=past_key_values)

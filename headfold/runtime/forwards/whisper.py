@@ -16,7 +16,7 @@ def whisper_forward(
     output_attentions: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`WhisperAttention.forward` over grouped heads: (batch, token, model) → the same, and the weights."""
+    """`WhisperAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
     batch, crosses = len(hidden_states), key_value_states is not None
     query = project(self, "q", hidden_states, batch=batch) * self.scaling
     key, value = keys_and_values(
