@@ -48,7 +48,8 @@ SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 VERBS = (
-    "demo", "inspect", "methods", "detect", "calibrate", "plan", "fold", "export", "route", "uptrain", "eval", "compare", "frontier", "bench",
+    "demo", "inspect", "methods", "detect", "calibrate", "plan", "fold", "export", "route", "uptrain", "eval", "compare", "frontier",
+    "bench",
 )  # fmt: skip
 
 

@@ -287,8 +287,10 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
     source, stats = opened(name)
     read = source.checkpoint.read
     wide, plain = (
-        make_plan(source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_dim_multiple=w)
-        for kv_heads, w in (("1/1", WIDTH), ("1/2", 1))
+        make_plan(
+            source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_dim_multiple=multiple,
+        )
+        for kv_heads, multiple in (("1/1", WIDTH), ("1/2", 1))
     )  # fmt: skip
     mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: wide.sites[source.sites[0].name]})
     mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)

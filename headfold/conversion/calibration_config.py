@@ -53,7 +53,7 @@ class CalibrationConfig:
     def resolve(
         cls, opened: Source, request: CalibrationRequest, recorded: Mapping[str, str] | None = None
     ) -> "CalibrationConfig":
-        """Fill in what the request leaves open: from `recorded` (the metadata of statistics or a plan) if it names no source, else defaults.
+        """Fill in what the request leaves open: from `recorded` (the metadata of statistics or a plan), or by defaults.
 
         The seed of recorded data is kept: the same text serves folds of any seed.
 

@@ -1,6 +1,11 @@
 """The methods that a comparison folds by."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from ..core.errors import UserError, suggest
+from ..planning import parse_group, parse_kv_heads
+from .source import Source
 
 REFIT = "+refit"
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,3 +27,24 @@ as many heads with twice the head_dim: the same cache, at the cost in weights an
 WITHOUT_REFIT = ("random",)
 """Methods whose heads are meant to be trained: there is nothing to refit."""
 DEFAULT = tuple(name + end for name in METHODS for end in ("", REFIT) if not (end and name in WITHOUT_REFIT))
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Refuse names that are no methods.
+
+    Raises:
+        UserError: names the nearest ones.
+    """
+    for name in names:
+        if name not in DEFAULT:
+            raise UserError(f"compare: no method {name!r}; {suggest(name, list(DEFAULT))}")
+
+
+def common_counts(source: Source, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
+    """Return the counts of K/V heads that `kv_heads` means, which all of the methods can have.
+
+    Raises:
+        UserError: a count that one of them cannot have.
+    """
+    unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
+    return [parse_kv_heads(asked, source.num_kv_heads, unequal=unequal) for asked in kv_heads]

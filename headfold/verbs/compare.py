@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.stats_file import StatsFile
-from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, WITHOUT_REFIT
+from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, check_methods, common_counts
 from ..conversion.comparison_rows import (
     STATISTICS,
     MethodComparison,
@@ -19,15 +19,14 @@ from ..conversion.comparison_rows import (
     scored,
     write_rows,
 )
-from ..conversion.source import Source, open_source, open_stats
-from ..core.errors import UserError, suggest
+from ..conversion.source import open_source, open_stats
+from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device
-from ..parallel import on_all, on_main, spmd
-from ..planning import parse_group, parse_kv_heads
+from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..timing.machine import peak_memory
 from .calibrate import calibrate
 from .evaluate import evaluate
@@ -86,9 +85,7 @@ def compare(
         UserError: an unknown method, a count that no site can have, options that contradict each other, data that does not suit the
             model, or no method that could be folded.
     """
-    for name in methods:
-        if name.removesuffix(REFIT) not in METHODS or name in {one + REFIT for one in WITHOUT_REFIT}:
-            raise UserError(f"compare: no method {name!r}; {suggest(name, list(DEFAULT))}")
+    check_methods(methods)
     source, progress, device = on_all(lambda: open_source(model)), progress or no_progress, check_device(device)
     measures = {"calibration": calibration, "tokens": tokens, "items": items}
     if stats is not None and (named := [f"--{name}" for name, value in measures.items() if value is not None]):
@@ -96,7 +93,7 @@ def compare(
             f"compare: --stats and {' and '.join(named)} exclude each other, as statistics name their own data; give one"
         )
     check_source(text, kind_of(source.checkpoint.config), model)
-    wanted = [(name, count) for count in _counts(source, kv_heads, methods) for name in methods]
+    wanted = [(name, count) for count in common_counts(source, kv_heads, methods) for name in methods]
     directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
     measured = Path(stats) if stats is not None else directory / STATISTICS
 
@@ -105,7 +102,8 @@ def compare(
         settings = {
             "version": version("headfold"), "model": source.checkpoint.fingerprint(), "text": text, "limit": limit,
             "calibration": calibration, "tokens": tokens, "items": items, "columns": list(columns), "context": context, "seed": seed,
-            "dtype": dtype, "stats": stats and StatsFile(Path(stats)).metadata, "files": [file_digest(name) for name in (text, calibration)],
+            "dtype": dtype, "stats": stats and StatsFile(Path(stats)).metadata,
+            "files": [file_digest(name) for name in (text, calibration)],
         }  # fmt: skip
         known = earlier_rows(directory, settings, force)
         directory.mkdir(parents=True, exist_ok=True)
@@ -132,6 +130,8 @@ def compare(
                     source.name, made, kv_heads=f"{count}/{source.num_kv_heads}", refit=name.endswith(REFIT), stats=measured, seed=seed,
                     verify=False, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
                 )  # fmt: skip
+        except ProcessLost:
+            raise
         except UserError as error:
             skipped[f"{name} at {count}"] = str(error)
             continue
@@ -157,12 +157,6 @@ def compare(
     return MethodComparison(
         str(model), text or "the bundled text", str(directory), [rows[pair] for pair in chosen], skipped
     )
-
-
-def _counts(source: Source, kv_heads: Sequence[str | int], methods: Sequence[str]) -> list[int]:
-    """Return counts that all of the methods can have."""
-    unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
-    return [parse_kv_heads(asked, source.num_kv_heads, unequal=unequal) for asked in kv_heads]
 
 
 def _remove(made: Path) -> None:
