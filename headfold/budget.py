@@ -1,4 +1,4 @@
-"""Spread K/V heads over layers: the counts that lose least within a budget, or need least for a loss, found exactly."""
+"""Allocate K/V heads to layers: the counts of least loss within a budget, or of fewest bytes within a loss, found exactly."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .group.evolve import require_pymoo
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One count of K/V heads for what is decided together: what it costs in cache and what it loses."""
+    """One count of K/V heads for a site (or sites that are decided together), with its bytes of cache and its loss increase."""
 
     kv_heads: int
     kv_bytes: int
@@ -20,20 +20,21 @@ class Option:
 
 
 Options = Mapping[str, Sequence[Option]]
-"""By name of what is decided together (a site, or a stack's first site)."""
+"""The options by the name of the site, or of the first of the sites that are decided together."""
 Spread = dict[str, int]
 """The chosen count by the same name."""
 POINTS = 33
-"""Budgets that a frontier tries."""
+"""Number of budgets that a frontier tries."""
 
 
 def spread(options: Options, *, max_bytes: float | None = None, max_loss: float | None = None) -> Spread:
-    """The counts of least loss within `max_bytes` per token or, with `max_loss`, of fewest bytes within that loss.
+    """Return the counts of least loss within `max_bytes` per token or, with `max_loss`, of fewest bytes within that loss.
 
-    Read off the exact front of both (`_front`): of equal losses the one with fewer bytes counts, of equal bytes the one that loses less.
+    The answer is read from the exact front of both (`_front`): of equal losses, the one with fewer bytes is chosen; of equal
+    bytes, the one with the smaller loss.
 
     Raises:
-        UserError: even the smallest counts take more bytes, or even the largest lose more.
+        UserError: even the smallest counts take more bytes, or even the largest have a larger loss.
     """
     assert (max_bytes is None) != (max_loss is None)
     _check(options, max_bytes, max_loss)
@@ -46,10 +47,11 @@ def spread(options: Options, *, max_bytes: float | None = None, max_loss: float 
 
 
 def _front(options: Options) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Bytes and losses of every spread that no other beats, ascending in bytes, and how each came about.
+    """Return the bytes and losses of every undominated allocation, ascending in bytes, and how each was reached.
 
-    Names are added one at a time, and of every sum of bytes only the least loss is kept: a dynamic programme over sums, of which there are
-    no more than heads. The i-th stage has, by place in the front of the first i names, the place before it and the option taken.
+    Names are added one at a time, and for every sum of bytes only the least loss is kept: a dynamic programme over sums, of which
+    there are no more than heads. The i-th stage has, for each place in the front of the first i names, the place before it and
+    the option taken.
     """
     num_bytes, loss, stages = np.zeros(1, np.int64), np.zeros(1), []
     for listed in options.values():
@@ -65,19 +67,19 @@ def _front(options: Options) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
 
 
 def _chosen(options: Options, stages: list[np.ndarray], place: int) -> Spread:
-    """The spread at a place of the front."""
-    found = {}
-    for name, stage in zip(reversed(options), reversed(stages), strict=True):
+    """Return the allocation at a place of the front."""
+    found: dict[str, int] = {}
+    for name, stage in zip(reversed(list(options)), reversed(stages), strict=True):
         place, taken = stage[place]
         found[name] = options[name][taken].kv_heads
     return {name: found[name] for name in options}
 
 
 def check_bytes(least: float, limit: float | None) -> None:
-    """Refuse a limit, in bytes per token, that even the least cannot keep.
+    """Refuse a limit, in bytes per token, that even `least` exceeds.
 
     Raises:
-        UserError: says both.
+        UserError: names both.
     """
     if limit is not None and least > limit:
         raise UserError(
@@ -92,13 +94,14 @@ def _check(options: Options, max_bytes: float | None, max_loss: float | None) ->
     check_bytes(least_bytes, max_bytes)
     if max_loss is not None and least_loss > max_loss:
         raise UserError(
-            f"--max-loss-increase {max_loss:g}: the most K/V heads allowed everywhere are predicted to lose {least_loss:.3g}; "
+            f"--max-loss-increase {max_loss:g}: the most K/V heads allowed everywhere have a predicted loss increase of {least_loss:.3g}; "
             "allow more heads"
         )
 
 
 def frontier(options: Options) -> list[Spread]:
-    """Spreads from fewest to most bytes, each losing less than all with fewer; the best of `POINTS` evenly spaced budgets."""
+    """Return allocations from fewest to most bytes, each with less loss than all with fewer: the best ones of `POINTS` evenly
+    spaced budgets."""
     num_bytes, _, stages = _front(options)
     budgets = np.linspace(num_bytes[0], num_bytes[-1], POINTS)
     places = np.unique(np.searchsorted(num_bytes, budgets.round(), side="right") - 1)
@@ -106,7 +109,7 @@ def frontier(options: Options) -> list[Spread]:
 
 
 def total(options: Options, made: Mapping[str, int]) -> Option:
-    """Heads, bytes and loss of a spread, summed."""
+    """Return the sums of heads, bytes and losses of an allocation."""
     taken = [next(option for option in options[name] if option.kv_heads == count) for name, count in made.items()]
     return Option(
         sum(option.kv_heads for option in taken),
@@ -116,17 +119,22 @@ def total(options: Options, made: Mapping[str, int]) -> Option:
 
 
 def require_second_stage() -> None:
-    """Raises: UserError where `spread_qcqa` has no pymoo to run on."""
+    """Check that pymoo is installed, which `spread_qcqa` needs.
+
+    Raises:
+        UserError: it is not.
+    """
     require_pymoo("--spread qcqa needs", "leave it out")
 
 
 def spread_qcqa(
     options: Options, max_bytes: float, *, seed: int = 1234, population: int = 100, generations: int = 100
 ) -> Spread:
-    """QCQA's second stage (2406.10247): NSGA-II chooses the layers that are grouped; the others keep their heads.
+    """Return the counts of QCQA's second stage (2406.10247): NSGA-II chooses the layers that are grouped; the others keep their
+    heads.
 
-    Of each name the option with fewest heads is the grouped one. Loss and bytes are minimised together; of all that was tried the least
-    loss within the budget counts. For comparison: `spread` is exact, and chooses the count as well.
+    For each name, the option with fewest heads is the grouped one. Loss and bytes are minimised together, and the least loss
+    within the budget of all that was tried is returned. For comparison: `spread` is exact, and chooses the count as well.
 
     Raises:
         UserError: pymoo is not installed, or no choice of layers is within the budget.
@@ -151,9 +159,9 @@ def spread_qcqa(
             kept = np.where(x, 0, 1)
             layer = np.arange(len(ends))
             num_bytes, loss = bytes_of[layer, kept].sum(1), loss_of[layer, kept].sum(1)
-            for row, paid, lost in zip(x, num_bytes, loss, strict=True):
-                if paid <= max_bytes and lost < best[0]:
-                    best = float(lost), row.copy()
+            for row, its_bytes, its_loss in zip(x, num_bytes, loss, strict=True):
+                if its_bytes <= max_bytes and its_loss < best[0]:
+                    best = float(its_loss), row.copy()
             out["F"] = np.stack([num_bytes, loss], 1)
 
     # All grouped is tried first: it is within every budget that _check lets pass.

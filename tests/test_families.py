@@ -21,8 +21,9 @@ from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.families import all_families, family_of
+from headfold.families.folded import folded_config
 from headfold.families.layout import check_shapes, planned_shapes, write_heads
-from headfold.families.spec import Attention, Family, Rope, Site, folded_config, sites
+from headfold.families.spec import Attention, Family, Rope, Site, sites
 
 EVERY_TINY = pytest.mark.parametrize("name", sorted(TINY))
 FOLDABLE = {alias for family in all_families().values() if "*" not in family.refuses for alias in family.model_types}

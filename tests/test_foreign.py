@@ -23,8 +23,9 @@ from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.core.plan import Plan
 from headfold.families import family_of
+from headfold.families.folded import folded_config
 from headfold.families.layout import check_shapes, planned_shapes, read_heads, renamed, write_heads
-from headfold.families.spec import Site, folded_config, sites
+from headfold.families.spec import Site, sites
 from headfold.planning import make_plan
 from headfold.surgery import site_tensors
 

@@ -293,7 +293,7 @@ def test_the_exact_search_finds_planted_groups(name: str, freedom: str, num_kv_h
 @EVERY_COST
 @pytest.mark.parametrize("freedom", ["halves", "partial pairs"])
 def test_local_search_finds_planted_groups(name: str, freedom: str) -> None:
-    assert swap.group.__kwdefaults__["exact_up_to"] < 16
+    assert plugins.option_defaults(swap.group)["exact_up_to"] < 16
     check_planted(name, freedom, 4, 4)
 
 

@@ -19,7 +19,8 @@ from headfold.core.equivalents import repeated_random_equivalent
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families import family_of
-from headfold.families.spec import Site, folded_config
+from headfold.families.folded import folded_config
+from headfold.families.spec import Site
 from headfold.planning import make_plan
 from headfold.surgery import site_tensors
 

@@ -269,7 +269,7 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
     [
         ("qwen3", "its keys pass a norm per head"),
         ("phi3", "q, k and v are one tensor on disk"),
-        ("stablelm", "its class takes heads of the source's width alone"),
+        ("stablelm", "its class requires the source's head_dim"),
         ("falcon-multi-query", "expected at most 1"),
     ],
 )
@@ -300,7 +300,7 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class takes"), ("llama", "at most 8")]
+    ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class requires"), ("llama", "at most 8")]
 )
 def test_a_plan_of_widths_that_cannot_be_had_is_refused(name: str, said: str, tmp_path: Path) -> None:
     source = open_source(tiny_checkpoint(name))

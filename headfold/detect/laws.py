@@ -17,8 +17,9 @@ from ..core.groups import Groups
 from ..core.heads import Heads, KeyFreedom
 from ..core.plan import Plan
 from ..core.stats import SiteStats
+from ..families.folded import folded_config
 from ..families.layout import check_shapes, renamed, write_heads
-from ..families.spec import Family, Site, folded_config
+from ..families.spec import Family, Site
 from ..hf_models import quiet
 from ..planning import make_plan
 from ..surgery import site_tensors

@@ -7,7 +7,8 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
-from ..families.spec import Site, folded_config
+from ..families.folded import folded_config
+from ..families.spec import Site
 from ..runtime.rotary import wide_table
 from .source import Source
 
@@ -16,7 +17,7 @@ def config_of(source: Source, plan: Plan) -> dict[str, Any]:
     """As config.json will have it, in headfold's own form where no stock class reads it.
 
     Raises:
-        UserError: the model's files have no place for these counts (`families.spec.folded_config`).
+        UserError: the model's files have no place for these counts (`families.folded.folded_config`).
     """
     sites = {site.name: site for site in source.sites}
     counts, uneven = _changed(sites, plan.num_kv_heads), _uneven(sites, plan)

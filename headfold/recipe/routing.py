@@ -21,7 +21,8 @@ from ..core.plan import Plan, SitePlan
 from ..evaluate.verify import compared_output, difference_and_tolerance
 from ..export.card import exported_card
 from ..export.pieces import Export
-from ..families.spec import Family, entry
+from ..families.folded import runtime_entry
+from ..families.spec import Family
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card
 from ..runtime import routing
@@ -166,7 +167,7 @@ def _listed(checkpoint: Checkpoint, plan: Plan) -> list[dict[str, Any]]:
             f"{checkpoint.path}: q, k and v are one tensor on disk, which takes equal groups alone; route it while it runs instead "
             "(headfold.runtime.routing)"
         )
-    return [entry(site, site.num_kv_heads) for site in sites]
+    return [runtime_entry(site, site.num_kv_heads) for site in sites]
 
 
 def _path(module: str, plan: Plan) -> str:

@@ -1,1 +1,1 @@
-"""One page per route: who reads which K/V head, decided while the model runs."""
+"""One page per route: which K/V head each query head reads, decided while the model runs."""
