@@ -1,7 +1,7 @@
 """Probe every language model of transformers whose config counts K/V heads, and write the table of the README from it.
 
-.venv/bin/python scripts/probe_all.py             # all types → benchmarks/results/probe.json, README.md
-.venv/bin/python scripts/probe_all.py qwen3 phi   # these alone, printed
+.venv/bin/python scripts/detect_all.py             # all types → benchmarks/results/probe.json, README.md
+.venv/bin/python scripts/detect_all.py qwen3 phi   # these alone, printed
 """
 
 import argparse
@@ -42,11 +42,11 @@ def _counts(config_class: Any) -> bool:
 def probed(model_type: str) -> dict[str, Any]:
     """What is seen of one type, or why nothing is."""
     from headfold.core.errors import UserError
-    from headfold.detect import probe
+    from headfold.detect import detect
 
     signal.alarm(SECONDS_EACH)
     try:
-        found = probe(model_type)
+        found = detect(model_type)
         return {**found.to_json(), "key": found.position}
     except UserError as refusal:
         return {"model_type": model_type, "proven": False, "reason": str(refusal)}

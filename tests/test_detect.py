@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import headfold.cli
 import headfold.families
 from headfold.core.errors import UserError
-from headfold.detect import Probed, probe, prove, source_of, subject_of
+from headfold.detect import Detection, architecture_of, detect, prove, source_of
 from headfold.detect.laws import prove_laws
 from headfold.detect.shrink import Geometry, shrink
 from headfold.detect.toy import Unproven
@@ -31,11 +31,11 @@ sinks; layers without position."""
 
 
 @cache
-def found(name: str) -> Probed:
+def found(name: str) -> Detection:
     """What the probe says of a tiny model's config, with the literals out of its reach."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(headfold.families, "all_families", lambda: pytest.fail("the probe looks at the literals"))
-        return probe(tiny_checkpoint(name))
+        return detect(tiny_checkpoint(name))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -75,7 +75,7 @@ UNPROVEN = {
 
 @pytest.mark.parametrize("model_type", sorted(UNPROVEN))
 def test_what_no_literal_can_say_is_not_proven(model_type: str) -> None:
-    seen = probe(model_type)
+    seen = detect(model_type)
     assert seen.family is None and not seen.source and not seen.laws
     with pytest.raises(UserError, match=UNPROVEN[model_type]) as refusal:
         raise UserError(seen.reason)
@@ -100,7 +100,7 @@ LIES = {
     "no sinks": ("gpt_oss", Rope(), {"sinks": ""}),
     "layers that have position": ("smollm3", Rope(), {}),
     "rows by head for segments": ("phi3", Rope(), {"fused": "per-group"}),
-    "another head size": ("llama", Rope(), {"head_dim": "nowhere", "width": "intermediate_size"}),
+    "another head size": ("llama", Rope(), {"head_dim": "nowhere", "hidden_size": "intermediate_size"}),
 }
 
 
@@ -108,24 +108,24 @@ LIES = {
 def test_a_lie_is_caught(lie: str) -> None:
     name, position, attention = LIES[lie]
     with pytest.raises(UserError, match=r"law broken|expected"):
-        prove_laws(subject_of(tiny_checkpoint(name)), lied(name, position, **attention))
+        prove_laws(architecture_of(tiny_checkpoint(name)), lied(name, position, **attention))
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_laws_are_tight_and_lies_are_not(name: str) -> None:
     laws = dict(found(name).laws)
-    assert laws.pop("what is not free is seen") > 1e-3
+    assert laws.pop("other transformations change the logits") > 1e-3
     assert max(laws.values()) < 1e-12
     assert [law for law, moved in laws.items() if moved == 0][:2] == [
-        "what is read is written back",
+        "tensors are written back as they were read",
         "keeping all heads changes nothing",
     ]
 
 
 def test_prove_gives_the_literal_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headfold.detect, "probe", lambda _: found("llama"))
+    monkeypatch.setattr(headfold.detect, "detect", lambda _: found("llama"))
     assert prove(tmp_path) is found("llama").family
-    monkeypatch.setattr(headfold.detect, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
+    monkeypatch.setattr(headfold.detect, "detect", lambda _: replace(found("llama"), family=None, reason="because"))
     with pytest.raises(UserError, match=r"config.json: model_type 'llama' cannot be folded: because"):
         prove(tmp_path)
 
@@ -168,13 +168,13 @@ def test_without_a_proof_nothing_is_written(tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"expected a checkpoint directory or a model_type; did you mean llama"):
-        probe("llamma")
+        detect("llamma")
     with pytest.raises(UserError, match=r"vit: expected a language model or an encoder of text"):
-        probe("vit")
+        detect("vit")
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("probe_all", ROOT / "scripts" / "probe_all.py")
+    spec = importlib.util.spec_from_file_location("detect_all", ROOT / "scripts" / "detect_all.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -199,9 +199,9 @@ def test_toy_models_are_computed_in_float64_throughout() -> None:
 
 
 def test_an_architecture_that_does_not_build_is_one_line() -> None:
-    subject = replace(subject_of("llama"), overrides={"hidden_act": "no such function"})
+    architecture = replace(architecture_of("llama"), overrides={"hidden_act": "no such function"})
     with pytest.raises(Unproven, match=r"^no toy model of it can be built: KeyError"):
-        subject.build()
+        architecture.build()
     assert isinstance(found("llama").family.attentions[0], Attention)
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
-from ..detect import Probed
-from ..detect import probe as experiment
+from ..detect import Detection
+from ..detect import detect as experiment
 from .source import refuse_existing
 
 
-def probe(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Probed:
+def probe(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Detection:
     """What is seen of a `model_type`, or of a checkpoint by its config; `out` takes the literal.
 
     Raises:

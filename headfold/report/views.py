@@ -224,9 +224,9 @@ def _size(num_bytes: int | None) -> str:
 
 
 def show_probe(found: Any, out: Any = None) -> None:
-    """A `probe.Probed`: what was seen, the laws, and the literal, unless it was written to `out`."""
+    """A `detect.Detection`: what was found, the laws, and the literal, unless it was written to `out`."""
     print(f"{found.model_type} ({found.architecture})")
-    for line in found.seen:
+    for line in found.findings:
         print(f"  {line}")
     if found.family is None:
         print(f"not foldable: {found.reason}")
