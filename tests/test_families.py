@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoModel": "m.M"}},
-        r"'mystery' runs code of its own \(auto_map\)",
+        r"'mystery' runs its own code \(auto_map\)",
     ),
     "shared layers": ({"model_type": "albert"}, r"albert cannot be folded exactly: all its layers share"),
     "one norm over all heads": ({"model_type": "olmo2"}, r"olmo2 cannot be folded exactly: its K norm"),

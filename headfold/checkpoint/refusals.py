@@ -94,7 +94,7 @@ def refuse_remote_code(config: Mapping[str, Any]) -> None:
     """
     if config.get("auto_map"):
         raise UserError(
-            f"config.json: model_type {config.get('model_type')!r} runs code of its own (auto_map), which headfold does not run; "
+            f"config.json: model_type {config.get('model_type')!r} runs its own code (auto_map), which headfold does not run; "
             "expected an architecture that transformers has; convert the checkpoint to one"
         )
 

@@ -45,7 +45,7 @@ def write_stats(
     with disk_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, size)
-        # Opened by ourselves first: the library reports what a disk refuses in words of its own.
+        # Opened here first, because the library reports errors of the disk as its own type.
         temporary.write_bytes(b"")
         try:
             save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})

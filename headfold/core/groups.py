@@ -71,11 +71,11 @@ class Groups:
         return list(self.group_of_head) == sorted(self.group_of_head)
 
     def standard_order(self) -> tuple[int, ...]:
-        """The permutation of heads (new position → old head) that makes the groups contiguous; stable inside a group."""
+        """Return the permutation of heads (new position → old head) that makes the groups contiguous, stable inside a group."""
         return tuple(sorted(range(self.num_heads), key=lambda head: self.group_of_head[head]))
 
     def compose(self, outer: "Groups") -> "Groups":
-        """The map head → group of groups, for sources that are grouped already."""
+        """Return the map head → group of groups, for sources that are grouped already."""
         return Groups(tuple(outer.group_of_head[group] for group in self.group_of_head))
 
 

@@ -73,7 +73,7 @@ class Moments:
     value_mean: Float[Tensor, "group dim"] | None
     """E[v], where the site has an output bias that can absorb it."""
     whole_keys: WholeKeys | None = None
-    """Only if asked for."""
+    """Only if `site_moments` is called with `whole_keys`."""
 
 
 def site_moments(
@@ -92,8 +92,8 @@ def site_moments(
     eigenvalues and needs float64. `whole_keys` computes `Moments.whole_keys`, which only sites with RoPE have.
     """
     heads, second = heads.to(products), stats.mean("second").to(products)
-    asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
-    readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
+    query_inputs = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
+    readers = query_moments(heads, query_inputs) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
     # Without `whole_keys` the dims that do not rotate need not be multiplied with those that do.
     gram = _gram(heads.k if whole_keys else heads.k[:, :rotary], second) if rotary else None
@@ -101,7 +101,7 @@ def site_moments(
     flat = None
     moment = torch.zeros_like(second)
     if rotary < heads.head_dim or whole_keys:
-        # A key component that is constant over a sequence shifts all its logits alike: softmax ignores it.
+        # A key component that is constant over a sequence shifts all its logits by the same amount: softmax ignores it.
         moment[:-1, :-1] = stats.mean("scatter").to(products)
     if rotary < heads.head_dim:
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)

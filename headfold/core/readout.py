@@ -176,7 +176,7 @@ def _alternate(
 
 
 def _solve_regularised(matrix: Float[Tensor, "*batch n n"], right: Float[Tensor, "*batch n k"]) -> Tensor:
-    """Solve a symmetric positive system that may be singular in dims that nobody reads."""
+    """Solve a symmetric positive system that may be singular in unused dims."""
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
     ridge = _RIDGE * diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
     return torch.linalg.solve(matrix + torch.diag_embed(ridge.expand_as(diagonal)), right)

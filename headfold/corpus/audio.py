@@ -54,12 +54,12 @@ def _open(source: str) -> Table | Stream:
         return {"audio": {"path": str(file)}} | text
 
     columns = ("audio", "text") if written else ("audio",)
-    return Table(source, columns, len(files), lambda numbers, asked: (row(files[number]) for number in numbers))
+    return Table(source, columns, len(files), lambda numbers, named: (row(files[number]) for number in numbers))
 
 
-def _columns(rows: Table | Stream, asked: Sequence[str]) -> tuple[str, ...]:
-    if asked:
-        return require(rows, asked)
+def _columns(rows: Table | Stream, named: Sequence[str]) -> tuple[str, ...]:
+    if named:
+        return require(rows, named)
     found = [next((name for name in names if name in rows.columns), None) for names in (COLUMNS, TRANSCRIPTS)]
     if found[0] is None:
         raise UserError(
@@ -83,20 +83,20 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
         raise UserError(f"{where}: expected audio or its path, got {type(found).__name__}; name another column")
     try:
         with wave.open(file) as opened:
-            width, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
+            sample_bytes, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
             frames = opened.readframes(opened.getnframes())
     except (wave.Error, EOFError, OSError) as error:
         raise UserError(f"{where}: {path or 'an item'}: expected uncompressed wav ({error}); convert it") from error
-    return _samples(frames, width).reshape(-1, channels).mean(1), rate
+    return _samples(frames, sample_bytes).reshape(-1, channels).mean(1), rate
 
 
-def _samples(frames: bytes, width: int) -> Float[np.ndarray, " sample"]:
+def _samples(frames: bytes, sample_bytes: int) -> Float[np.ndarray, " sample"]:
     """Convert PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, to [-1, 1]."""
-    if width == 1:
+    if sample_bytes == 1:
         return (np.frombuffer(frames, np.uint8).astype(np.float32) - 128) / 128
-    octets = np.frombuffer(frames, np.uint8).reshape(-1, width)
+    octets = np.frombuffer(frames, np.uint8).reshape(-1, sample_bytes)
     wide = np.zeros((len(octets), 4), np.uint8)
-    wide[:, 4 - width :] = octets
+    wide[:, 4 - sample_bytes :] = octets
     return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
 
 

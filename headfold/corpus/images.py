@@ -44,10 +44,10 @@ def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
     return Table(source, ("image", "label") if is_labelled else ("image",), len(files), take)
 
 
-def _columns(rows: Table | Stream, asked: Sequence[str]) -> tuple[str, ...]:
+def _columns(rows: Table | Stream, named: Sequence[str]) -> tuple[str, ...]:
     """Return the column of images and, if there is one, that of labels."""
-    if asked:
-        return require(rows, asked)
+    if named:
+        return require(rows, named)
     found = [next((name for name in names if name in rows.columns), None) for names in (COLUMNS, LABELS)]
     if found[0] is None:
         raise UserError(

@@ -19,8 +19,8 @@ def parallel_lines(paths: Sequence[Path], columns: Sequence[str]) -> Table:
     name = ",".join(map(str, paths))
     filled = [number for number, lines in enumerate(_zipped(paths, name)) if all(line.strip() for line in lines)]
 
-    def take(numbers: Sequence[int], asked: Sequence[str]) -> Iterator[Row]:
-        del asked
+    def take(numbers: Sequence[int], named: Sequence[str]) -> Iterator[Row]:
+        del named
         wanted = iter([filled[number] for number in numbers])
         following = next(wanted, None)
         for number, lines in enumerate(_zipped(paths, name)):

@@ -73,12 +73,12 @@ def draw_sample(
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
     """
-    asked = (source, columns, num_items, seed)
+    request = (source, columns, num_items, seed)
     if kind == "images":
         blocks = list(image_sample_blocks(source, path=path, num_items=num_items, seed=seed, columns=columns))
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     if kind == "audio":
-        sounds, texts = read_audio(*asked)
+        sounds, texts = read_audio(*request)
         tokenizer = open_tokenizer(path) if texts is not None else None
         start = _config(path).get("decoder_start_token_id")
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
@@ -86,9 +86,9 @@ def draw_sample(
     if kind == "captions":
         return read_captions(source, open_processor("images", path), tokenizer, context, columns, num_items, seed)
     if kind == "pairs":
-        return encode_pairs(read_pairs(*asked), tokenizer, context)
+        return encode_pairs(read_pairs(*request), tokenizer, context)
     if kind == "sentences":
-        sentences, labels = read_sentences(*asked)
+        sentences, labels = read_sentences(*request)
         sample = encode_sentences(sentences, tokenizer, context)
         return sample if labels is None else sample | {"labels": _label_ids(labels, path, source)}
     assert kind == "text" and num_items is not None and seed is not None, kind

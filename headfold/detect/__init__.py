@@ -73,7 +73,7 @@ def detect(model: str | Path) -> Detection:
     first = _detect_once(architecture)
     if first.family is not None or first.findings:
         return first
-    # Nothing was even found: some classes tie the size of a head to the width.
+    # No attention was found: some classes derive head_dim from the hidden size.
     sizes = architecture.geometry
     second = _detect_once(architecture.with_geometry(head_dim=sizes.hidden_size // sizes.num_heads))
     return second if second.findings else first
@@ -85,7 +85,7 @@ def _detect_once(architecture: Architecture) -> Detection:
         family, laws = establish_family(architecture, findings)
     except UserError as refusal:
         return Detection(architecture.model_type, architecture.model_class, None, str(refusal), tuple(findings))
-    except Exception as error:  # anything can happen in a model that nobody has findings, and it is no proof
+    except Exception as error:  # an unknown model may fail in any way, and then nothing is proven
         reason = f"an experiment on it failed: {type(error).__name__}: {' '.join(str(error).split())}"
         return Detection(architecture.model_type, architecture.model_class, None, reason, tuple(findings))
     return Detection(architecture.model_type, architecture.model_class, family, "", tuple(findings), laws)

@@ -79,7 +79,7 @@ def all_heads_kept(family: Family, candidate: Candidate) -> float:
     """Check that a fold to as many heads as before gives the same logits bit by bit under the stock class."""
     plan = make_plan(list(candidate.sites), candidate.toy_model.tensors.__getitem__, "1/1", source="toy", merge="mean")
     kept = _logits_from_disk(family, candidate, _folded(candidate, plan, None), plan.num_kv_heads, as_loaded=True)
-    # The toy_model may hold tables that were made in float64 by now: if it differs, a fresh one is asked.
+    # By now the toy model may have tables that were computed in float64: if it differs, compare with a new one.
     if not torch.equal(kept, _logits_as_loaded(candidate.toy_model.model)) and not torch.equal(
         kept, _logits_from_disk(family, candidate, {}, {}, as_loaded=True)
     ):

@@ -66,7 +66,7 @@ class Attention:
     """Whether a class with a count of K/V heads takes any `head_dim` and a table with a factor for every frequency (`longrope`).
     If not, heads with a multiple of the source's head_dim run in headfold's runtime."""
     fixed_head_dim: bool = False
-    """Whether they cannot run there either, because the class reshapes to sizes of its own."""
+    """Whether they cannot run there either, because the class reshapes to fixed sizes."""
     scale: str = ""
     """Config field with the softmax scale; empty if it is one over the square root of head_dim."""
     hidden_size: str = "hidden_size"

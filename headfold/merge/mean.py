@@ -1,7 +1,7 @@
 """Average the K and V projections of each group (GQA, 2305.13245, section 2.1: mean pooling).
 
 Minimises the summed squared distance of each group's K and V weights to one shared head. It changes neither Q nor O. Under RoPE
-every head has a phase of its own, so averaging cancels much of K. Exact only where the heads of a group are equal.
+every head has its own phase, so averaging cancels much of K. Exact only where the heads of a group are equal.
 """
 
 import dataclasses

@@ -74,7 +74,7 @@ def _rotations(
     rotations = torch.stack([align(blocks[i, :, 0]) for i in range(len(members))])
     before = _agreement(rotations, blocks)
     for _ in range(iterations):
-        # E[k_i m̄ᵀ] for the running mean m̄ of the turned members.
+        # E[k_i m̄ᵀ] for the running mean m̄ of the rotated members.
         to_mean = torch.einsum("ialb,lcb->iac", blocks, rotations) / len(members)
         rotations = torch.stack([align(to_mean[i]) for i in range(len(members))])
         after = _agreement(rotations, blocks)

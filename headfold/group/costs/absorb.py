@@ -32,10 +32,10 @@ def cost_from_moments(
     dim = moments.values.gram.shape[1]
 
     def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
-        # Where all of K rotates, V loses far less and is by far the dearer to predict.
-        dear = moments.keys is None and sets.shape[1] * dim > LARGE
+        # Where all of K rotates, V loses far less and takes by far the most time to predict.
+        without_values = moments.keys is None and sets.shape[1] * dim > LARGE
         keys, values = predicted_errors(
-            moments, sets, values=value_weight != 0 and not dear, head_dim_multiple=head_dim_multiple
+            moments, sets, values=value_weight != 0 and not without_values, head_dim_multiple=head_dim_multiple
         )
         return key_weight * keys / energy.key + value_weight * values / energy.value
 
