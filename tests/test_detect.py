@@ -1,4 +1,4 @@
-"""The probe, which looks at no literal, finds those that were written by hand; lies about a family are caught."""
+"""Detection, without reading any literal, finds those that were written by hand; false literals are refused."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ sinks; layers without position."""
 def found(name: str) -> Detection:
     """What the probe says of a tiny model's config, with the literals out of its reach."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(headfold.families, "all_families", lambda: pytest.fail("the probe looks at the literals"))
+        patch.setattr(headfold.families, "all_families", lambda: pytest.fail("detection reads the literals"))
         return detect(tiny_checkpoint(name))
 
 
@@ -82,13 +82,13 @@ def test_what_no_literal_can_say_is_not_proven(model_type: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def lied(name: str, position: Rope | None, **attention: str) -> Family:
+def changed_literal(name: str, position: Rope | None, **attention: str) -> Family:
     """The literal that was found, with something else said in it."""
     family = found(name).family
     return replace(family, attentions=(replace(family.attentions[0], **attention),), position=position)
 
 
-LIES = {
+FALSE_LITERALS = {
     "no position": ("llama", None, {}),
     "neighbours for halves": ("llama", Rope(interleaved=True), {}),
     "halves for neighbours": ("cohere", Rope(), {}),
@@ -104,15 +104,15 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", sorted(LIES))
-def test_a_lie_is_caught(lie: str) -> None:
-    name, position, attention = LIES[lie]
+@pytest.mark.parametrize("false", sorted(FALSE_LITERALS))
+def test_a_false_literal_is_refused(false: str) -> None:
+    name, position, attention = FALSE_LITERALS[false]
     with pytest.raises(UserError, match=r"law broken|expected"):
-        prove_laws(architecture_of(tiny_checkpoint(name)), lied(name, position, **attention))
+        prove_laws(architecture_of(tiny_checkpoint(name)), changed_literal(name, position, **attention))
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_laws_are_tight_and_lies_are_not(name: str) -> None:
+def test_laws_are_tight_and_false_literals_far_off(name: str) -> None:
     laws = dict(found(name).laws)
     assert laws.pop("other transformations change the logits") > 1e-3
     assert max(laws.values()) < 1e-12

@@ -84,11 +84,11 @@ def test_heads_as_wide_as_their_groups_are_large_lose_nothing_in_slots(name: str
     stock = stock_model(source.checkpoint.path)
     plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_dim_multiple=WIDTH)
     expected = answer_of(stock, tiny_sample(name))
-    clothes = [
+    replaced_heads = [
         (site, site_tensors(site, plan, read, stats, num_kv_heads=site.num_kv_heads), site.num_kv_heads, WIDTH)
         for site in source.sites
     ]
-    with installed_heads(stock, clothes):
+    with installed_heads(stock, replaced_heads):
         graded(name)(answer_of(stock, tiny_sample(name)), expected)
     graded(name)(answer_of(stock, tiny_sample(name)), expected)
 
@@ -231,12 +231,12 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
     )
 
     def distance(fitted) -> float:
-        clothes = [
+        replaced_heads = [
             (s, site_tensors(s, plan, read, stats, fitted, num_kv_heads=s.num_kv_heads), s.num_kv_heads, WIDTH)
             for s in source.sites[:1]
         ]
         expected = answer_of(stock, sample)
-        with installed_heads(stock, clothes):
+        with installed_heads(stock, replaced_heads):
             return (answer_of(stock, sample) - expected).norm().item()
 
     assert distance(refits) < 0.95 * distance(None)
