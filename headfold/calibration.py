@@ -80,7 +80,7 @@ def collect(
     sample: Sample,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, SiteStats]:
-    """Statistics of every site from one pass over `sample`, of which each of several processes collate takes a share.
+    """Statistics of every site from one pass over `sample`, of which each of several processes together takes a share.
 
     `progress` is called with the number of tokens of each finished batch.
     """

@@ -176,7 +176,7 @@ def choices(
     """Plan every site, or set of sites that must have the same groups, at each of its `counts` of K/V heads.
 
     Counts are of heads of the source's head_dim; with a `head_dim_multiple`, that many of them are replaced by one head of the same
-    bytes. `workers` sites are planned at a time, each in a thread of its own.
+    bytes. `workers` sites are planned at a time, each in its own thread.
 
     Raises:
         UserError: unknown method or option; a `head_dim_multiple` or a count that a site cannot have.
@@ -211,16 +211,16 @@ def check_head_dim_multiple(head_dim_multiple: int, sites: Iterable[Site], merge
     Raises:
         UserError: names the method or the site.
     """
-    asked = f"--head-dim-multiple {head_dim_multiple}"
+    option = f"--head-dim-multiple {head_dim_multiple}"
     merging = parse_merge(merge)
     if not merging.record.head_dim_multiples:
-        raise UserError(f"{asked}: --merge {merging.name} keeps the source's head_dim; choose --merge absorb")
+        raise UserError(f"{option}: --merge {merging.name} keeps the source's head_dim; choose --merge absorb")
     for site in sites:
         if reason := head_dim_refusal(site, head_dim_multiple):
-            raise UserError(f"{asked}: {site.name}: {reason}; choose another multiple, or leave the option out")
+            raise UserError(f"{option}: {site.name}: {reason}; choose another multiple, or leave the option out")
     if grouping.unequal:
         raise UserError(
-            f"{asked}: expected groups of equal size; leave unequal=true out, or choose another --group than kmeans"
+            f"{option}: expected groups of equal size; leave unequal=true out, or choose another --group than kmeans"
         )
 
 

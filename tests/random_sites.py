@@ -25,7 +25,7 @@ FREEDOMS = {
     "normed pairs": KeyFreedom("signs", 6, True),
 }
 DIM = 6
-"""Width of a K head; V heads are narrower, so that nothing takes one for the other."""
+"""Dims of a K head; V heads have fewer, so that nothing takes one for the other."""
 VALUE_DIM = 5
 MODEL = 23
 """More than three heads' dims and no multiple of them: heads drawn at random share no directions."""
@@ -97,13 +97,13 @@ def cases(draw: st.DrawFn) -> tuple[RandomSite, Groups]:
 
 
 def planted(heads: Heads) -> Groups:
-    """Which K/V heads are copies of one, seen from V alone: copies have the same row space, whatever the disguise."""
+    """Which K/V heads are copies of one, seen from V alone: copies have the same row space, however they are transformed."""
     spaces = [torch.linalg.qr(v.T)[0] for v in heads.v.double()]
     nearest = [[float((a.T @ b).square().sum()) > len(a.T) - 1e-6 for b in spaces] for a in spaces]
     return Groups.of([row.index(True) for row in nearest])
 
 
-def turned_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
+def rotated_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
     """Every K/V head `num_copies` times, each turned by a rotation (under q/k-norm: signs) that attention does not see."""
     generator = torch.Generator().manual_seed(seed)
     heads = heads.expand(heads.num_kv_heads * num_copies)

@@ -15,7 +15,7 @@ import headfold.cli
 import headfold.detection
 import headfold.families
 from headfold.core.errors import UserError
-from headfold.detection import Probed, probe, prove, source_of, subject_of
+from headfold.detection import Detection, architecture_of, detect, prove, source_of
 from headfold.detection.laws import prove_laws
 from headfold.detection.shrink import Geometry, shrink
 from headfold.detection.toy import Unproven
@@ -30,11 +30,11 @@ sinks; layers without position."""
 
 
 @cache
-def found(name: str) -> Probed:
+def found(name: str) -> Detection:
     """What the probe says of a tiny model's config, with the literals out of its reach."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(headfold.families, "all_families", lambda: pytest.fail("the probe looks at the literals"))
-        return probe(tiny_checkpoint(name))
+        return detect(tiny_checkpoint(name))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -74,7 +74,7 @@ UNPROVEN = {
 
 @pytest.mark.parametrize("model_type", sorted(UNPROVEN))
 def test_what_no_literal_can_say_is_not_proven(model_type: str) -> None:
-    seen = probe(model_type)
+    seen = detect(model_type)
     assert seen.family is None and not seen.source and not seen.laws
     with pytest.raises(UserError, match=UNPROVEN[model_type]) as refusal:
         raise UserError(seen.reason)
@@ -107,7 +107,7 @@ LIES = {
 def test_a_lie_is_caught(lie: str) -> None:
     name, position, attention = LIES[lie]
     with pytest.raises(UserError, match=r"law broken|expected"):
-        prove_laws(subject_of(tiny_checkpoint(name)), lied(name, position, **attention))
+        prove_laws(architecture_of(tiny_checkpoint(name)), lied(name, position, **attention))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -122,9 +122,9 @@ def test_laws_are_tight_and_lies_are_not(name: str) -> None:
 
 
 def test_prove_gives_the_literal_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headfold.detection, "probe", lambda _: found("llama"))
+    monkeypatch.setattr(headfold.detection, "detect", lambda _: found("llama"))
     assert prove(tmp_path) is found("llama").family
-    monkeypatch.setattr(headfold.detection, "probe", lambda _: replace(found("llama"), family=None, reason="because"))
+    monkeypatch.setattr(headfold.detection, "detect", lambda _: replace(found("llama"), family=None, reason="because"))
     with pytest.raises(UserError, match=r"config.json: model_type 'llama' cannot be folded: because"):
         prove(tmp_path)
 
@@ -167,9 +167,9 @@ def test_without_a_proof_nothing_is_written(tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"expected a checkpoint directory or a model_type; did you mean llama"):
-        probe("llamma")
+        detect("llamma")
     with pytest.raises(UserError, match=r"vit: expected a language model or an encoder of text"):
-        probe("vit")
+        detect("vit")
 
 
 def test_the_results_say_why_a_type_does_not_fold() -> None:
@@ -189,7 +189,7 @@ def test_toy_models_are_computed_in_float64_throughout() -> None:
 
 
 def test_an_architecture_that_does_not_build_is_one_line() -> None:
-    subject = replace(subject_of("llama"), overrides={"hidden_act": "no such function"})
+    subject = replace(architecture_of("llama"), overrides={"hidden_act": "no such function"})
     with pytest.raises(Unproven, match=r"^no toy model of it can be built: KeyError"):
         subject.build()
     assert isinstance(found("llama").family.attentions[0], Attention)

@@ -21,8 +21,9 @@ from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.families import all_families, family_of
+from headfold.families.folded import folded_config
 from headfold.families.layout import check_shapes, planned_shapes, write_heads
-from headfold.families.spec import Attention, Family, Rope, Site, folded_config, sites
+from headfold.families.spec import Attention, Family, Rope, Site, sites
 
 EVERY_TINY = pytest.mark.parametrize("name", sorted(TINY))
 FOLDABLE = {alias for family in all_families().values() if "*" not in family.refuses for alias in family.model_types}
@@ -129,12 +130,12 @@ def test_null_key_value_heads_mean_one_per_query_head_and_not_the_default() -> N
 @EVERY_TINY
 def test_attention_cannot_see_what_key_freedom_allows(name: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(name)
-    disguised = rewritten(source, tmp_path / "disguised", lambda heads, index: random_equivalent(heads, index))
-    for (_, old), (_, new) in zip(tiny_sites(source), tiny_sites(disguised), strict=True):
+    equivalent = rewritten(source, tmp_path / "equivalent", lambda heads, index: random_equivalent(heads, index))
+    for (_, old), (_, new) in zip(tiny_sites(source), tiny_sites(equivalent), strict=True):
         assert_differs(new.q, old.q)
         assert_differs(new.k, old.k)
         assert_differs(new.v, old.v)
-    grade(name)(stock_logits(disguised), source_logits(source))
+    grade(name)(stock_logits(equivalent), source_logits(source))
 
 
 def forbidden(freedom: KeyFreedom, head_dim: int) -> dict[str, KeyFreedom]:
@@ -154,12 +155,12 @@ def test_attention_sees_what_key_freedom_forbids(name: str, tmp_path: Path) -> N
     source = tiny_checkpoint(name)
     site = tiny_sites(source)[0][0]
     for claim, freedom in forbidden(site.key_freedom, site.head_dim).items():
-        lie = rewritten(
+        changed = rewritten(
             source,
             tmp_path / claim,
             lambda heads, index, f=freedom: random_equivalent(replace(heads, key_freedom=f), index),
         )
-        assert_differs(stock_logits(lie), source_logits(source))
+        assert_differs(stock_logits(changed), source_logits(source))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gemma3_text", "exaone4"])
@@ -203,7 +204,7 @@ def test_query_heads_are_free_to_move_inside_their_group(name: str, tmp_path: Pa
     grade(name)(stock_logits(moved), source_logits(source))
 
 
-def test_a_disguise_is_repeatable_and_never_the_same_twice() -> None:
+def test_random_equivalents_are_repeatable_and_differ_by_seed() -> None:
     heads = tiny_sites(tiny_checkpoint("llama"))[0][1]
     assert_bitwise(random_equivalent(heads, 3).k, random_equivalent(heads, 3).k)
     assert_differs(random_equivalent(heads, 3).k, random_equivalent(heads, 4).k)
@@ -228,7 +229,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoModel": "m.M"}},
-        r"'mystery' runs code of its own \(auto_map\)",
+        r"'mystery' runs its own code \(auto_map\)",
     ),
     "shared layers": ({"model_type": "albert"}, r"albert cannot be folded exactly: all its layers share"),
     "one norm over all heads": ({"model_type": "olmo2"}, r"olmo2 cannot be folded exactly: its K norm"),

@@ -23,8 +23,9 @@ from headfold.core.groups import Groups
 from headfold.core.heads import Heads, KeyFreedom
 from headfold.core.plan import Plan
 from headfold.families import family_of
+from headfold.families.folded import folded_config
 from headfold.families.layout import check_shapes, planned_shapes, read_heads, renamed, write_heads
-from headfold.families.spec import Site, folded_config, sites
+from headfold.families.spec import Site, sites
 from headfold.planning import make_plan
 from headfold.surgery import site_tensors
 
@@ -101,7 +102,7 @@ def grade(name: str) -> Callable[[Tensor, Tensor], None]:
 
 
 def seed_of(site: Site, index: int) -> int:
-    """The same for all sites that must order their query heads alike."""
+    """Return the same for all sites that must have one order of query heads."""
     return len(site.stack) if site.query_order == "stack" else 100 + index
 
 
@@ -218,8 +219,10 @@ def forbidden(site: Site) -> dict[str, KeyFreedom]:
 @EVERY
 def test_attention_sees_what_key_freedom_forbids(name: str) -> None:
     for freedom in forbidden(case(name).sites[0]).values():
-        lie = case(name).answer(lambda site, heads, i, f=freedom: random_equivalent(replace(heads, key_freedom=f), i))
-        assert_differs(lie, plain_answer(name))
+        changed = case(name).answer(
+            lambda site, heads, i, f=freedom: random_equivalent(replace(heads, key_freedom=f), i)
+        )
+        assert_differs(changed, plain_answer(name))
     # Nor does a law over models pass that never looks at K.
     assert_differs(case(name).answer(lambda site, heads, i: replace(heads, k=heads.k.flip(1))), plain_answer(name))
 
@@ -235,7 +238,7 @@ def shuffled(heads: Heads, seed: int) -> Heads:
 
 @EVERY
 def test_query_heads_move_as_the_site_says(name: str) -> None:
-    """Free: each site as it likes. Stack: all its sites alike. Fixed: not at all."""
+    """Free: each site may have its own order. Stack: all its sites have the same. Fixed: no other order."""
     found = case(name)
     orders = {site.query_order for site in found.sites}
     as_said = found.answer(
@@ -264,7 +267,7 @@ def test_a_fold_to_as_many_heads_is_the_source_bit_by_bit(name: str, dtype: torc
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A grouped model in the shape of its source, every K/V head `COPIES` times in disguise, and what it says."""
+    """A grouped model in the shape of its source, every K/V head `COPIES` times, each transformed differently, and its output."""
 
     tensors: Mapping[str, Tensor]
     stats: Mapping
@@ -306,7 +309,7 @@ def test_swap_and_absorb_give_back_the_hidden_model(name: str) -> None:
 
 @SHARING
 def test_mean_pooling_loses_the_hidden_model(name: str) -> None:
-    """Even told the right groups."""
+    """Even with the right groups given."""
     found, inside = case(name), hidden(name)
     assert_differs(inside.folded(found, inside.plan(found, "swap", "mean")), inside.answer)
 

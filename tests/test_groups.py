@@ -11,7 +11,7 @@ import torch
 from grades import assert_tight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, turned_copies
+from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, rotated_copies
 
 from headfold import group as solvers
 from headfold.core import plugins
@@ -39,7 +39,7 @@ def shuffled_copies(heads: Heads, num_copies: int, seed: int) -> Heads:
 
 COPIES_THAT_DIFFER_BY = {
     "copies": shuffled_copies,
-    "rotations": turned_copies,
+    "rotations": rotated_copies,
     "key_freedom": repeated_random_equivalent,
 }
 SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -172,7 +172,7 @@ def test_a_solver_asks_only_for_sorted_sets(name: str) -> None:
     solve(name, cost, 16, 4)
     assert bool(asked) == (record_of(name).default_cost is not None)
     assert all(list(members) == sorted(set(members)) for members in asked)
-    # Pairs stand in for what is dear; beyond them only what is asked of is.
+    # Pairs replace costs that take long; beyond them only whole groups are evaluated.
     unequal = record_of(name).unequal
     assert unequal or {len(members) for members in asked} <= {2, 4}
 
@@ -209,7 +209,7 @@ def test_the_exact_search_of_unequal_groups_is_exact(seed: int) -> None:
 
 @pytest.mark.parametrize("name", sorted({*UNEQUAL_SOLVERS} - {"exact"}))
 def test_searches_of_unequal_groups_find_the_odd_head(name: str) -> None:
-    """Seven heads alike and one apart: no equal groups are right."""
+    """Seven equal heads and one other: no equal groups are right."""
     spots = torch.tensor([0.0, 0.01, 0.02, 5.0, 0.03, 0.04, 0.05, 0.06])
     difference_and_tolerance = (spots[:, None] - spots).abs().double()
     cost = SetCost(
@@ -293,7 +293,7 @@ def test_the_exact_search_finds_planted_groups(name: str, freedom: str, num_kv_h
 @EVERY_COST
 @pytest.mark.parametrize("freedom", ["halves", "partial pairs"])
 def test_local_search_finds_planted_groups(name: str, freedom: str) -> None:
-    assert swap.group.__kwdefaults__["exact_up_to"] < 16
+    assert plugins.option_defaults(swap.group)["exact_up_to"] < 16
     check_planted(name, freedom, 4, 4)
 
 
@@ -334,7 +334,7 @@ def test_a_cost_does_not_care_how_heads_are_named(name: str, freedom: str) -> No
 
 @EVERY_COST
 @EVERY_FREEDOM
-@pytest.mark.parametrize("copy", ["identical", "disguised"])
+@pytest.mark.parametrize("copy", ["identical", "transformed"])
 def test_copies_share_for_nothing(name: str, freedom: str, copy: str) -> None:
     few = random_site(freedom, 2, 3)
     copies = COPIES_THAT_DIFFER_BY[plugins.load(costs, name, CostMethod).undoes]
@@ -346,7 +346,7 @@ def test_copies_share_for_nothing(name: str, freedom: str, copy: str) -> None:
 
 
 @EVERY_FREEDOM
-def test_the_cost_of_absorb_sees_through_every_disguise(freedom: str) -> None:
+def test_the_cost_of_absorb_is_the_same_for_random_equivalents(freedom: str) -> None:
     """Not of copies alone: heads that differ cost the same however they are written."""
     site = random_site(freedom, 4, 2)
     hidden = replace(site, heads=random_equivalent(site.heads, seed=6))

@@ -19,7 +19,8 @@ from headfold.core.equivalents import repeated_random_equivalent
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families import family_of
-from headfold.families.spec import Site, folded_config
+from headfold.families.folded import folded_config
+from headfold.families.spec import Site
 from headfold.planning import make_plan
 from headfold.surgery import site_tensors
 
@@ -72,7 +73,7 @@ def grade(name: str) -> Callable[[Tensor, Tensor], None]:
 
 
 @EVERY_TINY
-def test_the_disguise_is_a_model_of_eight_heads_and_the_same_function(name: str) -> None:
+def test_the_random_equivalent_is_a_model_of_eight_heads_and_the_same_function(name: str) -> None:
     case = hidden(name)
     config = json.loads((case.directory / "config.json").read_text())
     assert {site.num_kv_heads for site in case.sites} == {SHARED * COPIES} == {config["num_key_value_heads"]}
@@ -95,7 +96,7 @@ def test_swap_and_absorb_give_back_the_hidden_model(name: str, tmp_path: Path) -
 
 @EVERY_TINY
 def test_mean_pooling_loses_the_hidden_model(name: str, tmp_path: Path) -> None:
-    """Even told the right groups."""
+    """Even with the right groups given."""
     case = hidden(name)
     assert_differs(stock_logits(case.folded(case.plan("swap", "mean"), tmp_path / "out")), case.logits)
 

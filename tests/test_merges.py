@@ -9,7 +9,7 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight
 from hypothesis import given, settings
-from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, realised_error, turned_copies
+from random_sites import FREEDOMS, RandomSite, cases, planted, random_site, realised_error, rotated_copies
 from reference_attention import attention_output, project
 from torch import Tensor
 
@@ -67,9 +67,9 @@ def test_identical_heads_keep_the_function(name: str, freedom: str) -> None:
 @merges_that_undo("rotations", "key_freedom")
 @EVERY_FREEDOM
 @pytest.mark.parametrize("bias", [True, False])
-def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bias: bool) -> None:
+def test_rotated_heads_keep_the_function(name: str, freedom: str, bias: bool) -> None:
     few = random_site(freedom, 2, 6, bias=bias)
-    site = replace(few, heads=turned_copies(few.heads, 3, seed=1))
+    site = replace(few, heads=rotated_copies(few.heads, 3, seed=1))
     assert_tight(output(site), output(few))
     assert_tight(output(site, merged(site, name, Groups.contiguous(6, 2))), output(few))
 
@@ -78,7 +78,7 @@ def test_heads_turned_by_rotations_keep_the_function(name: str, freedom: str, bi
 @EVERY_FREEDOM
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("queries", [3, 6])
-def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool, queries: int) -> None:
+def test_transformed_copies_keep_the_function(name: str, freedom: str, bias: bool, queries: int) -> None:
     few = random_site(freedom, 2, queries, bias=bias)
     site = replace(few, heads=repeated_random_equivalent(few.heads, 3, seed=2))
     assert planted(site.heads).sizes == (3, 3)
@@ -88,7 +88,7 @@ def test_disguised_copies_keep_the_function(name: str, freedom: str, bias: bool,
 
 @merges_that_undo("nothing", "copies", "rotations")
 @pytest.mark.parametrize("freedom", sorted(set(FREEDOMS) - {"normed", "normed pairs"}))
-def test_disguised_copies_are_lost_on_merges_that_do_not_undo_them(name: str, freedom: str) -> None:
+def test_merges_do_not_undo_more_than_declared(name: str, freedom: str) -> None:
     few = random_site(freedom, 2, 3)
     site = replace(few, heads=repeated_random_equivalent(few.heads, 3, seed=2))
     assert_differs(output(site, merged(site, name, planted(site.heads))), output(few))
@@ -97,7 +97,7 @@ def test_disguised_copies_are_lost_on_merges_that_do_not_undo_them(name: str, fr
 @EVERY_FREEDOM
 def test_mean_does_not_undo_rotations(freedom: str) -> None:
     few = random_site(freedom, 2, 3)
-    site = replace(few, heads=turned_copies(few.heads, 3, seed=1))
+    site = replace(few, heads=rotated_copies(few.heads, 3, seed=1))
     assert_differs(output(site, merged(site, "mean", Groups.contiguous(6, 2))), output(few))
 
 
@@ -243,7 +243,7 @@ def test_no_bias_grows_where_the_source_has_none(name: str, freedom: str) -> Non
 
 @merges_that_undo("copies", "rotations", "key_freedom")
 def test_a_merge_follows_the_names_of_the_heads(name: str) -> None:
-    """K/V heads in another order, with the groups told so: the same function."""
+    """K/V heads in another order, with the groups renamed accordingly: the same function."""
     site, groups = random_site("partial halves", 6), Groups((0, 0, 1, 1, 2, 2))
     order = [4, 0, 2, 1, 5, 3]  # mixes the groups, not their first heads: `first` may well depend on those
     moved = {role: getattr(site.heads, role)[order] for role in ("q", "k", "v", "o")}

@@ -69,7 +69,7 @@ def test_one_head_alone_and_equal_heads_lose_nothing(freedom: str) -> None:
 
 @EVERY_FREEDOM
 def test_the_prediction_counts_query_heads_not_their_grouping(freedom: str) -> None:
-    """An already grouped source and its head-repeated twin, shared alike, lose the same."""
+    """An already grouped source and its head-repeated twin have the same error in the same groups."""
     site, groups = random_site(freedom, 4, 2), Groups((0, 1, 1, 0))
     moments = site_moments(site.heads, site.stats)
     twin = site_moments(site.heads.per_query(), site.stats)

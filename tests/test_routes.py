@@ -103,17 +103,17 @@ def test_published_cuts_are_the_formula_and_its_corrections(lengths: list[int], 
         expected[at] += 1 if wrong > 0 else -1
     assert by_key.sizes == tuple(expected) and by_key.count == 1
     drawn = dgqa.route(fresh(num_heads, len(lengths)), norms(lengths), False, published=True, seed=seed)
-    rounded = reference(lengths, num_heads, minmax=False)
+    published_rounding = reference(lengths, num_heads, minmax=False)
     assert sum(drawn.sizes) == num_heads and min(drawn.sizes) >= 0
-    wrong = num_heads - sum(rounded)
-    moved = [a - b for a, b in zip(drawn.sizes, rounded, strict=True)]
+    wrong = num_heads - sum(published_rounding)
+    moved = [a - b for a, b in zip(drawn.sizes, published_rounding, strict=True)]
     assert sum(moved) == wrong and all(step * wrong >= 0 for step in moved)
 
 
 def test_equal_norms_are_refused_where_the_paper_divides_by_zero() -> None:
     for page, state in ((kdgqa, fresh()), (dgqa, fresh(kept=torch.ones(GROUPS, dtype=torch.float64)))):
         options = {"difference": True} if page is dgqa else {}
-        with pytest.raises(UserError, match=r"0/0 here.*leave published=true out") as refusal:
+        with pytest.raises(UserError, match=r"published shares are 0/0; leave published=true out") as refusal:
             page.route(state, norms((1, 1, 1)), True, published=True, **options)
         assert "\n" not in str(refusal.value)
         assert sum(page.settle(page.route(state, norms((1, 1, 1)), True, **options)).sizes) == HEADS

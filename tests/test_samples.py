@@ -283,7 +283,7 @@ REFUSALS = [
     ("pairs", "rows.jsonl", ("text",), "pairs need two columns, got text"),
     ("pairs", "empty.jsonl", (), "expected rows, found none"),
     ("pairs", "bad.jsonl", (), "expected one JSON object per line"),
-    ("pairs", "text.txt,longer.txt", (), "expected files of as many lines each"),
+    ("pairs", "text.txt,longer.txt", (), "expected files with the same number of lines"),
     ("pairs", "text.txt,nothing.txt", (), "nothing.txt: no such file"),
     ("sentences", "rows.jsonl", ("caption",), "expected columns caption, found text, number"),
     ("sentences", "empty.txt", (), "expected sentences, found none"),
@@ -293,12 +293,12 @@ REFUSALS = [
     ("images", "rows.jsonl", (), "an image model needs a column of images, found text, number"),
     ("images", "rows.jsonl", ("text",), "unreadable image"),
     ("images", "rows.jsonl", ("number",), "expected an encoded image or its path, got int"),
-    ("images", "labelled.jsonl", (), "label 'bird' is no class of the model"),
+    ("images", "labelled.jsonl", (), "got the label 'bird'"),
     ("images", "nosuchfolder", (), "no such file or folder"),
-    ("audio", "text.txt", (), "a speech model needs sound, found none"),
-    ("audio", "rows.jsonl", (), "a speech model needs a column of sound"),
+    ("audio", "text.txt", (), "a speech model needs audio, found none"),
+    ("audio", "rows.jsonl", (), "a speech model needs a column of audio"),
     ("audio", "rows.jsonl", ("text",), "expected uncompressed wav"),
-    ("text", "self", (), "self: no text to draw from"),
+    ("text", "self", (), "self: expected a source of text"),
 ]
 
 

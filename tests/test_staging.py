@@ -60,7 +60,7 @@ def test_staging_keeps_its_own_job_empties_another_and_refuses_a_stranger(tmp_pa
     assert [entry.name for entry in staging.open_staging(tmp_path / "out", "b", False).iterdir()] == [staging.JOB]
     (place / staging.JOB).unlink()
     (place / "precious").touch()
-    with pytest.raises(UserError, match="not headfold's"):
+    with pytest.raises(UserError, match="headfold did not make"):
         staging.open_staging(tmp_path / "out", "b", True)
     assert (place / "precious").exists()
 

@@ -129,7 +129,7 @@ def test_a_plan_that_lacks_an_attention_is_refused(tmp_path: Path) -> None:
     made = planned(directory, "sizes", tmp_path / "plan.json")
     name, *others = made.sites
     (tmp_path / "plan.json").write_text(json.dumps(replace(made, sites={n: made.sites[n] for n in others}).to_json()))
-    with pytest.raises(UserError, match=f"{name}: expected one entry per attention, got no entry"):
+    with pytest.raises(UserError, match=f"site {name} is not in the plan"):
         headfold.fold(directory, tmp_path / "out", plan=tmp_path / "plan.json", **BLIND)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
 
@@ -181,9 +181,9 @@ def broken(name: str, change: Callable[[int, dict[str, Any]], None], target: Pat
     ("name", "change", "words"),
     [
         ("llama", lambda i, row: row["kv_of_source_head"].append(0), "expected 8 entries, one per K/V head, got 9"),
-        ("llama", lambda i, row: row.update(head_dim=99), "expected the source's 8 or a multiple, got 99"),
+        ("llama", lambda i, row: row.update(head_dim=99), "expected the source's 8 or a multiple of it, got 99"),
         ("bloom", lambda i, row: row["kv_of_source_head"].reverse(), "only neighbours can share"),
-        ("t5", lambda i, row: row["kv_of_source_head"].__setitem__(i % 2, 1), "all its sites need the same groups"),
+        ("t5", lambda i, row: row["kv_of_source_head"].__setitem__(i % 2, 1), "need the same groups"),
     ],
 )
 def test_a_plan_that_a_site_cannot_have_is_refused(

@@ -20,7 +20,8 @@ from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.families import family_of
-from headfold.families.spec import folded_config, sites
+from headfold.families.folded import folded_config
+from headfold.families.spec import sites
 from headfold.runtime.modeling_headfold import grouped_class
 from headfold.train import wgqa
 

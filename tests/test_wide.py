@@ -85,11 +85,11 @@ def test_heads_as_wide_as_their_groups_are_large_lose_nothing_in_slots(name: str
     stock = stock_model(source.checkpoint.path)
     plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_dim_multiple=WIDTH)
     expected = answer_of(stock, tiny_sample(name))
-    clothes = [
+    replaced_heads = [
         (site, site_tensors(site, plan, read, stats, num_kv_heads=site.num_kv_heads), site.num_kv_heads, WIDTH)
         for site in source.sites
     ]
-    with installed_heads(stock, clothes):
+    with installed_heads(stock, replaced_heads):
         graded(name)(answer_of(stock, tiny_sample(name)), expected)
     graded(name)(answer_of(stock, tiny_sample(name)), expected)
 
@@ -234,12 +234,12 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
     )
 
     def distance(fitted) -> float:
-        clothes = [
+        replaced_heads = [
             (s, site_tensors(s, plan, read, stats, fitted, num_kv_heads=s.num_kv_heads), s.num_kv_heads, WIDTH)
             for s in source.sites[:1]
         ]
         expected = answer_of(stock, sample)
-        with installed_heads(stock, clothes):
+        with installed_heads(stock, replaced_heads):
             return (answer_of(stock, sample) - expected).norm().item()
 
     assert distance(refits) < 0.95 * distance(None)
@@ -272,7 +272,7 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
     [
         ("qwen3", "its keys pass a norm per head"),
         ("phi3", "q, k and v are one tensor on disk"),
-        ("stablelm", "its class takes heads of the source's width alone"),
+        ("stablelm", "its class requires the source's head_dim"),
         ("falcon-multi-query", "expected at most 1"),
     ],
 )
@@ -288,7 +288,8 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
     read = source.checkpoint.read
     wide, plain = (
         make_plan(
-            source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous", head_dim_multiple=multiple,
+            source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous",
+            head_dim_multiple=multiple,
         )
         for kv_heads, multiple in (("1/1", WIDTH), ("1/2", 1))
     )  # fmt: skip
@@ -305,7 +306,7 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class takes"), ("llama", "at most 8")]
+    ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class requires"), ("llama", "at most 8")]
 )
 def test_a_plan_of_widths_that_cannot_be_had_is_refused(name: str, said: str, tmp_path: Path) -> None:
     source = open_source(tiny_checkpoint(name))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from headfold.core.heads import Heads
 from headfold.families import family_of
+from headfold.families.folded import folded_config
 from headfold.families.layout import read_heads, renamed, write_heads
-from headfold.families.spec import Site, folded_config, sites
+from headfold.families.spec import Site, sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -11,7 +11,7 @@ from ..group.evolve import require_pymoo
 
 @dataclass(frozen=True, slots=True)
 class CountOption:
-    """One count of K/V heads for sites that are decided collate: its cache and its loss increase."""
+    """One count of K/V heads for sites that are decided together: its cache and its loss increase."""
 
     num_kv_heads: int
     kv_bytes: int
@@ -20,7 +20,7 @@ class CountOption:
 
 
 Options = Mapping[str, Sequence[CountOption]]
-"""By name of the sites that are decided collate: a site, or the first site of a stack."""
+"""By name of the sites that are decided together: a site, or the first site of a stack."""
 Allocation = dict[str, int]
 """The chosen count by the same name."""
 POINTS = 33
@@ -131,7 +131,7 @@ def allocate_qcqa(
 ) -> Allocation:
     """Run QCQA's second stage (2406.10247): NSGA-II chooses the layers that are grouped; the others keep their heads.
 
-    A grouped name takes its option with fewest heads. Loss and bytes are minimised collate; the result is the least loss within the
+    A grouped name takes its option with fewest heads. Loss and bytes are minimised together; the result is the least loss within the
     budget among all allocations tried. For comparison: `allocate` is exact, and chooses the count as well.
 
     Raises:

@@ -105,7 +105,7 @@ def teacher_of_statistics(
 def loss_curves(
     teacher: Teacher, budget: BudgetRequest, request: CurveRequest, stats: StatsFile | None, path: Path
 ) -> Curves:
-    """Group every site at every count, measure sites alone or read earlier measurements from `path`, and put both collate.
+    """Group every site at every count, measure sites alone or read earlier measurements from `path`, and put both together.
 
     Raises:
         UserError: the file holds other measurements, or the model does not fit into memory.

@@ -1,4 +1,4 @@
-"""What a disk refuses, said in one line: full, read-only, not permitted."""
+"""Errors of the disk in one line: full, read-only, no permission."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ _REASONS = {
 
 @contextmanager
 def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn what the user's disk refuses within the block into a `UserError` that names `path` and the bytes needed."""
+    """Turn an error of the user's disk into a `UserError` that names `path` and the bytes needed."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """`disk_errors`, and what the writers of torch and safetensors, which have errors of their own, make of the same."""
+    """Do the same for the errors that the writers of torch and safetensors raise in their own types."""
     try:
         with disk_errors(path):
             yield
@@ -54,10 +54,10 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Refuse before anything is written when `num_bytes` more cannot fit beside what is there.
+    """Check that `num_bytes` more fit on the disk, before anything is written.
 
     Raises:
-        UserError: less free space than needed.
+        UserError: there is less free space.
     """
     free = shutil.disk_usage(path).free
     if free < num_bytes:
@@ -68,7 +68,7 @@ def require_space(path: Path, num_bytes: int) -> None:
 
 
 def sizes(num_bytes: int) -> str:
-    """`1234567 bytes (1.2 MB)`: exact for comparing, rounded for reading."""
+    """Return `1234567 bytes (1.2 MB)`: the exact number and a rounded one."""
     value, unit = float(num_bytes), 0
     while value >= 1000 and unit < 4:
         value, unit = value / 1000, unit + 1
@@ -76,7 +76,7 @@ def sizes(num_bytes: int) -> str:
 
 
 def flush(path: Path) -> None:
-    """Return when the file's bytes, or the directory's entries, are on the disk itself."""
+    """Wait until the file's bytes, or the directory's entries, are on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

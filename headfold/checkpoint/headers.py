@@ -1,7 +1,7 @@
-"""Safetensors headers: which tensors a shard holds and where, read and written without its data.
+"""Safetensors headers: which tensors a shard contains and where, read and written without the data.
 
-The layout (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header padded with
-spaces, then the tensors without holes. `data_offsets` count from the end of the header.
+The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header padded with spaces,
+then the tensors without gaps. `data_offsets` count from the end of the header.
 """
 
 import json
@@ -25,13 +25,13 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors itself reads no longer one."""
+"""Bytes; safetensors itself reads no longer header."""
 _PREFIX = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: absolute byte offsets in the file `shard`."""
+    """Where one tensor is: absolute byte offsets in the file `shard`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,14 +42,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One shard's header: its tensors in the order in which it lists them, and its free-form metadata."""
+    """The header of one shard: its tensors in the order of the header, and its metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] | None
 
 
 def read_header(path: Path) -> Header:
-    """The header of a shard, checked against the file's size.
+    """Return the header of a shard, checked against the file's size.
 
     Raises:
         UserError: a truncated file, a corrupt header, or a dtype that only quantised checkpoints have.
@@ -76,9 +76,9 @@ def read_header(path: Path) -> Header:
 
 
 def encode_header(header: Header, like: int = 0, page: int = 8) -> bytes:
-    """The bytes before the data; the offsets in `header` count from the beginning of the data.
+    """Return the bytes before the data; the offsets in `header` count from the beginning of the data.
 
-    Padded so that the data begins on the same byte of a page as where it begins at byte `like`.
+    It is padded so that the data begins at the same offset within a page as byte `like`.
     """
     entries: dict[str, Any] = {} if header.metadata is None else {"__metadata__": header.metadata}
     for name, info in header.tensors.items():
@@ -89,7 +89,7 @@ def encode_header(header: Header, like: int = 0, page: int = 8) -> bytes:
 
 
 def num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    """Bytes of a tensor on disk."""
+    """Return the bytes of a tensor on disk."""
     return dtype.itemsize * math.prod(shape)
 
 
@@ -109,7 +109,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInf
 
 
 def _check_layout(path: Path, tensors: Iterable[TensorInfo], base: int, size: int) -> None:
-    """Tensors follow one another from the header to the end of the file."""
+    """Check that the tensors follow one another from the header to the end of the file."""
     position = base
     for info in sorted(tensors, key=lambda info: (info.start, info.end)):
         if info.start != position:

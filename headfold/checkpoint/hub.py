@@ -1,4 +1,4 @@
-"""From what the user calls a model, a path or a hub id, to a directory."""
+"""The directory of a model that the user names by a path or a hub id."""
 
 import os
 from pathlib import Path
@@ -15,14 +15,14 @@ _REASONS = {
     "GatedRepoError": "its owner has not given you access",
     "LocalEntryNotFoundError": "it is not in the local cache and the hub cannot be reached",
 }
-"""What the hub client's errors mean, by class name, so that the client is imported only when it is used."""
+"""What the errors of the hub client mean, by class name, so that the client is imported only when it is used."""
 
 
 def resolve(model: str) -> Path:
-    """The directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json, tokenizer files only).
+    """Return the directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json and tokenizer files only).
 
     Raises:
-        UserError: neither a directory nor a hub id that can be fetched.
+        UserError: neither a directory nor a hub id that can be downloaded.
     """
     if not model.strip():
         raise UserError("model: expected a checkpoint directory or a hub id, got an empty name; pass one")
@@ -44,7 +44,7 @@ def _is_path(model: str) -> bool:
 
 def _neighbour(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" ({path.parent} is none either)"
+        return f" ({path.parent} does not exist either)"
     near = suggest(path.name, (entry.name for entry in path.parent.iterdir() if entry.is_dir()))
     return f"; {near.rstrip('?')}" if near.startswith("did you mean") else ""
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint directory by its headers alone, and read single tensors from it."""
+"""Open a checkpoint directory by reading its headers only, and read single tensors from it."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _EDGE = 4096
-"""Bytes of either end of a tensor that enter the fingerprint: one page."""
+"""Bytes of each end of a tensor that enter the fingerprint: one page."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """A directory with config.json and safetensors weights; the weights stay on disk.
 
-    `tensors` lists shard by shard in the order of the headers, `shards` are file names in order, `metadata` is each
-    header's own, `index` the parsed index file of a sharded checkpoint.
+    `tensors` lists all tensors, shard by shard in the order of the headers. `shards` are file names in order, `metadata` is that
+    of each header, `index` the parsed index file of a sharded checkpoint.
     """
 
     path: Path
@@ -44,11 +44,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Read config, index and headers, and refuse what cannot be a source.
+        """Read config, index and headers, and refuse a checkpoint that cannot be folded.
 
         Raises:
-            UserError: not a directory, no or unreadable config.json, no safetensors, missing, truncated or corrupt shards,
-                an index that does not match them, quantised weights, an adapter without its model.
+            UserError: not a directory; no or unreadable config.json; no safetensors; missing, truncated or corrupt shards; an
+                index that does not match them; quantised weights; an adapter without its model.
         """
         path = Path(path)
         refuse_source(path)
@@ -62,10 +62,10 @@ class Checkpoint:
         return cls(path, config, tensors, shards, {shard: header.metadata for shard, header in headers.items()}, index)
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, in the dtype and shape on disk; nothing else of its shard is loaded.
+        """Return a copy of the tensor in the dtype and shape on disk; nothing else of its shard is loaded.
 
         Raises:
-            UserError: the shard has been cut since it was opened.
+            UserError: the shard has been truncated since it was opened.
         """
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
@@ -83,11 +83,11 @@ class Checkpoint:
         return sum(info.end - info.start for info in self.tensors.values())
 
     def in_shard(self, shard: str) -> dict[str, TensorInfo]:
-        """The tensors of one shard in the order of its header."""
+        """Return the tensors of one shard in the order of its header."""
         return {name: info for name, info in self.tensors.items() if info.shard == shard}
 
     def fingerprint(self) -> str:
-        """SHA-256 of the config, the headers and both ends of every tensor; the directory's name does not enter."""
+        """Return the SHA-256 of the config, the headers and both ends of every tensor, independent of the directory's name."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for shard in self.shards:
             with (self.path / shard).open("rb", buffering=0) as file:
@@ -114,7 +114,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """The index of a sharded checkpoint, every shard it names present and beside it."""
+    """Return the index of a sharded checkpoint, after checking that every shard it names is present beside it."""
     index = _read_json(path / INDEX)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):

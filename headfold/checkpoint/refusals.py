@@ -1,4 +1,5 @@
-"""What cannot be folded, told from file names, config and dtypes: adapters, pickles, quantised weights, remote code."""
+"""Checkpoints that cannot be folded, recognised by file names, config and dtypes: adapters, pickles, quantised weights, remote
+code."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def refuse_source(path: Path) -> None:
-    """Refuse a directory whose file names alone say that it holds no checkpoint headfold reads.
+    """Refuse a directory whose file names show that it is not a checkpoint that headfold reads.
 
     Raises:
         UserError: no directory, an empty one, an adapter, no config.json, no safetensors weights.
@@ -53,10 +54,10 @@ def _why_no_weights(names: set[str]) -> str:
 
 
 def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse weights that are codes rather than numbers: heads of a quantised matrix cannot be averaged.
+    """Refuse quantised weights: heads of a packed matrix cannot be averaged.
 
     Raises:
-        UserError: a quantisation config, or matrices named as weights that hold integers.
+        UserError: a quantisation config, or matrices of integers that are named as weights.
     """
     for method in _quantisations(config):
         raise UserError(
@@ -71,7 +72,7 @@ def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
 
 
 def _quantisations(config: Mapping[str, Any]) -> Iterator[str]:
-    """The method named by each quantisation config, of the model or of a part of it."""
+    """Yield the method of each quantisation config, of the model or of a part of it."""
     for key, value in config.items():
         if key in ("quantization_config", "compression_config") and value:
             yield str(value.get("quant_method", key)) if isinstance(value, dict) else key
@@ -86,23 +87,23 @@ def _is_packed(name: str, info: TensorInfo) -> bool:
 
 
 def refuse_remote_code(config: Mapping[str, Any]) -> None:
-    """Refuse a config that brings its own modelling code; call it where `model_type` is not a known one.
+    """Refuse a config that brings its own modelling code; call it if `model_type` is unknown.
 
     Raises:
         UserError: the config has an `auto_map`.
     """
     if config.get("auto_map"):
         raise UserError(
-            f"config.json: model_type {config.get('model_type')!r} runs code of its own (auto_map), which is never done here; "
+            f"config.json: model_type {config.get('model_type')!r} runs its own code (auto_map), which headfold does not run; "
             "expected an architecture that transformers has; convert the checkpoint to one"
         )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity: one of them would spread through every mean and decomposition.
+    """Refuse NaN and infinity, which would spread through every mean and decomposition.
 
     Raises:
-        UserError: naming the tensor and how many elements are bad.
+        UserError: names the tensor and the number of such elements.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return

@@ -1,4 +1,4 @@
-"""The new shape of a shard, known in full before any of its data: header, size, where every tensor goes, what is copied."""
+"""The new layout of a shard, computed before any of its data: header, size, the place of every tensor, and what is copied."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NOTHING: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Bytes that lie together in source and target: `count` of them, from `start` there to `place` here."""
+    """`count` contiguous bytes to copy, from offset `start` in the source to offset `place` in the target."""
 
     start: int
     place: int
@@ -23,7 +23,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to write. `tensors` are the replaced ones with their absolute offsets here, in the order of the file."""
+    """One file to write. `tensors` are the replaced ones with their absolute offsets in it, in the order of the file."""
 
     name: str
     header: bytes
@@ -32,7 +32,7 @@ class Shard:
     runs: tuple[Run, ...]
 
     def is_written(self, target: Path) -> bool:
-        """Whether this very file is complete in `target`: files get their names only when they are."""
+        """Return whether this file is complete in `target`; files get their final names only when they are."""
         path = target / self.name
         if not path.is_file() or path.stat().st_size != self.size:
             return False
@@ -46,23 +46,26 @@ def lay_out(
     shapes: Mapping[str, tuple[int, ...]],
     instead: Mapping[str, Sequence[str]] = NOTHING,
 ) -> Shard:
-    """Shard `name` of the source with the tensors in `shapes` resized; order of header and data stay the source's.
+    """Return the layout of shard `name` of the source with the tensors in `shapes` resized, in the source's order.
 
-    `instead` maps tensors that go to those, in `shapes`, that come in their place and dtype.
+    `instead` maps tensors that are removed to those, in `shapes`, that replace them in their place and dtype.
     """
     old = source.in_shard(name)
     new: dict[str, TensorInfo] = {}
     position = 0
     for tensor, info in sorted(old.items(), key=lambda item: (item[1].start, item[1].end)):
-        for heir in instead.get(tensor, (tensor,)):
-            shape = shapes.get(heir, info.shape)
+        for new_name in instead.get(tensor, (tensor,)):
+            shape = shapes.get(new_name, info.shape)
             end = position + num_bytes(info.dtype, shape)
-            new[heir] = TensorInfo(info.dtype, shape, name, position, end)
+            new[new_name] = TensorInfo(info.dtype, shape, name, position, end)
             position = end
     # On the same byte of a page as in the source, so that untouched data can be shared or moved as whole pages.
     begin = min((info.start for info in old.values()), default=0)
     header = encode_header(
-        Header({heir: new[heir] for tensor in old for heir in instead.get(tensor, (tensor,))}, source.metadata[name]),
+        Header(
+            {new_name: new[new_name] for tensor in old for new_name in instead.get(tensor, (tensor,))},
+            source.metadata[name],
+        ),
         begin,
         PAGE,
     )
@@ -77,7 +80,7 @@ def lay_out(
 def _runs(
     old: Mapping[str, TensorInfo], placed: Mapping[str, TensorInfo], replaced: Mapping[str, TensorInfo]
 ) -> tuple[Run, ...]:
-    """Untouched neighbours joined; `placed` is in the order of the data."""
+    """Return the untouched bytes with neighbours joined; `placed` is in the order of the data."""
     runs: list[Run] = []
     for name, info in placed.items():
         count = info.end - info.start

@@ -1,4 +1,4 @@
-"""Nothing half-written: an output directory grows beside its place under another name and is renamed when whole."""
+"""Output directories that are never half-written: they are built beside their place under another name and renamed at the end."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 
 
 def open_staging(out: Path, key: str, force: bool) -> Path:
-    """`OUT.partial/`, created or found again, in which a job builds `out`.
+    """Return the directory `OUT.partial/` in which a job builds `out`, created or found from an earlier run.
 
-    `key` says which job: what an earlier run of the same one left is kept, of another one removed.
+    `key` identifies the job: files of an earlier run of the same job are kept, those of another one removed.
 
     Raises:
-        UserError: `out` is a file, or has contents and `force` is not given; `OUT.partial` is not headfold's; the place
+        UserError: `out` is a file, or has contents and `force` is not given; `OUT.partial` was not made by headfold; the place
             cannot be written to.
     """
     place = _absolute(out)
@@ -32,19 +32,19 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
         _refuse_taken(place, out, force)
         staging = place.with_name(f"{place.name}.partial")
         if os.path.lexists(staging) and not staging.is_dir():
-            raise _stranger(staging)
+            raise _not_ours(staging)
         staging.mkdir(parents=True, exist_ok=True)
         _adopt(staging, key)
     return staging
 
 
 def job_key(settings: Mapping[str, Any]) -> str:
-    """Which job: the same for the same settings, whatever their order."""
+    """Return the key of a job: the same for the same settings, in any order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def commit(staging: Path, out: Path, force: bool) -> None:
-    """Put the finished directory into its place; with `force` what was there goes only when the new one stands.
+    """Move the finished directory to its place; with `force`, what was there is removed after that.
 
     Raises:
         UserError: something has appeared at `out` meanwhile, or the place cannot be written to.
@@ -60,7 +60,7 @@ def commit(staging: Path, out: Path, force: bool) -> None:
             _remove(aside)
             place.rename(aside)
         _rename_or_undo(staging, place, aside)
-        # After the renaming, so that a kill between the two never leaves a directory that the next run takes for a stranger's.
+        # After the renaming, so that a kill between the two never leaves a directory that the next run refuses as not made by headfold.
         (place / JOB).unlink()
         flush(place.parent)
         if force:
@@ -68,13 +68,13 @@ def commit(staging: Path, out: Path, force: bool) -> None:
 
 
 def disown(staging: Path) -> None:
-    """What was built turned out wrong: it stays to be looked at, but no job goes on from it."""
+    """Mark what was built as wrong: it stays for inspection, but no job resumes from it."""
     with disk_errors(staging):
         (staging / JOB).write_text("wrong")
 
 
 def refuse_overlap(source: Path, out: Path) -> None:
-    """Refuse an output that is the source, lies in it or holds it.
+    """Refuse an output that is the source, is inside it or contains it.
 
     Raises:
         UserError: they overlap.
@@ -87,9 +87,9 @@ def refuse_overlap(source: Path, out: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what lies beside the weights (tokenizer, generation config, chat template, licence ...); returns the names.
+    """Copy the files beside the weights (tokenizer, generation config, chat template, licence …); return their names.
 
-    Left out are weights of any format with their indexes, what a fold writes itself, hidden files and directories.
+    Weights of any format with their indexes, files that a fold writes itself, hidden files and directories are left out.
     """
     names = sorted(entry.name for entry in Path(source).iterdir() if entry.is_file() and _is_side_file(entry.name))
     with disk_errors(target):
@@ -99,7 +99,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` so that at no time half of it lies at `path`."""
+    """Write `obj` to `path` in one step: the file is never incomplete."""
     temporary = path.with_name(f"{path.name}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _is_side_file(name: str) -> bool:
 
 
 def _absolute(out: Path) -> Path:
-    """Normalised without following links: `..` and a trailing slash have no name to put a suffix to."""
+    """Return the path normalised without following links: `..` and a trailing slash have no name to append a suffix to."""
     return Path(os.path.abspath(out))
 
 
@@ -127,7 +127,7 @@ def _aside(place: Path) -> Path:
 
 
 def _undo_half_commit(place: Path) -> None:
-    """A kill between the two renamings of `commit` left the old directory aside: put it back."""
+    """Put the old directory back if a kill between the two renamings of `commit` left it aside."""
     if _aside(place).exists() and not os.path.lexists(place):
         _aside(place).rename(place)
 
@@ -142,7 +142,7 @@ def _refuse_taken(place: Path, out: Path, force: bool) -> None:
 
 
 def _adopt(staging: Path, key: str) -> None:
-    """Make the directory this job's: keep what is its own, empty another job's, refuse a stranger's."""
+    """Make the directory this job's: keep its own files, remove another job's, refuse a directory that headfold did not make."""
     job = staging / JOB
     if job.is_file():
         if job.read_text(errors="replace") == key:
@@ -151,13 +151,13 @@ def _adopt(staging: Path, key: str) -> None:
             if entry != job:
                 _remove(entry)
     elif any(staging.iterdir()):
-        raise _stranger(staging)
+        raise _not_ours(staging)
     job.write_text(key)
 
 
-def _stranger(staging: Path) -> UserError:
+def _not_ours(staging: Path) -> UserError:
     return UserError(
-        f"{staging}: expected to build the output here, got something that is not headfold's; move it away"
+        f"{staging}: expected a free place to build the output in, got something that headfold did not make; move it away"
     )
 
 

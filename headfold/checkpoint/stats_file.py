@@ -1,4 +1,4 @@
-"""Calibration statistics on disk: one safetensors file, a tensor per site and statistic, token counts in the metadata."""
+"""Calibration statistics on disk: one safetensors file with a tensor per site and statistic, and token counts in the metadata."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ from ..core.stats import SiteStats
 from .disk import disk_errors, flush, require_space
 
 _COUNTS = "headfold.counts"
-"""Metadata key: JSON, tokens seen per site."""
+"""Metadata key: JSON, number of tokens per site."""
 _SAMPLE = "sample/"
-"""Tensor keys of the calibration data."""
+"""Prefix of the names of the calibration data."""
 SAMPLE_BYTES = 2**28
-"""Larger data is not kept beside its statistics: it is drawn again."""
+"""Larger calibration data is not stored with its statistics, but drawn again."""
 
 
 def write_stats(
@@ -27,12 +27,12 @@ def write_stats(
     metadata: Mapping[str, str],
     sample: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the sums of all sites; the file appears whole or not at all.
+    """Write the sums of all sites; the file is never incomplete.
 
-    `sample` is the calibration data itself: with it a refit sees the very text of the statistics.
+    `sample` is the calibration data itself, so that a refit can use the same data as the statistics.
 
     Raises:
-        UserError: the place is full or may not be written to.
+        UserError: the place is full or cannot be written to.
     """
     path = Path(path)
     tensors = {f"{site}/{name}": t.contiguous() for site, stats in sites.items() for name, t in stats.tensors.items()}
@@ -45,7 +45,7 @@ def write_stats(
     with disk_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         require_space(path.parent, size)
-        # Opened by ourselves first: the library reports what a disk refuses in words of its own.
+        # Opened here first, because the library reports errors of the disk as its own type.
         temporary.write_bytes(b"")
         try:
             save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})
@@ -59,10 +59,10 @@ def write_stats(
 
 
 class StatsFile(Mapping[str, SiteStats]):
-    """The statistics of a file by site, each read when it is asked for; `metadata` is what the writer said of them.
+    """The statistics of a file by site, each read when it is requested; `metadata` describes what they were measured on.
 
     Raises:
-        UserError: no such file, or not one that headfold calibrate wrote; a site that it lacks.
+        UserError: there is no such file, `headfold calibrate` did not write it, or it has no statistics of a site.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,14 +92,14 @@ class StatsFile(Mapping[str, SiteStats]):
             return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in names}, self._counts[site])
 
     def sample(self) -> dict[str, Tensor] | None:
-        """The calibration data, if the writer left it."""
+        """Return the calibration data, if it was stored."""
         names = [key.removeprefix(_SAMPLE) for key in self._keys if key.startswith(_SAMPLE)]
         with safe_open(self.path, "pt") as file:
             found = {name: file.get_tensor(f"{_SAMPLE}{name}") for name in sorted(names)}
         return {name: t.to(torch.int64) if t.dtype == torch.int32 else t for name, t in found.items()} or None
 
     def holds(self, site: str, name: str) -> bool:
-        """Whether a statistic was measured at a site; nothing is read."""
+        """Return whether a statistic was measured at a site; nothing is read."""
         return f"{site}/{name}" in self._keys
 
     def __contains__(self, site: object) -> bool:
@@ -113,10 +113,10 @@ class StatsFile(Mapping[str, SiteStats]):
 
 
 def add_stats(a: StatsFile, b: StatsFile) -> dict[str, SiteStats]:
-    """The sums over both calibrations, as if all their tokens had been seen in one.
+    """Return the sums over both calibrations, as if all their tokens had been used in one.
 
     Raises:
-        UserError: the files are of different models or measures.
+        UserError: the files are of different models or have different statistics.
     """
     for first, other in ((a, b), (b, a)):
         for site in first:

@@ -1,8 +1,8 @@
-"""A large file being written, past the page cache where the system allows it.
+"""A large file that is written past the page cache where the system supports it.
 
-Most of what a buffered copy of a checkpoint costs is fresh cache pages, for data that nobody reads again soon; and they push out
-what others have there. So whole pages go straight to the disk (O_DIRECT), from the source's cached pages or, where it is cold,
-straight from the disk too; and where the file system can share blocks, nothing is moved at all.
+Most of the time of a buffered copy of a checkpoint goes into new cache pages for data that is not read again soon, and they
+displace other programs' pages. Whole pages are therefore written directly to the disk (O_DIRECT), from the source's cached pages
+or, if it is not cached, read directly from the disk too; if the file system can share blocks, nothing is copied at all.
 """
 
 import errno
@@ -12,14 +12,13 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 from .transfer import UNSUPPORTED, copy_range, read_into, write_all
 
 PAGE = 4096
-"""Bytes; a multiple of what any disk asks of direct transfers."""
+"""Bytes; a multiple of the alignment that any disk requires for direct transfers."""
 DIRECT_BYTES = 2**28
-"""Files below stay in the page cache: they fit, and a verification reads them next."""
+"""Smaller files stay in the page cache: they fit, and a verification reads them next."""
 CHUNK = 2**23
 """Bytes per direct transfer, and of the buffer of each thread."""
 
@@ -28,14 +27,14 @@ _FICLONERANGE = 0x4020940D
 
 
 class Source:
-    """A file to copy from, by several threads."""
+    """A file to copy from, in several threads."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
         self._direct = _open_direct(path, os.O_RDONLY)
 
     def read(self, memory: memoryview, offset: int) -> None:
-        """Fill `memory`: what is cached from the cache, the rest past it where offset and memory lie on pages.
+        """Fill `memory`: cached pages from the cache, the rest past it if offset and memory are aligned to pages.
 
         Raises:
             EOFError: the file is shorter.
@@ -53,7 +52,7 @@ class Source:
         if self._direct is not None:
             os.close(self._direct)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Source":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,9 +60,9 @@ class Source:
 
 
 class Target:
-    """A file of known size to be written in any order by several threads, each byte once.
+    """A file of known size that several threads write in any order, each byte once.
 
-    Parts of pages at the edges of what is written directly wait in memory until `close`: two writers may share a page.
+    Parts of pages at the edges of direct writes are kept in memory until `close`, because two writers may share a page.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -83,7 +82,7 @@ class Target:
         return self._direct is not None
 
     def write(self, memory: memoryview | bytes, offset: int) -> None:
-        """All of `memory` to its place."""
+        """Write all of `memory` at `offset`."""
         memory = memoryview(memory)
         if self._direct is None:
             write_all(self._descriptor, memory, offset)
@@ -97,7 +96,7 @@ class Target:
             self._write_pages(piece, offset + start)
 
     def copy(self, source: Source, start: int, place: int, count: int, report: Callable[[int], None]) -> None:
-        """`count` bytes at `start` of the source to `place` here; `report` hears the size of every piece.
+        """Copy `count` bytes from `start` in the source to `place` in this file; `report` is called with the size of every piece.
 
         Raises:
             EOFError: the source is shorter than `start + count`.
@@ -122,14 +121,14 @@ class Target:
             report(len(piece))
 
     def close(self) -> None:
-        """Returns when everything is on the disk."""
+        """Write the edges, and wait until everything is on the disk."""
         for offset, edge in self._edges:
             write_all(self._descriptor, edge, offset)
         os.fsync(self._descriptor)
         self.abandon()
 
     def abandon(self) -> None:
-        """Close without waiting for the disk; harmless after `close`."""
+        """Close without waiting for the disk; has no effect after `close`."""
         descriptors, self._descriptor, self._direct = (self._descriptor, self._direct), -1, None
         for descriptor in descriptors:
             if descriptor is not None and descriptor >= 0:
@@ -142,12 +141,12 @@ class Target:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # A disk with stricter wishes, or a write that was cut within a page: the cache takes everything.
+            # The disk requires other alignments, or a write ended within a page: the cache accepts both.
             write_all(self._descriptor, memory, offset)
 
 
 def _open_direct(path: Path, flags: int) -> int | None:
-    """None where the system or this file system has no direct transfers."""
+    """Return a descriptor for direct transfers; None if the system or this file system has none."""
     try:
         return os.open(path, flags | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
     except OSError as error:
@@ -157,18 +156,18 @@ def _open_direct(path: Path, flags: int) -> int | None:
 
 
 def _whole_pages(offset: int, count: int) -> tuple[int, int]:
-    """Bytes before the first whole page of this range, and in whole pages."""
+    """Return the bytes before the first whole page of this range, and the bytes in whole pages."""
     head = min(-offset % PAGE, count)
     return head, (count - head) // PAGE * PAGE
 
 
 def _buffer(count: int) -> memoryview:
-    """Memory on page boundaries."""
+    """Return memory aligned to pages."""
     return memoryview(mmap.mmap(-1, max(PAGE, min(CHUNK, count))))
 
 
 def _read_cached(descriptor: int, memory: memoryview, offset: int) -> int:
-    """Bytes that came without waiting for the disk, whole pages of them."""
+    """Return the number of bytes, in whole pages, that were read without waiting for the disk."""
     if not hasattr(os, "RWF_NOWAIT") or len(memory) < PAGE:
         return 0
     try:
@@ -180,7 +179,7 @@ def _read_cached(descriptor: int, memory: memoryview, offset: int) -> int:
 
 
 def _read_direct(descriptor: int, memory: memoryview, offset: int) -> int:
-    """Bytes that came, fewer where the file ends or this disk has stricter wishes."""
+    """Return the number of bytes read, fewer where the file ends or this disk requires other alignments."""
     done = 0
     try:
         while done < len(memory) and (step := os.preadv(descriptor, [memory[done:]], offset + done)):
@@ -192,7 +191,7 @@ def _read_direct(descriptor: int, memory: memoryview, offset: int) -> int:
 
 
 def _share_blocks(source: int, target: int, start: int, place: int, count: int) -> bool:
-    """Let both files own the same blocks; False where the file system cannot, or the two offsets lie differently on theirs."""
+    """Let both files share the same blocks; return False if the file system cannot, or the two offsets are aligned differently."""
     try:
         fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, start, count, place))
     except OSError as error:

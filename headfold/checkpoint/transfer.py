@@ -1,4 +1,4 @@
-"""Moving bytes: file to tensor, tensor to file, and file to file without passing through this process."""
+"""Copies of bytes: file to tensor, tensor to file, and file to file without passing through this process."""
 
 import ctypes
 import errno
@@ -8,30 +8,30 @@ from collections.abc import Callable
 from torch import Tensor
 
 CHUNK = 64 * 2**20
-"""Bytes copied per system call: long enough to cost nothing, short enough to stop or report between two."""
+"""Bytes copied per system call: enough to make its cost negligible, few enough to stop or report between two."""
 
 _BUFFER = 2**17
-"""Bytes per read where nothing but reading and writing works: longer ones fall out of the cache between the two."""
+"""Bytes per read where only reading and writing is supported: longer pieces fall out of the cache in between."""
 
 UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EPERM}
-"""What a system call says that does not work on these files: another way may."""
+"""Errors of system calls that do not work on these files; another way may."""
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes; valid while the tensor lives."""
+    """Return the memory of a contiguous CPU tensor as writable bytes, valid while the tensor lives."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     view = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr() or 1)
     return memoryview(view).cast("B")
 
 
 def expect(descriptor: int, start: int, count: int) -> None:
-    """Ask the kernel to read this part of a file ahead, and return at once; a hint, so nothing happens where it is not known."""
+    """Ask the kernel to read this part of a file ahead, and return at once; does nothing where that is not supported."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
 
 def read_into(descriptor: int, memory: memoryview, offset: int) -> int:
-    """Fill `memory` from the file at `offset`; returns the bytes read, fewer only where the file ends."""
+    """Fill `memory` from the file at `offset`; return the bytes read, fewer only where the file ends."""
     expect(descriptor, offset, len(memory))
     done = 0
     while done < len(memory):
@@ -43,7 +43,7 @@ def read_into(descriptor: int, memory: memoryview, offset: int) -> int:
 
 
 def write_all(descriptor: int, memory: memoryview | bytes, offset: int) -> None:
-    """Write all of `memory` at `offset`, however many calls the kernel wants."""
+    """Write all of `memory` at `offset`, in as many calls as the kernel needs."""
     memory = memoryview(memory)
     done = 0
     while done < len(memory):
@@ -51,10 +51,10 @@ def write_all(descriptor: int, memory: memoryview | bytes, offset: int) -> None:
 
 
 def copy_range(source: int, target: int, start: int, place: int, count: int, report: Callable[[int], None]) -> None:
-    """Copy `count` bytes at `start` of one open file to `place` in another, by the first way that this kernel and these
-    file systems support: `copy_file_range` (shares blocks where it can), `sendfile`, reading and writing.
+    """Copy `count` bytes from `start` of one open file to `place` in another, by the first way that the kernel and the file
+    systems support: `copy_file_range` (shares blocks where it can), `sendfile`, reading and writing.
 
-    `report` hears the size of every piece; an exception from it stops the copy.
+    `report` is called with the size of every piece; an exception from it stops the copy.
 
     Raises:
         EOFError: the source is shorter than `start + count`.
@@ -78,7 +78,7 @@ def copy_range(source: int, target: int, start: int, place: int, count: int, rep
 def _try(
     way: Callable[[int, int, int, int, int], int], source: int, target: int, start: int, place: int, count: int
 ) -> int:
-    """Bytes moved, 0 where this way does not work here."""
+    """Return the bytes copied, 0 if this way is not supported here."""
     try:
         return way(source, target, start, place, count)
     except OSError as error:

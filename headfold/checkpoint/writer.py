@@ -1,4 +1,4 @@
-"""Write a checkpoint again with some tensors replaced: untouched bytes are copied by the kernel, one site is in memory."""
+"""Write a checkpoint with some tensors replaced: the kernel copies untouched bytes, and one site at a time is in memory."""
 
 import math
 import threading
@@ -21,19 +21,19 @@ from .target import Source, Target
 from .transfer import raw_bytes
 
 COPIERS = 4
-"""Threads that copy: while one waits for the disk to read, others let it write."""
+"""Threads that copy: while one waits for the disk to read, others write."""
 PIECE = 2**28
-"""Bytes that one of them takes at a time."""
+"""Bytes that a thread copies at a time."""
 
 
-def _unheard(num_bytes: int) -> None:
+def _no_report(num_bytes: int) -> None:
     del num_bytes
 
 
 def output_bytes(
     source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], instead: Mapping[str, Sequence[str]] = NOTHING
 ) -> int:
-    """Bytes of all shards that `rewrite` leaves, headers included: what its `progress` adds up to."""
+    """Return the bytes of all shards that `rewrite` writes, headers included: the total of its `progress`."""
     return sum(lay_out(source, name, shapes, instead).size for name in source.shards)
 
 
@@ -43,19 +43,19 @@ def rewrite(
     shapes: Mapping[str, tuple[int, ...]],
     owner: Mapping[str, str],
     produce: Callable[[str], Mapping[str, Tensor]],
-    progress: Callable[[int], None] = _unheard,
+    progress: Callable[[int], None] = _no_report,
     instead: Mapping[str, Sequence[str]] = NOTHING,
 ) -> None:
-    """Write shards of the source's names and membership, and the index, into the existing directory `target`.
+    """Write shards of the source's names and contents, and the index, into the existing directory `target`.
 
-    `shapes` gives the tensors to replace and their new shapes (`instead` those that replace one of another name), `owner` the
-    site that makes each, `produce` all tensors of a site in the source's dtype; sites are asked for in the order in which the
-    shards need them, each at most once. Shards get their names when they are on the disk whole, so another call after a kill
-    writes only the missing ones, and the same bytes. `progress` hears bytes newly in place, from two threads but never both at
-    once.
+    `shapes` gives the new shapes of the tensors to replace (`instead`, those that replace one of another name), `owner` the site
+    that produces each, `produce` all tensors of a site in the source's dtype. Sites are produced in the order in which the shards
+    need them, each at most once. A shard gets its name when it is complete on the disk, so a second call after a kill writes only
+    the missing ones, with the same bytes. `progress` is called with the number of new bytes, by two threads but never at the same
+    time.
 
     Raises:
-        UserError: the disk cannot hold it, or may not be written to.
+        UserError: there is not enough space, or the place cannot be written to.
     """
     shards = [lay_out(source, name, shapes, instead) for name in source.shards]
     todo = [shard for shard in shards if not shard.is_written(target)]
@@ -74,7 +74,7 @@ def rewrite(
 
 @dataclass(frozen=True, slots=True)
 class _Sites:
-    """Who makes what."""
+    """Which site produces which tensor, and how."""
 
     owner: Mapping[str, str]
     produce: Callable[[str], Mapping[str, Tensor]]
@@ -84,13 +84,14 @@ class _Sites:
 
 
 class _Stopped(Exception):
-    """Unwinds the copying thread when the computing one has failed."""
+    """Ends the copying threads after the computing one has failed."""
 
 
 def _write(
     source: Checkpoint, target: Path, shards: list[Shard], sites: _Sites, progress: Callable[[int], None]
 ) -> None:
-    """This thread computes sites, a few copy the untouched runs, one waits for the disk and names what is whole."""
+    """Write all shards: this thread computes sites, others copy the untouched bytes, one waits for the disk and renames complete
+    files."""
     stop, lock = threading.Event(), threading.Lock()
 
     def report(count: int) -> None:
@@ -112,7 +113,7 @@ def _write(
         }
         places = {name: (files[shard.name], info) for shard in shards for name, info in shard.tensors.items()}
         done: set[str] = set()
-        closed = []
+        closed: list[Future[None]] = []
         for shard in shards:
             report(len(shard.header))
             for site in sites.needed_by(shard):
@@ -126,7 +127,7 @@ def _write(
 
 
 def _raise_failed(futures: Iterable[Future[None]]) -> None:
-    """A full disk stops the computation too, not only the copying."""
+    """Raise the error of a copy that has failed, so that a full disk stops the computation too."""
     for future in futures:
         if future.done():
             future.result()
@@ -134,7 +135,7 @@ def _raise_failed(futures: Iterable[Future[None]]) -> None:
 
 @contextmanager
 def _create(target: Path, shard: Shard) -> Iterator[Target]:
-    """The file at its full size, its header written."""
+    """Create the file at its full size, with its header."""
     file = Target(_partial(target, shard), shard.size)
     try:
         file.write(shard.header, 0)
@@ -144,7 +145,7 @@ def _create(target: Path, shard: Shard) -> Iterator[Target]:
 
 
 def _pieces(shard: Shard, file: Target) -> Iterator[tuple[Run, ...]]:
-    """The untouched runs as portions for the copying threads; all in one where the threads would share a file position."""
+    """Yield the untouched bytes in portions for the copying threads; all at once if the threads would share a file position."""
     if not file.is_direct:
         yield shard.runs
         return
@@ -159,11 +160,11 @@ def _copy_untouched(path: Path, runs: Iterable[Run], target: Target, report: Cal
             try:
                 target.copy(source, run.start, run.place, run.count, report)
             except EOFError as error:
-                raise UserError(f"{path}: cut while it was copied: {error}; start again") from error
+                raise UserError(f"{path}: truncated while it was copied: {error}; start again") from error
 
 
 def _write_site(made: Mapping[str, Tensor], places: Mapping[str, Any], report: Callable[[int], None]) -> None:
-    """Every tensor of a site to its place, in whichever shard that is; those of shards already whole are not needed."""
+    """Write every tensor of a site to its place, in any shard; those of complete shards are skipped."""
     for name in made.keys() & places.keys():
         file, info = places[name]
         tensor = made[name].detach().cpu().contiguous()
@@ -187,12 +188,13 @@ def _partial(target: Path, shard: Shard) -> Path:
 def _new_index(
     source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], instead: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The source's index with names and sizes made true: bytes, and parameters where it counts them."""
+    """Return the source's index with updated names and sizes: bytes, and parameters if it counts them."""
     assert source.index is not None
-    heirs = {name: instead.get(name, (name,)) for name in source.tensors}
-    touched = [name for name in heirs if name in instead or name in shapes]
+    replacements = {name: instead.get(name, (name,)) for name in source.tensors}
+    touched = [name for name in replacements if name in instead or name in shapes]
     fewer = {
-        name: math.prod(source.tensors[name].shape) - sum(math.prod(shapes[heir]) for heir in heirs[name])
+        name: math.prod(source.tensors[name].shape)
+        - sum(math.prod(shapes[new_name]) for new_name in replacements[name])
         for name in touched
     }
     metadata = dict(source.index.get("metadata") or {})
@@ -201,6 +203,6 @@ def _new_index(
     if "total_parameters" in metadata:
         metadata["total_parameters"] -= sum(fewer.values())
     weight_map = {
-        heir: shard for name, shard in source.index["weight_map"].items() for heir in instead.get(name, (name,))
+        new_name: shard for name, shard in source.index["weight_map"].items() for new_name in instead.get(name, (name,))
     }
     return {**source.index, "metadata": metadata, "weight_map": weight_map}

@@ -45,7 +45,7 @@ class FoldResult:
         notes: list[str],
         seconds: dict[str, float],
     ) -> "FoldResult":
-        """Put a result collate."""
+        """Put a result together."""
         counts = plan.num_kv_heads.values()
         return cls(
             out=out,

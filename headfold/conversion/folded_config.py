@@ -7,8 +7,8 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
+from ..families.folded import folded_config as config_of_counts
 from ..families.spec import Site
-from ..families.spec import folded_config as config_of_counts
 from ..runtime.rotary import wide_table
 from .source import Source
 
@@ -17,7 +17,7 @@ def folded_config(source: Source, plan: Plan) -> dict[str, Any]:
     """Return config.json as a fold has it; in headfold's own form where no stock class reads the result.
 
     Raises:
-        UserError: the model's files have no place for these counts (`families.spec.folded_config`).
+        UserError: the model's files have no place for these counts (`families.folded.folded_config`).
     """
     sites = {site.name: site for site in source.sites}
     config = source.checkpoint.config

@@ -17,7 +17,8 @@ from ..core.progress import Progress, counter
 from ..evaluate.verify import compared_output, difference_and_tolerance
 from ..exports.card import exported_card
 from ..exports.pieces import Export
-from ..families.spec import Family, entry
+from ..families.folded import runtime_entry
+from ..families.spec import Family
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..report.card import routed_card
 from ..runtime.load import own_class, read_checked_config
@@ -121,7 +122,7 @@ def _listed(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             f"{checkpoint.path}: expected q, k and v as separate tensors, got one, which takes equal groups only; route the model while "
             "it runs instead (headfold.runtime.routing)"
         )
-    return [entry(site, site.num_kv_heads) for site in sites]
+    return [runtime_entry(site, site.num_kv_heads) for site in sites]
 
 
 def _path(module: str, plan: Plan) -> str:

@@ -16,7 +16,7 @@ PROMPT_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class ServingCost:
-    """The cost of all attention sites collate. Larger head dims buy a better fold of the same cache with the last two."""
+    """The cost of all attention sites together. Larger head dims buy a better fold of the same cache with the last two."""
 
     head_dims: str
     """head_dim of the cached K/V heads; a range where sites differ."""

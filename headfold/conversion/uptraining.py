@@ -122,7 +122,7 @@ class Uptraining:
         return "tokens" if self.kind == "text" else "items"
 
     def prepare(self) -> Prepared:
-        """Open the data and the models, and run one item through them: whatever does not fit collate fails here.
+        """Open the data and the models, and run one item through them: whatever does not fit together fails here.
 
         Raises:
             UserError: a model or data that does not open, or that the model cannot be trained on.

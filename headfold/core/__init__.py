@@ -1,1 +1,1 @@
-"""Floor 1: the nouns. Tensors and integers; no files, no transformers."""
+"""Floor 1: heads, groups, statistics and plans as tensors and integers; no files, no transformers."""

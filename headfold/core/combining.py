@@ -1,4 +1,4 @@
-"""Heads of a group as one: their weighted sum. Pooling is the case of equal weights, learned merges (WGQA) that of trained ones."""
+"""Weighted sums of the heads of a group. Mean pooling has equal weights; learned merges (WGQA) train them."""
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,10 @@ from .groups import Groups
 def combine(
     rows: Float[Tensor, "head dim model"], weights: Float[Tensor, "head #dim #model"], groups: Groups
 ) -> Float[Tensor, "group dim model"]:
-    """Σ over the heads of each group of `weights` times `rows`, elementwise: one weight for a head, its rows or its columns.
+    """Return, for each group, the sum of its heads' `rows` times their `weights`, elementwise.
 
-    Half-precision rows are summed in float32 and rounded once. Differentiable in both.
+    A head has one weight, or one for each of its rows or columns. Half-precision rows are summed in float32 and rounded once. The
+    result is differentiable in both arguments.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     weighed = weights.to(wide) * wide
@@ -22,5 +23,5 @@ def combine(
 
 
 def equal_weights(groups: Groups) -> Float[Tensor, "head 1 1"]:
-    """Those of the mean: each head weighs one over the heads of its group; float64."""
+    """Return the weights of the mean, float64: for each head, one over the number of heads in its group."""
     return torch.tensor([1 / groups.sizes[group] for group in groups.group_of_head], dtype=torch.float64)[:, None, None]

@@ -1,4 +1,4 @@
-"""What sets of heads cost, one set at a time or many at once."""
+"""Costs of sets of heads, for one set at a time or for many at once."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,13 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Cost = Callable[[tuple[int, ...]], float]
-"""The cost of the sorted heads of one group."""
+"""Maps the sorted heads of one group to its cost."""
 
 
 class SetCost:
-    """A cost that is cheaper for many sets at once. Every set is computed once.
+    """A cost that is computed faster for many sets at once; each set is computed once and remembered.
 
-    `cheap`: it is a sum over a table, so that a search may ask as often as it likes.
+    `cheap` says that the cost is a sum over a table, so that a search may evaluate it as often as it likes.
     """
 
     def __init__(
@@ -24,11 +24,11 @@ class SetCost:
         self._known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, members: tuple[int, ...]) -> float:
-        """Of one sorted set."""
+        """Return the cost of one sorted set."""
         return self.many([members])[0]
 
     def many(self, sets: Sequence[tuple[int, ...]]) -> list[float]:
-        """Of sorted sets of any sizes, those of one size together."""
+        """Return the costs of sorted sets of any sizes; those of one size are computed together."""
         unknown: dict[int, list[tuple[int, ...]]] = {}
         for members in dict.fromkeys(sets):
             if members not in self._known:
@@ -39,12 +39,12 @@ class SetCost:
 
 
 def many(cost: Cost, sets: Sequence[tuple[int, ...]]) -> list[float]:
-    """The costs of many sets, at once where the cost can."""
+    """Return the costs of many sets, computed together where the cost supports it."""
     return cost.many(sets) if isinstance(cost, SetCost) else [cost(members) for members in sets]
 
 
 def summed(costs: Sequence[Cost]) -> Cost:
-    """The cost of a partition that several sites share."""
+    """Return the sum of the costs of several sites, for a partition that they share."""
     if len(costs) == 1:
         return costs[0]
 
@@ -56,7 +56,7 @@ def summed(costs: Sequence[Cost]) -> Cost:
 
 
 def around_mean(gram: Float[Tensor, "head head"]) -> SetCost:
-    """Squared distances of a set's vectors from their mean, summed, from the vectors' inner products."""
+    """Return the cost that sums the squared distances of a set's vectors from their mean, given the vectors' inner products."""
     diagonal = torch.diagonal(gram)
     return SetCost(
         lambda sets: (
@@ -67,7 +67,7 @@ def around_mean(gram: Float[Tensor, "head head"]) -> SetCost:
 
 
 def pair_matrix(cost: Cost, num_heads: int) -> Float[Tensor, "head head"]:
-    """What every two heads cost together; zero on the diagonal."""
+    """Return the cost of every pair of heads; the diagonal is zero."""
     left, right = torch.triu_indices(num_heads, num_heads, offset=1)
     matrix = torch.zeros(num_heads, num_heads, dtype=torch.float64)
     matrix[left, right] = torch.tensor(many(cost, list(zip(left.tolist(), right.tolist(), strict=True)))).double()

@@ -1,4 +1,4 @@
-"""How far back attention looks: shares of its mass by distance, and what rotations average to over them."""
+"""How far back attention looks: shares of its mass by distance, and rotations averaged over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 NUM_SINGLE = 64
-"""Distances from 0 that have a bin of their own; every further bin is wider than the one before it."""
+"""Distances below this have a bin each; every further bin is wider than the one before it."""
 GROWTH = 1.05
 LONGEST = 2**22
 NEAR = 8.0
-"""Where the assumed mass begins to fall: as 1 / (distance + `NEAR`), the same in every octave."""
+"""The assumed mass falls as 1 / (distance + `NEAR`), so that every octave has the same share."""
 ASSUMED_SHARE = 0.2
-"""Of the mass that is assumed beside the measured one, so that no distance up to the whole context counts nothing."""
+"""Share of the assumed mass that is added to the measured one, so that no distance up to the context length has weight zero."""
 
 
 @cache
 def edges() -> tuple[int, ...]:
-    """First distance of every bin, and the end of the last."""
+    """Return the first distance of every bin, and the end of the last one."""
     found = list(range(NUM_SINGLE + 1))
     while found[-1] < LONGEST:
         found.append(max(found[-1] + 1, round(found[-1] * GROWTH)))
@@ -31,18 +31,20 @@ NUM_BINS = len(edges()) - 1
 
 
 def bin_of(distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Return the number of the bin of each distance."""
     return torch.bucketize(distance, torch.tensor(edges()[1:-1], device=distance.device), right=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """Shares of the attention mass by distance, one row per K/V head; inside a bin all distances count alike."""
+    """Shares of the attention mass by distance, one row per K/V head. Within a bin, all distances have the same weight."""
 
     shares: Float[Tensor, "group bin"]
 
     @classmethod
     def assumed(cls, num_kv_heads: int, context: int) -> "Distances":
-        """Where nothing was measured: mass falls with the distance, and pairs grow rarer toward the whole context."""
+        """Return what is assumed where nothing was measured: the mass falls with the distance, and fewer pairs of tokens have a
+        distance near the context length."""
         first, end = (torch.tensor(side, dtype=torch.float64) for side in (edges()[:-1], edges()[1:]))
         middle = (first + end - 1) / 2
         mass = (context - middle).clamp_min(0) / (middle + NEAR) * (end - first)
@@ -50,16 +52,17 @@ class Distances:
 
     @classmethod
     def measured(cls, mass: Float[Tensor, "group bin"], context: int) -> "Distances":
-        """As calibration saw it, and `ASSUMED_SHARE` of what is assumed."""
+        """Return the mass that calibration measured, mixed with `ASSUMED_SHARE` of the assumed one."""
         assumed, total = cls.assumed(len(mass), context).shares, mass.double().sum(1, keepdim=True)
         own = torch.where(total > 0, mass.double() / total, assumed)
         return cls((1 - ASSUMED_SHARE) * own + ASSUMED_SHARE * assumed)
 
     def of(self, members: Sequence[int]) -> "Distances":
+        """Return the rows of some K/V heads."""
         return Distances(self.shares[list(members)])
 
     def average(self, frequency: Float[Tensor, "*shape"]) -> Complex[Tensor, "group *shape"]:
-        """E[exp(−j · frequency · distance)]: the mean of a rotation by so many radians per token."""
+        """Return E[exp(−j · frequency · distance)]: the mean of rotations by `frequency` radians per token."""
         used = self.shares.amax(0) > 0
         first, end = (torch.tensor(side, dtype=torch.float64)[used] for side in (edges()[:-1], edges()[1:]))
         angle = frequency.double()[..., None]

@@ -1,4 +1,4 @@
-"""Random changes of heads that attention cannot see: what the laws use to hide a known answer from the methods."""
+"""Random equivalents of heads: other weights of the same attention. The laws use them to hide a known answer from the methods."""
 
 from dataclasses import replace
 
@@ -10,32 +10,32 @@ from .groups import Groups
 from .heads import Heads, KeyFreedom
 
 AMPLITUDE = 2.0
-"""No transformation stretches or shrinks a direction by more than this, so condition numbers stay below its square."""
+"""No transformation scales a direction by more than this or less than its inverse, so condition numbers stay below its square."""
 
 
 def random_equivalent(heads: Heads, seed: int) -> Heads:
-    """The same function in other weights, in float64: K and V of every head transformed, then all heads shuffled.
+    """Return other weights of the same function, float64: K and V of every head transformed, and all heads shuffled.
 
-    Every K head takes a random transformation that `heads.key_freedom` allows and its query heads the inverse one;
-    every V head any invertible matrix and its output heads the inverse. K/V heads are shuffled with their query heads,
-    query heads within their group, so the result is in standard order; none is where their order is fixed.
+    Every K head takes a random transformation that `heads.key_freedom` allows, and its query heads the inverse. Every V head
+    takes an invertible matrix, and its output heads the inverse. K/V heads are shuffled with their query heads, and query heads
+    within their group, so the result is in standard order. Where the order of heads is fixed nothing is shuffled.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = heads.to(torch.float64)
-    turns = [key_transform(heads.key_freedom, heads.head_dim, generator) for _ in range(heads.num_kv_heads)]
-    on_k, on_q = (torch.stack(matrices) for matrices in zip(*turns, strict=True))
+    transforms = [key_transform(heads.key_freedom, heads.head_dim, generator) for _ in range(heads.num_kv_heads)]
+    on_k, on_q = (torch.stack(matrices) for matrices in zip(*transforms, strict=True))
     on_v = torch.stack([_invertible(heads.v.shape[1], generator) for _ in range(heads.num_kv_heads)])
     reads = torch.tensor(heads.groups.group_of_head)
-    turned = replace(
+    transformed = replace(
         heads, q=on_q[reads] @ heads.q, k=on_k @ heads.k, v=on_v @ heads.v, o=torch.linalg.inv(on_v).mT[reads] @ heads.o
     )
-    return turned if heads.query_order == "fixed" else _shuffle(turned, generator)
+    return transformed if heads.query_order == "fixed" else _shuffle(transformed, generator)
 
 
 def repeated_random_equivalent(heads: Heads, num_copies: int, seed: int) -> Heads:
-    """Every K/V head written `num_copies` times, each copy disguised in its own way, all shuffled.
+    """Return the heads with every K/V head written `num_copies` times, each copy transformed differently, all shuffled.
 
-    With `num_copies` = query heads per K/V head the result is MHA, and folding it back to `heads.num_kv_heads` need lose
+    If `num_copies` is the number of query heads per K/V head, the result is MHA. Folding it back to `heads.num_kv_heads` can lose
     nothing.
     """
     return random_equivalent(heads.expand(heads.num_kv_heads * num_copies), seed)
@@ -44,7 +44,7 @@ def repeated_random_equivalent(heads: Heads, num_copies: int, seed: int) -> Head
 def key_transform(
     freedom: KeyFreedom, dim: int, generator: Generator
 ) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, "dim dim"]]:
-    """A random allowed transformation of K and the one that undoes it on Q (docs/absorb.md, 1)."""
+    """Return a random allowed transformation of K, and the one on Q that undoes it (docs/absorb.md, 1)."""
     if freedom.normed:
         signs = torch.diag(_signs(freedom, dim, generator))
         return signs * _amplitudes(1, generator), signs
@@ -61,7 +61,7 @@ def key_transform(
 
 
 def _signs(freedom: KeyFreedom, dim: int, generator: Generator) -> Float[Tensor, " dim"]:
-    """One sign per frequency plane, one per dim that does not rotate."""
+    """Return one random sign per frequency plane, and one per dim that does not rotate."""
     signs = torch.randint(0, 2, (dim,), generator=generator).double() * 2 - 1
     if freedom.rotary_dim:
         first, second = freedom.planes().T
@@ -70,12 +70,12 @@ def _signs(freedom: KeyFreedom, dim: int, generator: Generator) -> Float[Tensor,
 
 
 def _amplitudes(num: int, generator: Generator) -> Float[Tensor, " num"]:
-    """Log-uniform in [1 / AMPLITUDE, AMPLITUDE]."""
+    """Return numbers that are log-uniform in [1 / AMPLITUDE, AMPLITUDE]."""
     return AMPLITUDE ** (2 * torch.rand(num, dtype=torch.float64, generator=generator) - 1)
 
 
 def _invertible(dim: int, generator: Generator) -> Float[Tensor, "dim dim"]:
-    """A matrix with random singular vectors and singular values within the bounds of AMPLITUDE."""
+    """Return a matrix with random singular vectors and singular values within the bounds of AMPLITUDE."""
     left, right = (
         torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0] for _ in range(2)
     )
@@ -83,7 +83,7 @@ def _invertible(dim: int, generator: Generator) -> Float[Tensor, "dim dim"]:
 
 
 def _shuffle(heads: Heads, generator: Generator) -> Heads:
-    """K/V heads in random order with their query heads, and query heads in random order inside each group."""
+    """Put K/V heads in random order with their query heads, and query heads in random order inside each group."""
     new_kv = torch.randperm(heads.num_kv_heads, generator=generator)
     place = new_kv.argsort().tolist()
     moved = replace(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -34,7 +33,7 @@ class FittedHeads:
         """Whether these are all weights of the folded site, so that it need not be merged."""
         return self.q is not None
 
-    def completed(self, merged: Heads) -> Self:
+    def completed(self, merged: Heads) -> "FittedHeads":
         """Return complete heads: these weights, and those of the merged heads for all others."""
         own = {"q": merged.q, "k": merged.k, "v": merged.v} | self.to_tensors()
         return replace(self, **own)
@@ -43,7 +42,7 @@ class FittedHeads:
         """Return the folded heads with the fitted weights in place of their own."""
         return Heads(**{field.name: getattr(heads, field.name) for field in fields(heads)} | self.to_tensors())
 
-    def to(self, device: str, dtype: torch.dtype) -> Self:
+    def to(self, device: str, dtype: torch.dtype) -> "FittedHeads":
         """Return the weights on a device and in a dtype."""
         return replace(self, **{name: tensor.to(device, dtype) for name, tensor in self.to_tensors().items()})
 
@@ -53,6 +52,6 @@ class FittedHeads:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "FittedHeads":
         """Return the fitted weights that `to_tensors` listed."""
         return cls(**tensors)

@@ -8,7 +8,7 @@ from .errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """A map head → group. Labels are dense (every group non-empty) but keep the order given; `of` makes them canonical."""
+    """A map from heads to groups. Labels are dense (every group has a head) and kept as given; `of` makes them canonical."""
 
     group_of_head: tuple[int, ...]
 
@@ -19,19 +19,19 @@ class Groups:
 
     @classmethod
     def of(cls, labels: Sequence[int]) -> "Groups":
-        """Canonical labels: groups numbered in order of their first head. Any hashable labels are taken."""
+        """Return the groups with canonical labels: numbered in order of their first head. Any hashable labels are accepted."""
         numbers: dict[int, int] = {}
         return cls(tuple(numbers.setdefault(label, len(numbers)) for label in labels))
 
     @classmethod
     def from_members(cls, members: Iterable[Sequence[int]]) -> "Groups":
-        """From the list of each group's heads, canonical."""
+        """Return the canonical groups with these members."""
         label_of = {head: label for label, heads in enumerate(members) for head in heads}
         return cls.of([label_of[head] for head in range(len(label_of))])
 
     @classmethod
     def contiguous(cls, num_heads: int, num_kv_heads: int) -> "Groups":
-        """Equal runs of neighbouring heads, the map that every GQA runtime assumes."""
+        """Return equal runs of neighbouring heads, the map that every GQA runtime assumes."""
         size = num_heads // num_kv_heads
         assert size * num_kv_heads == num_heads, (num_heads, num_kv_heads)
         return cls(tuple(head // size for head in range(num_heads)))
@@ -71,11 +71,11 @@ class Groups:
         return list(self.group_of_head) == sorted(self.group_of_head)
 
     def standard_order(self) -> tuple[int, ...]:
-        """The permutation of heads (new position → old head) that makes the groups contiguous; stable inside a group."""
+        """Return the permutation of heads (new position → old head) that makes the groups contiguous, stable inside a group."""
         return tuple(sorted(range(self.num_heads), key=lambda head: self.group_of_head[head]))
 
     def compose(self, outer: "Groups") -> "Groups":
-        """The map head → group of groups, for sources that are grouped already."""
+        """Return the map head → group of groups, for sources that are grouped already."""
         return Groups(tuple(outer.group_of_head[group] for group in self.group_of_head))
 
 

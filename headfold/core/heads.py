@@ -1,4 +1,4 @@
-"""The heads of one attention site as four tensors, and which of their transformations leave attention unchanged."""
+"""The heads of one attention site as four tensors, and which transformations of them leave attention unchanged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,12 @@ from torch import Tensor
 from .groups import Groups
 
 QueryOrder = Literal["free", "stack", "fixed"]
-"""Who decides the order of query heads: the site alone, its whole stack (T5's shared bias), or nobody (ALiBi)."""
+"""What fixes the order of query heads: nothing ("free"), a position bias that the whole stack shares (T5: "stack"), or slopes by
+head index (ALiBi: "fixed")."""
+
+
+FreedomKind = Literal["any", "rope-halves", "rope-pairs", "signs"]
+"""No position on K; RoPE with planes (f, f + rotary_dim / 2) or (2f, 2f + 1); RoPE after a norm of q and k heads."""
 
 
 def kv_bytes(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -28,17 +33,17 @@ class KeyFreedom:
     any invertible matrix is free. Dims are pre-RoPE; under `normed` they are pre-norm.
     """
 
-    kind: Literal["any", "rope-halves", "rope-pairs", "signs"]
+    kind: FreedomKind
     rotary_dim: int = 0
     interleaved: bool = False
     """Whether the dims (2f, 2f + 1) form plane f; else (f, f + rotary_dim / 2) do."""
     frequencies: tuple[float, ...] = ()
-    """Radians per token of every plane; empty where they are not known."""
+    """Radians per token of every plane; empty if unknown."""
     context: int = 0
-    """Tokens that attention may span, as far as that is known."""
+    """The number of tokens that attention may span; 0 if unknown."""
 
     def planes(self) -> Int[Tensor, "plane 2"]:
-        """The two dims of each frequency plane, in order of falling frequency."""
+        """Return the two dims of each frequency plane, in order of falling frequency."""
         dims = torch.arange(self.rotary_dim)
         return dims.view(-1, 2) if self.interleaved else dims.view(2, -1).T
 
@@ -52,24 +57,25 @@ class KeyFreedom:
 class Heads:
     """The projections of one attention site, per head, in homogeneous coordinates.
 
-    The last column of `q`, `k`, `v` is the bias (zero where the checkpoint has none), so that every linear merge carries
-    biases by construction. `dim` of q and k may differ from the source's and from that of v and o: never derive it.
-    Query head h reads K/V head `groups.group_of_head[h]`; in a checkpoint that is h // (heads // groups).
+    The last column of `q`, `k`, `v` is the bias (zero where the checkpoint has none), so that every linear merge transforms biases
+    too. `dim` of q and k may differ from the source's and from that of v and o; do not derive it from other sizes. q or o may be
+    empty (no inputs, no outputs) where the weight is copied on disk (`surgery.read_without_kept`). Query head h reads K/V head
+    `groups.group_of_head[h]`; in a checkpoint that is h // (heads // groups).
     """
 
-    q: Float[Tensor, "head dim model_plus_1"]
+    q: Float[Tensor, "head dim query_model_plus_1"]
     k: Float[Tensor, "group dim model_plus_1"]
     v: Float[Tensor, "group value_dim model_plus_1"]
-    o: Float[Tensor, "head value_dim model"]
+    o: Float[Tensor, "head value_dim output"]
     groups: Groups
     key_freedom: KeyFreedom
     query_order: QueryOrder = "free"
     o_bias: Float[Tensor, " model"] | None = None
     q_gain: Float[Tensor, " dim"] | None = None
-    """Gain of the per-head q-norm, shared by all heads (q/k-norm families)."""
+    """Gain of the per-head q-norm, which all heads share (q/k-norm families)."""
     k_gain: Float[Tensor, " dim"] | None = None
     per_head: Mapping[str, Shaped[Tensor, "head ..."]] = field(default_factory=dict)
-    """What else belongs to single query heads and moves with them, such as the columns of T5's position bias."""
+    """Other tensors with one entry per query head, which move with it, such as the columns of T5's position bias."""
 
     @property
     def num_heads(self) -> int:
@@ -81,35 +87,35 @@ class Heads:
 
     @property
     def head_dim(self) -> int:
-        """Width of one K head."""
+        """The dims of one K head."""
         return self.k.shape[1]
 
     def to(self, dtype: torch.dtype | torch.device) -> "Heads":
-        """The same heads computed in another dtype, or on another device; extras stay."""
+        """Return the heads in another dtype or on another device; `per_head` stays as it is."""
         names = ("q", "k", "v", "o", "o_bias", "q_gain", "k_gain")
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
 
     def per_query(self) -> "Heads":
-        """The head-repeated twin: every query head with a K/V head of its own. Same function, MHA shapes."""
+        """Return the head-repeated twin: the same function with one K/V head per query head (MHA)."""
         index = torch.tensor(self.groups.group_of_head)
         own = Groups(tuple(range(self.num_heads)))
         return replace(self, k=self.k[index], v=self.v[index], groups=own)
 
     def expand(self, num_kv_heads: int) -> "Heads":
-        """The same function written with `num_kv_heads` K/V heads for equally many neighbouring queries each: ours, repeated."""
+        """Return the same function with `num_kv_heads` K/V heads, each repeated, and equal runs of query heads."""
         own = Groups.contiguous(self.num_heads, num_kv_heads)
         shared = torch.tensor([self.groups.group_of_head[queries[0]] for queries in own.members])
         assert own.compose(Groups.of(shared.tolist())) == Groups.of(self.groups.group_of_head)
         return replace(self, k=self.k[shared], v=self.v[shared], groups=own)
 
     def reorder(self, order: tuple[int, ...]) -> "Heads":
-        """Query heads in the given order: q rows and o columns move together, so the site computes the same function."""
+        """Return the same function with the query heads in the given order: q rows, o columns and `per_head` move together."""
         index = torch.tensor(order)
         moved = Groups(tuple(self.groups.group_of_head[h] for h in order))
         extras = {name: tensor[index] for name, tensor in self.per_head.items()}
         return replace(self, q=self.q[index], o=self.o[index], groups=moved, per_head=extras)
 
     def standard(self) -> "Heads":
-        """Query heads sorted by the K/V head they read: the order GQA runtimes assume."""
+        """Return the heads with query heads sorted by the K/V head they read, the order that GQA runtimes assume."""
         return self.reorder(self.groups.standard_order())

@@ -1,6 +1,6 @@
-"""What K and V heads look like to the queries and outputs that read them: Gram matrices of one site, from its statistics.
+"""Gram matrices of the K and V heads of one site, weighted by the queries and outputs that read them.
 
-Everything that aligns, merges or groups heads reads these, so each is computed once per site, in float64.
+Grouping, alignment, merging and prediction all use these, so they are computed once per site, in float64.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from .heads import Heads
 from .stats import SiteStats
 
 _NEGLIGIBLE = 1e-12
-"""Relative energy under which a direction counts as never used: about the square root of float64's rounding, squared."""
+"""Relative energy below which a direction counts as unused."""
 
 
 @dataclass(frozen=True, slots=True)
-class Weighted:
-    """Functionals of all K/V heads without position, weighed by who reads them (docs/absorb.md, 2): W̃ = M^½ W.
+class WeightedGram:
+    """Gram matrix of all K/V heads without position, weighted by their readers' metric M (docs/absorb.md, 2): W̃ = M^½ W.
 
-    `gram[i, a, l, b]` = E[(W̃_i x)_a (W̃_l x)_b]; its trace is the energy that the readers see.
+    `gram[i, a, l, b]` = E[(W̃_i x)_a (W̃_l x)_b]. Its trace is the energy that the readers see. `root` is M^½ and `inverse_root`
+    its pseudo-inverse.
     """
 
     gram: Float[Tensor, "group dim group dim"]
@@ -31,38 +32,48 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """The rotating part of all K heads, one complex functional per head and frequency plane (docs/absorb.md, 3).
+    """The rotary part of all K heads, one complex functional per head and frequency plane (docs/absorb.md, 3).
 
-    `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted; normalised per head under q/k-norm);
-    `energy[f, i]` = E|q|² summed over the queries that read K head i.
+    `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted; normalised per head under q/k-norm). `energy[f, i]` = E|q|²
+    summed over the queries that read K head i.
     """
 
     gram: Complex[Tensor, "plane group group"]
     energy: Float[Tensor, "plane group"]
     scale: Float[Tensor, " group"]
-    """What one over the key's length is divided by under q/k-norm (the norm's root mean square); ones elsewhere."""
+    """The root mean square that q/k-norm divides each K head by; ones without q/k-norm."""
     normed: bool = False
 
     @property
     def weighted(self) -> Complex[Tensor, "plane group group"]:
-        """The Gram matrix of √energy · z, whose top eigenvalue is what one shared functional can keep."""
+        """The Gram matrix of √energy · z. Its largest eigenvalue is the energy that one shared functional can keep."""
         root = self.energy.sqrt().to(self.gram.dtype)
         return root[:, :, None] * self.gram * root[:, None, :]
 
 
 @dataclass(frozen=True, slots=True)
+class WholeKeys:
+    """Moments of all dims of K and of the queries that read them, without weights."""
+
+    queries: Float[Tensor, "group dim dim"]
+    """Σ E[q qᵀ] over the queries of each K head."""
+    second: Float[Tensor, "group dim group dim"]
+    """E[k kᵀ] of all K heads."""
+    scatter: Float[Tensor, "group dim group dim"]
+    """The same around the mean of each sequence."""
+
+
+@dataclass(frozen=True, slots=True)
 class Moments:
-    """One site: rotating planes of K (`None` without RoPE), the rest of K (`None` if all rotates), and V."""
+    """Gram matrices of one site: the rotary planes of K (None without RoPE), the other dims of K (None if all rotate), and V."""
 
     planes: Planes | None
-    keys: Weighted | None
-    values: Weighted
+    keys: WeightedGram | None
+    values: WeightedGram
     value_mean: Float[Tensor, "group dim"] | None
-    """E[v], present where the site has an output bias that can take it."""
-    readers: Float[Tensor, "group dim dim"] | None = None
-    """Σ E[q qᵀ] over the queries of each K head; with the next only where they are asked for."""
-    key_grams: tuple[Float[Tensor, "group dim group dim"], Float[Tensor, "group dim group dim"]] | None = None
-    """E[k kᵀ] of all K heads, and the same about the mean of each sequence."""
+    """E[v], where the site has an output bias that can absorb it."""
+    whole_keys: WholeKeys | None = None
+    """Only if `site_moments` is called with `whole_keys`."""
 
 
 def site_moments(
@@ -74,15 +85,15 @@ def site_moments(
     products: torch.dtype = torch.float64,
     whole_keys: bool = False,
 ) -> Moments:
-    """All Gram matrices of a site, in float64. `heads` may be of any float dtype.
+    """Compute all Gram matrices of a site, in float64. `heads` may be of any float dtype.
 
-    The two switches turn off the weights of the readers (for ablations): without them K and V count in their own units.
-    `products` is the dtype of the long sums over a site's inputs. In float32 they are twice as fast and good for predictions; a
-    merge, which divides by small eigenvalues, needs float64. `whole_keys` asks for `readers` and `key_grams`.
+    Without `query_weighting` or `output_weighting` (for ablations), K or V is measured in its own units. `products` is the dtype
+    of the long sums over the site's inputs: float32 takes half the time and suffices for predictions; a merge divides by small
+    eigenvalues and needs float64. `whole_keys` computes `Moments.whole_keys`, which only sites with RoPE have.
     """
     heads, second = heads.to(products), stats.mean("second").to(products)
-    asked = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
-    readers = query_moments(heads, asked) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
+    query_inputs = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
+    readers = query_moments(heads, query_inputs) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
     # Without `whole_keys` the dims that do not rotate need not be multiplied with those that do.
     gram = _gram(heads.k if whole_keys else heads.k[:, :rotary], second) if rotary else None
@@ -90,11 +101,11 @@ def site_moments(
     flat = None
     moment = torch.zeros_like(second)
     if rotary < heads.head_dim or whole_keys:
-        # A key component that is constant over a sequence shifts all its logits alike: softmax ignores it.
+        # A key component that is constant over a sequence shifts all its logits by the same amount: softmax ignores it.
         moment[:-1, :-1] = stats.mean("scatter").to(products)
     if rotary < heads.head_dim:
         flat = _weighted(heads.k[:, rotary:], readers[:, rotary:, rotary:], moment)
-    grams = (gram, _gram(heads.k, moment)) if whole_keys and gram is not None else None
+    whole = WholeKeys(readers, gram, _gram(heads.k, moment)) if whole_keys and gram is not None else None
     metric = output_metric(heads) if output_weighting else _identities(heads.num_kv_heads, heads.v.shape[1])
     mean = None
     if heads.o_bias is not None:
@@ -102,7 +113,7 @@ def site_moments(
         mean = (heads.v @ second[:, -1]).double()
         second = second - torch.outer(second[:, -1], second[:, -1])
     values = _weighted(heads.v, metric, second)
-    return Moments(planes, flat, values, mean, readers if whole_keys else None, grams)
+    return Moments(planes, flat, values, mean, whole)
 
 
 def _identities(num_kv_heads: int, dim: int) -> Float[Tensor, "group dim dim"]:
@@ -110,7 +121,7 @@ def _identities(num_kv_heads: int, dim: int) -> Float[Tensor, "group dim dim"]:
 
 
 def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "group dim dim"]:
-    """Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
+    """Return Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
     moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b").double()
     if heads.key_freedom.normed:
         length = torch.diagonal(moments, dim1=1, dim2=2).mean(1)
@@ -120,7 +131,7 @@ def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "
 
 
 def output_metric(heads: Heads) -> Float[Tensor, "group dim dim"]:
-    """Σ W_oᵀ W_o over the query heads of each K/V head: how much a change of v moves the output."""
+    """Return Σ W_oᵀ W_o over the query heads of each K/V head: how much a change of v changes the output."""
     return _sum_over_queries(heads, einsum(heads.o, heads.o, "head a model, head b model -> head a b").double())
 
 
@@ -149,16 +160,16 @@ def _gram(rows: Float[Tensor, "group dim m"], moment: Float[Tensor, "m m"]) -> F
     return einsum(rows @ moment, rows, "i a model, l b model -> i a l b").double()
 
 
-def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> Weighted:
+def _weighted(rows: Tensor, metric: Tensor, moment: Tensor) -> WeightedGram:
     root, inverse = roots(metric)
     rows = root.to(rows.dtype) @ rows
-    return Weighted(_gram(rows, moment), root, inverse)
+    return WeightedGram(_gram(rows, moment), root, inverse)
 
 
 def roots(
     metric: Float[Tensor, "group dim dim"],
 ) -> tuple[Float[Tensor, "group dim dim"], Float[Tensor, "group dim dim"]]:
-    """Symmetric square root and its pseudo-inverse; directions that nobody reads map to zero in both."""
+    """Return the symmetric square root and its pseudo-inverse; unused directions are mapped to zero by both."""
     values, vectors = torch.linalg.eigh(metric)
     kept = values > _NEGLIGIBLE * values.amax(1, keepdim=True)
     root = torch.where(kept, values, 0).sqrt()

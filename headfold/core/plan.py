@@ -1,10 +1,10 @@
-"""Which K/V heads share one, how they become one, and what that is predicted to lose: the plan, a file of its own."""
+"""The plan, a file of its own: which K/V heads share one, how they are merged, and the predicted errors."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .errors import UserError
 from .groups import Groups
@@ -14,8 +14,9 @@ from .predict import SiteError
 FORMAT = "headfold-plan-1"
 
 
-class Named(Protocol):
-    """What a plan needs to know of a site."""
+@runtime_checkable
+class PlannedSite(Protocol):
+    """What a plan reads of a site."""
 
     @property
     def name(self) -> str: ...
@@ -39,23 +40,23 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """What happens to one site. Errors are None where there were no statistics to predict them from."""
+    """What happens to one site. Errors are None without the statistics that they are predicted from."""
 
     groups: Groups
-    """Source K/V head → new K/V head."""
+    """Maps each K/V head of the source to its new K/V head."""
     merge: str
-    """Method with its options, as on the command line."""
+    """The merge with its options, as on the command line."""
     head_dim: int
-    """Width of a new K/V head, and of the queries that read it: the source's, or a multiple of it."""
+    """Dims of a new K/V head and of the queries that read it: the source's head_dim, or a multiple of it."""
     error: SiteError | None = None
-    """Predicted: K in logit² before the softmax scale, V in output², per token, summed over query heads."""
+    """Predicted error: K in logit² before the softmax scale, V in output², per token, summed over query heads."""
     energy: SiteError | None = None
-    """The same two of the original K and V: the scale of `error`."""
+    """The energy of the original K and V in the same units, the scale of `error`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One `SitePlan` per site, with the fingerprints of what it was made from."""
+    """One `SitePlan` per site, with the fingerprints of the checkpoint and the data that it was made from."""
 
     sites: Mapping[str, SitePlan]
     group: str
@@ -63,15 +64,15 @@ class Plan:
     """Fingerprint of the source checkpoint."""
     seed: int = 0
     calibration: Mapping[str, str] = field(default_factory=dict)
-    """What the statistics were measured on (source, tokens, fingerprint); empty without."""
+    """What the statistics were measured on (source, tokens, fingerprint); empty without statistics."""
 
     @property
     def num_kv_heads(self) -> dict[str, int]:
-        """K/V heads of the folded checkpoint, by site."""
+        """The number of K/V heads of each site after folding, by name."""
         return {name: site.groups.num_kv_heads for name, site in self.sites.items()}
 
-    def head_dim_multiples(self, sites: Iterable[Named]) -> dict[str, int]:
-        """Widths of their new K/V heads in heads of the source, by name."""
+    def head_dim_multiples(self, sites: Iterable[PlannedSite]) -> dict[str, int]:
+        """Return how many times the source's head_dim the new K/V heads of each site have, by name."""
         return {site.name: self.sites[site.name].head_dim // site.head_dim for site in sites}
 
     def to_json(self) -> dict[str, Any]:
@@ -90,80 +91,95 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "plan.json") -> "Plan":
-        """Raises: UserError where the file is not a plan of this version."""
+        """Return the plan of parsed JSON; `where` names it in messages.
+
+        Raises:
+            UserError: it is not a plan of this version.
+        """
         try:
             if data["format"] != FORMAT:
-                raise UserError(f"{where}: format is {data['format']!r}, expected {FORMAT!r}; make the plan again")
+                raise UserError(f"{where}: expected the format {FORMAT!r}, got {data['format']!r}; make the plan again")
             sites = {name: _site_plan(row) for name, row in data["sites"].items()}
             return cls(sites, data["group"], data["source"], data["seed"], dict(data["calibration"].items()))
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(f"{where}: not a headfold plan ({error!r}); make one with headfold plan") from error
+            raise UserError(
+                f"{where}: expected a headfold plan, got something else ({error!r}); make one with headfold plan"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
+        """Read a plan.json.
+
+        Raises:
+            UserError: the file is not JSON, or not a plan of this version.
+        """
         try:
             return cls.from_json(json.loads(path.read_text()), str(path))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not JSON ({error}); make a plan with headfold plan") from error
-
-    def check_source(self, fingerprint: str, sites: Sequence[Named]) -> None:
-        """Refuse to apply a plan to another checkpoint than the one it was made for, or groups that it cannot have."""
-        if self.source != fingerprint:
-            raise UserError("plan: made for another checkpoint (fingerprints differ); make it again with headfold plan")
-        if odd := sorted(self.sites.keys() ^ {site.name for site in sites}):
-            word = "an attention that the checkpoint has not" if odd[0] in self.sites else "no entry"
             raise UserError(
-                f"plan: {odd[0]}: expected one entry per attention, got {word}; make it again with headfold plan"
+                f"{path}: expected JSON, got something else ({error}); make a plan with headfold plan"
+            ) from error
+
+    def check_source(self, fingerprint: str, sites: Sequence[PlannedSite]) -> None:
+        """Refuse to apply the plan to a checkpoint that it was not made for, or to sites that cannot be folded so.
+
+        Raises:
+            UserError: names the site and the reason.
+        """
+        if self.source != fingerprint:
+            raise UserError(
+                "plan.json: expected a plan of this checkpoint, got one of another (fingerprints differ); make it again with headfold plan"
             )
+        if odd := sorted(self.sites.keys() ^ {site.name for site in sites}):
+            what = "is not in this checkpoint" if odd[0] in self.sites else "is not in the plan"
+            raise UserError(f"plan.json: site {odd[0]} {what}; make a new plan with headfold plan")
         stacks: dict[str, Groups] = {}
         for site in sites:
             planned = self.sites[site.name]
-            reason = _misfit(planned, site, stacks.get(site.stack, planned.groups))
+            reason = _refusal(planned, site, stacks.get(site.stack, planned.groups))
             if reason:
-                raise UserError(f"plan: {site.name}: {reason}")
+                raise UserError(f"plan.json: site {site.name}: {reason}")
             if site.query_order == "stack":
                 stacks.setdefault(site.stack, planned.groups)
 
 
-def head_dim_refusal(site: Named, head_dim_multiple: int) -> str | None:
-    """Why the site cannot have heads that many times as wide as the source's, or gains nothing from them; None where it may."""
+def head_dim_refusal(site: PlannedSite, head_dim_multiple: int) -> str | None:
+    """Return why the site cannot have heads of so many times the source's head_dim, or gains nothing by them; None if it can."""
     if site.key_freedom.normed:
-        return "its keys pass a norm per head, so a wide head is no better than several"
+        return "its keys pass a norm per head, so one head with more dims is no better than several"
     if site.fixed_head_dim:
-        return "its class takes heads of the source's width alone"
+        return "its class requires the source's head_dim"
     if "qkv" in site.weights and site.stock_gqa:
-        return "q, k and v are one tensor on disk, which has no wide form"
+        return "q, k and v are one tensor on disk, which cannot hold heads of another head_dim"
     if head_dim_multiple > site.num_kv_heads:
-        return f"expected at most {site.num_kv_heads}, its count of K/V heads"
+        return f"expected at most {site.num_kv_heads}, its number of K/V heads"
     return None
 
 
-def _misfit(planned: SitePlan, site: Named, of_stack: Groups) -> str | None:
-    """Why a site cannot be folded so, None where it can."""
+def _refusal(planned: SitePlan, site: PlannedSite, of_stack: Groups) -> str | None:
+    """Return why a site cannot be folded so, None if it can."""
     groups = planned.groups
     if groups.num_heads != site.num_kv_heads:
         return f"kv_of_source_head: expected {site.num_kv_heads} entries, one per K/V head, got {groups.num_heads}"
     if planned.head_dim < 1 or planned.head_dim % site.head_dim:
-        return f"head_dim: expected the source's {site.head_dim} or a multiple, got {planned.head_dim}"
+        return f"head_dim: expected the source's {site.head_dim} or a multiple of it, got {planned.head_dim}"
     if planned.head_dim != site.head_dim and (reason := head_dim_refusal(site, planned.head_dim // site.head_dim)):
         return f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}: {reason}"
     if site.query_order == "fixed" and not groups.is_ordered:
-        return "its heads' order is fixed (a slope each), so only neighbours can share; make kv_of_source_head ascend"
+        return "the order of its heads is fixed (ALiBi slopes), so only neighbours can share a K/V head; make kv_of_source_head ascend"
     if site.query_order == "stack" and groups != of_stack:
-        return (
-            "its stack shares one position bias, so all its sites need the same groups; give them one kv_of_source_head"
-        )
+        return "the sites of its stack share one position bias and need the same groups; give all of them the same kv_of_source_head"
     return None
 
 
 def _site_plan(row: Mapping[str, Any]) -> SitePlan:
     error, energy = (_site_error(row[name]) for name in ("error", "energy"))
     if not isinstance(row["merge"], str) or type(row["head_dim"]) is not int:
-        raise TypeError("merge is a text and head_dim a whole number")
+        raise TypeError("merge must be a string and head_dim an integer")
     return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], row["head_dim"], error, energy)
 
 
 def _site_error(row: Mapping[str, Any] | None) -> SiteError | None:
     if row and not all(isinstance(number, float | int) for number in row.values()):
-        raise TypeError("errors are numbers")
+        raise TypeError("errors must be numbers")
     return SiteError(**row) if row else None

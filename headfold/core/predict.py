@@ -1,4 +1,4 @@
-"""What a shared head is predicted to lose, before anything is folded: K in logit², V in output², kept apart."""
+"""Errors predicted for shared heads before anything is folded: K in logit² and V in output², kept apart."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .groups import Groups
-from .moments import Moments, Planes, Weighted
+from .moments import Moments, Planes, WeightedGram
 from .shared import align_signs
 
 BATCH = 2**24
-"""Numbers of the Gram matrices that are taken apart at once."""
+"""Number of elements of the Gram matrices that are decomposed at once."""
 DIRECT = 1024
-"""Size of a Gram matrix above which only its leading eigenvalues are found, by iteration,"""
+"""Size of a Gram matrix up to which all its eigenvalues are computed directly."""
 FEW = 16
-"""if they are fewer than one in so many: a sixteenth of them takes as long that way as all do directly."""
+"""Larger matrices are decomposed iteratively if at most one in so many eigenvalues is needed; at a sixteenth both ways take as
+long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class SiteError:
 
 
 def site_energy(moments: Moments) -> SiteError:
-    """What would be lost if K, or V, were dropped altogether: the scale for relative errors."""
+    """Return the error of dropping K, or V, altogether: the scale for relative errors."""
     key = 0.0
     if moments.planes is not None:
         key += 0.5 * float(torch.diagonal(moments.planes.weighted, dim1=1, dim2=2).real.sum())
@@ -43,9 +44,10 @@ def site_energy(moments: Moments) -> SiteError:
 def predicted_error(
     moments: Moments, members: list[int], *, values: bool = True, head_dim_multiple: int = 1
 ) -> SiteError:
-    """The error of the best head that `members` can share (docs/absorb.md), `values=False` to leave V out (0).
+    """Return the error of the best head that `members` can share (docs/absorb.md); V counts 0 with `values=False`.
 
-    `head_dim_multiple` is the shared head's, in heads of the source: so many functionals per plane, and times as many dims.
+    The shared head has `head_dim_multiple` times the source's head_dim: that many functionals per plane, and that many times the
+    dims.
     """
     keys, of_values = predicted_errors(
         moments, torch.tensor([members]), values=values, head_dim_multiple=head_dim_multiple
@@ -56,7 +58,7 @@ def predicted_error(
 def predicted_errors(
     moments: Moments, sets: Int[Tensor, "set member"], *, values: bool = True, head_dim_multiple: int = 1
 ) -> tuple[Float[Tensor, " set"], Float[Tensor, " set"]]:
-    """The same for many sets of one size at once: errors of K, and of V."""
+    """Return the errors of K and of V for many sets of one size at once (`predicted_error`)."""
     nothing = torch.zeros(len(sets), dtype=torch.float64)
     if sets.shape[1] <= head_dim_multiple:
         return nothing, nothing
@@ -65,12 +67,12 @@ def predicted_errors(
         # E[(Re q̄δ)²] = ½ E|q|² E|δ|²: under RoPE the phase between query and key error runs through all relative positions.
         keys = keys + 0.5 * _plane_errors(moments.planes, sets, head_dim_multiple)
     if moments.keys is not None:
-        keys = keys + _tails(moments.keys, sets, head_dim_multiple)
-    return keys, _tails(moments.values, sets, head_dim_multiple) if values else nothing
+        keys = keys + _truncated_energy(moments.keys, sets, head_dim_multiple)
+    return keys, _truncated_energy(moments.values, sets, head_dim_multiple) if values else nothing
 
 
 def grouped_error(moments: Moments, groups: Groups, head_dim_multiple: int = 1) -> SiteError:
-    """Summed over the groups of a site."""
+    """Return the predicted error summed over the groups of a site."""
     found = (predicted_error(moments, list(members), head_dim_multiple=head_dim_multiple) for members in groups.members)
     return sum(found, SiteError(0.0, 0.0))
 
@@ -91,8 +93,10 @@ def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"], head_dim_mult
     return (total - torch.linalg.eigvalsh(weighted)[..., -head_dim_multiple:].sum((0, 2))).double()
 
 
-def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_dim_multiple: int) -> Float[Tensor, " set"]:
-    """Energy beyond the leading directions, as many as the shared head has dims."""
+def _truncated_energy(
+    weighted: WeightedGram, sets: Int[Tensor, "set member"], head_dim_multiple: int
+) -> Float[Tensor, " set"]:
+    """Return the energy outside the leading directions, of which the shared head keeps as many as it has dims."""
     dim = weighted.gram.shape[1]
     by_pair = rearrange(weighted.gram, "i a l b -> i l a b")
     size = sets.shape[1] * dim
@@ -106,7 +110,7 @@ def _tails(weighted: Weighted, sets: Int[Tensor, "set member"], head_dim_multipl
 
 
 def leading_energy(grams: Float[Tensor, "set size size"], num_kept: int) -> Float[Tensor, " set"]:
-    """The sum of the largest eigenvalues of each matrix."""
+    """Return the sum of the `num_kept` largest eigenvalues of each matrix."""
     if grams.shape[1] <= DIRECT or num_kept * FEW > grams.shape[1]:
         return torch.linalg.eigvalsh(grams)[:, -num_kept:].clamp_min(0).sum(1)
     from scipy.sparse.linalg import eigsh

@@ -1,4 +1,4 @@
-"""How many query heads read each K/V head: cutting their fixed order into runs, and what a route remembers between two cuts."""
+"""How many query heads read each K/V head: runs of a fixed order of heads, and the state that a route keeps between batches."""
 
 import math
 from collections.abc import Sequence
@@ -9,78 +9,80 @@ from torch import Tensor
 
 from .errors import UserError
 
-GRAIN = 1e-9
-"""Queries; shares that differ by less are rounding, and alike."""
+ROUNDING = 1e-9
+"""Shares of query heads that differ by less are taken as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """How long the keys of a batch are, by K/V head."""
+    """Norms of the keys of a batch, by K/V head."""
 
     whole: Float[Tensor, "sample group"]
-    """‖K_g‖_F of a sample over positions and dims, padding and all: as published."""
+    """‖K_g‖_F of a sample over positions and dims, padding included, as published."""
     per_token: Float[Tensor, "sample group"]
-    """Root mean square over the positions that may be attended to: padding does not count, nor does a sample's length."""
+    """Root mean square over the positions that may be attended to; neither padding nor a sample's length changes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """What one attention's route knows; a new one for every change."""
+    """The state of one attention's route; every change makes a new one."""
 
     sizes: tuple[int, ...]
-    """Query heads of each K/V head, in order."""
+    """The number of query heads of each K/V head, in order."""
     kept: Float[Tensor, " group"]
-    """The norms that the last cut left behind: c in 2408.08454."""
+    """The norms kept from the last change of the groups: c in 2408.08454."""
     mean: Float[Tensor, " group"]
-    """Mean norms of the samples measured since,"""
+    """Mean norms of the samples measured since then."""
     count: int = 0
-    """and how many these are."""
+    """The number of these samples."""
     step: int = 0
     """Forward passes in training."""
     draws: int = 0
-    """Times that chance was asked."""
+    """How often random numbers were drawn."""
 
     @property
     def num_heads(self) -> int:
         return sum(self.sizes)
 
-    def measured(self, norms: Float[Tensor, "sample group"]) -> "RouteState":
-        """With more samples in the mean."""
+    def with_samples(self, norms: Float[Tensor, "sample group"]) -> "RouteState":
+        """Return the state with more samples in the mean."""
         count = self.count + len(norms)
         mean = self.mean + (norms.mean(0).to(self.mean) - self.mean) * (len(norms) / count)
         return replace(self, mean=mean, count=count)
 
 
 def runs(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Query head → K/V head where the heads, in order, are cut into runs of these sizes."""
+    """Return the map query head → K/V head that cuts the heads, in order, into runs of these sizes."""
     return tuple(group for group, size in enumerate(sizes) for _ in range(size))
 
 
 def even(num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
-    """Equal sizes, the first ones larger by one where they cannot be."""
+    """Return equal sizes; if they cannot be equal, the first ones are larger by one."""
     least, more = divmod(num_heads, num_kv_heads)
     return tuple(least + (group < more) for group in range(num_kv_heads))
 
 
 def apportion(shares: Sequence[float], num_heads: int) -> tuple[int, ...]:
-    """One query for every group, the others by their shares: whole parts first, then the largest remainders, the first of equal ones.
+    """Return sizes that give every group one query head and the others by shares: whole parts first, then by the largest
+    remainders (the first of equal ones).
 
-    `shares` are not negative and count relative to their sum; where that is 0 all are alike. A larger share never gets fewer.
+    `shares` are not negative and relative to their sum; if that is 0 all are equal. A larger share never gets fewer heads.
     """
     spare, total = num_heads - len(shares), math.fsum(shares)
     assert spare >= 0 and min(shares) >= 0, (shares, num_heads)
     if total == 0:
         return even(num_heads, len(shares))
     quotas = [spare * (share / total) for share in shares]
-    sizes = [1 + math.floor(quota + GRAIN) for quota in quotas]
-    left = [round((quota - size + 1) / GRAIN) for quota, size in zip(quotas, sizes, strict=True)]
+    sizes = [1 + math.floor(quota + ROUNDING) for quota in quotas]
+    left = [round((quota - size + 1) / ROUNDING) for quota, size in zip(quotas, sizes, strict=True)]
     for group in sorted(range(len(shares)), key=lambda g: -left[g])[: num_heads - sum(sizes)]:
         sizes[group] += 1
     return tuple(sizes)
 
 
-def rounded(where: str, shares: Sequence[float], num_heads: int) -> list[int]:
-    """round(H · r / Σr), halves to the even number: as published, so a group may get none, and the sum may miss `num_heads`.
+def published_rounding(where: str, shares: Sequence[float], num_heads: int) -> list[int]:
+    """Return round(H · r / Σr), halves to the even number, as published: a group may get none, and the sum may not be
+    `num_heads`.
 
     Raises:
         UserError: all shares are 0, where the published formula is 0/0.
@@ -88,13 +90,13 @@ def rounded(where: str, shares: Sequence[float], num_heads: int) -> list[int]:
     total = math.fsum(shares)
     if total == 0:
         raise UserError(
-            f"{where}: the published shares are 0/0 here: expected key norms that differ, got equal ones; "
-            f"leave published=true out, the repaired route shares evenly then"
+            f"{where}: expected key norms that differ, got equal ones, for which the published shares are 0/0; "
+            "leave published=true out, and the repaired route gives equal shares"
         )
     return [round(num_heads * share / total) for share in shares]
 
 
-def spread(norms: Float[Tensor, " group"]) -> list[float]:
-    """(n − min n) / (max n − min n); zeros where all are equal."""
+def min_max(norms: Float[Tensor, " group"]) -> list[float]:
+    """Return (n − min n) / (max n − min n); zeros where all are equal."""
     span = norms.max() - norms.min()
     return ((norms - norms.min()) / span if span > 0 else norms * 0).tolist()

@@ -1,4 +1,4 @@
-"""The linear algebra of sharing: leading functionals of a Gram matrix, with or without RoPE, and signs under q/k-norm."""
+"""Linear algebra of shared heads: leading functionals of a Gram matrix, with or without RoPE, and signs under q/k-norm."""
 
 import torch
 from einops import rearrange
@@ -9,7 +9,7 @@ from torch import Tensor
 def top_functionals(
     gram: Float[Tensor, "member dim member dim"], num_kept: int
 ) -> tuple[Float[Tensor, "member dim kept"], Float[Tensor, " kept"]]:
-    """The `num_kept` leading eigenvectors over all members' directions, and their eigenvalues, largest first."""
+    """Return the `num_kept` leading eigenvectors over all members' directions, and their eigenvalues, largest first."""
     members, dim = gram.shape[:2]
     values, vectors = torch.linalg.eigh(rearrange(gram, "i a l b -> (i a) (l b)"))
     values, vectors = values.flip(0)[:num_kept].clamp_min(0), vectors.flip(1)[:, :num_kept]
@@ -19,13 +19,13 @@ def top_functionals(
 def top_planes(
     gram: Complex[Tensor, "plane member member"], num_kept: int = 1
 ) -> tuple[Complex[Tensor, "plane member kept"], Float[Tensor, "plane kept"]]:
-    """The `num_kept` leading eigenvectors of every plane's Hermitian Gram matrix, and their eigenvalues, largest first."""
+    """Return the `num_kept` leading eigenvectors of every plane's Hermitian Gram matrix, and their eigenvalues, largest first."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(2)[..., :num_kept], values.flip(1)[:, :num_kept].clamp_min(0)
 
 
 def align_signs(product: Float[Tensor, "plane member member"]) -> Float[Tensor, "plane member"]:
-    """Signs s that maximise sᵀ P s in every plane: the leading eigenvector's, then single flips while they gain."""
+    """Return signs s that maximise sᵀ P s in every plane: those of the leading eigenvector, improved by single flips."""
     vectors = torch.linalg.eigh(product)[1][..., -1]
     signs = torch.where(vectors < 0, -1.0, 1.0).to(product.dtype)
     off_diagonal = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))

@@ -1,4 +1,4 @@
-"""What calibration remembers of one attention site: additive second moments."""
+"""Statistics of one attention site: additive second moments that calibration measures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SiteStats:
-    """Sums over calibration tokens, so that shards and machines add.
+    """Sums over calibration tokens; those of several shards or machines add.
 
-    `tensors` holds, by the name of the measure that made them, at least
-    `second` (model+1, model+1): Σ [x, 1][x, 1]ᵀ of the K/V input x;
-    `scatter` (model, model): Σ over sequences of Σ (x − x̄)(x − x̄)ᵀ with x̄ the sequence's own mean;
-    cross-attention also `query_second`, as `second` but of the input of the queries; sites that rotate, where stock transformers lets
-    it be seen, `attended` (group, bin): attention mass by distance (`core.distances`).
-    `count` is the number of tokens of x. The queries' own number need not be the same: their sum's last element is it.
+    `tensors` holds, by name:
+        `second` (model+1, model+1): Σ [x, 1][x, 1]ᵀ of the K/V input x;
+        `scatter` (model, model): Σ over sequences of Σ (x − x̄)(x − x̄)ᵀ, with x̄ the mean of the sequence;
+        `query_second` (model+1, model+1), at cross-attention: as `second`, of the input of the queries;
+        `attended` (group, bin), at sites with RoPE whose attention stock transformers lets one observe: attention mass by distance
+            (`core.distances`).
+    `count` is the number of tokens of x. The number of tokens of the queries may differ: it is the last element of
+    `query_second`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,18 +30,18 @@ class SiteStats:
         return SiteStats({name: t + other.tensors[name] for name, t in self.tensors.items()}, self.count + other.count)
 
     def mean(self, name: str) -> Tensor:
-        """The named sum divided by the number of tokens, in float64."""
+        """Return the named sum divided by the number of tokens, in float64."""
         total = self.tensors[name].to(torch.float64)
         return total / (total[-1, -1] if name == "query_second" else self.count)
 
     @classmethod
     def from_gains(cls, gains: Float[Tensor, " model"]) -> "SiteStats":
-        """What the gains of the norm before a site say alone: independent inputs of mean zero and these root mean squares."""
+        """Return what the gains of the norm before a site imply: independent inputs with mean zero and these root mean squares."""
         energy = gains.to(torch.float64).square()
         return cls({"second": torch.diag(torch.cat([energy, energy.new_ones(1)])), "scatter": torch.diag(energy)}, 1)
 
     @classmethod
     def isotropic(cls, model: int) -> "SiteStats":
-        """What to assume where nothing was measured: white inputs of mean zero. Weight space, in other words."""
+        """Return what is assumed without any measurement: white inputs of mean zero, so that methods work on the weights alone."""
         second = torch.eye(model + 1, dtype=torch.float64)
         return cls({"second": second, "scatter": second[:model, :model].clone()}, 1)

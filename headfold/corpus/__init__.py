@@ -1,4 +1,4 @@
-"""Where calibration and evaluation text comes from: one page per source."""
+"""Floor 4: data for calibration and evaluation. One page per source or kind of data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,26 +8,27 @@ from ..core.errors import UserError, suggest
 from . import hub, jsonl, parquet, stdlib, text
 
 SOURCES = "a text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], hub:NAME[:CONFIG][:SPLIT][:COLUMN], stdlib or self"
-"""What a user may write, for help texts and messages."""
+"""What a user may name as a source of text, for help texts and messages."""
 
 _COLUMNED = {".jsonl": jsonl.documents, ".parquet": parquet.documents}
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents from one source. `name` is what the plan records; `documents` can be walked once."""
+    """The documents of one source. The plan records `name`; `documents` can be iterated once."""
 
     name: str
     documents: Iterator[str]
 
 
 def open_corpus(source: str, *, seed: int | None = None) -> Corpus:
-    """The documents of a source, in their own order or, given a seed, in one drawn from it. Nothing is read before the first.
+    """Return the documents of a source, in their own order or, with a seed, in an order drawn from it. Documents are read on
+    demand.
 
-    `self` is no corpus: its text is sampled from a model (`corpus.self.sample_windows`).
+    `self` is not a corpus: its text is sampled from a model (`corpus.self.sample_windows`).
 
     Raises:
-        UserError: nothing goes by that name; what could is said.
+        UserError: there is no such source; the possible ones are listed.
     """
     if source == "stdlib":
         return Corpus("stdlib", stdlib.documents(seed))
@@ -42,7 +43,7 @@ def open_corpus(source: str, *, seed: int | None = None) -> Corpus:
 
 
 def _split_column(source: str) -> tuple[Path, str]:
-    """`FILE.jsonl:COLUMN` → file and column; every other source is a path alone."""
+    """Split `FILE.jsonl:COLUMN` into file and column; every other source is a path without a column."""
     head, colon, column = source.rpartition(":")
     if colon and Path(head).suffix in _COLUMNED and not Path(source).exists():
         return Path(head), column
@@ -50,7 +51,7 @@ def _split_column(source: str) -> tuple[Path, str]:
 
 
 def _from_hub(source: str, seed: int | None) -> Corpus:
-    """`org/name` that is no path and has no suffix of a file is a hub dataset; anything else is a slip."""
+    """Return the hub dataset `org/name`, if the source is not a path and has no file suffix; anything else is an error."""
     name = source.partition(":")[0]
     is_file_name = Path(name).suffix in (*_COLUMNED, *text.SUFFIXES, ".json", ".csv", ".gz")
     if name.count("/") == 1 and not is_file_name and not name.startswith((".", "/", "~")):

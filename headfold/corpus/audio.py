@@ -1,4 +1,4 @@
-"""Speech for Whisper: wav files or a column of them, through the model's own feature extractor."""
+"""Speech for Whisper: wav files, or a column of a table with them, through the model's own feature extractor."""
 
 import io
 import wave
@@ -22,18 +22,19 @@ TRANSCRIPTS = ("text", "sentence", "transcription")
 def read_audio(
     source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> tuple[list[tuple[Float[np.ndarray, " sample"], int]], list[str] | None]:
-    """(mono samples in [-1, 1], samples per second) of each item, and the transcripts where every item has one.
+    """Return (mono samples in [-1, 1], samples per second) of each item, and the transcripts if every item has one.
 
-    In a folder, the transcript of NAME.wav is NAME.txt; in a table it is column `text`, `sentence`, `transcription` or `columns[1]`.
+    In a folder, the transcript of NAME.wav is NAME.txt; in a table it is column `text`, `sentence`, `transcription` or
+    `columns[1]`.
 
     Raises:
-        UserError: an unreadable or empty source, a missing column, or sound in another form than uncompressed wav.
+        UserError: an unreadable or empty source, a missing column, or audio that is not uncompressed wav.
     """
     rows = _open(source)
     names = _columns(rows, columns)
     drawn = list(rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None))
     if not drawn:
-        raise UserError(f"{source}: expected sound, found none; give another source")
+        raise UserError(f"{source}: expected audio, found none; give another source")
     sounds = [_decoded(value(row, names[0]), Path(source).parent, rows.name) for row in drawn]
     texts = [value(row, names[1]) for row in drawn] if names[1:] else []
     return sounds, texts if texts and all(isinstance(text, str) for text in texts) else None
@@ -45,7 +46,7 @@ def _open(source: str) -> Table | Stream:
         return open_rows(source)
     files = sorted(path.rglob("*.wav")) if path.is_dir() else [path] if path.suffix == ".wav" and path.exists() else []
     if not files:
-        raise UserError(f"{source}: a speech model needs sound, found none; give a folder of .wav files or {TABLES}")
+        raise UserError(f"{source}: a speech model needs audio, found none; give a folder of .wav files or {TABLES}")
     written = all(file.with_suffix(".txt").is_file() for file in files)
 
     def row(file: Path) -> Row:
@@ -53,16 +54,16 @@ def _open(source: str) -> Table | Stream:
         return {"audio": {"path": str(file)}} | text
 
     columns = ("audio", "text") if written else ("audio",)
-    return Table(source, columns, len(files), lambda numbers, asked: (row(files[number]) for number in numbers))
+    return Table(source, columns, len(files), lambda numbers, named: (row(files[number]) for number in numbers))
 
 
-def _columns(rows: Table | Stream, asked: Sequence[str]) -> tuple[str, ...]:
-    if asked:
-        return require(rows, asked)
+def _columns(rows: Table | Stream, named: Sequence[str]) -> tuple[str, ...]:
+    if named:
+        return require(rows, named)
     found = [next((name for name in names if name in rows.columns), None) for names in (COLUMNS, TRANSCRIPTS)]
     if found[0] is None:
         raise UserError(
-            f"{rows.name}: a speech model needs a column of sound, found {', '.join(rows.columns)}; "
+            f"{rows.name}: a speech model needs a column of audio, found {', '.join(rows.columns)}; "
             "name it with --columns AUDIO or AUDIO,TEXT"
         )
     return tuple(name for name in found if name is not None)
@@ -73,25 +74,29 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
     data, path = entry.get("bytes"), entry.get("path")
     if entry.get("array") is not None:
         return np.asarray(entry["array"], np.float32), int(entry["sampling_rate"])
-    if not isinstance(data, bytes) and not isinstance(path, str):
-        raise UserError(f"{where}: expected sound or its path, got {type(found).__name__}; name another column")
-    file = io.BytesIO(data) if isinstance(data, bytes) else str(path if Path(path).exists() else folder / path)
+    file: io.BytesIO | str
+    if isinstance(data, bytes):
+        file = io.BytesIO(data)
+    elif isinstance(path, str):
+        file = str(path if Path(path).exists() else folder / path)
+    else:
+        raise UserError(f"{where}: expected audio or its path, got {type(found).__name__}; name another column")
     try:
         with wave.open(file) as opened:
-            width, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
+            sample_bytes, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
             frames = opened.readframes(opened.getnframes())
     except (wave.Error, EOFError, OSError) as error:
         raise UserError(f"{where}: {path or 'an item'}: expected uncompressed wav ({error}); convert it") from error
-    return _samples(frames, width).reshape(-1, channels).mean(1), rate
+    return _samples(frames, sample_bytes).reshape(-1, channels).mean(1), rate
 
 
-def _samples(frames: bytes, width: int) -> Float[np.ndarray, " sample"]:
-    """PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, scaled to [-1, 1]."""
-    if width == 1:
+def _samples(frames: bytes, sample_bytes: int) -> Float[np.ndarray, " sample"]:
+    """Convert PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, to [-1, 1]."""
+    if sample_bytes == 1:
         return (np.frombuffer(frames, np.uint8).astype(np.float32) - 128) / 128
-    octets = np.frombuffer(frames, np.uint8).reshape(-1, width)
+    octets = np.frombuffer(frames, np.uint8).reshape(-1, sample_bytes)
     wide = np.zeros((len(octets), 4), np.uint8)
-    wide[:, 4 - width :] = octets
+    wide[:, 4 - sample_bytes :] = octets
     return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
 
 
@@ -103,9 +108,9 @@ def encode_audio(
     context: int,
     decoder_start: int | None = None,
 ) -> dict[str, Tensor]:
-    """`input_features` (item, mel, frame) and, where there are transcripts, `labels` (item, token), -100 where padded.
+    """Return `input_features` (item, mel, frame) and, if there are transcripts, `labels` (item, token), -100 at padding.
 
-    The model itself puts `decoder_start` before the labels, so it is taken off where the tokenizer writes it too.
+    The model adds `decoder_start` before the labels itself, so it is removed if the tokenizer adds it too.
     """
     rate = extractor.sampling_rate
     resampled = [_resampled(samples, found, rate) for samples, found in sounds]
@@ -117,7 +122,7 @@ def encode_audio(
     return sample | {"labels": padded(labels, IGNORED)}
 
 
-def _resampled(samples: Float[np.ndarray, " sample"], rate: int, wanted: int) -> Float[np.ndarray, " sample"]:
+def _resampled(samples: Float[np.ndarray, " sample"], rate: int, wanted: int) -> Float[np.ndarray, " resampled"]:
     if rate == wanted:
         return samples
     from scipy.signal import resample_poly

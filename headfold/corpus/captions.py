@@ -1,4 +1,4 @@
-"""Images with a text each, for models with a tower for either: one column of images, one of text."""
+"""Images with one text each, for models with an image and a text tower: one column of images, one of text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +25,11 @@ def read_captions(
     num_items: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `pixel_values`: the first `num_items` of the source or, given a seed, as many drawn from all of it.
+    """Return `input_ids`, `attention_mask` and `pixel_values` of the first `num_items` of the source or, with a seed, of as many
+    drawn from all of it.
 
     Raises:
-        UserError: a source that is no table, an empty one, a missing column, or an image that does not decode.
+        UserError: a source that is not a table, an empty one, a missing column, or an image that cannot be decoded.
     """
     if not is_table(source):
         raise UserError(f"{source}: expected images with a text each; give {TABLES}")

@@ -1,27 +1,33 @@
 """A dataset of the Hugging Face hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]` or `org/name`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ..core.errors import UserError
 
 SHUFFLE_BUFFER = 2_000
-"""Documents held while drawing at random from a stream; the order of its shards is shuffled besides."""
+"""Documents that are held in memory to draw at random from a stream; its shards are shuffled too."""
 
 
 def documents(spelling: str, seed: int | None = None) -> Iterator[str]:
-    """The documents of `NAME[:CONFIG][:SPLIT][:COLUMN]` (split `train` and column `text` where left out) as they stream in.
+    """Yield the documents of `NAME[:CONFIG][:SPLIT][:COLUMN]` (by default split `train` and column `text`) as they are streamed.
 
     Raises:
         UserError: `datasets` is not installed, the hub cannot be reached, or it has no such dataset, split or column.
     """
     name, config, split, column = (spelling.split(":") + [""] * 3)[:4]
-    stream = _open(name, config or None, split or "train")
+    stream = open_stream(name, config or None, split or "train")
     if seed is not None:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     yield from _column(stream, name, column or "text")
 
 
-def _open(name: str, config: str | None, split: str) -> Iterator[dict]:
+def open_stream(name: str, config: str | None, split: str) -> Any:
+    """Return the streamed rows of a split, as `datasets` opens them.
+
+    Raises:
+        UserError: `datasets` is not installed, the hub cannot be reached, or it has no such dataset or split.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -31,10 +37,10 @@ def _open(name: str, config: str | None, split: str) -> Iterator[dict]:
     try:
         return datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises a dozen types for an absent name, a bad split or no network
-        raise UserError(f"hub:{name}: {_first_line(error)}; write hub:NAME[:CONFIG][:SPLIT][:COLUMN]") from error
+        raise UserError(f"hub:{name}: {first_line(error)}; write hub:NAME[:CONFIG][:SPLIT][:COLUMN]") from error
 
 
-def _column(stream: Iterator[dict], name: str, column: str) -> Iterator[str]:
+def _column(stream: Iterable[dict[str, Any]], name: str, column: str) -> Iterator[str]:
     rows = iter(stream)
     while True:
         try:
@@ -42,7 +48,7 @@ def _column(stream: Iterator[dict], name: str, column: str) -> Iterator[str]:
         except StopIteration:
             return
         except Exception as error:  # the network may go away at any row
-            raise UserError(f"hub:{name}: reading stopped: {_first_line(error)}") from error
+            raise UserError(f"hub:{name}: reading stopped: {first_line(error)}") from error
         if not isinstance(row.get(column), str):
             listed = ", ".join(row)
             raise UserError(
@@ -52,5 +58,6 @@ def _column(stream: Iterator[dict], name: str, column: str) -> Iterator[str]:
             yield row[column]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

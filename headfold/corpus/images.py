@@ -17,14 +17,15 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 COLUMNS = ("image", "img")
 LABELS = ("label", "labels")
 BLOCK = 64
-"""Images that are decoded at once: the processor's output replaces them before the next are read."""
+"""Images that are decoded at once: the processor's output replaces them before the next ones are read."""
 
 
 def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
-    """The rows of a source of images, not yet decoded. The folder an image lies in is its label where all are named so.
+    """Return the rows of a source of images, not decoded yet. If all folders are named like labels, an image's folder is its
+    label.
 
     Raises:
-        UserError: no such source, or one without images.
+        UserError: there is no such source, or no image in it.
     """
     path = Path(source)
     if is_table(source):
@@ -43,10 +44,10 @@ def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
     return Table(source, ("image", "label") if is_labelled else ("image",), len(files), take)
 
 
-def _columns(rows: Table | Stream, asked: Sequence[str]) -> tuple[str, ...]:
-    """The column of images and, if there is one, that of labels."""
-    if asked:
-        return require(rows, asked)
+def _columns(rows: Table | Stream, named: Sequence[str]) -> tuple[str, ...]:
+    """Return the column of images and, if there is one, that of labels."""
+    if named:
+        return require(rows, named)
     found = [next((name for name in names if name in rows.columns), None) for names in (COLUMNS, LABELS)]
     if found[0] is None:
         raise UserError(
@@ -66,12 +67,12 @@ def image_blocks(
     label2id: Mapping[str, int] | None = None,
     num_channels: int = 3,
 ) -> Iterator[dict[str, Tensor]]:
-    """`pixel_values` (image, channel, height, width) in float32 and, where known, `labels` (image,), a block at a time.
+    """Yield `pixel_values` (image, channel, height, width) in float32 and, if known, `labels` (image,), one block at a time.
 
-    The first `num_items` of the source or, given a seed, as many drawn from all of it.
+    The images are the first `num_items` of the source or, with a seed, as many drawn from all of it.
 
     Raises:
-        UserError: an unreadable or empty source, a missing column, an image that does not decode, an unknown label.
+        UserError: an unreadable or empty source, a missing column, an image that cannot be decoded, an unknown label.
     """
     rows = _open(source, label2id or {})
     names, where = _columns(rows, columns), Path(source).parent
@@ -85,7 +86,11 @@ def image_blocks(
 
 
 def in_blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
-    """Rows, `BLOCK` together; refused where there is none."""
+    """Yield the rows in lists of `BLOCK`.
+
+    Raises:
+        UserError: there are no rows.
+    """
     block = list(itertools.islice(drawn, BLOCK))
     if not block:
         raise UserError(f"{source}: expected images, found none; give another source")
@@ -95,18 +100,23 @@ def in_blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
 
 
 def decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
-    """The picture that a row holds: its bytes, a mapping with `bytes` or `path`, or a path (from the source's folder)."""
+    """Return the image that a row contains: its bytes, a mapping with `bytes` or `path`, or a path (relative to the source's
+    folder)."""
     try:
         from PIL import Image
     except ImportError as error:
         raise UserError(f"{where}: reading images needs pillow; pip install 'headfold[images]'") from error
     entry = found if isinstance(found, Mapping) else {"bytes" if isinstance(found, bytes) else "path": found}
     data, path = entry.get("bytes"), entry.get("path")
-    if not isinstance(data, bytes) and not isinstance(path, str):
+    file: io.BytesIO | Path
+    if isinstance(data, bytes):
+        file = io.BytesIO(data)
+    elif isinstance(path, str):
+        file = Path(path) if Path(path).exists() else folder / path
+    else:
         raise UserError(
             f"{where}: expected an encoded image or its path, got {type(found).__name__}; name another column"
         )
-    file = io.BytesIO(data) if isinstance(data, bytes) else folder / path if not Path(path).exists() else Path(path)
     try:
         with Image.open(file) as image:
             return image.convert(mode)
@@ -117,7 +127,7 @@ def decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
 
 
 def processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
-    """Pictures as the model takes them, in float32."""
+    """Return images as the model takes them, in float32."""
     try:
         return processor(images=images, return_tensors="pt")["pixel_values"].float()
     except ValueError as error:
@@ -128,10 +138,10 @@ def processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "i
 
 
 def label_id(label: Any, label2id: Mapping[str, int], where: str) -> int:
-    """A class as the model numbers it, from its number or, by the config's `label2id`, its name.
+    """Return the number of a class, given that number or, by the config's `label2id`, its name.
 
     Raises:
-        UserError: no such class.
+        UserError: there is no such class.
     """
     if isinstance(label, int):
         return label
@@ -139,5 +149,5 @@ def label_id(label: Any, label2id: Mapping[str, int], where: str) -> int:
         return label2id[label]
     known = ", ".join(list(label2id)[:5])
     raise UserError(
-        f"{where}: label {label!r} is no class of the model ({known} …); give numbers or names of its config"
+        f"{where}: expected classes of the model ({known} …), got the label {label!r}; give numbers or names of its config"
     )

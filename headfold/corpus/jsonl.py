@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, its `text` field (or another, `file.jsonl:column`) a document."""
+"""JSON lines: one object per line; its field `text` (or another, `file.jsonl:column`) is a document."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from ..core.errors import UserError
 
 
 def line_starts(path: Path) -> list[int]:
-    """Byte offset of every line that is not blank."""
+    """Return the byte offset of every line that is not blank."""
     starts, at = [], 0
     with path.open("rb") as file:
         for line in file:
@@ -20,7 +20,7 @@ def line_starts(path: Path) -> list[int]:
 
 
 def documents(path: Path, column: str = "text", seed: int | None = None) -> Iterator[str]:
-    """The documents in file order, or in an order drawn from `seed`; only the lines asked for are parsed.
+    """Yield the documents in file order, or in an order drawn from `seed`; only the requested lines are parsed.
 
     Raises:
         UserError: a line that is not a JSON object, or has no text under `column`.

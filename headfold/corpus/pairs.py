@@ -1,4 +1,4 @@
-"""Pairs of text for encoder-decoders: what goes in, and what is to come out."""
+"""Pairs of texts for encoder-decoders: an input and its expected output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,19 @@ from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, valu
 COLUMNS = ("source", "target")
 PAIRS = f"SOURCE.txt,TARGET.txt (line by line, .gz allowed) or {TABLES}"
 IGNORED = -100
-"""The label that transformers' losses pass over."""
+"""The label that the losses of transformers ignore."""
 
 
 def read_pairs(
     source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> list[tuple[str, str]]:
-    """Pairs of (input, expected output), the first `num_items` of the source or, given a seed, as many drawn from all of it.
+    """Return pairs of (input, expected output): the first `num_items` of the source or, with a seed, as many drawn from all of
+    it.
 
-    `columns` names the two columns (default `source`, `target`). Rows where one side is blank are passed over.
+    `columns` names the two columns (default `source`, `target`). Rows with a blank side are skipped.
 
     Raises:
-        UserError: an unreadable or empty source, a missing column, or one that holds no text.
+        UserError: an unreadable or empty source, a missing column, or one that contains no text.
     """
     names = tuple(columns) or COLUMNS
     if len(names) != 2:
@@ -53,10 +54,10 @@ def _open(source: str, columns: Sequence[str]) -> Table | Stream:
 
 
 def text_of(row: Row, column: str, where: str) -> str:
-    """The text under a column, empty where it is null.
+    """Return the text under a column, empty if it is null.
 
     Raises:
-        UserError: it is something else than text.
+        UserError: it is not text.
     """
     found = value(row, column)
     if found is not None and not isinstance(found, str):
@@ -69,9 +70,9 @@ def text_of(row: Row, column: str, where: str) -> str:
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int
 ) -> dict[str, Int[Tensor, "pair token"]]:
-    """`input_ids`, `attention_mask` and `labels` (-100 where padded) of pairs, each side cut at `context` tokens.
+    """Return `input_ids`, `attention_mask` and `labels` (-100 at padding) of pairs, each side truncated to `context` tokens.
 
-    Targets go through the tokenizer's target side, where it has one, with its own special tokens.
+    Outputs are tokenized as targets, with the target's own special tokens, if the tokenizer distinguishes them.
     """
     options = {"truncation": True, "max_length": context, "verbose": False}
     inputs = tokenizer([pair[0] for pair in pairs], **options)["input_ids"]
@@ -85,7 +86,7 @@ def encode_pairs(
 
 
 def padded(sequences: Sequence[Sequence[int]], padding: int) -> Int[Tensor, "item token"]:
-    """Sequences of token ids as rows of one length, filled up at their ends."""
+    """Return sequences of token ids as rows of one length, padded at their ends."""
     rows = torch.full((len(sequences), max(map(len, sequences))), padding, dtype=torch.long)
     for row, ids in zip(rows, sequences, strict=True):
         row[: len(ids)] = torch.tensor(ids, dtype=torch.long)

@@ -1,16 +1,17 @@
-"""Parquet: every row's `text` column (or another, `file.parquet:column`) a document."""
+"""Parquet: the column `text` (or another, `file.parquet:column`) of every row is a document."""
 
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import UserError
 
 
 def documents(path: Path, column: str = "text", seed: int | None = None) -> Iterator[str]:
-    """The documents row by row, or with row groups and the rows inside each in an order drawn from `seed`.
+    """Yield the documents row by row, or with row groups and the rows in each in an order drawn from `seed`.
 
-    One row group's column is in memory at a time. Empty rows are passed over.
+    The column of one row group is in memory at a time. Empty rows are skipped.
 
     Raises:
         UserError: not a parquet file, no such column, or a column that is not text.
@@ -36,8 +37,8 @@ def documents(path: Path, column: str = "text", seed: int | None = None) -> Iter
             yield from filter(None, texts)
 
 
-def _check_column(path: Path, schema: object, column: str) -> None:
-    """Refuse a column that is absent or holds something else than strings; `schema` is pyarrow's."""
+def _check_column(path: Path, schema: Any, column: str) -> None:
+    """Check that the column exists and contains strings; `schema` is pyarrow's."""
     names = schema.names
     if column not in names:
         listed = ", ".join(names)

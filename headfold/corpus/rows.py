@@ -1,4 +1,4 @@
-"""Sources with columns, read row by row: in their own order, or drawn by seed from the whole source."""
+"""Sources with columns, read row by row: in their own order, or drawn by a seed from the whole source."""
 
 import itertools
 import json
@@ -15,15 +15,15 @@ from .jsonl import line_starts
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
 TABLES = "FILE.jsonl, FILE.parquet, a folder of either, a folder that datasets saved, or hub:NAME[:CONFIG][:SPLIT]"
-"""What a user may write where rows with columns are wanted."""
+"""What a user may name as a source with columns."""
 
 SLICE = 256
-"""Rows of a parquet row group that are turned into Python objects at once."""
+"""Rows of a parquet row group that are converted to Python objects at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows that are numbered. `take` reads the named columns of rows given in ascending order, one after the other."""
+    """Numbered rows. `take` reads the named columns of rows, given in ascending order."""
 
     name: str
     columns: tuple[str, ...]
@@ -33,9 +33,9 @@ class Table:
     def draw(
         self, columns: Sequence[str], num_items: int | None, seed: int | None, usable: Callable[[Row], bool]
     ) -> Iterator[Row]:
-        """The first `num_items` usable rows in their own order or, given a seed, in one drawn over the whole table.
+        """Yield the first `num_items` usable rows in their own order or, with a seed, in an order drawn over the whole table.
 
-        A drawn sample is held in memory; more items of the same seed begin with fewer.
+        A drawn sample is held in memory. A larger sample with the same seed begins with the smaller one.
         """
         if seed is None:
             yield from itertools.islice(filter(usable, self.take(range(self.count), columns)), num_items)
@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Rows of a hub dataset, which cannot be reached by number; `begin` starts from the front, `begin(seed)` shuffled."""
+    """Rows of a hub dataset, which cannot be accessed by number; `begin()` starts at the front, `begin(seed)` in shuffled order."""
 
     name: str
     columns: tuple[str, ...]
@@ -63,13 +63,13 @@ class Stream:
     def draw(
         self, columns: Sequence[str], num_items: int | None, seed: int | None, usable: Callable[[Row], bool]
     ) -> Iterator[Row]:
-        """As `Table.draw`, but a seed shuffles the shards and, `hub.SHUFFLE_BUFFER` at a time, the rows."""
+        """Yield rows as `Table.draw` does, but a seed shuffles the shards and, `hub.SHUFFLE_BUFFER` at a time, the rows."""
         del columns
         yield from itertools.islice(filter(usable, self.begin(seed)), num_items)
 
 
 def value(row: Row, column: str) -> Any:
-    """What lies under a column, or under a path of nested ones (`translation.en`)."""
+    """Return the value under a column, or under a path of nested ones (`translation.en`); None if there is none."""
     if column in row:
         return row[column]
     head, _, rest = column.partition(".")
@@ -78,10 +78,10 @@ def value(row: Row, column: str) -> Any:
 
 
 def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns, if the rows have every one of them.
+    """Return the columns, after checking that the rows have all of them.
 
     Raises:
-        UserError: one is missing; those that are there are named.
+        UserError: one is missing; the existing ones are listed.
     """
     for column in columns:
         if column not in rows.columns and column.partition(".")[0] not in rows.columns:
@@ -91,16 +91,16 @@ def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_table(source: str) -> bool:
-    """Whether `open_rows` reads it: by its name, or because a folder holds tables."""
+    """Return whether `open_rows` reads the source: by its name, or because a folder contains tables."""
     path = Path(source)
     return source.startswith("hub:") or path.suffix in SUFFIXES or bool(path.is_dir() and _shards(path))
 
 
 def open_rows(source: str) -> Table | Stream:
-    """The rows of a source; of their contents no more is read than their number takes.
+    """Return the rows of a source; only what is needed to count them is read.
 
     Raises:
-        UserError: nothing there, nothing in it, or no table.
+        UserError: there is nothing there, it is empty, or it is not a table.
     """
     if source.startswith("hub:"):
         return _streamed(source)
@@ -186,7 +186,7 @@ def _parquet(path: Path) -> Table:
 
 
 def _by_part(numbers: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Ascending numbers by the part they fall into, given where each part ends: (part, numbers within it)."""
+    """Yield ascending numbers by the part they fall into, given where each part ends: (part, numbers within it)."""
     at = 0
     for part, end in enumerate(ends):
         begin, here = ends[part - 1] if part else 0, []
@@ -198,7 +198,7 @@ def _by_part(numbers: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int,
 
 
 def concatenated(name: str, tables: Sequence[Table]) -> Table:
-    """Several tables of the same columns as one."""
+    """Return several tables with the same columns as one."""
     ends = list(itertools.accumulate(table.count for table in tables))
 
     def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
@@ -210,7 +210,7 @@ def concatenated(name: str, tables: Sequence[Table]) -> Table:
 
 
 def _saved(path: Path) -> Table:
-    """What `datasets` wrote by `save_to_disk`. Images and sounds stay as they are encoded."""
+    """Return the table that `datasets` wrote by `save_to_disk`. Images and audio stay encoded."""
     try:
         import datasets
     except ImportError as error:
@@ -230,7 +230,7 @@ def _saved(path: Path) -> Table:
 
 
 def _encoded(data: Any) -> Any:
-    """A dataset of `datasets` that hands images and sounds out as bytes and path, undecoded."""
+    """Return a dataset of `datasets` that returns images and audio as bytes and path, not decoded."""
     import datasets
 
     for name, feature in (data.features or {}).items():
@@ -241,7 +241,7 @@ def _encoded(data: Any) -> Any:
 
 def _streamed(source: str) -> Stream:
     name, config, split = (source.removeprefix("hub:").split(":") + [""] * 2)[:3]
-    stream = _encoded(hub._open(name, config or None, split or "train"))
+    stream = _encoded(hub.open_stream(name, config or None, split or "train"))
 
     def begin(seed: int | None) -> Iterator[Row]:
         chosen = stream if seed is None else stream.shuffle(seed=seed, buffer_size=hub.SHUFFLE_BUFFER)
@@ -252,7 +252,7 @@ def _streamed(source: str) -> Stream:
             except StopIteration:
                 return
             except Exception as error:  # the network may go away at any row
-                raise UserError(f"{source}: reading stopped: {hub._first_line(error)}; try again") from error
+                raise UserError(f"{source}: reading stopped: {hub.first_line(error)}; try again") from error
             yield row
 
     first = next(begin(None), None)

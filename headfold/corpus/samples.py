@@ -1,4 +1,4 @@
-"""What calibration and evaluation run on: batches of a model's own inputs, whatever they are made of."""
+"""Inputs of a model for calibration and evaluation, for every kind of model, in batches."""
 
 import json
 import re
@@ -28,9 +28,10 @@ _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """What a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images with text) or "audio".
+    """Return the kind of data that a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images
+    with text) or "audio".
 
-    The head that `architectures` names decides; a bare model is judged by its `model_type`. Text is the rest.
+    It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text.
     """
     head = next(iter(config.get("architectures") or []), "")
     family = str(config.get("model_type", ""))
@@ -61,24 +62,23 @@ def draw_sample(
     seed: int | None,
     columns: Sequence[str] = (),
 ) -> Sample:
-    """`num_items` items of a source, drawn from the whole of it by `seed`, as inputs of the model in directory `path`.
+    """Return `num_items` items of a source, drawn from all of it by `seed`, as inputs of the model in directory `path`.
 
-    text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 where padded).
+    text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 at padding).
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
-    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there
-    are transcripts. Texts are cut at `context` tokens. A source with fewer items gives all; without `num_items` it always does.
-    Without a seed (not for text) the first are taken, in the source's order. Images of a large source are better read by
-    `image_sample_blocks`.
+    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there are transcripts.
+    Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
+    (not for text), the first items are taken in the source's order. For large sources of images use `image_sample_blocks`.
 
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
     """
-    asked = (source, columns, num_items, seed)
+    request = (source, columns, num_items, seed)
     if kind == "images":
         blocks = list(image_sample_blocks(source, path=path, num_items=num_items, seed=seed, columns=columns))
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     if kind == "audio":
-        sounds, texts = read_audio(*asked)
+        sounds, texts = read_audio(*request)
         tokenizer = open_tokenizer(path) if texts is not None else None
         start = _config(path).get("decoder_start_token_id")
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
@@ -86,14 +86,16 @@ def draw_sample(
     if kind == "captions":
         return read_captions(source, open_processor("images", path), tokenizer, context, columns, num_items, seed)
     if kind == "pairs":
-        return encode_pairs(read_pairs(*asked), tokenizer, context)
+        return encode_pairs(read_pairs(*request), tokenizer, context)
     if kind == "sentences":
-        sentences, labels = read_sentences(*asked)
+        sentences, labels = read_sentences(*request)
         sample = encode_sentences(sentences, tokenizer, context)
         return sample if labels is None else sample | {"labels": _label_ids(labels, path, source)}
     assert kind == "text" and num_items is not None and seed is not None, kind
     if source == "self":
-        raise UserError("self: no text to draw from; the model itself writes it (corpus.windows.draw_windows)")
+        raise UserError(
+            "self: expected a source of text, but its text is sampled from the model (corpus.windows.draw_windows)"
+        )
     num_tokens = num_items * context
     return {
         "input_ids": draw_windows(
@@ -105,7 +107,7 @@ def draw_sample(
 def image_sample_blocks(
     source: str, *, path: Path, num_items: int | None, seed: int | None, columns: Sequence[str] = ()
 ) -> Iterator[Sample]:
-    """What `draw_sample` gives of images, a block at a time: never more than that is held.
+    """Yield the images of `draw_sample` one block at a time, so that no more than that is in memory.
 
     Raises:
         UserError: as `draw_sample`.
@@ -132,9 +134,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
-    """Consecutive items, `items_per_batch` together; columns that pad every item of a batch are cut off.
+    """Yield `items_per_batch` consecutive items at a time, without the columns that are padding in all items of a batch.
 
-    What is cut is copied: stock losses flatten labels by `view`, which refuses a slice.
+    Truncated tensors are copied: stock losses flatten labels by `view`, which fails on a slice.
     """
     num_items = len(next(iter(sample.values())))
     for at in range(0, num_items, items_per_batch):
@@ -151,5 +153,5 @@ def _trimmed(batch: Sample) -> Sample:
 
 
 def _extent(is_real: Tensor) -> int:
-    """Columns up to the last that is real in some row; at least one, since no model takes none."""
+    """Return the number of columns up to the last one that is not padding in some row; at least one, since no model takes none."""
     return max(1, int(is_real.any(0).nonzero().max().item()) + 1) if is_real.any() else 1

@@ -1,15 +1,16 @@
-"""Text that the model writes itself: calibration without any data."""
+"""Text sampled from the model itself: calibration without any data."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
 def sample_windows(
-    model: nn.Module,
+    model: Any,
     num_windows: int,
     context: int,
     *,
@@ -20,12 +21,12 @@ def sample_windows(
     eos: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "window context"]:
-    """Windows sampled from a causal language model that is on the device and in the dtype it is to run in.
+    """Return windows sampled from a causal language model, which is on the device and in the dtype it is to run in.
 
-    Each starts from `bos` or, without one, from a token drawn uniformly. Pure sampling: no top-k or top-p, whatever the
-    checkpoint's generation config says. An end of text does not stop a window: after `eos` comes `bos`, then the next text.
-    Same seed, batch size and device give the same windows; the global random state is not touched.
-    `progress` hears the tokens of each step.
+    Each window starts with `bos` or, without one, with a token drawn uniformly. Sampling is pure: no top-k or top-p, whatever the
+    checkpoint's generation config says. An end of text does not end a window: `eos` is followed by `bos` and the next text. The
+    same seed, batch size and device give the same windows; the global random state is not changed. `progress` is called with the
+    number of tokens of each step.
     """
     device = next(iter(model.parameters())).device
     # A streamed model's weights are "meta" between its passes and its inputs are moved for it, so the CPU draws.
@@ -36,7 +37,7 @@ def sample_windows(
 
 
 def _sample(
-    model: nn.Module,
+    model: Any,
     num_windows: int,
     context: int,
     generator: torch.Generator,
@@ -45,7 +46,7 @@ def _sample(
     eos: int | None,
     progress: Callable[[int], None],
 ) -> Int[Tensor, "window context"]:
-    """One batch, token by token over the model's own K/V cache."""
+    """Sample one batch token by token, with the model's own K/V cache."""
     device, vocabulary = generator.device, model.config.get_text_config().vocab_size
     token = torch.randint(vocabulary, (num_windows, 1), generator=generator, device=device)
     if bos is not None:
@@ -56,7 +57,9 @@ def _sample(
         cache = output.past_key_values
         chances = (output.logits[:, -1].to(device).float() / temperature).softmax(-1)
         drawn = torch.multinomial(chances, 1, generator=generator)
-        token = torch.where(token == eos, bos, drawn) if None not in (bos, eos) and bos != eos else drawn
+        if bos is not None and eos is not None and bos != eos:
+            drawn = torch.where(token == eos, bos, drawn)
+        token = drawn
         tokens.append(token)
         progress(num_windows)
     return torch.cat(tokens, 1).cpu()

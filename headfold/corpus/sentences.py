@@ -1,4 +1,4 @@
-"""Sentences for encoders: one item a line of text, a row of a column, or a document."""
+"""Sentences for encoders: one per line of text, per row of a column, or per document."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,19 @@ from .text import text_files
 def read_sentences(
     source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> tuple[list[str], list[Any] | None]:
-    """Sentences, and their labels where a second column is named: the first of the source, or drawn by seed from all of it.
+    """Return sentences, and their labels if a second column is named: the first ones of the source, or drawn by seed from all of
+    it.
 
-    A text file, plain or `.gz`, gives its lines, a folder those of all its text files; tables give column `text`, or
-    `columns[0]`, or what `FILE.jsonl:COLUMN` says; `stdlib` gives its files. Blank ones are passed over.
+    A text file, plain or `.gz`, gives its lines, a folder those of all its text files; tables give column `text`, `columns[0]`,
+    or the one in `FILE.jsonl:COLUMN`; `stdlib` gives its files. Blank ones are skipped.
 
     Raises:
         UserError: an unreadable or empty source, or a missing column.
     """
     if source == "self":
-        raise UserError("self: an encoder writes no text of its own; give a text file, one sentence a line")
+        raise UserError(
+            "self: expected sentences, but an encoder cannot generate text; give a text file with one sentence per line"
+        )
     if source == "stdlib":
         texts = filter(str.strip, open_corpus(source, seed=seed).documents)
         return list(itertools.islice(texts, num_items)), None
@@ -49,29 +52,30 @@ def _open(source: str, columns: Sequence[str]) -> tuple[Table | Stream, tuple[st
     if len(names) > 1:
         raise UserError(f"{source}: plain text has no columns {', '.join(names)}; give FILE.jsonl or FILE.parquet")
     if path.exists():
-        return _folded_lines(path), names
+        return _lines_of_all(path), names
     return _hub(source), names
 
 
-def _folded_lines(path: Path) -> Table:
+def _lines_of_all(path: Path) -> Table:
+    """Return the lines of a text file, or of all text files of a folder, as one table."""
     files = text_files(path)
     return concatenated(str(path), [parallel_lines([file], ["text"]) for file in files])
 
 
 def _hub(source: str) -> Stream:
-    """`org/name` is a hub dataset; `open_corpus` refuses what is nothing."""
+    """Return the hub dataset `org/name`; anything else is an error."""
     stream = open_rows(open_corpus(source).name)
     assert isinstance(stream, Stream)
     return stream
 
 
 def encode_sentences(texts: Sequence[str], tokenizer: Any, context: int) -> dict[str, Int[Tensor, "sentence token"]]:
-    """`input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, cut at `context` tokens."""
+    """Return `input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, truncated to `context` tokens."""
     encoded = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)
     padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
     return {name: padded(encoded[name], fill) for name, fill in padding.items() if name in encoded}
 
 
 def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Consecutive texts, `size` together."""
+    """Yield `size` consecutive texts at a time."""
     return (texts[at : at + size] for at in range(0, len(texts), size))

@@ -1,4 +1,4 @@
-"""This machine's own Python standard library: real text that every Python user already has."""
+"""The Python standard library of this machine: text that every Python user already has."""
 
 import random
 import sysconfig
@@ -8,12 +8,13 @@ from pathlib import Path
 
 
 def heldout_files() -> frozenset[str]:
-    """Paths, relative to the standard library, that no default calibration may read: the bundled model is measured on them."""
+    """Return the paths, relative to the standard library, that no default calibration may read: the bundled model is evaluated on
+    them."""
     return frozenset(resources.files("headfold").joinpath("bundled", "heldout-files.txt").read_text().split())
 
 
 def stdlib_files() -> list[Path]:
-    """Every `.py` file of the standard library with its tests, held-out files and third-party packages left out, sorted."""
+    """Return every `.py` file of the standard library and its tests, sorted, without held-out files and third-party packages."""
     root, held_out = Path(sysconfig.get_paths()["stdlib"]), heldout_files()
     # Third-party packages may be many times as large as the library: not even walked.
     folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name != "site-packages"]
@@ -22,8 +23,8 @@ def stdlib_files() -> list[Path]:
 
 
 def documents(seed: int | None = None) -> Iterator[str]:
-    """The text of each file, in path order or in an order drawn from `seed`; files that are not UTF-8 (a few tests of the
-    decoder) are passed over."""
+    """Yield the text of each file, in path order or in an order drawn from `seed`; files that are not UTF-8 (a few tests of the
+    decoder) are skipped."""
     paths = stdlib_files()
     if seed is not None:
         random.Random(seed).shuffle(paths)

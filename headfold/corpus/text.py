@@ -8,17 +8,17 @@ from pathlib import Path
 from ..core.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
-"""What counts as a text file inside a folder. A file named outright may have any suffix."""
+"""Suffixes of text files inside a folder. A file that is named itself may have any suffix."""
 
 PIECE = 500_000
-"""Characters: the size at which a long file is cut when documents are drawn at random, so that the draw reaches all of it."""
+"""Characters per piece of a long file when documents are drawn at random, so that the draw covers all of it."""
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file itself, or every text file under a folder, sorted by path.
+    """Return the file itself, or every text file under a folder, sorted by path.
 
     Raises:
-        UserError: a folder without one.
+        UserError: the folder contains none.
     """
     if path.is_file():
         return [path]
@@ -29,9 +29,10 @@ def text_files(path: Path) -> list[Path]:
 
 
 def pieces(text: str, size: int = PIECE) -> list[str]:
-    """The text cut into parts of about `size` characters, at a blank line or form feed where there is one; nothing is lost.
+    """Return the text split into parts of about `size` characters, at blank lines or form feeds where there are any; nothing is
+    lost.
 
-    Only parts longer than `size` are cut again, and then at `size` characters exactly, so a file without blank lines still ends.
+    Only parts longer than `size` are split again, at exactly `size` characters, so that this also works without blank lines.
     """
     parts, current = [], ""
     for block in re.split(r"(?<=\n\n)|(?<=\f)", text):
@@ -44,7 +45,7 @@ def pieces(text: str, size: int = PIECE) -> list[str]:
 
 
 def documents(path: Path, seed: int | None = None) -> Iterator[str]:
-    """Whole files in path order; or, given a seed, the files in random order with long ones cut and their pieces shuffled.
+    """Yield whole files in path order; with a seed, files in random order, with long ones split and their pieces shuffled.
 
     Raises:
         UserError: a file that is not UTF-8, or a folder without text files.

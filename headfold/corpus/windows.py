@@ -1,4 +1,4 @@
-"""Documents → token windows: tokenised as the model's tokenizer does it, packed without padding, drawn by seed."""
+"""Windows of tokens from documents: tokenized as the model's tokenizer does it, packed without padding, drawn by a seed."""
 
 import hashlib
 import random
@@ -14,15 +14,16 @@ from . import open_corpus
 from .self import sample_windows
 
 POOL = 32
-"""How many times the wanted text is read before windows are drawn. Reading is cheap beside tokenising, and second moments from
-64 windows are as near to the corpus's as from a uniform draw only if the windows come from about as many documents."""
+"""Times the requested amount of text that is read before windows are drawn. Reading is cheap compared with tokenizing, and second
+moments from 64 windows are as near to the corpus's as those of a uniform draw only if the windows come from about as many
+documents."""
 
 CHARACTERS = 6
-"""More characters than a token takes in nearly any text, so an excerpt of that many per token fills its window."""
+"""More characters than a token has in nearly any text, so that an excerpt of so many per token fills its window."""
 
 
 def token_stream(documents: Iterable[str], tokenizer: Any, max_tokens: int | None = None) -> Int[Tensor, " token"]:
-    """All documents as one stream of token ids, each with the tokenizer's own special tokens; stops after `max_tokens`."""
+    """Return all documents as one stream of token ids, each with the tokenizer's special tokens; stop after `max_tokens`."""
     ids: list[int] = []
     for document in documents:
         ids.extend(tokenizer(document, verbose=False)["input_ids"])
@@ -34,13 +35,14 @@ def token_stream(documents: Iterable[str], tokenizer: Any, max_tokens: int | Non
 def token_windows(
     documents: Iterator[str], tokenizer: Any, num_tokens: int, context: int, seed: int, what: str = "calibration text"
 ) -> Int[Tensor, "window context"]:
-    """About `num_tokens` tokens as full windows of `context`, each from another excerpt of the first `POOL` times as much text.
+    """Return about `num_tokens` tokens as full windows of `context`, each from another excerpt of the first `POOL` times as much
+    text.
 
-    A text too short for that is packed whole and gives fewer windows; the remainder that fills none is dropped. Documents are
-    read only as far as needed, so hand them in already shuffled (`open_corpus(source, seed=seed)`).
+    A text that is too short for that is packed completely and gives fewer windows; a remainder shorter than a window is dropped.
+    Documents are read only as far as needed, so pass them already shuffled (`open_corpus(source, seed=seed)`).
 
     Raises:
-        UserError: not one full window.
+        UserError: the text is shorter than one window.
     """
     num_windows = max(1, num_tokens // context)
     pool = _read(documents, POOL * num_windows * context * CHARACTERS)
@@ -56,7 +58,7 @@ def token_windows(
 
 
 def _read(documents: Iterator[str], num_characters: int) -> list[str]:
-    """Documents until they hold `num_characters`, the last one whole."""
+    """Read documents until they contain `num_characters`, the last one completely."""
     pool, total = [], 0
     for document in documents:
         pool.append(document)
@@ -67,9 +69,9 @@ def _read(documents: Iterator[str], num_characters: int) -> list[str]:
 
 
 def _excerpted(pool: list[str], tokenizer: Any, num_windows: int, context: int, rng: random.Random) -> list[list[int]]:
-    """Up to `num_windows` windows from shuffled excerpts: one from each long enough, the others packed together.
+    """Return up to `num_windows` windows from shuffled excerpts: one from each that is long enough, the others packed together.
 
-    Special tokens are added at the beginning of a document only: a `<s>` where text goes on would shift the statistics.
+    Special tokens are added only at the beginning of a document: a `<s>` in the middle of a text would change the statistics.
     """
     size = context * CHARACTERS
     excerpts = [(text[at : at + size], at == 0) for text in pool for at in range(0, len(text), size)]
@@ -99,7 +101,7 @@ def draw_windows(
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "window context"]:
-    """Calibration windows from any source, `self` included (only that one needs `model`).
+    """Return calibration windows from any source, including `self` (which alone needs `model`).
 
     Raises:
         UserError: an unknown or unreadable source, or less text than one window.
@@ -117,7 +119,7 @@ def draw_windows(
 
 
 def fingerprint(sample: Mapping[str, Tensor]) -> str:
-    """sha256, as hex, of the very data used, its names and shapes: what a plan records of its calibration."""
+    """Return the SHA-256, in hexadecimal, of the data, its names and shapes: the plan's record of the calibration data."""
     digest = hashlib.sha256()
     for name, tensor in sorted(sample.items()):
         tensor = tensor if tensor.is_floating_point() else tensor.to(torch.int64)

@@ -1,4 +1,8 @@
-"""Floor 7: a family that proves itself. Find an unknown architecture's attention, try what it leaves free, test the laws."""
+"""Floor 7: detect how an unknown architecture's attention works, and prove the family literal that follows.
+
+The projections are found on a toy model, every transformation that may leave its logits unchanged is tried on it, and the
+resulting literal must pass all laws of a family.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,41 +12,44 @@ from typing import Any
 
 from ..core.errors import UserError, suggest
 from ..families.spec import Family
-from .establish import established
+from .establish import establish_family
 from .literal import source_of
-from .toy import Subject, Unproven
+from .toy import Architecture, Unproven
 
-__all__ = ["Probed", "Unproven", "probe", "prove", "source_of"]
+__all__ = ["Detection", "Unproven", "detect", "prove", "source_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
-    """What was seen of one architecture."""
+class Detection:
+    """What was found out about one architecture."""
 
     model_type: str
     architecture: str
+    """The name of its transformers class."""
     family: Family | None
-    """The literal, where every law holds."""
+    """The literal; None unless every law holds."""
     reason: str
-    """Why there is none; empty where there is."""
-    seen: tuple[str, ...]
+    """Why there is none; empty if there is one."""
+    findings: tuple[str, ...]
+    """One line for each fact, in the order in which they were found."""
     laws: Mapping[str, float] = field(default_factory=dict)
-    """Law → how far the logits moved, relative to the largest."""
+    """Law → the change of the logits, relative to the largest."""
 
     def to_json(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in ("model_type", "architecture", "reason", "seen", "laws")}
+        """Return the facts, whether the literal is proven, and its source."""
+        facts = {name: getattr(self, name) for name in ("model_type", "architecture", "reason", "findings", "laws")}
         return {**facts, "proven": self.family is not None, "literal": self.source}
 
     @property
     def source(self) -> str:
-        """The literal as a file of `headfold/families/`; empty where there is none."""
+        """The literal as a file of `headfold/families/`; empty if there is none."""
         if self.family is None:
             return ""
-        return source_of(self.family, f"What headfold probe found of {self.model_type}: {self.seen[-2]}.")
+        return source_of(self.family, f"What headfold probe found for {self.model_type}: {self.findings[-2]}.")
 
     @property
     def position(self) -> str:
-        """In a few words, what of K is free."""
+        """What of K is free, in a few words."""
         if self.family is None:
             return ""
         (attention,), rope = self.family.attentions, self.family.position
@@ -55,51 +62,52 @@ class Probed:
         return ", ".join(parts)
 
 
-def probe(model: str | Path) -> Probed:
-    """Experiment on a toy model of a checkpoint's config, or of what a `model_type` assumes. No literal is looked at.
+def detect(model: str | Path) -> Detection:
+    """Detect the family of a checkpoint, by its config, or of a `model_type` with its default config, from experiments on a toy
+    model. No existing literal is used.
 
     Raises:
         UserError: neither a directory with a config.json nor a `model_type` of transformers.
     """
-    subject = subject_of(model)
-    first = _tried(subject)
-    if first.family is not None or first.seen:
+    architecture = architecture_of(model)
+    first = _detect_once(architecture)
+    if first.family is not None or first.findings:
         return first
-    # Nothing was even found: some classes tie the size of a head to the width.
-    sizes = subject.geometry
-    second = _tried(subject.with_geometry(head_dim=sizes.width // sizes.num_heads))
-    return second if second.seen else first
+    # No attention was found: some classes derive head_dim from the hidden size.
+    sizes = architecture.geometry
+    second = _detect_once(architecture.with_geometry(head_dim=sizes.hidden_size // sizes.num_heads))
+    return second if second.findings else first
 
 
-def _tried(subject: Subject) -> Probed:
-    seen: list[str] = []
+def _detect_once(architecture: Architecture) -> Detection:
+    findings: list[str] = []
     try:
-        family, laws = established(subject, seen)
+        family, laws = establish_family(architecture, findings)
     except UserError as refusal:
-        return Probed(subject.model_type, subject.architecture, None, str(refusal), tuple(seen))
-    except Exception as error:  # anything can happen in a model that nobody has seen, and it is no proof
-        reason = f"an experiment on it broke off: {type(error).__name__}: {' '.join(str(error).split())}"
-        return Probed(subject.model_type, subject.architecture, None, reason, tuple(seen))
-    return Probed(subject.model_type, subject.architecture, family, "", tuple(seen), laws)
+        return Detection(architecture.model_type, architecture.model_class, None, str(refusal), tuple(findings))
+    except Exception as error:  # an unknown model may fail in any way, and then nothing is proven
+        reason = f"an experiment on it failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return Detection(architecture.model_type, architecture.model_class, None, reason, tuple(findings))
+    return Detection(architecture.model_type, architecture.model_class, family, "", tuple(findings), laws)
 
 
 def prove(directory: str | Path) -> Family:
-    """The literal of a checkpoint whose `model_type` no family claims, if every law holds for it.
+    """Return the literal of a checkpoint whose `model_type` no family lists, if every law holds for it.
 
     Raises:
-        UserError: one line, why it does not.
+        UserError: says in one line why not.
     """
-    found = probe(directory)
+    found = detect(directory)
     if found.family is None:
         raise UserError(f"{directory}/config.json: model_type {found.model_type!r} cannot be folded: {found.reason}")
     return found.family
 
 
-def subject_of(model: str | Path) -> Subject:
-    """What to experiment on.
+def architecture_of(model: str | Path) -> Architecture:
+    """Return the architecture to experiment on.
 
     Raises:
-        UserError: as `probe`.
+        UserError: as `detect`.
     """
     from transformers import CONFIG_MAPPING
 
@@ -114,13 +122,14 @@ def subject_of(model: str | Path) -> Subject:
         assumed = CONFIG_MAPPING[model_type]().to_dict()
     except Exception as error:
         raise UserError(f"{model}: transformers builds no default config of {model_type!r}: {error}") from error
-    return Subject(model_type, {**assumed, **config}, _architecture(model_type, config))
+    return Architecture(model_type, {**assumed, **config}, _model_class(model_type, config))
 
 
-def _architecture(model_type: str, config: Mapping[str, Any]) -> str:
-    """The causal language model of the type, else the masked one: names on disk are those of a model with its head.
+def _model_class(model_type: str, config: Mapping[str, Any]) -> str:
+    """Return the name of the class for causal language models of the type, else for masked ones: names on disk are those of a
+    model with its head.
 
-    An encoder-decoder is what its config names.
+    For an encoder-decoder it is the class that its config names.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Where an unknown architecture has its attention: the projections by shape and name, and the config fields that size them."""
+"""Find the attention of an unknown architecture: its projections by shape and name, and the config fields that size them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .shrink import Config
-from .toy import Subject, Unproven
+from .toy import Architecture, Unproven
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,19 +22,19 @@ _NAMED = {
     "q_norm": r"(q|query)_?(layer_?)?norm|norm_q|q_ln",
     "k_norm": r"(k|key)_?(layer_?)?norm|norm_k|k_ln",
 }
-"""Role → what its submodule is usually called."""
+"""Role → usual names of its submodule."""
 _FIELDS = {
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
     "head_dim": ("head_dim", "kv_channels", "attention_head_size", "attention_head_dim", "d_kv"),
-    "width": ("hidden_size", "n_embd", "d_model", "dim"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One kind of attention, once per layer, by paths in the model."""
+class FoundAttention:
+    """One kind of attention, which every layer has, by paths in the model."""
 
     at: str
     """With `{layer}`."""
@@ -42,43 +42,45 @@ class Found:
     """Role (q, k, v, o or qkv; q_norm, k_norm, sinks) → submodule of `at`."""
     num_layers: int
     stock_gqa: bool
-    """Whether K and V shrink with a count of the config."""
+    """Whether K and V shrink with a count in the config."""
     transposed: bool
     core: str = ""
-    """Submodule of `at` that attends, where the projections lie around it."""
+    """Submodule of `at` that computes the attention, if the projections are outside of it."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Role of a number (heads, kv_heads, head_dim, width, layers) → field of config.json."""
+    """Role of a number (heads, kv_heads, head_dim, hidden_size, layers) → field of config.json."""
     others: tuple[str, ...] = ()
-    """Parameters of the attention that are none of these."""
+    """All other parameters of the attention."""
 
     def path(self, role: str, layer: int) -> str:
         return f"{self.at.format(layer=layer)}.{self.names[role]}"
 
 
-def find(subject: Subject) -> Found:
-    """The attention of a causal language model or encoder, found on shapes alone.
+def find(architecture: Architecture) -> FoundAttention:
+    """Return the attention of a causal language model or encoder, found by shapes alone.
 
     Raises:
-        Unproven: none, several kinds, or one that no literal describes.
+        Unproven: none, several kinds, or one that no literal can describe.
     """
-    model = subject.build(device="meta")
-    shrunk = _shrinking(subject, model)
+    model = architecture.build(device="meta")
+    shrunk = _shrinking(architecture, model)
     linears = {path: module for path, module in model.named_modules() if _is_linear(module)}
     keyed = _parents(linears, shrunk)
     patterns = _patterns(keyed)
-    config = subject.toy_config().to_dict()
+    config = architecture.toy_config().to_dict()
     depth = next((config[name] for name in _FIELDS["layers"] if isinstance(config.get(name), int)), 0)
     if not patterns:
         counted = next((name for name in _FIELDS["kv_heads"] if config.get(name)), "a count of K/V heads")
         latent = ", but from a latent of kv_lora_rank numbers" if config.get("kv_lora_rank") else ""
         raise Unproven(
-            f"no projection has fewer rows where {counted} is less: K and V are not made head by head{latent}"
+            f"no projection has fewer rows if {counted} is smaller: K and V are not made head by head{latent}"
         )
-    at, layers = _only(patterns, depth)
+    at, layers = _only_pattern(patterns, depth)
     at, core = _with_output(at, layers[0], linears)
-    names = _roles(at.format(layer=layers[0]), linears, shrunk, subject)
+    names = _roles(at.format(layer=layers[0]), linears, shrunk, architecture)
     return _described(
-        model, Found(at, names, len(layers), bool(shrunk), _is_turned(linears, at, layers[0], names), core), config
+        model,
+        FoundAttention(at, names, len(layers), bool(shrunk), _is_transposed(linears, at, layers[0], names), core),
+        config,
     )
 
 
@@ -87,21 +89,21 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
-def _shrinking(subject: Subject, model: "PreTrainedModel") -> set[str]:
-    """Parameters that have fewer rows where the config asks for fewer K/V heads."""
-    fewer = subject.with_geometry(num_kv_heads=subject.geometry.num_kv_heads // 2).build(device="meta")
+def _shrinking(architecture: Architecture, model: "PreTrainedModel") -> set[str]:
+    """Return the parameters that have fewer rows if the config asks for fewer K/V heads."""
+    fewer = architecture.with_geometry(num_kv_heads=architecture.geometry.num_kv_heads // 2).build(device="meta")
     shapes = {name: parameter.shape for name, parameter in fewer.named_parameters()}
     return {name for name, parameter in model.named_parameters() if shapes.get(name) != parameter.shape}
 
 
 def _parents(linears: Mapping[str, nn.Module], shrunk: set[str]) -> set[str]:
-    """Modules that hold projections which make K."""
+    """Return the modules with projections that compute K."""
     if shrunk:
         grouped = {path for path in linears if f"{path}.weight" in shrunk}
         if not grouped:
             raise Unproven(f"{min(shrunk)} shrinks with the K/V heads, but is no linear projection")
         return {_split(path)[0] for path in grouped}
-    called = {"k": set(), "v": set(), "qkv": set()}
+    called: dict[str, set[str]] = {"k": set(), "v": set(), "qkv": set()}
     for path in linears:
         parent, name = _split(path)
         for role in called:
@@ -111,8 +113,10 @@ def _parents(linears: Mapping[str, nn.Module], shrunk: set[str]) -> set[str]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """An attention and the name of a linear in it, which some classes wrap (`k_proj.linear`)."""
-    parent, name = re.fullmatch(r"(?:(.*?)\.)?([^.]+(?:\.linear)?)", path).groups()
+    """Split a path into an attention and the name of a linear in it, which some classes wrap (`k_proj.linear`)."""
+    match = re.fullmatch(r"(?:(.*?)\.)?([^.]+(?:\.linear)?)", path)
+    assert match is not None
+    parent, name = match.groups()
     return parent or "", name
 
 
@@ -121,7 +125,8 @@ def _is_called(role: str, name: str) -> bool:
 
 
 def _with_output(at: str, layer: int, linears: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """The module that holds O too, and the path below it of the one that attends, where O lies outside that (BERT)."""
+    """Return the module that contains O too, and the path below it of the one that computes the attention, if O is outside of
+    that (BERT)."""
     outer, _, inner = at.rpartition(".")
     for parent, core in ((at, ""), (outer, inner)):
         prefix = f"{parent.format(layer=layer)}."
@@ -131,18 +136,18 @@ def _with_output(at: str, layer: int, linears: Mapping[str, nn.Module]) -> tuple
 
 
 def _patterns(paths: Iterable[str]) -> dict[str, list[int]]:
-    """`model.layers.{layer}.self_attn` → its layers."""
+    """Return `model.layers.{layer}.self_attn` → its layers."""
     patterns: dict[str, list[int]] = {}
     for path in paths:
         number = re.search(r"(?<=\.)\d+(?=\.|$)", path)
         if number is None:
-            raise Unproven(f"{path} holds K/V projections outside any stack of layers")
+            raise Unproven(f"{path} has K/V projections outside of any stack of layers")
         pattern = f"{path[: number.start()]}{{layer}}{path[number.end() :]}"
         patterns.setdefault(pattern, []).append(int(number[0]))
     return {pattern: sorted(layers) for pattern, layers in patterns.items()}
 
 
-def _only(patterns: Mapping[str, list[int]], depth: int) -> tuple[str, list[int]]:
+def _only_pattern(patterns: Mapping[str, list[int]], depth: int) -> tuple[str, list[int]]:
     if len(patterns) > 1:
         raise Unproven(
             f"K/V projections of several kinds: {', '.join(sorted(patterns))}; expected one kind in every layer"
@@ -155,8 +160,10 @@ def _only(patterns: Mapping[str, list[int]], depth: int) -> tuple[str, list[int]
     return at, layers
 
 
-def _roles(parent: str, linears: Mapping[str, nn.Module], shrunk: set[str], subject: Subject) -> dict[str, str]:
-    """Role → submodule of one attention."""
+def _roles(
+    parent: str, linears: Mapping[str, nn.Module], shrunk: set[str], architecture: Architecture
+) -> dict[str, str]:
+    """Return role → submodule of one attention."""
     inside = {
         path.removeprefix(f"{parent}."): module for path, module in linears.items() if path.startswith(f"{parent}.")
     }
@@ -165,7 +172,7 @@ def _roles(parent: str, linears: Mapping[str, nn.Module], shrunk: set[str], subj
     names = {"qkv": names["qkv"]} if "k" not in names and "qkv" in names else names
     extra = [name for name in grouped if shrunk and name not in names.values()]
     if "qkv" not in names and not {"k", "v"} <= names.keys():
-        raise Unproven(f"{parent}: cannot tell K and V among {', '.join(sorted(grouped))}")
+        raise Unproven(f"{parent}: cannot identify K and V among {', '.join(sorted(grouped))}")
     if extra:
         raise Unproven(f"{parent}: besides K and V, {', '.join(sorted(extra))} depends on the number of K/V heads")
     wanted = ("o",) if "qkv" in names else ("q", "o")
@@ -174,19 +181,21 @@ def _roles(parent: str, linears: Mapping[str, nn.Module], shrunk: set[str], subj
         named = [name for name in rest if _is_called(role, name)]
         if len(named) != 1:
             listed = ", ".join(sorted(rest)) or "nothing"
-            raise Unproven(f"{parent}: cannot tell the {role.upper()} projection among {listed}")
+            raise Unproven(f"{parent}: cannot identify the {role.upper()} projection among {listed}")
         names[role] = named[0]
-    _check_rows(parent, names, inside, subject)
+    _check_rows(parent, names, inside, architecture)
     return names
 
 
-def _check_rows(parent: str, names: Mapping[str, str], inside: Mapping[str, nn.Module], subject: Subject) -> None:
-    """Q, K, V and O must have the shapes of heads of one size."""
+def _check_rows(
+    parent: str, names: Mapping[str, str], inside: Mapping[str, nn.Module], architecture: Architecture
+) -> None:
+    """Check that Q, K, V and O have the shapes of heads of one size."""
     if "qkv" in names:
         return
-    heads, groups = subject.geometry.num_heads, subject.geometry.num_kv_heads
-    q, k, v = (inside[names[role]].weight.shape[0] for role in "qkv")
-    o = inside[names["o"]].weight.shape[1]
+    heads, groups = architecture.geometry.num_heads, architecture.geometry.num_kv_heads
+    q, k, v = (inside[names[role]].get_parameter("weight").shape[0] for role in "qkv")
+    o = inside[names["o"]].get_parameter("weight").shape[1]
     if k % groups or k != v:
         raise Unproven(f"{parent}: K has {k} rows and V {v}; expected {groups} heads of one size in both")
     if q != k // groups * heads or o != q:
@@ -195,12 +204,12 @@ def _check_rows(parent: str, names: Mapping[str, str], inside: Mapping[str, nn.M
         )
 
 
-def _is_turned(linears: Mapping[str, nn.Module], at: str, layer: int, names: Mapping[str, str]) -> bool:
+def _is_transposed(linears: Mapping[str, nn.Module], at: str, layer: int, names: Mapping[str, str]) -> bool:
     return type(linears[f"{at.format(layer=layer)}.{names['o']}"]).__name__ == "Conv1D"
 
 
-def _described(model: "PreTrainedModel", found: Found, config: Config) -> Found:
-    """With norms, sinks, config fields, and what else the attention has."""
+def _described(model: "PreTrainedModel", found: FoundAttention, config: Config) -> FoundAttention:
+    """Add norms, config fields and all other parameters of the attention."""
     parent = found.at.format(layer=0)
     module = model.get_submodule(parent)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

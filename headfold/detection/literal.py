@@ -1,4 +1,4 @@
-"""From what was found and established to a family literal, and from a literal to its source."""
+"""From the attention that was found to a family literal, and from a literal to its source."""
 
 import os
 from collections.abc import Mapping
@@ -6,29 +6,28 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ..families.spec import Attention, Family, FusedRows, Rope
-from .candidate import Specimen
-from .find import Found
-from .toy import Subject, Unproven
+from .find import FoundAttention
+from .toy import Architecture, ToyModel, Unproven
 
 _ROLES = ("q", "k", "v", "qkv", "o", "q_norm", "k_norm", "sinks")
 
 
-def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments") -> Attention:
-    """The entry of a literal: names on disk, and those in the model where they differ."""
-    disk = {role: _stored(found, specimen, role) for role in _ROLES if role in found.names}
+def attention_of(found: FoundAttention, toy_model: ToyModel, fused: FusedRows = "segments") -> Attention:
+    """Return the entry of the literal: names on disk, and those in the model where they differ."""
+    disk = {role: _stored(found, toy_model, role) for role in _ROLES if role in found.names}
     at = os.path.commonprefix([path.split(".")[:-1] for path in disk.values()])
-    local = {role: ".".join(path.split(".")[len(at) :]) for role, path in disk.items()}
+    local: dict[str, Any] = {role: ".".join(path.split(".")[len(at) :]) for role, path in disk.items()}
     stored_at = ".".join("{layer}" if part == "0" else part for part in at)
     if stored_at.count("{layer}") != 1:
-        raise Unproven(f"{'.'.join(at)} holds the projections on disk; expected it to lie in one stack of layers")
-    elsewhere = {}
+        raise Unproven(f"{'.'.join(at)} contains the projections on disk; expected it in one stack of layers")
+    elsewhere: dict[str, Any] = {}
     if stored_at != found.at or any(local[role] != found.names[role] for role in local):
         renamed = {role: name for role, name in found.names.items() if name != local[role]}
         elsewhere = {"model_at": found.at, "model_names": renamed}
-    numbers = {role: name for role, name in found.fields.items() if name}
+    numbers: dict[str, Any] = {role: name for role, name in found.fields.items() if name}
     numbers["kv_heads"] = numbers.get("kv_heads", "") if found.stock_gqa else ""
     return Attention(
-        any_head_dim=False,  # only what was probed is claimed
+        any_head_dim=False,  # only what was tried is claimed
         fixed_head_dim=True,
         name="layers.{layer}.self",
         at=stored_at,
@@ -41,19 +40,19 @@ def attention_of(found: Found, specimen: Specimen, fused: FusedRows = "segments"
     )
 
 
-def _stored(found: Found, specimen: Specimen, role: str) -> str:
+def _stored(found: FoundAttention, toy_model: ToyModel, role: str) -> str:
     suffix = "" if role == "sinks" else ".weight"
-    return specimen.on_disk(f"{found.path(role, 0)}{suffix}").removesuffix(suffix)
+    return toy_model.on_disk(f"{found.path(role, 0)}{suffix}").removesuffix(suffix)
 
 
-def defaults_of(subject: Subject, attention: Attention, rope: Rope | None) -> dict[str, Any]:
-    """What the class assumes for fields that a config may leave out, where that is not derived from other fields.
+def defaults_of(architecture: Architecture, attention: Attention, rope: Rope | None) -> dict[str, Any]:
+    """Return what the class assumes for fields that a config may leave out, unless it derives them from other fields.
 
-    A count that follows from the others is none: it is the same number only until these change.
+    A default that changes with other fields is not a constant, so it is left out.
     """
     from transformers import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[subject.model_type]
+    config_class = CONFIG_MAPPING[architecture.model_type]
     assumed = config_class().to_dict()
     counts = [name for name in (attention.kv_heads, attention.head_dim) if isinstance(assumed.get(name), int)]
     try:
@@ -61,24 +60,26 @@ def defaults_of(subject: Subject, attention: Attention, rope: Rope | None) -> di
     except Exception:  # a class may refuse a size that does not fit its other defaults
         moved = {}
     fixed = {name: assumed[name] for name in counts if moved.get(name) == assumed[name]}
-    share = rope and rope.fraction and {**assumed, **(assumed.get("rope_parameters") or {})}.get(rope.fraction)
+    if rope is None or not rope.fraction:
+        return fixed
+    share = {**assumed, **(assumed.get("rope_parameters") or {})}.get(rope.fraction)
     return fixed | ({rope.fraction: share} if share and share != 1 else {})
 
 
 def source_of(family: Family, summary: str) -> str:
-    """The literal as a file of `headfold/families/`."""
-    return f'"""{summary}"""\n\nfrom .spec import Attention, Family{", Rope" if family.position else ""}\n\nFAMILY = {_written(family)}\n'
+    """Return the literal as a file of `headfold/families/`."""
+    return f'"""{summary}"""\n\nfrom .spec import Attention, Family{", Rope" if family.position else ""}\n\nFAMILY = {_source(family)}\n'
 
 
-def _written(value: Any, indent: int = 0) -> str:
-    """A literal with defaults left out, one field a line."""
+def _source(value: Any, indent: int = 0) -> str:
+    """Return a literal without its defaults, one field per line."""
     if not hasattr(value, "__dataclass_fields__"):
-        return _plain(value, indent)
+        return _source_of_value(value, indent)
     given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)]
     if not given or all(isinstance(item, bool | str) for _, item in given) and len(given) < 3:
-        return f"{type(value).__name__}({', '.join(f'{name}={_plain(item, 0)}' for name, item in given)})"
+        return f"{type(value).__name__}({', '.join(f'{name}={_source_of_value(item, 0)}' for name, item in given)})"
     inner = " " * (indent + 4)
-    lines = [f"{inner}{name}={_written(item, indent + 4)}," for name, item in given]
+    lines = [f"{inner}{name}={_source(item, indent + 4)}," for name, item in given]
     return "\n".join([f"{type(value).__name__}(", *lines, f"{' ' * indent})"])
 
 
@@ -92,14 +93,14 @@ def _default(field: Any) -> Any:
     )
 
 
-def _plain(value: Any, indent: int) -> str:
+def _source_of_value(value: Any, indent: int) -> str:
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_plain(k, 0)}: {_plain(v, 0)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_source_of_value(k, 0)}: {_source_of_value(v, 0)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple) and value and hasattr(value[0], "__dataclass_fields__"):
         inner = " " * (indent + 4)
-        return "(\n" + "".join(f"{inner}{_written(item, indent + 4)},\n" for item in value) + " " * indent + ")"
+        return "(\n" + "".join(f"{inner}{_source(item, indent + 4)},\n" for item in value) + " " * indent + ")"
     if isinstance(value, tuple):
-        return "(" + ", ".join(_plain(item, 0) for item in value) + ("," if len(value) == 1 else "") + ")"
+        return "(" + ", ".join(_source_of_value(item, 0) for item in value) + ("," if len(value) == 1 else "") + ")"
     return repr(value)

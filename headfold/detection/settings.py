@@ -1,4 +1,4 @@
-"""Settings of a config that are off by default and would break the literal: each is switched on, and the freedoms tried."""
+"""Config settings that are off by default and would break the literal: each is enabled, and the freedoms are tested again."""
 
 import re
 from dataclasses import replace
@@ -6,28 +6,30 @@ from typing import Any
 
 from ..core.equivalents import random_equivalent
 from ..families.spec import Family
-from .candidate import UNSEEN, Specimen
-from .toy import Subject
+from .candidate import TOLERANCE, Candidate
+from .toy import Architecture, ToyModel
 
 _SUSPECT = re.compile(r"clip|qk_?(layer)?_?norm|alibi|gat(e|ing)$")
-"""What touches Q, K or V between their projections and the attention, or the heads after it."""
+"""Names of settings that may change Q, K or V before the attention, or the heads after it."""
 CLIP = 0.3
-"""Well within the spread of a toy model's K and V."""
+"""Well within the range of a toy model's K and V."""
 
 
-def refusals(subject: Subject, family: Family) -> dict[str, str]:
-    """Setting → why the family is refused where it is on."""
-    off = [name for name, value in subject.config.items() if _SUSPECT.search(name) and value in (None, False)]
+def refusals(architecture: Architecture, family: Family) -> dict[str, str]:
+    """Return setting → why the family is refused if it is enabled."""
+    off = [name for name, value in architecture.config.items() if _SUSPECT.search(name) and value in (None, False)]
     return {
-        name: "with it on, a model shows changes of K or V that it hides with it off"
+        name: "when it is on, transformations of K or V that its family allows change the logits"
         for name in off
-        if _breaks(subject, family, {name: CLIP if "clip" in name else True})
+        if _breaks(architecture, family, {name: CLIP if "clip" in name else True})
     }
 
 
-def _breaks(subject: Subject, family: Family, overrides: dict[str, Any]) -> bool:
+def _breaks(architecture: Architecture, family: Family, overrides: dict[str, Any]) -> bool:
     try:
-        trial = Specimen.of(replace(subject, overrides={**(subject.overrides or {}), **overrides})).under(family)
-        return trial.shows(random_equivalent) > UNSEEN
+        candidate = Candidate.of(
+            ToyModel.of(replace(architecture, overrides={**(architecture.overrides or {}), **overrides})), family
+        )
+        return candidate.logit_change(random_equivalent) > TOLERANCE
     except Exception:  # a setting that does not build alone says nothing of the literal
         return False

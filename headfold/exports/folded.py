@@ -140,7 +140,7 @@ def _shape(
     config_count = read_field(family, config, attention.kv_heads) if attention.kv_heads else None
     num_kv_heads = site.get("kv_heads") or config_count or num_heads
     head_dim = read_field(family, config, attention.head_dim) if attention.head_dim else None
-    head_dim = head_dim or read_field(family, config, attention.width) // num_heads
+    head_dim = head_dim or read_field(family, config, attention.hidden_size) // num_heads
     uneven = site.get("kv_of_query")
     groups = Groups(tuple(uneven)) if uneven else Groups.contiguous(num_heads, num_kv_heads)
     return num_heads, groups, site.get("head_dim") or head_dim

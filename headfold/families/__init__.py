@@ -9,26 +9,26 @@ from typing import Any
 from ..core.errors import UserError, suggest
 from .spec import Family, read_field
 
-_NOT_FAMILIES = {"context", "layout", "spec"}
+_NOT_FAMILIES = {"context", "folded", "layout", "spec"}
 
 
 @cache
 def all_families() -> dict[str, Family]:
-    """Every family by its file name."""
+    """Return every family by its file name."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_FAMILIES)
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
 def is_known(model_type: Any) -> bool:
-    """Whether a literal claims this `model_type`, were it only to refuse it."""
+    """Return whether a literal lists this `model_type`, even if only to refuse it."""
     return any(model_type in family.model_types for family in all_families().values())
 
 
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """The family of a checkpoint, by `model_type`.
+    """Return the family of a checkpoint, by the `model_type` of its config.
 
     Raises:
-        UserError: unknown `model_type`; a wrapper round a `text_config`; what cannot be folded exactly.
+        UserError: unknown `model_type`; a wrapper around a `text_config`; a setting that cannot be folded exactly.
     """
     known = {alias: family for family in all_families().values() for alias in family.model_types}
     model_type = config.get("model_type")
@@ -44,7 +44,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
 
 
 def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
-    """What is wrong with a config whose `model_type` no family claims, and what to do about it."""
+    """Return what is wrong with a config whose `model_type` no family lists, and what to do about it."""
     model_type = config.get("model_type")
     if model_type is None:
         return "has no model_type; expected the config.json that transformers writes beside a model's weights"
@@ -56,7 +56,7 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
         )
     if config.get("auto_map"):
         return (
-            f"model_type {model_type!r} runs code of its own (auto_map), which headfold does not; "
+            f"model_type {model_type!r} runs its own code (auto_map), which headfold does not support; "
             f"if its attention is that of a known family, convert it to that; {suggest(str(model_type), known)}"
         )
     return f"unknown model_type {model_type!r}; {suggest(str(model_type), known)}"

@@ -1,9 +1,24 @@
-"""BART, mBART and Marian: learned or sinusoidal positions, so K carries none; encoder and decoder count their own heads."""
+"""BART, mBART and Marian: learned or sinusoidal positions, so K has no position; encoder and decoder have their own numbers of
+heads."""
+
+from typing import Any
 
 from .spec import Attention, Family
 
-_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "kv_heads": "", "width": "d_model"}
-_DECODER = {**_NAMES, "layers": "decoder_layers", "heads": "decoder_attention_heads", "stack": "decoder"}
+_NAMES: dict[str, Any] = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "out_proj",
+    "kv_heads": "",
+    "hidden_size": "d_model",
+}
+_DECODER: dict[str, Any] = {
+    **_NAMES,
+    "layers": "decoder_layers",
+    "heads": "decoder_attention_heads",
+    "stack": "decoder",
+}
 
 FAMILY = Family(
     model_types=("bart", "mbart", "marian"),

@@ -1,4 +1,4 @@
-"""BERT: learned positions, so K carries none; biases everywhere; a norm after the attention, none before."""
+"""BERT: learned positions, so K has no position; biases on all projections; the norm is after the attention."""
 
 from .spec import Attention, Family
 

@@ -1,4 +1,5 @@
-"""BLOOM: ALiBi, so K carries no position and heads keep their places; each head's query, key and value rows lie together."""
+"""BLOOM: ALiBi, so K has no position and the order of heads is fixed; rows of the fused projection are by head: query, key,
+value."""
 
 from .spec import Attention, Family
 
@@ -14,7 +15,7 @@ FAMILY = Family(
             alibi="*",
             layers="n_layer|num_hidden_layers",
             heads="n_head|num_attention_heads",
-            width="n_embed|hidden_size",
+            hidden_size="n_embed|hidden_size",
             kv_heads="",
         ),
     ),

@@ -1,8 +1,17 @@
-"""CLIP: a text and a vision model in one checkpoint, each with a config of its own; learned positions in both."""
+"""CLIP: a text and a vision model in one checkpoint, each with its own config; learned positions in both."""
+
+from typing import Any
 
 from .spec import Attention, Family
 
-_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "kv_heads": "", "input_norm": "layer_norm1"}
+_NAMES: dict[str, Any] = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "out_proj",
+    "kv_heads": "",
+    "input_norm": "layer_norm1",
+}
 
 FAMILY = Family(
     model_types=("clip",),
@@ -12,7 +21,7 @@ FAMILY = Family(
             at="text_model.encoder.layers.{layer}.self_attn",
             layers="text_config.num_hidden_layers",
             heads="text_config.num_attention_heads",
-            width="text_config.hidden_size",
+            hidden_size="text_config.hidden_size",
             stack="text",
             **_NAMES,
         ),
@@ -21,7 +30,7 @@ FAMILY = Family(
             at="vision_model.encoder.layers.{layer}.self_attn",
             layers="vision_config.num_hidden_layers",
             heads="vision_config.num_attention_heads",
-            width="vision_config.hidden_size",
+            hidden_size="vision_config.hidden_size",
             stack="vision",
             **_NAMES,
         ),

@@ -1,4 +1,4 @@
-"""CLIP's text model on its own: learned positions, causal."""
+"""CLIP's text model alone: learned positions, causal."""
 
 from .spec import Attention, Family
 

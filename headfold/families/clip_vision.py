@@ -1,4 +1,4 @@
-"""CLIP's vision model on its own: a ViT."""
+"""CLIP's vision model alone: a ViT."""
 
 from .spec import Attention, Family
 

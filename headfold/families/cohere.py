@@ -16,6 +16,6 @@ FAMILY = Family(
     ),
     position=Rope(interleaved=True),
     refuses={
-        "use_qk_norm": "every K head has norm gains of its own, and heads that share K would need one set for all"
+        "use_qk_norm": "every K head has its own norm gains, but heads that share one K head would need common gains"
     },
 )

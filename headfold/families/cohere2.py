@@ -1,4 +1,4 @@
-"""Command R7B and Command A: a frequency plane is two neighbouring dims; global layers have no position."""
+"""Command R7B and Command A: a frequency plane is two neighbouring dims; layers with global attention have no position."""
 
 from .spec import Attention, Family, Rope
 

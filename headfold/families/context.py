@@ -1,4 +1,4 @@
-"""How many tokens a model takes at once."""
+"""The context length of a model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""DistilBERT: the attention of BERT under names of its own."""
+"""DistilBERT: BERT's attention under other names."""
 
 from .spec import Attention, Family
 
@@ -14,7 +14,7 @@ FAMILY = Family(
             o="out_lin",
             layers="n_layers",
             heads="n_heads",
-            width="dim",
+            hidden_size="dim",
             kv_heads="",
         ),
     ),

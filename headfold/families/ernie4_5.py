@@ -1,4 +1,4 @@
-"""ERNIE 4.5: Llama's attention, a frequency plane being two neighbouring dims."""
+"""ERNIE 4.5: Llama's attention, but a frequency plane is two neighbouring dims."""
 
 from .spec import Attention, Family, Rope
 

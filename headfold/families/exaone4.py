@@ -1,6 +1,6 @@
-"""EXAONE 4: q and k heads pass norms; its global layers have no position, and are folded as if they had.
+"""EXAONE 4: q and k heads pass norms. Its layers with global attention have no position, but are folded as if they had.
 
-One sign per frequency plane is allowed where nothing rotates too: it is part of the freedom there, not all of it.
+One sign per frequency plane is allowed where nothing rotates too: it is part of the freedom of those layers, not all of it.
 """
 
 from .spec import Attention, Family, Rope

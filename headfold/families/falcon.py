@@ -1,6 +1,6 @@
-"""Falcon: rotary, or ALiBi where the config says so; one projection by K/V head: its queries, its key, its value.
+"""Falcon: RoPE, or ALiBi if the config says so; one projection with the rows of each K/V head together: its queries, key, value.
 
-That is the layout of all three: a key per query head (rw), one for all (7B), or several (new decoder, 40B and 180B).
+All versions have this layout: a key per query head (rw), one for all (7B), or several (new decoder, 40B and 180B).
 """
 
 from .spec import Attention, Family, Rope

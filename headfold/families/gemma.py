@@ -1,4 +1,4 @@
-"""Gemma 1: heads need not add up to hidden_size, and the embeddings are the output head too."""
+"""Gemma 1: heads · head_dim need not be hidden_size, and the embeddings are also the output head."""
 
 from .spec import Attention, Family, Rope
 

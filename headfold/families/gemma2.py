@@ -1,4 +1,4 @@
-"""Gemma 2: every other layer sees a window, and logits are capped after they are made; no fold touches either."""
+"""Gemma 2: every second layer has sliding-window attention, and logits are soft-capped; folding changes neither."""
 
 from .spec import Attention, Family, Rope
 

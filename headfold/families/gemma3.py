@@ -1,4 +1,4 @@
-"""Gemma 3's text models: q and k heads pass norms, whose gains too are stored less one."""
+"""Gemma 3's text models: q and k heads pass norms, whose gains are stored minus one, as in Gemma 1."""
 
 from .spec import Attention, Family, Rope
 

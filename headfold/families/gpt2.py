@@ -13,7 +13,7 @@ FAMILY = Family(
             transposed=True,
             layers="n_layer",
             heads="n_head",
-            width="n_embd",
+            hidden_size="n_embd",
             input_norm="ln_1",
             kv_heads="",
         ),

@@ -1,4 +1,4 @@
-"""GPT-Neo: learned positions, no softmax scale; every other layer sees a window, which no fold touches."""
+"""GPT-Neo: learned positions, no softmax scale; every second layer has local attention, which folding does not change."""
 
 from .spec import Attention, Family
 

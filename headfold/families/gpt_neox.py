@@ -1,4 +1,5 @@
-"""GPT-NeoX and Pythia: a share of every head rotates, a quarter by default; each head's query, key and value rows lie together."""
+"""GPT-NeoX and Pythia: a share of every head rotates, a quarter by default; rows of the fused projection are by head: query, key,
+value."""
 
 from .spec import Attention, Family, Rope
 

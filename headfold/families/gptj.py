@@ -1,4 +1,4 @@
-"""GPT-J: the first dims of every head rotate, a frequency plane being two neighbouring ones."""
+"""GPT-J: the first dims of every head rotate; a frequency plane is two neighbouring dims."""
 
 from .spec import Attention, Family, Rope
 
@@ -14,7 +14,7 @@ FAMILY = Family(
             o="out_proj",
             layers="n_layer",
             heads="n_head",
-            width="n_embd",
+            hidden_size="n_embd",
             input_norm="ln_1",
             kv_heads="",
         ),

@@ -1,4 +1,4 @@
-"""Helium: Llama's attention, a frequency plane being two neighbouring dims."""
+"""Helium: Llama's attention, but a frequency plane is two neighbouring dims."""
 
 from .spec import Attention, Family, Rope
 

@@ -1,4 +1,4 @@
-"""Names and layouts on disk ↔ `Heads`: the only place that reshapes checkpoints."""
+"""Names and layouts on disk ↔ `Heads`: the only place that reshapes tensors of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,20 +19,21 @@ _PER_HEAD = ("bias_table", "sinks")
 
 
 def _inverse(pattern: str) -> str:
-    """The pattern that undoes `pattern`: its sides swapped."""
+    """Return the einops pattern that undoes `pattern`: its sides swapped."""
     left, right = pattern.split(" -> ")
     return f"{right} -> {left}"
 
 
 def _rows(site: Site, num_kv_heads: int, head_dim_multiple: int = 1) -> dict[str, int]:
-    """Rows of each projection."""
+    """Return the number of rows of each projection."""
     dim = head_dim_multiple * site.head_dim
     each = {"q": site.num_heads * dim, "k": num_kv_heads * dim, "v": num_kv_heads * dim}
     return {**each, "qkv": sum(each.values())}
 
 
 def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
-    """The site's heads; `read` gives a tensor by its name on disk. Dtype stays the checkpoint's, that of norm gains apart."""
+    """Return the site's heads; `read` returns a tensor by its name on disk. The dtype is the checkpoint's, norm gains are
+    float64."""
     rows = {role: _homogeneous(site, role, read) for role in ("q", "k", "v", "qkv") if role in site.weights}
     split = _unfuse(site, rows["qkv"]) if "qkv" in rows else rows
     output = read(site.tensor("o"))
@@ -56,7 +57,7 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
 
 
 def _homogeneous(site: Site, role: str, read: Callable[[str], Tensor]) -> Tensor:
-    """[W | b] of one linear, b zero where the checkpoint has none."""
+    """Return [W | b] of one linear, with b zero where the checkpoint has no bias."""
     weight = read(f"{site.weights[role]}.weight")
     weight = weight.T if site.transposed else weight
     bias = read(f"{site.weights[role]}.bias") if role in site.biases else weight.new_zeros(weight.shape[0])
@@ -64,7 +65,7 @@ def _homogeneous(site: Site, role: str, read: Callable[[str], Tensor]) -> Tensor
 
 
 def _unfuse(site: Site, rows: Tensor) -> dict[str, Tensor]:
-    """The rows of q, k and v from those of their common projection."""
+    """Return the rows of q, k and v from those of their common projection."""
     counts = _rows(site, site.num_kv_heads)
     if site.fused == "segments":
         return dict(zip("qkv", rows.split([counts[role] for role in "qkv"]), strict=True))
@@ -79,7 +80,7 @@ def _unfuse(site: Site, rows: Tensor) -> dict[str, Tensor]:
 
 
 def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
-    """The inverse of `_unfuse`."""
+    """Return the rows of the common projection: the inverse of `_unfuse`."""
     if site.fused == "segments":
         return torch.cat([rows[role] for role in "qkv"])
     sizes = {"group": site.num_kv_heads, "dim": site.head_dim}
@@ -89,10 +90,11 @@ def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
 
 
 def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str, Tensor]:
-    """The tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order.
+    """Return the tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order.
 
-    A grouped site of a class without K/V heads has q, k and v apart, as ordinary linears. Wide heads lie as their class rotates
-    them or, `in_slots` or where it takes none, slot by slot, with q, k and v apart.
+    A grouped site of a class without a count of K/V heads has q, k and v as separate linears. Heads with a multiple of the
+    source's head_dim have their dims in the order in which their class rotates them; with `in_slots`, or where their class cannot
+    take them, slot by slot, with q, k and v separate.
     """
     assert heads.groups.is_ordered
     head_dim_multiple = heads.head_dim // site.head_dim
@@ -118,9 +120,9 @@ def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str
 
 
 def rotary_order(site: Site, head_dim_multiple: int) -> Int[Tensor, " slot_times_dim"]:
-    """Where each dim of a wide head that rotates as one is found in its slots.
+    """Return where each dim of a head that rotates as one is found in its slots.
 
-    Frequencies fall, each as often as there are slots (frequency, slot); behind them the dims that do not rotate (slot, dim).
+    The rotary dims come first, by falling frequency (frequency, slot), then the others (slot, dim).
     """
     freedom = site.key_freedom
     wide = replace(freedom, rotary_dim=head_dim_multiple * freedom.rotary_dim)
@@ -136,11 +138,13 @@ def rotary_order(site: Site, head_dim_multiple: int) -> Int[Tensor, " slot_times
 def planned_shapes(
     site: Site, num_kv_heads: int, shape_of: Callable[[str], tuple[int, ...]], head_dim_multiple: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that `write_heads` will give once the site has `num_kv_heads` K/V heads; nothing is read."""
+    """Return the shapes of all tensors that `write_heads` will return once the site has `num_kv_heads` K/V heads; nothing is
+    read."""
     rows = _rows(site, num_kv_heads, head_dim_multiple)
     splits = site.splits(num_kv_heads)
-    shapes = {}
-    shapes |= {site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights}
+    shapes: dict[str, tuple[int, ...]] = {
+        site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights
+    }
     for role in ("q", "k", "v", "o", "qkv"):
         for suffix in ("weight", "bias"):
             if role not in site.weights or not (suffix == "weight" or role in site.biases):
@@ -151,17 +155,17 @@ def planned_shapes(
                 wide = (inputs, *old[1:]) if site.transposed else (*old[:1], inputs)
                 shapes[f"{site.weights[role]}.{suffix}"] = wide if suffix == "weight" else old
                 continue
-            turned = site.transposed and suffix == "weight"
-            model = (old[:1] if turned else old[1:]) if suffix == "weight" else ()
+            stored_transposed = site.transposed and suffix == "weight"
+            model = (old[:1] if stored_transposed else old[1:]) if suffix == "weight" else ()
             for part in "qkv" if splits else (role,):
                 name = site.unfused[part] if splits else site.weights[role]
                 shape = (rows[part], *model)
-                shapes[f"{name}.{suffix}"] = shape[::-1] if turned and not splits else shape
+                shapes[f"{name}.{suffix}"] = shape[::-1] if stored_transposed and not splits else shape
     return shapes
 
 
 def renamed(site: Site, num_kv_heads: int) -> dict[str, tuple[str, ...]]:
-    """Tensors that go, by name on disk, each with those that stand in its place."""
+    """Return the tensors that are replaced by others, by name on disk, each with the names of those."""
     if not site.splits(num_kv_heads):
         return {}
     suffixes = ["weight", *(["bias"] if "qkv" in site.biases else [])]
@@ -172,10 +176,10 @@ def renamed(site: Site, num_kv_heads: int) -> dict[str, tuple[str, ...]]:
 
 
 def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: str) -> None:
-    """Refuse a site whose tensors are not as large as the config says.
+    """Check that the tensors of a site have the shapes that the config implies.
 
     Raises:
-        UserError: where, expected, got, what to do.
+        UserError: names the tensor, both shapes, and what to do.
     """
     expected = planned_shapes(site, site.num_kv_heads, shape_of)
     expected |= {

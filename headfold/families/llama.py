@@ -1,4 +1,4 @@
-"""Llama 1–3, TinyLlama, Yi, DeepSeek-LLM and everything else that calls itself llama; Arcee shares its attention."""
+"""Llama 1–3, TinyLlama, Yi, DeepSeek-LLM and all other models of type llama; Arcee has the same attention."""
 
 from .spec import Attention, Family, Rope
 

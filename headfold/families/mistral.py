@@ -1,4 +1,4 @@
-"""Mistral, Ministral and Mixtral: Llama's attention, some of it through a sliding window, which no fold touches."""
+"""Mistral, Ministral and Mixtral: Llama's attention, in some layers with a sliding window, which folding does not change."""
 
 from .spec import Attention, Family, Rope
 

@@ -1,4 +1,4 @@
-"""MPT: ALiBi, so K carries no position and heads keep their places; q, k and v in one projection."""
+"""MPT: ALiBi, so K has no position and the order of heads is fixed; q, k and v in one projection."""
 
 from .spec import Attention, Family
 
@@ -13,7 +13,7 @@ FAMILY = Family(
             alibi="*",
             layers="n_layers",
             heads="n_heads",
-            width="d_model",
+            hidden_size="d_model",
             input_norm="norm_1",
             kv_heads="",
         ),

@@ -1,4 +1,4 @@
-"""Nemotron and Minitron: half of every head rotates; norm gains are stored less one."""
+"""Nemotron and Minitron: half of every head rotates; norm gains are stored minus one."""
 
 from .spec import Attention, Family, Rope
 

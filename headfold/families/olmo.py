@@ -1,4 +1,4 @@
-"""OLMo 1, with q, k and v not clipped."""
+"""OLMo 1, without clipping of q, k and v."""
 
 from .spec import Attention, Family, Rope
 

@@ -1,4 +1,4 @@
-"""OPT: positions are learned, so K carries none."""
+"""OPT: learned positions, so K has no position."""
 
 from .spec import Attention, Family
 

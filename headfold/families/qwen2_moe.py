@@ -1,4 +1,4 @@
-"""Qwen 1.5 MoE and Qwen 2 MoE: the attention of Qwen 2 beside experts."""
+"""Qwen 1.5 MoE and Qwen 2 MoE: the attention of Qwen 2, with experts."""
 
 from .spec import Attention, Family, Rope
 

@@ -1,4 +1,4 @@
-"""Qwen 3: every q and k head passes an RMS norm before it rotates, which leaves K a sign per frequency plane."""
+"""Qwen 3: every q and k head passes an RMS norm before RoPE, which leaves one sign per frequency plane of K free."""
 
 from .spec import Attention, Family, Rope
 

@@ -1,4 +1,4 @@
-"""Qwen 3 MoE: the attention of Qwen 3, with its norms of single q and k heads, beside experts."""
+"""Qwen 3 MoE: the attention of Qwen 3, with norms of single q and k heads, with experts."""
 
 from .spec import Attention, Family, Rope
 

@@ -18,5 +18,7 @@ FAMILY = Family(
     ),
     position=Rope(fraction="partial_rotary_factor"),
     defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25},
-    refuses={"qk_layernorm": "every K head has a LayerNorm of its own, and heads that share K would need one for all"},
+    refuses={
+        "qk_layernorm": "every K head has its own LayerNorm, but heads that share one K head would need a common one"
+    },
 )

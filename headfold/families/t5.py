@@ -1,8 +1,10 @@
 """T5, FLAN-T5 and mT5: no scaling, no biases, one table of relative position bias per stack, added to the logits."""
 
+from typing import Any
+
 from .spec import Attention, Family
 
-NAMES = {
+NAMES: dict[str, Any] = {
     "q": "q",
     "k": "k",
     "v": "v",
@@ -10,9 +12,14 @@ NAMES = {
     "heads": "num_heads",
     "kv_heads": "",
     "head_dim": "d_kv",
-    "width": "d_model",
+    "hidden_size": "d_model",
 }
-_DECODER = {**NAMES, "layers": "num_decoder_layers|num_layers", "stack": "decoder", "input_norm": "layer_norm"}
+_DECODER: dict[str, Any] = {
+    **NAMES,
+    "layers": "num_decoder_layers|num_layers",
+    "stack": "decoder",
+    "input_norm": "layer_norm",
+}
 
 FAMILY = Family(
     model_types=("t5", "mt5"),

@@ -1,9 +1,16 @@
-"""UMT5: T5 with a table of relative position bias in every layer, so that every layer orders its heads as it likes."""
+"""UMT5: T5 with a table of relative position bias in every layer, so that every layer may order its heads differently."""
+
+from typing import Any
 
 from .spec import Attention, Family
 from .t5 import NAMES
 
-_DECODER = {**NAMES, "layers": "num_decoder_layers|num_layers", "stack": "decoder", "input_norm": "layer_norm"}
+_DECODER: dict[str, Any] = {
+    **NAMES,
+    "layers": "num_decoder_layers|num_layers",
+    "stack": "decoder",
+    "input_norm": "layer_norm",
+}
 
 FAMILY = Family(
     model_types=("umt5",),

@@ -1,9 +1,23 @@
-"""Whisper: BART's attentions without a bias on K, the norm before them; speech comes from the encoder."""
+"""Whisper: BART's attentions without a bias on K, with the norm before them; the encoder's input is speech."""
+
+from typing import Any
 
 from .spec import Attention, Family
 
-_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "kv_heads": "", "width": "d_model"}
-_DECODER = {**_NAMES, "layers": "decoder_layers", "heads": "decoder_attention_heads", "stack": "decoder"}
+_NAMES: dict[str, Any] = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "out_proj",
+    "kv_heads": "",
+    "hidden_size": "d_model",
+}
+_DECODER: dict[str, Any] = {
+    **_NAMES,
+    "layers": "decoder_layers",
+    "heads": "decoder_attention_heads",
+    "stack": "decoder",
+}
 
 FAMILY = Family(
     model_types=("whisper",),

@@ -1,8 +1,8 @@
-"""AsymGQA as published (2406.14963): swap heads between groups while their activations grow more alike; `unequal=true` moves them too.
+"""AsymGQA as published (2406.14963): swap heads between groups while that makes their activations more similar.
 
-From neighbouring groups and `restarts` random ones two heads of two groups are drawn and swapped if the mean similarity inside
-groups rises, `tries` times; with `unequal` a head may also move, so groups of different sizes form. The similarity is the mean of
-the cosines of keys and of values (`cost=cosine`, the default here). Merge by mean to have the whole method.
+From neighbouring groups and `restarts` random ones, two heads of two groups are drawn and swapped if the mean similarity inside
+groups increases, `tries` times; with `unequal=true` a head may also move, so groups of different sizes form. The similarity is
+the mean of the cosines of keys and of values (`cost=cosine`, the default here). With `--merge mean` this is the whole method.
 """
 
 import random
@@ -22,7 +22,7 @@ def group(
     restarts: int = 4,
     tries: int = 1000,
 ) -> Groups:
-    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
+    """Return `num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
     if num_kv_heads in (1, num_heads):
         return Groups.contiguous(num_heads, num_kv_heads)
     draw = random.Random(seed)
@@ -33,12 +33,14 @@ def group(
         cuts = [num_heads * at // num_kv_heads for at in range(num_kv_heads + 1)]
         starts.append([tuple(sorted(heads[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)])
     ends = [_climb(cost, start, draw, tries, unequal=unequal) for start in starts]
-    return Groups.from_members(min(ends, key=lambda members: sum(many(cost, members))))
+    best = min(ends, key=lambda members: sum(many(cost, members)))
+    return Groups.from_members(best)
 
 
 def _climb(
     cost: Cost, members: list[tuple[int, ...]], draw: random.Random, tries: int, *, unequal: bool
 ) -> list[tuple[int, ...]]:
+    """Swap (or move) heads drawn at random, `tries` times, keeping only changes that lower the cost."""
     for _ in range(tries):
         a, b = draw.sample(range(len(members)), 2)
         i, j = draw.choice(members[a]), draw.choice(members[b])

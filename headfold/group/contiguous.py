@@ -9,7 +9,7 @@ from ..core.methods import GroupingMethod
 def group(
     cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_kv_heads: int, *, seed: int = 0
 ) -> Groups:
-    """`num_kv_heads` equal runs of `num_heads` heads; the cost is not asked."""
+    """Return `num_kv_heads` equal runs of `num_heads` heads; the cost is not used."""
     return Groups.contiguous(num_heads, num_kv_heads)
 
 

@@ -1,8 +1,9 @@
 """Evolutionary search by NSGA-II, through pymoo (`pip install headfold[evolve]`): the solver of QCQA (2406.10247) for any cost.
 
-Equal groups: a genome is an order of the heads, cut into blocks; the cost is minimised. `unequal=true`: a genome is a label per
-head, and both the number of groups and the cost are minimised; of all that was tried the cheapest with the asked number counts.
-Kept for comparison: exact finds partitions at least as cheap, and swap as cheap within a thousandth or cheaper, in a fraction of the time.
+Equal groups: a genome is an order of the heads, cut into blocks, and the cost is minimised. `unequal=true`: a genome is a label
+per head, and both the number of groups and the cost are minimised; the cheapest partition tried with the requested number of
+groups is returned. For comparison only: exact finds partitions at least as cheap, and swap finds ones within a thousandth or
+cheaper, in a fraction of the time.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ def group(
     population: int = 100,
     generations: int = 100,
 ) -> Groups:
-    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
+    """Return `num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group.
 
     Raises:
         UserError: pymoo is not installed.
@@ -36,12 +37,16 @@ def group(
     return search(cost, num_heads, num_kv_heads, seed=seed, population=population, generations=generations)
 
 
-def require_pymoo(asked: str = "--group evolve and qcqa need", instead: str = "choose swap") -> None:
-    """Raises: UserError where it is not installed: who asks for it, and what there is instead."""
+def require_pymoo(needed_by: str = "--group evolve and qcqa need", instead: str = "choose swap") -> None:
+    """Check that pymoo is installed; `needed_by` and `instead` are for the message.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
         import pymoo  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{asked} pymoo: pip install 'headfold[evolve]', or {instead}") from error
+        raise UserError(f"{needed_by} pymoo: pip install 'headfold[evolve]', or {instead}") from error
 
 
 def _minimise(problem: Any, algorithm: Any, generations: int, seed: int) -> None:
@@ -63,7 +68,7 @@ def _equal(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int, populati
     class Blocks(Problem):
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             made = [[tuple(sorted(map(int, block))) for block in row.reshape(num_kv_heads, size)] for row in x]
-            out["F"] = best.serving_costs(cost, made)[:, None]
+            out["F"] = best.evaluate(cost, made)[:, None]
 
     algorithm = NSGA2(
         pop_size=population, sampling=PermutationRandomSampling(), crossover=OrderCrossover(),
@@ -88,7 +93,7 @@ def _unequal(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int, popula
         def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: Any, **__: Any) -> None:
             made = [list(Groups.of(row.tolist()).members) for row in x.astype(int)]
             counts = np.array([len(members) for members in made], dtype=float)
-            out["F"] = np.stack([counts / num_heads, best.serving_costs(cost, made)], 1)
+            out["F"] = np.stack([counts / num_heads, best.evaluate(cost, made)], 1)
 
     algorithm = NSGA2(
         pop_size=population, sampling=IntegerRandomSampling(),
@@ -100,28 +105,27 @@ def _unequal(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int, popula
 
 
 class _Best:
-    """The cheapest partition seen so far, among those of the asked number of groups where one is asked."""
+    """The cheapest partition evaluated so far; with `num_kv_heads`, among those with so many groups."""
 
     def __init__(self, num_kv_heads: int | None = None) -> None:
         self.members: list[tuple[int, ...]] = []
-        self._price, self._num_kv_heads = np.inf, num_kv_heads
+        self._least, self._num_kv_heads = np.inf, num_kv_heads
 
-    def serving_costs(self, cost: Cost, made: list[list[tuple[int, ...]]]) -> np.ndarray:
+    def evaluate(self, cost: Cost, made: list[list[tuple[int, ...]]]) -> np.ndarray:
+        """Return the cost of each partition, and remember the cheapest."""
         flat = iter(many(cost, [members for groups in made for members in groups]))
-        serving_costs = np.array([sum(next(flat) for _ in groups) for groups in made])
-        for groups, price in zip(made, serving_costs, strict=True):
-            if price < self._price and self._num_kv_heads in (None, len(groups)):
-                self.members, self._price = groups, price
-        return serving_costs
+        totals = np.array([sum(next(flat) for _ in groups) for groups in made])
+        for groups, total in zip(made, totals, strict=True):
+            if total < self._least and self._num_kv_heads in (None, len(groups)):
+                self.members, self._least = groups, total
+        return totals
 
 
 def _split(cost: Cost, members: list[tuple[int, ...]], num_kv_heads: int) -> list[tuple[int, ...]]:
-    """Fewer groups than asked: the costliest give up their last head, one by one."""
+    """Split the costliest groups, one head at a time, until there are `num_kv_heads` of them."""
     while len(members) < num_kv_heads:
-        serving_costs = [
-            price if len(one) > 1 else -np.inf for one, price in zip(members, many(cost, members), strict=True)
-        ]
-        worst = int(np.argmax(serving_costs))
+        found = [each if len(one) > 1 else -np.inf for one, each in zip(members, many(cost, members), strict=True)]
+        worst = int(np.argmax(found))
         members = [*members[:worst], members[worst][:-1], members[worst][-1:], *members[worst + 1 :]]
     return members
 

@@ -1,7 +1,7 @@
-"""Groups of any sizes by k-means' rule: move single heads to the group where they add least cost (Hartigan's method).
+"""Groups of any sizes by k-means' rule: move single heads to the group where they add the least cost (Hartigan's method).
 
-With cost `wse` (the default here) this is k-means on the heads' weights, the other way to solve QCQA's arbitrary cardinality; any
-cost may be named. From `starts` random partitions; the cheapest end counts.
+With the cost `wse` (the default here) this is k-means on the heads' weights, another way to solve QCQA's arbitrary cardinality;
+any cost may be named. It starts from `starts` partitions, all but the first random, and returns the cheapest result.
 """
 
 import random
@@ -11,22 +11,23 @@ from ..core.groups import Groups
 from ..core.methods import GroupingMethod
 
 GAIN = 1e-12
+"""Relative gain below which a change is taken as rounding."""
 
 
 def group(cost: Cost, num_heads: int, num_kv_heads: int, *, seed: int = 0, starts: int = 8) -> Groups:
-    """`num_kv_heads` groups, none empty, of any sizes. `cost` takes the sorted heads of one group."""
+    """Return `num_kv_heads` groups, none empty, of any sizes. `cost` takes the sorted heads of one group."""
     if num_kv_heads in (1, num_heads):
         return Groups.contiguous(num_heads, num_kv_heads)
     draw = random.Random(seed)
     ends = []
     for start in range(starts):
         labels = [head * num_kv_heads // num_heads for head in range(num_heads)]
-        ends.append(_settled(cost, draw.sample(labels, num_heads) if start else labels, num_kv_heads))
+        ends.append(_descend(cost, draw.sample(labels, num_heads) if start else labels, num_kv_heads))
     return min(ends, key=lambda groups: sum(many(cost, list(groups.members))))
 
 
-def _settled(cost: Cost, labels: list[int], num_kv_heads: int) -> Groups:
-    """Heads in turn, until a whole round moves none."""
+def _descend(cost: Cost, labels: list[int], num_kv_heads: int) -> Groups:
+    """Move heads in turn until a whole round moves none."""
     moved = True
     while moved:
         moved = False

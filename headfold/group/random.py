@@ -1,4 +1,4 @@
-"""A balanced partition drawn at random: the baseline that any search must beat."""
+"""A random partition into equal groups: the baseline for every search."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ..core.methods import GroupingMethod
 def group(
     cost: Callable[[tuple[int, ...]], float] | None, num_heads: int, num_kv_heads: int, *, seed: int = 0
 ) -> Groups:
-    """`num_kv_heads` equal groups of `num_heads` heads; the cost is not asked."""
+    """Return `num_kv_heads` equal groups of `num_heads` heads, drawn by `seed`; the cost is not used."""
     heads = list(range(num_heads))
     random.Random(seed).shuffle(heads)
     size = num_heads // num_kv_heads

@@ -1,12 +1,11 @@
 """Swap heads between groups while that lowers the summed cost, from several starts; exact up to 12 heads.
 
-Minimises Σ over groups of cost(group) over balanced partitions; `unequal=true` lets heads move to other groups as well. Up to
-`exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none gains, on the sum
-of what every two heads of a group cost together: exact for cosine, procrustes and wse in equal
-groups, a stand-in for others, since a true cost of absorb is an eigenproblem each. The ends of all `restarts` (contiguous, random)
-are then ranked by the true cost and, if that is cheap or up to `descend_up_to` heads, the best few go on with that. Local search by
-swaps is the scheme that 2406.14963 and 2412.20677 use on similarities; the objective here is whatever cost it is handed (`--group
-swap:cost=NAME`).
+Minimises Σ over groups of cost(group) over partitions into equal groups; with `unequal=true` heads may also move to other groups.
+Up to `exact_up_to` heads the optimum is found (`--group exact`). Above, the best single swap or move is made until none improves,
+on the sum of the costs of all pairs of heads in a group: exact for cosine, procrustes and wse with equal groups, an approximation
+for others, since the true cost of absorb is an eigenproblem per set. The results of all `restarts` (contiguous, random) are then
+ranked by the true cost and, if that is cheap or there are at most `descend_up_to` heads, the best few are improved on it.
+2406.14963 and 2412.20677 use local search by swaps on similarities; here it minimises any cost (`--group swap:cost=NAME`).
 """
 
 import itertools
@@ -21,10 +20,11 @@ from ..core.methods import GroupingMethod
 from . import exact
 
 GAIN = 1e-12
-"""Relative gain below which a change is rounding."""
+"""Relative gain below which a change is taken as rounding."""
 FURTHER = 8
-"""Ends that go on with the true cost."""
+"""Number of results that are improved on the true cost."""
 Partition = list[tuple[int, ...]]
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def group(
@@ -38,7 +38,7 @@ def group(
     exact_up_to: int = 12,
     descend_up_to: int = 16,
 ) -> Groups:
-    """`num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
+    """Return `num_kv_heads` groups of `num_heads` heads, equal unless `unequal`. `cost` takes the sorted heads of one group."""
     if num_kv_heads in (1, num_heads):
         return Groups.contiguous(num_heads, num_kv_heads)
     if num_heads <= exact_up_to:
@@ -48,21 +48,22 @@ def group(
     labels = [int(head / size) for head in range(num_heads)]
     drawn = [labels, *(draw.sample(labels, num_heads) for _ in range(restarts - 1))]
     pairs = pair_matrix(cost, num_heads)
-    ends = list(dict.fromkeys(_settled(pairs, start, num_kv_heads, unequal=unequal) for start in drawn))
+    ends = list(dict.fromkeys(_descend_on_pairs(pairs, start, num_kv_heads, unequal=unequal) for start in drawn))
     ends.sort(key=lambda groups: _total(cost, list(groups.members)))
     cheap = isinstance(cost, SetCost) and cost.cheap
     if num_heads > descend_up_to and not cheap:
         return ends[0]
     further = [descend(cost, list(end.members), unequal=unequal) for end in ends[:FURTHER]]
-    return Groups.from_members(min(further, key=lambda members: _total(cost, members)))
+    best = min(further, key=lambda members: _total(cost, members))
+    return Groups.from_members(best)
 
 
 def _total(cost: Cost, members: Partition) -> float:
     return sum(many(cost, members))
 
 
-def _settled(pairs: Tensor, labels: list[int], num_kv_heads: int, *, unequal: bool) -> Groups:
-    """The best swap or move, again and again, where costs are sums over pairs."""
+def _descend_on_pairs(pairs: Tensor, labels: list[int], num_kv_heads: int, *, unequal: bool) -> Groups:
+    """Make the best swap or move until none improves, where costs are sums over pairs."""
     group = torch.tensor(labels)
     inside = torch.nn.functional.one_hot(group, num_kv_heads).to(pairs.dtype)
     scale = GAIN * pairs.abs().sum().item()
@@ -73,7 +74,8 @@ def _settled(pairs: Tensor, labels: list[int], num_kv_heads: int, *, unequal: bo
         swapped = moved[:, group] + moved[:, group].T - 2 * pairs
         swapped[group[:, None] == group] = 0
         swap = int(swapped.argmin())
-        gain, change = float(swapped.flatten()[swap]), (swap // len(group), swap % len(group))
+        gain = float(swapped.flatten()[swap])
+        change: tuple[int, int | None] = (swap // len(group), swap % len(group))
         if unequal:
             moved[inside.sum(0)[group] == 1] = 0  # a group of one would be left empty
             move = int(moved.argmin())
@@ -89,14 +91,14 @@ def _settled(pairs: Tensor, labels: list[int], num_kv_heads: int, *, unequal: bo
 
 
 def descend(cost: Cost, members: Partition, *, unequal: bool = False) -> Partition:
-    """The best swap (or move) of the true cost between two groups, until none gains."""
+    """Make the best swap (or move) by the true cost between two groups, until none improves."""
     improved = True
     while improved:
         improved = False
         for a, b in itertools.combinations(range(len(members)), 2):
             options = list(_changes(members[a], members[b], unequal=unequal))
-            serving_costs = many(cost, [one for option in options for one in option])
-            totals = [left + right for left, right in zip(serving_costs[::2], serving_costs[1::2], strict=True)]
+            found = many(cost, [one for option in options for one in option])
+            totals = [left + right for left, right in zip(found[::2], found[1::2], strict=True)]
             now = sum(many(cost, [members[a], members[b]]))
             if options and min(totals) < now - GAIN * abs(now):
                 members[a], members[b] = options[totals.index(min(totals))]
@@ -104,8 +106,8 @@ def descend(cost: Cost, members: Partition, *, unequal: bool = False) -> Partiti
     return members
 
 
-def _changes(left: tuple[int, ...], right: tuple[int, ...], *, unequal: bool) -> list[tuple[tuple[int, ...], ...]]:
-    """Two groups after every swap and, if asked, every move between them."""
+def _changes(left: tuple[int, ...], right: tuple[int, ...], *, unequal: bool) -> list[Pair]:
+    """Return two groups after every swap and, if `unequal`, every move between them."""
     made = [
         (tuple(sorted({*left, j} - {i})), tuple(sorted({*right, i} - {j}))) for i, j in itertools.product(left, right)
     ]

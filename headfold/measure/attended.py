@@ -1,4 +1,4 @@
-"""How far back attention looks: its mass by distance, which tells `absorb` how much of a slow rotation there is to lose."""
+"""Attention mass by distance. It tells `absorb` how far each frequency plane rotates over the distances that matter."""
 
 import torch
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core.distances import NUM_BINS, bin_of
 
 QUERIES = 16
-"""Of a sequence, evenly spread to its end: a small part of the work of a forward pass."""
+"""Queries per sequence that are observed, evenly spaced up to its end: a small part of the work of a forward pass."""
 
 
 def observe(
@@ -18,9 +18,10 @@ def observe(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over one batch: `attended` (group, bin of `core.distances`), the attention probabilities of some queries.
+    """Return `attended` (group, bin of `core.distances`): the attention probabilities of some queries, summed over one batch.
 
-    Both after their rotation. `mask` is boolean (true: attend) or added, (sequence or 1, head or 1, token, key); None is causal.
+    `query` and `key` are after RoPE. `mask` is boolean (true: attend) or additive, (sequence or 1, head or 1, token, key); None
+    is causal.
     """
     query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
     tokens, keys = query.shape[2], key.shape[2]

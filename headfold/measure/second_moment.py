@@ -1,4 +1,4 @@
-"""Second moments of the K/V input: all that `absorb` and `procrustes` need to know of the data."""
+"""Second moments of the K/V input: the statistics that most methods need."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,10 +8,10 @@ from torch import Tensor
 def observe(
     x: Float[Tensor, "sequence token model"], mask: Bool[Tensor, "sequence token"] | None = None
 ) -> dict[str, Tensor]:
-    """Sums over one batch: `second` = Σ [x, 1][x, 1]ᵀ and `scatter` = Σ (x − x̄)(x − x̄)ᵀ with x̄ the mean of each sequence.
+    """Return `second` = Σ [x, 1][x, 1]ᵀ and `scatter` = Σ (x − x̄)(x − x̄)ᵀ of one batch, with x̄ the mean of each sequence.
 
-    `mask` is false where a sequence is only padded: those count nowhere. The product runs in float32 at
-    least (half precision would round every sum, and fp16 overflow), the sums are float64.
+    `mask` is false at padding, which is left out. The product is computed in float32 at least (half precision would round every
+    sum, and fp16 overflow), and the sums are float64.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     model = x.shape[-1]

@@ -1,17 +1,18 @@
-"""Share the best K/V head there is, and fold each query head's private read-out of it into W_q and W_o.
+"""Share the best possible K/V head, and fold each query head's read-out of it into W_q and W_o.
 
-Minimises, per group and with queries and keys taken as independent, the expected squared error of the attention logits
-(K) and of the block's output (V) over everything that costs nothing at inference: query head i reads the shared head
-through its own matrix T_i (folded into W_q) and S_i (folded into W_o). Closed form (docs/absorb.md):
-the leading eigenvectors of the Gram matrix of the group's heads, weighed by query energy and by W_o. Under RoPE, T_i must commute with
-the rotation: one complex number per frequency plane, so each plane keeps one of the group's functionals. Without
-position on K, and always for V, T_i and S_i are unrestricted and the best `dim` of all the group's directions stay.
-Under q/k-norm T_i is a sign per plane, and the shared key is the energy-weighted mean of the aligned, normalised keys.
-From there, where the frequencies of the planes are known, T_i and the shared key are fitted by turns over the distances that
-attention covers: a plane that hardly turns over them is nearly as free as a dim without position (`core.turning`).
+Minimises, per group and with queries and keys taken as independent, the expected squared error of the attention logits (K) and of
+the block's output (V) over everything that costs nothing at inference: query head i reads the shared head through its own matrix
+T_i (folded into W_q) and S_i (folded into W_o). The solution is closed-form (docs/absorb.md): the leading eigenvectors of the
+Gram matrix of the group's heads, weighted by query energy and by W_o. Under RoPE, T_i must commute with the rotation: it is one
+complex number per frequency plane, so each plane keeps one of the group's functionals. Without position on K, and always for V,
+T_i and S_i are unrestricted, and the best `dim` of all the group's directions are kept. Under q/k-norm T_i is a sign per plane,
+and the shared key is the energy-weighted mean of the aligned, normalised keys. Where the frequencies of the planes are known, T_i
+and the shared key are then fitted by alternation over the distances that attention covers: a plane that rotates little over them
+is nearly as free as a dim without position (`core.readout`).
 
-Undoes every transformation that `key_freedom` allows, on K, and any invertible one on V: exact for heads that differ by those.
-Needs the statistics `second` and `scatter`; cost: one eigenproblem of (group size · dim)² per group.
+It undoes every transformation that `key_freedom` allows on K, and any invertible one on V: exact for heads that differ by those.
+It needs the statistics `second` and `scatter`, and uses `attended` where it was measured. Cost: one eigenproblem of size (group
+size · dim) per group.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.methods import MergeMethod
-from ..core.moments import Moments, Planes, Weighted, site_moments
+from ..core.moments import Moments, Planes, WeightedGram, WholeKeys, site_moments
 from ..core.readout import fit
 from ..core.shared import align_signs, top_functionals, top_planes
 from ..core.stats import SiteStats
@@ -43,31 +44,31 @@ def merge(
     output_weighting: bool = True,
     distances: bool = True,
 ) -> Heads:
-    """`groups` partitions the source's K/V heads. Computed in float64 and returned in it.
+    """Return merged heads, computed in float64 and of that dtype. `groups` partitions the source's K/V heads.
 
-    A shared head is `head_dim_multiple` of the source's wide (docs/absorb.md, 7): that many slots of the source's dims, each of
-    which rotates as a head of the source does. A group of no more heads than slots loses nothing. Without `distances` each plane stays
-    on its own.
+    A shared head has `head_dim_multiple` times the source's head_dim (docs/absorb.md, 7): that many slots of the source's dims,
+    each of which rotates as a head of the source does. A group with at most as many heads as slots loses nothing.
+    `distances=False` leaves out the fit over distances, so that each plane is shared separately.
 
     Raises:
-        UserError: no statistics.
+        UserError: there are no statistics.
     """
     if stats is None:
         raise UserError(
-            "absorb needs calibration statistics: run headfold calibrate and pass --stats, or pick --merge mean"
+            "absorb needs calibration statistics: run headfold calibrate and pass --stats, or choose --merge mean"
         )
     heads = heads.to(torch.float64)
-    turning = distances and bool(heads.key_freedom.frequencies) and not heads.key_freedom.normed
+    fits_over_distances = distances and bool(heads.key_freedom.frequencies) and not heads.key_freedom.normed
     moments = site_moments(
-        heads, stats, query_weighting=query_weighting, output_weighting=output_weighting, whole_keys=turning
+        heads, stats, query_weighting=query_weighting, output_weighting=output_weighting, whole_keys=fits_over_distances
     )
     kept = [members[0] for members in groups.members]
     merged = dataclasses.replace(
         heads,
-        q=_widened(heads.q, head_dim_multiple),
-        k=_widened(heads.k[kept], head_dim_multiple),
-        v=_widened(heads.v[kept], head_dim_multiple),
-        o=_widened(heads.o, head_dim_multiple),
+        q=_with_slots(heads.q, head_dim_multiple),
+        k=_with_slots(heads.k[kept], head_dim_multiple),
+        v=_with_slots(heads.v[kept], head_dim_multiple),
+        o=_with_slots(heads.o, head_dim_multiple),
         groups=heads.groups.compose(groups),
     )
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
@@ -77,8 +78,8 @@ def merge(
     return merged if heads.o_bias is None else dataclasses.replace(merged, o_bias=heads.o_bias + shift)
 
 
-def _widened(rows: Float[Tensor, "head dim model"], head_dim_multiple: int) -> Float[Tensor, "head dim model"]:
-    """A copy with empty slots behind the first."""
+def _with_slots(rows: Float[Tensor, "head dim model"], head_dim_multiple: int) -> Float[Tensor, "head wide_dim model"]:
+    """Return a copy with empty slots after the first."""
     empty = rows.new_zeros(len(rows), (head_dim_multiple - 1) * rows.shape[1], rows.shape[2])
     return torch.cat([rows, empty], 1)
 
@@ -92,10 +93,10 @@ def _absorb_group(
     members: list[int],
     head_dim_multiple: int,
 ) -> Float[Tensor, " model"]:
-    """Writes the shared head and its read-outs into `merged`, in place. Returns what the mean of V adds to the output."""
+    """Write the shared head and its read-outs into `merged`, in place. Return what the mean of V adds to the output."""
     mix, readout = _shared_key(heads, moments, members, head_dim_multiple)
-    if moments.key_grams is not None:
-        mix, readout = _turned(heads, moments, stats, members, mix, readout)
+    if moments.whole_keys is not None:
+        mix, readout = _fit_over_distances(heads, moments.whole_keys, stats, members, mix, readout)
     shared = mix @ heads.k[members].flatten(0, 1)
     value_mix, value_readout = _shared_flat(moments.values, members, head_dim_multiple)
     values = value_mix @ heads.v[members].flatten(0, 1)
@@ -114,9 +115,10 @@ def _absorb_group(
 
 
 def _shared_key(heads: Heads, moments: Moments, members: list[int], head_dim_multiple: int) -> tuple[Tensor, Tensor]:
-    """What the shared K head is of the members' (slot · dim, member · dim), and each member's read-out T (member, dim, slot · dim).
+    """Return the shared K head as a map of the members' (slot · dim, member · dim), and each member's read-out T (member, dim,
+    slot · dim).
 
-    In every slot the rotating planes come first, then the rest.
+    In every slot the rotary planes come first, then the other dims.
     """
     rotary, dim = heads.key_freedom.rotary_dim, heads.head_dim
     readout = heads.k.new_zeros(len(members), dim, head_dim_multiple, dim)
@@ -138,31 +140,29 @@ def _shared_key(heads: Heads, moments: Moments, members: list[int], head_dim_mul
     return mix.flatten(2).flatten(0, 1), readout.flatten(2)
 
 
-def _turned(
-    heads: Heads, moments: Moments, stats: SiteStats, members: list[int], mix: Tensor, readout: Tensor
+def _fit_over_distances(
+    heads: Heads, keys: WholeKeys, stats: SiteStats, members: list[int], mix: Tensor, readout: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Both fitted on, over the distances that calibration saw attended, or over what is assumed of them."""
+    """Fit both further over the distances that calibration measured, or over assumed ones."""
     freedom = heads.key_freedom
     seen = stats.tensors.get("attended")
     if seen is not None and seen.shape != (heads.num_kv_heads, NUM_BINS):
         raise UserError(
-            f"statistics: attended has shape {tuple(seen.shape)}, expected {(heads.num_kv_heads, NUM_BINS)}; made by another version "
-            "of headfold, calibrate again"
+            f"statistics: attended: expected shape {(heads.num_kv_heads, NUM_BINS)}, got {tuple(seen.shape)}, which another version of "
+            "headfold wrote; calibrate again"
         )
     context = freedom.context
     distances = Distances.assumed(heads.num_kv_heads, context) if seen is None else Distances.measured(seen, context)
-    second, scatter = (gram[members][:, :, members] for gram in moments.key_grams)
-    fitted = fit(second, scatter, moments.readers[members], mix, readout, freedom, distances.of(members))
-    return (mix, readout) if fitted is None else _balanced(heads, moments, members, fitted.mix, fitted.readout)
+    second, scatter = (gram[members][:, :, members] for gram in (keys.second, keys.scatter))
+    fitted = fit(second, scatter, keys.queries[members], mix, readout, freedom, distances.of(members))
+    return (mix, readout) if fitted is None else _balanced(heads, keys, members, fitted.mix, fitted.readout)
 
 
-def _balanced(
-    heads: Heads, moments: Moments, members: list[int], mix: Tensor, readout: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The scale of every plane split evenly between the shared head and its read-outs, for half precision's sake."""
-    gram = moments.key_grams[0][members][:, :, members].flatten(2).flatten(0, 1)
+def _balanced(heads: Heads, keys: WholeKeys, members: list[int], mix: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with the scale of every plane split evenly between the shared head and its read-outs, for half precision."""
+    gram = keys.second[members][:, :, members].flatten(2).flatten(0, 1)
     key = (mix @ gram * mix).sum(1)
-    query = torch.einsum("mad,mab,mbd->d", readout, moments.readers[members], readout)
+    query = torch.einsum("mad,mab,mbd->d", readout, keys.queries[members], readout)
     of_planes = (t.unflatten(0, (-1, heads.head_dim)) for t in (key, query))
     key, query = (_over_planes(heads, t).flatten() for t in of_planes)
     scale = torch.where((key > 0) & (query > 0), query / key, 1.0).pow(0.25)
@@ -170,15 +170,16 @@ def _balanced(
 
 
 def _over_planes(heads: Heads, energy: Float[Tensor, "slot dim"]) -> Float[Tensor, "slot dim"]:
-    """The dims of a plane have to keep one scale, or their rotation would be lost."""
+    """Return the energy of each dim's plane: the two dims of a plane must have one scale, or their rotation would be lost."""
     first, other = heads.key_freedom.planes().T
     energy = energy.clone()
     energy[:, first] = energy[:, other] = energy[:, first] + energy[:, other]
     return energy
 
 
-def _shared_flat(weighted: Weighted, members: list[int], head_dim_multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), docs/absorb.md, 2."""
+def _shared_flat(weighted: WeightedGram, members: list[int], head_dim_multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the shared head and its unrestricted read-outs: A = Σ^-½ Uᵀ W̃ and T_i = M_i^-½ U_i Σ^½ (balanced), docs/absorb.md,
+    2."""
     dim = weighted.root.shape[1]
     vectors, values = top_functionals(weighted.gram[members][:, :, members], head_dim_multiple * dim)
     if (missing := head_dim_multiple * dim - len(values)) > 0:  # fewer directions than dims: the others stay empty
@@ -192,7 +193,7 @@ def _shared_flat(weighted: Weighted, members: list[int], head_dim_multiple: int 
 def _shared_planes(
     heads: Heads, planes: Planes, members: list[int], head_dim_multiple: int
 ) -> tuple[Float[Tensor, "slot rotary member rotary"], Float[Tensor, "member rotary slot rotary"]]:
-    """One complex number per plane, member and slot: a = uᴴ y, t_i = u_i / √energy_i, docs/absorb.md, 3."""
+    """Return one complex number per plane, member and slot as real blocks: a = uᴴ y, t_i = u_i / √energy_i, docs/absorb.md, 3."""
     vectors, values = top_planes(planes.weighted[:, members][:, :, members], head_dim_multiple)
     energy = planes.energy[:, members].sqrt()
     rotary = heads.key_freedom.rotary_dim
@@ -207,7 +208,7 @@ def _shared_planes(
 
 
 def _shared_signs(heads: Heads, planes: Planes, members: list[int]) -> tuple[Tensor, Tensor]:
-    """One sign per plane and member; the shared key is the energy-weighted mean of the aligned, normalised keys."""
+    """Return the energy-weighted mean of the aligned, normalised keys, and one sign per plane and member to read it."""
     energy = planes.energy[:, members]
     signs = align_signs(energy[:, :, None] * planes.gram.real[:, members][:, :, members] * energy[:, None, :])
     weight = energy * signs / energy.sum(1, keepdim=True) / planes.scale[members]
@@ -216,7 +217,7 @@ def _shared_signs(heads: Heads, planes: Planes, members: list[int]) -> tuple[Ten
 
 
 def _blocks(heads: Heads, factors: Complex[Tensor, "member plane"]) -> Float[Tensor, "member rotary rotary"]:
-    """Multiplication by a complex number per plane, as real 2 × 2 blocks."""
+    """Return multiplication by a complex number per plane as real 2 × 2 blocks."""
     first, other = heads.key_freedom.planes().T
     rotary = heads.key_freedom.rotary_dim
     blocks = heads.k.new_zeros(len(factors), rotary, rotary)

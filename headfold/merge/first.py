@@ -9,7 +9,8 @@ from ..core.stats import SiteStats
 
 
 def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed: int = 0) -> Heads:
-    """`groups` partitions the source's K/V heads. Exact only where the heads of a group are equal."""
+    """Return heads with the first K/V head of each group. `groups` partitions the source's K/V heads. Exact only where the heads
+    of a group are equal."""
     first = [members[0] for members in groups.members]
     return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], groups=heads.groups.compose(groups))
 

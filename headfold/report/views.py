@@ -253,7 +253,7 @@ def _size(num_bytes: int | None) -> str:
 def show_probe(found: Any, out: Any = None) -> None:
     """Print the result of probing an architecture: the findings, the laws, and the family literal unless it was written to `out`."""
     print(f"{found.model_type} ({found.architecture})")
-    for line in found.seen:
+    for line in found.findings:
         print(f"  {line}")
     if found.family is None:
         print(f"not foldable: {found.reason}")

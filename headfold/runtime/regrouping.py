@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families.spec import Site, entry
+from ..families.folded import runtime_entry
+from ..families.spec import Site
 from .modeling_headfold import config_above, regroup_module
 
 
@@ -18,7 +19,7 @@ def regrouped(
     inner = site.core.removeprefix(site.module).removeprefix(".")
     output = site.paths["o"].removeprefix(f"{site.module}.")
     regroup_module(
-        root, inner, output, entry(site, num_kv_heads, None, head_dim_multiple), config_above(model, site.core)
+        root, inner, output, runtime_entry(site, num_kv_heads, None, head_dim_multiple), config_above(model, site.core)
     )
     return root
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..families import family_of
-from ..families.spec import folded_config, sites
+from ..families.folded import folded_config
+from ..families.spec import sites
 from ..hf_models import available_memory, quiet
 from ..runtime.load import own_class
 

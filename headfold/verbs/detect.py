@@ -5,13 +5,13 @@ from pathlib import Path
 from ..checkpoint.hub import resolve
 from ..conversion.outputs import refuse_existing
 from ..core.errors import UserError
-from ..detection import Probed
-from ..detection import probe as experiment
+from ..detection import Detection
+from ..detection import detect as experiment
 from ..parallel import main_only
 
 
 @main_only
-def detect(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Probed:
+def detect(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Detection:
     """Detect the attention of an architecture by experiments on a toy model, and prove that it can be folded.
 
     Args:

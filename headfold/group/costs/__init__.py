@@ -1,1 +1,1 @@
-"""What sharing costs a set of heads. One page per cost: `cost(heads, stats) -> Callable[[tuple[int, ...]], float]`."""
+"""What it costs a set of heads to share one K/V head. One page per cost: `cost(heads, stats, …) -> Cost`."""

@@ -1,8 +1,8 @@
-"""The error that absorb predicts for a shared head: K (logit²) and V (output²), each as a share of the site's energy.
+"""The error that absorb predicts for a shared head: K (logit²) and V (output²), each relative to the site's energy.
 
-cost = key_weight · K error / K energy + value_weight · V error / V energy (docs/absorb.md).
-The two errors have different units, so each is divided by its site's own energy before they are weighed; the default
-weights are a choice made by measurement (benchmarks/quality.py --rows ablation), not a theorem.
+cost = key_weight · K error / K energy + value_weight · V error / V energy (docs/absorb.md). The two errors have different units,
+so each is divided by its site's own energy first; the default weights were chosen by measurement (benchmarks/quality.py --rows
+ablation), not derived.
 """
 
 from jaxtyping import Float, Int
@@ -20,22 +20,22 @@ LARGE = 1024
 
 
 def cost(heads: Heads, stats: SiteStats, *, key_weight: float = 1.0, value_weight: float = 1.0) -> Cost:
-    """Returns the cost of one set of K/V heads sharing a single head."""
+    """Return the cost of a set of K/V heads that share a single head."""
     return cost_from_moments(site_moments(heads, stats), key_weight=key_weight, value_weight=value_weight)
 
 
 def cost_from_moments(
     moments: Moments, *, key_weight: float = 1.0, value_weight: float = 1.0, head_dim_multiple: int = 1
 ) -> Cost:
-    """The same from moments that are at hand already; `head_dim_multiple` as in `core.predict`."""
+    """Return the same cost from moments that are computed already; `head_dim_multiple` as in `core.predict`."""
     energy = site_energy(moments)
     dim = moments.values.gram.shape[1]
 
     def compute(sets: Int[Tensor, "set member"]) -> Float[Tensor, " set"]:
-        # Where all of K rotates, V loses far less and is by far the dearer to predict.
-        dear = moments.keys is None and sets.shape[1] * dim > LARGE
+        # Where all of K rotates, V loses far less and takes by far the most time to predict.
+        without_values = moments.keys is None and sets.shape[1] * dim > LARGE
         keys, values = predicted_errors(
-            moments, sets, values=value_weight != 0 and not dear, head_dim_multiple=head_dim_multiple
+            moments, sets, values=value_weight != 0 and not without_values, head_dim_multiple=head_dim_multiple
         )
         return key_weight * keys / energy.key + value_weight * values / energy.value
 

@@ -1,10 +1,10 @@
-"""Dissimilarity of activations as they are: 1 − cosine of two heads' keys and values (AsymGQA, 2406.14963).
+"""Dissimilarity of activations: 1 − cosine of two heads' keys and values (AsymGQA, 2406.14963).
 
-cost = 2/|g| · Σ over pairs of ½(1 − cos K) + ½(1 − cos V), the cosine taken over all calibration activations at once, keys before RoPE:
-the squared distance of the normalised activations from their mean. Among groups of one size that is the order of the mean similarity
-inside groups, which the paper raises. Its formula for groups of several sizes was not at hand: a mean over all pairs would be best with
-one large group among single heads, a sum over them with equal groups; divided by its size a group costs what pooling it loses.
-The paper averages cosines over its data; this is the form that second moments give.
+cost = 2/|g| · Σ over pairs of ½(1 − cos K) + ½(1 − cos V), with the cosine taken over all calibration activations at once, and
+keys before RoPE: the squared distance of the normalised activations from their mean. Among groups of one size this ranks
+partitions by the mean similarity inside groups, which the paper maximises. Its formula for groups of several sizes was not
+available: a mean over all pairs would favour one large group among single heads, a sum over them equal groups; divided by its
+size, a group costs what pooling it loses. The paper averages cosines over its data; this is the form that second moments give.
 """
 
 import torch
@@ -17,7 +17,7 @@ from ...core.stats import SiteStats
 
 
 def cost(heads: Heads, stats: SiteStats) -> Cost:
-    """Returns the cost of one set of K/V heads sharing a single head."""
+    """Return the cost of a set of K/V heads that share a single head."""
     grams = pair_grams(heads, stats)
     similarity = torch.zeros(heads.num_kv_heads, heads.num_kv_heads, dtype=torch.float64)
     for gram in (grams.k, grams.v):

@@ -1,15 +1,15 @@
-"""The model's own groups, with noise taken from what their attention puts out (PGQA, 2408.08454).
+"""Keep the model's own groups, and subtract noise from the output of attention (PGQA, 2408.08454).
 
-Of each sample and group the output is a matrix Y (head, position · dim). Noise is drawn from U(0, 1) in that shape, its diagonal set
-to 0, each row brought to mean 0 and standard deviation 1 and then to those of the same row of Y, and subtracted. No gradient goes
-through it.
+The output of a sample and group is a matrix Y (head, position · dim). Noise is drawn from U(0, 1) in that shape, its diagonal set
+to 0, each row brought to mean 0 and standard deviation 1 and then to those of the same row of Y, and subtracted. It carries no
+gradient.
 
-Repaired (default): in training alone, as any such noise; scaled to `strength` times the row's standard deviation and with mean 0,
-so that Y is what it was in the mean. Outside training, and frozen, this is `static`, whatever the batch.
+Repaired (default): only in training; scaled to `strength` times the row's standard deviation and with mean 0, so that Y is
+unchanged in the mean. Outside training, and frozen, this is `static` for every batch.
 
-`published=true`: outside training too, so an answer depends on chance (`seed`) and on its place in the batch; and the row's mean
-goes into the noise, so the mean of every head's output is subtracted from itself. The paper speaks of Gaussian noise on attention
-maps; uniform noise on outputs is what its code draws. Rows of no spread, 0/0 there, get no noise.
+`published=true`: outside training too, so an output depends on random numbers (`seed`) and on its place in the batch; and the
+row's mean enters the noise, so every head's mean output is subtracted from itself. The paper describes Gaussian noise on
+attention maps; its code draws uniform noise on outputs. Constant rows, for which this is 0/0, get no noise.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def route(
     strength: float = 1.0,
     seed: int = 0,
 ) -> RouteState:
-    """The groups as they are; noise of its own for every pass that has any."""
+    """Return the state with the groups unchanged, and a new draw of noise for every pass that has noise."""
     return replace(state, draws=state.draws + 1) if training or published else state
 
 
@@ -44,7 +44,7 @@ def perturb(
     published: bool = False,
     strength: float = 1.0,
 ) -> Float[Tensor, "sample token head dim"]:
-    """The output less its noise; heads lie in runs of these sizes."""
+    """Return the output minus its noise; heads lie in runs of these sizes."""
     if not (training or published):
         return output
     by_head = output.transpose(1, 2)

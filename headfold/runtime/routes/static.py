@@ -1,6 +1,6 @@
-"""The model's own groups, whatever the keys say: no route at all (GQA, 2305.13245, section 2.1).
+"""Keep the model's own groups (GQA, 2305.13245, section 2.1).
 
-What every other route is compared with, bit for bit the model without one.
+The baseline for every other route: bit for bit the model without a route.
 """
 
 from ...core.methods import RouteMethod
@@ -8,7 +8,7 @@ from ...core.routes import Norms, RouteState
 
 
 def route(state: RouteState, norms: Norms, training: bool, *, seed: int = 0) -> RouteState:
-    """The state as it is."""
+    """Return the state unchanged."""
     return state
 
 
