@@ -30,7 +30,7 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
             if values:
                 middle = statistics.median(values)
                 row |= {field: middle, f"least_{field}": min(values), f"greatest_{field}": max(values)}
-                base = statistics.median(run[field] for run in plain)
+                base = statistics.median(run[field] for run in plain) if plain else 0
                 row[f"{field}_of_plain"] = middle / base if base > 0 else None
         rows.append(row)
     return rows

@@ -150,7 +150,7 @@ def on_main(make: Callable[[], T]) -> T:
     Raises:
         UserError: from `make`, on every rank.
     """
-    return _on_main(make, shared=True)
+    return make() if world_size() == 1 else _on_main(make, shared=True)
 
 
 def on_main_only(make: Callable[[], T]) -> T:
@@ -159,12 +159,10 @@ def on_main_only(make: Callable[[], T]) -> T:
     Raises:
         UserError: from `make`, on every rank.
     """
-    return _on_main(make, shared=False)
+    return make() if world_size() == 1 else _on_main(make, shared=False)
 
 
 def _on_main(make: Callable[[], T], *, shared: bool) -> T:
-    if world_size() == 1:
-        return make()
     value: Any = None
     error: UserError | OSError | None = None
     if rank() == 0:

@@ -45,7 +45,7 @@ def svg() -> str:
         "<title>Perplexity against K/V bytes per token of the bundled model, original and folds without training</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         f'<text x="{LEFT}" y="18" font-size="15">The bundled model folded without training: perplexity against K/V bytes per token</text>',
-        f'<text x="{LEFT - 8}" y="{TOP - 4}" text-anchor="end">perplexity</text>',
+        f'<text x="4" y="{TOP - 8}">perplexity</text>',
     ]
     for tick in TICKS:
         y = place((original[0], tick))[1]
@@ -71,5 +71,5 @@ def svg() -> str:
             f'<path d="M{right + 16} {y}h18" stroke="{colour}" stroke-width="2"/><text x="{right + 40}" y="{y + 4}">{label}</text>'
         )
     x, y = place(original)
-    parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="#333"/><text x="{x + 12}" y="{y + 4}">original</text>')
+    parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="#333"/><text x="{x + 10}" y="{y - 8}">original</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

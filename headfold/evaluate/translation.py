@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ..core.errors import UserError
 from ..corpus.pairs import IGNORED, encode_pairs
 from ..corpus.samples import Sample, batches
+from ..families.context import context_length
 from ..hf_models import quiet
 from . import bleu, rouge
 from .bootstrap import Units
@@ -226,9 +227,8 @@ def generate_texts(
 
 def _fitting(num_tokens: int, model: "PreTrainedModel") -> int:
     """Return the number of new tokens, limited to the positions of the decoder where these are learned."""
-    fields = ("max_target_positions", "max_position_embeddings")
-    limits = [getattr(model.config, field, None) for field in fields]
-    return min([num_tokens, *(limit - 1 for limit in limits if isinstance(limit, int))])
+    limit = context_length(model.config.to_dict())
+    return num_tokens if limit is None else min(num_tokens, limit - 1)
 
 
 def _by_length(sample: Sample) -> Int[Tensor, " item"]:

@@ -106,13 +106,13 @@ def frontier(
     found: list[tuple[Point, Plan]] = []
     correlation: float | None = None
     for multiple in multiples:
-        asked, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
-        if not first and not asked.is_reachable(source):
+        at_multiple, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
+        if not first and not at_multiple.is_reachable(source):
             continue
         path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
-        curves = loss_curves(teacher, asked, request, given, path)
+        curves = loss_curves(teacher, at_multiple, request, given, path)
         correlation = site_rank_correlation(curves) if first else correlation
-        found += front_points(teacher, asked, curves, given, measured, uniform=first)
+        found += front_points(teacher, at_multiple, curves, given, measured, uniform=first)
     points = undominated([point for point, _ in found])
     both = [(point.predicted, point.measured) for point in points if point.measured is not None]
     result = Frontier(points, rank_correlation(both), correlation, str(directory))

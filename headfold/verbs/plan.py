@@ -134,11 +134,11 @@ def _best_within_budget(
     best: tuple[float, Plan] | None = None
     refusal: UserError | None = None
     for multiple in multiples:
-        asked = replace(budget, head_dim_multiple=multiple)
+        at_multiple = replace(budget, head_dim_multiple=multiple)
         try:
-            asked.check_reachable(teacher.source)
-            curves = loss_curves(teacher, asked, request, stats, path_of_multiple(sensitivity, multiple))
-            counts = curves.allocate(asked)
+            at_multiple.check_reachable(teacher.source)
+            curves = loss_curves(teacher, at_multiple, request, stats, path_of_multiple(sensitivity, multiple))
+            counts = curves.allocate(at_multiple)
         except UserError as error:  # this multiple leaves no count, or none small enough
             refusal = refusal or error
             continue
