@@ -33,6 +33,7 @@ ENVIRONMENT = {
     **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",
 }  # fmt: skip
+TEXT = "What the first process reads, all of them measure; none but the first needs the file. " * 40
 FOLD: dict[str, Any] = dict(kv_heads=4, tokens=512, context=32)
 
 
@@ -91,7 +92,20 @@ def launched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched
         "fold": words(source, "out"),
         "healed": [*words(source, "healed"), "--heal", "--heal-tokens", "4096", "--json"],
         "alone": ["inspect", str(source)],
+        "evaluated": [
+            "eval",
+            str(source),
+            "--reference",
+            str(source),
+            "--text",
+            "mine.txt",
+            "--context",
+            "32",
+            "--json",
+        ],
+        "planned": ["plan", str(source), "plan.json", "--kv-budget", "50%", "--stats", "stats.safetensors"],
     }
+    (directory / "first" / "mine.txt").write_text(TEXT)
     (directory / "commands.json").write_text(json.dumps(list(commands.values())))
     answers = launched_by_two("work", directory)
     return Launched(
@@ -138,13 +152,14 @@ def test_two_processes_find_what_one_does(name: str, launched: Launched) -> None
 
 def test_the_first_process_writes_and_speaks_alone(launched: Launched) -> None:
     leader, answers = launched.leader, launched.answers
-    for name in ("calibrate", "fold", "healed", "alone"):
+    for name in ("calibrate", "fold", "healed", "alone", "evaluated", "planned"):
         (code, out, err), second = answers[name]
         assert code == 0 and out, err
         assert second == [0, "", ""]
     made = {path.name for path in leader.parent.iterdir() if path.suffix not in (".json", ".safetensors")}
     assert made == {"first"}
-    assert {path.name for path in leader.iterdir()} == {"mine", "stats.safetensors", "out", "healed"}
+    made = {"stats.safetensors", "out", "healed", "plan.json", "plan.sensitivity.json"}
+    assert {path.name for path in leader.iterdir()} == made | {"mine", "mine.txt"}
     result = json.loads(answers["healed"][0][1])
     assert result["healed"] == 4096 and result["verification"]["passed"]
 
@@ -177,6 +192,23 @@ def test_the_sample_and_its_fingerprint_are_those_of_one_process(
         assert together[site].count == alone[site].count
         for name, tensor in alone[site].tensors.items():
             assert_tight(together[site].tensors[name], tensor)
+
+
+def test_a_text_is_measured_as_by_one_process(source: Path, launched: Launched) -> None:
+    together = json.loads(launched.answers["evaluated"][0][1])
+    alone = headfold.eval(source, reference=source, text=str(launched.leader / "mine.txt"), context=32)
+    assert together["num_tokens"] == alone.num_tokens and together["num_windows"] == alone.num_windows > 2
+    assert_tight(torch.tensor(together["nll"]).double(), torch.tensor(alone.nll).double())
+
+
+def test_a_budget_is_allocated_as_by_one_process(source: Path, launched: Launched, tmp_path: Path) -> None:
+    stats = launched.leader / "stats.safetensors"
+    alone = headfold.plan(source, tmp_path / "plan.json", kv_budget="50%", stats=stats)
+    assert Plan.load(launched.leader / "plan.json") == alone
+    both = [json.loads((folder / "plan.sensitivity.json").read_text()) for folder in (launched.leader, tmp_path)]
+    for name, row in both[1]["loss_increase"].items():
+        for count, increase in row.items():
+            assert both[0]["loss_increase"][name][count] == pytest.approx(increase, rel=1e-3), (name, count)
 
 
 def same_weights(a: Path, b: Path) -> None:
