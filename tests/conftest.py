@@ -18,11 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # beartype draws which items of a container it checks; that changes nothing that a strategy makes.
-    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Library code takes seeds; this one makes what tests draw themselves repeatable."""

@@ -267,10 +267,13 @@ def test_known_families_are_folded_whatever_code_ships_with_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 3}, r"lacks: model\.layers\.2\.self_attn\.q_proj\.weight.* and 1 more"),
-        ({"num_attention_heads": None}, r"num_attention_heads is None, expected a positive whole number"),
+        (
+            {"num_hidden_layers": 3},
+            r"that are not in the checkpoint: model\.layers\.2\.self_attn\.q_proj\.weight.* and 1 more",
+        ),
+        ({"num_attention_heads": None}, r"num_attention_heads: expected a positive whole number, got None"),
         ({"num_key_value_heads": 3}, r"cannot split 8 K/V heads into 3"),
-        ({"num_key_value_heads": "8"}, r"num_key_value_heads is '8'"),
+        ({"num_key_value_heads": "8"}, r"num_key_value_heads: expected a positive whole number, got '8'"),
         ({"head_dim": 16}, r"q_proj\.weight has shape \(64, 48\), expected \(128, 48\) from 8 query heads"),
         ({"num_key_value_heads": 4}, r"k_proj\.weight has shape \(64, 48\), expected \(32, 48\)"),
     ],

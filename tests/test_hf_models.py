@@ -152,7 +152,7 @@ def edit_config(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own"),
+        ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "its own code"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"num_hidden_layers": 3}, r"lacks: model.layers.2.*and \d+ more"),
         ({"model_type": "no-such-model"}, "no-such-model"),
