@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from . import group as solvers
+from . import group as groupings
 from .core import plugins
 from .core.costs import Cost, summed
 from .core.errors import UserError
@@ -80,7 +80,7 @@ def parse_group(text: str) -> Grouping:
     items = [item for item in tail.split(",") if item]
     named = [item.removeprefix("cost=") for item in items if item.startswith("cost=")]
     rest = ",".join(item for item in items if not item.startswith("cost="))
-    solver = plugins.parse(solvers, f"{name}:{rest}" if rest else name, GroupingMethod)
+    solver = plugins.parse(groupings, f"{name}:{rest}" if rest else name, GroupingMethod)
     unequal = solver.options.get("unequal", solver.record.unequal)
     if solver.record.default_cost is None:
         return Grouping(solver, None, unequal)
@@ -194,11 +194,11 @@ def choices(
                 raise UserError(
                     f"--kv-heads {count} --head-dim-multiple {head_dim_multiple}: expected a count that {head_dim_multiple} divides"
                 )
-            groups = _grouped(analyses, grouping, count // head_dim_multiple, seed)
+            groups = _choose_groups(analyses, grouping, count // head_dim_multiple, seed)
             planned[count] = tuple(analysis.plan(groups, merging) for analysis in analyses)
         return Choice(tuple(together), planned)
 
-    sets = _grouped_together(sites)
+    sets = _sites_grouped_alike(sites)
     if workers == 1:
         return [decide(together) for together in sets]
     with ThreadPoolExecutor(workers) as pool:
@@ -241,7 +241,7 @@ def assemble(
     return Plan({site.name: found[site.name] for site in sites}, group, source, seed, calibration or {})
 
 
-def _grouped_together(sites: Sequence[Site]) -> list[list[Site]]:
+def _sites_grouped_alike(sites: Sequence[Site]) -> list[list[Site]]:
     """Return the sites in sets that must have the same groups: those of a stack with one order of query heads, every other one alone."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
@@ -305,7 +305,7 @@ class _SiteAnalysis:
         return SitePlan(groups, merge, dim, error, site_energy(self.moments))
 
 
-def _grouped(analyses: Sequence[_SiteAnalysis], grouping: Grouping, num_kv_heads: int, seed: int) -> Groups:
+def _choose_groups(analyses: Sequence[_SiteAnalysis], grouping: Grouping, num_kv_heads: int, seed: int) -> Groups:
     """Return one partition for all of the sites."""
     site = analyses[0].site
     num_heads = site.num_kv_heads

@@ -29,6 +29,29 @@ from headfold.report import card
 from headfold.verbs.export import export
 
 
+FOLDS = {"equal": [EVEN, EVEN], "per layer": [EVEN, THREE], "unequal": [UNEVEN, UNEVEN], "one head": [ONE, ONE]}
+"""Groups by layer: at least one of them fits any layout."""
+
+
+@pytest.mark.parametrize("name", export_layouts())
+def test_every_layout_writes_the_same_function(name: str, tmp_path: Path) -> None:
+    """Whatever it can hold, of the first of our models that it has a class for; `export` compares the logits itself."""
+    written = []
+    case = next(
+        case
+        for case in CASES
+        if CASES[case].config([EVEN, EVEN], "headfold").model_type in export_layouts()[name].model_types
+    )
+    for fold, groups in FOLDS.items():
+        place = tmp_path / fold.replace(" ", "-")
+        grouped(case, groups, place / "folded")
+        if export_layout.why_not(folded(config_of(place / "folded")), name) is None:
+            result = export(place / "folded", place / "out", layout=name)
+            assert result.difference is not None and result.difference <= result.tolerance
+            written.append(fold)
+    assert written, f"no fold of a {case} fits this layout"
+
+
 def test_decilm_is_read_as_its_readers_do(tmp_path: Path) -> None:
     """By the arithmetic of the readers: K/V heads by the size of a group, and the width of the MLP by its multiple."""
     for width, multiple in ((72, False), (256, True), (768, True)):

@@ -200,6 +200,22 @@ def test_shapes_map_and_dtype_are_as_agreed(name: str, case: tuple[RandomSite, G
 
 
 @EVERY_MERGE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_merged_too(name: str, dtype: torch.dtype) -> None:
+    """Merges get heads in the checkpoint's dtype: near the merge of the same numbers in float64."""
+    site = random_site(next(iter(FREEDOMS)), 4, 2)
+    groups, rounded = Groups.contiguous(4, 2), site.heads.to(dtype)
+    method = merges.parse_merge(name)
+    found = method(rounded, groups, site.stats, seed=1).to(torch.float64)
+    if name == "random":  # drawn in the dtype that it is given
+        return
+    expected = method(rounded.to(torch.float64), groups, site.stats, seed=1)
+    for role in ("k", "v"):
+        scale = getattr(expected, role).abs().max()
+        assert (getattr(found, role) - getattr(expected, role)).abs().max() <= 2 * torch.finfo(dtype).eps * scale
+
+
+@EVERY_MERGE
 @EVERY_FREEDOM
 def test_queries_and_outputs_change_as_declared(name: str, freedom: str) -> None:
     site = random_site(freedom, 4, 2)

@@ -82,7 +82,7 @@ def test_averages_are_those_of_rotations_spelled_out(layout: str, slots: int) ->
             a, b = rotation(freedom, distance), rotation(freedom, distance, slots)
             turned = a.mT @ x @ b if way == "there" else a @ x @ b.mT
             expected += distances.shares[:, distance, None, None] * turned
-        average = Average(own, shared, distances)
+        average = DistanceAverage(own, shared, distances)
         found = (average if way == "there" else average.adjoint)(x[:, own.order][:, :, shared.order])
         assert_tight(found, expected[:, own.order][:, :, shared.order])
 
@@ -126,7 +126,7 @@ def test_the_error_is_what_it_says_and_falls(layout: str, seed: int, slots: int)
     mix, readout = start(slots, seed)
     # Moments about the mean that are all there is: nothing is constant over a sequence.
     found = fit(keys, keys, queries, mix, readout, freedom, distances)
-    assert isinstance(found, Fitted) and found.error <= found.before
+    assert isinstance(found, FittedReadout) and found.error <= found.before
     for error, m, r in ((found.before, mix, readout), (found.error, found.mix, found.readout)):
         assert error == pytest.approx(spelled_out(freedom, distances, keys, queries, m, r), rel=1e-6)
 

@@ -125,10 +125,14 @@ def test_sharded_training_is_that_of_one_process(place: Path, launched: dict[str
 
 def test_shards_are_not_taken_for_a_whole(place: Path, tmp_path: Path) -> None:
     from headfold.train.sharding import check_sharding
+    from headfold.train.trainer import Uptrainer
 
-    class MarkComplete:
+    class Whole(Uptrainer):
         is_fsdp_enabled = False
+
+        def __init__(self) -> None:
+            pass
 
     (tmp_path / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(UserError, match="launch with FSDP, as before"):
-        check_sharding(MarkComplete(), "adamw", tmp_path)  # type: ignore[arg-type]
+        check_sharding(Whole(), "adamw", tmp_path)

@@ -87,7 +87,7 @@ def require_statistics(stats: StatsFile | None) -> None:
     """
     if stats is None:
         raise UserError(
-            "plan: a budget is allocated by predicted loss increases: run headfold calibrate and pass --stats"
+            "plan: a budget is allocated by measured sensitivities, which need statistics: run headfold calibrate and pass --stats"
         )
 
 

@@ -1,5 +1,6 @@
 """headfold on the command line: words to verbs, results to reports, and nothing else."""
 
+import inspect as inspection
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -57,8 +58,12 @@ def root(
 
 
 def _add(panel: str, verb: Callable[..., None], examples: tuple[str, ...], **options: Any) -> None:
+    paragraphs = inspection.cleandoc(verb.__doc__ or "").split("\n\n")
+    text = "\n\n".join(
+        " ".join(paragraph.split()) for paragraph in paragraphs
+    )  # lines are broken by the terminal's width
     epilog = "\n\n".join(f"Example: {example}" for example in examples)
-    app.command(epilog=epilog, rich_help_panel=panel, **options)(verb)
+    app.command(help=text, epilog=epilog, rich_help_panel=panel, **options)(verb)
 
 
 _add(FIRST, demo.demo, demo.EXAMPLES)

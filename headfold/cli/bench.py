@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DATA, HOW, OUTPUT, WHAT, WHERE, Debug, Device, Json, option
+from .options import DATA, HOW, MEASURE, OUTPUT, WHERE, Debug, Device, Json, option
 from .output import answered, counts, given
 
 EXAMPLES = (
@@ -21,17 +21,17 @@ def bench(
     shape: Annotated[
         str | None,
         option(
-            "--shape", panel=WHAT, metavar="SHAPE",
+            "--shape", panel=MEASURE, metavar="SHAPE",
             help="Time a random model instead, before there is a fold: attention, llama-2-7b, llama-2-13b, t5-large, t5-xl, t5-xxl, "
             "gpt2-xl, or a checkpoint directory for its shape.",
         ),
     ] = None,
     kv_heads: Annotated[
         str | None,
-        option("--kv-heads", panel=WHAT, metavar="N,N", help="K/V heads of the shape, one model for each count."),
+        option("--kv-heads", panel=MEASURE, metavar="N,N", help="K/V heads of the shape, one model for each count."),
     ] = None,
     layers: Annotated[
-        int | None, option("--layers", panel=WHAT, metavar="N", min=1, help="Layers of the shape; by default all.")
+        int | None, option("--layers", panel=MEASURE, metavar="N", min=1, help="Layers of the shape; by default all.")
     ] = None,
     attention: Annotated[
         str,

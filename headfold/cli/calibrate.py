@@ -29,7 +29,7 @@ def calibrate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure once what attention sees, for any number of folds."""
+    """Measure the statistics that plans and folds need, once for any number of them."""
     from ..report import views
     from ..report.progress import ProgressReport
     from ..verbs import calibrate as verb

@@ -14,7 +14,7 @@ EXAMPLES = ("headfold demo", "headfold demo my-first-fold --json")
 def demo(
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="Where to leave the fold. Default: it is removed after it was measured."),
+        typer.Argument(metavar="[OUT]", help="Where to leave the fold. Default: it is removed after measuring."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -26,7 +26,7 @@ def detect(
     """Detect an unknown architecture's attention and prove it foldable.
 
     A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
-    is tried on it, and the family literal that follows must pass all laws."""
+    is tried on it, and the resulting family literal must pass all family laws."""
     from ..report import views
     from ..verbs import detect as verb
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .options import DATA, HOW, WHAT, Context, Debug, Device, Dtype, Json, option
+from .options import DATA, HOW, MEASURE, Columns, Debug, Device, Dtype, Json, option
 from .output import answered, given, names
 
 EXAMPLES = (
@@ -22,10 +22,10 @@ def evaluate(
     ],
     compare: Annotated[
         bool,
-        option("--compare", panel=WHAT, help="Measure several models on the same data, and how far each is from the first."),
+        option("--compare", panel=MEASURE, help="Measure several models on the same data, and how far each is from the first."),
     ] = False,
     reference: Annotated[
-        str | None, option("--reference", panel=WHAT, metavar="ORIGINAL", help="The model that MODEL was folded from.")
+        str | None, option("--reference", panel=MEASURE, metavar="ORIGINAL", help="The model that MODEL was folded from.")
     ] = None,
     text: Annotated[
         str | None,
@@ -35,15 +35,13 @@ def evaluate(
             "folder or table of images. Default, for language models alone: the bundled text.",
         ),
     ] = None,
-    columns: Annotated[
-        str | None,
-        option("--columns", panel=DATA, metavar="A,B", help="Columns of a table. Default: source,target; image,label."),
-    ] = None,
+    columns: Columns = None,
     task: Annotated[
         str | None,
         option(
             "--task", panel=DATA, metavar="NAME,NAME",
-            help="Run tasks of lm-evaluation-harness instead, by its own code: hellaswag, mmlu_*. Needs the extra tasks of this package.",
+            help="Run tasks of lm-evaluation-harness instead, by its own code: hellaswag, mmlu_*. "
+                "Needs the extra named tasks: pip install 'headfold\\[tasks]'.",
         ),
     ] = None,
     include_path: Annotated[
@@ -55,28 +53,33 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        option("--limit", panel=DATA, metavar="N", min=1, help="Items to measure on, of each task; tokens of plain text."),
+        option("--limit", panel=DATA, metavar="N", min=1, help="Number of items (of each task), or of tokens for text."),
     ] = None,
-    context: Context = None,
+    context: Annotated[
+        int | None,
+        option("--context", panel=DATA, metavar="N", min=2, help="Tokens per window, or where texts are cut. "
+            "Default: the model's own, at most 2048."),
+    ] = None,
     metric: Annotated[
         str | None,
-        option("--metric", panel=HOW, metavar="METRIC", help="Metric of what an encoder-decoder writes: bleu or rouge. Default: bleu."),
+        option("--metric", panel=HOW, metavar="METRIC", help="Metric of the text that an encoder-decoder "
+            "generates: bleu or rouge. Default: bleu."),
     ] = None,
     beams: Annotated[
-        int | None, option("--beams", panel=HOW, metavar="N", min=1, help="Beams that an encoder-decoder writes with. Default: 1.")
+        int | None, option("--beams", panel=HOW, metavar="N", min=1, help="Beams that an encoder-decoder generates with. Default: 1.")
     ] = None,
     max_new_tokens: Annotated[
         int | None,
         option(
             "--max-new-tokens", panel=HOW, metavar="N", min=0,
-            help="Tokens at which an output is cut; 0: none is written, so no BLEU or ROUGE. Default: 128.",
+            help="Maximum length of an output; 0 skips generation, and BLEU and ROUGE. Default: 128.",
         ),
     ] = None,
     resamples: Annotated[
         int | None,
         option("--resamples", panel=HOW, metavar="N", min=1000, help="Draws of the bootstrap behind intervals. Default: 2000."),
     ] = None,
-    seed: Annotated[int | None, option("--seed", panel=HOW, help="Seed of these draws. Default: 0.")] = None,
+    seed: Annotated[int | None, option("--seed", panel=HOW, help="Seed of the bootstrap. Default: 0.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -84,9 +87,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure perplexity, BLEU or ROUGE, accuracy, embeddings, or tasks.
 
-    What is measured depends on the model: a language model's perplexity and KL to the original, loss and BLEU or ROUGE of an
-    encoder-decoder, accuracy of a classifier, likeness of an encoder's embeddings to the original's. With --reference always beside the
-    original; with --compare several models, with 95 % intervals of the differences."""
+    What is measured depends on the model: perplexity of a language model, loss and BLEU or ROUGE of an encoder-decoder, accuracy of a
+    classifier, similarity of an encoder's embeddings to the original's. With --reference the original is measured as well, and the KL
+    to it. With --compare several models are measured, and 95 % intervals of the differences are given."""
     _check_count(models, compare)
     from ..report import contrasts, views
     from ..report.progress import ProgressReport

@@ -23,7 +23,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a fold again in another layout, the same function.
+    """Rewrite a fold in another layout; it computes the same function.
 
     Layouts are checkpoint forms that stock classes or engines read: see --layout."""
     from ..report.exports import show_export

@@ -54,14 +54,14 @@ def fold(
     merge: Merge = None,
     refit: Refit = True,
     heal: Annotated[
-        bool, option("--heal", panel=HOW, help="Then train every block's attention alone to the original's output (minutes).")
+        bool, option("--heal", panel=HOW, help="After the refit, train each site alone to reproduce the original's output (takes minutes).")
     ] = False,
     heal_tokens: Annotated[
         int | None,
         option(
             "--heal-tokens", panel=HOW, metavar="N", min=1,
-            help="Tokens (or items) of the calibration source that --heal trains every block on, more than once where there are fewer. "
-            "Default: 524288 tokens, 16384 images.",
+            help="Tokens (or items) of the calibration source that --heal trains each site on; data is repeated if there is less. "
+            "Default: 524288 tokens, 16384 images or recordings.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -82,7 +82,8 @@ def fold(
 ) -> None:  # fmt: skip
     """Write the model again with fewer K/V heads.
 
-    OUT is a checkpoint directory that stock engines load, with a card (README.md) and the plan (plan.json) beside the weights."""
+    OUT is a checkpoint directory, a stock one where the architecture allows it, with a card (README.md) and the plan (plan.json) beside
+    the weights."""
     head_dim_multiple = renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple)
     _check(kv_heads, plan, group, merge, head_dim_multiple)
     from ..report import views

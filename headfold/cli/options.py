@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 WHAT, HOW, DATA, WHERE, OUTPUT = "What to fold", "How", "Data", "Where it runs", "Output"
+MEASURE = "What to measure"
 """Titles of the panels."""
 
 
@@ -20,7 +21,9 @@ StatsFile = Annotated[
 ]
 KvHeads = Annotated[
     str | None,
-    option("--kv-heads", panel=WHAT, metavar="N", help="K/V heads to keep: a count (4) or a share (1/2)."),
+    option(
+        "--kv-heads", panel=WHAT, metavar="N", help="K/V heads to keep: a count (4) or a share of the model's (1/2)."
+    ),
 ]
 Encoder = Annotated[
     bool,
@@ -31,23 +34,34 @@ HeadDimMultiple = Annotated[
     option(
         "--head-dim-multiple",
         panel=HOW,
-        metavar="N",
-        help="Give K/V heads N times the head_dim, and N times fewer of them: the same cache, a better fold, N times larger W_q and W_o. "
-        "auto: as large as attention kernels take (256).",
+        metavar="N|auto",
+        help="Multiply head_dim by N and divide the number of K/V heads by N: the same cache, a smaller loss, W_q and W_o N times larger. "
+        "auto: the largest head_dim up to 256.",
     ),
 ]
 HeadWidth = Annotated[str | None, typer.Option("--head-width", hidden=True, help="Former name of --head-dim-multiple.")]
 Group = Annotated[
     str | None,
-    option("--group", panel=HOW, metavar="METHOD", help="Which heads share one; see headfold methods. Default: swap."),
+    option(
+        "--group", panel=HOW, metavar="METHOD", help="How K/V heads are grouped; see headfold methods. Default: swap."
+    ),
 ]
 Merge = Annotated[
     str | None,
-    option("--merge", panel=HOW, metavar="METHOD", help="How heads become one; see headfold methods. Default: absorb."),
+    option(
+        "--merge",
+        panel=HOW,
+        metavar="METHOD",
+        help="How the heads of a group are merged; see headfold methods. Default: absorb.",
+    ),
 ]
 Refit = Annotated[
     bool,
-    option("--refit/--no-refit", panel=HOW, help="Refit W_o and W_v of every block to the original's output."),
+    option(
+        "--refit/--no-refit",
+        panel=HOW,
+        help="Refit W_o and W_v of every site by least squares to the original's output.",
+    ),
 ]
 Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]
 Calibration = Annotated[
@@ -57,7 +71,8 @@ Calibration = Annotated[
         panel=DATA,
         metavar="SOURCE",
         help="A text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], a hub dataset (hub:NAME[:CONFIG][:SPLIT][:COLUMN]), "
-        "stdlib (this machine's Python sources) or self (text that the model writes). Default: self.",
+        "stdlib (this machine's Python sources), self (text that a language model writes), two aligned files (SRC.en,TGT.de), or a folder "
+        "of images or sound. Default: self. Models that are no language models need a source.",
     ),
 ]
 Tokens = Annotated[
@@ -71,13 +86,13 @@ Items = Annotated[
         panel=DATA,
         metavar="N",
         min=1,
-        help="Calibration items of other models. Default: 2048 pairs or sentences, 512 images or sounds.",
+        help="Calibration items of other models. Default: 2048 pairs or sentences, 512 images, captions or recordings.",
     ),
 ]
 Columns = Annotated[
     str | None,
     option(
-        "--columns", panel=DATA, metavar="NAME,NAME", help="Columns of a table, if not source,target or image,label."
+        "--columns", panel=DATA, metavar="NAME,NAME", help="Columns of a table. Default: source,target or image,label."
     ),
 ]
 Context = Annotated[
@@ -87,7 +102,7 @@ Context = Annotated[
         panel=DATA,
         metavar="N",
         min=2,
-        help="Tokens per window. Default: the model's own context, at most 1024 (eval: 2048).",
+        help="Tokens per window, or where texts are cut. Default: the model's own context, at most 1024.",
     ),
 ]
 Layout = Annotated[
@@ -96,14 +111,20 @@ Layout = Annotated[
         "--layout",
         panel=OUTPUT,
         metavar="LAYOUT",
-        help="native, padded (unequal groups), per-layer or decilm (a count per layer), or headfold (its own runtime's). "
-        "Default: the one that stock transformers loads, if there is one.",
+        help="native, padded (unequal groups), per-layer or decilm (a count per layer), "
+        "another file of exports/layouts, or headfold (its own "
+        "runtime's). Default: the one that stock transformers loads, if there is one.",
     ),
 ]
 Verify = Annotated[
-    bool, option("--verify/--no-verify", panel=OUTPUT, help="Open the result again and compare its logits.")
+    bool,
+    option(
+        "--verify/--no-verify",
+        panel=OUTPUT,
+        help="Open the result again and compare its logits with those of the original with repeated shared heads.",
+    ),
 ]
-Force = Annotated[bool, option("--force", panel=OUTPUT, help="Replace what is there.")]
+Force = Annotated[bool, option("--force", panel=OUTPUT, help="Overwrite the output.")]
 Json = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout and nothing else.")]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show the full traceback of an error.")]
 Device = Annotated[
@@ -119,16 +140,25 @@ Dtype = Annotated[
         help="What models compute in: bfloat16, float16, float32 or float64. Default: the fastest that holds the weights.",
     ),
 ]
-Workers = Annotated[
-    int, option("--workers", panel=WHERE, metavar="N", min=1, help="Sites that are grouped side by side, in threads.")
-]
+Workers = Annotated[int, option("--workers", panel=WHERE, metavar="N", min=1, help="Threads that group sites.")]
 Allowed = Annotated[
     str | None,
-    option("--allowed", panel=WHAT, metavar="N,N", help="Counts of K/V heads that a layer may get, beside its own."),
+    option(
+        "--allowed",
+        panel=WHAT,
+        metavar="N,N",
+        help="Counts of K/V heads that a budget may use, in addition to a layer's own. Default: all divisors.",
+    ),
 ]
 Tp = Annotated[
     int,
-    option("--tp", panel=WHAT, metavar="N", min=1, help="Devices of tensor parallelism: counts are multiples of it."),
+    option(
+        "--tp",
+        panel=WHAT,
+        metavar="N",
+        min=1,
+        help="Number of tensor-parallel devices; every count is a multiple of it.",
+    ),
 ]
 Sensitivity = Annotated[
     Path | None,
@@ -136,6 +166,6 @@ Sensitivity = Annotated[
         "--sensitivity",
         panel=DATA,
         metavar="FILE",
-        help="Where measured sensitivities of single layers are kept, and read again. Default: beside the plan.",
+        help="File that stores measured sensitivities of single layers and is reused. Default: beside the output.",
     ),
 ]

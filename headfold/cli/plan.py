@@ -53,7 +53,7 @@ def plan(
         float | None,
         option(
             "--max-loss-increase", panel=WHAT, metavar="NATS",
-            help="The smallest cache whose predicted loss increase per token is at most this.",
+            help="Largest predicted loss increase, in nats per token; the smallest cache within it is planned.",
         ),
     ] = None,
     encoder: Encoder = False,
@@ -61,7 +61,8 @@ def plan(
     tp: Tp = 1,
     allocation: Annotated[
         str | None,
-        option("--allocation", panel=HOW, metavar="METHOD", help="exact, or qcqa: its second stage, for comparison. Default: exact."),
+        option("--allocation", panel=HOW, metavar="METHOD", help="exact, or qcqa (the second stage of QCQA, for "
+            "comparison). Default: exact."),
     ] = None,
     head_dim_multiple: HeadDimMultiple = None,
     group: Group = None,
@@ -80,12 +81,12 @@ def plan(
     max_rise: Annotated[float | None, typer.Option("--max-rise", hidden=True)] = None,
     spread: Annotated[str | None, typer.Option("--spread", hidden=True)] = None,
 ) -> None:  # fmt: skip
-    """Decide which heads share one, and predict the loss.
+    """Choose which K/V heads are merged, and predict the error.
 
-    With --kv-heads every layer keeps as many K/V heads. With --kv-budget, --kv-bytes or --max-loss-increase layers get counts of their
+    With --kv-heads every layer keeps the same number of K/V heads. With --kv-budget, --kv-bytes or --max-loss-increase layers get counts of their
     own: each is folded alone on a part of the calibration data to measure what that costs, and the best allocation is found exactly.
-    Counts split the heads equally, as engines take them; with --group swap:unequal=true groups differ in size and any count may be
-    used."""
+    By default counts divide the number of K/V heads, as engines require; with --group swap:unequal=true groups differ in size and any
+    count may be used."""
     from ..conversion.serving_cost import serving_cost
     from ..conversion.source import open_source
     from ..report import views

@@ -117,7 +117,7 @@ def uptrain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Train a fold on, by its own loss or toward its original.
+    """Continue training a fold, by its own loss or toward its original.
 
     OUT is an ordinary checkpoint of FOLDED's form. The same command resumes from OUT.partial after a kill. Runs under torchrun and
     accelerate launch too."""

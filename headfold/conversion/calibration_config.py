@@ -66,7 +66,8 @@ class CalibrationConfig:
         kind = kind_of(opened.checkpoint.config)
         if request.source is None and kind != "text":
             raise UserError(
-                f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, for which there is no default; pass --calibration SOURCE"
+                f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, and only a "
+                "language model can write its own; pass --calibration SOURCE"
             )
         return cls(
             kind,

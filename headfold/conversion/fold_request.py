@@ -68,7 +68,7 @@ def resolve_fold(
         # With the encoder's sites if the plan has any of them, else without.
         encoder = any(site.optional and site.name in ready.sites for site in source.every_site)
         source = replace(source, encoder=encoder)
-        ready.check_source(source.checkpoint.fingerprint(), source.sites)
+        ready.check_source(source.checkpoint.fingerprint(), source.sites, str(plan))
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needed = needs_statistics("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}

@@ -37,3 +37,9 @@ def remove_if_empty(staging: Path) -> None:
     """Remove a staging directory without files other than the mark of its job."""
     if staging.is_dir() and not any(path.is_file() and path.name != JOB for path in staging.rglob("*")):
         shutil.rmtree(staging)
+
+
+def remove_output(out: Path) -> None:
+    """Remove an output directory of ours and what is left of its staging directory; neither has to exist."""
+    for left in (out, out.with_name(f"{out.name}.partial")):
+        shutil.rmtree(left, ignore_errors=True)

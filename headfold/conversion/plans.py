@@ -30,7 +30,7 @@ def plan_uniform(
     """
     if stats is None and needs_statistics(group, merge):
         raise UserError(
-            f"--group {group} --merge {merge} need calibration statistics: run headfold calibrate and pass --stats, "
+            f"--group {group} --merge {merge}: needs calibration statistics: run headfold calibrate and pass --stats, "
             "or choose --group contiguous --merge mean"
         )
     names = [site.name for site in source.sites]

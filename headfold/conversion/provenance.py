@@ -105,12 +105,17 @@ def _grouped_class(staging: Path) -> str:
     return (found or ["AutoModel"])[0] if "headfold" in config else ""
 
 
-def notes_on(source: Source, staging: Path, sites_without_distances: Iterable[Site]) -> list[str]:
+def notes_on(source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site]) -> list[str]:
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = []
     if source.detected:
         model_type = source.checkpoint.config["model_type"]
         notes.append(f"{model_type} has no family literal: its architecture was detected, and every law holds")
+    fixed = [site.name for site in source.sites if site.query_order == "fixed"]
+    if fixed and group != "contiguous":
+        notes.append(
+            f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {group}"
+        )
     if "headfold" in json.loads((staging / "config.json").read_text()):
         notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
     if blind := list(sites_without_distances):

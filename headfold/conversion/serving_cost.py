@@ -21,10 +21,13 @@ class ServingCost:
     head_dims: str
     """head_dim of the cached K/V heads; a range where sites differ."""
     kv_bytes_per_token: int
+    """Bytes of K and V that a token leaves in the cache; of a model that generates nothing, those that it computes."""
     weight_bytes: int
     """Bytes of W_q, W_k, W_v and W_o."""
     flops_per_token: int
     """Arithmetic of projections and attention per token of a prompt of `PROMPT_TOKENS` tokens, causal where the site is."""
+    caches: bool = True
+    """Whether K and V are cached at all: the model generates token by token."""
 
 
 def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = None) -> ServingCost:
@@ -49,7 +52,8 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
             head_dims.add(head_dim)
     named = str(min(head_dims)) if len(head_dims) == 1 else f"{min(head_dims)} to {max(head_dims)}"
     itemsize = source.dtype.itemsize
-    return ServingCost(named, source.kv_bytes_per_token(plan), elements * itemsize, 2 * elements + 2 * products)
+    flops = 2 * elements + 2 * products
+    return ServingCost(named, source.kv_bytes_per_token(plan), elements * itemsize, flops, generates)
 
 
 def _query_heads(source: Source, plan: Plan, layout: str | None) -> dict[str, int]:

@@ -120,7 +120,7 @@ class Plan:
                 f"{path}: expected JSON, got something else ({error}); make a plan with headfold plan"
             ) from error
 
-    def check_source(self, fingerprint: str, sites: Sequence[PlannedSite]) -> None:
+    def check_source(self, fingerprint: str, sites: Sequence[PlannedSite], where: str = "plan.json") -> None:
         """Refuse to apply the plan to a checkpoint that it was not made for, or to sites that cannot be folded so.
 
         Raises:
@@ -128,17 +128,17 @@ class Plan:
         """
         if self.source != fingerprint:
             raise UserError(
-                "plan.json: expected a plan of this checkpoint, got one of another (fingerprints differ); make it again with headfold plan"
+                f"{where}: expected a plan of this checkpoint, got one of another (fingerprints differ); make it again with headfold plan"
             )
         if odd := sorted(self.sites.keys() ^ {site.name for site in sites}):
             what = "is not in this checkpoint" if odd[0] in self.sites else "is not in the plan"
-            raise UserError(f"plan.json: site {odd[0]} {what}; make a new plan with headfold plan")
+            raise UserError(f"{where}: site {odd[0]} {what}; make a new plan with headfold plan")
         stacks: dict[str, Groups] = {}
         for site in sites:
             planned = self.sites[site.name]
             reason = _refusal(planned, site, stacks.get(site.stack, planned.groups))
             if reason:
-                raise UserError(f"plan.json: site {site.name}: {reason}")
+                raise UserError(f"{where}: site {site.name}: {reason}")
             if site.query_order == "stack":
                 stacks.setdefault(site.stack, planned.groups)
 

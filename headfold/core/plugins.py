@@ -44,17 +44,30 @@ def _page(package: ModuleType, name: str) -> ModuleType:
     axis = package.__name__.removeprefix("headfold.").replace(".", " ")
     if name not in names(package):
         raise UserError(f"unknown {axis} method {name!r}; {suggest(name, names(package))}")
-    return importlib.import_module(f"{package.__name__}.{name}")
+    try:
+        return importlib.import_module(f"{package.__name__}.{name}")
+    except Exception as error:  # whatever a page does on import
+        raise UserError(
+            f"{_file(package, name)}: expected a method page, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _file(package: ModuleType, name: str) -> str:
+    return f"{package.__name__.replace('.', '/')}/{name}.py"
 
 
 def load(package: ModuleType, name: str, kind: type[Record]) -> Record:
     """Return the record of one page: its only constant of the type `kind`.
 
     Raises:
-        UserError: there is no such page; the nearest names are suggested.
+        UserError: there is no such page, and the nearest names are suggested; or the page is broken.
     """
-    (record,) = (value for value in vars(_page(package, name)).values() if isinstance(value, kind))
-    return record
+    records = [value for value in vars(_page(package, name)).values() if isinstance(value, kind)]
+    if len(records) != 1:
+        raise UserError(
+            f"{_file(package, name)}: expected one {kind.__name__} at the end of the page, got {len(records)}"
+        )
+    return records[0]
 
 
 def option_defaults(function: Callable[..., Any]) -> dict[str, Any]:

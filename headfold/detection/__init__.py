@@ -45,7 +45,7 @@ class Detection:
         """The literal as a file of `headfold/families/`; empty if there is none."""
         if self.family is None:
             return ""
-        return source_of(self.family, f"What headfold probe found for {self.model_type}: {self.findings[-2]}.")
+        return source_of(self.family, f"What headfold detect found for {self.model_type}: {self.findings[-2]}.")
 
     @property
     def position(self) -> str:

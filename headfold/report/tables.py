@@ -34,10 +34,15 @@ def duration(seconds: float) -> str:
 
 def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     """Return the rows of a table that compares two serving costs: head_dim, cache, weights and FLOPs."""
+    both = (before, after)
+    name = "K/V cache per token" if before.caches else "K and V per token, not cached"
+    cache = [[name, *(size(one.kv_bytes_per_token) for one in both)]]
+    cache += (
+        [["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in both)]] if before.caches else []
+    )
     return [
         ["head_dim of a K/V head", before.head_dims, after.head_dims],
-        ["K/V cache per token", size(before.kv_bytes_per_token), size(after.kv_bytes_per_token)],
-        ["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in (before, after))],
+        *cache,
         ["attention weights", size(before.weight_bytes), size(after.weight_bytes)],
         ["attention FLOPs per prompt token", *(flops(one.flops_per_token) for one in (before, after))],
     ]

@@ -32,13 +32,22 @@ def show_inspection(found: Any) -> None:
         ["attention sites", str(found.num_layers)],
         ["query heads", f"{found.num_heads} with head_dim {found.head_dim}"],
         ["K/V heads", str(found.num_kv_heads)],
-        ["K/V cache per token", size(found.kv_bytes_per_token)],
-        ["K/V cache at 32k tokens", size(found.kv_bytes_32k)],
+        *_cache_rows(found),
         ["free on K", found.key_freedom],
         ["order of query heads", found.query_order],
     ]
     show_table([found.model, ""], rows)
     show_predicted_errors(found.sites, found.basis)
+
+
+def _cache_rows(found: Any) -> list[list[str]]:
+    if not found.caches:
+        return [["K and V per token, not cached", size(found.kv_bytes_per_token)]]
+    context = [] if found.context is None else [["context", f"{found.context:,} tokens"]]
+    rows = [*context, ["K/V cache per token", size(found.kv_bytes_per_token)]]
+    if found.context is not None and found.context < 32_768:
+        return [*rows, ["K/V cache at the full context", size(found.kv_bytes_per_token * found.context)]]
+    return [*rows, ["K/V cache at 32k tokens", size(found.kv_bytes_32k)]]
 
 
 def show_predicted_errors(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:
@@ -129,7 +138,9 @@ def show_plan_errors(plan: Any) -> None:
 def show_plan(plan: Any, serving_costs: Any) -> None:
     """Print a plan and the serving costs before and after it."""
     show_plan_errors(plan)
-    show_table(["", "before", "after"], serving_cost_rows(*serving_costs))
+    before, after = [site.groups.num_heads for site in plan.sites.values()], plan.num_kv_heads.values()
+    heads = ["K/V heads", count_range(min(before), max(before)), count_range(min(after), max(after))]
+    show_table(["", "before", "after"], [heads, *serving_cost_rows(*serving_costs)])
 
 
 def _shares(site: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """Fold by every method at every count of K/V heads on the user's model and data: one table, and no row is computed twice."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from ..conversion.comparison_rows import (
     scored,
     write_rows,
 )
+from ..conversion.outputs import remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
@@ -122,7 +122,7 @@ def compare(
         if (name, count) in rows:
             continue
         made = directory / FOLDED
-        on_main(partial(_remove, made))
+        on_main(partial(remove_output, made))
         started = time.monotonic()
         try:
             with peak_memory(device) as peak:
@@ -142,7 +142,7 @@ def compare(
                 max_new_tokens=0, context=context,
             )  # fmt: skip
         finally:
-            on_main(partial(_remove, made))
+            on_main(partial(remove_output, made))
         assert isinstance(found, Evaluation | DataEvaluation)
         cost = result.after
         rows[name, count] = MethodRow(
@@ -157,8 +157,3 @@ def compare(
     return MethodComparison(
         str(model), text or "the bundled text", str(directory), [rows[pair] for pair in chosen], skipped
     )
-
-
-def _remove(made: Path) -> None:
-    for left in (made, made.with_name(f"{made.name}.partial")):
-        shutil.rmtree(left, ignore_errors=True)

@@ -79,6 +79,10 @@ def evaluate(
     """
     given = {name: value for name, value in locals().items() if name in _EXCLUSIVE and value is not None}
     progress, where, compute_dtype = progress or no_progress, check_device(device), dtype_named(dtype)
+    if text == "self":
+        raise UserError(
+            "--text self: expected a text that was there before; only calibration can use what a model writes"
+        )
     interval = (RESAMPLES if resamples is None else resamples, seed or 0)
     models = [model, *compare] if compare else [model] if reference is None else [model, reference]
     if task is not None:

@@ -137,7 +137,9 @@ def fold(
                     unrounded = written.unrounded(job.staging, source.dtype)
                     twin = Twin(source, made, statistics, refits)
                     verification = verify_fold(source, job.staging, twin, sample, unrounded, notes, progress)
-            notes += notes_on(source, job.staging, sites_with_assumed_distances(source, made, statistics))
+            notes += notes_on(
+                source, job.staging, request.group, sites_with_assumed_distances(source, made, statistics)
+            )
             costs = serving_cost(source), serving_cost(source, made, layout)
             measured_on = statistics.metadata if statistics else {}
             facts = card_facts(source, out, job.staging, made, settings, costs, fitting, measured_on, verification)

@@ -12,6 +12,7 @@ from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
 from ..core.predict import grouped_error, site_energy
 from ..core.stats import SiteStats
+from ..corpus.samples import kind_of
 from ..families.context import context_length
 from ..families.layout import read_heads
 from ..families.spec import Site
@@ -51,6 +52,8 @@ class Inspection:
     query_order: str
     context: int | None
     """Tokens that the model takes at once; None where its config names no limit."""
+    caches: bool
+    """Whether the model caches K and V: it generates token by token."""
     kv_bytes_per_token: int
     kv_bytes_32k: int
     basis: str
@@ -90,6 +93,7 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
         key_freedom=_freedom(first),
         query_order=first.query_order,
         context=context_length(config),
+        caches=kind_of(config) in ("text", "pairs", "audio"),
         kv_bytes_per_token=per_token,
         kv_bytes_32k=per_token * 32_768,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
