@@ -28,7 +28,6 @@ from headfold.exports.rounding import Unrounded
 from headfold.report import card
 from headfold.verbs.export import export
 
-
 FOLDS = {"equal": [EVEN, EVEN], "per layer": [EVEN, THREE], "unequal": [UNEVEN, UNEVEN], "one head": [ONE, ONE]}
 """Groups by layer: at least one of them fits any layout."""
 

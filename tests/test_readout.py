@@ -16,7 +16,7 @@ from headfold.conversion.source import open_source
 from headfold.core import readout
 from headfold.core.distances import NUM_BINS, Distances, bin_of, edges
 from headfold.core.heads import KeyFreedom
-from headfold.core.readout import Frame, fit
+from headfold.core.readout import DistanceAverage, FittedReadout, Frame, fit
 
 FREQUENCIES = (1.0, 0.2, 0.01)
 LAYOUTS = {

@@ -83,10 +83,10 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose which K/V heads are merged, and predict the error.
 
-    With --kv-heads every layer keeps the same number of K/V heads. With --kv-budget, --kv-bytes or --max-loss-increase layers get counts of their
-    own: each is folded alone on a part of the calibration data to measure what that costs, and the best allocation is found exactly.
-    By default counts divide the number of K/V heads, as engines require; with --group swap:unequal=true groups differ in size and any
-    count may be used."""
+    With --kv-heads every layer keeps the same number of K/V heads. With --kv-budget, --kv-bytes or --max-loss-increase layers get
+    counts of their own: each is folded alone on a part of the calibration data to measure what that costs, and the best allocation is
+    found exactly. By default counts divide the number of K/V heads, as engines require; with --group swap:unequal=true groups differ in
+    size and any count may be used."""
     from ..conversion.serving_cost import serving_cost
     from ..conversion.source import open_source
     from ..report import views
