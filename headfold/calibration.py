@@ -3,7 +3,7 @@
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +79,15 @@ def collect(
     sites: list[Site],
     sample: Sample,
     progress: Callable[[int], None] = lambda tokens: None,
+    statistics: Container[str] | None = None,
 ) -> dict[str, SiteStats]:
-    """Statistics of every site from one pass over `sample`, of which each of several processes together takes a share.
+    """Return the statistics of every site from one pass over `sample`, which several processes share.
 
-    `progress` is called with the number of tokens of each finished batch.
+    `progress` is called with the number of tokens of each finished batch. `statistics` names those that are needed (default: all); the
+    second moments are always measured, what attention looks at (`attended`) only if it is among them.
+
+    Raises:
+        UserError: activations are not finite.
     """
     sums: dict[str, SiteStats] = {}
     current: list[Sample] = []
@@ -102,7 +107,8 @@ def collect(
 
     hooks = [(key_path(site), observer(site, queries=False)) for site in sites]
     hooks += [(site.paths["q"], observer(site, queries=True)) for site in sites if site.reads_encoder]
-    with _pre_hooks(hooks, model), _watching(model, sites, sums):
+    watched = sites if statistics is None or "attended" in statistics else []
+    with _pre_hooks(hooks, model), _watching(model, watched, sums):
         for number, batch in enumerate(batches(sample)):
             if falls_here(number):
                 current[:] = [batch]

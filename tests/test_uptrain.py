@@ -198,7 +198,10 @@ def test_too_little_text_a_fold_without_plan_and_a_strange_teacher_are_refused(
         )
     with pytest.raises(UserError, match="got the fold itself"):
         uptrain(folded, tmp_path / "out", data=text, distill=folded, **SHORT)
-    for other, said in ((dict(num_hidden_layers=3), "of 2 layers, got one of 3"), (dict(hidden_size=72), "72 dims instead of 48")):
+    for other, said in (
+        (dict(num_hidden_layers=3), "of 2 layers, got one of 3"),
+        (dict(hidden_size=72), "72 dims instead of 48"),
+    ):
         wrong = tiny_checkpoint("llama", torch.float32, vocab_size=257, **other)
         with pytest.raises(UserError, match=said):
             uptrain(folded, tmp_path / "out", data=text, distill=wrong, **SHORT)

@@ -13,6 +13,6 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 ROOMS = (
     "core", "checkpoint", "parallel", "families", "hf_models", "measure", "group", "merge", "corpus", "calibration", "planning", "surgery",
-    "budget", "runtime.routes", "runtime.routing", "detect", "train", "timing", "exports",
+    "runtime.routes", "runtime.routing", "detection", "train", "timing", "exports", "conversion", "budget", "verbs",
 )  # fmt: skip
 """Where annotations are checked."""

@@ -51,14 +51,14 @@ class FoldJob:
         yield
         self.seconds[stage] = round(time.monotonic() - started, 3)
 
-    def calibrated(self, teacher: Teacher, given: StatsFile | None, needed: bool) -> StatsFile | None:
-        """Return the statistics that were given, else those of an earlier run, else measure them; None where no method needs any."""
+    def calibrated(self, teacher: Teacher, given: StatsFile | None, needed: frozenset[str]) -> StatsFile | None:
+        """Return the statistics that were given, else those of an earlier run, else measure the `needed` ones; None where none are."""
         path = self.work / "stats.safetensors"
         if on_main(lambda: given is not None) or not needed:
             return given
         with self.timed("calibrate"):
             if on_main(lambda: not path.exists()):
-                teacher.write_statistics(path)
+                teacher.write_statistics(path, needed)
             stats = on_main_only(lambda: StatsFile(path))
             teacher.use_sample(stats)
             return stats

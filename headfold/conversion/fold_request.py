@@ -13,7 +13,6 @@ from ..refine import heal as healing
 from ..refine.refit import num_passes
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
-from .plans import needs_statistics
 from .source import Source
 
 
@@ -28,7 +27,8 @@ class FoldRequest:
     merge: str
     head_dim_multiple: int
     encoder: bool
-    needs_statistics: bool
+    statistics: frozenset[str]
+    """Names of the statistics that the methods need."""
     calibration: CalibrationConfig | None
     """None where no step needs data and none is named."""
     heal_tokens: int
@@ -61,7 +61,7 @@ def resolve_fold(
     if ready is None:
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
-        needed = needs_statistics(group, merge)
+        needed = planning.statistics_needed(group, merge)
         multiples = possible_multiples(source, head_dim_multiple, group, merge)
         multiple = largest_multiple(source, multiples, kv_heads, group)
     else:
@@ -70,7 +70,7 @@ def resolve_fold(
         source = replace(source, encoder=encoder)
         ready.check_source(source.checkpoint.fingerprint(), source.sites, str(plan))
         group, merge = ready.group, next(iter(ready.sites.values())).merge
-        needed = needs_statistics("contiguous", merge)
+        needed = planning.statistics_needed("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
     calibration = None
     if needed or refit or heal or data.source is not None or _names_source(recorded):

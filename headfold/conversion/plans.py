@@ -11,6 +11,9 @@ from ..families.spec import Site
 from ..merge import parse_merge
 from .source import Source
 
+OPTIONAL = frozenset({"attended"})
+"""Statistics that are assumed where they were not measured."""
+
 
 def plan_uniform(
     source: Source,
@@ -28,11 +31,14 @@ def plan_uniform(
     Raises:
         UserError: a method needs statistics and there are none; see `planning.make_plan`.
     """
-    if stats is None and needs_statistics(group, merge):
+    needed = planning.statistics_needed(group, merge)
+    if stats is None and needed:
         raise UserError(
             f"--group {group} --merge {merge}: needs calibration statistics: run headfold calibrate and pass --stats, "
             "or choose --group contiguous --merge mean"
         )
+    if stats is not None:
+        _check_statistics(source, stats, needed - OPTIONAL)
     names = [site.name for site in source.sites]
     return planning.make_plan(
         source.sites,
@@ -50,9 +56,13 @@ def plan_uniform(
     )
 
 
-def needs_statistics(group: str, merge: str) -> bool:
-    """Return whether a method needs statistics. Most grouping costs do: without data they would group by weights alone, unasked."""
-    return bool(planning.statistics_needed(group, merge))
+def _check_statistics(source: Source, stats: StatsFile, needed: frozenset[str]) -> None:
+    for site in source.sites:
+        if missing := sorted(name for name in needed if not stats.holds(site.name, name)):
+            raise UserError(
+                f"{stats.path}: expected the statistic {missing[0]} for {site.name}, which the methods need, found none; "
+                "run headfold calibrate again"
+            )
 
 
 def sites_with_assumed_distances(source: Source, plan: Plan, stats: StatsFile | None) -> Iterator[Site]:

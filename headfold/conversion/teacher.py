@@ -117,11 +117,11 @@ class Teacher:
             raise UserError(f"--context {config.context}: the model's own context is {limit}; choose at most that")
         return config.context or min(limit, MAX_CONTEXT)
 
-    def write_statistics(self, path: Path) -> dict[str, str]:
-        """Measure the statistics of every site, write them to the file `path` and return its metadata."""
+    def write_statistics(self, path: Path, statistics: frozenset[str] | None = None) -> dict[str, str]:
+        """Measure `statistics` (default: all) of every site, write them to the file `path` and return its metadata."""
         sample, model = self.sample, self.model
         advance = counter(self.progress, "calibrate", calibrating.total_tokens(sample))
-        sums = calibrating.collect(model, self.source.every_site, sample, advance)
+        sums = calibrating.collect(model, self.source.every_site, sample, advance, statistics)
         metadata = {"model": self.source.checkpoint.fingerprint(), **self.facts()}
         on_main(lambda: write_stats(path, sums, metadata, sample))
         return metadata

@@ -113,7 +113,7 @@ def fold(
         teacher.use_sample(given)
 
     with removed_if_empty(job.staging):
-        statistics = job.calibrated(teacher, given, request.needs_statistics)
+        statistics = job.calibrated(teacher, given, request.statistics)
         with job.timed("plan"):
             made = request.plan or on_main(lambda: plan_uniform(
                 source, request.kv_heads, request.group, request.merge, statistics, seed, progress, request.head_dim_multiple
