@@ -277,3 +277,37 @@ def test_load_refuses_what_is_no_finished_fold(run, model: Path, tmp_path: Path)
         headfold.load(tmp_path / "out.partial")
     with pytest.raises(headfold.core.errors.UserError, match=r"no config\.json"):
         headfold.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (("probe", "nosuch"), "probe", "detect"),
+        (("fold", "MODEL", "OUT", "--kv-heads", 2, "--head-width", 3, "--merge", "mean"), "--head-width", "--head-dim-multiple"),
+        (("plan", "MODEL", "OUT", "--max-rise", 0.1), "--max-rise", "--max-loss-increase"),
+        (("plan", "MODEL", "OUT", "--kv-budget", "50%", "--spread", "exact"), "--spread", "--allocation"),
+    ],
+)  # fmt: skip
+def test_former_names_work_and_say_the_new_ones(
+    run, model: Path, tmp_path: Path, words: tuple, old: str, new: str
+) -> None:
+    places = {"MODEL": model, "OUT": tmp_path / "out"}
+    ran = run(*(places.get(word, word) for word in words))
+    assert f"headfold: {old} is now called {new}" in ran.err and ran.code == 2
+    assert "no such option" not in ran.err.lower()
+
+
+@pytest.mark.parametrize("words", [("--device", "nonsense"), ("--device", "cuda:99"), ("--dtype", "int8")])
+@pytest.mark.parametrize("verb", ["eval", "calibrate", "fold", "compare"])
+def test_a_place_or_dtype_that_is_none_is_refused_in_one_line(
+    run, model: Path, tmp_path: Path, verb: str, words: tuple
+) -> None:
+    rest = {
+        "eval": (),
+        "calibrate": (tmp_path / "s",),
+        "fold": (tmp_path / "o", "--kv-heads", 2),
+        "compare": ("--kv-heads", 2),
+    }
+    ran = run(verb, model, *rest[verb], *words)
+    assert ran.code == 2 and ran.out == "" and len(ran.err.splitlines()) == 1 and f"{words[0]} {words[1]}" in ran.err
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.compare"))

@@ -70,7 +70,7 @@ _add(FIRST, demo.demo, demo.EXAMPLES)
 _add(FIRST, inspect.inspect, inspect.EXAMPLES)
 _add(FIRST, methods.methods, methods.EXAMPLES)
 _add(FIRST, detect.detect, detect.EXAMPLES)
-_add(FIRST, detect.detect, detect.EXAMPLES, name="probe", hidden=True)  # the former name, for one release
+_add(FIRST, detect.probe, detect.EXAMPLES, name="probe", hidden=True)  # the former name, for one release
 _add(FOLD, calibrate.calibrate, calibrate.EXAMPLES)
 _add(FOLD, plan.plan, plan.EXAMPLES)
 _add(FOLD, fold.fold, fold.EXAMPLES)

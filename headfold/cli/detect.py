@@ -1,10 +1,13 @@
-"""headfold detect."""
+"""headfold detect, and its former name, probe."""
 
+import sys
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..parallel import is_main
 from .options import OUTPUT, Debug, Force, Json, option
 from .output import answered
 
@@ -33,3 +36,11 @@ def detect(
     found = verb.detect(model, out=out, force=force)
     if not answered(found.to_json(), as_json):
         views.show_probe(found, out)
+
+
+@wraps(detect)
+def probe(*arguments: Any, **options: Any) -> None:
+    """Run `detect` under the name that it had before 0.2.0."""
+    if is_main():
+        print("headfold: probe is now called detect; the old name goes with the next release", file=sys.stderr)
+    detect(*arguments, **options)

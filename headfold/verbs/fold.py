@@ -96,7 +96,8 @@ def fold(
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
     if heal_tokens is not None and not heal:
         raise UserError("fold: heal_tokens goes with heal; pass both (--heal --heal-tokens N) or leave it out")
-    out, progress, compute_dtype = Path(out), progress or no_progress, dtype_named(dtype)
+    out, progress = Path(out), progress or no_progress
+    place, compute_dtype = check_device(device), dtype_named(dtype)
     source = on_all(lambda: open_source(model, encoder))
     refuse_overlap(source.checkpoint.path, out)
     given = on_main_only(lambda: open_stats(stats, source))
@@ -108,7 +109,7 @@ def fold(
     source = replace(source, encoder=request.encoder)
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     job = FoldJob.opened(out, settings, force)
-    teacher = Teacher(source, request.calibration, check_device(device), compute_dtype, progress)
+    teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
     if not data.names_data:
         teacher.use_sample(given)
 

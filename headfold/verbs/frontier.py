@@ -91,7 +91,8 @@ def frontier(
     Raises:
         UserError: as `headfold.plan`; a directory in the way without `force`; matplotlib is not installed.
     """
-    directory, progress, compute_dtype = Path(out), progress or no_progress, dtype_named(dtype)
+    directory, progress = Path(out), progress or no_progress
+    place, compute_dtype = check_device(device), dtype_named(dtype)
     require_plot(directory / "frontier.png", "headfold frontier")
     on_main(lambda: _refuse_contents(directory, force))
     source = on_all(lambda: open_source(model, encoder))
@@ -101,7 +102,7 @@ def frontier(
     budget = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
     replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)
     on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
-    teacher = teacher_of_statistics(source, given, check_device(device), compute_dtype, progress)
+    teacher = teacher_of_statistics(source, given, place, compute_dtype, progress)
     request = CurveRequest(group, merge, refit, seed, workers)
     found: list[tuple[Point, Plan]] = []
     correlation: float | None = None

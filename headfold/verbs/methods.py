@@ -45,7 +45,7 @@ def methods(name: str | None = None) -> list[MethodPage]:
         if name in (None, found)
     ]
     if not pages:
-        known = [found for package, _ in KINDS.values() for found in plugins.names(package)]
+        known = sorted({found for package, _ in KINDS.values() for found in plugins.names(package)})
         raise UserError(f"methods: unknown method {name!r}; {suggest(str(name), known)}")
     return pages
 

@@ -97,11 +97,8 @@ def plan(
         )
     if out is not None:
         on_main(lambda: refuse_existing(Path(out), force))
-    source, progress, compute_dtype = (
-        on_all(lambda: open_source(model, encoder)),
-        progress or no_progress,
-        dtype_named(dtype),
-    )
+    place, compute_dtype = check_device(device), dtype_named(dtype)
+    source, progress = on_all(lambda: open_source(model, encoder)), progress or no_progress
     given_stats = on_main_only(lambda: open_stats(stats, source))
     multiples = possible_multiples(source, head_dim_multiple, group, merge)
     if kv_heads is not None:
@@ -112,7 +109,7 @@ def plan(
     else:
         refuse_counts_per_layer(source)
         on_main(lambda: require_statistics(given_stats))
-        teacher = teacher_of_statistics(source, given_stats, check_device(device), compute_dtype, progress)
+        teacher = teacher_of_statistics(source, given_stats, place, compute_dtype, progress)
         request = CurveRequest(group, merge, refit, seed, workers)
         path = Path(sensitivity or sensitivity_path(Path(out or source.checkpoint.path.name)))
         made = _best_within_budget(teacher, budget, multiples, request, given_stats, path)

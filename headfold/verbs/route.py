@@ -82,7 +82,7 @@ def route(
         UserError: no grouped checkpoint, no such route or data, a route that leaves a K/V head without a query head, or an output that
             differs from the routed model.
     """
-    out, compute_dtype = Path(out), dtype_named(dtype)
+    out, place, compute_dtype = Path(out), check_device(device), dtype_named(dtype)
     refuse_overlap(Path(folded), out)
     method = routing.parse(route)
     source = open_grouped(Path(folded))
@@ -96,7 +96,7 @@ def route(
         "data": asdict(config),
     }
     staging = open_staging(out, job_key(settings), force)
-    teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress)
+    teacher = Teacher(source, config, place, compute_dtype, progress or no_progress)
     with removed_if_empty(staging):
         plan = _settled(teacher, method, seed)
         written = routed_config(checkpoint, plan)
