@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 import latex2mathml.converter
@@ -36,9 +35,9 @@ RECORDS = (
     "headfold.core.methods.GroupingMethod",
     "headfold.core.methods.CostMethod",
     "headfold.core.methods.RouteMethod",
-    "headfold.exports.layouts.ExportLayout",
+    "headfold.exports.layout.ExportLayout",
 )
-"""What plans, families and methods are made of. A record that a version of the package has not got is left out."""
+"""What plans, families, methods and layouts are made of."""
 MARK = re.compile(r"^<!-- generated:(\w+) -->$", re.MULTILINE)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
@@ -106,13 +105,10 @@ def _parameter(parameter: Any, is_argument: bool) -> str:
     return f"| {spelled} | {plain(getattr(parameter, 'help', ''))}{''.join(notes)} |"
 
 
-def exists(path: str) -> bool:
-    """Whether a dotted path names something in the package."""
+def named(path: str) -> Any:
+    """What a dotted path names; an error ends the build where the package does not have it."""
     module, _, name = path.rpartition(".")
-    try:
-        return hasattr(importlib.import_module(module), name)
-    except ImportError:
-        return False
+    return getattr(importlib.import_module(module), name)
 
 
 def home(thing: Any) -> str:
@@ -121,7 +117,7 @@ def home(thing: Any) -> str:
 
 
 def api() -> str:
-    """The public functions, what they return, and the records of plans, families and methods."""
+    """The public functions, what they return, and the records of plans, families, methods and layouts."""
     import headfold
 
     functions = [getattr(headfold, name) for name in headfold.__all__ if name != "__version__"]
@@ -133,9 +129,9 @@ def api() -> str:
     results: dict[str, None] = {}
     for function in functions:
         results.update(dict.fromkeys(_records_in(function)))
-    named = [path for path in RECORDS if exists(path)]
-    parts += ["## Results", *(f"::: {path}" for path in results if path not in named)]
-    parts += ["## Records", *(f"::: {path}" for path in named)]
+    records = [home(named(path)) for path in RECORDS]
+    parts += ["## Results", *(f"::: {path}" for path in results if path not in records)]
+    parts += ["## Records", *(f"::: {path}" for path in records)]
     return "\n\n".join(parts)
 
 
@@ -153,30 +149,32 @@ def _records_in(function: Callable[..., Any]) -> Iterator[str]:
             yield home(found)
 
 
+METHODS = {
+    "--merge": "Merges",
+    "--group": "Groupings",
+    "--group METHOD:cost=": "Costs",
+    "--route": "Routes",
+}
+"""Option of the command line → the heading over its methods."""
+
+
 def methods() -> str:
-    """The page of every merge, grouping, cost and route."""
-    from headfold.core import plugins
+    """The page of every merge, grouping, cost and route, as `headfold methods NAME` prints it."""
+    from headfold.verbs.methods import methods as pages
 
-    parts = []
-    for title, package, entry, option in (
-        ("Merges", "headfold.merge", "merge", "--merge"),
-        ("Groupings", "headfold.group", "group", "--group"),
-        ("Costs", "headfold.group.costs", "cost", "--group SOLVER:cost="),
-        ("Routes", "headfold.runtime.routes", "route", "--route"),
-    ):
-        pages = importlib.import_module(package)
-        parts.append(f"## {title}")
-        parts += [_method(plugins, pages, name, entry, option) for name in plugins.names(pages)]
-    return "\n\n".join(parts)
+    by_option: dict[str, list[Any]] = {}
+    for page in pages():
+        by_option.setdefault(page.option, []).append(page)
+    return "\n\n".join(
+        "\n\n".join([f"## {METHODS[option]}", *map(_method, found)]) for option, found in by_option.items()
+    )
 
 
-def _method(plugins: ModuleType, package: ModuleType, name: str, entry: str, option: str) -> str:
-    page = plugins.load(package, name)
-    options = plugins.option_defaults(getattr(page, entry))
-    spelled = f"`{option}{'' if option.endswith('=') else ' '}{name}`"
-    rows = [f"| `{key}` | `{value}` |" for key, value in options.items()]
+def _method(page: Any) -> str:
+    spelled = f"`{page.option}{'' if page.option.endswith('=') else ' '}{page.name}`"
+    rows = [f"| `{key}` | `{value}` |" for key, value in page.options.items()]
     listed = "\n".join(["| option | default |", "| --- | --- |", *rows]) if rows else ""
-    return "\n\n".join(part for part in (f"### {name}", spelled, long_text(page.__doc__), listed) if part)
+    return "\n\n".join(part for part in (f"### {page.name}", spelled, long_text(page.page), listed) if part)
 
 
 def families() -> str:

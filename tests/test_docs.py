@@ -1,12 +1,21 @@
 """README and documentation tell the truth: figures come from the results, commands exist, links lead somewhere."""
 
+import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from test_house import refused_words
+
+from headfold.cli import app
+from headfold.exports.layout import ExportLayout
+from headfold.families.spec import Family
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -70,16 +79,107 @@ def test_a_check_finds_new_results(copied: Path) -> None:
     assert ran.returncode == 1 and "plan_time.json" in ran.stderr and "figures:plan-time" in ran.stderr
 
 
+def commands(page: Path) -> list[str]:
+    lines = "\n".join(body for language, body in FENCE.findall(page.read_text()) if language == "sh")
+    return [line.partition("#")[0].strip() for line in lines.replace("\\\n", " ").splitlines()]
+
+
+def headfold_commands(page: Path) -> list[str]:
+    found = (re.search(r"(?:^|-m )(headfold .+)", command) for command in commands(page))
+    return [match[1] for match in found if match]
+
+
+def parses(command: str) -> bool:
+    """Whether the command line takes a line that starts with `headfold`: its verb, arguments, options and the types of their values."""
+    _, verb, *words = shlex.split(command)
+    verbs = typer.main.get_command(app).commands
+    if verb.startswith("-") or verb not in verbs:
+        return verb.startswith("-")
+    try:
+        verbs[verb].make_context(verb, words)
+    except Exception as error:
+        if getattr(error, "exit_code", None) != 2:  # that of a wrong command line
+            raise
+        return False
+    return True
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page: Path) -> None:
-    lines = "\n".join(body for language, body in FENCE.findall(page.read_text()) if language == "sh")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in lines.replace("\\\n", " ").splitlines():
-        command = line.partition("#")[0].strip()
-        if match := re.search(r"(?:^|-m )(headfold .+)", command):
-            assert refused_words(match[1]) == [], command
-        elif command.startswith("make "):
+    for command in headfold_commands(page):
+        assert refused_words(command) == [], command
+        assert parses(command), command
+    for command in commands(page):
+        if command.startswith("make "):
             assert command.split()[1] in targets, command
+
+
+def test_a_wrong_command_is_seen() -> None:
+    right = "headfold fold my-model OUT --kv-heads 1/2"
+    wrong = (
+        "headfold fold my-model",
+        f"{right} --seed one",
+        f"{right} --no-such-option",
+        "headfold unfold my-model OUT",
+    )
+    assert parses(right) and not any(map(parses, wrong))
+
+
+def test_plans_within_a_budget_are_given_statistics() -> None:
+    planned = [
+        command
+        for page in PAGES
+        for command in headfold_commands(page)
+        if re.match("headfold plan .*--(kv-budget|kv-bytes|max-loss-increase)", command)
+    ]
+    assert len(planned) >= 4
+    assert [command for command in planned if "--stats" not in command] == []
+
+
+RECORD_PAGES: dict[str, tuple[str, str, Any]] = {
+    "family": ("headfold.families", "FAMILY", Family),
+    "layout": ("headfold.exports.layouts", "LAYOUT", ExportLayout),
+}
+"""Page in docs/extend → where its example is saved, and the record in which it ends."""
+
+
+def example(page: str) -> str:
+    """The first file of Python on a page of docs/extend."""
+    blocks = FENCE.findall((DOCS / "extend" / f"{page}.md").read_text())
+    return next(body for language, body in blocks if language == "python" and body.startswith('"""'))
+
+
+@pytest.mark.parametrize("page", RECORD_PAGES)
+def test_an_example_of_a_file_makes_its_record(page: str) -> None:
+    package, constant, kind = RECORD_PAGES[page]
+    made = {"__package__": package, "__name__": f"{package}.example"}
+    exec(example(page), made)
+    assert isinstance(made[constant], kind)
+
+
+def test_lines_of_tiny_configs_are_those_of_the_tests() -> None:
+    blocks = FENCE.findall((DOCS / "extend/family.md").read_text())
+    quoted = [line for language, body in blocks if language == "python" for line in body.splitlines()]
+    quoted = [line for line in quoted if re.match(r'    "\w+": |FLOAT32_NORMS', line)]
+    assert len(quoted) == 4
+    assert set(quoted) <= set((ROOT / "tests/tiny.py").read_text().splitlines())
+
+
+def test_the_example_of_a_merge_is_the_one_that_is_tested() -> None:
+    in_package = (ROOT / "examples/merges/largest.py").read_text().replace("from headfold.", "from ..")
+    assert example("method") == in_package
+
+
+def test_the_records_of_the_reference_are_there() -> None:
+    assigned = {
+        ast.unparse(node.targets[0]): node.value
+        for node in ast.parse((ROOT / "scripts/docs_pages.py").read_text()).body
+        if isinstance(node, ast.Assign)
+    }
+    for path in ast.literal_eval(assigned["RECORDS"]):
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__module__ == module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

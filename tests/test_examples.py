@@ -51,6 +51,34 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
     assert PRINTED[name] in ran.stdout
 
 
+UNDER_LAWS = """
+import sys
+import pytest
+
+class Merges:
+    def pytest_configure(self):
+        import headfold.merge
+        headfold.merge.__path__.insert(0, sys.argv[1])
+
+words = ["-q", "-p", "no:cacheprovider", "tests/test_merges.py", "tests/test_house.py", "-k", "largest"]
+sys.exit(pytest.main(words, plugins=[Merges()]))
+"""
+
+
+def test_the_example_of_a_merge_is_under_the_laws() -> None:
+    """As if it lay in headfold/merge."""
+    ran = subprocess.run(
+        [sys.executable, "-c", UNDER_LAWS, str(EXAMPLES / "merges")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert "passed" in ran.stdout
+
+
 def test_the_notebook_is_committed_without_output() -> None:
     cells = json.loads((EXAMPLES / "fold_bundled.ipynb").read_text())["cells"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
