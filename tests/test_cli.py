@@ -300,8 +300,9 @@ def test_former_names_work_and_say_the_new_ones(
 @pytest.mark.parametrize("words", [("--device", "nonsense"), ("--device", "cuda:99"), ("--dtype", "int8")])
 @pytest.mark.parametrize("verb", ["eval", "calibrate", "fold", "compare"])
 def test_a_place_or_dtype_that_is_none_is_refused_in_one_line(
-    run, model: Path, tmp_path: Path, verb: str, words: tuple
+    run, model: Path, tmp_path: Path, verb: str, words: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     rest = {
         "eval": (),
         "calibrate": (tmp_path / "s",),

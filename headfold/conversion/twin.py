@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
+from ..core.stats import SiteStats
 from ..families.layout import planned_shapes
 from ..families.spec import Site
 from ..runtime.regrouping import install_heads
@@ -22,7 +22,11 @@ class Twin(Mapping[str, Tensor]):
     """The twin's tensors by name on disk, in the source's shapes; one site is computed at a time."""
 
     def __init__(
-        self, source: Source, plan: Plan, stats: StatsFile | None, refits: Mapping[str, FittedHeads] | None
+        self,
+        source: Source,
+        plan: Plan,
+        stats: Mapping[str, SiteStats] | None,
+        refits: Mapping[str, FittedHeads] | None,
     ) -> None:
         self._source, self._plan, self._stats, self._refits = source, plan, stats, refits
         shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__

@@ -25,7 +25,7 @@ from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source
 from ..evaluate.perplexity import Evaluation
-from ..hf_models import check_device
+from ..hf_models import check_device, dtype_named
 from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..timing.machine import peak_memory
 from .calibrate import calibrate
@@ -86,6 +86,7 @@ def compare(
             model, or no method that could be folded.
     """
     check_methods(methods)
+    dtype_named(dtype)  # refuses here what every verb that compare calls would refuse
     source, progress, device = on_all(lambda: open_source(model)), progress or no_progress, check_device(device)
     measures = {"calibration": calibration, "tokens": tokens, "items": items}
     if stats is not None and (named := [f"--{name}" for name, value in measures.items() if value is not None]):
