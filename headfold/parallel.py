@@ -1,6 +1,6 @@
 """Several processes as one program (SPMD): a launcher (torchrun, accelerate launch) starts them, and all run the same lines.
 
-Rank 0 alone reads the user's files, writes and prints; `on_main` hands what it finds to the other ranks. Every rank runs its share of
+Rank 0 alone writes and prints; `on_main` hands what it finds to the other ranks. Every rank runs its share of
 each pass over data, and sums are reduced over all ranks, so that all hold the same numbers. Without a launcher, every function here
 behaves as in a single process.
 """

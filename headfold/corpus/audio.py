@@ -21,7 +21,7 @@ TRANSCRIPTS = ("text", "sentence", "transcription")
 
 def read_audio(
     source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
-) -> tuple[list[tuple[Float[np.ndarray, " sample"], int]], list[str] | None]:
+) -> tuple[list[tuple[Float[np.ndarray, " _"], int]], list[str] | None]:
     """Return (mono samples in [-1, 1], samples per second) of each item, and the transcripts if every item has one.
 
     In a folder, the transcript of NAME.wav is NAME.txt; in a table it is column `text`, `sentence`, `transcription` or
@@ -101,7 +101,7 @@ def _samples(frames: bytes, sample_bytes: int) -> Float[np.ndarray, " sample"]:
 
 
 def encode_audio(
-    sounds: Sequence[tuple[Float[np.ndarray, " sample"], int]],
+    sounds: Sequence[tuple[Float[np.ndarray, " _"], int]],
     texts: Sequence[str] | None,
     extractor: Any,
     tokenizer: Any,

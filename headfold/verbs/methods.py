@@ -1,4 +1,4 @@
-"""List the methods: merges, groupings, grouping costs, routes and export layouts."""
+"""List the methods: merges, groupings, grouping costs and routes."""
 
 from dataclasses import dataclass
 from types import ModuleType
