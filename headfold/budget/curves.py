@@ -112,7 +112,7 @@ def loss_curves(
     """
     source, progress = teacher.source, teacher.progress
     names = [site.name for site in source.sites]
-    about = on_main(lambda: _about(source, budget, request, stats))
+    about = on_main(lambda: _about(teacher, budget, request, stats))
     choices = on_main(lambda: planning.choices(
         source.sites, source.checkpoint.read, lambda site: [*budget.counts(site), site.num_kv_heads],
         grouping=planning.parse_group(request.group), merge=request.merge, stats=stats, seed=request.seed,
@@ -133,12 +133,13 @@ def loss_curves(
     return Curves(source, choices, options, used, request, about["stats"])
 
 
-def _about(source: Source, budget: BudgetRequest, request: CurveRequest, stats: StatsFile | None) -> dict[str, Any]:
+def _about(teacher: Teacher, budget: BudgetRequest, request: CurveRequest, stats: StatsFile | None) -> dict[str, Any]:
     require_statistics(stats)
     assert stats is not None
     return {
-        "source": source.checkpoint.fingerprint(), "group": request.group, "merge": request.merge, "refit": request.refit,
+        "source": teacher.source.checkpoint.fingerprint(), "group": request.group, "merge": request.merge, "refit": request.refit,
         "seed": request.seed, "head_dim_multiple": budget.head_dim_multiple, "stats": dict(stats.metadata),
+        **({"dtype": str(teacher.dtype).removeprefix("torch.")} if teacher.dtype else {}),
     }  # fmt: skip
 
 
