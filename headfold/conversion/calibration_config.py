@@ -60,8 +60,7 @@ class CalibrationConfig:
         Raises:
             UserError: a model that cannot write its own calibration text has no data named.
         """
-        if request.source is None and (recorded or {}).keys() >= {"source", "seed", "tokens"}:
-            assert recorded is not None
+        if request.source is None and recorded is not None and names_data(recorded):
             request = _from_record(request, recorded)
         kind = kind_of(opened.checkpoint.config)
         if request.source is None and kind != "text":
@@ -87,6 +86,11 @@ class CalibrationConfig:
         columns = {"columns": ",".join(self.columns)} if self.columns else {}
         named = {"kind": self.kind, "source": self.source, "tokens": str(amount), "seed": str(self.seed)}
         return {**named, **length, **columns, "fingerprint": fingerprint(sample)}
+
+
+def names_data(recorded: Mapping[str, str]) -> bool:
+    """Return whether the metadata of statistics or a plan say which data they were measured on."""
+    return recorded.keys() >= {"source", "seed", "tokens"}
 
 
 def _from_record(request: CalibrationRequest, recorded: Mapping[str, str]) -> CalibrationRequest:
