@@ -146,7 +146,7 @@ def test_every_kind_of_layer_is_in_the_toy() -> None:
 
 
 def test_the_verb_writes_the_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "experiment", lambda _: found("llama"))
+    monkeypatch.setattr(probing, "experiment", lambda *_: found("llama"))
     out = tmp_path / "family.py"
     ran = CliRunner().invoke(headfold.cli.app, ["detect", "llama", "--out", str(out)])
     assert ran.exit_code == 0 and "all laws hold" in ran.stdout and f"wrote {out}" in ran.stdout

@@ -206,6 +206,18 @@ def test_exports_with_code_are_compared_too(layout: str, tmp_path: Path) -> None
     assert result.difference is not None and result.difference <= result.tolerance
 
 
+def test_logits_are_compared_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    grouped("gpt_neox", [EVEN, EVEN], tmp_path / "folded", torch.float32)
+    plain, double = (
+        export(tmp_path / "folded", tmp_path / str(dtype), device="cpu", dtype=dtype) for dtype in (None, "float64")
+    )
+    assert double.difference is not None and plain.tolerance is not None and double.tolerance is not None
+    assert double.difference <= double.tolerance < plain.tolerance / 5
+    with pytest.raises(UserError, match="--dtype bfloat16: expected float32 or float64"):
+        export(tmp_path / "folded", tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_export_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped("gptj", [EVEN, EVEN], tmp_path / "folded")
     monkeypatch.setattr(phi, "_rotary_order", lambda *_: None)

@@ -113,7 +113,11 @@ def test_a_model_beside_itself_is_not_distinguishable(run, models):  # noqa: F81
     assert ran.err == ""
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
     shown = run(*words)
-    assert "not distinguishable" in shown.out and "[+0.0000, +0.0000]" in shown.out and "models: 2 models" in shown.err
+    assert (
+        "not distinguishable" in shown.out
+        and "[+0.0000, +0.0000]" in shown.out
+        and "evaluate 2: 3,660 tokens in" in shown.err
+    )
     assert f"{same['num_units']} windows of" in shown.out
 
 

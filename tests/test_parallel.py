@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 TEXT = "What the first process reads, all of them measure; none but the first needs the file. " * 40
+HAS_TASKS = find_spec("lm_eval") is not None
 FOLD: dict[str, Any] = dict(kv_heads=4, tokens=512, context=32)
 
 
@@ -51,6 +53,36 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # noqa
     shutil.copytree(tiny_checkpoint("llama", vocab_size=len(tokenizer)), directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def grouped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 4 K/V heads, whose keys have unlike lengths."""
+    directory = tmp_path_factory.mktemp("grouped") / "readable"
+    shutil.copytree(source, directory)
+    vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
+    few = tiny_checkpoint("llama", vocab_size=vocab_size, num_key_value_heads=4)
+    shutil.copyfile(few / "config.json", directory / "config.json")
+    tensors = load_file(few / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "k_proj.weight" in name:
+            tensor *= torch.linspace(1, 1.6, 4, dtype=tensor.dtype).repeat_interleave(len(tensor) // 4)[:, None]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task file and its five texts."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"text": TEXT[at : at + 30 + at]} for at in range(5)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "my_rolling.yaml").write_text(json.dumps({  # JSON is YAML
+        "task": "my_rolling", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "",
+        "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}],
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}},
+    }))  # fmt: skip
+    return folder
 
 
 def launched_by_two(part: str, directory: Path) -> list[Any]:
@@ -79,7 +111,7 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def launched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def launched(source: Path, grouped: Path, task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """`processes.py` twice, by torchrun."""
     directory = tmp_path_factory.mktemp("launched")
     shutil.copytree(source, directory / "first" / "mine")
@@ -103,8 +135,12 @@ def launched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched
             "32",
             "--json",
         ],
+        "routed": ["route", str(grouped), "routed", "--calibration", "mine.txt", *data, "--json"],
         "planned": ["plan", str(source), "plan.json", "--kv-budget", "50%", "--stats", "stats.safetensors"],
     }
+    if HAS_TASKS:
+        tasks = ["--task", "my_rolling", "--include-path", str(task_folder), "--json"]
+        commands["on a task"] = ["eval", str(source), *tasks]
     (directory / "first" / "mine.txt").write_text(TEXT)
     (directory / "commands.json").write_text(json.dumps(list(commands.values())))
     answers = launched_by_two("work", directory)
@@ -152,13 +188,13 @@ def test_two_processes_find_what_one_does(name: str, launched: Launched) -> None
 
 def test_the_first_process_writes_and_speaks_alone(launched: Launched) -> None:
     leader, answers = launched.leader, launched.answers
-    for name in ("calibrate", "fold", "healed", "alone", "evaluated", "planned"):
+    for name in ("calibrate", "fold", "healed", "alone", "evaluated", "planned", "routed"):
         (code, out, err), second = answers[name]
         assert code == 0 and out, err
         assert second == [0, "", ""]
     made = {path.name for path in leader.parent.iterdir() if path.suffix not in (".json", ".safetensors")}
     assert made == {"first"}
-    made = {"stats.safetensors", "out", "healed", "plan.json", "plan.sensitivity.json"}
+    made = {"stats.safetensors", "out", "healed", "plan.json", "plan.sensitivity.json", "routed"}
     assert {path.name for path in leader.iterdir()} == made | {"mine", "mine.txt"}
     result = json.loads(answers["healed"][0][1])
     assert result["healed"] == 4096 and result["verification"]["passed"]
@@ -199,6 +235,28 @@ def test_a_text_is_measured_as_by_one_process(source: Path, launched: Launched) 
     alone = headfold.eval(source, reference=source, text=str(launched.leader / "mine.txt"), context=32)
     assert together["num_tokens"] == alone.num_tokens and together["num_windows"] == alone.num_windows > 2
     assert_tight(torch.tensor(together["nll"]).double(), torch.tensor(alone.nll).double())
+
+
+def test_a_route_is_settled_as_by_one_process(grouped: Path, launched: Launched, tmp_path: Path) -> None:
+    """Of batches that each process measured half of."""
+    text = str(launched.leader / "mine.txt")
+    alone = headfold.route(grouped, tmp_path / "routed", calibration=text, tokens=512, context=32)
+    together = json.loads(launched.answers["routed"][0][1])
+    assert together["sizes"] == {name: list(sizes) for name, sizes in alone.sizes.items()}
+    assert any(len(set(sizes)) > 1 for sizes in alone.sizes.values())
+    a, b = ((path / "routed/model.safetensors").read_bytes() for path in (launched.leader, tmp_path))
+    assert a == b
+
+
+@pytest.mark.skipif(not HAS_TASKS, reason="the tasks extra is not installed")
+def test_a_task_is_measured_as_by_one_process(source: Path, launched: Launched, task_folder: Path) -> None:
+    """Each process answers a part of the requests."""
+    (code, out, err), second = launched.answers["on a task"]
+    assert (code, second) == (0, [0, "", ""]), err
+    alone = headfold.eval(source, task="my_rolling", include_path=task_folder)
+    (one,), (both,) = alone.tasks, json.loads(out)["tasks"]
+    assert both["num_items"] == one.num_items == 5
+    assert both["value"] == pytest.approx(one.value, rel=1e-6) and both["low"] == pytest.approx(one.low, rel=1e-6)
 
 
 def test_a_budget_is_allocated_as_by_one_process(source: Path, launched: Launched, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_a_stage_that_does_not_advance_is_not_silent() -> None:
     assert lines[-1].startswith("refit: 1,000 tokens in ") and len(lines) < 20
 
 
+def test_the_time_before_the_first_stage_and_after_the_last_count_is_not_silent() -> None:
+    to = io.StringIO()
+    with ProgressReport(to, interval=0.05) as report:
+        time.sleep(0.2)
+        report("plan", 7, 7)
+        time.sleep(0.2)
+        report("embed", 12, 0)
+        time.sleep(0.2)
+    lines = to.getvalue().splitlines()
+    assert lines[0] == "starting, running for 0:00"
+    assert "plan: 100 %, finishing, running for 0:00" in lines
+    assert "embed: 12 items, running for 0:00" in lines and lines[-1].startswith("embed: 12 items in ")
+
+
 def test_nothing_is_printed_after_the_end_or_when_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     to = io.StringIO()
     with ProgressReport(to, interval=0.02) as report:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headfold.core.errors import UserError
-from headfold.core.routes import even, runs
+from headfold.core.routes import Norms, RouteState, even, runs
 from headfold.runtime import routing
 from headfold.runtime.modeling_headfold import grouped_class
 
@@ -121,6 +121,33 @@ def test_a_route_moves_who_reads_what(name: str) -> None:
     for path, kv_of_query in maps.items():
         by_hand(model, path, kv_of_query)
     assert_tight(answer(model, sample), routed)
+
+
+def test_processes_share_what_a_route_is_frozen_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch is run by one process, and the norms of all enter the state in the order of the batches."""
+    sample, passes = tiny_sample("llama", num_items=5), []
+    batches = [one_of(sample, item) for item in range(5)]
+
+    def frozen(rank: int | None) -> list[tuple[RouteState, ...]]:
+        model = grouped("llama")
+        routing.attach(model, "dgqa:window=2")
+        monkeypatch.setattr(routing, "falls_here", lambda number: rank is None or number % 2 == rank)
+        routing.freeze(model, batches)
+        return [router.state for router in routing.routers(model).values()]
+
+    def of_all(own: list[tuple[int, dict[str, list[Norms]]]]) -> list[list[tuple[int, dict[str, list[Norms]]]]]:
+        passes.append(own)
+        return [passes[1], passes[0]] if len(passes) == 2 else [own]
+
+    alone = frozen(None)
+    monkeypatch.setattr(routing, "all_gather", of_all)
+    first = frozen(0)
+    assert [number for number, _ in passes[0]] == [0, 2, 4]
+    together = frozen(1)
+    for one, both, half in zip(alone, together, first, strict=True):
+        assert (one.sizes, one.step) == (both.sizes, both.step) == (both.sizes, 5)
+        assert_bitwise(both.kept, one.kept)
+        assert_differs(half.kept, one.kept)
 
 
 def test_settling_asks_nobody_how_items_were_put_together() -> None:

@@ -31,9 +31,11 @@ def detect(
     A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
     is tried on it, and the resulting family literal must pass all family laws."""
     from ..report import views
+    from ..report.progress import ProgressReport
     from ..verbs import detect as verb
 
-    found = verb.detect(model, out=out, force=force)
+    with ProgressReport(silent=as_json) as progress:
+        found = verb.detect(model, out=out, force=force, progress=progress)
     if not answered(found.to_json(), as_json):
         views.show_probe(found, out)
 

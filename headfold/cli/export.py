@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Force, Json, Layout, Verify
+from .options import Debug, Device, Dtype, Force, Json, Layout, Verify
 from .output import answered
 
 EXAMPLES = (
@@ -19,6 +19,8 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
     layout: Layout = None,
     verify: Verify = True,
+    device: Device = None,
+    dtype: Dtype = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -31,6 +33,8 @@ def export(
     from ..verbs import export as verb
 
     with ProgressReport(silent=as_json) as progress:
-        result = verb.export(folded, out, layout=layout, force=force, verify=verify, progress=progress)
+        result = verb.export(
+            folded, out, layout=layout, force=force, verify=verify, device=device, dtype=dtype, progress=progress
+        )
     if not answered(result.to_json(), as_json):
         show_export(result)

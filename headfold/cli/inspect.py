@@ -12,8 +12,10 @@ def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug:
     Below the facts comes the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
     elsewhere."""
     from ..report import views
+    from ..report.progress import ProgressReport
     from ..verbs import inspect as verb
 
-    found = verb.inspect(model, stats=stats)
+    with ProgressReport(silent=as_json) as progress:
+        found = verb.inspect(model, stats=stats, progress=progress)
     if not answered(found.to_json(), as_json):
         views.show_inspection(found)

@@ -8,7 +8,7 @@ import torch
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import disown
 from ..core.errors import UserError
-from ..core.progress import Progress
+from ..core.progress import Progress, counter
 from ..evaluate.verify import TOLERANCE
 from ..exports.folded import open_folded
 from ..exports.layout import make_export
@@ -28,22 +28,33 @@ def write_layout(folded: Path, target: Path, layout: str, progress: Callable[[in
 
 
 @torch.no_grad()
-def compare_layouts(checkpoint: Checkpoint, made: Export, staging: Path, progress: Progress) -> tuple[float, float]:
+def compare_layouts(
+    checkpoint: Checkpoint,
+    made: Export,
+    staging: Path,
+    progress: Progress,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[float, float]:
     """Return the largest difference of logits on random tokens between `checkpoint` and its export in `staging`, and the tolerance.
+
+    Both compute in `dtype`: float32 or float64, by default the first that holds the weights.
 
     Raises:
         UserError: they differ by more; the output stays in `staging`.
     """
     sample = random_sample("sentences", checkpoint.config)
-    size = sample["input_ids"].numel()
-    progress("verify", 0, size)
-    dtype = torch.promote_types(stored_dtype(checkpoint.path), torch.float32)
+    advance = counter(progress, "verify", 2)
+    dtype = torch.promote_types(dtype or stored_dtype(checkpoint.path), torch.float32)
+    inputs = {name: tensor.to(device) for name, tensor in sample.items()}
     grouped_class = own_class(checkpoint.config)
-    expected = open_model(checkpoint.path, dtype=dtype, model_class=grouped_class)(**sample, use_cache=False).logits
+    opened = open_model(checkpoint.path, dtype=dtype, device=device, model_class=grouped_class)
+    expected = opened(**inputs, use_cache=False).logits.cpu()
+    advance(1)
     overlay = Unrounded(checkpoint, made, staging, dtype)
-    exported = open_model(staging, dtype=dtype, model_class=own_class(made.config), overlay=overlay)
-    found = exported(**sample, use_cache=False).logits
-    progress("verify", size, size)
+    opened = open_model(staging, dtype=dtype, device=device, model_class=own_class(made.config), overlay=overlay)
+    found = opened(**inputs, use_cache=False).logits.cpu()
+    advance(1)
     difference = (found - expected).abs().max().item()
     tolerance = TOLERANCE[dtype] * expected.double().pow(2).mean().sqrt().item()
     if not difference <= tolerance:

@@ -94,12 +94,13 @@ def compare_routed(teacher: Teacher, staging: Path, config: Mapping[str, Any]) -
     dtype = torch.promote_types(stored_dtype(staging), torch.float32)
     sample: dict[str, Tensor] = {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}
     model: Any = teacher.model
+    advance = counter(teacher.progress, "verify", 2)
     expected = compared_output(model.to(dtype), sample)
+    advance(1)
     teacher.close()
-    teacher.progress("verify", 0, 1)
     opened = open_model(staging, dtype=dtype, device=teacher.device, model_class=own_class(dict(config)))
     found = compared_output(opened, sample)
-    teacher.progress("verify", 1, 1)
+    advance(1)
     difference, tolerance = difference_and_tolerance(found, expected, dtype)
     if not difference <= tolerance:
         disown(staging)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import num_tokens
 from ..checkpoint.reader import check_finite
 from ..checkpoint.staging import disown
 from ..core.errors import UserError
@@ -51,8 +50,6 @@ def verify_fold(
             "not verified: wide heads are compared with their twin in memory, and this model is larger than that"
         )
         return None
-    size = num_tokens(sample)
-    progress("verify", 0, size)
     config = json.loads((staging / "config.json").read_text())
     found = compare_with_twin(
         source.checkpoint.path,
@@ -64,8 +61,8 @@ def verify_fold(
         fold_class=own_class(config),
         unrounded=unrounded,
         make_twin=twin.install if wide else None,
+        progress=progress,
     )
-    progress("verify", size, size)
     if not math.isfinite(found.tolerance):
         _refuse_not_finite(source)
     if not found.passed:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError, suggest
+from ..core.progress import Progress, no_progress
 from ..families.spec import Family
 from .establish import establish_family
 from .literal import source_of
@@ -62,7 +63,7 @@ class Detection:
         return ", ".join(parts)
 
 
-def detect(model: str | Path) -> Detection:
+def detect(model: str | Path, progress: Progress = no_progress) -> Detection:
     """Detect the family of a checkpoint, by its config, or of a `model_type` with its default config, from experiments on a toy
     model. No existing literal is used.
 
@@ -70,19 +71,19 @@ def detect(model: str | Path) -> Detection:
         UserError: neither a directory with a config.json nor a `model_type` of transformers.
     """
     architecture = architecture_of(model)
-    first = _detect_once(architecture)
+    first = _detect_once(architecture, progress)
     if first.family is not None or first.findings:
         return first
     # No attention was found: some classes derive head_dim from the hidden size.
     sizes = architecture.geometry
-    second = _detect_once(architecture.with_geometry(head_dim=sizes.hidden_size // sizes.num_heads))
+    second = _detect_once(architecture.with_geometry(head_dim=sizes.hidden_size // sizes.num_heads), progress)
     return second if second.findings else first
 
 
-def _detect_once(architecture: Architecture) -> Detection:
+def _detect_once(architecture: Architecture, progress: Progress) -> Detection:
     findings: list[str] = []
     try:
-        family, laws = establish_family(architecture, findings)
+        family, laws = establish_family(architecture, findings, progress)
     except UserError as refusal:
         return Detection(architecture.model_type, architecture.model_class, None, str(refusal), tuple(findings))
     except Exception as error:  # an unknown model may fail in any way, and then nothing is proven

@@ -10,6 +10,7 @@ from einops import EinopsError
 from torch import nn
 
 from ..core.errors import UserError
+from ..core.progress import Progress
 from ..families.layout import check_shapes
 from ..families.spec import Attention, Family
 from .candidate import Candidate
@@ -22,7 +23,9 @@ from .settings import refusals
 from .toy import Architecture, ToyModel, Unproven, in_float64, logits
 
 
-def establish_family(architecture: Architecture, findings: list[str]) -> tuple[Family, Mapping[str, float]]:
+def establish_family(
+    architecture: Architecture, findings: list[str], progress: Progress
+) -> tuple[Family, Mapping[str, float]]:
     """Return the literal, and the change of the logits under each law; lines about what was found are appended to `findings`.
 
     Raises:
@@ -51,7 +54,7 @@ def establish_family(architecture: Architecture, findings: list[str]) -> tuple[F
         norm_gain_offset=offset if normed else input_offset,
         defaults=defaults_of(architecture, attention, rope),
     )
-    laws = prove_laws(architecture, family)
+    laws = prove_laws(architecture, family, progress)
     return replace(family, refuses=refusals(architecture, family)), laws
 
 

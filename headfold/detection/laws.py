@@ -16,6 +16,7 @@ from ..core.equivalents import random_equivalent, repeated_random_equivalent
 from ..core.groups import Groups
 from ..core.heads import Heads, KeyFreedom
 from ..core.plan import Plan
+from ..core.progress import Progress, counter, no_progress
 from ..core.stats import SiteStats
 from ..families.folded import folded_config
 from ..families.layout import check_shapes, renamed, write_heads
@@ -35,7 +36,7 @@ TWIN_TOLERANCE = 1e-6
 """Largest difference of the logits of two models that are the same function: one may have computed its tables in float32."""
 
 
-def prove_laws(architecture: Architecture, family: Family) -> dict[str, float]:
+def prove_laws(architecture: Architecture, family: Family, progress: Progress = no_progress) -> dict[str, float]:
     """Test every law on a toy model with one K/V head per query head, and on one of other sizes that is grouped already.
 
     Returns the change of the logits under each law, relative to the largest: 0 where a law requires the same bits, and the least
@@ -49,10 +50,12 @@ def prove_laws(architecture: Architecture, family: Family) -> dict[str, float]:
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 64 if square else 96}
     other = Candidate.of(ToyModel.of(architecture.with_geometry(**sizes), seed=1), family)
     moved: dict[str, float] = {}
+    advance = counter(progress, "laws", len(_LAWS))
     for name, law in _LAWS.items():
         for model in (candidate, other):
             found = law(family, model)
             moved[name] = (min if law is forbidden_changes_logits else max)(moved.get(name, found), found)
+        advance(1)
     return moved
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..core.errors import UserError
-from ..corpus.samples import Sample, batches
+from ..core.progress import Progress, no_progress
+from ..corpus.samples import Sample
 from .bootstrap import Units, mean_of
 from .placement import place_batch
-from .sharing import run_shared
+from .sharing import run_on_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ def evaluate_classification(
     *,
     reference: "PreTrainedModel | None" = None,
     batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> Classification:
     """Measure an open model, and its reference, on items with `labels` (item,): one sample, or several that are read as needed.
 
@@ -56,7 +58,7 @@ def evaluate_classification(
         UserError: the items have no labels or labels that the model does not have; the model is not a classifier.
     """
     start = time.perf_counter()
-    items = _items(model, sample, reference, batch_size)
+    items = _items(model, sample, reference, batch_size, progress)
     means = dict(zip(QUANTITIES, (items.sum(0) / len(items)).tolist(), strict=True))
     seconds = time.perf_counter() - start
     return Classification(num_items=len(items), seconds=seconds, **{name: means[name] for name in _measured(reference)})
@@ -68,13 +70,14 @@ def scores_per_item(
     *,
     reference: "PreTrainedModel | None" = None,
     batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> list[Units]:
     """Return the scores of `evaluate_classification` item by item.
 
     Raises:
         UserError: as `evaluate_classification`.
     """
-    items = _items(model, sample, reference, batch_size)
+    items = _items(model, sample, reference, batch_size, progress)
     names = [name for name in _measured(reference) if not name.startswith("reference_")]
     return [
         mean_of(name, "items", items[:, QUANTITIES.index(name)].numpy(), lower_is_better=name in LOSSES)
@@ -92,6 +95,7 @@ def _items(
     sample: Sample | Iterable[Sample],
     reference: "PreTrainedModel | None",
     batch_size: int,
+    progress: Progress,
 ) -> Float[Tensor, "item quantity"]:
     """Return `QUANTITIES` of every item, in float64."""
 
@@ -102,8 +106,7 @@ def _items(
         columns = (*_scores(ours, labels), *_scores(theirs, labels), *_beside(ours, theirs))
         return torch.stack([column.double() for column in columns], 1)
 
-    parts = [sample] if isinstance(sample, dict) else sample
-    return torch.cat(run_shared((batch for part in parts for batch in batches(part, batch_size)), scores))
+    return torch.cat(run_on_items(sample, batch_size, scores, progress, "classify"))
 
 
 def _split(batch: Sample) -> tuple[Sample, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import UserError, suggest
+from ..core.progress import Progress
 from ..corpus.pairs import read_pairs
 from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
 from ..families.context import context_length
@@ -71,9 +72,10 @@ class OpenedModels:
     request: DataRequest
     source: str
     context: int
+    progress: Progress
 
     @classmethod
-    def of(cls, directory: Path, reference: Path | None, request: DataRequest) -> "OpenedModels":
+    def of(cls, directory: Path, reference: Path | None, request: DataRequest, progress: Progress) -> "OpenedModels":
         """Open the models, in their checkpoint's dtype but float32 at least.
 
         Raises:
@@ -92,6 +94,7 @@ class OpenedModels:
             request=request,
             source=request.source,
             context=request.context or default_context(directory, config),
+            progress=progress,
         )
 
     @property
@@ -125,13 +128,18 @@ class OpenedModels:
         """Return the pairs of text, the tokenizer, and how outputs are written."""
         request = self.request
         how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
-        how |= {"context": self.context, "reference": self.reference}
+        how |= {"context": self.context, "reference": self.reference, "progress": self.progress}
         pairs = on_main(lambda: read_pairs(self.source, request.columns, request.limit))
         return pairs, open_tokenizer(self.directory), how
 
 
 def evaluate_on_data(
-    name: str | Path, directory: Path, reference_name: str | Path | None, reference: Path | None, request: DataRequest
+    name: str | Path,
+    directory: Path,
+    reference_name: str | Path | None,
+    reference: Path | None,
+    request: DataRequest,
+    progress: Progress,
 ) -> DataEvaluation:
     """Measure a model that is no causal language model.
 
@@ -141,7 +149,7 @@ def evaluate_on_data(
     Raises:
         UserError: a checkpoint or source that cannot be read, or a source of another kind than the model's.
     """
-    opened = OpenedModels.of(directory, reference, request)
+    opened = OpenedModels.of(directory, reference, request, progress)
     kind = kind_of(opened.config)
     dtype = str(opened.model.dtype).removeprefix("torch.")
     reference_name = None if reference_name is None else str(reference_name)
@@ -199,8 +207,12 @@ def _audio(opened: OpenedModels) -> translation.Translation:
         raise UserError(
             f"{opened.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
         )
-    nll, num_tokens = translation.target_nll(opened.model, sample)
-    reference_nll = None if opened.reference is None else translation.target_nll(opened.reference, sample)[0]
+    nll, num_tokens = translation.target_nll(opened.model, sample, progress=opened.progress)
+    reference_nll = (
+        None
+        if opened.reference is None
+        else translation.target_nll(opened.reference, sample, progress=opened.progress)[0]
+    )
     return translation.Translation(
         num_items=len(sample["labels"]), num_tokens=num_tokens, nll=nll, beams=1, seconds=0.0, reference_nll=reference_nll
     )  # fmt: skip
@@ -208,20 +220,30 @@ def _audio(opened: OpenedModels) -> translation.Translation:
 
 def _images(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
     if opened.classifies:
-        return classification.evaluate_classification(opened.model, opened.image_blocks(), reference=opened.reference)
-    return embedding.evaluate_embedding(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
+        return classification.evaluate_classification(
+            opened.model, opened.image_blocks(), reference=opened.reference, progress=opened.progress
+        )
+    return embedding.evaluate_embedding(
+        opened.model, opened.image_blocks(), opened.reference, pooling="cls", progress=opened.progress
+    )
 
 
 def _sentences(opened: OpenedModels) -> classification.Classification | embedding.Embedding:
     sample = opened.sample("sentences")
     if opened.classifies and "labels" in sample:
-        return classification.evaluate_classification(opened.model, sample, reference=opened.reference)
-    return embedding.evaluate_embedding(opened.model, sample, opened.reference, pooling=opened.pooling)
+        return classification.evaluate_classification(
+            opened.model, sample, reference=opened.reference, progress=opened.progress
+        )
+    return embedding.evaluate_embedding(
+        opened.model, sample, opened.reference, pooling=opened.pooling, progress=opened.progress
+    )
 
 
 def _captions(opened: OpenedModels) -> embedding.Embedding:
     """Compare the embeddings of both towers."""
-    return embedding.evaluate_embedding(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
+    return embedding.evaluate_embedding(
+        opened.model, opened.sample("captions"), opened.reference, pooling="projected", progress=opened.progress
+    )
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Measured]] = {

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.errors import UserError
+from ..core.progress import Progress, no_progress
 from ..corpus.samples import Sample, batches
 from .bootstrap import Units, mean_of
 from .placement import place_batch
-from .sharing import run_shared
+from .sharing import run_on_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,7 @@ def evaluate_embedding(
     *,
     pooling: str = "mean",
     batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> Embedding:
     """Compare the embeddings of an open model with those of its reference, on one sample or on several that are read as needed.
 
@@ -60,7 +62,7 @@ def evaluate_embedding(
         UserError: there is no reference, its embeddings have another size, or the pooling is unknown.
     """
     start = time.perf_counter()
-    ours, theirs = _both(model, sample, reference, pooling, batch_size)
+    ours, theirs = _both(model, sample, reference, pooling, batch_size, progress)
     cosines = (ours * theirs).sum(1)
     return Embedding(
         num_items=len(ours),
@@ -79,13 +81,14 @@ def cosines_per_item(
     *,
     pooling: str = "mean",
     batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> list[Units]:
     """Return the cosine of every item's embedding to the reference's, whose mean `evaluate_embedding` returns.
 
     Raises:
         UserError: as `evaluate_embedding`.
     """
-    ours, theirs = _both(model, sample, reference, pooling, batch_size)
+    ours, theirs = _both(model, sample, reference, pooling, batch_size, progress)
     return [mean_of("cosine", "items", (ours * theirs).sum(1).numpy())]
 
 
@@ -95,6 +98,7 @@ def _both(
     reference: "PreTrainedModel | None",
     pooling: str,
     batch_size: int,
+    progress: Progress,
 ) -> tuple[Float[Tensor, "item model"], Float[Tensor, "item model"]]:
     """Return the unit vectors of the model and of its reference."""
     if reference is None:
@@ -105,8 +109,7 @@ def _both(
     def both(batch: Sample) -> tuple[Tensor, Tensor]:
         return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
 
-    parts = [sample] if isinstance(sample, dict) else sample
-    found = run_shared((batch for part in parts for batch in batches(part, batch_size)), both)
+    found = run_on_items(sample, batch_size, both, progress, "embed")
     ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))
     if ours.shape != theirs.shape:
         raise UserError(f"expected embeddings of the reference's size {theirs.shape[1]}, got {ours.shape[1]}")

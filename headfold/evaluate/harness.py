@@ -13,6 +13,7 @@ from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus.samples import kind_of
 from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
+from ..parallel import on_all
 from . import tasks as harness
 from .bootstrap import LEVEL, interval
 from .paired import PairedComparison, check_several, paired_comparison
@@ -129,7 +130,7 @@ def _measure(
             raise UserError(
                 f"--task: expected a model of text, got {model}, a model of {kind}; give --text SOURCE instead"
             )
-    tasks = harness.load_tasks(request.names, request.include_path)
+    tasks = on_all(lambda: harness.load_tasks(request.names, request.include_path))
     found = []
     for number, directory in enumerate(directories, 1):
         report = partial(progress, "requests" if len(models) == 1 else f"requests {number}")

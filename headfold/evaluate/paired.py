@@ -161,12 +161,15 @@ def _language_models(
     windows = perplexity.split_windows(tokens, context)
     reference = None if reference_directory is None else open_language_model(reference_directory, dtype, request.device)
     measured: list[Sequence[Resampled]] = []
-    for number, directory in enumerate(directories):
-        progress("models", number, len(directories))
+    for number, directory in enumerate(directories, 1):
         model = open_language_model(directory, dtype, request.device)
-        measured.append(perplexity.losses_per_window(model, reference, windows))
-    progress("models", len(measured), len(measured))
+        measured.append(perplexity.losses_per_window(model, reference, windows, progress=_of_model(progress, number)))
     return f"{source}, context {context}", measured
+
+
+def _of_model(progress: Progress, number: int) -> Progress:
+    """Return a progress whose stages name the model, counted from 1."""
+    return lambda stage, done, total: progress(f"{stage} {number}", done, total)
 
 
 def _check_tokens(first: Path, other: Path, tokens: torch.Tensor, request: DataRequest) -> None:
@@ -193,11 +196,9 @@ def _other_models(
         )
     one_tokenizer = kind != "pairs" or _share_tokenizer(directories, reference, request)
     measured: list[Sequence[Resampled]] = []
-    for number, directory in enumerate(directories):
-        progress("models", number, len(directories))
-        opened = OpenedModels.of(directory, reference, request)
+    for number, directory in enumerate(directories, 1):
+        opened = OpenedModels.of(directory, reference, request, _of_model(progress, number))
         measured.append([units for units in _MEASURES[kind](opened) if one_tokenizer or units.metric != "nll"])
-    progress("models", len(measured), len(measured))
     if not one_tokenizer:
         notes.append("the models' tokenizers differ, so their losses per token do not compare and are left out")
     return str(request.source), measured
@@ -227,19 +228,29 @@ def _pairs(opened: OpenedModels) -> Sequence[Resampled]:
 
 def _images(opened: OpenedModels) -> Sequence[Resampled]:
     if opened.classifies:
-        return classification.scores_per_item(opened.model, opened.image_blocks(), reference=opened.reference)
-    return embedding.cosines_per_item(opened.model, opened.image_blocks(), opened.reference, pooling="cls")
+        return classification.scores_per_item(
+            opened.model, opened.image_blocks(), reference=opened.reference, progress=opened.progress
+        )
+    return embedding.cosines_per_item(
+        opened.model, opened.image_blocks(), opened.reference, pooling="cls", progress=opened.progress
+    )
 
 
 def _sentences(opened: OpenedModels) -> Sequence[Resampled]:
     sample = opened.sample("sentences")
     if opened.classifies and "labels" in sample:
-        return classification.scores_per_item(opened.model, sample, reference=opened.reference)
-    return embedding.cosines_per_item(opened.model, sample, opened.reference, pooling=opened.pooling)
+        return classification.scores_per_item(
+            opened.model, sample, reference=opened.reference, progress=opened.progress
+        )
+    return embedding.cosines_per_item(
+        opened.model, sample, opened.reference, pooling=opened.pooling, progress=opened.progress
+    )
 
 
 def _captions(opened: OpenedModels) -> Sequence[Resampled]:
-    return embedding.cosines_per_item(opened.model, opened.sample("captions"), opened.reference, pooling="projected")
+    return embedding.cosines_per_item(
+        opened.model, opened.sample("captions"), opened.reference, pooling="projected", progress=opened.progress
+    )
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Sequence[Resampled]]] = {

@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 
 from ..core.errors import UserError
 from ..core.heads import kv_bytes
+from ..core.progress import Progress, counter, no_progress
 from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..families.context import context_length
@@ -97,6 +98,7 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure a checkpoint on the whole of a text, in order, in one pass together with its reference.
 
@@ -118,7 +120,7 @@ def evaluate_perplexity(
         reference_bytes = kv_bytes_per_token(reference, stored_dtype(reference_dir))
     context = context or default_context(model.config)
     windows = split_windows(tokens, context)
-    scores = compare_models(model, reference, windows, batch_size=batch_size)
+    scores = compare_models(model, reference, windows, batch_size=batch_size, progress=progress)
     return Evaluation(
         **{field.name: getattr(scores, field.name) for field in fields(scores)},
         model=str(model_dir),
@@ -208,6 +210,7 @@ def compare_models(
     *,
     batch_size: int | None = None,
     num_bins: int = NUM_BINS,
+    progress: Progress = no_progress,
 ) -> LossComparison:
     """Measure an open model, and its reference, on the same windows, with no more than one batch of logits in memory.
 
@@ -217,7 +220,7 @@ def compare_models(
     start, context = time.perf_counter(), max(len(window) for window in windows)
     num_bins = min(num_bins, context - 1)
     totals = torch.zeros(5, num_bins, dtype=torch.float64)
-    for sums in _shared_pass(model, reference, windows, batch_size, over="windows"):
+    for sums in _shared_pass(model, reference, windows, batch_size, progress, over="windows"):
         bins = torch.arange(sums.shape[1]) * num_bins // (context - 1)
         totals.index_add_(1, bins, sums)
     count, nll, reference_nll, kl, agreements = (totals.sum(1)).tolist()
@@ -234,9 +237,10 @@ def losses_per_window(
     windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
     *,
     batch_size: int | None = None,
+    progress: Progress = no_progress,
 ) -> list[Units]:
     """Return the figures of `compare_models` window by window: loss, and beside a reference KL and top-1 agreement, per token."""
-    sums = _shared_pass(model, reference, windows, batch_size, over="positions")
+    sums = _shared_pass(model, reference, windows, batch_size, progress, over="positions")
     tokens, nll, _, kl, agreements = torch.cat(sums, 1).numpy()
 
     def per_token(metric: str, sums: np.ndarray, lower_is_better: bool = True) -> Units:
@@ -266,6 +270,7 @@ def _shared_pass(
     reference: "PreTrainedModel | None",
     windows: Any,
     batch_size: int | None,
+    progress: Progress,
     *,
     over: Literal["windows", "positions"],
 ) -> list[Float[Tensor, "quantity window_or_position"]]:
@@ -273,7 +278,12 @@ def _shared_pass(
     longest = max(len(window) for window in windows)
     batch_size = batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))
     dim = {"windows": 1, "positions": 2}[over]
-    return run_shared(_batches(windows, batch_size), lambda batch: _of_batch(model, reference, batch).sum(dim))
+    advance = counter(progress, "evaluate", sum(len(window) for window in windows))
+    return run_shared(
+        _batches(windows, batch_size),
+        lambda batch: _of_batch(model, reference, batch).sum(dim),
+        lambda batch: advance(batch.numel()),
+    )
 
 
 @torch.no_grad()

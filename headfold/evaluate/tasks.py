@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 
 from ..core.errors import UserError
 from ..hf_models import input_device, quiet
+from ..parallel import share
 from .bootstrap import Units, ratio
+from .sharing import gathered_in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +139,7 @@ def run(
     The figures are those of the harness's `simple_evaluate` (which also asks git, pip and the hub about this machine): the same
     seeds, and examples in the prompt where the task allows another number. Log-probabilities are computed in float32 or better:
     the harness's own choice for a bf16 model rounds those of a sentence to a half. `limit` takes the first items of each task
-    only.
+    only. Several processes share the requests; their batches then differ from those of one process, and so does rounding.
 
     Raises:
         UserError: whatever the harness fails on.
@@ -153,6 +155,8 @@ def run(
         with _silenced(), _seeded(), quiet():
             lm = _wrapped(model, tokenizer, progress)
             found = harness.evaluate(lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    except UserError:
+        raise
     except Exception as error:  # a task file of the user's can be wrong in more ways than there are types for
         raise UserError(f"--task {','.join(tasks['tasks'])}: {_line(error)}; --debug shows where") from error
     units = [one for name in tasks["tasks"] for one in _units(tasks["tasks"][name], name, found)]
@@ -175,17 +179,20 @@ def _wrapped(model: "PreTrainedModel", tokenizer: Any, progress: Requests) -> An
         num_expected = num_done = 0
 
         def loglikelihood(self, requests: Any, **options: Any) -> Any:
-            return super().loglikelihood(self.expecting(requests), **options)
+            return self.shared(super().loglikelihood, requests, options)
 
         def loglikelihood_rolling(self, requests: Any, **options: Any) -> Any:
-            return super().loglikelihood_rolling(self.expecting(requests), **options)
+            return self.shared(super().loglikelihood_rolling, requests, options)
 
         def generate_until(self, requests: Any, **options: Any) -> Any:
-            return super().generate_until(self.expecting(requests), **options)
+            return self.shared(super().generate_until, requests, options)
 
-        def expecting(self, requests: Any) -> Any:
-            self.num_expected += len(requests)
-            return requests
+        def shared(self, answer: Callable[..., Any], requests: list[Any], options: dict[str, Any]) -> list[Any]:
+            """Answer the requests that fall to this rank, and return the answers of all ranks in the order of the requests."""
+            own = share(len(requests))
+            self.num_expected += len(own)
+            answers = answer([requests[number] for number in own], **options) if own else []
+            return gathered_in_order(list(zip(own, answers, strict=True)))
 
         def count(self, rows: int) -> None:
             self.num_done = min(self.num_done + rows, self.num_expected)

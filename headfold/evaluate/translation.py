@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..core.errors import UserError
+from ..core.progress import Progress, no_progress
 from ..corpus.pairs import IGNORED, encode_pairs
-from ..corpus.samples import Sample, batches
+from ..corpus.samples import Sample
 from ..families.context import context_length
 from ..hf_models import quiet
 from . import bleu, rouge
 from .bootstrap import Units
 from .placement import place_batch
-from .sharing import run_shared
+from .sharing import run_on_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,7 @@ def evaluate_translation(
     batch_size: int = BATCH_SIZE,
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = no_progress,
 ) -> Translation:
     """Measure an open model on pairs of (input, expected output), and its reference too; for the models both sides are cut at
     `context` tokens.
@@ -83,7 +85,7 @@ def evaluate_translation(
     start = time.perf_counter()
     scores = partial(
         scores_per_pair, pairs=pairs, tokenizer=tokenizer, metric=metric, context=context, batch_size=batch_size,
-        beams=beams, max_new_tokens=max_new_tokens,
+        beams=beams, max_new_tokens=max_new_tokens, progress=progress,
     )  # fmt: skip
     own = scores(model, reference=reference)
     other = [] if reference is None else scores(reference)
@@ -104,6 +106,7 @@ def scores_per_pair(
     batch_size: int = BATCH_SIZE,
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress = no_progress,
 ) -> list[Units]:
     """Return the model's figures of `evaluate_translation` pair by pair: the loss, KL beside a reference, and `metric` of its outputs.
 
@@ -113,12 +116,20 @@ def scores_per_pair(
     if max_new_tokens:
         METRICS[metric].require()  # before hours of writing
     sample = encode_pairs(pairs, tokenizer, context)
-    found = [_per_token("nll", target_losses(model, sample, batch_size=batch_size))]
+    found = [_per_token("nll", target_losses(model, sample, batch_size=batch_size, progress=progress))]
     if reference is not None:
-        found.append(_per_token("kl", target_divergences(model, reference, sample, batch_size=batch_size)))
+        divergences = target_divergences(model, reference, sample, batch_size=batch_size, progress=progress)
+        found.append(_per_token("kl", divergences))
     if max_new_tokens:
-        options = {"beams": beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        outputs = generate_texts(model, sample, tokenizer, **options)
+        outputs = generate_texts(
+            model,
+            sample,
+            tokenizer,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
         found += METRICS[metric].units(outputs, [target for _, target in pairs])
     return found
 
@@ -129,7 +140,12 @@ def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
 
 @torch.no_grad()
 def target_divergences(
-    model: "PreTrainedModel", reference: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel",
+    sample: Sample,
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> Float[Tensor, "item 2"]:
     """Return, per item in the sample's order, KL(reference ‖ model) in nats summed over the labels that are not padding, and their
     number.
@@ -146,7 +162,7 @@ def target_divergences(
         return torch.stack([per_label.sum(1), kept.double().sum(1)], 1)
 
     order = _by_length(sample)
-    rows = run_shared(batches(_reordered(sample, order), batch_size), divergences)
+    rows = run_on_items(_reordered(sample, order), batch_size, divergences, progress, "divergences")
     return torch.cat(rows)[order.argsort()]
 
 
@@ -159,7 +175,9 @@ def target_kl(
 
 
 @torch.no_grad()
-def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> Float[Tensor, "item 2"]:
+def target_losses(
+    model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE, progress: Progress = no_progress
+) -> Float[Tensor, "item 2"]:
     """Return, per item in the sample's order, the loss in nats summed over the labels that are not padding, and their number;
     teacher-forced.
 
@@ -182,17 +200,19 @@ def target_losses(model: "PreTrainedModel", sample: Sample, *, batch_size: int =
         return torch.stack([per_label.sum(1), (labels != IGNORED).double().sum(1)], 1)
 
     order = _by_length(sample)
-    rows = run_shared(batches(_reordered(sample, order), batch_size), losses)
+    rows = run_on_items(_reordered(sample, order), batch_size, losses, progress, "losses")
     return torch.cat(rows)[order.argsort()]
 
 
-def target_nll(model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE) -> tuple[float, int]:
+def target_nll(
+    model: "PreTrainedModel", sample: Sample, *, batch_size: int = BATCH_SIZE, progress: Progress = no_progress
+) -> tuple[float, int]:
     """Return the mean loss per label that is not padding, in nats, teacher-forced, and the number of these labels.
 
     Raises:
         UserError: the model gives no logits.
     """
-    total, count = target_losses(model, sample, batch_size=batch_size).sum(0).tolist()
+    total, count = target_losses(model, sample, batch_size=batch_size, progress=progress).sum(0).tolist()
     return total / count, int(count)
 
 
@@ -205,6 +225,7 @@ def generate_texts(
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
+    progress: Progress = no_progress,
 ) -> list[str]:
     """Return the text that the model generates for each item, greedily or by beam search, in the sample's order, without special tokens.
 
@@ -220,7 +241,7 @@ def generate_texts(
             )
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    batches_of_texts = run_shared(batches(_reordered(inputs, order), batch_size), generate)
+    batches_of_texts = run_on_items(_reordered(inputs, order), batch_size, generate, progress, "generate")
     texts = [text for part in batches_of_texts for text in part]
     return [texts[place] for place in order.argsort().tolist()]
 

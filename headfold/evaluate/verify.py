@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..calibration import Sample, decoder_inputs, num_tokens
+from ..core.progress import Progress, counter, no_progress
 from ..hf_models import open_model, stored_dtype
 from .placement import place_batch
 
@@ -59,6 +60,7 @@ def compare_with_twin(
     make_twin: Callable[["PreTrainedModel"], "PreTrainedModel"] | None = None,
     device: str = "cpu",
     memory_limit: int | None = None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Compare the logits of a fold with those of its head-repeated twin, which is the source with other attention weights.
 
@@ -82,8 +84,11 @@ def compare_with_twin(
     def open_fold() -> "PreTrainedModel":
         return opened(out_dir, model_class=fold_class, overlay=unrounded)
 
+    advance = counter(progress, "verify", 2)
     twin = _outputs(open_twin(), sample)
+    advance(1)
     fold = _outputs(open_fold(), sample)
+    advance(1)
     difference = (fold - twin).abs().flatten(1).amax(1)
     tolerance = TOLERANCE[dtype] * _scale(twin)
     passed = bool((difference <= tolerance).all())

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 INTERVAL = 30.0
 """Seconds between two lines of a running stage where stderr is not a terminal."""
 UNITS = {
-    "plan": "sites", "uptrain": "tokens or items",
+    "plan": "sites", "inspect": "sites", "laws": "laws", "verify": "models", "uptrain": "tokens or items",
+    "losses": "items", "divergences": "items", "generate": "items", "classify": "items", "embed": "items",
     "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
-    "models": "models", "requests": "requests",
+    "requests": "requests",
 }  # fmt: skip
 """Stage → what it counts; stages that are not listed count tokens."""
 
@@ -26,18 +27,20 @@ class ProgressReport:
     """Shows progress when it is called with (stage, done, total); use it as a context manager, which ends the last stage.
 
     Where `to` is no terminal, a thread prints the state of the running stage every `interval` seconds, so that a stage that does not
-    advance is not silent either. Nothing is printed when `silent`, nor by ranks other than 0.
+    advance is not silent either, nor the time before the first stage. Nothing is printed when `silent`, nor by ranks other than 0.
     """
 
     def __init__(self, to: TextIO | None = None, *, silent: bool = False, interval: float = INTERVAL) -> None:
         self._to, self._silent, self._interval = to or sys.stderr, silent, interval
-        self._stage, self._start, self._done, self._total = "", 0.0, 0, 0
+        self._stage, self._start, self._done, self._total = "", time.monotonic(), 0, 0
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        if not (self._silent or self._to.isatty()) and is_main():
+            threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True).start()
         return self
 
     def __exit__(
@@ -75,9 +78,6 @@ class ProgressReport:
         if self._to.isatty():
             self._bars = self._bars or _bars(self._to)
             self._task = self._bars.add_task(stage, total=total or None, rate="")
-        elif self._thread is None:
-            self._thread = threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True)
-            self._thread.start()
 
     def _finish(self, *, complete: bool = True) -> None:
         """End the running stage. A stage that another one follows is complete, whatever count was last reported."""
@@ -87,19 +87,23 @@ class ProgressReport:
                 self._bars.update(self._task, completed=self._done, rate=self._rate())
             else:
                 self._print_end()
-        self._stage = ""
+        self._stage, self._start = "", time.monotonic()
 
     def _print_regularly(self) -> None:
         while not self._ended.wait(self._interval):
             with self._lock:
-                if self._stage and not 0 < self._total <= self._done:
-                    print(self._state(), file=self._to, flush=True)
+                print(self._state(), file=self._to, flush=True)
 
     def _state(self) -> str:
         """Return a line on the running stage: `calibrate: 42 %, 1,240 tokens/s, 0:35 left`."""
         passed = time.monotonic() - self._start
+        if not self._stage:
+            return f"starting, running for {clock(passed)}"
         if self._total <= 1:
-            return f"{self._stage}: running for {clock(passed)}"
+            counted = f"{amount(self._stage, self._done)}, " if self._done > 1 else ""
+            return f"{self._stage}: {counted}running for {clock(passed)}"
+        if self._done >= self._total:
+            return f"{self._stage}: 100 %, finishing, running for {clock(passed)}"
         percent = f"{self._stage}: {100 * self._done / self._total:.0f} %"
         if not self._done:
             return f"{percent}, running for {clock(passed)}"
@@ -107,8 +111,8 @@ class ProgressReport:
 
     def _print_end(self) -> None:
         passed = duration(time.monotonic() - self._start)
-        counted = f"{amount(self._stage, self._done)} in " if self._total > 1 else ""
-        rate = f", {self._rate()}" if self._total > 1 else ""
+        counted = f"{amount(self._stage, self._done)} in " if max(self._total, self._done) > 1 else ""
+        rate = f", {self._rate()}" if counted else ""
         print(f"{self._stage}: {counted}{passed}{rate}", file=self._to, flush=True)
 
     def _rate(self) -> str:

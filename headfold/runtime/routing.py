@@ -3,8 +3,9 @@
 K and V, their weights and their cache, never change with a route, only which query reads them. The choice is discrete, so
 gradients reach Q, K and V as in any grouped model. The state of a route is in buffers, `<attention>.headfold_route.*`, which
 `save_pretrained` and a Trainer's checkpoints save and `load_state_dict` restores in a model with the same route attached. Among
-several processes each routes by its own batches; DistributedDataParallel copies the first one's buffers to all. In the
-recomputation of gradient checkpointing nothing is measured or drawn again.
+several processes each routes by its own batches while it trains; DistributedDataParallel copies the first one's buffers to all.
+The batches that a route is frozen on are shared by the processes of a verb. In the recomputation of gradient checkpointing nothing
+is measured or drawn again.
 """
 
 import random
@@ -24,6 +25,7 @@ from ..core.groups import Groups
 from ..core.methods import RouteMethod
 from ..core.plan import Plan, SitePlan
 from ..core.routes import Norms, RouteState, even, runs
+from ..parallel import all_gather, falls_here, on_all
 from . import routes
 from .load import takes_attention
 from .modeling_headfold import SiteConfig, own_forward
@@ -129,8 +131,19 @@ def freeze(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] = ())
     model.eval()
     for router in found.values():
         router.observe()
-    for batch in batches:
-        run(model, batch)
+
+    def measured() -> list[tuple[int, dict[str, list[Norms]]]]:
+        norms = []
+        for number, batch in enumerate(batches):
+            if falls_here(number):
+                run(model, batch)
+                norms.append((number, {path: router.measured() for path, router in found.items()}))
+        return norms
+
+    passes = [each for rank in all_gather(on_all(measured)) for each in rank]
+    for _, norms in sorted(passes, key=lambda numbered: numbered[0]):
+        for path, router in found.items():
+            router.add(norms[path])
     for path, router in found.items():
         router.freeze(path)
     model.train(was_training)
@@ -184,6 +197,7 @@ class Router(nn.Module):
         super().__init__()
         self.method, self.seed, self.before = method, seed, before
         self._held: KvOfQuery | None = None
+        self._norms: list[Norms] = []
         self._slots, self.head_dim, self._own = shape.slots, shape.head_dim, own
         sizes = [own.count(group) for group in range(shape.num_kv_heads)]
         self._own_sizes = tuple(sizes)
@@ -221,7 +235,10 @@ class Router(nn.Module):
             norms = key_norms(key, mask, self._slots)
             if not norms.whole.isfinite().all():
                 raise UserError(f"{self.method}: expected finite keys, got norms that are not; has training diverged?")
-            self.state = self.method(self.state, norms, self.training or self._held is not None, seed=self.seed)
+            if self._held is None:
+                self.state = self.method(self.state, norms, self.training, seed=self.seed)
+            else:
+                self._norms.append(Norms(norms.whole.cpu(), norms.per_token.cpu()))
         return self._held or self.kv_of_query
 
     def perturbed(self, output: Tensor) -> Tensor:
@@ -237,7 +254,19 @@ class Router(nn.Module):
         """Settle on what training has measured, if anything, and keep these groups while more is measured."""
         if self.state.count and not self.is_frozen:
             self._settle()
-        self._held = self.kv_of_query
+        self._held, self._norms = self.kv_of_query, []
+
+    def measured(self) -> list[Norms]:
+        """Return the norms since the last call, of passes with groups that are kept; they are not part of the state yet."""
+        norms, self._norms = self._norms, []
+        return norms
+
+    def add(self, measured: list[Norms]) -> None:
+        """Add norms to the state as training steps do."""
+        device = self.kept.device
+        for each in measured:
+            norms = Norms(each.whole.to(device), each.per_token.to(device))
+            self.state = self.method(self.state, norms, True, seed=self.seed)
 
     def freeze(self, where: str) -> None:
         """Settle on what has been measured, for good; `where` names the attention in messages."""

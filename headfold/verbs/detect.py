@@ -5,26 +5,30 @@ from pathlib import Path
 from ..checkpoint.hub import resolve
 from ..conversion.outputs import refuse_existing
 from ..core.errors import UserError
+from ..core.progress import Progress, no_progress
 from ..detection import Detection
 from ..detection import detect as experiment
 from ..parallel import main_only
 
 
 @main_only
-def detect(model: str | Path, *, out: str | Path | None = None, force: bool = False) -> Detection:
+def detect(
+    model: str | Path, *, out: str | Path | None = None, force: bool = False, progress: Progress | None = None
+) -> Detection:
     """Detect the attention of an architecture by experiments on a toy model, and prove that it can be folded.
 
     Args:
         model: A checkpoint directory, a hub id, or a `model_type` of transformers.
         out: A file for the family literal, as Python source.
         force: Replace that file.
+        progress: Called with (stage, done, total).
 
     Raises:
         UserError: no such model; with `out`, an architecture that is not proven, or a file in the way.
     """
     if out is not None:
         refuse_existing(Path(out), force)
-    found = experiment(model if _is_model_type(model) else resolve(str(model)))
+    found = experiment(model if _is_model_type(model) else resolve(str(model)), progress or no_progress)
     if out is not None:
         if found.family is None:
             raise UserError(f"{model}: no literal to write to {out}: {found.reason}")

@@ -17,7 +17,7 @@ from ..evaluate.harness import TaskEvaluation, TaskRequest, compare_on_tasks, ev
 from ..evaluate.paired import PairedComparison, compare_on_data
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, on_main, spmd
+from ..parallel import on_all, spmd
 
 TASK_OPTIONS = ("num_fewshot", "include_path")
 """Options that only tasks have."""
@@ -85,8 +85,12 @@ def evaluate(
         )
     interval = (RESAMPLES if resamples is None else resamples, seed or 0)
     models = [model, *compare] if compare else [model] if reference is None else [model, reference]
-    if task is not None:
+    if task is None:
+        _refuse(given, TASK_OPTIONS, "without --task NAME")
+    else:
         _refuse(given, DATA_OPTIONS, "beside --task")
+    directories = on_all(lambda: [resolve(str(each)) for each in models])
+    if task is not None:
         if compare and reference is not None:
             raise UserError(
                 "eval: --reference has no meaning beside --compare with --task; name the original as the first model"
@@ -94,10 +98,7 @@ def evaluate(
         names = [task] if isinstance(task, str) else list(task)
         tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
         run = compare_on_tasks if compare else evaluate_tasks
-        # The harness is not shared: it would order its requests anew.
-        return on_main(lambda: run(models, [resolve(str(each)) for each in models], tasks, *interval, progress))
-    _refuse(given, TASK_OPTIONS, "without --task NAME")
-    directories = on_all(lambda: [resolve(str(each)) for each in models])
+        return run(models, directories, tasks, *interval, progress)
     data = DataRequest(
         text, columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         where, compute_dtype,
@@ -109,16 +110,18 @@ def evaluate(
     directory, original = directories[0], directories[1] if reference is not None else None
     kind = kind_of(json.loads((directory / "config.json").read_text()))
     check_metric(metric, kind, model)
-    progress("evaluate", 0, 1)
-    found: Evaluation | DataEvaluation
-    if kind == "text":
-        found = perplexity.evaluate_perplexity(
-            directory, original, text, context=context, max_tokens=limit, device=where, dtype=compute_dtype
-        )
-    else:
-        found = evaluate_on_data(model, directory, reference, original, data)
-    progress("evaluate", 1, 1)
-    return found
+    if kind != "text":
+        return evaluate_on_data(model, directory, reference, original, data, progress)
+    return perplexity.evaluate_perplexity(
+        directory,
+        original,
+        text,
+        context=context,
+        max_tokens=limit,
+        device=where,
+        dtype=compute_dtype,
+        progress=progress,
+    )
 
 
 _EXCLUSIVE = frozenset((*TASK_OPTIONS, *DATA_OPTIONS, *INTERVAL_OPTIONS))

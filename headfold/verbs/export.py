@@ -12,10 +12,12 @@ from ..checkpoint.staging import commit, open_staging, refuse_overlap
 from ..conversion.layouts import compare_layouts
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
+from ..evaluate.verify import TOLERANCE
 from ..exports.card import exported_card
 from ..exports.folded import Folded, open_folded
 from ..exports.layout import choose_layout, make_export
 from ..exports.pieces import Export, write_export
+from ..hf_models import check_device, dtype_named
 from ..parallel import main_only
 
 
@@ -46,6 +48,8 @@ def export(
     layout: str | None = None,
     force: bool = False,
     verify: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write what `fold` left in `folded` again as `out`, in another layout.
@@ -57,12 +61,17 @@ def export(
             default the one that stock transformers loads.
         force: Replace what is at `out`.
         verify: Compare the logits of the output with those of headfold's runtime.
+        device: Where the logits are compared: "cpu" or "cuda".
+        dtype: What they are computed in: "float32" or "float64"; by default the first that holds the weights.
         progress: Called with (stage, done, total).
 
     Raises:
         UserError: not a fold, a layout that cannot hold it, or an output whose logits differ.
     """
     progress, out = progress or no_progress, Path(out)
+    place, compute_dtype = check_device(device), dtype_named(dtype)
+    if compute_dtype is not None and compute_dtype not in TOLERANCE:
+        raise UserError(f"--dtype {dtype}: expected float32 or float64, to compare logits in; choose one of them")
     refuse_overlap(Path(folded), out)
     checkpoint, source = open_folded(folded)
     chosen = choose_layout(source.config, layout, source.where)
@@ -73,7 +82,9 @@ def export(
     staging = open_staging(out, key, force)
     write_export(checkpoint, made, staging, lambda done, total: progress("write", done, total))
     _copy_plan_and_card(checkpoint, made, staging)
-    difference, tolerance = compare_layouts(checkpoint, made, staging, progress) if verify else (None, None)
+    difference, tolerance = (
+        compare_layouts(checkpoint, made, staging, progress, place, compute_dtype) if verify else (None, None)
+    )
     commit(staging, out, force)
     return ExportResult(out, chosen, made.model_class, made.description, source.counts, difference, tolerance)
 

@@ -11,6 +11,7 @@ from ..conversion.source import Source, open_source, open_stats
 from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
 from ..core.predict import grouped_error, site_energy
+from ..core.progress import Progress, counter, no_progress
 from ..core.stats import SiteStats
 from ..corpus.samples import kind_of
 from ..families.context import context_length
@@ -66,12 +67,13 @@ class Inspection:
 
 
 @main_only
-def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection:
+def inspect(model: str | Path, *, stats: str | Path | None = None, progress: Progress | None = None) -> Inspection:
     """Return heads, cache size and predicted errors of a checkpoint.
 
     Args:
         model: A checkpoint directory or a hub id.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
+        progress: Called with (stage, done, total).
 
     Raises:
         UserError: a source that cannot be folded or read.
@@ -80,6 +82,10 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
     known = open_stats(stats, source)
     first, config = source.sites[0], source.checkpoint.config
     per_token = source.kv_bytes_per_token()
+    sites, advance = [], counter(progress or no_progress, "inspect", len(source.every_site))
+    for site in source.every_site:
+        sites.append(_inspect_site(source, site, known))
+        advance(1)
     return Inspection(
         model=str(model),
         family=config["model_type"],
@@ -97,7 +103,7 @@ def inspect(model: str | Path, *, stats: str | Path | None = None) -> Inspection
         kv_bytes_per_token=per_token,
         kv_bytes_32k=per_token * 32_768,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
-        sites=[_inspect_site(source, site, known) for site in source.every_site],
+        sites=sites,
     )
 
 

@@ -17,7 +17,7 @@ from ..conversion.teacher import Teacher
 from ..core.plan import Plan
 from ..core.progress import Progress, counter, no_progress
 from ..hf_models import check_device, dtype_named
-from ..parallel import main_only
+from ..parallel import on_all, on_main, spmd
 from ..runtime import routing
 
 
@@ -41,7 +41,7 @@ class RouteResult:
         return {name: getattr(self, name) for name in self.__slots__} | {"out": str(self.out)}
 
 
-@main_only
+@spmd
 def route(
     folded: str | Path,
     out: str | Path,
@@ -85,7 +85,7 @@ def route(
     out, place, compute_dtype = Path(out), check_device(device), dtype_named(dtype)
     refuse_overlap(Path(folded), out)
     method = routing.parse(route)
-    source = open_grouped(Path(folded))
+    source = on_all(lambda: open_grouped(Path(folded)))
     checkpoint = source.checkpoint
     data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
     config = CalibrationConfig.resolve(source, data)
@@ -95,24 +95,28 @@ def route(
         "route": str(method),
         "data": asdict(config),
     }
-    staging = open_staging(out, job_key(settings), force)
+    staging = on_main(lambda: open_staging(out, job_key(settings), force))
     teacher = Teacher(source, config, place, compute_dtype, progress or no_progress)
     with removed_if_empty(staging):
         plan = _settled(teacher, method, seed)
-        written = routed_config(checkpoint, plan)
+        written = on_main(lambda: routed_config(checkpoint, plan))
     plan = replace(plan, sites=every_site(plan, written))
-    write_routed(checkpoint, staging, written, plan, teacher.progress)
-    difference, tolerance = compare_routed(teacher, staging, written)
-    commit(staging, out, force)
-    sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
-    depends = routing.depends_on_batch(method)
-    return RouteResult(out, str(method), depends, sizes, plan.calibration, difference, tolerance, teacher.notes)
+
+    def write() -> RouteResult:
+        write_routed(checkpoint, staging, written, plan, teacher.progress)
+        difference, tolerance = compare_routed(teacher, staging, written)
+        commit(staging, out, force)
+        sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
+        depends = routing.depends_on_batch(method)
+        return RouteResult(out, str(method), depends, sizes, plan.calibration, difference, tolerance, teacher.notes)
+
+    return on_main(write)
 
 
 def _settled(teacher: Teacher, method: Any, seed: int) -> Plan:
     """Attach the route to the running model, measure it on the calibration data, and freeze it."""
     model, sample = teacher.model, teacher.sample
-    routing.attach(model, str(method), seed=seed)
+    on_all(lambda: routing.attach(model, str(method), seed=seed))
     advance = counter(teacher.progress, "route", calibrating.total_tokens(sample))
 
     def batches() -> Iterator[Mapping[str, Tensor]]:
