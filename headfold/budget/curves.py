@@ -139,7 +139,7 @@ def _about(teacher: Teacher, budget: BudgetRequest, request: CurveRequest, stats
     return {
         "source": teacher.source.checkpoint.fingerprint(), "group": request.group, "merge": request.merge, "refit": request.refit,
         "seed": request.seed, "head_dim_multiple": budget.head_dim_multiple, "stats": dict(stats.metadata),
-        **({"dtype": str(teacher.dtype).removeprefix("torch.")} if teacher.dtype else {}),
+        "dtype": str(teacher.dtype).removeprefix("torch.") if teacher.dtype else None,
     }  # fmt: skip
 
 
