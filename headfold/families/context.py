@@ -40,8 +40,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def _first_position(config: Mapping[str, Any]) -> int:
     """Return the position of the first token; the rows of the table before it are never used."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in _AFTER_PADDING or config.get("position_embedding_type") == "rotary":  # ESM-2 has no table
-        return _FIRST_POSITION.get(str(model_type), 0)
+        return _FIRST_POSITION.get(model_type, 0)
     padding = config.get("pad_token_id")
     return 1 + (_AFTER_PADDING[model_type] if padding is None else padding)
