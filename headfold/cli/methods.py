@@ -12,7 +12,9 @@ EXAMPLES = ("headfold methods", "headfold methods absorb")
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method or layout, to show its whole page.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method or layout, to show its whole page.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
