@@ -171,6 +171,19 @@ def test_the_example_of_a_merge_is_the_one_that_is_tested() -> None:
     assert example("method") == in_package
 
 
+def test_docstrings_hold_no_measured_figures() -> None:
+    """A loss or a share of one with four digits or more is a result, which belongs into benchmarks/results and a figures mark."""
+    measured = re.compile(r"\b(?!\d{4}\.\d{4,5}\b)\d+\.\d{4,}\b|\b\d+ k tokens\b")
+    assert measured.search("ended at a loss increase of 0.0387") and not measured.search("GQA (2305.13245), 0.95, 2.13")
+    strings = [
+        (path, node.value)
+        for path in sorted((ROOT / "headfold").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert [(name_of(path), found[0]) for path, text in strings if (found := measured.search(text))] == []
+
+
 def test_the_records_of_the_reference_are_there() -> None:
     assigned = {
         ast.unparse(node.targets[0]): node.value
