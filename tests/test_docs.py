@@ -171,6 +171,14 @@ def test_the_example_of_a_merge_is_the_one_that_is_tested() -> None:
     assert example("method") == in_package
 
 
+@pytest.mark.parametrize("page", ["family", "layout"])
+def test_the_files_to_touch_exist(page: str) -> None:
+    """Those in the table at the top of a page; `<name>` is any page of a folder that has some."""
+    listed = re.findall(r"^\| `((?:headfold|tests)/\S+)` \|", (DOCS / f"extend/{page}.md").read_text(), re.MULTILINE)
+    assert len(listed) >= 4
+    assert [path for path in listed if not list(ROOT.glob(re.sub(r"<\w+>", "[a-z]*", path)))] == []
+
+
 def test_docstrings_hold_no_measured_figures() -> None:
     """A loss or a share of one with four digits or more is a result, which belongs into benchmarks/results and a figures mark."""
     measured = re.compile(r"\b(?!\d{4}\.\d{4,5}\b)\d+\.\d{4,}\b|\b\d+ k tokens\b")
