@@ -28,6 +28,7 @@ RESULT = Path(__file__).parent / "results" / "conversion_time.json"
 HEADFOLD = Path(sys.executable).with_name("headfold")
 OPTIONS = ["--kv-heads", "8", "--merge", "mean", "--group", "contiguous", "--no-refit", "--no-verify"]
 SAMPLE_SECONDS = 0.01
+SEED = 0
 NOISE_ELEMENTS = 2**26
 """Random weights are cut from one block at random offsets: drawing each would take longer than writing it."""
 
@@ -82,7 +83,7 @@ def make_checkpoint(path: Path, size: Size) -> int:
     """Write the checkpoint tensor by tensor and return its bytes."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(size.config(), indent=2))
-    noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(SEED))).to(torch.bfloat16)
     data = memoryview(noise.view(torch.uint8).numpy())
     shards = split(size)
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
@@ -199,7 +200,7 @@ def main() -> None:
             "checkpoint_bytes": total,
             "size": asdict(size),
         }
-        result = about | {"file_system": file_system(Path(place))} | result | {"machine": describe()}
+        result = about | {"file_system": file_system(Path(place))} | result | {"machine": describe(), "seeds": [SEED]}
     print(json.dumps({key: result[key] for key in ("median_seconds", "ratio", "peak_anonymous_bytes")}, indent=2))
     if not given.small:
         RESULT.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -169,6 +170,19 @@ def test_lines_of_tiny_configs_are_those_of_the_tests() -> None:
 def test_the_example_of_a_merge_is_the_one_that_is_tested() -> None:
     in_package = (ROOT / "examples/merges/largest.py").read_text().replace("from headfold.", "from ..")
     assert example("method") == in_package
+
+
+def test_seeds_that_a_script_fixes_are_recorded() -> None:
+    """A results file with `seeds` is written by a script that records them, and the tables say which ones."""
+    results = ROOT / "benchmarks/results"
+    recorded = [path.stem for path in sorted(results.glob("*.json")) if "seeds" in json.loads(path.read_text())]
+    scripts = {name: ROOT / f"benchmarks/{name.removeprefix('pylib-llama-')}.py" for name in recorded}
+    assert len(recorded) >= 5 and all('"seeds": ' in script.read_text() for script in scripts.values())
+    text = "".join(path.read_text() for path in (DOCS / "results").glob("*.md"))
+    for name in recorded:
+        line = next(line for line in text.splitlines() if line.startswith(f"*Results: `{name}.json`"))
+        listed = ", ".join(map(str, json.loads((results / f"{name}.json").read_text())["seeds"]))
+        assert re.search(rf"Seeds: the fixed seeds? {listed}\.", line)
 
 
 @pytest.mark.parametrize("page", ["family", "layout"])
