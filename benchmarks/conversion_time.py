@@ -9,6 +9,7 @@ finds in the page cache what the other left there. RssAnon of the folding proces
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -22,12 +23,11 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from headfold.checkpoint.headers import Header, TensorInfo, encode_header, num_bytes
-
 RESULT = Path(__file__).parent / "results" / "conversion_time.json"
 HEADFOLD = Path(sys.executable).with_name("headfold")
 OPTIONS = ["--kv-heads", "8", "--merge", "mean", "--group", "contiguous", "--no-refit", "--no-verify"]
 SAMPLE_SECONDS = 0.01
+SEED = 0
 NOISE_ELEMENTS = 2**26
 """Random weights are cut from one block at random offsets: drawing each would take longer than writing it."""
 
@@ -82,17 +82,22 @@ def make_checkpoint(path: Path, size: Size) -> int:
     """Write the checkpoint tensor by tensor and return its bytes."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(size.config(), indent=2))
-    noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(SEED))).to(torch.bfloat16)
     data = memoryview(noise.view(torch.uint8).numpy())
     shards = split(size)
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name, shapes in zip(names, shards, strict=True):
         write_shard(path / name, shapes, data)
     weight_map = {tensor: name for name, shapes in zip(names, shards, strict=True) for tensor in shapes}
-    total = sum(num_bytes(torch.bfloat16, shape) for shapes in shards for shape in shapes.values())
+    total = sum(num_bytes(shape) for shapes in shards for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return total
+
+
+def num_bytes(shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor in bfloat16."""
+    return 2 * math.prod(shape)
 
 
 def split(size: Size) -> list[dict[str, tuple[int, ...]]]:
@@ -100,7 +105,7 @@ def split(size: Size) -> list[dict[str, tuple[int, ...]]]:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in size.shapes():
-        needed = num_bytes(torch.bfloat16, shape)
+        needed = num_bytes(shape)
         if filled and filled + needed > size.shard_bytes:
             shards.append({})
             filled = 0
@@ -111,15 +116,17 @@ def split(size: Size) -> list[dict[str, tuple[int, ...]]]:
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise: memoryview) -> None:
     """Write one shard of random weights."""
-    infos, position = {}, 0
+    header, position = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        end = position + num_bytes(torch.bfloat16, shape)
-        infos[name] = TensorInfo(torch.bfloat16, shape, path.name, position, end)
+        end = position + num_bytes(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    with path.open("wb") as file:
-        file.write(encode_header(Header(infos, {"format": "pt"})))
-        for number, info in enumerate(infos.values()):
-            offset, left = 2 * (number * 7919 % NOISE_ELEMENTS), info.end - info.start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:  # the format of safetensors, without holding a shard in memory
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, shape in enumerate(shapes.values()):
+            offset, left = 2 * (number * 7919 % NOISE_ELEMENTS), num_bytes(shape)
             while left:
                 piece = noise[offset : offset + left]
                 file.write(piece)
@@ -199,7 +206,7 @@ def main() -> None:
             "checkpoint_bytes": total,
             "size": asdict(size),
         }
-        result = about | {"file_system": file_system(Path(place))} | result | {"machine": describe()}
+        result = about | {"file_system": file_system(Path(place))} | result | {"machine": describe(), "seeds": [SEED]}
     print(json.dumps({key: result[key] for key in ("median_seconds", "ratio", "peak_anonymous_bytes")}, indent=2))
     if not given.small:
         RESULT.parent.mkdir(exist_ok=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import headfold
-from headfold.conversion.comparison_rows import scored
 
 RESULTS = Path(__file__).parent / "results"
 DATA = ("text", "calibration", "limit", "tokens", "items", "context")
@@ -65,7 +64,7 @@ def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any
         made, reference=options.model, text=options.text, limit=options.limit, columns=columns(options), context=options.context,
         max_new_tokens=0,
     )  # fmt: skip
-    metric, value, original, loss_increase, kl = scored(found)
+    metric, value, original, loss_increase, kl = scored_evaluation(found)
     config = json.loads((made / "config.json").read_text())
     read_by = "headfold's runtime" if "headfold" in config else "code of its own" if "auto_map" in config else "stock"
     row = {
@@ -80,6 +79,17 @@ def measure(options: argparse.Namespace, seed: int, **how: Any) -> dict[str, Any
         pairs = zip(found.nll_by_position, found.reference_nll_by_position, strict=True)
         row["loss_increase_by_position"] = [round(one - other, 5) for one, other in pairs]
     return row
+
+
+def scored_evaluation(found: Any) -> tuple[str, float, float | None, float, float | None]:
+    """Return the metric of what `headfold.eval` returned, its value, the original's, how much worse that is, and the KL to the original."""
+    measured = getattr(found, "measured", found)
+    if hasattr(measured, "accuracy"):
+        value, original = measured.accuracy, measured.reference_accuracy
+        return "accuracy", value, original, original - value, measured.kl
+    if hasattr(measured, "cosine"):
+        return "cosine", measured.cosine, None, 1 - measured.cosine, None
+    return "nll", measured.nll, measured.reference_nll, measured.nll - measured.reference_nll, measured.kl
 
 
 def divergence(row: dict[str, Any]) -> float:

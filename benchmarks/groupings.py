@@ -26,12 +26,15 @@ SOLVERS = (
 )  # fmt: skip
 
 
+SEED = 0
+
+
 def costs(model: str, stats: str) -> dict[str, list[tuple[int, Cost]]]:
     """Return by objective the heads and a maker of the cost of every site."""
     source = open_source(model)
     given = open_stats(stats, source)
     heads = [(site, read_heads(site, source.checkpoint.read)) for site in source.sites]
-    gram = torch.randn(32, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = torch.randn(32, 512, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
     return {
         "wse": [(h.num_kv_heads, lambda h=h: wse.cost(h)) for _, h in heads],
         "cosine": [(h.num_kv_heads, lambda h=h, s=s: cosine.cost(h, given[s.name])) for s, h in heads],
@@ -53,14 +56,14 @@ def main() -> None:
             made = [(num_heads, make()) for num_heads, make in sites]
             started = time.perf_counter()
             for num_heads, cost in made:
-                groups = solver(cost, num_heads, num_heads // 4, seed=0)
+                groups = solver(cost, num_heads, num_heads // 4, seed=SEED)
                 total += sum(many(cost, list(groups.members)))
             seconds = time.perf_counter() - started
             base = base or total
             rows.append({"objective": objective, "solver": name, "value": total / base, "seconds": seconds})
             print(f"{objective:22s} {name:22s} {total / base:.4f}  {seconds:.3f} s", flush=True)
     (RESULTS / f"{options.name}-groupings.json").write_text(
-        json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n"
+        json.dumps({"machine": describe(), "seeds": [SEED], "rows": rows}, indent=1) + "\n"
     )
 
 

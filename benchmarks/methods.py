@@ -8,6 +8,7 @@ Each seed is a comparison of its own, kept in `--work` and resumed there. Result
 each seed; rows of other methods that stand there, of the same settings, stay.
 """
 
+import inspect
 import json
 import statistics
 from typing import Any
@@ -16,15 +17,17 @@ from folds import DATA, RESULTS, columns, parser, settings
 from machine import describe
 
 import headfold
-from headfold.conversion.comparison_methods import DEFAULT, REFIT
-from headfold.conversion.comparison_rows import MethodComparison, MethodRow
 
-OURS = "absorb"
+OURS, REFIT = "absorb", "+refit"
+DEFAULT = inspect.signature(headfold.compare).parameters["methods"].default
 
 
-def listed(found: dict[int, MethodComparison], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row per method and count: medians over its seeds, and the range of the loss increase. `others` are rows of earlier calls."""
-    runs: dict[tuple[str, int], list[MethodRow]] = {}
+def listed(found: dict[int, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per method and count: medians over its seeds, and the range of the loss increase.
+
+    `found` has what `headfold.compare` returned, by seed; `others` are rows of earlier calls.
+    """
+    runs: dict[tuple[str, int], list[Any]] = {}
     for comparison in found.values():
         for row in comparison.rows:
             runs.setdefault((row.method, row.num_kv_heads), []).append(row)
@@ -57,7 +60,7 @@ def main() -> None:
     reader.add_argument("--methods", default=",".join(DEFAULT), help="rows, separated by commas")
     options = reader.parse_args()
     data = {name: getattr(options, name) for name in DATA}
-    found: dict[int, MethodComparison] = {}
+    found: dict[int, Any] = {}
     out = RESULTS / f"{options.name}-methods.json"
     kept = json.loads(out.read_text()) if out.exists() else {}
     others = kept["rows"] if kept.get("settings") == settings(options) else []

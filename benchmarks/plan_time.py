@@ -31,7 +31,7 @@ TOKENS = 8192
 
 
 def make_stats(model: Path, path: Path) -> None:
-    """Write second moments of random inputs whose spectrum falls, as that of real ones does."""
+    """Write second moments of random inputs whose spectrum falls, as that of real ones does; the seed of a layer is its number."""
     source = open_source(model)
     dim = SEVEN_BILLION.hidden_size
     made = {}
@@ -70,7 +70,8 @@ def main() -> None:
                     "seconds_of_32_layers": round(seconds * 32 / options.layers, 1),
                 })  # fmt: skip
                 print(rows[-1], flush=True)
-                RESULT.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+                facts = {"machine": describe(), "seeds": list(range(options.layers))}
+                RESULT.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from headfold.train.stream import Stream, collate
 from headfold.train.trainer import MarkComplete, ReportProgress, TrainingConfig, Uptrainer, training_arguments
 
 WARM_UP = 1
+SEED = 0
 
 
 class Timed(TrainerCallback):
@@ -59,7 +60,7 @@ def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     if way == "distilled":
         distillation = Distillation(opened(options.distill), model, [a.output for a in find_attentions(model)])
     stream = Stream(
-        "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=0
+        "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=SEED
     )
     timed = Timed()
     how = {
@@ -96,6 +97,7 @@ def main() -> None:
     }
     facts = {
         "machine": describe(),
+        "seeds": [SEED],
         "model": Path(options.folded).name,
         "batch": options.batch,
         "context": options.context,

@@ -58,13 +58,21 @@ def check_device(name: str | None) -> str:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {name}: expected a device of this machine such as cpu or cuda; {_first_line(error)}"
-        ) from error
-    if device.type == "meta":
-        raise UserError("--device meta: expected a device that computes, such as cpu or cuda")
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # their texts list all kinds that torch can be built for
+        raise _no_device(name) from error
+    if device.type == "meta":  # it holds shapes without numbers
+        raise _no_device(name)
     return name
+
+
+def _no_device(name: str) -> UserError:
+    expected = "cpu, cuda, cuda:N or mps" if torch.backends.mps.is_available() else "cpu, cuda or cuda:N"
+    present = f"; CUDA devices on this machine: {torch.cuda.device_count()}" if name.startswith("cuda") else ""
+    return UserError(f"--device {name}: expected {expected}, got {name!r}{present}")
 
 
 def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype, str]:

@@ -154,12 +154,13 @@ METHODS = {
     "--group": "Groupings",
     "--group METHOD:cost=": "Costs",
     "--route": "Routes",
+    "--layout": "Export layouts",
 }
 """Option of the command line → the heading over its methods."""
 
 
 def methods() -> str:
-    """The page of every merge, grouping, cost and route, as `headfold methods NAME` prints it."""
+    """The page of every merge, grouping, cost, route and layout, as `headfold methods NAME` prints it."""
     from headfold.verbs.methods import methods as pages
 
     by_option: dict[str, list[Any]] = {}

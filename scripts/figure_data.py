@@ -114,7 +114,9 @@ def versions(facts: Mapping[str, Any]) -> str:
 
 
 def seeds_of(facts: Mapping[str, Any]) -> str:
-    """How many seeds the rows of a file have."""
+    """How many seeds the rows of a file have, or which ones its script sets for all of them (`seeds` of the file)."""
+    if fixed := facts.get("seeds"):
+        return f"the fixed seed{'s' if len(fixed) > 1 else ''} {', '.join(map(str, fixed))}"
     counts: set[int] = set()
 
     def walk(value: Any) -> None:

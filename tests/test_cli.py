@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import headfold
 from headfold import cli
 from headfold.conversion.calibration_config import DEFAULT_SOURCE, DEFAULT_TOKENS
+from headfold.exports.layout import export_layouts
 
 LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
 
@@ -109,6 +110,17 @@ def test_methods(run) -> None:
     assert "2412.20677" in page.out and "norm=false" in page.out
     pages = json.loads(run("methods", "random", "--json").out)["methods"]
     assert [page["option"] for page in pages] == ["--merge", "--group"]
+
+
+def test_methods_list_the_layouts(run) -> None:
+    """Each as its record and its file describe it."""
+    listed = json.loads(run("methods", "--json").out)["methods"]
+    pages = {page["name"]: page for page in listed if page["option"] == "--layout"}
+    assert list(pages) == list(export_layouts()) and "--layout" in run("methods").out
+    for name, layout in export_layouts().items():
+        assert pages[name]["page"].startswith(pages[name]["summary"]) and len(pages[name]["summary"]) <= 140
+        assert all(model_type in pages[name]["page"] for model_type in layout.model_types)
+    assert "--layout decilm" in run("methods", "decilm").out
 
 
 def refused(ran: SimpleNamespace, *expected: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -169,6 +170,40 @@ def test_lines_of_tiny_configs_are_those_of_the_tests() -> None:
 def test_the_example_of_a_merge_is_the_one_that_is_tested() -> None:
     in_package = (ROOT / "examples/merges/largest.py").read_text().replace("from headfold.", "from ..")
     assert example("method") == in_package
+
+
+def test_seeds_that_a_script_fixes_are_recorded() -> None:
+    """A results file with `seeds` is written by a script that records them, and the tables say which ones."""
+    results = ROOT / "benchmarks/results"
+    recorded = [path.stem for path in sorted(results.glob("*.json")) if "seeds" in json.loads(path.read_text())]
+    scripts = {name: ROOT / f"benchmarks/{name.removeprefix('pylib-llama-')}.py" for name in recorded}
+    assert len(recorded) >= 5 and all('"seeds": ' in script.read_text() for script in scripts.values())
+    text = "".join(path.read_text() for path in (DOCS / "results").glob("*.md"))
+    for name in recorded:
+        line = next(line for line in text.splitlines() if line.startswith(f"*Results: `{name}.json`"))
+        listed = ", ".join(map(str, json.loads((results / f"{name}.json").read_text())["seeds"]))
+        assert re.search(rf"Seeds: the fixed seeds? {listed}\.", line)
+
+
+@pytest.mark.parametrize("page", ["family", "layout"])
+def test_the_files_to_touch_exist(page: str) -> None:
+    """Those in the table at the top of a page; `<name>` is any page of a folder that has some."""
+    listed = re.findall(r"^\| `((?:headfold|tests)/\S+)` \|", (DOCS / f"extend/{page}.md").read_text(), re.MULTILINE)
+    assert len(listed) >= 4
+    assert [path for path in listed if not list(ROOT.glob(re.sub(r"<\w+>", "[a-z]*", path)))] == []
+
+
+def test_docstrings_hold_no_measured_figures() -> None:
+    """A loss or a share of one with four digits or more is a result, which belongs into benchmarks/results and a figures mark."""
+    measured = re.compile(r"\b(?!\d{4}\.\d{4,5}\b)\d+\.\d{4,}\b|\b\d+ k tokens\b")
+    assert measured.search("ended at a loss increase of 0.0387") and not measured.search("GQA (2305.13245), 0.95, 2.13")
+    strings = [
+        (path, node.value)
+        for path in sorted((ROOT / "headfold").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert [(name_of(path), found[0]) for path, text in strings if (found := measured.search(text))] == []
 
 
 def test_the_records_of_the_reference_are_there() -> None:

@@ -95,6 +95,15 @@ def test_evaluate_reads_a_text_file_to_its_end(readable, tmp_path):
     assert json.loads(json.dumps(dataclasses.asdict(result)))["nll"] == result.nll
 
 
+def test_evaluate_counts_the_cache_of_a_multi_query_model(tmp_path, tokenizer):  # noqa: F811
+    path = tmp_path / "model"
+    model = stock_model(tiny_checkpoint("falcon-multi-query", torch.float32, vocab_size=257), torch.float32)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (tmp_path / "text.txt").write_text("abc " * 42)
+    assert evaluate_perplexity(path, None, str(tmp_path / "text.txt")).kv_bytes_per_token == 2 * 2 * 1 * 6 * 4
+
+
 def test_evaluate_refuses_an_empty_text(readable, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="gives 1 tokens; need at least 2"):

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,10 +27,15 @@ from headfold.exports.layout import choose_layout, export_layouts, make_export, 
 from headfold.exports.pieces import UNTOUCHED
 from headfold.exports.rounding import Unrounded
 from headfold.report import card
+from headfold.runtime import load
 from headfold.verbs.export import export
 
 FOLDS = {"equal": [EVEN, EVEN], "per layer": [EVEN, THREE], "unequal": [UNEVEN, UNEVEN], "one head": [ONE, ONE]}
 """Groups by layer: at least one of them fits any layout."""
+
+
+RUNTIME = "headfold.runtime."
+"""Where the classes of layouts are that bring their code along; `headfold.load` does not run the copy."""
 
 
 @pytest.mark.parametrize("name", export_layouts())
@@ -47,6 +53,8 @@ def test_every_layout_writes_the_same_function(name: str, tmp_path: Path) -> Non
         if export_layout.why_not(folded(config_of(place / "folded")), name) is None:
             result = export(place / "folded", place / "out", layout=name)
             assert result.difference is not None and result.difference <= result.tolerance
+            if "auto_map" in config_of(place / "out"):
+                assert type(headfold.load(place / "out")).__module__.startswith(RUNTIME)
             written.append(fold)
     assert written, f"no fold of a {case} fits this layout"
 
@@ -89,7 +97,7 @@ REFUSED = [
     ("llama", [UNEVEN, UNEVEN], "native", "groups of different sizes; use --layout padded"),
     ("llama", [UNEVEN, UNEVEN], "decilm", "expected equal groups, got groups of different sizes; use --layout padded"),
     ("mistral", [EVEN, THREE], "decilm", "sliding window"),
-    ("llama", [EVEN, EVEN], "gguf", "expected one of native, padded, per-layer, decilm"),
+    ("llama", [EVEN, EVEN], "gguf", "layout is 'gguf', expected one of "),
     ("serial", [EVEN, EVEN], None, "has no stock layout for this fold"),
     ("serial", [EVEN, EVEN], "native", "use_parallel_residual=false"),
     ("opt", [EVEN, EVEN], "native", "opt has no class for it"),
@@ -104,7 +112,9 @@ def test_what_no_class_can_be_is_refused_in_one_line(
     grouped(name, groups, tmp_path / "folded")
     with pytest.raises(UserError) as refusal:
         export(tmp_path / "folded", tmp_path / "out", layout=layout)
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    said = str(refusal.value)
+    assert words in said and "\n" not in said
+    assert layout in (None, *export_layouts()) or all(known in said for known in export_layouts())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folded"]
 
 
@@ -116,6 +126,22 @@ def test_choice_needs_the_config_alone() -> None:
     native = {name: value for name, value in config.items() if name != "headfold"}
     assert choose_layout(native) is None and choose_layout(native, "decilm") == "decilm"
     assert choose_layout({"model_type": "never heard of", "headfold": {"sites": [{}]}}) is None
+
+
+def test_a_class_of_a_layout_is_found_by_the_file_that_its_config_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout's class needs no entry in the loader, and nothing but a file of the package is imported."""
+    module = ModuleType("headfold.runtime.modeling_mine")
+    module.MineForCausalLM = type("MineForCausalLM", (), {})
+    config = {
+        "architectures": ["MineForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"},
+    }
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert load.own_class(config) is None
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("modeling_mine.py")])
+    assert load.own_class(config) is module.MineForCausalLM
+    assert load.own_class({**config, "auto_map": {"AutoModelForCausalLM": "../modeling_other.MineForCausalLM"}}) is None
+    assert load.own_class({**config, "architectures": ["AnotherForCausalLM"]}) is None
 
 
 def test_layouts_are_files_that_declare_themselves() -> None:

@@ -187,3 +187,13 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not load") as refusal:
         hf_models.open_tokenizer(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta", "hpu", "cpu:x", ""])
+def test_a_device_that_is_none_is_refused_in_a_short_line(name):
+    """Without the kinds of devices that torch can be built for."""
+    with pytest.raises(UserError) as refusal:
+        hf_models.check_device(name)
+    said = str(refusal.value)
+    assert "expected cpu, cuda" in said and f"got {name!r}" in said and len(said) < 120 and "\n" not in said
+    assert hf_models.check_device("cpu") == "cpu" and hf_models.check_device(None) == hf_models.default_device()

@@ -11,6 +11,7 @@ import torch
 from checkpoints import by_layer, contents, one_line, save, weights
 
 from headfold.checkpoint import staging
+from headfold.conversion.outputs import removed_if_empty
 from headfold.core.errors import UserError
 
 
@@ -161,3 +162,17 @@ def test_write_json_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytes
         staging.write_json(tmp_path / "a.json", {"bad": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"é": [1, 2.5]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", [UserError, OSError, KeyboardInterrupt, AssertionError])
+@pytest.mark.parametrize("holds", ["nothing", "an empty directory", "a file"])
+def test_what_holds_nothing_does_not_stay_behind(tmp_path: Path, kind: type[BaseException], holds: str) -> None:
+    """Whatever the reason; files that another run resumes from stay."""
+    place = staging.open_staging(tmp_path / "out", "key", False)
+    with pytest.raises(kind), removed_if_empty(place):
+        if holds != "nothing":
+            (place / "work").mkdir()
+        if holds == "a file":
+            (place / "work" / "stats").write_text("measured")
+        raise kind
+    assert place.exists() == (holds == "a file")

@@ -17,11 +17,10 @@ import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForSeq2SeqLM, TrainerCallback
 
 import headfold
 from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
-from headfold.hf_models import open_model
 
 RATE = 1e-3
 OTHER_RATES = (3e-4, 3e-3)
@@ -85,7 +84,7 @@ def seconds(data: Data, folds: Folds) -> dict[str, Any]:
     for name in ("MHA", "MQA, mean", "GQA-2, mean"):
         how, num_kv_heads = ROWS[name]
         models[name] = (
-            open_model(folds.options.model, dtype=torch.float32, device="cpu")
+            AutoModelForSeq2SeqLM.from_pretrained(folds.options.model, dtype=torch.float32).eval()
             if how is None
             else headfold.load(folds.path(how, num_kv_heads), dtype=torch.float32)
         )

@@ -30,8 +30,8 @@ from .sensitivity_file import Sensitivities, read_sensitivities, write_sensitivi
 NUM_MEASURED = 3
 """Counts of a site at which its loss increase is measured; between them it follows the predicted error."""
 NUM_MEASURED_UNEQUAL = 5
-"""The same where groups may differ in size: more counts lie between. With three, a site's loss increase at 2 of 8 heads, between 1 and 4,
-was estimated a fifth too high on a small decoder, and heads went to the wrong layers."""
+"""The same where groups may differ in size: more counts lie between, and with three measured ones the loss increase
+between the least two is estimated too high, so that heads go to the wrong layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def _about(teacher: Teacher, budget: BudgetRequest, request: CurveRequest, stats
     return {
         "source": teacher.source.checkpoint.fingerprint(), "group": request.group, "merge": request.merge, "refit": request.refit,
         "seed": request.seed, "head_dim_multiple": budget.head_dim_multiple, "stats": dict(stats.metadata),
-        **({"dtype": str(teacher.dtype).removeprefix("torch.")} if teacher.dtype else {}),
+        "dtype": str(teacher.dtype).removeprefix("torch.") if teacher.dtype else None,
     }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def read_sensitivities(path: Path, about: Mapping[str, Any]) -> dict[str, dict[i
         return {}
     try:
         found = json.loads(path.read_text())
-        same = found["format"] == FORMAT and all(found[name] == value for name, value in about.items())
+        # A file written before --dtype was recorded has no dtype, which is what None stands for.
+        same = found["format"] == FORMAT and all(found.get(name) == value for name, value in about.items())
         measured = {name: {int(n): float(x) for n, x in row.items()} for name, row in found["loss_increase"].items()}
         if not all(math.isfinite(increase) for row in measured.values() for increase in row.values()):
             raise ValueError("a loss increase that is not finite")

@@ -12,11 +12,13 @@ EXAMPLES = ("headfold methods", "headfold methods absorb")
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, to show its whole page.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method or layout, to show its whole page.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, or show the page of one."""
+    """List the methods and export layouts, or show the page of one."""
     from ..report import views
     from ..verbs import methods as verb
 

@@ -13,7 +13,7 @@ from .source import Source
 DEFAULT_SOURCE = "self"
 DEFAULT_TOKENS = 65_536
 DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512}
-"""Items by kind of data. On a small T5, 2,048 pairs lose a tenth less than 512; that many large images would not fit into memory."""
+"""Items by kind of data. More pairs make a better fold; as many large images would not fit into memory."""
 _KINDS_IN_WORDS = {
     "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "audio": "sound",
 }  # fmt: skip

@@ -24,10 +24,10 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 @contextmanager
 def removed_if_empty(staging: Path) -> Iterator[None]:
-    """After an error, remove a staging directory that holds nothing yet for another run to resume from. Only rank 0 does."""
+    """Remove a staging directory that holds nothing to resume from if the body is left by any exception, Ctrl-C too. Only rank 0 does."""
     try:
         yield
-    except UserError:
+    except BaseException:
         if is_main():
             remove_if_empty(staging)
         raise

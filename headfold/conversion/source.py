@@ -11,14 +11,13 @@ from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
-from ..core.heads import kv_bytes
 from ..core.plan import Plan
-from ..families import family_of, is_known
+from ..families import cached, family_of, is_known
 from ..families.context import context_length
+from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
-from ..runtime.load import kv_heads_by_layer
 from ..runtime.rotary import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -50,7 +49,7 @@ class Source:
     @property
     def cached_sites(self) -> list[Site]:
         """The sites whose K and V are cached; an encoder beside a decoder caches nothing."""
-        return [site for site in self.every_site if not site.optional] or self.every_site
+        return cached.cached_sites(self.every_site)
 
     @property
     def num_kv_heads(self) -> int:
@@ -63,10 +62,7 @@ class Source:
 
     def kv_bytes_per_token(self, plan: Plan | None = None) -> int:
         """Return the bytes of K and V that one token adds to the cache over all sites, in the checkpoint's dtype, as `plan` folds them."""
-        shapes = {site.name: (site.num_kv_heads, site.head_dim) for site in self.every_site}
-        planned = plan.sites.items() if plan else ()
-        shapes |= {name: (site.groups.num_kv_heads, site.head_dim) for name, site in planned}
-        return sum(kv_bytes(*shapes[site.name], self.dtype.itemsize) for site in self.cached_sites)
+        return cached.kv_bytes_per_token(self.every_site, self.dtype.itemsize, plan)
 
 
 def open_source(model: str | Path, encoder: bool = False) -> Source:

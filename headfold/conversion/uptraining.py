@@ -28,7 +28,7 @@ from ..train.distillation import Distillation
 from ..train.sharding import check_sharding, gathered, load_everywhere
 from ..train.stream import Item, Stream, collate
 from ..train.trainer import TrainingConfig, Uptrainer, last_complete_checkpoint
-from .outputs import remove_if_empty
+from .outputs import remove_if_empty, removed_if_empty
 from .source import open_source
 from .uptrain_config import UptrainConfig
 
@@ -240,12 +240,8 @@ class Uptraining:
         Raises:
             UserError: as said.
         """
-        try:
+        with removed_if_empty(self.staging):
             check_sharding(trainer, self.recipe.optimizer, last)
-        except UserError:
-            if is_main():
-                remove_if_empty(self.staging)
-            raise
 
     def trained_model(self, trainer: Uptrainer, distillation: Distillation | None) -> Any:
         """Return the trained model, whole, on rank 0; None elsewhere."""

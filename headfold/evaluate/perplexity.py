@@ -15,15 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
-from ..core.heads import kv_bytes
 from ..core.progress import Progress, counter, no_progress
 from ..corpus import open_corpus
 from ..corpus.windows import token_stream
+from ..families.cached import stored_kv_bytes_per_token
 from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_main
-from ..runtime.load import kv_heads_by_layer, own_class
+from ..runtime.load import own_class
 from .bootstrap import Units
 from .sharing import run_shared
 
@@ -117,7 +118,7 @@ def evaluate_perplexity(
     reference = None if reference_dir is None else open_language_model(reference_dir, dtype, device)
     reference_bytes = None
     if reference is not None and reference_dir is not None:
-        reference_bytes = kv_bytes_per_token(reference, stored_dtype(reference_dir))
+        reference_bytes = _kv_bytes_per_token(reference, reference_dir)
     context = context or default_context(model.config)
     windows = split_windows(tokens, context)
     scores = compare_models(model, reference, windows, batch_size=batch_size, progress=progress)
@@ -129,7 +130,7 @@ def evaluate_perplexity(
         context=context,
         num_windows=len(windows),
         dtype=str(dtype).removeprefix("torch."),
-        kv_bytes_per_token=kv_bytes_per_token(model, stored),
+        kv_bytes_per_token=_kv_bytes_per_token(model, model_dir),
         reference_kv_bytes_per_token=reference_bytes,
     )
 
@@ -184,19 +185,10 @@ def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tens
     return tuple(window for window in tokens.split(context) if len(window) > 1)
 
 
-def kv_bytes_per_token(model: "PreTrainedModel", dtype: torch.dtype) -> int:
-    """Return the bytes of K and V that one token adds to the cache, over all layers, with entries of `dtype`."""
-    counts = kv_heads_by_layer(model.config.to_dict())
-    config = _text_config(model)
-    if counts is not None:
-        return sum(kv_bytes(count, config.head_dim, dtype.itemsize) for count in counts)
-    sites = (getattr(config, "headfold", None) or {}).get("sites")
-    if sites:
-        return sum(kv_bytes(s["kv_heads"], s["head_dim"] * s.get("slots", 1), dtype.itemsize) for s in sites)
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers * kv_bytes(groups, head_dim, dtype.itemsize)
+def _kv_bytes_per_token(model: "PreTrainedModel", path: str | Path) -> int:
+    """Return the bytes of K and V that one token adds to the cache, over all layers, in the checkpoint's own dtype."""
+    tensors = Checkpoint.open(Path(path)).tensors
+    return stored_kv_bytes_per_token(model.config.to_dict(), tensors, stored_dtype(path).itemsize)
 
 
 def _text_config(model: "PreTrainedModel") -> Any:

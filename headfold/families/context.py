@@ -1,12 +1,24 @@
 """The context length of a model."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions")
 _RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5"})
-_PADDING_BEFORE_POSITIONS = ("roberta", "camembert")
-"""Parts of the `model_type` of models whose positions are numbered from `pad_token_id + 1`."""
+_AFTER_PADDING = MappingProxyType(
+    dict.fromkeys(
+        (
+            "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "longformer", "data2vec-text",
+            "ibert", "luke", "esm", "layoutlmv3", "altclip_text_model", "bridgetower_text_model", "clap_text_model",
+        ),
+        1,
+    )
+    | {"lilt": 0, "markuplm": 0}
+)  # fmt: skip
+"""`model_type`s whose positions are numbered from `pad_token_id + 1` → the padding token where the config names none."""
+_FIRST_POSITION = MappingProxyType({"mpnet": 2})
+"""`model_type`s whose first position is not 0, whatever the padding token."""
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -15,15 +27,21 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     An encoder-decoder has its decoder's, a wrapper around a `text_config` its text model's. None where positions are relative
     (T5) or the config names no limit.
     """
-    model_type = str(config.get("model_type", ""))
-    if model_type in _RELATIVE_POSITIONS:
+    if config.get("model_type") in _RELATIVE_POSITIONS:
         return None
-    nested = config.get("text_config") or {}
-    named = (part.get(field) for field in _FIELDS for part in (config, nested))
-    limit = next((value for value in named if isinstance(value, int) and value > 0), None)
-    if limit is None:
+    parts = (config, config.get("text_config") or {})
+    named = ((part, part.get(field)) for field in _FIELDS for part in parts)
+    found = next(((part, value) for part, value in named if isinstance(value, int) and value > 0), None)
+    if found is None:
         return None
-    if any(part in model_type for part in _PADDING_BEFORE_POSITIONS):
-        padding = config.get("pad_token_id")
-        return limit - (1 if padding is None else padding) - 1
-    return limit
+    holder, limit = found
+    return None if holder.get("model_type") in _RELATIVE_POSITIONS else limit - _first_position(holder)
+
+
+def _first_position(config: Mapping[str, Any]) -> int:
+    """Return the position of the first token; the rows of the table before it are never used."""
+    model_type = str(config.get("model_type"))
+    if model_type not in _AFTER_PADDING or config.get("position_embedding_type") == "rotary":  # ESM-2 has no table
+        return _FIRST_POSITION.get(model_type, 0)
+    padding = config.get("pad_token_id")
+    return 1 + (_AFTER_PADDING[model_type] if padding is None else padding)

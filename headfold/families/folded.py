@@ -87,3 +87,16 @@ def runtime_entry(
     elif head_dim_multiple > 1:
         counts["head_dim"] *= head_dim_multiple
     return {"module": site.core, **local, **fused, **counts, **groups, **wide}
+
+
+def kv_heads_by_layer(config: Mapping[str, Any]) -> list[int] | None:
+    """Return the number of K/V heads of each layer where the config lists them by layer (layouts per-layer and decilm), else None."""
+    name, num_heads = (config.get("architectures") or [""])[0], config.get("num_attention_heads")
+    if name == "DeciLMForCausalLM":
+        sizes = [block["attention"]["n_heads_in_group"] for block in config.get("block_configs") or []]
+        return [num_heads // size for size in sizes] if sizes and all(sizes) else None
+    if name.startswith("PerLayer") and "per_layer_config" in config:
+        usual, own = config["num_key_value_heads"], config["per_layer_config"]
+        layers = range(config["num_hidden_layers"])
+        return [own.get(str(layer), {}).get("num_key_value_heads", usual) for layer in layers]
+    return None

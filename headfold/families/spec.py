@@ -175,7 +175,7 @@ def read_field(family: Family, config: Mapping[str, Any], name: str) -> Any:
     return nested[inner] if inner in nested else family.defaults.get(name)
 
 
-def _count(family: Family, config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
+def read_count(family: Family, config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
     """Return a positive whole number of the config; if it is null or absent, `otherwise`.
 
     Raises:
@@ -238,7 +238,7 @@ def sites(
 def _stack(
     family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str
 ) -> list[Site]:
-    num_layers = _count(family, config, attention.layers)
+    num_layers = read_count(family, config, attention.layers)
     *made, beyond = (_site(family, attention, config, tensors, layer) for layer in range(num_layers + 1))
     if f"{beyond.weights['o']}.weight" in tensors:
         raise UserError(
@@ -248,7 +248,10 @@ def _stack(
 
 
 def _missing(site: Site, tensors: Mapping[str, Any]) -> list[str]:
-    return [name for role in site.weights if (name := site.tensor(role)) not in tensors]
+    absent = [role for role in site.weights if site.tensor(role) not in tensors]
+    if "qkv" in absent and not site.stock_gqa and all(f"{name}.weight" in tensors for name in site.unfused.values()):
+        absent.remove("qkv")  # a fold has them separate
+    return [site.tensor(role) for role in absent]
 
 
 def _site(
@@ -263,8 +266,10 @@ def _site(
     weights = {role: f"{at}.{name}" for role, name in local.items()}
     if "bias_table" in weights and f"{weights['bias_table']}.weight" not in tensors:
         del weights["bias_table"]
-    num_heads = _count(family, config, attention.heads)
-    head_dim = _count(family, config, attention.head_dim, _count(family, config, attention.hidden_size) // num_heads)
+    num_heads = read_count(family, config, attention.heads)
+    head_dim = read_count(
+        family, config, attention.head_dim, read_count(family, config, attention.hidden_size) // num_heads
+    )
     num_kv_heads = _num_kv_heads(family, attention, config, tensors, weights, num_heads, head_dim)
     check_group_count(f"config.json: {num_heads} query heads", num_heads, num_kv_heads)
     return Site(
@@ -326,7 +331,7 @@ def _num_kv_heads(
 ) -> int:
     """Return the number of K/V heads: the config's or, if it has no such field, that of the tensors."""
     if attention.kv_heads:
-        return _count(family, config, attention.kv_heads, num_heads)
+        return read_count(family, config, attention.kv_heads, num_heads)
     info = tensors.get(f"{weights.get('qkv', weights.get('k'))}.weight")
     if info is None:
         return num_heads

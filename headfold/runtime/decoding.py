@@ -1,8 +1,8 @@
 """Attention of few queries over long keys: several implementations, of which the fastest on this machine is chosen.
 
 Processors differ: with bf16 matrix units two batched products are fastest, without them they are many times slower than the fused
-kernel. So all are timed once per device, dtype and class of shapes, which takes some tenths of a second, and the fastest is used
-from then on. The text below this docstring is copied into checkpoints (`remote.py`), so it changes only on purpose.
+kernel. So all are timed once per device, dtype and class of shapes, and the fastest is used from then on. The text below this
+docstring is copied into checkpoints (`remote.py`), so it changes only on purpose.
 """
 
 import functools

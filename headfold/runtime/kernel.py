@@ -1,8 +1,8 @@
 """An implementation of decode attention in C++ (`decode.cpp`), compiled once per machine and user where there is a compiler; optional.
 
-On processors without bf16 matrix units torch's kernels read a bf16 cache at a tenth to a third of the memory bandwidth. This one reads
-it at half to three quarters while up to four query rows share a head; with more rows arithmetic is the limit. torch's own loader of
-extensions is not used: it needs ninja, and waits forever on the lock of a build that was killed.
+On processors without bf16 matrix units torch's kernels read a bf16 cache at a small share of the memory bandwidth, and this one at a
+larger one while few query rows share a head; with many rows arithmetic is the limit (`benchmarks/decode.py` measures both). torch's own
+loader of extensions is not used: it needs ninja, and waits forever on the lock of a build that was killed.
 """
 
 import ctypes

@@ -1,14 +1,17 @@
 """Opens what `fold` wrote, after checking that the directory is complete and consistent."""
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
+from ..families.folded import kv_heads_by_layer
 from ..families.spec import Family, read_field
 from ..hf_models import quiet
 
@@ -72,31 +75,23 @@ def own_class(config: Mapping[str, Any]) -> Any:
         from .modeling_headfold import grouped_class  # and with it the attention `headfold`
 
         return grouped_class(name)
-    if "per_layer_config" in config and name.startswith("PerLayer"):
-        from .modeling_per_layer import per_layer_class
-
-        return per_layer_class(name.removeprefix("PerLayer"))
-    if name == "DeciLMForCausalLM":
+    module = _code_of_ours(config)
+    if module is None:
+        return None
+    if "AutoConfig" in config["auto_map"]:
         from transformers import AutoConfig
 
-        from .modeling_decilm import DeciLMConfig, DeciLMForCausalLM
-
-        AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
-        return DeciLMForCausalLM
-    return None
+        config_class = getattr(module, config["auto_map"]["AutoConfig"].rpartition(".")[2])
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    return getattr(module, name, None)
 
 
-def kv_heads_by_layer(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the number of K/V heads of each layer where the config lists them by layer (layouts per-layer and decilm), else None."""
-    name, num_heads = (config.get("architectures") or [""])[0], config.get("num_attention_heads")
-    if name == "DeciLMForCausalLM":
-        sizes = [block["attention"]["n_heads_in_group"] for block in config.get("block_configs") or []]
-        return [num_heads // size for size in sizes] if sizes and all(sizes) else None
-    if name.startswith("PerLayer") and "per_layer_config" in config:
-        usual, own = config["num_key_value_heads"], config["per_layer_config"]
-        layers = range(config["num_hidden_layers"])
-        return [own.get(str(layer), {}).get("num_key_value_heads", usual) for layer in layers]
-    return None
+def _code_of_ours(config: Mapping[str, Any]) -> ModuleType | None:
+    """Return the module here of which a layout's checkpoint holds a copy: `auto_map` names a file `modeling_*.py` of this folder."""
+    named = str((config.get("auto_map") or {}).get("AutoModelForCausalLM", ""))
+    file = named.rpartition("--")[2].partition(".")[0]
+    known = {path.stem for path in Path(__file__).parent.glob("modeling_*.py")}
+    return importlib.import_module(f".{file}", __package__) if file in known else None
 
 
 def read_checked_config(directory: Path) -> dict[str, Any]:

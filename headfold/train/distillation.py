@@ -125,10 +125,7 @@ class Distillation:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set all dropout rates of a model to 0, as the teacher has no dropout.
-
-    In 128 steps the loss of a T5 folded to 2 of 8 heads falls from 2.3615 to 2.3579; with dropout of 0.1 it rises to 2.3711.
-    """
+    """Set all dropout rates of a model to 0, as the teacher has no dropout: with it a short training of a T5 ends worse than it began."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

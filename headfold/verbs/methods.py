@@ -1,4 +1,4 @@
-"""List the methods: merges, groupings, grouping costs and routes."""
+"""List the methods: merges, groupings, grouping costs, routes and export layouts."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -8,6 +8,8 @@ from .. import group, merge
 from ..core import plugins
 from ..core.errors import UserError, suggest
 from ..core.methods import CostMethod, GroupingMethod, MergeMethod, MethodRecord, RouteMethod
+from ..exports import layouts
+from ..exports.layout import ExportLayout, export_layouts
 from ..group import costs
 from ..runtime import routes
 
@@ -29,11 +31,11 @@ class MethodPage:
     summary: str
     page: str
     options: dict[str, Any]
-    """The method's own options with their defaults."""
+    """The method's own options with their defaults; a layout has none."""
 
 
 def methods(name: str | None = None) -> list[MethodPage]:
-    """Return the pages of all methods, or of those called `name`.
+    """Return the pages of all methods and layouts, or of those called `name`.
 
     Raises:
         UserError: no method has that name.
@@ -44,12 +46,29 @@ def methods(name: str | None = None) -> list[MethodPage]:
         for found in plugins.names(package)
         if name in (None, found)
     ]
+    pages += [_layout_page(layout) for layout in export_layouts().values() if name in (None, layout.name)]
     if not pages:
-        known = sorted({found for package, _ in KINDS.values() for found in plugins.names(package)})
-        raise UserError(f"methods: unknown method {name!r}; {suggest(str(name), known)}")
+        known = {found for package, _ in KINDS.values() for found in plugins.names(package)} | export_layouts().keys()
+        raise UserError(f"methods: unknown method {name!r}; {suggest(str(name), sorted(known))}")
     return pages
 
 
 def _page(option: str, name: str, package: ModuleType, kind: type[MethodRecord]) -> MethodPage:
     options = plugins.option_defaults(plugins.load(package, name, kind).function)
     return MethodPage(option, name, plugins.summary(package, name), plugins.documentation(package, name), options)
+
+
+def _layout_page(layout: ExportLayout) -> MethodPage:
+    """Return the page of a layout: the docstring of its file, and what its record declares."""
+    file = layout.name.replace("-", "_")
+    needs = [
+        "the same number of K/V heads in all layers" if layout.needs_one_count else "",
+        "groups of one size in each layer" if layout.needs_equal_groups else "",
+    ]
+    facts = [
+        f"Model types: {', '.join(layout.model_types)}.",
+        f"Needs: {' and '.join(filter(None, needs)) or 'nothing else of the fold'}.",
+        "Written only if it is asked for." if layout.priority is None else "Written by fold where it fits.",
+    ]
+    page = f"{plugins.documentation(layouts, file)}\n\n{' '.join(facts)}"
+    return MethodPage("--layout", layout.name, plugins.summary(layouts, file), page, {})

@@ -1,0 +1,78 @@
+"""Benchmarks measure what users call: the public functions, except where the measured part is not one of them."""
+
+import ast
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import headfold
+from headfold.conversion.comparison_rows import scored
+from headfold.evaluate.classification import Classification
+from headfold.evaluate.data import DataEvaluation
+from headfold.evaluate.perplexity import Evaluation
+
+ROOT = Path(__file__).parents[1]
+INTERNAL = {
+    "budgets", "calibration_speed", "decode", "groupings", "modalities", "papers/routes", "papers/runs", "papers/wgqa", "plan_time",
+    "quality", "training_speed", "uptraining",
+}  # fmt: skip
+"""Scripts that reach into the package: they time or vary a part that no public function offers. None may be added."""
+
+
+def imports_internals(path: Path) -> bool:
+    """Whether a script imports anything of headfold but its public names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            public = headfold.__all__ if node.module == "headfold" else ()
+            names = [f"{node.module}.{name}" for name in names if name not in public]
+        if any(name.startswith("headfold.") for name in names):
+            return True
+    return False
+
+
+def test_benchmarks_use_public_functions() -> None:
+    place = ROOT / "benchmarks"
+    found = {str(path.relative_to(place).with_suffix("")) for path in place.rglob("*.py") if imports_internals(path)}
+    assert found == INTERNAL
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(name)
+
+
+def test_the_shards_of_the_conversion_benchmark_are_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = script("conversion_time", monkeypatch)
+    shapes = {"a.weight": (3, 5), "b.weight": (7,)}
+    timing.write_shard(tmp_path / "one.safetensors", shapes, memoryview(bytes(range(1, 201)) * 10))
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert {name: tuple(file.get_tensor(name).shape) for name in file.keys()} == shapes  # noqa: SIM118 - no mapping
+        assert file.get_tensor("b.weight").dtype == torch.bfloat16 and file.metadata() == {"format": "pt"}
+
+
+def classified() -> DataEvaluation:
+    measured = Classification(
+        num_items=4, seconds=0.1, accuracy=0.5, cross_entropy=1.0, kl=0.25, agreement=0.5, reference_accuracy=0.75,
+        reference_cross_entropy=0.5,
+    )  # fmt: skip
+    return DataEvaluation("images", "a", "b", "c", "float32", measured)
+
+
+def language() -> Evaluation:
+    return Evaluation(
+        num_tokens=9, nll=2.0, nll_by_position=(2.0,), seconds=0.1, reference_nll=1.5, kl=0.5, model="a", reference="b", text="c",
+        context=8, num_windows=1, dtype="float32", kv_bytes_per_token=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("found", [classified(), language()], ids=lambda found: type(found).__name__)
+def test_benchmarks_score_an_evaluation_as_compare_does(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert script("folds", monkeypatch).scored_evaluation(found) == scored(found)
