@@ -35,7 +35,7 @@ def detect(
 
     found = verb.detect(model, out=out, force=force)
     if not answered(found.to_json(), as_json):
-        views.show_probe(found, out)
+        views.show_detection(found, out)
 
 
 @wraps(detect)
