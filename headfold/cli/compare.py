@@ -109,6 +109,6 @@ def compare(
         comparisons.show_comparison(found)
     elif is_main():
         for what, reason in found.skipped.items():
-            print(f"left out: {what}: {reason}", file=sys.stderr)
+            print(f"skipped: {what}: {reason}", file=sys.stderr)
     if plot is not None and is_main():
         comparisons.plot_comparison(plot, found)

@@ -73,8 +73,8 @@ def compare(
         tokens: Calibration tokens of a language model.
         items: Calibration items of other models.
         columns: Columns of a table.
-        context: Tokens per window.
-        stats: A file that `headfold.calibrate` wrote.
+        context: Tokens per window, of calibration data and of what is measured on.
+        stats: A file that `headfold.calibrate` wrote; `context` is then that of what is measured on alone.
         seed: Seed of everything drawn at random.
         force: Start over where other rows lie in `out`.
         device: "cpu" or "cuda".
@@ -114,8 +114,8 @@ def compare(
     settings, known, calibrated = on_main(begin)
     if not calibrated:
         calibrate(
-            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, seed=seed, device=device,
-            dtype=dtype, progress=progress,
+            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, context=context, seed=seed,
+            device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
     for number, (name, count) in enumerate(wanted):
