@@ -21,8 +21,8 @@ from machine import describe
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from headfold.hf_models import open_tokenizer, quiet
-from headfold.train.attentions import find_attentions, set_trainable
 from headfold.train.distillation import Distillation
+from headfold.train.sites import find_sites, set_trainable
 from headfold.train.stream import Stream, collate
 from headfold.train.trainer import MarkComplete, ReportProgress, TrainingConfig, Uptrainer, training_arguments
 
@@ -57,7 +57,7 @@ def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     model = opened(options.folded)
     distillation = None
     if way == "distilled":
-        distillation = Distillation(opened(options.distill), model, [a.output for a in find_attentions(model)])
+        distillation = Distillation(opened(options.distill), model, [a.output for a in find_sites(model)])
     stream = Stream(
         "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=0
     )

@@ -28,7 +28,7 @@ Sample = Mapping[str, Tensor]
 TOKENS_PER_BATCH = 4096
 """Large enough that the D² conversion of each batch's product to float64 is small beside the product itself."""
 ITEMS_PER_BATCH = 64
-"""Of what has no tokens to count: images, sound."""
+"""Batch size of data without tokens to count: images, sound."""
 
 
 def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
@@ -224,7 +224,7 @@ class _Watch:
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
-    """Add in place: copying the sums of a wide layer for every batch would cost as much as measuring it."""
+    """Add in place: copying the sums of a large layer for every batch would cost as much as measuring it."""
     old = sums.get(name, SiteStats({}, 0))
     for key, tensor in seen.tensors.items():
         if key in old.tensors:

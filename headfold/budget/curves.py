@@ -36,7 +36,7 @@ was estimated a fifth too high on a small decoder, and heads went to the wrong l
 
 @dataclass(frozen=True, slots=True)
 class CurveRequest:
-    """How sites are folded, one alone, to be measured."""
+    """The methods by which single sites are folded to be measured."""
 
     group: str
     merge: str

@@ -73,7 +73,7 @@ def uptrain(
     ] = 0.0,
     site_weight: Annotated[
         float,
-        option("--site-weight", panel=HOW, metavar="W", min=0, help="Weight of the attentions' relative error beside the KL of --distill."),
+        option("--site-weight", panel=HOW, metavar="W", min=0, help="Weight of the attention outputs' error beside the KL of --distill."),
     ] = 1.0,
     seed: Seed = 0,
     data: Annotated[

@@ -1,4 +1,4 @@
-"""Which data a model is calibrated on."""
+"""The request and the config of calibration data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class CalibrationRequest:
 
     @property
     def names_data(self) -> bool:
-        """Whether it asks for other data than what was used before."""
+        """Whether the request names data of its own, rather than what was used before."""
         return (self.source, self.tokens, self.items, self.context) != (None, None, None, None)
 
 
@@ -41,7 +41,7 @@ class CalibrationConfig:
     """Calibration data before any of it is read. `tokens` counts packed text, `items` everything else."""
 
     kind: str
-    """As `headfold.corpus.samples.kind_of` says."""
+    """Kind of data (`headfold.corpus.samples.kind_of`)."""
     source: str
     tokens: int
     items: int

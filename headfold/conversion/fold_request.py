@@ -1,4 +1,4 @@
-"""What a fold is asked to do, resolved: the plan or what it is made by, the calibration data, and the settings that identify the job."""
+"""The resolved request of a fold: the plan or the methods to make it by, the calibration data, and the settings that identify the job."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from .source import Source
 
 @dataclass(frozen=True, slots=True)
 class FoldRequest:
-    """How a fold is made. `plan` is None where it is still to be made by `group` and `merge`."""
+    """A request with its defaults filled in. `plan` is None where it is still to be made by `group` and `merge`."""
 
     plan: Plan | None
     kv_heads: str | int

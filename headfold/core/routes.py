@@ -25,7 +25,7 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """The state of one attention's route; every change makes a new one."""
+    """The state of one site's route; every change makes a new one."""
 
     sizes: tuple[int, ...]
     """The number of query heads of each K/V head, in order."""

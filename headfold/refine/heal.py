@@ -31,12 +31,12 @@ TOKENS = 2**19
 0.0647: 0.0334 after 164 k tokens of 65 k, 0.0270 after 492 k.
 """
 ITEMS = 2**14
-"""The same for data without tokens: images and sound."""
+"""Items that every block is trained with where data has no tokens: images and sound."""
 BATCH_TOKENS = 2048
 HELD_BACK = 8
 """One batch in so many is held back."""
 NUM_CHECKS = 8
-"""How often the error on the held-back data is computed."""
+"""Number of times that the error on the held-back data is computed."""
 MAX_ERROR_RATIO = 2
 """A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
 shorter. Backing off at every check without improvement ended at a loss increase of 0.0387 on a small Llama at 2 of 8 heads, this
@@ -52,7 +52,7 @@ weights that are nearly right need smaller steps: at an error of 0.006 a fixed s
 at an error of 0.07 a step of 0.01 is too slow.
 """
 WARM_UP = 5
-"""In steps."""
+"""Steps over which the rate rises from 0."""
 BETAS = (0.9, 0.95)
 FIELDS = ("q", "k", "v", "o")
 

@@ -173,13 +173,13 @@ def show_route(result: Any) -> None:
 
 def show_uptraining(result: Any) -> None:
     """Print the result of training a fold."""
-    recipe, unit = result.recipe, "tokens" if result.kind == "text" else "items"
+    how, unit = result.training, "tokens" if result.kind == "text" else "items"
     begun = f", from step {result.resumed_at:,} on" if result.resumed_at else ""
     rows = [
         ["trained", f"{result.train}: {result.num_trained:,} of {result.num_parameters:,} parameters"],
         ["data", f"{result.tokens:,} {unit} of {result.data}"],
-        ["steps", f"{recipe.steps:,} of {recipe.batch} items{begun}"],
-        ["optimizer", f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup}"],
+        ["steps", f"{how.steps:,} of {how.batch} items{begun}"],
+        ["optimizer", f"{how.optimizer}, rate {how.learning_rate:g}, {how.schedule}, warm-up {how.warmup}"],
         ["speed", f"{result.tokens_per_second:,.0f} {unit}/s, {duration(result.seconds)}"],
     ]
     for name, label in (

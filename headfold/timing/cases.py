@@ -1,4 +1,4 @@
-"""The cases of a benchmark: models under attentions, in settings, timed in turns inside one run."""
+"""The cases of a benchmark: models under attention implementations, in settings, timed in turns inside one run."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ UNLIMITED = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One model under one attention in one setting. Times are medians over rounds, in seconds; sizes in bytes."""
+    """One model under one attention implementation in one setting. Times are medians over rounds, in seconds; sizes in bytes."""
 
     model: str
     attention: str
@@ -232,7 +232,7 @@ def _grows(attention: str) -> bool:
 
 
 def _use(case: BenchModel, name: str) -> None:
-    """Set the model to decode under an attention, with the caches that belong to it."""
+    """Set the model to decode under an attention implementation, with the caches that belong to it."""
     model, grows = case.model, _grows(name)
     name = name.removesuffix(IN_PLACE)
     if model.config._attn_implementation != name:
@@ -247,7 +247,7 @@ def _use(case: BenchModel, name: str) -> None:
 
 
 def bench_row(case: BenchModel, name: str, setting: Setting) -> BenchRow:
-    """Return the medians of what was timed of one model under one attention."""
+    """Return the medians of the timings of one model under one attention implementation."""
     timings = case.timings[name]
     tokens = sorted(token for timing in timings for token in timing.tokens)
     per_token = statistics.median(tokens)

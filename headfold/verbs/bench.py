@@ -1,4 +1,4 @@
-"""Time decoding: several models, attentions, contexts and batches, in turns inside one run."""
+"""Time decoding: several models, attention implementations, contexts and batches, in turns inside one run."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -61,7 +61,8 @@ def bench(
         shape: A name of `timing.shapes.SHAPES`, or a checkpoint directory for its shape: random models of it are timed.
         kv_heads: K/V heads of the shape, one model for each count; by default its own.
         layers: Layers of the shape; by default all.
-        attentions: "headfold" is headfold's, with caches that grow in place; any other name is stock transformers'.
+        attentions: Attention implementations. "headfold" is headfold's, with caches that grow in place; any other name is that of
+            stock transformers.
         contexts: Tokens of the prompt; by default 2,048 or what the models take.
         batches: Samples at once.
         new_tokens: Tokens to generate after the prompt.

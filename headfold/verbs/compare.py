@@ -33,7 +33,7 @@ from .evaluate import evaluate
 from .fold import fold
 
 FOLDED = ".headfold-folded"
-"""Where a row's fold lies while it is measured: a name that no user's directory has."""
+"""Name of the directory that holds the fold of a row while it is measured; no directory of a user has it."""
 
 
 @spmd
@@ -57,7 +57,7 @@ def compare(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> MethodComparison:
-    """Fold `model` by each of `methods` to each of `kv_heads`, and measure what that loses.
+    """Fold `model` by each of `methods` to each of `kv_heads`, and measure the loss increase.
 
     Statistics are measured once, for all methods, or taken from `stats`. Rows are kept in the directory `out`, and another call with the
     same settings goes on from there.
@@ -67,7 +67,7 @@ def compare(
         kv_heads: Counts of K/V heads, or shares of the source's.
         methods: Names of `METHODS`, with `+refit` for a refit.
         out: The directory of the rows; by default the model's name with `.compare`.
-        text: What to measure on, as in `headfold.eval`.
+        text: Data to measure on, as in `headfold.eval`.
         limit: Items to measure on; tokens of plain text.
         calibration: A source of calibration data (`headfold.calibrate`).
         tokens: Calibration tokens of a language model.
