@@ -44,6 +44,11 @@ def num_tokens(batch: Sample) -> int:
     return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
 
 
+def is_packed_text(sample: Sample) -> bool:
+    """Return whether a sample is packed text: full windows, which need no mask."""
+    return sample.keys() == {"input_ids"}
+
+
 def total_tokens(sample: Sample) -> int:
     """Return the tokens, or items, of one pass over the sample."""
     return sum(num_tokens(batch) for batch in batches(sample))

@@ -71,7 +71,7 @@ def words(source: Path, out: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """What two processes left: by case what each found, by command what each answered (code, stdout, stderr), and the directory of rank 0."""
+    """What two processes left: by case what each found, by command what each answered (code, stdout, stderr), and rank 0's directory."""
 
     found: dict[str, list[dict[str, Tensor]]]
     answers: dict[str, list[list[Any]]]

@@ -11,7 +11,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..refine import heal as healing
 from ..refine.refit import num_passes
-from .calibration_config import CalibrationConfig, CalibrationRequest, names_data
+from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
 from .source import Source
 
@@ -73,7 +73,7 @@ def resolve_fold(
         needed = planning.statistics_needed("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
     calibration = None
-    if needed or refit or heal or data.source is not None or names_data(recorded):
+    if needed or refit or heal or data.source is not None or CalibrationRequest.recorded(recorded):
         calibration = CalibrationConfig.resolve(source, data, recorded)
     length = 0
     if heal:

@@ -83,8 +83,7 @@ class Prepared:
     @property
     def tokens_per_item(self) -> int:
         """Tokens of an item as it is first read; 1 where it has none of its own."""
-        packed = "input_ids" in self.first and "attention_mask" not in self.first
-        return len(self.first["input_ids"]) if packed else 1
+        return len(self.first["input_ids"]) if self.stream.kind == "text" else 1
 
     @property
     def parameter_counts(self) -> tuple[int, int]:
