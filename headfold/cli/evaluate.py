@@ -22,7 +22,7 @@ def evaluate(
     ],
     compare: Annotated[
         bool,
-        option("--compare", panel=MEASURE, help="Measure several models on the same data, and how far each is from the first."),
+        option("--compare", panel=MEASURE, help="Measure several models on the same data, with their differences to the first."),
     ] = False,
     reference: Annotated[
         str | None, option("--reference", panel=MEASURE, metavar="ORIGINAL", help="The model that MODEL was folded from.")
@@ -31,7 +31,7 @@ def evaluate(
         str | None,
         option(
             "--text", panel=DATA, metavar="SOURCE",
-            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); sentences; a "
+            help="Data to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); sentences; a "
             "folder or table of images. Default, for language models alone: the bundled text.",
         ),
     ] = None,

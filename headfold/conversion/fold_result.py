@@ -79,5 +79,5 @@ class FoldResult:
 
     @property
     def kv_bytes_after(self) -> int:
-        """The same of the fold."""
+        """K/V bytes of the fold per token, over all layers, in the checkpoint's dtype."""
         return self.after.kv_bytes_per_token

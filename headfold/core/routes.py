@@ -38,7 +38,7 @@ class RouteState:
     step: int = 0
     """Forward passes in training."""
     draws: int = 0
-    """How often random numbers were drawn."""
+    """Number of times that random numbers were drawn."""
 
     @property
     def num_heads(self) -> int:

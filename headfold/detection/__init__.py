@@ -21,7 +21,7 @@ __all__ = ["Detection", "Unproven", "detect", "prove", "source_of"]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What was found out about one architecture."""
+    """The result of detecting one architecture."""
 
     model_type: str
     architecture: str
@@ -49,7 +49,7 @@ class Detection:
 
     @property
     def position(self) -> str:
-        """What of K is free, in a few words."""
+        """The transformations of K that are free, in a few words."""
         if self.family is None:
             return ""
         (attention,), rope = self.family.attentions, self.family.position

@@ -163,7 +163,7 @@ def random_models(
         yield BenchModel(name, model, _attentions(model, attentions))
 
 
-def _attentions(model: "PreTrainedModel", asked: Sequence[str]) -> tuple[str, ...]:
+def _attentions(model: "PreTrainedModel", requested: Sequence[str]) -> tuple[str, ...]:
     """Return the requested attentions where the class takes one by name, else its own with headfold's caches and with stock ones.
 
     Where a class has no sdpa (soft-capped logits, sinks), stock transformers runs eager.
@@ -171,7 +171,7 @@ def _attentions(model: "PreTrainedModel", asked: Sequence[str]) -> tuple[str, ..
     own = model.config._attn_implementation
     if not takes_attention(model):
         return own + IN_PLACE, own
-    return tuple("eager" if name == "sdpa" and not model._supports_sdpa else name for name in asked)
+    return tuple("eager" if name == "sdpa" and not model._supports_sdpa else name for name in requested)
 
 
 def longest_context(model: "PreTrainedModel") -> int:

@@ -76,7 +76,7 @@ def compare(
         context: Tokens per window, of calibration data and of what is measured on.
         stats: A file that `headfold.calibrate` wrote; `context` is then that of what is measured on alone.
         seed: Seed of everything drawn at random.
-        force: Start over where other rows lie in `out`.
+        force: Start over if `out` holds rows of other settings.
         device: "cpu" or "cuda".
         dtype: What the models compute in, such as "float32".
         progress: Called with (stage, done, total).

@@ -1,4 +1,4 @@
-"""Fold the bundled model once and measure it before and after: a first success that needs nothing but the package."""
+"""Fold the bundled model once and measure it before and after; nothing but the package is needed."""
 
 import tempfile
 from contextlib import ExitStack

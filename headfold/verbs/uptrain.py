@@ -72,9 +72,9 @@ def uptrain(
         folded: A checkpoint directory that `headfold.fold` wrote.
         out: The directory to write.
         distill: The original to learn from.
-        steps: How long to train.
-        tokens: The same, in tokens of packed text.
-        alpha: The same, as a share of `pretraining_tokens`.
+        steps: Number of steps to train.
+        tokens: Tokens of packed text to train on, instead of `steps`.
+        alpha: The same tokens as a share of `pretraining_tokens`.
         pretraining_tokens: Tokens that the original was trained on.
         train: Parameters to train: "attention", "all", or "lora" (low-rank updates of the attention modules, merged at the end).
         wgqa: Options of `train.wgqa`, such as "kind=row,init=random" or "": until the end, K and V are weighted sums of the heads of
@@ -84,8 +84,8 @@ def uptrain(
         columns: Columns of a table.
         context: Tokens per window, or where texts are cut.
         site_weight: Weight of the mean relative error of the attention outputs beside the KL.
-        tensorboard: A directory for its events.
-        resume: Insist that there is an unfinished run to resume.
+        tensorboard: A directory for TensorBoard events.
+        resume: Fail unless there is an unfinished run to resume.
         force: Replace what is at `out`.
         device: "cpu" or "cuda".
         dtype: "bfloat16" to compute under autocast, or "float32"; by default bfloat16 on GPUs that have it.
