@@ -39,7 +39,7 @@ OLD_TERMS = re.compile(
     |recipes?|leaders?|followers?|damaged?|(?:wide|narrow)\ heads?|heads?[ ]widths?|width\ of\ (?:a|the)\ heads?|max[ -]rise|tasking)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
-"""The same in documentation, docstrings, comments and messages, without the words that plain English uses in other senses (asked, gone, turning …)."""
+"""The same in documentation, docstrings, comments and messages, without what plain English uses in other senses (asked, gone …)."""
 ALLOWED_NAMES = {
     "probe": "the former name of detect, an alias for one release",
     "HeadWidth": "the former option --head-width, an alias for one release",

@@ -129,10 +129,8 @@ def test_a_multiple_loses_less_than_as_much_cache_in_more_heads(name: str) -> No
     source, stats = opened(name)
     read = source.checkpoint.read
 
-    def lost(multiple: int) -> float:
-        made = make_plan(
-            source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=multiple
-        )
+    def lost(times: int) -> float:
+        made = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=times)
         return sum(s.error.key / s.energy.key + s.error.value / s.energy.value for s in made.sites.values())
 
     assert 0 < lost(4) < lost(2) < lost(1)
@@ -214,9 +212,9 @@ def test_every_frequency_stands_multiple_times_in_the_table_to_the_last_bit(kind
                   max_position_embeddings=256)  # fmt: skip
     config = fields | {"rope_parameters": dict(TABLES[kind])}
     source = AutoConfig.for_model(**config)
-    enlarged = AutoConfig.for_model(**fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, multiple))
+    large = AutoConfig.for_model(**fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, multiple))
     for length in (1, 256):  # a longrope has two tables, and all others one
-        (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(enlarged, length)
+        (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(large, length)
         # One unit in the last place: not every number is a quotient of two floats.
         torch.testing.assert_close(after, before.repeat_interleave(multiple), rtol=2**-23, atol=0)
         assert new_scaling == scaling
@@ -289,16 +287,14 @@ def test_multiples_may_differ_between_sites_in_slots(name: str, tmp_path: Path) 
     """As only a plan made by hand has them; the twin of the sites without a multiple is an ordinary one."""
     source, stats = opened(name)
     read = source.checkpoint.read
-    enlarged, plain = (
+    large, plain = (
         make_plan(
             source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous",
             head_dim_multiple=multiple,
         )
         for kv_heads, multiple in (("1/1", MULTIPLE), ("1/2", 1))
     )  # fmt: skip
-    mixed = dataclasses.replace(
-        plain, sites={**plain.sites, source.sites[0].name: enlarged.sites[source.sites[0].name]}
-    )
+    mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: large.sites[source.sites[0].name]})
     mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)
     Twin(source, mixed, stats, None).install(mixture)
     Twin(source, plain, stats, None).install(expected)
@@ -395,9 +391,5 @@ def test_a_multiple_of_one_is_no_change() -> None:
         a, b = (site_tensors(site, plan, read, stats) for plan in plans)
         for name in a:
             assert_bitwise(a[name], b[name])
-    enlarged = make_plan(
-        source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=MULTIPLE
-    )
-    assert_differs(
-        *(next(iter(site_tensors(source.sites[0], p, read, stats).values()))[:1] for p in (plans[0], enlarged))
-    )
+    large = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=MULTIPLE)
+    assert_differs(*(next(iter(site_tensors(source.sites[0], p, read, stats).values()))[:1] for p in (plans[0], large)))
