@@ -51,7 +51,7 @@ def opened(path: str) -> Any:
 
 def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     """Train a few steps and return the seconds of each but the first ones."""
-    recipe = TrainingConfig(
+    config = TrainingConfig(
         steps=WARM_UP + 2, optimizer="adamw", learning_rate=1e-5, schedule="constant", warmup=0, batch=options.batch
     )
     model = opened(options.folded)
@@ -63,7 +63,7 @@ def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     )
     timed = Timed()
     how = {
-        "model": set_trainable(model, "attention"), "args": training_arguments(recipe, directory, "cpu", None, 1), "train_dataset": stream,
+        "model": set_trainable(model, "attention"), "args": training_arguments(config, directory, "cpu", None, 1), "train_dataset": stream,
         "data_collator": collate,
     }  # fmt: skip
     if way == "plain":

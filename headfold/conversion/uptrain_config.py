@@ -168,7 +168,7 @@ def _data(requested: str | None, plan: Plan) -> str:
     source = requested or plan.calibration.get("source", "self")
     if source == "self":
         raise UserError(
-            "uptrain: expected data to train on, and the fold was calibrated on none that could serve; give --data SOURCE"
+            "uptrain: expected data to train on, got none or text that a model writes itself; give --data SOURCE"
         )
     return source
 

@@ -57,9 +57,9 @@ def fold(
 ) -> FoldResult:
     """Write `model` again as `out` with fewer K/V heads.
 
-    The output is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is renamed
-    when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock transformers. After a kill the same call
-    resumes and writes the same bytes.
+    The output is a checkpoint directory, a stock one where the architecture allows it, with plan.json and a card. It grows as
+    `OUT.partial` and is renamed when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock
+    transformers. After a kill the same call resumes and writes the same bytes.
 
     Args:
         model: A checkpoint directory or a hub id.
