@@ -21,8 +21,8 @@ from machine import describe
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from headfold.hf_models import open_tokenizer, quiet
-from headfold.train.attentions import find_attentions, set_trainable
 from headfold.train.distillation import Distillation
+from headfold.train.sites import find_sites, set_trainable
 from headfold.train.stream import Stream, collate
 from headfold.train.trainer import MarkComplete, ReportProgress, TrainingConfig, Uptrainer, training_arguments
 
@@ -52,19 +52,19 @@ def opened(path: str) -> Any:
 
 def run(way: str, options: argparse.Namespace, directory: Path) -> list[float]:
     """Train a few steps and return the seconds of each but the first ones."""
-    recipe = TrainingConfig(
+    config = TrainingConfig(
         steps=WARM_UP + 2, optimizer="adamw", learning_rate=1e-5, schedule="constant", warmup=0, batch=options.batch
     )
     model = opened(options.folded)
     distillation = None
     if way == "distilled":
-        distillation = Distillation(opened(options.distill), model, [a.output for a in find_attentions(model)])
+        distillation = Distillation(opened(options.distill), model, [a.output for a in find_sites(model)])
     stream = Stream(
         "text", options.data, Path(options.folded), open_tokenizer(Path(options.folded)), options.context, seed=SEED
     )
     timed = Timed()
     how = {
-        "model": set_trainable(model, "attention"), "args": training_arguments(recipe, directory, "cpu", None, 1), "train_dataset": stream,
+        "model": set_trainable(model, "attention"), "args": training_arguments(config, directory, "cpu", None, 1), "train_dataset": stream,
         "data_collator": collate,
     }  # fmt: skip
     if way == "plain":

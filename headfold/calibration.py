@@ -28,7 +28,7 @@ Sample = Mapping[str, Tensor]
 TOKENS_PER_BATCH = 4096
 """Large enough that the D² conversion of each batch's product to float64 is small beside the product itself."""
 ITEMS_PER_BATCH = 64
-"""Of what has no tokens to count: images, sound."""
+"""Batch size of data without tokens to count: images, sound."""
 
 
 def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
@@ -42,6 +42,11 @@ def num_tokens(batch: Sample) -> int:
     """Return what progress counts: tokens of the main input, or items where it has none."""
     tokens = batch.get("input_ids")
     return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
+
+
+def is_packed_text(sample: Sample) -> bool:
+    """Return whether a sample is packed text: full windows, which need no mask."""
+    return sample.keys() == {"input_ids"}
 
 
 def total_tokens(sample: Sample) -> int:
@@ -224,7 +229,7 @@ class _Watch:
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
-    """Add in place: copying the sums of a wide layer for every batch would cost as much as measuring it."""
+    """Add in place: copying the sums of a large layer for every batch would cost as much as measuring it."""
     old = sums.get(name, SiteStats({}, 0))
     for key, tensor in seen.tensors.items():
         if key in old.tensors:

@@ -198,7 +198,7 @@ def choices(
             planned[count] = tuple(analysis.plan(groups, merging) for analysis in analyses)
         return Choice(tuple(together), planned)
 
-    sets = _sites_grouped_alike(sites)
+    sets = _sites_grouped_together(sites)
     if workers == 1:
         return [decide(together) for together in sets]
     with ThreadPoolExecutor(workers) as pool:
@@ -241,7 +241,7 @@ def assemble(
     return Plan({site.name: found[site.name] for site in sites}, group, source, seed, calibration or {})
 
 
-def _sites_grouped_alike(sites: Sequence[Site]) -> list[list[Site]]:
+def _sites_grouped_together(sites: Sequence[Site]) -> list[list[Site]]:
     """Return the sites in sets that must have the same groups: those of a stack with one order of query heads, every other one alone."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:

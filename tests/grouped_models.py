@@ -36,7 +36,7 @@ _NATIVE = "model.layers.{}.self_attn"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A tiny model of one class, and where its attentions lie."""
+    """A tiny model of one class, and where its sites lie."""
 
     model_class: str
     module: str = _NATIVE

@@ -37,7 +37,7 @@ class RandomSite:
 
     heads: Heads = field(repr=False)
     x: Float[Tensor, "sequence token model"] = field(repr=False)
-    recipe: str
+    drawn: str
     """How it was drawn, for the reports of failed laws."""
 
     @property

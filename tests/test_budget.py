@@ -161,17 +161,17 @@ def test_measured_counts_reach_from_the_least_to_the_most(most: int, number: int
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "vit"])
-def test_damage_is_nothing_or_something(name: str) -> None:
+def test_a_divergence_is_zero_or_positive(name: str) -> None:
     """Of the unchanged model none; of a changed one some, and it is the original again afterwards."""
     tiny = stock_model(tiny_checkpoint(name))
-    damage = Divergence(tiny, tiny_sample(name, 4))
+    divergence = Divergence(tiny, tiny_sample(name, 4))
     parameter = next(
         n for n, p in tiny.named_parameters() if p.dim() == 2 and ("attention" in n.lower() or "attn" in n)
     )
     before = tiny.get_parameter(parameter).clone()
-    assert damage() == pytest.approx(0, abs=1e-9)
+    assert divergence() == pytest.approx(0, abs=1e-9)
     with replaced_parameters(tiny, {parameter: before * 1.5}):
-        hurt = damage()
+        hurt = divergence()
     assert hurt > 1e-8 and torch.equal(tiny.get_parameter(parameter), before)
     found = measure_sites_alone(
         tiny,
@@ -184,15 +184,15 @@ def test_damage_is_nothing_or_something(name: str) -> None:
     assert found["a"][1] == pytest.approx(hurt) and found["a"][2] == pytest.approx(0, abs=1e-9)
 
 
-def test_damage_is_the_divergence_per_position() -> None:
+def test_a_divergence_is_that_per_position() -> None:
     tiny = stock_model(tiny_checkpoint("llama"))
     sample = {"input_ids": tiny_tokens(3, 10)}
-    damage = Divergence(tiny, sample)
+    divergence = Divergence(tiny, sample)
     weight = tiny.lm_head.weight.clone()
     with torch.no_grad():
         p = tiny(**sample).logits.log_softmax(-1)
         with replaced_parameters(tiny, {"lm_head.weight": weight * 1.3}):
-            q, found = tiny(**sample).logits.log_softmax(-1), damage()
+            q, found = tiny(**sample).logits.log_softmax(-1), divergence()
     expected = (p.exp() * (p - q)).sum(-1).mean()
     assert found == pytest.approx(float(expected), rel=1e-4)
 
@@ -256,8 +256,8 @@ def test_what_else_lies_in_a_file_of_sensitivities_changes_nothing(
     for name in ("s", "own"):
         assert run("plan", model, tmp_path / f"{name}.json", *words, "--sensitivity", tmp_path / name).code == 0
     assert Plan.load(tmp_path / "s.json") == Plan.load(tmp_path / "own.json")
-    damaged = (tmp_path / "s").read_text().replace('"1":', '"1": NaN, "64":')
-    (tmp_path / "s").write_text(damaged)
+    spoiled = (tmp_path / "s").read_text().replace('"1":', '"1": NaN, "64":')
+    (tmp_path / "s").write_text(spoiled)
     refused = run("plan", model, tmp_path / "s.json", *words, "--sensitivity", tmp_path / "s")
     assert refused.code == 2 and "expected sensitivities" in refused.err
 
@@ -379,7 +379,7 @@ def test_points_of_several_widths_compete(run, model: Path, stats: Path, tmp_pat
     for refused in (("--merge", "absorb:distances=false"), ("--head-dim-multiple", "3"), ("--allowed", "5")):
         assert run(*words[:-3], "--no-refit", "--force", *refused).code == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "front").iterdir()} == before
-    assert run(*words[:-3], "--force", "--no-refit").code == 0  # of one width: what is left of the others goes
+    assert run(*words[:-3], "--force", "--no-refit").code == 0  # files of other multiples go
     names = {point["plan"] for point in json.loads((tmp_path / "front" / "frontier.json").read_text())["points"]}
     assert {path.name for path in (tmp_path / "front").glob("plan-*.json")} == names
 

@@ -1,4 +1,4 @@
-"""Comparisons: every method in one table, rows kept and never mixed, and what is left out is told."""
+"""Comparisons: every method in one table, rows kept and never mixed, and what is skipped is told."""
 
 # ruff: noqa: F811 - fixtures are arguments
 
@@ -9,7 +9,9 @@ import pytest
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 
+from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.comparison_methods import METHODS
+from headfold.conversion.comparison_rows import STATISTICS
 from headfold.core.errors import UserError
 from headfold.verbs import compare as comparing
 from headfold.verbs.compare import compare
@@ -53,11 +55,17 @@ def test_a_comparison_that_died_in_its_first_row_goes_on(
         compare(model, [2], **words)
 
 
+def test_calibration_and_measurement_have_the_context(model: Path, tmp_path: Path) -> None:
+    text = str(model.parent / "text.txt")
+    compare(model, [2], methods=["mean"], calibration=text, tokens=256, text=text, context=16, out=tmp_path / "c")
+    assert StatsFile(tmp_path / "c" / STATISTICS).metadata["context"] == "16"
+
+
 def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_methods_left_out_are_told_and_all_of_them_an_error(
+def test_skipped_methods_are_told_and_all_of_them_an_error(
     run, model: Path, stats: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(METHODS, "mean", {"merge": "nothing", "group": "contiguous"})
@@ -75,7 +83,7 @@ def test_methods_left_out_are_told_and_all_of_them_an_error(
         "--json",
     )
     told = run(*words, "--methods", "mean,first")
-    assert told.code == 0 and len(json.loads(told.out)) == 1 and "left out: mean at 2" in told.err
+    assert told.code == 0 and len(json.loads(told.out)) == 1 and "skipped: mean at 2" in told.err
     refused = run(*words[:-2], tmp_path / "d", "--methods", "mean")
     assert refused.code == 2 and "no method" in refused.err
     beside = run(*words, "--methods", "first", "--calibration", model.parent / "text.txt")

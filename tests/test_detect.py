@@ -1,4 +1,4 @@
-"""The probe, which looks at no literal, finds those that were written by hand; lies about a family are caught."""
+"""Detection, which looks at no literal, finds those that were written by hand; lies about a family are caught."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from headfold.detection.shrink import Geometry, shrink
 from headfold.detection.toy import Unproven
 from headfold.families import family_of
 from headfold.families.spec import Attention, Family, Rope, sites
-from headfold.verbs import detect as probing
+from headfold.verbs import detect as verb
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ("llama", "phi", "cohere", "qwen3", "phi3", "gpt_oss", "smollm3", "gemma3_text", "glm", "gpt_neox")
@@ -31,9 +31,9 @@ sinks; layers without position."""
 
 @cache
 def found(name: str) -> Detection:
-    """What the probe says of a tiny model's config, with the literals out of its reach."""
+    """What detection finds on a tiny model's config, with the literals out of its reach."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(headfold.families, "all_families", lambda: pytest.fail("the probe looks at the literals"))
+        patch.setattr(headfold.families, "all_families", lambda: pytest.fail("detection looks at the literals"))
         return detect(tiny_checkpoint(name))
 
 
@@ -43,7 +43,7 @@ def test_the_literal_found_says_what_the_one_written_by_hand_says(name: str) -> 
     config = json.loads((tiny_checkpoint(name) / "config.json").read_text())
     tensors = load_file(tiny_checkpoint(name) / "model.safetensors")
     written = sites(family_of(config), config, tensors)
-    # Whether a class takes heads of another width, and what scales its logits, the probe does not find out.
+    # Whether a class takes another head_dim, and what scales its logits, detection does not find out.
     blind = [replace(site, any_head_dim=False, fixed_head_dim=True, scale_from_head_dim=True) for site in written]
     assert sites(found(name).family, config, tensors) == blind
 
@@ -129,7 +129,7 @@ def test_prove_gives_the_literal_or_one_line(tmp_path: Path, monkeypatch: pytest
         prove(tmp_path)
 
 
-def test_a_checkpoint_is_probed_as_its_config_has_it(tmp_path: Path) -> None:
+def test_a_checkpoint_is_detected_as_its_config_has_it(tmp_path: Path) -> None:
     """Not as its class assumes: a norm that is off by default is on here."""
     config = json.loads((tiny_checkpoint("cohere") / "config.json").read_text()) | {"use_qk_norm": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -146,20 +146,20 @@ def test_every_kind_of_layer_is_in_the_toy() -> None:
 
 
 def test_the_verb_writes_the_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "experiment", lambda *_: found("llama"))
+    monkeypatch.setattr(verb, "experiment", lambda *_: found("llama"))
     out = tmp_path / "family.py"
     ran = CliRunner().invoke(headfold.cli.app, ["detect", "llama", "--out", str(out)])
     assert ran.exit_code == 0 and "all laws hold" in ran.stdout and f"wrote {out}" in ran.stdout
     assert out.read_text() == found("llama").source
     with pytest.raises(UserError, match="expected nothing there"):
-        probing.detect("llama", out=out)
+        verb.detect("llama", out=out)
     answer = json.loads(CliRunner().invoke(headfold.cli.app, ["detect", "llama", "--json"]).stdout)
     assert answer["proven"] and answer["literal"] == out.read_text()
 
 
 def test_without_a_proof_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"olmo2: no literal to write to .*: its q_norm"):
-        probing.detect("olmo2", out=tmp_path / "family.py")
+        verb.detect("olmo2", out=tmp_path / "family.py")
     assert not list(tmp_path.iterdir())
     shown = CliRunner().invoke(headfold.cli.app, ["detect", "olmo2"])
     assert shown.exit_code == 0 and "not foldable: its q_norm" in shown.stdout

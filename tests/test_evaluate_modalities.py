@@ -358,16 +358,16 @@ def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, t
 
 
 def test_view_shows_what_was_measured(capsys):
-    from headfold.report.views import show_evaluation
+    from headfold.report.evaluations import show_scores
 
     measured = classification.Classification(num_items=1234, accuracy=0.5, cross_entropy=1.25, seconds=1.0)
-    show_evaluation(DataEvaluation("images", "folded", None, "pictures", "float32", measured))
+    show_scores(DataEvaluation("images", "folded", None, "pictures", "float32", measured))
     alone = capsys.readouterr().out
     assert "1,234 images of pictures" in alone and "50.00%" in alone and "1.2500" in alone and "KL" not in alone
     measured = dataclasses.replace(
         measured, reference_accuracy=0.75, reference_cross_entropy=1.0, kl=0.125, agreement=0.9
     )
-    show_evaluation(DataEvaluation("images", "folded", "original", "pictures", "float32", measured))
+    show_scores(DataEvaluation("images", "folded", "original", "pictures", "float32", measured))
     beside = capsys.readouterr().out
     assert "original" in beside and "75.00%" in beside and "0.1250" in beside and "90.00%" in beside
 

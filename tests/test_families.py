@@ -78,9 +78,9 @@ def test_the_site_is_where_the_stock_model_has_it(name: str) -> None:
     directory = tiny_checkpoint(name)
     modules = dict(stock_model(directory).named_modules())
     found = tiny_sites(directory)
-    attentions = [path for path in modules if path.endswith("self_attn")]
-    assert len(attentions) == len(found) == 2
-    for path, (site, heads) in zip(attentions, found, strict=True):
+    attention_paths = [path for path in modules if path.endswith("self_attn")]
+    assert len(attention_paths) == len(found) == 2
+    for path, (site, heads) in zip(attention_paths, found, strict=True):
         assert site.module == path
         assert modules[path].num_key_value_groups * heads.num_kv_heads == heads.num_heads
         claimed = {site.tensor(role) for role in site.weights}

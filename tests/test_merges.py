@@ -238,13 +238,13 @@ def test_only_declared_statistics_are_read(name: str) -> None:
 
 
 @EVERY_MERGE
-def test_wide_heads_are_made_as_declared(name: str) -> None:
+def test_head_dim_multiples_are_made_as_declared(name: str) -> None:
     site = random_site("halves")
     takes = "head_dim_multiple" in inspect.signature(record_of(name).merge).parameters
     assert takes == record_of(name).head_dim_multiples
     if takes:
-        wide = merges.parse_merge(name)(site.heads, Groups.contiguous(4, 2), site.stats, head_dim_multiple=2)
-        assert wide.head_dim == 2 * site.heads.head_dim
+        enlarged = merges.parse_merge(name)(site.heads, Groups.contiguous(4, 2), site.stats, head_dim_multiple=2)
+        assert enlarged.head_dim == 2 * site.heads.head_dim
 
 
 @EVERY_MERGE

@@ -103,11 +103,11 @@ def words(source: Path, out: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """What two processes left: by case what each found, by command what each answered (code, stdout, stderr), and the leader's folder."""
+    """What two processes left: by case what each found, by command what each answered (code, stdout, stderr), and rank 0's directory."""
 
     found: dict[str, list[dict[str, Tensor]]]
     answers: dict[str, list[list[Any]]]
-    leader: Path
+    of_rank_0: Path
 
 
 @pytest.fixture(scope="module")
@@ -187,15 +187,15 @@ def test_two_processes_find_what_one_does(name: str, launched: Launched) -> None
 
 
 def test_the_first_process_writes_and_speaks_alone(launched: Launched) -> None:
-    leader, answers = launched.leader, launched.answers
+    of_rank_0, answers = launched.of_rank_0, launched.answers
     for name in ("calibrate", "fold", "healed", "alone", "evaluated", "planned", "routed"):
         (code, out, err), second = answers[name]
         assert code == 0 and out, err
         assert second == [0, "", ""]
-    made = {path.name for path in leader.parent.iterdir() if path.suffix not in (".json", ".safetensors")}
+    made = {path.name for path in of_rank_0.parent.iterdir() if path.suffix not in (".json", ".safetensors")}
     assert made == {"first"}
     made = {"stats.safetensors", "out", "healed", "plan.json", "plan.sensitivity.json", "routed"}
-    assert {path.name for path in leader.iterdir()} == made | {"mine", "mine.txt"}
+    assert {path.name for path in of_rank_0.iterdir()} == made | {"mine", "mine.txt"}
     result = json.loads(answers["healed"][0][1])
     assert result["healed"] == 4096 and result["verification"]["passed"]
 
@@ -221,7 +221,7 @@ def test_the_sample_and_its_fingerprint_are_those_of_one_process(
     source: Path, launched: Launched, tmp_path: Path
 ) -> None:
     headfold.calibrate(source, tmp_path / "alone.safetensors", tokens=512, context=32)
-    together, alone = StatsFile(launched.leader / "stats.safetensors"), StatsFile(tmp_path / "alone.safetensors")
+    together, alone = StatsFile(launched.of_rank_0 / "stats.safetensors"), StatsFile(tmp_path / "alone.safetensors")
     assert together.metadata == alone.metadata and together.metadata["source"] == "self"
     assert_bitwise(together.sample()["input_ids"], alone.sample()["input_ids"])
     for site in alone:
@@ -232,19 +232,19 @@ def test_the_sample_and_its_fingerprint_are_those_of_one_process(
 
 def test_a_text_is_measured_as_by_one_process(source: Path, launched: Launched) -> None:
     together = json.loads(launched.answers["evaluated"][0][1])
-    alone = headfold.eval(source, reference=source, text=str(launched.leader / "mine.txt"), context=32)
+    alone = headfold.eval(source, reference=source, text=str(launched.of_rank_0 / "mine.txt"), context=32)
     assert together["num_tokens"] == alone.num_tokens and together["num_windows"] == alone.num_windows > 2
     assert_tight(torch.tensor(together["nll"]).double(), torch.tensor(alone.nll).double())
 
 
 def test_a_route_is_settled_as_by_one_process(grouped: Path, launched: Launched, tmp_path: Path) -> None:
     """Of batches that each process measured half of."""
-    text = str(launched.leader / "mine.txt")
+    text = str(launched.of_rank_0 / "mine.txt")
     alone = headfold.route(grouped, tmp_path / "routed", calibration=text, tokens=512, context=32)
     together = json.loads(launched.answers["routed"][0][1])
     assert together["sizes"] == {name: list(sizes) for name, sizes in alone.sizes.items()}
     assert any(len(set(sizes)) > 1 for sizes in alone.sizes.values())
-    a, b = ((path / "routed/model.safetensors").read_bytes() for path in (launched.leader, tmp_path))
+    a, b = ((path / "routed/model.safetensors").read_bytes() for path in (launched.of_rank_0, tmp_path))
     assert a == b
 
 
@@ -260,10 +260,10 @@ def test_a_task_is_measured_as_by_one_process(source: Path, launched: Launched, 
 
 
 def test_a_budget_is_allocated_as_by_one_process(source: Path, launched: Launched, tmp_path: Path) -> None:
-    stats = launched.leader / "stats.safetensors"
+    stats = launched.of_rank_0 / "stats.safetensors"
     alone = headfold.plan(source, tmp_path / "plan.json", kv_budget="50%", stats=stats)
-    assert Plan.load(launched.leader / "plan.json") == alone
-    both = [json.loads((folder / "plan.sensitivity.json").read_text()) for folder in (launched.leader, tmp_path)]
+    assert Plan.load(launched.of_rank_0 / "plan.json") == alone
+    both = [json.loads((folder / "plan.sensitivity.json").read_text()) for folder in (launched.of_rank_0, tmp_path)]
     for name, row in both[1]["loss_increase"].items():
         for count, increase in row.items():
             assert both[0]["loss_increase"][name][count] == pytest.approx(increase, rel=1e-3), (name, count)
@@ -286,7 +286,7 @@ def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_fold_is_that_of_one_process(alone: Path, launched: Launched) -> None:
-    out = launched.leader / "out"
+    out = launched.of_rank_0 / "out"
     together, one = (Plan.load(path / "plan.json") for path in (out, alone))
     assert together.calibration == one.calibration
     assert {n: s.groups for n, s in together.sites.items()} == {n: s.groups for n, s in one.sites.items()}

@@ -61,7 +61,7 @@ def test_the_energy_is_what_dropping_k_or_v_costs(freedom: str) -> None:
 @EVERY_FREEDOM
 def test_one_head_alone_and_equal_heads_lose_nothing(freedom: str) -> None:
     few = random_site(freedom, 2, 2)
-    site = RandomSite(few.heads.expand(4), few.x, few.recipe)
+    site = RandomSite(few.heads.expand(4), few.x, few.drawn)
     moments = site_moments(site.heads, site.stats)
     assert predicted_error(moments, [1]) == SiteError(0.0, 0.0)
     exactly(grouped_error(moments, Groups.contiguous(4, 2)), SiteError(0.0, 0.0), site_energy(moments))

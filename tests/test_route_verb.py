@@ -20,7 +20,7 @@ from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.core.routes import even, runs
 from headfold.runtime import routing
-from headfold.verbs import route as recipe
+from headfold.verbs import route as verb
 from headfold.verbs.export import export
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then again.\n" * 20
@@ -50,8 +50,8 @@ def folded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return place
 
 
-def settle(folded: Path, out: Path, **options: Any) -> recipe.RouteResult:
-    return recipe.route(folded, out, calibration=str(folded.parent / "text.txt"), tokens=512, **options)
+def settle(folded: Path, out: Path, **options: Any) -> verb.RouteResult:
+    return verb.route(folded, out, calibration=str(folded.parent / "text.txt"), tokens=512, **options)
 
 
 @torch.no_grad()
@@ -108,12 +108,12 @@ def test_what_cannot_be_settled_leaves_nothing(folded: Path, tmp_path: Path) -> 
     refusals = {
         "has no query head": lambda: settle(folded, tmp_path / "out", route="kdgqa:published=true"),
         "unknown runtime routes method": lambda: settle(folded, tmp_path / "out", route="nothing"),
-        "expected attention with fewer K/V heads": lambda: recipe.route(tmp_path / "llama", tmp_path / "out", **source),
-        "expected q, k and v as separate tensors": lambda: recipe.route(
+        "expected attention with fewer K/V heads": lambda: verb.route(tmp_path / "llama", tmp_path / "out", **source),
+        "expected q, k and v as separate tensors": lambda: verb.route(
             tmp_path / "phi3-partial-gqa", tmp_path / "out", **source
         ),
         "overlaps": lambda: settle(folded, folded),
-        "found no config.json there": lambda: recipe.route(tmp_path / "none", tmp_path / "out", **source),
+        "found no config.json there": lambda: verb.route(tmp_path / "none", tmp_path / "out", **source),
     }
     for words, attempt in refusals.items():
         with pytest.raises(UserError) as refusal:
@@ -125,7 +125,7 @@ def test_what_cannot_be_settled_leaves_nothing(folded: Path, tmp_path: Path) -> 
 def test_an_output_that_says_something_else_is_not_put_in_place(
     folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = recipe.routed_config
+    honest = verb.routed_config
 
     def forgetful(*given: Any) -> dict[str, Any]:
         config = honest(*given)
@@ -133,7 +133,7 @@ def test_an_output_that_says_something_else_is_not_put_in_place(
             del site["kv_of_query"]
         return config
 
-    monkeypatch.setattr(recipe, "routed_config", forgetful)
+    monkeypatch.setattr(verb, "routed_config", forgetful)
     with pytest.raises(UserError, match="expected the outputs of the routed model within .* not renamed"):
         settle(folded, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]

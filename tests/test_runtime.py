@@ -52,7 +52,7 @@ FUSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One class, where its attentions lie, and how its stock form fuses them."""
+    """One class, where its sites lie, and how its stock form fuses them."""
 
     model_class: str
     config: Mapping[str, Any]

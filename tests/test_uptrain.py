@@ -22,8 +22,8 @@ import headfold
 from headfold.core.errors import UserError
 from headfold.hf_models import open_tokenizer
 from headfold.runtime.modeling_headfold import grouped_class
-from headfold.train.attentions import find_attentions, set_trainable
 from headfold.train.distillation import Distillation, kl_divergence, relative_error
+from headfold.train.sites import find_sites, set_trainable
 from headfold.train.stream import Stream, collate
 from headfold.train.trainer import COMPLETE_MARK, last_complete_checkpoint
 from headfold.verbs.uptrain import uptrain
@@ -217,7 +217,7 @@ def test_a_length_may_be_said_in_tokens_or_as_a_share(folded: Path, text: str, t
     how = {**SHORT, "steps": None, "data": text}
     by_tokens = uptrain(folded, tmp_path / "a", **how, tokens=130)
     by_share = uptrain(folded, tmp_path / "b", **how, alpha=0.05, pretraining_tokens=2600)
-    assert by_tokens.recipe.steps == by_share.recipe.steps == 3 and by_tokens.tokens == 192
+    assert by_tokens.training.steps == by_share.training.steps == 3 and by_tokens.tokens == 192
 
 
 @pytest.mark.parametrize("how", [dict(accumulate=2), dict(gradient_checkpointing=True)])
@@ -265,11 +265,11 @@ def grouped(case: Case) -> Any:
 def test_attentions_are_found_whole_in_every_class(name: str) -> None:
     """Their parameters are those of q, k, v and o, and perhaps norms or biases; nothing of an MLP."""
     model = grouped(CASES[name])
-    found = find_attentions(model)
+    found = find_sites(model)
     assert found
-    for attention in found:
-        module, output = model.get_submodule(attention.module), model.get_submodule(attention.output)
-        assert attention.output.startswith(f"{attention.module}.")
+    for site in found:
+        module, output = model.get_submodule(site.module), model.get_submodule(site.output)
+        assert site.output.startswith(f"{site.module}.")
         sizes = sorted(p.numel() for p in module.parameters() if p.ndim == 2)
         assert len(sizes) >= 4 and next(output.parameters()).numel() >= sizes[-1] // 2
     set_trainable(model, "attention")

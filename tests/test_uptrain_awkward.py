@@ -142,7 +142,7 @@ def test_what_has_no_dropout_is_matched_without(name: str, fields: tuple[str, ..
 
 
 def test_a_fold_that_kept_every_head_trains_as_a_whole_only(tokenizer: Any, tmp_path: Path) -> None:
-    """It is what folds are measured beside; a class without grouped heads has no attentions to name."""
+    """It is what folds are measured beside; a class without grouped heads has no sites to name."""
     shutil.copytree(tiny_checkpoint("t5", torch.float32, vocab_size=len(tokenizer)), tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     pairs = tmp_path / "pairs.jsonl"
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(
 
 
 def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = TrainingConfig(1, "adamw", 1e-3, "constant", 0, batch=4)
+    training = TrainingConfig(1, "adamw", 1e-3, "constant", 0, batch=4)
     setup = TrainingArguments._setup_devices.func
 
     def two(told: Any) -> torch.device:
@@ -201,7 +201,7 @@ def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: 
     seen = functools.cached_property(two)
     seen.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
-    assert training_arguments(recipe, tmp_path, "cpu", None, 1).train_batch_size == 4
+    assert training_arguments(training, tmp_path, "cpu", None, 1).train_batch_size == 4
 
 
 def test_a_card_claims_nothing_that_training_undid() -> None:

@@ -15,14 +15,14 @@ class CountOption:
 
     num_kv_heads: int
     kv_bytes: int
-    """Per token."""
+    """K/V bytes per token."""
     loss_increase: float
 
 
 Options = Mapping[str, Sequence[CountOption]]
-"""By name of the sites that are decided together: a site, or the first site of a stack."""
+"""The possible counts of sites that are decided together, by the name of the site, or of the first site of a stack."""
 Allocation = dict[str, int]
-"""The chosen count by the same name."""
+"""The chosen counts, by the same names."""
 POINTS = 33
 """Number of budgets that `pareto_front` tries."""
 

@@ -36,7 +36,7 @@ between the least two is estimated too high, so that heads go to the wrong layer
 
 @dataclass(frozen=True, slots=True)
 class CurveRequest:
-    """How sites are folded, one alone, to be measured."""
+    """The methods by which single sites are folded to be measured."""
 
     group: str
     merge: str

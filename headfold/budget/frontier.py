@@ -22,17 +22,17 @@ class Point:
     """One allocation of K/V heads. Losses are those of `evaluate.sensitivity`: KL in nats for models with logits."""
 
     plan: str
-    """File name, beside frontier.json."""
+    """File name of the plan, beside frontier.json."""
     kv_bytes_per_token: int
     num_kv_heads: dict[str, int]
     predicted: float
     measured: float | None
-    """On the calibration data that single sites were measured on; refitted unless that was left out."""
+    """Loss increase on the calibration data that single sites were measured on; None where it was not measured."""
     uniform: bool
     """Whether every site has the same count, as --kv-heads gives."""
     head_dim_multiple: int = 1
     weight_bytes: int = 0
-    """Of attention (`conversion.serving_cost.ServingCost`), which larger head dims enlarge."""
+    """Bytes of the attention weights (`conversion.serving_cost.ServingCost`); larger head dims take more."""
 
 
 def front_points(

@@ -38,13 +38,13 @@ def folded_in_memory(
     refits = _refits(teacher, sites, plan, stats) if refitted else None
     multiples = plan.head_dim_multiples(sites)
     plain = [site for site in sites if multiples[site.name] == 1]
-    wide = (
+    with_multiple = (
         (site, _repeated(source, site, plan, stats, refits), site.num_kv_heads, multiple)
         for site in sites
         if (multiple := multiples[site.name]) > 1
     )
     parameters = twin_parameters(plain, plan, source, stats, refits)
-    with replaced_parameters(model, parameters), installed_heads(model, wide):
+    with replaced_parameters(model, parameters), installed_heads(model, with_multiple):
         yield
 
 
@@ -100,7 +100,7 @@ def last_part(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _part_size(sample: Mapping[str, Tensor]) -> int:
-    """At most half of the items, so that nothing is measured on what it was fitted on."""
+    """Return the number of items of a part: at most half of them, so that no site is measured on what it was fitted on."""
     first = next(iter(sample.values()))
     per_item = first[0].numel() if first.ndim == 2 else 64
     return max(1, min(len(first) // 2, MEASURED_TOKENS // per_item))

@@ -1,4 +1,4 @@
-"""What a budget asks for: a limit on bytes or loss, and the counts of K/V heads that may be used."""
+"""The request of a budget: a limit on bytes or loss, and the counts of K/V heads that may be used."""
 
 import math
 import re

@@ -31,7 +31,7 @@ _PREFIX = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor is: absolute byte offsets in the file `shard`."""
+    """The place of one tensor: absolute byte offsets in the file `shard`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

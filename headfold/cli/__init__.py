@@ -40,8 +40,8 @@ FIRST, FOLD, AFTER, MEASURE = "First", "Fold", "After a fold", "Measure and comp
 """Panels of verbs."""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from .. import __version__
 
         print(f"headfold {__version__}")

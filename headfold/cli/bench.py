@@ -37,11 +37,11 @@ def bench(
         str,
         option(
             "--attention", panel=HOW, metavar="NAME,NAME",
-            help="headfold is its own, with caches that grow in place; any other name is stock transformers'.",
+            help="Attention implementations: headfold, with caches that grow in place, or those of stock transformers by name.",
         ),
     ] = "headfold,sdpa",
     rounds: Annotated[
-        int, option("--rounds", panel=HOW, metavar="N", min=1, help="Rounds that medians are taken over.")
+        int, option("--rounds", panel=HOW, metavar="N", min=1, help="Number of rounds to take medians over.")
     ] = 5,
     skip_prefill: Annotated[
         bool,
@@ -77,8 +77,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Time decoding on this machine.
 
-    Times every new token inside generate: of folds beside their originals, under headfold's attention and under stock ones, in turns
-    inside one run. Says which decoding kernel was chosen here, and why."""
+    Times every new token inside generate, of folds and of their originals, with headfold's attention and with that of stock
+    transformers, alternating within one run. Reports which decoding kernel was chosen on this machine, and why."""
     from ..parallel import is_main
     from ..report import timings
     from ..report.plot import require_plot

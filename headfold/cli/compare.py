@@ -44,14 +44,14 @@ def compare(
         str | None,
         option(
             "--methods", panel=HOW, metavar="NAME,NAME",
-            help="Of mean, first, random, procrustes, procrustes+norm, qcqa-ec, qcqa-ac, asymgqa, asymgqa-unequal, absorb, "
+            help="Methods: mean, first, random, procrustes, procrustes+norm, qcqa-ec, qcqa-ac, asymgqa, asymgqa-unequal, absorb, "
             "absorb-unequal (groups of several sizes) and absorb-wide (twice the head_dim in the same cache), each but random "
             "also with +refit. Default: all.",
         ),
     ] = None,
     seed: Seed = 0,
     text: Annotated[
-        str | None, option("--text", panel=DATA, metavar="SOURCE", help="What to measure on, as in headfold eval.")
+        str | None, option("--text", panel=DATA, metavar="SOURCE", help="Data to measure on, as in headfold eval.")
     ] = None,
     limit: Annotated[
         int | None, option("--limit", panel=DATA, metavar="N", min=1, help="Items to measure on; tokens of plain text.")
@@ -66,7 +66,7 @@ def compare(
     dtype: Dtype = None,
     out: Annotated[
         Path | None,
-        option("--out", panel=OUTPUT, metavar="DIR", help="Where rows are kept, to go on. Default: MODEL.compare"),
+        option("--out", panel=OUTPUT, metavar="DIR", help="Directory that keeps the rows, to resume from. Default: MODEL.compare"),
     ] = None,
     plot: Annotated[
         Path | None, option("--plot", panel=OUTPUT, metavar="FILE.png", help="Draw the loss increase against the K/V cache.")
@@ -75,10 +75,10 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Fold by every method, and show what each loses.
+    """Fold by every method, and compare the loss increases.
 
     Calibrates once, folds MODEL by every method to every count of K/V heads, measures each beside the original, and prints one table.
-    Rows that were computed before are kept: run the same command again to go on."""
+    Rows that were computed before are kept: run the same command again to resume."""
     from ..conversion.outputs import refuse_existing
     from ..report import comparisons
     from ..report.plot import require_plot
@@ -109,6 +109,6 @@ def compare(
         comparisons.show_comparison(found)
     elif is_main():
         for what, reason in found.skipped.items():
-            print(f"left out: {what}: {reason}", file=sys.stderr)
+            print(f"skipped: {what}: {reason}", file=sys.stderr)
     if plot is not None and is_main():
         comparisons.plot_comparison(plot, found)

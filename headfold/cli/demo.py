@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Fold the bundled model once, and show it before and after.
 
-    Folds a small language model that lies in this package to half of its K/V heads, and measures both on held-out text: under a minute,
+    Folds a small language model that is part of this package to half of its K/V heads, and measures both on held-out text: under a minute,
     and nothing else is needed."""
     from ..report.demo import show_demo
     from ..report.progress import ProgressReport

@@ -37,7 +37,7 @@ def detect(
     with ProgressReport(silent=as_json) as progress:
         found = verb.detect(model, out=out, force=force, progress=progress)
     if not answered(found.to_json(), as_json):
-        views.show_probe(found, out)
+        views.show_detection(found, out)
 
 
 @wraps(detect)

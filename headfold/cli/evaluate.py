@@ -22,7 +22,7 @@ def evaluate(
     ],
     compare: Annotated[
         bool,
-        option("--compare", panel=MEASURE, help="Measure several models on the same data, and how far each is from the first."),
+        option("--compare", panel=MEASURE, help="Measure several models on the same data, with their differences to the first."),
     ] = False,
     reference: Annotated[
         str | None, option("--reference", panel=MEASURE, metavar="ORIGINAL", help="The model that MODEL was folded from.")
@@ -31,7 +31,7 @@ def evaluate(
         str | None,
         option(
             "--text", panel=DATA, metavar="SOURCE",
-            help="What to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); sentences; a "
+            help="Data to measure on: text, or any source as in --calibration; pairs of text (SRC.en,SRC.de or a table); sentences; a "
             "folder or table of images. Default, for language models alone: the bundled text.",
         ),
     ] = None,
@@ -91,7 +91,10 @@ def evaluate(
     classifier, similarity of an encoder's embeddings to the original's. With --reference the original is measured as well, and the KL
     to it. With --compare several models are measured, and 95 % intervals of the differences are given."""
     _check_count(models, compare)
-    from ..report import contrasts, views
+    from ..evaluate.data import DataEvaluation
+    from ..evaluate.harness import TaskEvaluation
+    from ..evaluate.paired import PairedComparison
+    from ..report import evaluations
     from ..report.progress import ProgressReport
     from ..verbs import evaluate as verb
 
@@ -103,8 +106,15 @@ def evaluate(
     with ProgressReport(silent=as_json) as progress:
         found = verb.evaluate(models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen)
     if not answered(verb.facts(found), as_json):
-        show = {"PairedComparison": contrasts.show_contrast, "TaskEvaluation": contrasts.show_tasks}
-        show.get(type(found).__name__, views.show_evaluation)(found)
+        match found:
+            case PairedComparison():
+                evaluations.show_paired_comparison(found)
+            case TaskEvaluation():
+                evaluations.show_tasks(found)
+            case DataEvaluation():
+                evaluations.show_scores(found)
+            case _:
+                evaluations.show_evaluation(found)
 
 
 def _check_count(models: list[str], compare: bool) -> None:

@@ -62,7 +62,7 @@ def frontier(
 ) -> None:  # fmt: skip
     """Show what each size of the K/V cache costs.
 
-    Writes the Pareto front of K/V bytes against loss: frontier.json, a plan for every point (headfold fold --plan makes it), and a
+    Writes the Pareto front of K/V bytes against loss: frontier.json, a plan for every point (for headfold fold --plan), and a
     picture."""
     from ..report import comparisons
     from ..report.progress import ProgressReport

@@ -9,7 +9,7 @@ EXAMPLES = ("headfold inspect meta-llama/Llama-2-7b-hf", "headfold inspect my-mo
 def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show heads, cache size and the predicted cost of folding.
 
-    Below the facts comes the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
+    Below the facts it shows the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
     elsewhere."""
     from ..report import views
     from ..report.progress import ProgressReport

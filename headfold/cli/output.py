@@ -1,4 +1,4 @@
-"""What verbs do with their options and with their result."""
+"""Options as verbs take them, and the output of their results."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def counts(option: str, text: str) -> tuple[int, ...]:
     """Split a list of counts such as `1,8,32`.
 
     Raises:
-        UserError: something else.
+        UserError: the text is not a list of counts.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):

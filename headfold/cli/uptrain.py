@@ -21,11 +21,11 @@ def uptrain(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
     steps: Annotated[int | None, option("--steps", panel=LENGTH, metavar="N", min=1, help="Steps to train.")] = None,
     tokens: Annotated[
-        int | None, option("--tokens", panel=LENGTH, metavar="N", min=1, help="The same, in tokens of text.")
+        int | None, option("--tokens", panel=LENGTH, metavar="N", min=1, help="Tokens of text to train on, instead of --steps.")
     ] = None,
     alpha: Annotated[
         float | None,
-        option("--alpha", panel=LENGTH, metavar="SHARE", help="The same, as a share of --pretraining-tokens; 0.05 in 2305.13245."),
+        option("--alpha", panel=LENGTH, metavar="SHARE", help="Tokens as a share of --pretraining-tokens; 0.05 in 2305.13245."),
     ] = None,
     pretraining_tokens: Annotated[
         int | None,
@@ -33,7 +33,7 @@ def uptrain(
     ] = None,
     distill: Annotated[
         str | None,
-        option("--distill", panel=HOW, metavar="ORIGINAL", help="Learn from the model it was folded from. Default: from data alone."),
+        option("--distill", panel=HOW, metavar="ORIGINAL", help="Distill from the original of the fold. Default: train on data alone."),
     ] = None,
     train: Annotated[
         str,
@@ -43,7 +43,7 @@ def uptrain(
         str | None,
         option(
             "--wgqa", panel=HOW, metavar="OPTIONS",
-            help="K and V as weighted sums of the original's heads while training: kind=scalar|row|column,init=mean|random,frozen=true.",
+            help="Train K and V as weighted sums of the original's heads: kind=scalar|row|column,init=mean|random,frozen=true.",
         ),
     ] = None,
     original: Annotated[
@@ -51,7 +51,7 @@ def uptrain(
         option("--original", panel=HOW, metavar="MODEL", help="The model whose heads --wgqa weighs. Default: --distill."),
     ] = None,
     batch: Annotated[
-        int, option("--batch", panel=HOW, metavar="N", min=1, help="Items of a step, over all processes.")
+        int, option("--batch", panel=HOW, metavar="N", min=1, help="Items per step, over all processes.")
     ] = 16,
     learning_rate: Annotated[
         float | None,
@@ -66,14 +66,14 @@ def uptrain(
         option("--schedule", panel=HOW, metavar="NAME", help="constant, linear or cosine. Default: linear with --distill, else constant."),
     ] = None,
     warmup: Annotated[
-        int | None, option("--warmup", panel=HOW, metavar="N", min=0, help="Steps. Default: 5 %, at most 100.")
+        int | None, option("--warmup", panel=HOW, metavar="N", min=0, help="Warm-up steps. Default: 5 %, at most 100.")
     ] = None,
     weight_decay: Annotated[
         float, option("--weight-decay", panel=HOW, metavar="RATE", min=0, help="Weight decay of AdamW.")
     ] = 0.0,
     site_weight: Annotated[
         float,
-        option("--site-weight", panel=HOW, metavar="W", min=0, help="Weight of the attentions' relative error beside the KL of --distill."),
+        option("--site-weight", panel=HOW, metavar="W", min=0, help="Weight of the attention outputs' error beside the KL of --distill."),
     ] = 1.0,
     seed: Seed = 0,
     data: Annotated[
@@ -92,14 +92,14 @@ def uptrain(
     ] = None,
     accumulate: Annotated[
         int,
-        option("--accumulate", panel=WHERE, metavar="N", min=1, help="Parts that a process takes its share in, to save memory."),
+        option("--accumulate", panel=WHERE, metavar="N", min=1, help="Parts that each process divides its batch into, to save memory."),
     ] = 1,
     gradient_checkpointing: Annotated[
         bool,
-        option("--gradient-checkpointing", panel=WHERE, help="Half the memory of activations or less, for more time."),
+        option("--gradient-checkpointing", panel=WHERE, help="Recompute activations: half their memory or less, for more time."),
     ] = False,
     save_every: Annotated[
-        int, option("--save-every", panel=OUTPUT, metavar="STEPS", min=1, help="Steps that a killed run loses at most.")
+        int, option("--save-every", panel=OUTPUT, metavar="STEPS", min=1, help="Steps between checkpoints to resume from.")
     ] = 500,
     log_every: Annotated[
         int, option("--log-every", panel=OUTPUT, metavar="STEPS", min=1, help="Steps between recorded losses.")
@@ -108,19 +108,19 @@ def uptrain(
         Path | None, option("--plot", panel=OUTPUT, metavar="FILE.png", help="Draw the learning curve.")
     ] = None,
     tensorboard: Annotated[
-        Path | None, option("--tensorboard", panel=OUTPUT, metavar="DIR", help="Write its events there.")
+        Path | None, option("--tensorboard", panel=OUTPUT, metavar="DIR", help="Write TensorBoard events to this directory.")
     ] = None,
     resume: Annotated[
-        bool, option("--resume", panel=OUTPUT, help="Insist on an unfinished run to resume; never begin one.")
+        bool, option("--resume", panel=OUTPUT, help="Fail unless there is an unfinished run to resume.")
     ] = False,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Continue training a fold, by its own loss or toward its original.
+    """Continue training a fold, by its own loss or by distillation.
 
-    OUT is an ordinary checkpoint of FOLDED's form. The same command resumes from OUT.partial after a kill. Runs under torchrun and
-    accelerate launch too."""
+    OUT is a checkpoint of the same form as FOLDED. After a kill, the same command resumes from OUT.partial. Several processes are
+    started by torchrun or accelerate launch."""
     from ..report import views
     from ..report.plot import draw_curve, require_plot
     from ..report.progress import ProgressReport

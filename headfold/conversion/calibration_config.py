@@ -1,7 +1,7 @@
-"""Which data a model is calibrated on."""
+"""The request and the config of calibration data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,9 +30,29 @@ class CalibrationRequest:
     context: int | None = None
     seed: int = 0
 
+    @classmethod
+    def recorded(cls, facts: Mapping[str, str]) -> "CalibrationRequest | None":
+        """Return the request that draws the data again which the metadata of statistics or a plan record; None where they name none."""
+        if not facts.keys() >= {"source", "seed", "tokens"}:
+            return None
+        is_text = facts.get("kind", "text") == "text"
+        amount, columns = int(facts["tokens"]), tuple(filter(None, facts.get("columns", "").split(",")))
+        return cls(
+            facts["source"], amount, amount, columns, int(facts["context"]) if is_text else None, int(facts["seed"])
+        )
+
+    def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":
+        """Return the request for the data of an earlier one, in the amount and context of this one where it names them."""
+        return replace(
+            earlier,
+            tokens=self.tokens or earlier.tokens,
+            items=self.items or earlier.items,
+            context=self.context or earlier.context,
+        )
+
     @property
     def names_data(self) -> bool:
-        """Whether it asks for other data than what was used before."""
+        """Whether the request names data of its own, rather than what was used before."""
         return (self.source, self.tokens, self.items, self.context) != (None, None, None, None)
 
 
@@ -41,7 +61,7 @@ class CalibrationConfig:
     """Calibration data before any of it is read. `tokens` counts packed text, `items` everything else."""
 
     kind: str
-    """As `headfold.corpus.samples.kind_of` says."""
+    """Kind of data (`headfold.corpus.samples.kind_of`)."""
     source: str
     tokens: int
     items: int
@@ -60,8 +80,8 @@ class CalibrationConfig:
         Raises:
             UserError: a model that cannot write its own calibration text has no data named.
         """
-        if request.source is None and recorded is not None and names_data(recorded):
-            request = _from_record(request, recorded)
+        if request.source is None and (earlier := CalibrationRequest.recorded(recorded or {})):
+            request = request.with_data_of(earlier)
         kind = kind_of(opened.checkpoint.config)
         if request.source is None and kind != "text":
             raise UserError(
@@ -86,22 +106,3 @@ class CalibrationConfig:
         columns = {"columns": ",".join(self.columns)} if self.columns else {}
         named = {"kind": self.kind, "source": self.source, "tokens": str(amount), "seed": str(self.seed)}
         return {**named, **length, **columns, "fingerprint": fingerprint(sample)}
-
-
-def names_data(recorded: Mapping[str, str]) -> bool:
-    """Return whether the metadata of statistics or a plan say which data they were measured on."""
-    return recorded.keys() >= {"source", "seed", "tokens"}
-
-
-def _from_record(request: CalibrationRequest, recorded: Mapping[str, str]) -> CalibrationRequest:
-    is_text = recorded.get("kind", "text") == "text"
-    amount = int(recorded["tokens"])
-    columns: Sequence[str] = list(filter(None, recorded.get("columns", "").split(",")))
-    return CalibrationRequest(
-        recorded["source"],
-        request.tokens or amount,
-        request.items or amount,
-        tuple(columns),
-        request.context or (int(recorded["context"]) if is_text else None),
-        int(recorded["seed"]),
-    )

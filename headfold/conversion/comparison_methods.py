@@ -47,4 +47,4 @@ def common_counts(source: Source, kv_heads: Sequence[str | int], methods: Sequen
         UserError: a count that one of them cannot have.
     """
     unequal = all(parse_group(METHODS[name.removesuffix(REFIT)]["group"]).unequal for name in methods)
-    return [parse_kv_heads(asked, source.num_kv_heads, unequal=unequal) for asked in kv_heads]
+    return [parse_kv_heads(requested, source.num_kv_heads, unequal=unequal) for requested in kv_heads]

@@ -22,27 +22,27 @@ class MethodRow:
 
     method: str
     num_kv_heads: int
-    """Whose cache the fold takes, in heads of the source's head_dim."""
+    """K/V heads of the source's head_dim that take as much cache as the fold."""
     kv_bytes_per_token: int
     metric: str
     value: float
     original: float | None
     loss_increase: float
-    """How much worse than the original's the metric is, whichever direction is better."""
+    """Difference of the metric to the original's; positive if the fold is worse, whichever direction is better."""
     kl: float | None
     """KL to the original, in nats per token or item; None where the metric has none."""
     seconds: float
-    """Of the fold: plan, merge, refit and writing, without calibration."""
+    """Seconds that the fold took: plan, merge, refit and writing, without calibration."""
     peak_bytes: int | None
     """Most memory that the fold took."""
     weight_bytes: int
-    """Of attention, and beside it its arithmetic in a prompt: `conversion.serving_cost.ServingCost`."""
+    """Bytes of the attention weights; like `flops_per_token` as in `conversion.serving_cost.ServingCost`."""
     flops_per_token: int
 
 
 @dataclass(frozen=True, slots=True)
 class MethodComparison:
-    """All rows, and where they lie."""
+    """The rows of a comparison, and the directory that keeps them."""
 
     model: str
     data: str

@@ -1,4 +1,4 @@
-"""Refitted heads on disk, a file per site: what a killed fold goes on from, and what is merged is merged once."""
+"""Fitted heads on disk, a file per site, from which a killed fold goes on."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..core.fitted import FittedHeads
 
 
 class FittedSites(Mapping[str, FittedHeads]):
-    """By site, its fitted weights, each read when it is asked for; one site is held at a time."""
+    """A mapping from sites to their fitted weights, each read when it is asked for; one site is held in memory at a time."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -38,7 +38,7 @@ class FittedSites(Mapping[str, FittedHeads]):
 
     @property
     def facts(self) -> dict[str, str]:
-        """Of what the sites were fitted on, which is the same for all; empty where there are none."""
+        """The facts of the data that the sites were fitted on, the same for all sites; empty if no site is fitted."""
         for site in self:
             with safe_open(self._path(site), "pt") as file:
                 return dict(sorted((file.metadata() or {}).items()))

@@ -41,7 +41,7 @@ class FoldJob:
 
     @property
     def work(self) -> Path:
-        """Where statistics and fitted heads wait while the output grows; removed before the output is renamed."""
+        """The directory of statistics and fitted heads while the output grows; removed before the output is renamed."""
         return self.staging / _WORK
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a fold is asked to do, resolved: the plan or what it is made by, the calibration data, and the settings that identify the job."""
+"""The resolved request of a fold: the plan or the methods to make it by, the calibration data, and the settings that identify the job."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,14 +11,14 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..refine import heal as healing
 from ..refine.refit import num_passes
-from .calibration_config import CalibrationConfig, CalibrationRequest, names_data
+from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
 from .source import Source
 
 
 @dataclass(frozen=True, slots=True)
 class FoldRequest:
-    """How a fold is made. `plan` is None where it is still to be made by `group` and `merge`."""
+    """A request with its defaults filled in. `plan` is None where it is still to be made by `group` and `merge`."""
 
     plan: Plan | None
     kv_heads: str | int
@@ -73,7 +73,7 @@ def resolve_fold(
         needed = planning.statistics_needed("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
     calibration = None
-    if needed or refit or heal or data.source is not None or names_data(recorded):
+    if needed or refit or heal or data.source is not None or CalibrationRequest.recorded(recorded):
         calibration = CalibrationConfig.resolve(source, data, recorded)
     length = 0
     if heal:

@@ -1,4 +1,4 @@
-"""What a fold reports."""
+"""The result of a fold."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from .source import Source
 
 @dataclass(frozen=True, slots=True)
 class FoldResult:
-    """What a fold wrote and what was found on the way."""
+    """The result of a fold: the output, its costs, and what was measured on the way."""
 
     out: Path
     family: str
@@ -31,7 +31,7 @@ class FoldResult:
     verification: Verification | None
     notes: list[str]
     seconds: dict[str, float]
-    """By stage."""
+    """Seconds by stage."""
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class FoldResult:
         notes: list[str],
         seconds: dict[str, float],
     ) -> "FoldResult":
-        """Put a result together."""
+        """Return the result of a fold that was written."""
         counts = plan.num_kv_heads.values()
         return cls(
             out=out,
@@ -74,9 +74,10 @@ class FoldResult:
 
     @property
     def kv_bytes_before(self) -> int:
-        """Bytes per token, over all layers, in the checkpoint's dtype."""
+        """K/V bytes of the source per token, over all layers, in the checkpoint's dtype."""
         return self.before.kv_bytes_per_token
 
     @property
     def kv_bytes_after(self) -> int:
+        """K/V bytes of the fold per token, over all layers, in the checkpoint's dtype."""
         return self.after.kv_bytes_per_token

@@ -9,7 +9,7 @@ from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..families.folded import folded_config as config_of_counts
 from ..families.spec import Site
-from ..runtime.rotary import wide_table
+from ..runtime.rotary import table_of_multiple
 from .source import Source
 
 
@@ -28,7 +28,7 @@ def folded_config(source: Source, plan: Plan) -> dict[str, Any]:
         _counts_to_write(sites, plan.num_kv_heads),
         _uneven_groups(sites, plan),
         plan.head_dim_multiples(sites.values()),
-        partial(wide_table, config),
+        partial(table_of_multiple, config),
     )
 
 

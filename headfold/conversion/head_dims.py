@@ -1,4 +1,4 @@
-"""Which head_dim multiples `--head-dim-multiple` allows: those that the model, the method and attention kernels take."""
+"""Choose head_dim multiples: those that the model, the method and attention kernels take."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What is refused before anything is written, and what a refusal leaves behind."""
+"""Refuse outputs that are in the way, and remove what an error left empty."""
 
 import shutil
 from collections.abc import Iterator

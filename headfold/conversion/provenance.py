@@ -1,4 +1,4 @@
-"""What a fold's card says: how it was made, what it costs to serve, what it is predicted to lose."""
+"""The facts on a fold's card: how it was made, its serving costs, its predicted error."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from .source import Source
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """How heads were fitted after their merge, and on what."""
+    """The steps by which heads were fitted after their merge, and the data they were fitted on."""
 
     refitted: bool = False
     healed: int = 0

@@ -1,4 +1,4 @@
-"""What attention costs to serve: cache, weights and arithmetic, before and after a plan."""
+"""The costs of serving attention: cache, weights and arithmetic, before and after a plan."""
 
 from dataclasses import dataclass
 from math import prod

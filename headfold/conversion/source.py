@@ -31,7 +31,7 @@ class Source:
     """A checkpoint with its family and sites, checked to be one that can be folded."""
 
     name: str
-    """As the user wrote it: a directory or a hub id."""
+    """Name of the model as the user wrote it: a directory or a hub id."""
     checkpoint: Checkpoint
     family: Family
     every_site: list[Site]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 HEALING_BYTES = 2**31
 """Bytes of hidden states, attention inputs and answers, in float32, while one block after another is healed on text."""
 MAX_ITEM_FACTOR = 4
-"""How many times the calibration items healing draws at most."""
+"""Healing draws at most this many times the calibration items."""
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
 
@@ -52,7 +52,7 @@ class Teacher:
     """None where no step needs calibration data."""
     device: str
     dtype: torch.dtype | None = None
-    """To compute in; by default the fastest that holds the weights (`hf_models.compute_dtype`)."""
+    """dtype that the model computes in; by default the fastest that holds the weights (`hf_models.compute_dtype`)."""
     progress: Progress = no_progress
     notes: list[str] = field(default_factory=list)
     _model: Any = None

@@ -36,7 +36,7 @@ class Twin(Mapping[str, Tensor]):
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     @property
-    def has_wide_heads(self) -> bool:
+    def has_head_dim_multiples(self) -> bool:
         """Whether some K/V heads have a multiple of the source's head_dim, which its shapes have no place for."""
         return any(multiple > 1 for multiple in self._plan.head_dim_multiples(self._source.sites).values())
 
@@ -46,7 +46,7 @@ class Twin(Mapping[str, Tensor]):
         return {parameter: name for site in self._source.sites for name, parameter in site.parameters.items()}
 
     def install(self, model: "PreTrainedModel") -> "PreTrainedModel":
-        """Install the twin in a model of the source, slot by slot where heads are wide, under the source's RoPE frequencies."""
+        """Install the twin in a model of the source, slot by slot at a head_dim multiple, under the source's RoPE frequencies."""
         for site in self._source.sites:
             tensors = self._tensors(site)
             multiple = self._plan.sites[site.name].head_dim // site.head_dim

@@ -1,4 +1,4 @@
-"""What an uptraining trains on what and toward what, checked, with defaults filled in."""
+"""The config of an uptraining, checked, with defaults filled in."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from ..families.context import context_length
 from ..parallel import num_processes
 from ..runtime.load import read_checked_config
 from ..train import wgqa as weighing
-from ..train.attentions import SCOPES
+from ..train.sites import SCOPES
 from ..train.trainer import OPTIMIZERS, SCHEDULES, TrainingConfig
 from .teacher import MAX_CONTEXT
 
@@ -30,7 +30,7 @@ DEFAULT_BATCH = next(field.default for field in fields(TrainingConfig) if field.
 
 @dataclass(frozen=True, slots=True)
 class UptrainConfig:
-    """What is trained on what, and toward what; `TrainingConfig` says how."""
+    """The trained parameters, their data and their objective; `TrainingConfig` holds the hyperparameters."""
 
     train: str
     data: str
@@ -50,7 +50,7 @@ class UptrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long to train, given in one of three ways."""
+    """The length of a training, given in one of three ways."""
 
     steps: int | None
     tokens: int | None
@@ -133,10 +133,10 @@ def resolve_uptrain(
     )
 
 
-def resolve_recipe(
+def resolve_training(
     distills: bool, length: Length, tokens_per_item: int | None, device: str, given: Mapping[str, Any]
 ) -> TrainingConfig:
-    """Return the recipe with the defaults of its kind of training, and a batch that the processes can divide.
+    """Return the hyperparameters with the defaults of their kind of training, and a batch that the processes can divide.
 
     Raises:
         UserError: a value out of range.
@@ -151,24 +151,24 @@ def resolve_recipe(
         "warmup": min(MAX_WARM_UP, steps // 20),
         "bf16": device.startswith("cuda") and torch.cuda.is_bf16_supported(),
     }
-    recipe = TrainingConfig(steps=steps, **{**defaults, **options})
-    _one_of("--optimizer", recipe.optimizer, tuple(OPTIMIZERS))
-    _one_of("--schedule", recipe.schedule, tuple(SCHEDULES))
-    _positive("--learning-rate", recipe.learning_rate)
-    _positive("--weight-decay", recipe.weight_decay, least=0)
-    parts = num_processes() * recipe.accumulate
+    training = TrainingConfig(steps=steps, **{**defaults, **options})
+    _one_of("--optimizer", training.optimizer, tuple(OPTIMIZERS))
+    _one_of("--schedule", training.schedule, tuple(SCHEDULES))
+    _positive("--learning-rate", training.learning_rate)
+    _positive("--weight-decay", training.weight_decay, least=0)
+    parts = num_processes() * training.accumulate
     if batch % parts:
         raise UserError(
-            f"--batch {batch}: expected a multiple of {parts} ({num_processes()} processes, {recipe.accumulate} parts); choose one"
+            f"--batch {batch}: expected a multiple of {parts} ({num_processes()} processes, {training.accumulate} parts); choose one"
         )
-    return recipe
+    return training
 
 
 def _data(requested: str | None, plan: Plan) -> str:
     source = requested or plan.calibration.get("source", "self")
     if source == "self":
         raise UserError(
-            "uptrain: expected data to train on, and the fold was calibrated on none that could serve; give --data SOURCE"
+            "uptrain: expected data to train on, got none or text that a model writes itself; give --data SOURCE"
         )
     return source
 

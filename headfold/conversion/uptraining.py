@@ -22,7 +22,7 @@ from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
 from ..parallel import is_main
 from ..report.card import uptrained_card
 from ..runtime.load import own_class
-from ..train import attentions as places
+from ..train import sites as places
 from ..train import wgqa
 from ..train.distillation import Distillation
 from ..train.sharding import check_sharding, gathered, load_everywhere
@@ -43,14 +43,14 @@ VERIFIED_ITEMS = 4
 
 @dataclass(frozen=True, slots=True)
 class UptrainResult:
-    """What an uptraining did, and where its checkpoint lies."""
+    """The result of an uptraining: its settings, its learning curve, and where its checkpoint lies."""
 
     out: Path
     kind: str
     data: str
     teacher: str | None
     train: str
-    recipe: TrainingConfig
+    training: TrainingConfig
     num_trained: int
     """Parameters that were trained."""
     num_parameters: int
@@ -72,7 +72,7 @@ class UptrainResult:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a trainer needs. `first` is the first item of the stream, `dtype` the one to write in."""
+    """The arguments of a trainer. `first` is the first item of the stream, `dtype` the one to write in."""
 
     stream: Stream
     first: Item
@@ -83,8 +83,7 @@ class Prepared:
     @property
     def tokens_per_item(self) -> int:
         """Tokens of an item as it is first read; 1 where it has none of its own."""
-        packed = "input_ids" in self.first and "attention_mask" not in self.first
-        return len(self.first["input_ids"]) if packed else 1
+        return len(self.first["input_ids"]) if self.stream.kind == "text" else 1
 
     @property
     def parameter_counts(self) -> tuple[int, int]:
@@ -103,7 +102,7 @@ class Uptraining:
     kind: str
     plan: Plan
     request: UptrainConfig
-    recipe: TrainingConfig
+    training: TrainingConfig
     settings: Mapping[str, Any]
     device: str
 
@@ -113,12 +112,12 @@ class Uptraining:
 
     @property
     def work(self) -> Path:
-        """Where the trainer's checkpoints lie; removed before the output is renamed."""
+        """The directory of the trainer's checkpoints; removed before the output is renamed."""
         return self.staging / _WORK
 
     @property
     def unit(self) -> str:
-        """What progress and results count."""
+        """The unit of progress and results: tokens or items."""
         return "tokens" if self.kind == "text" else "items"
 
     def prepare(self) -> Prepared:
@@ -141,7 +140,7 @@ class Uptraining:
     @torch.no_grad()
     def _try_one_item(self, model: Any, distillation: Distillation | None, first: Item) -> None:
         batch = {name: tensor.to(self.device) for name, tensor in collate([first]).items()}
-        cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.bf16)
+        cast = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.training.bf16)
         try:
             with cast:
                 answer = model(**batch) if distillation is None else distillation(model, batch)
@@ -160,7 +159,7 @@ class Uptraining:
         tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
         request = self.request
         return Stream(
-            self.kind, request.data, self.folded, tokenizer, request.context, self.recipe.seed, request.columns
+            self.kind, request.data, self.folded, tokenizer, request.context, self.training.seed, request.columns
         )
 
     def _open(self, directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
@@ -171,8 +170,8 @@ class Uptraining:
     def _distillation(self, model: "PreTrainedModel", first: Item) -> Distillation | None:
         place = self.request.teacher
         if place is not None:
-            outputs = [attention.output for attention in places.find_attentions(model)]
-            dtype = stored_dtype(place) if self.recipe.bf16 else None  # the teacher takes no steps
+            outputs = [site.output for site in places.find_sites(model)]
+            dtype = stored_dtype(place) if self.training.bf16 else None  # the teacher takes no steps
             teacher = self._open(place, json.loads((place / "config.json").read_text()), dtype)
             theirs = self._outputs_of(teacher, outputs, place)
             return Distillation(teacher, model, outputs, self.request.site_weight, teacher_outputs=theirs)
@@ -202,7 +201,7 @@ class Uptraining:
                     f"--original {request.original}: expected the model that {self.folded.name} was folded from, got another"
                 )
             wgqa.attach(
-                model, source.every_site, self.plan, source.checkpoint.read, request.wgqa, seed=self.recipe.seed
+                model, source.every_site, self.plan, source.checkpoint.read, request.wgqa, seed=self.training.seed
             )
         return places.set_trainable(model, "lora") if request.train == "lora" else model
 
@@ -241,7 +240,7 @@ class Uptraining:
             UserError: as said.
         """
         with removed_if_empty(self.staging):
-            check_sharding(trainer, self.recipe.optimizer, last)
+            check_sharding(trainer, self.training.optimizer, last)
 
     def trained_model(self, trainer: Uptrainer, distillation: Distillation | None) -> Any:
         """Return the trained model, whole, on rank 0; None elsewhere."""
@@ -303,15 +302,15 @@ class Uptraining:
         commit(self.staging, self.out, force)
 
     def _card_facts(self, result: UptrainResult) -> dict[str, str]:
-        request, recipe, losses = self.request, self.recipe, [entry["loss"] for entry in result.curve]
-        distilled = request.teacher and f"KL to `{request.teacher.name}` and the error of every attention"
+        request, training, losses = self.request, self.training, [entry["loss"] for entry in result.curve]
+        distilled = request.teacher and f"KL to `{request.teacher.name}` and the error of every site"
         weighted = "" if request.wgqa is None else f", K and V as {request.wgqa}"
         return {
             "data": Path(result.data).name if Path(result.data).exists() else result.data,
             "objective": distilled or "the model's own loss",
             "trained": f"{result.train}{weighted}, {result.num_trained:,} of {result.num_parameters:,} parameters",
-            "steps": f"{recipe.steps:,} of {recipe.batch} items, {result.tokens:,} {self.unit} in all",
-            "optimizer": f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup} steps",
+            "steps": f"{training.steps:,} of {training.batch} items, {result.tokens:,} {self.unit} in all",
+            "optimizer": f"{training.optimizer}, rate {training.learning_rate:g}, {training.schedule}, warm-up {training.warmup} steps",
             "loss": f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "not recorded",
         }
 

@@ -44,10 +44,10 @@ def verify_fold(
     Raises:
         UserError: they differ; the output stays in `staging`, and the next run starts anew.
     """
-    wide = twin.has_wide_heads
-    if wide and exceeds_memory(source.checkpoint, torch.promote_types(source.dtype, torch.float32)):
+    has_multiples = twin.has_head_dim_multiples
+    if has_multiples and exceeds_memory(source.checkpoint, torch.promote_types(source.dtype, torch.float32)):
         notes.append(
-            "not verified: wide heads are compared with their twin in memory, and this model is larger than that"
+            "not verified: heads with a head_dim multiple are compared with their twin in memory, and this model is larger than that"
         )
         return None
     config = json.loads((staging / "config.json").read_text())
@@ -60,7 +60,7 @@ def verify_fold(
         source_class=own_class(source.checkpoint.config),
         fold_class=own_class(config),
         unrounded=unrounded,
-        make_twin=twin.install if wide else None,
+        make_twin=twin.install if has_multiples else None,
         progress=progress,
     )
     if not math.isfinite(found.tolerance):

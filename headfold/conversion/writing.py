@@ -28,7 +28,7 @@ from .source import Source
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: with an `export` also the grouped checkpoint that it was made from, in `grouped`."""
+    """A written fold; with an `export` also the directory of the grouped checkpoint that it was made from, `grouped`."""
 
     export: Export | None
     grouped: Path

@@ -60,7 +60,7 @@ class WholeKeys:
     second: Float[Tensor, "group dim group dim"]
     """E[k kᵀ] of all K heads."""
     scatter: Float[Tensor, "group dim group dim"]
-    """The same around the mean of each sequence."""
+    """The Gram matrix around the mean of each sequence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ FORMAT = "headfold-plan-1"
 
 @runtime_checkable
 class PlannedSite(Protocol):
-    """What a plan reads of a site."""
+    """The attributes of a site that a plan reads."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class PlannedSite(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """What happens to one site. Errors are None without the statistics that they are predicted from."""
+    """The plan of one site. Errors are None without the statistics that they are predicted from."""
 
     groups: Groups
     """Maps each K/V head of the source to its new K/V head."""
@@ -64,7 +64,7 @@ class Plan:
     """Fingerprint of the source checkpoint."""
     seed: int = 0
     calibration: Mapping[str, str] = field(default_factory=dict)
-    """What the statistics were measured on (source, tokens, fingerprint); empty without statistics."""
+    """Facts of the data that the statistics were measured on (source, tokens, fingerprint); empty without statistics."""
 
     @property
     def num_kv_heads(self) -> dict[str, int]:

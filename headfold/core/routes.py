@@ -25,7 +25,7 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """The state of one attention's route; every change makes a new one."""
+    """The state of one site's route; every change makes a new one."""
 
     sizes: tuple[int, ...]
     """The number of query heads of each K/V head, in order."""
@@ -38,7 +38,7 @@ class RouteState:
     step: int = 0
     """Forward passes in training."""
     draws: int = 0
-    """How often random numbers were drawn."""
+    """Number of times that random numbers were drawn."""
 
     @property
     def num_heads(self) -> int:

@@ -8,7 +8,7 @@ from ..core.errors import UserError, suggest
 from . import hub, jsonl, parquet, stdlib, text
 
 SOURCES = "a text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], hub:NAME[:CONFIG][:SPLIT][:COLUMN], stdlib or self"
-"""What a user may name as a source of text, for help texts and messages."""
+"""The sources of text that a user may name, for help texts and messages."""
 
 _COLUMNED = {".jsonl": jsonl.documents, ".parquet": parquet.documents}
 

@@ -15,7 +15,7 @@ from .jsonl import line_starts
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
 TABLES = "FILE.jsonl, FILE.parquet, a folder of either, a folder that datasets saved, or hub:NAME[:CONFIG][:SPLIT]"
-"""What a user may name as a source with columns."""
+"""The sources with columns that a user may name."""
 
 SLICE = 256
 """Rows of a parquet row group that are converted to Python objects at once."""

@@ -22,7 +22,7 @@ __all__ = ["Detection", "Unproven", "detect", "prove", "source_of"]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What was found out about one architecture."""
+    """The result of detecting one architecture."""
 
     model_type: str
     architecture: str
@@ -50,7 +50,7 @@ class Detection:
 
     @property
     def position(self) -> str:
-        """What of K is free, in a few words."""
+        """The transformations of K that are free, in a few words."""
         if self.family is None:
             return ""
         (attention,), rope = self.family.attentions, self.family.position

@@ -37,7 +37,7 @@ class FoundAttention:
     """One kind of attention, which every layer has, by paths in the model."""
 
     at: str
-    """With `{layer}`."""
+    """Path of the attention module, with `{layer}` for the number of the layer."""
     names: Mapping[str, str]
     """Role (q, k, v, o or qkv; q_norm, k_norm, sinks) → submodule of `at`."""
     num_layers: int

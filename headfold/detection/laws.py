@@ -217,8 +217,8 @@ def _write(
         if not site.stock_gqa and counts.get(site.name, site.num_kv_heads) != site.num_kv_heads
     ]
     for site in needs_runtime:
-        for gone in renamed(site, counts[site.name]):
-            del every[gone]
+        for removed in renamed(site, counts[site.name]):
+            del every[removed]
     # A class without a count of K/V heads keeps its own shapes, and needs the runtime only where these change.
     folded = [site for site in candidate.sites if site.stock_gqa or site in needs_runtime]
     kept = {site.name: counts[site.name] for site in folded if site.name in counts}

@@ -28,7 +28,7 @@ MAX_CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class DataRequest:
-    """What to measure on, and how; None stands for a default."""
+    """The data to measure on and the settings; None stands for a default."""
 
     source: str | None
     columns: Sequence[str] = ()
@@ -36,7 +36,7 @@ class DataRequest:
     limit: int | None = None
     """Items, or tokens of plain text."""
     metric: str | None = None
-    """What the outputs of an encoder-decoder are measured by: "bleu" or "rouge"."""
+    """Metric of the outputs of an encoder-decoder: "bleu" or "rouge"."""
     beams: int = 1
     max_new_tokens: int = translation.MAX_NEW_TOKENS
     device: str = "cpu"
@@ -45,7 +45,7 @@ class DataRequest:
 
 @dataclass(frozen=True, slots=True)
 class DataEvaluation:
-    """What was measured, with what, on what. `kind` is what the model takes (`corpus.samples.kind_of`)."""
+    """The result of an evaluation on data. `kind` is the kind of data that the model takes (`corpus.samples.kind_of`)."""
 
     kind: str
     model: str
@@ -105,7 +105,7 @@ class OpenedModels:
 
     @property
     def pooling(self) -> str:
-        """How token embeddings are pooled: as the reference does it, which a fold is to stand in for."""
+        """The pooling of token embeddings: that of the reference, which a fold is to replace."""
         directories = [path for path in (self.reference_directory, self.directory) if path is not None]
         return next(filter(None, map(embedding.pooling_of, directories)), "mean")
 

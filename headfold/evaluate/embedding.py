@@ -167,10 +167,10 @@ def pooling_of(path: Path) -> str | None:
     config = json.loads(file.read_text())
     if config.get("pooling_mode") in POOLINGS:
         return config["pooling_mode"]
-    asked = [key for key, flag in config.items() if key.startswith("pooling_mode_") and flag is True]
-    found = [name for name, key in POOLINGS.items() if asked == [key]]
+    enabled = [key for key, flag in config.items() if key.startswith("pooling_mode_") and flag is True]
+    found = [name for name, key in POOLINGS.items() if enabled == [key]]
     if not found:
-        raise UserError(f"{file}: asks for {', '.join(asked) or 'no pooling'}; expected one of {', '.join(POOLINGS)}")
+        raise UserError(f"{file}: asks for {', '.join(enabled) or 'no pooling'}; expected one of {', '.join(POOLINGS)}")
     return found[0]
 
 

@@ -26,7 +26,7 @@ KINDS = ("text", "pairs")
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """Which tasks to run, and how. `num_fewshot` examples go before each item (None: the task's own number)."""
+    """The tasks to run and their settings. `num_fewshot` examples go before each item (None: the task's own number)."""
 
     names: Sequence[str]
     num_fewshot: int | None = None
@@ -55,7 +55,7 @@ class TaskRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskEvaluation:
-    """What a model reaches on tasks, and the same of its reference."""
+    """The scores of a model on tasks, and those of its reference."""
 
     model: str
     reference: str | None

@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a layout may read before any tensor is read: config and attention sites. `where` names the config in messages."""
+    """What a layout reads of a fold before any tensor is read: config and sites. `where` names the config in messages."""
 
     config: Mapping[str, Any]
     family: Family

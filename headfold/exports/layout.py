@@ -57,32 +57,32 @@ def export_layouts() -> Mapping[str, ExportLayout]:
     return {layout.name: layout for layout in found}
 
 
-def choose_layout(config: Mapping[str, Any], asked: str | None = None, where: str = "config.json") -> str | None:
+def choose_layout(config: Mapping[str, Any], requested: str | None = None, where: str = "config.json") -> str | None:
     """Return the name of the layout to write a fold in, None to leave the fold as headfold's runtime reads it.
 
-    Without `asked`, this is the first layout by priority that can hold the model, provided that the fold needs headfold's runtime now.
+    Without `requested`, this is the first layout by priority that can hold the model, provided that the fold needs headfold's runtime now.
 
     Raises:
-        UserError: the layout asked for is unknown, or cannot hold this model.
+        UserError: the requested layout is unknown, or cannot hold this model.
     """
-    if asked == OWN or (asked is None and "headfold" not in config):
+    if requested == OWN or (requested is None and "headfold" not in config):
         return None
     if any("slots" in site for site in config.get("headfold", {}).get("sites", [])):
-        if asked is None:
+        if requested is None:
             return None
         raise UserError(
-            f"{where}: layout {asked}: heads with a larger head_dim than the source's can be written for headfold's runtime only; "
+            f"{where}: layout {requested}: heads with a larger head_dim than the source's can be written for headfold's runtime only; "
             f"{_LEAVE_OUT}, or fold with --head-dim-multiple 1"
         )
     known = {model_type for layout in export_layouts().values() for model_type in layout.model_types}
     if config["model_type"] not in known:
-        if asked is None:
+        if requested is None:
             return None
-        raise UserError(f"{where}: layout {asked}: {config['model_type']} has no class for it; {_LEAVE_OUT}")
+        raise UserError(f"{where}: layout {requested}: {config['model_type']} has no class for it; {_LEAVE_OUT}")
     source = folded(config, where)
-    if asked is not None:
-        _refuse(source, asked)
-        return asked
+    if requested is not None:
+        _refuse(source, requested)
+        return requested
     return _first_possible(source)
 
 

@@ -2,7 +2,7 @@
 
 All three add attention and MLP to one residual. Phi has one layer norm for both, so GPT-NeoX's two become identities and their gains and
 offsets are multiplied into the linears after them: W (g * x + b) = (W g) x + W b. Phi rotates halves of a head; the rows of GPT-J's
-pairs are put in that order, in Q and K alike, which leaves their products unchanged.
+pairs are put in that order, in both Q and K, which leaves their products unchanged.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Whisper: BART's attentions without a bias on K, with the norm before them; the encoder's input is speech."""
+"""Whisper: BART's sites without a bias on K, with the norm before them; the encoder's input is speech."""
 
 from typing import Any
 

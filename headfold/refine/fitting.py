@@ -1,4 +1,4 @@
-"""Fits one block after another: records the calls of the original's attention, passes them to a solver, and keeps the heads it returns.
+"""Fit one block after another: record the calls of the original's attention, pass them to a solver, and keep the heads it returns.
 
 Every block is fitted alone, on the original's own inputs. Healing each block on the outputs of the folded blocks before it, toward the
 original's residual stream, gains little, runs the folded model beside the original, and makes each block wait for the one before.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..calibration import Sample, mask_of, num_tokens
+from ..calibration import Sample, is_packed_text, mask_of, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
@@ -96,7 +96,7 @@ def _recorded(
     if not batches:
         yield from ((site, []) for site in sites)
         return
-    if batches[0].keys() == {"input_ids"} and all(site.stock_gqa for site in sites):
+    if is_packed_text(batches[0]) and all(site.stock_gqa for site in sites):
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in batches]):
             yield block.site, [RecordedCall(*visit(number), None) for number in range(len(batches))]
         return

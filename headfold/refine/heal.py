@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 TOKENS = 2**19
 """Tokens that every block is trained with, repeated where the sample has fewer."""
 ITEMS = 2**14
-"""The same for data without tokens: images and sound."""
+"""Items that every block is trained with where data has no tokens: images and sound."""
 BATCH_TOKENS = 2048
 HELD_BACK = 8
 """One batch in so many is held back."""
 NUM_CHECKS = 8
-"""How often the error on the held-back data is computed."""
+"""Number of times that the error on the held-back data is computed."""
 MAX_ERROR_RATIO = 2
 """A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
 shorter. Backing off at every check without improvement ends at a larger loss increase.
@@ -49,7 +49,7 @@ weights that are nearly right need smaller steps: at a small error a fixed step 
 a large one.
 """
 WARM_UP = 5
-"""In steps."""
+"""Steps over which the rate rises from 0."""
 BETAS = (0.9, 0.95)
 FIELDS = ("q", "k", "v", "o")
 

@@ -15,16 +15,16 @@ COLOURS = ("#0b6e4f", "#c8553d", "#3d5a80", "#8a6d3b", "#6d597a")
 """Colours dark enough to be read on white; the first is for the method that the picture is about."""
 
 
-def require_plot(path: Path, asked: str = "--plot") -> None:
-    """Check, before anything is measured, that the picture asked for with option `asked` can be written.
+def require_plot(path: Path, option: str = "--plot") -> None:
+    """Check, before anything is measured, that the picture asked for with `option` can be written.
 
     Raises:
         UserError: matplotlib is not installed, or does not write files of this kind.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{asked} needs matplotlib; pip install 'headfold[plot]', or leave {asked} out")
+        raise UserError(f"{option} needs matplotlib; pip install 'headfold[plot]', or leave {option} out")
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{asked} {path}: expected a file name ending in .png, .pdf or .svg; choose another")
+        raise UserError(f"{option} {path}: expected a file name ending in .png, .pdf or .svg; choose another")
 
 
 def new_axes() -> "Axes":

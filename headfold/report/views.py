@@ -173,13 +173,13 @@ def show_route(result: Any) -> None:
 
 def show_uptraining(result: Any) -> None:
     """Print the result of training a fold."""
-    recipe, unit = result.recipe, "tokens" if result.kind == "text" else "items"
+    how, unit = result.training, "tokens" if result.kind == "text" else "items"
     begun = f", from step {result.resumed_at:,} on" if result.resumed_at else ""
     rows = [
         ["trained", f"{result.train}: {result.num_trained:,} of {result.num_parameters:,} parameters"],
         ["data", f"{result.tokens:,} {unit} of {result.data}"],
-        ["steps", f"{recipe.steps:,} of {recipe.batch} items{begun}"],
-        ["optimizer", f"{recipe.optimizer}, rate {recipe.learning_rate:g}, {recipe.schedule}, warm-up {recipe.warmup}"],
+        ["steps", f"{how.steps:,} of {how.batch} items{begun}"],
+        ["optimizer", f"{how.optimizer}, rate {how.learning_rate:g}, {how.schedule}, warm-up {how.warmup}"],
         ["speed", f"{result.tokens_per_second:,.0f} {unit}/s, {duration(result.seconds)}"],
     ]
     for name, label in (
@@ -205,64 +205,8 @@ def show_calibration(result: Any) -> None:
     print(f"wrote {result.path}")
 
 
-_MEASURES = (
-    ("NLL (nats per target token)", "{:.4f}", "nll"),
-    ("BLEU", "{:.2f}", "bleu"),
-    ("ROUGE-1", "{:.2f}", "rouge1"),
-    ("ROUGE-2", "{:.2f}", "rouge2"),
-    ("ROUGE-L", "{:.2f}", "rougeL"),
-    ("ROUGE-Lsum", "{:.2f}", "rougeLsum"),
-    ("accuracy", "{:.2%}", "accuracy"),
-    ("cross-entropy (nats)", "{:.4f}", "cross_entropy"),
-    ("KL(reference || model)", "{:.4f}", "kl"),
-    ("same class", "{:.2%}", "agreement"),
-    ("cosine to the reference, mean", "{:.4f}", "cosine"),
-    ("cosine to the reference, lowest", "{:.4f}", "worst_cosine"),
-    ("rank correlation of similarities", "{:.4f}", "rank_correlation"),
-)
-"""Label, format and field of each measure. The reference's value is in the field `reference_FIELD`."""
-
-
-def show_scores(found: Any) -> None:
-    """Print the scores of a model on data that is not plain text, beside those of its reference."""
-    rows = []
-    for label, form, field in _MEASURES:
-        if getattr(found.measured, field, None) is not None:
-            beside = getattr(found.measured, f"reference_{field}", None)
-            rows.append([label, *_numbers(form, getattr(found.measured, field), beside)])
-    title = f"{found.measured.num_items:,} {found.kind} of {found.source}, computed in {found.dtype}"
-    headers = ["", found.model] + ([] if found.reference is None else [found.reference])
-    show_table(headers, [row[: len(headers)] for row in rows], title=title)
-
-
-def show_evaluation(found: Any) -> None:
-    """Print the loss and perplexity of a model beside those of its reference, or the scores on data that is not plain text."""
-    if hasattr(found, "measured"):
-        return show_scores(found)
-    title = f"{found.num_tokens:,} tokens of {found.text}, context {found.context}, computed in {found.dtype}"
-    rows = [
-        ["K/V cache per token", size(found.kv_bytes_per_token), _size(found.reference_kv_bytes_per_token)],
-        ["NLL (nats per token)", *_numbers("{:.4f}", found.nll, found.reference_nll)],
-        ["perplexity", *_numbers("{:.3f}", found.perplexity, found.reference_perplexity)],
-        ["KL(reference || model)", *_numbers("{:.4f}", found.kl, None)],
-        ["same most likely token", "" if found.top1_agreement is None else percent(found.top1_agreement), ""],
-    ]
-    if found.reference is None:
-        show_table(["", found.model], [row[:2] for row in rows[:3]], title=title)
-    else:
-        show_table(["", found.model, found.reference], rows, title=title)
-
-
-def _numbers(form: str, *values: float | None) -> list[str]:
-    return ["" if value is None else form.format(value) for value in values]
-
-
-def _size(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else size(num_bytes)
-
-
-def show_probe(found: Any, out: Any = None) -> None:
-    """Print the result of probing an architecture: the findings, the laws, and the family literal unless it was written to `out`."""
+def show_detection(found: Any, out: Any = None) -> None:
+    """Print the result of a detection: the findings, the laws, and the family literal unless it was written to `out`."""
     print(f"{found.model_type} ({found.architecture})")
     for line in found.findings:
         print(f"  {line}")

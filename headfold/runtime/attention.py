@@ -249,7 +249,7 @@ def eager_attention(
     """The attention `headfold-eager`: the numbers and weights of the stock attention, computed from grouped heads."""
     heads, keywords = joined(module, query, key, value, keywords)
     states = (*heads, mask)
-    if getattr(module, "sinks", None) is not None:  # which stock attentions take from the module, one per query head
+    if getattr(module, "sinks", None) is not None:  # stock functions take them from the module, one per query head
         sinks = module.sinks.reshape(1, -1, 1, 1)
         return packed(plain_attention, module, *states, sinks=sinks, **keywords)
     return packed(stock_eager(type(module)), module, *states, **keywords)
@@ -273,9 +273,7 @@ def _reads_boolean_masks(config_class: type) -> bool:
 
 
 def register(*, replace: bool) -> None:
-    """Register both attentions with transformers, and their masks: without these it would make no mask, and padding would be attended
-    to.
-    """
+    """Register both attention functions and their masks with transformers, which makes no mask for an attention without an entry."""
     if replace or NAME not in AttentionInterface():
         AttentionInterface.register(NAME, headfold_attention)
         AttentionInterface.register(EAGER_NAME, eager_attention)

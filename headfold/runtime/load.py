@@ -148,7 +148,7 @@ def _counts(sites: Mapping[int, int]) -> str:
 
 
 def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
-    # An architecture without a literal was probed when it was folded, and all such count their K/V heads under this name.
+    # An architecture without a literal was detected when it was folded, and all such count their K/V heads under this name.
     known = is_known(config.get("model_type"))
     family = family_of(config, f"{directory}/config.json") if known else Family(())
     named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}

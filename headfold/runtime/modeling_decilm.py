@@ -33,7 +33,7 @@ class DeciLMConfig(SeedOssConfig):
         self.block_configs = [Block(block) for block in block_configs]
 
     def of_layer(self, layer: int) -> "DeciLMConfig":
-        """The config of a model whose layers are all as this one."""
+        """Return the config of a model whose layers are all as this one."""
         block = self.block_configs[layer]
         if any(part.get(sign) for part in block.values() for sign in ("no_op", "replace_with_linear")):
             raise ValueError(f"block_configs: block {layer}: expected attention and MLP, got one that is replaced")
@@ -46,7 +46,7 @@ class DeciLMConfig(SeedOssConfig):
 
 
 class _DeciLM(PreTrainedModel):
-    """In front of a stock class."""
+    """The base of the classes below, in front of a stock class."""
 
     config_class = DeciLMConfig
 
@@ -60,13 +60,13 @@ class _DeciLM(PreTrainedModel):
             self.post_init()
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
-        """As stock, and the code beside the weights."""
+        """Save as the stock class does, and the code beside the weights."""
         super().save_pretrained(save_directory, *arguments, **keywords)
         (Path(save_directory) / "modeling_decilm.py").write_text(Path(__file__).read_text())
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: the code is saved, and the config's `auto_map` kept, without it."""
+        """Do nothing: the code is saved, and the config's `auto_map` kept, without it."""
 
 
 class DeciLMModel(_DeciLM, SeedOssModel):
@@ -74,4 +74,4 @@ class DeciLMModel(_DeciLM, SeedOssModel):
 
 
 class DeciLMForCausalLM(_DeciLM, SeedOssForCausalLM):
-    """With its head."""
+    """The layers and the language-model head."""

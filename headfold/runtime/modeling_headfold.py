@@ -22,10 +22,10 @@ IN_PACKAGE = __name__.startswith("headfold.")
 """Otherwise this is the text that lies beside a checkpoint's weights."""
 STACKS = {"encoder", "decoder", "text_model", "vision_model"}
 """Parts that some classes of a model lack."""
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-"""What stock attention classes call the width of a head."""
+HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+"""The attributes in which stock attention classes keep head_dim."""
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
-"""What they call the count of K/V heads, where they keep it."""
+"""The attributes in which some of them keep the number of K/V heads."""
 
 register(replace=IN_PACKAGE)
 
@@ -34,8 +34,9 @@ def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTr
     """Give the attention sites of a model, in place, the K/V heads that are listed; the weights of new linears are to be loaded.
 
     A site names its `module`, the linears `q`, `k` and `v` in it, `heads`, `kv_heads` and `head_dim`; with `fused`, the stock
-    projection that the three replace; with `kv_of_query`, groups that are not equal; with `slots`, heads that many times as
-    wide, and the output projection `o`. Sites of a stack that the class lacks (the decoder of an encoder) are passed over.
+    projection that the three replace; with `kv_of_query`, groups that are not equal; with `slots`, heads with
+    that many times the head_dim, and the output projection `o`. Sites of a stack that the class lacks (the decoder of an encoder)
+    are passed over.
 
     Raises:
         ValueError: a site that the model should have and has not.
@@ -49,16 +50,16 @@ def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTr
 
 
 def regroup_module(root: nn.Module, path: str, output: str | None, site: Mapping[str, Any], config: Any) -> None:
-    """The same for one site below any module: where it attends, and where its output projection is if that gets wider."""
+    """Regroup one site below any module; `output` is the path of its output projection where that gets more inputs."""
     module = root.get_submodule(path)
     _reproject(module, site)
     if output is not None:
-        _widen_output(root, output, site["heads"] * site.get("slots", 1) * site["head_dim"])
+        _reproject_output(root, output, site["heads"] * site.get("slots", 1) * site["head_dim"])
     _attach(module, site, config)
 
 
 def _find(model: PreTrainedModel, path: str) -> str | None:
-    """The path in this class: with a head or without it, one prefix more or less."""
+    """Return the path in this class: with a head or without it, one prefix more or less; None where the class lacks the stack."""
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
@@ -73,13 +74,13 @@ def _find(model: PreTrainedModel, path: str) -> str | None:
 
 
 def config_above(model: PreTrainedModel, path: str) -> Any:
-    """The config of the innermost model around a module."""
+    """Return the config of the innermost model around a module."""
     around = [model, *(model.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == ".")]
     return next(module.config for module in reversed(around) if isinstance(module, PreTrainedModel))
 
 
 def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
-    """Linears of the listed sizes; one that has its size already stays, weights and all."""
+    """Replace the linears by ones of the listed sizes; one that has its size already stays, weights and all."""
     fused = module.get_submodule(site["fused"]) if "fused" in site else None
     for role in "qkv":
         rows = site["heads" if role == "q" else "kv_heads"] * site.get("slots", 1) * site["head_dim"]
@@ -93,8 +94,8 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
         delattr(module.get_submodule(parent), leaf)
 
 
-def _widen_output(root: nn.Module, path: str, columns: int) -> None:
-    """An output projection, linear or Conv1D, with that many inputs."""
+def _reproject_output(root: nn.Module, path: str, columns: int) -> None:
+    """Replace an output projection, linear or Conv1D, by one with `columns` inputs, unless it has as many."""
     parent, _, leaf = path.rpartition(".")
     holder = root.get_submodule(parent)
     stock = getattr(holder, leaf)
@@ -103,10 +104,10 @@ def _widen_output(root: nn.Module, path: str, columns: int) -> None:
         return
     outputs = stock.weight.shape[0 if is_linear else 1]
     weight = stock.weight.new_empty((outputs, columns) if is_linear else (columns, outputs))
-    wide = copy.deepcopy(stock)
-    wide.weight = nn.Parameter(weight, requires_grad=stock.weight.requires_grad)
-    setattr(wide, "in_features" if is_linear else "nx", columns)
-    setattr(holder, leaf, wide)
+    enlarged = copy.deepcopy(stock)
+    enlarged.weight = nn.Parameter(weight, requires_grad=stock.weight.requires_grad)
+    setattr(enlarged, "in_features" if is_linear else "nx", columns)
+    setattr(holder, leaf, enlarged)
 
 
 def _num_rows(linear: nn.Module) -> int:
@@ -114,7 +115,7 @@ def _num_rows(linear: nn.Module) -> int:
 
 
 def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
-    """A linear with as many inputs as `stock`, a linear or Conv1D, and with a bias if that has one."""
+    """Return a linear with as many inputs as `stock`, a linear or Conv1D, and with a bias if that has one."""
     weight = stock.weight
     inputs = stock.in_features if isinstance(stock, nn.Linear) else weight.shape[0]
     linear = nn.Linear(inputs, rows, bias=stock.bias is not None, device=weight.device, dtype=weight.dtype)
@@ -122,14 +123,14 @@ def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
 
 
 def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
-    """Tell a module of its groups, and give it a forward that heeds them where the stock one does not."""
+    """Set the groups of a module, and give it a forward that heeds them where the stock one does not."""
     uneven, slots = site.get("kv_of_query"), site.get("slots", 1)
     special = bool(uneven) or slots > 1
     module.headfold_site = dict(site)
     module.kv_of_query = None if uneven is None else tuple(uneven)
     module.headfold_slots, module.headfold_scale = slots, site.get("scale", 1.0)
     module.num_key_value_groups = 1 if special else site["heads"] // site["kv_heads"]
-    sizes = dict.fromkeys(HEAD_WIDTHS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
+    sizes = dict.fromkeys(HEAD_DIMS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
     for name in sizes.keys() & vars(module).keys():
         setattr(module, name, sizes[name])
     forward = own_forward(type(module))
@@ -141,12 +142,12 @@ def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
 
 
 def _repeats_itself(attention: type) -> bool:
-    """Whether the eager attention beside a stock class heeds `num_key_value_groups`."""
+    """Return whether the eager attention beside a stock class heeds `num_key_value_groups`."""
     return "repeat_kv" in vars(sys.modules[attention.__module__])
 
 
 def own_forward(attention: type) -> Callable[..., Any] | None:
-    """The forward on the page of the class's model type; None where the stock forward takes any number of K/V heads."""
+    """Return the forward on the page of the class's model type; None where the stock forward takes any number of K/V heads."""
     for base in attention.__mro__:
         page = base.__module__.removeprefix("transformers.models.").partition(".")[0]
         found = globals().get(f"{page}_forward")
@@ -179,7 +180,7 @@ class SiteConfig:
 
 
 class GroupedModel(PreTrainedModel):
-    """What is common to all grouped classes, in front of a stock class."""
+    """The base of all grouped classes, in front of a stock class."""
 
     def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
         _open_tables(type(self))
@@ -190,19 +191,19 @@ class GroupedModel(PreTrainedModel):
         regroup(self, listed["sites"])
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
-        """As stock, and the code beside the weights."""
+        """Save as the stock class does, and the code beside the weights."""
         super().save_pretrained(save_directory, *arguments, **keywords)
         for name, text in _own_files(self.config.to_dict()).items():
             (Path(save_directory) / name).write_text(text)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: transformers would take the class for another architecture, and rename no tensors on loading."""
+        """Return False: otherwise transformers would take the class for another architecture, and rename no tensors on loading."""
         return False
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: the code is saved, and the config's `auto_map` kept, without it."""
+        """Do nothing: the code is saved, and the config's `auto_map` kept, without it."""
 
 
 def _own_files(config: Mapping[str, Any]) -> dict[str, str]:
@@ -212,7 +213,7 @@ def _own_files(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _open_tables(model: type) -> None:
-    """Classes chosen from a table by the attention's name: ours is the eager one, whose forward is then our own."""
+    """Enter our attention in the tables from which some models choose a class by its name: the eager class, whose forward is then ours."""
     for base in model.__mro__:
         for name, table in vars(sys.modules[base.__module__]).items():
             if name.endswith("_ATTENTION_CLASSES"):
@@ -221,7 +222,7 @@ def _open_tables(model: type) -> None:
 
 @functools.cache
 def grouped_class(name: str) -> type[PreTrainedModel]:
-    """The grouped class of a stock one by its name, which it keeps: transformers renames tensors, and saves, by class name.
+    """Return the grouped class of a stock one by its name, which it keeps: transformers renames tensors, and saves, by class name.
 
     Raises:
         AttributeError: transformers has no model class of that name.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class PerLayerModel(PreTrainedModel):
-    """What is common to all such classes, in front of a stock class."""
+    """The base of all such classes, in front of a stock class."""
 
     def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
         layers = config.per_layer_config
@@ -23,7 +23,7 @@ class PerLayerModel(PreTrainedModel):
         for index in range(1, len(stack)):
             stack[index] = type(stack[index])(layers[index], index)
         config._attn_implementation_internal = first._attn_implementation
-        # What is read later, an attention implementation set meanwhile, is the model's and no layer's.
+        # From here on modules read the config of the model, so that an attention implementation set later reaches all layers.
         for module in self.modules():
             if hasattr(module, "config"):
                 module.config = config
@@ -31,18 +31,18 @@ class PerLayerModel(PreTrainedModel):
             self.post_init()
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
-        """As stock, and the code beside the weights."""
+        """Save as the stock class does, and the code beside the weights."""
         super().save_pretrained(save_directory, *arguments, **keywords)
         (Path(save_directory) / "modeling_per_layer.py").write_text(Path(__file__).read_text())
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: the code is saved, and the config's `auto_map` kept, without it."""
+        """Do nothing: the code is saved, and the config's `auto_map` kept, without it."""
 
 
 @functools.cache
 def per_layer_class(name: str) -> type[PreTrainedModel]:
-    """The per-layer class of a stock one by its name.
+    """Return the per-layer class of a stock one by its name.
 
     Raises:
         AttributeError: transformers has no model class of that name.

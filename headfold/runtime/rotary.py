@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def wide_table(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
+def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
     """Return the config fields of a table `head_dim_multiple` times as large: plane p has the source's frequency p // head_dim_multiple.
 
     The table is the same at every context length, except for a source that uses longrope: it keeps its two tables.

@@ -87,7 +87,7 @@ def attach(model: PreTrainedModel, route: str = "static", *, seed: int = 0) -> d
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Remove the routes: every attention gets back the groups that it had before."""
+    """Remove the routes: every site gets back the groups that it had before."""
     for module in [module for module in model.modules() if hasattr(module, "headfold_route")]:
         for name, value in cast(GroupedAttention, module).headfold_route.before.items():
             setattr(module, name, value)
@@ -173,7 +173,7 @@ def frozen_plan(model: PreTrainedModel, source: str, calibration: Mapping[str, s
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The numbers of heads of one attention."""
+    """The numbers of heads of one site."""
 
     num_heads: int
     num_kv_heads: int
@@ -183,7 +183,7 @@ class Shape:
 
 
 class Router(nn.Module):
-    """The route of one attention: its page and its options, with its state in buffers."""
+    """The route of one site: its page and its options, with its state in buffers."""
 
     sizes: Tensor
     counts: Tensor
@@ -305,7 +305,7 @@ def _recomputing() -> bool:
 
 
 def _grouped(model: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, Shape]]]:
-    """Yield path, module and shape of every attention whose query heads have a choice of K/V heads."""
+    """Yield path, module and shape of every site whose query heads have a choice of K/V heads."""
     for path, module in model.named_modules():
         shape = _shape(module)
         if shape is not None and 1 < shape.num_kv_heads < shape.num_heads:

@@ -1,4 +1,4 @@
-"""The cases of a benchmark: models under attentions, in settings, timed in turns inside one run."""
+"""The cases of a benchmark: models under attention implementations, in settings, timed in turns inside one run."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ UNLIMITED = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One model under one attention in one setting. Times are medians over rounds, in seconds; sizes in bytes."""
+    """One model under one attention implementation in one setting. Times are medians over rounds, in seconds; sizes in bytes."""
 
     model: str
     attention: str
@@ -163,7 +163,7 @@ def random_models(
         yield BenchModel(name, model, _attentions(model, attentions))
 
 
-def _attentions(model: "PreTrainedModel", asked: Sequence[str]) -> tuple[str, ...]:
+def _attentions(model: "PreTrainedModel", requested: Sequence[str]) -> tuple[str, ...]:
     """Return the requested attentions where the class takes one by name, else its own with headfold's caches and with stock ones.
 
     Where a class has no sdpa (soft-capped logits, sinks), stock transformers runs eager.
@@ -171,7 +171,7 @@ def _attentions(model: "PreTrainedModel", asked: Sequence[str]) -> tuple[str, ..
     own = model.config._attn_implementation
     if not takes_attention(model):
         return own + IN_PLACE, own
-    return tuple("eager" if name == "sdpa" and not model._supports_sdpa else name for name in asked)
+    return tuple("eager" if name == "sdpa" and not model._supports_sdpa else name for name in requested)
 
 
 def longest_context(model: "PreTrainedModel") -> int:
@@ -232,7 +232,7 @@ def _grows(attention: str) -> bool:
 
 
 def _use(case: BenchModel, name: str) -> None:
-    """Set the model to decode under an attention, with the caches that belong to it."""
+    """Set the model to decode under an attention implementation, with the caches that belong to it."""
     model, grows = case.model, _grows(name)
     name = name.removesuffix(IN_PLACE)
     if model.config._attn_implementation != name:
@@ -247,7 +247,7 @@ def _use(case: BenchModel, name: str) -> None:
 
 
 def bench_row(case: BenchModel, name: str, setting: Setting) -> BenchRow:
-    """Return the medians of what was timed of one model under one attention."""
+    """Return the medians of the timings of one model under one attention implementation."""
     timings = case.timings[name]
     tokens = sorted(token for timing in timings for token in timing.tokens)
     per_token = statistics.median(tokens)

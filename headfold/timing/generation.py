@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What to generate: `new_tokens` after a prompt of `context` tokens, for `batch` samples at once.
+    """The setting of a generation: `new_tokens` after a prompt of `context` tokens, for `batch` samples at once.
 
     `padded`: half of the samples are an eighth shorter and padded on the left. `skip_prefill`: the cache of all tokens but the
     last is filled with arbitrary numbers, so that new tokens are timed without reading the prompt.
@@ -39,7 +39,7 @@ class Timing:
     first: float
     tokens: tuple[float, ...]
     num_kv_heads: tuple[int, ...]
-    """By cached layer of the decoder, cross-attention after self-attention."""
+    """K/V heads by cached layer of the decoder, cross-attention after self-attention."""
     kv_bytes: int
     """Size of the cache at the end."""
     peak_bytes: int | None

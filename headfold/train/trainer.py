@@ -37,7 +37,7 @@ class TrainingConfig:
     learning_rate: float
     schedule: str
     warmup: int
-    """In steps."""
+    """Steps over which the learning rate rises from 0."""
     batch: int = 16
     """Items of one step, over all processes."""
     accumulate: int = 1
@@ -56,32 +56,32 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 
 
 def training_arguments(
-    recipe: TrainingConfig, directory: Path, device: str, logs: Path | None, world_size: int
+    training: TrainingConfig, directory: Path, device: str, logs: Path | None, world_size: int
 ) -> TrainingArguments:
     """Return the Trainer's arguments. The batch is divided among processes and accumulation parts."""
-    share, rest = divmod(recipe.batch, world_size * recipe.accumulate)
+    share, rest = divmod(training.batch, world_size * training.accumulate)
     assert share and not rest
     on_gpu = device.startswith("cuda")
     arguments = TrainingArguments(
         output_dir=str(directory),
-        max_steps=recipe.steps,
+        max_steps=training.steps,
         per_device_train_batch_size=share,
-        gradient_accumulation_steps=recipe.accumulate,
-        optim=OPTIMIZERS[recipe.optimizer],
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=SCHEDULES[recipe.schedule],
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        bf16=recipe.bf16,
-        **(_checkpointing() if recipe.gradient_checkpointing else {}),
-        save_steps=recipe.save_every,
+        gradient_accumulation_steps=training.accumulate,
+        optim=OPTIMIZERS[training.optimizer],
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        bf16=training.bf16,
+        **(_checkpointing() if training.gradient_checkpointing else {}),
+        save_steps=training.save_every,
         save_total_limit=KEPT,
-        logging_steps=recipe.log_every,
+        logging_steps=training.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=[] if logs is None else ["tensorboard"],
-        seed=recipe.seed,
-        data_seed=recipe.seed,
+        seed=training.seed,
+        data_seed=training.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,

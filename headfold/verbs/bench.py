@@ -1,4 +1,4 @@
-"""Time decoding: several models, attentions, contexts and batches, in turns inside one run."""
+"""Time decoding: several models, attention implementations, contexts and batches, in turns inside one run."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -30,7 +30,7 @@ CONTEXT, BATCH, NEW_TOKENS, ROUNDS = 2048, 4, 32, 5
 MIN_KEYS_TO_REPORT = 64
 """Keys below which the choice of a decoding kernel does not matter."""
 FLAGS = ("avx", "amx", "sve", "bf16", "fma", "f16c")
-"""Beginnings of the processor flags that matter to decoding."""
+"""Prefixes of the processor flags that matter to decoding."""
 
 
 @main_only
@@ -54,19 +54,20 @@ def bench(
 ) -> BenchResult:
     """Time a new token, and a whole sample, of checkpoints or of random models of a shape.
 
-    Every model runs under each of `attentions`; all cases of a setting run in turns, and the first round is not counted.
+    Every model runs with each of `attentions`; all cases of a setting alternate, and the first round is not counted.
 
     Args:
         models: Checkpoint directories or hub ids, folded or not.
         shape: A name of `timing.shapes.SHAPES`, or a checkpoint directory for its shape: random models of it are timed.
         kv_heads: K/V heads of the shape, one model for each count; by default its own.
         layers: Layers of the shape; by default all.
-        attentions: "headfold" is headfold's, with caches that grow in place; any other name is stock transformers'.
+        attentions: Attention implementations. "headfold" is headfold's, with caches that grow in place; any other name is that of
+            stock transformers.
         contexts: Tokens of the prompt; by default 2,048 or what the models take.
         batches: Samples at once.
         new_tokens: Tokens to generate after the prompt.
-        rounds: Rounds that medians are taken over.
-        dtype: By default the checkpoint's; bfloat16 for a shape.
+        rounds: Number of rounds to take medians over.
+        dtype: dtype of the models; by default the checkpoint's, and bfloat16 for a shape.
         padded: Pad half of the samples on the left.
         skip_prefill: Fill the cache with arbitrary numbers instead of reading the prompt.
         profile: A directory for a trace of each case; the rows then say where time goes.

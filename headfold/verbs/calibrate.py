@@ -1,4 +1,4 @@
-"""Measure once what attention sees, for any number of plans and folds."""
+"""Measure the statistics of attention inputs once, for any number of plans and folds."""
 
 import time
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from ..parallel import on_all, on_main, spmd
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """What calibration measured, and where the file lies."""
+    """The result of a calibration: its data, and the file of statistics."""
 
     path: Path
     source: str
     fingerprint: str
-    """Of the calibration data."""
+    """Fingerprint of the calibration data."""
     tokens: int
     sites: int
     seconds: float

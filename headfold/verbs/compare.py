@@ -33,7 +33,7 @@ from .evaluate import evaluate
 from .fold import fold
 
 FOLDED = ".headfold-folded"
-"""Where a row's fold lies while it is measured: a name that no user's directory has."""
+"""Name of the directory that holds the fold of a row while it is measured; no directory of a user has it."""
 
 
 @spmd
@@ -57,7 +57,7 @@ def compare(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> MethodComparison:
-    """Fold `model` by each of `methods` to each of `kv_heads`, and measure what that loses.
+    """Fold `model` by each of `methods` to each of `kv_heads`, and measure the loss increase.
 
     Statistics are measured once, for all methods, or taken from `stats`. Rows are kept in the directory `out`, and another call with the
     same settings goes on from there.
@@ -67,16 +67,16 @@ def compare(
         kv_heads: Counts of K/V heads, or shares of the source's.
         methods: Names of `METHODS`, with `+refit` for a refit.
         out: The directory of the rows; by default the model's name with `.compare`.
-        text: What to measure on, as in `headfold.eval`.
+        text: Data to measure on, as in `headfold.eval`.
         limit: Items to measure on; tokens of plain text.
         calibration: A source of calibration data (`headfold.calibrate`).
         tokens: Calibration tokens of a language model.
         items: Calibration items of other models.
         columns: Columns of a table.
-        context: Tokens per window.
-        stats: A file that `headfold.calibrate` wrote.
+        context: Tokens per window, of calibration data and of what is measured on.
+        stats: A file that `headfold.calibrate` wrote; `context` is then that of what is measured on alone.
         seed: Seed of everything drawn at random.
-        force: Start over where other rows lie in `out`.
+        force: Start over if `out` holds rows of other settings.
         device: "cpu" or "cuda".
         dtype: What the models compute in, such as "float32".
         progress: Called with (stage, done, total).
@@ -114,8 +114,8 @@ def compare(
     settings, known, calibrated = on_main(begin)
     if not calibrated:
         calibrate(
-            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, seed=seed, device=device,
-            dtype=dtype, progress=progress,
+            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, context=context, seed=seed,
+            device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
     for number, (name, count) in enumerate(wanted):

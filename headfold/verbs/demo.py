@@ -1,4 +1,4 @@
-"""Fold the bundled model once and measure it before and after: a first success that needs nothing but the package."""
+"""Fold the bundled model once and measure it before and after; nothing but the package is needed."""
 
 import tempfile
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ from .fold import fold
 BUNDLED = Path(__file__).parents[1] / "bundled"
 KV_HEADS = "1/2"
 CALIBRATION, TOKENS = "stdlib", 16_384
-"""This machine's Python sources, without the held-out ones."""
+"""Calibration data: this machine's Python sources, without the held-out ones."""
 HELD_OUT_TOKENS = 32_768
 
 
@@ -29,9 +29,9 @@ class DemoResult:
     kv_bytes_before: int
     kv_bytes_after: int
     evaluation: Evaluation
-    """Of the fold, with the original as its reference."""
+    """Evaluation of the fold, with the original as its reference."""
     seconds: float
-    """Of the fold: calibration, plan, refit, writing and verification."""
+    """Seconds that the fold took: calibration, plan, refit, writing and verification."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""

@@ -57,9 +57,9 @@ def fold(
 ) -> FoldResult:
     """Write `model` again as `out` with fewer K/V heads.
 
-    The output is a checkpoint directory that stock engines load, with plan.json and a card. It grows as `OUT.partial` and is renamed
-    when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock transformers. After a kill the same call
-    resumes and writes the same bytes.
+    The output is a checkpoint directory, a stock one where the architecture allows it, with plan.json and a card. It grows as
+    `OUT.partial` and is renamed when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock
+    transformers. After a kill the same call resumes and writes the same bytes.
 
     Args:
         model: A checkpoint directory or a hub id.
@@ -71,8 +71,9 @@ def fold(
         group: Grouping method with its options, as `headfold methods` lists them.
         merge: Merge method with its options.
         refit: Refit W_o and W_v of every block to the original's output by least squares.
-        heal: Then train the attention of every block alone, on `heal_tokens` tokens of the calibration data.
-        heal_tokens: Default `refine.heal.TOKENS` tokens or `refine.heal.ITEMS` items, drawn anew where the source has more of them.
+        heal: Train the attention of every block alone after that, on `heal_tokens` tokens of the calibration data.
+        heal_tokens: Tokens or items to heal each block on, drawn anew where the source has more; by default `refine.heal.TOKENS`
+            tokens or `refine.heal.ITEMS` items.
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
         tokens: Calibration tokens of a language model.

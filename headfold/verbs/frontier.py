@@ -1,4 +1,4 @@
-"""Show what each size of the K/V cache costs: the Pareto front of K/V bytes against loss, with a plan per point."""
+"""Find the loss increase of each size of the K/V cache: the Pareto front of bytes against loss, with a plan per point."""
 
 import json
 import re
@@ -27,7 +27,7 @@ NUM_MEASURED = 5
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """All points, from fewest bytes to most, and how well predictions order what was measured."""
+    """All points, from fewest bytes to most, and the rank correlations of predictions with measurements."""
 
     points: list[Point]
     rank_correlation: float | None

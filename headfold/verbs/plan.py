@@ -1,4 +1,4 @@
-"""Decide which K/V heads share one, and predict what that loses: one count for all sites, or a budget allocated to them."""
+"""Decide which K/V heads are merged, and predict the error: with one count for all sites, or a budget allocated to them."""
 
 from collections.abc import Sequence
 from dataclasses import replace

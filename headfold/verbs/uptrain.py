@@ -1,4 +1,4 @@
-"""Train a folded checkpoint on, by its own loss or toward its original, and write it again in the same form."""
+"""Continue training a folded checkpoint, by its own loss or toward its original, and write it in the same form."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
-from ..conversion.uptrain_config import Length, check_folded, resolve_recipe, resolve_uptrain
+from ..conversion.uptrain_config import Length, check_folded, resolve_training, resolve_uptrain
 from ..conversion.uptraining import Uptraining, UptrainResult, memory_errors
 from ..core.errors import UserError
 from ..core.plan import Plan
@@ -32,7 +32,7 @@ from ..train.trainer import (
 )
 
 DTYPES = {"bfloat16": True, "float32": False}
-"""What training computes in → whether that is bfloat16 autocast. Weights stay float32."""
+"""dtype that training computes in → whether that is bfloat16 autocast. Weights stay float32."""
 
 
 @spmd
@@ -60,39 +60,39 @@ def uptrain(
     progress: Progress | None = None,
     say: Say | None = None,
     callbacks: Sequence[Any] = (),
-    **recipe: Any,
+    **training: Any,
 ) -> UptrainResult:
     """Train the folded checkpoint `folded` and write it as `out`, a checkpoint of the same form.
 
     Without `distill` it trains by the model's own loss, as 2305.13245 does (Adafactor, a constant rate); with the original as `distill`
-    by the KL to its outputs and the error of every attention (AdamW, a rate that falls to zero). Weights are trained in float32 and
+    by the KL to its outputs and the error of every site (AdamW, a rate that falls to zero). Weights are trained in float32 and
     written in the dtype of `folded`. After a kill the same call resumes from the last whole checkpoint in `OUT.partial`.
 
     Args:
         folded: A checkpoint directory that `headfold.fold` wrote.
         out: The directory to write.
         distill: The original to learn from.
-        steps: How long to train.
-        tokens: The same, in tokens of packed text.
-        alpha: The same, as a share of `pretraining_tokens`.
+        steps: Number of steps to train.
+        tokens: Tokens of packed text to train on, instead of `steps`.
+        alpha: The same tokens as a share of `pretraining_tokens`.
         pretraining_tokens: Tokens that the original was trained on.
-        train: What trains: "attention", "all", or "lora" (low-rank updates of the attentions, merged at the end).
+        train: Parameters to train: "attention", "all", or "lora" (low-rank updates of the attention modules, merged at the end).
         wgqa: Options of `train.wgqa`, such as "kind=row,init=random" or "": until the end, K and V are weighted sums of the heads of
             `original`.
         original: The model whose heads `wgqa` weighs; by default `distill`.
         data: A source of `headfold.corpus` that suits the model; by default what the fold was calibrated on.
         columns: Columns of a table.
         context: Tokens per window, or where texts are cut.
-        site_weight: Weight of the attentions' relative error beside the KL.
-        tensorboard: A directory for its events.
-        resume: Insist that there is an unfinished run to resume.
+        site_weight: Weight of the mean relative error of the attention outputs beside the KL.
+        tensorboard: A directory for TensorBoard events.
+        resume: Fail unless there is an unfinished run to resume.
         force: Replace what is at `out`.
         device: "cpu" or "cuda".
         dtype: "bfloat16" to compute under autocast, or "float32"; by default bfloat16 on GPUs that have it.
         progress: Called with (stage, done, total).
         say: Called with lines to print.
         callbacks: Further callbacks of the Trainer.
-        **recipe: Fields of `train.trainer.TrainingConfig`: `batch`, `learning_rate`, `seed` …
+        **training: Fields of `train.trainer.TrainingConfig`: `batch`, `learning_rate`, `seed` …
 
     Raises:
         UserError: no fold, a plan missing beside it, data or a teacher that do not suit it, or options that exclude each other.
@@ -100,7 +100,7 @@ def uptrain(
     if dtype is not None:
         if dtype not in DTYPES:
             raise UserError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-        recipe["bf16"] = DTYPES[dtype]
+        training["bf16"] = DTYPES[dtype]
     progress, where = progress or no_progress, check_device(device)
 
     def resolved() -> Uptraining:
@@ -112,7 +112,8 @@ def uptrain(
             context=context, site_weight=site_weight, tensorboard=tensorboard,
         )  # fmt: skip
         length = Length(steps, tokens, alpha, pretraining_tokens)
-        how = resolve_recipe(distill is not None, length, request.context if kind == "text" else None, where, recipe)
+        per_item = request.context if kind == "text" else None
+        how = resolve_training(distill is not None, length, per_item, where, training)
         fingerprint = Checkpoint.open(place).fingerprint()
         settings = {"version": version("headfold"), "folded": fingerprint, **request.to_json(), **asdict(how)}
         return Uptraining(place, Path(out), config, kind, plan, request, how, settings, where)
@@ -121,13 +122,13 @@ def uptrain(
     ready = on_all(run.prepare)
     on_main(lambda: run.open_staging(resume, force))
     last = on_all(run.last_checkpoint)
-    per_step = run.recipe.batch * ready.tokens_per_item
+    per_step = run.training.batch * ready.tokens_per_item
     telling = ReportProgress(
         lambda done, total: progress("uptrain", done, total), say or (lambda line: None), per_step, run.unit
     )
     trainer = Uptrainer(
         model=ready.model,
-        args=training_arguments(run.recipe, run.work, where, run.request.tensorboard, num_processes()),
+        args=training_arguments(run.training, run.work, where, run.request.tensorboard, num_processes()),
         train_dataset=ready.stream,
         data_collator=collate,
         callbacks=[MarkComplete(), StopWhenTrained(), telling, *callbacks],
@@ -143,10 +144,10 @@ def uptrain(
 
     def write() -> UptrainResult:
         compared = run.write(trained, ready.dtype, ready.stream)
-        rate = (run.recipe.steps - begun) * per_step / max(seconds, 1e-9)
+        rate = (run.training.steps - begun) * per_step / max(seconds, 1e-9)
         teacher = None if run.request.teacher is None else str(run.request.teacher)
         result = UptrainResult(
-            run.out, run.kind, run.request.data, teacher, run.request.train, run.recipe, *counts, begun, run.recipe.steps * per_step,
+            run.out, run.kind, run.request.data, teacher, run.request.train, run.training, *counts, begun, run.training.steps * per_step,
             rate, round(seconds, 3), loss_curve(trainer.state.log_history), *compared,
         )  # fmt: skip
         run.finish(result, force)

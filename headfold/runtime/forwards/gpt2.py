@@ -39,5 +39,5 @@ def gpt2_forward(
 def _gpt2_upcast(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """The stock class's own eager attention in float32."""
+    """Run the stock class's own eager attention in float32."""
     return module._upcast_and_reordered_attn(query, key, value, mask)

@@ -32,7 +32,7 @@ def gpt_neo_forward(
 def _gpt_neo_mask(
     module: nn.Module, mask: Tensor | None, num_queries: int, num_keys: int, dtype: torch.dtype
 ) -> Tensor:
-    """The window (1, 1, query, key), and with it what arrives: boolean or added."""
+    """Return the window (1, 1, query, key), combined with the mask that arrives, boolean or additive."""
     window = module.bias[:, :, num_keys - num_queries : num_keys, :num_keys]
     if mask is None or mask.dtype == torch.bool:
         return window if mask is None else window & mask

@@ -1,4 +1,4 @@
-"""Wide heads: fewer K/V heads of several heads' width, in stock classes and in slots."""
+"""head_dim multiples: fewer K/V heads with several times the head_dim, in stock classes and in slots."""
 
 import dataclasses
 import json
@@ -38,10 +38,10 @@ from headfold.core.plan import head_dim_refusal
 from headfold.planning import make_plan
 from headfold.refine.refit import refit
 from headfold.runtime.regrouping import installed_heads
-from headfold.runtime.rotary import wide_table
+from headfold.runtime.rotary import table_of_multiple
 from headfold.surgery import query_order, site_heads, site_tensors
 
-WIDTH = 2
+MULTIPLE = 2
 
 
 @cache
@@ -50,14 +50,14 @@ def opened(name: str) -> tuple[Source, dict]:
     return source, collect(stock_model(source.checkpoint.path), source.sites, tiny_sample(name, 8, seed=1))
 
 
-def may_be_wide(name: str) -> bool:
+def takes_multiples(name: str) -> bool:
     """A whole CLIP is folded tower by tower."""
-    return name != "clip" and not any(head_dim_refusal(site, WIDTH) for site, _ in tiny_sites(tiny_checkpoint(name)))
+    return name != "clip" and not any(head_dim_refusal(site, MULTIPLE) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
-WIDE = sorted(name for name in [*TINY, *FOREIGN] if may_be_wide(name))
-FREE = [name for name in WIDE if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
-SLOTTED = [name for name in WIDE if name not in FREE]
+TAKEN = sorted(name for name in [*TINY, *FOREIGN] if takes_multiples(name))
+FREE = [name for name in TAKEN if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
+SLOTTED = [name for name in TAKEN if name not in FREE]
 
 
 def graded(name: str):
@@ -74,19 +74,19 @@ def folded(name: str, out: Path, kv_heads: str = "1/1", **options) -> FoldResult
         {"model": source.checkpoint.fingerprint(), "source": "none", "seed": "0", "tokens": "8", "context": "16"},
     )
     return headfold.fold(
-        source.checkpoint.path, out, kv_heads=kv_heads, head_dim_multiple=WIDTH, stats=path, refit=False, **options
+        source.checkpoint.path, out, kv_heads=kv_heads, head_dim_multiple=MULTIPLE, stats=path, refit=False, **options
     )
 
 
-@pytest.mark.parametrize("name", WIDE)
-def test_heads_as_wide_as_their_groups_are_large_lose_nothing_in_slots(name: str) -> None:
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_multiple_of_the_size_of_the_groups_loses_nothing_in_slots(name: str) -> None:
     source, stats = opened(name)
     read = source.checkpoint.read
     stock = stock_model(source.checkpoint.path)
-    plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_dim_multiple=WIDTH)
+    plan = make_plan(source.sites, read, "1/1", source="tiny", stats=stats, head_dim_multiple=MULTIPLE)
     expected = answer_of(stock, tiny_sample(name))
     replaced_heads = [
-        (site, site_tensors(site, plan, read, stats, num_kv_heads=site.num_kv_heads), site.num_kv_heads, WIDTH)
+        (site, site_tensors(site, plan, read, stats, num_kv_heads=site.num_kv_heads), site.num_kv_heads, MULTIPLE)
         for site in source.sites
     ]
     with installed_heads(stock, replaced_heads):
@@ -95,14 +95,15 @@ def test_heads_as_wide_as_their_groups_are_large_lose_nothing_in_slots(name: str
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_context(name: str, tmp_path: Path) -> None:
+def test_a_class_of_any_head_dim_takes_them_stock_and_to_the_end_of_its_context(name: str, tmp_path: Path) -> None:
     result = folded(name, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "headfold" not in config and result.verification.passed
     site = open_source(tiny_checkpoint(name)).sites[0]
     assert result.after.kv_bytes_per_token == result.before.kv_bytes_per_token
     assert (
-        result.after.head_dims == str(WIDTH * site.head_dim) and result.num_kv_heads_after == site.num_kv_heads // WIDTH
+        result.after.head_dims == str(MULTIPLE * site.head_dim)
+        and result.num_kv_heads_after == site.num_kv_heads // MULTIPLE
     )
     longest = min(config.get("max_position_embeddings", 64), 64)
     tokens = tiny_tokens(2, longest)
@@ -115,7 +116,7 @@ def test_a_class_of_any_head_width_takes_them_stock_and_to_the_end_of_its_contex
 @pytest.mark.parametrize("name", SLOTTED)
 def test_other_classes_take_them_in_the_runtime(name: str, tmp_path: Path) -> None:
     result = folded(name, tmp_path / "out", verify=False)
-    assert result.num_kv_heads_after * WIDTH == result.num_kv_heads_before
+    assert result.num_kv_heads_after * MULTIPLE == result.num_kv_heads_before
     for options in ({}, {"attn_implementation": "eager"}):
         found = headfold.load(tmp_path / "out", **options)
         graded(name)(
@@ -124,12 +125,12 @@ def test_other_classes_take_them_in_the_runtime(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "cohere", "glm"])
-def test_fewer_wide_heads_lose_less_than_as_much_cache_in_more(name: str) -> None:
+def test_a_multiple_loses_less_than_as_much_cache_in_more_heads(name: str) -> None:
     source, stats = opened(name)
     read = source.checkpoint.read
 
-    def lost(width: int) -> float:
-        made = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=width)
+    def lost(times: int) -> float:
+        made = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=times)
         return sum(s.error.key / s.energy.key + s.error.value / s.energy.value for s in made.sites.values())
 
     assert 0 < lost(4) < lost(2) < lost(1)
@@ -204,26 +205,26 @@ def frequencies(config, length: int) -> tuple[torch.Tensor, float]:
     return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), seq_len=length)
 
 
-@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("multiple", [2, 3, 4])
 @pytest.mark.parametrize("kind", TABLES)
-def test_every_frequency_stands_width_times_in_the_table_to_the_last_bit(kind: str, width: int) -> None:
+def test_every_frequency_stands_multiple_times_in_the_table_to_the_last_bit(kind: str, multiple: int) -> None:
     fields = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
                   max_position_embeddings=256)  # fmt: skip
     config = fields | {"rope_parameters": dict(TABLES[kind])}
     source = AutoConfig.for_model(**config)
-    wide = AutoConfig.for_model(**fields | {"head_dim": 16 * width}, **wide_table(config, width))
+    large = AutoConfig.for_model(**fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, multiple))
     for length in (1, 256):  # a longrope has two tables, and all others one
-        (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(wide, length)
+        (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(large, length)
         # One unit in the last place: not every number is a quotient of two floats.
-        torch.testing.assert_close(after, before.repeat_interleave(width), rtol=2**-23, atol=0)
+        torch.testing.assert_close(after, before.repeat_interleave(multiple), rtol=2**-23, atol=0)
         assert new_scaling == scaling
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
+def test_a_refit_of_a_multiple_comes_nearer_to_the_block(name: str) -> None:
     source, stats = opened(name)
     stock, read = stock_model(source.checkpoint.path), source.checkpoint.read
-    plan = make_plan(source.sites, read, "1/2", source="tiny", stats=stats, head_dim_multiple=WIDTH)
+    plan = make_plan(source.sites, read, "1/2", source="tiny", stats=stats, head_dim_multiple=MULTIPLE)
     sample = tiny_sample(name, 8, seed=1)
     refits = refit(
         stock,
@@ -235,7 +236,7 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
 
     def distance(fitted) -> float:
         replaced_heads = [
-            (s, site_tensors(s, plan, read, stats, fitted, num_kv_heads=s.num_kv_heads), s.num_kv_heads, WIDTH)
+            (s, site_tensors(s, plan, read, stats, fitted, num_kv_heads=s.num_kv_heads), s.num_kv_heads, MULTIPLE)
             for s in source.sites[:1]
         ]
         expected = answer_of(stock, sample)
@@ -245,12 +246,12 @@ def test_a_refit_of_wide_heads_comes_nearer_to_the_block(name: str) -> None:
     assert distance(refits) < 0.95 * distance(None)
 
 
-def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_multiples_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     text = model.parent / "text.txt"
     for words, said in [
         (["--kv-heads", 4, "--head-dim-multiple", 3], "expected a divisor of the requested 4 K/V heads"),
         (["--kv-heads", 1, "--head-dim-multiple", 2], "expected a divisor of the requested 1 K/V heads"),
-        (["--kv-heads", 4, "--head-dim-multiple", "wide"], "expected a number such as 2, or auto"),
+        (["--kv-heads", 4, "--head-dim-multiple", "two"], "expected a number such as 2, or auto"),
         (
             ["--kv-heads", 4, "--head-dim-multiple", 2, "--merge", "mean"],
             "--merge mean keeps the source's head_dim",
@@ -276,24 +277,24 @@ def test_widths_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tmp_p
         ("falcon-multi-query", "expected at most 1"),
     ],
 )
-def test_families_without_wide_heads_are_refused(name: str, said: str, tmp_path: Path) -> None:
+def test_families_without_multiples_are_refused(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        headfold.fold(tiny_checkpoint(name), tmp_path / "out", kv_heads="1/1", head_dim_multiple=WIDTH)
+        headfold.fold(tiny_checkpoint(name), tmp_path / "out", kv_heads="1/1", head_dim_multiple=MULTIPLE)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "t5"])
-def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> None:
-    """As only a plan made by hand has them; the twin of the narrow sites is an ordinary one."""
+def test_multiples_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> None:
+    """As only a plan made by hand has them; the twin of the sites without a multiple is an ordinary one."""
     source, stats = opened(name)
     read = source.checkpoint.read
-    wide, plain = (
+    large, plain = (
         make_plan(
             source.sites, read, kv_heads, source=source.checkpoint.fingerprint(), stats=stats, group="contiguous",
             head_dim_multiple=multiple,
         )
-        for kv_heads, multiple in (("1/1", WIDTH), ("1/2", 1))
+        for kv_heads, multiple in (("1/1", MULTIPLE), ("1/2", 1))
     )  # fmt: skip
-    mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: wide.sites[source.sites[0].name]})
+    mixed = dataclasses.replace(plain, sites={**plain.sites, source.sites[0].name: large.sites[source.sites[0].name]})
     mixture, expected = stock_model(source.checkpoint.path), stock_model(source.checkpoint.path)
     Twin(source, mixed, stats, None).install(mixture)
     Twin(source, plain, stats, None).install(expected)
@@ -308,7 +309,7 @@ def test_widths_may_differ_between_sites_in_slots(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "said"), [("phi3", "one tensor on disk"), ("stablelm", "its class requires"), ("llama", "at most 8")]
 )
-def test_a_plan_of_widths_that_cannot_be_had_is_refused(name: str, said: str, tmp_path: Path) -> None:
+def test_a_plan_of_multiples_that_cannot_be_had_is_refused(name: str, said: str, tmp_path: Path) -> None:
     source = open_source(tiny_checkpoint(name))
     made = make_plan(source.sites, source.checkpoint.read, "1/2", source=source.checkpoint.fingerprint(), merge="mean")
     times = 16 if name == "llama" else 2
@@ -331,7 +332,7 @@ def test_a_layout_for_slots_is_refused(tmp_path: Path) -> None:
         folded("gpt_neox", tmp_path / "out", layout="native")
 
 
-def test_auto_takes_the_widest_heads_that_the_count_allows(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_auto_takes_the_largest_multiple_that_the_count_allows(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     text = model.parent / "text.txt"
     options = ("--head-dim-multiple", "auto", "--calibration", text, "--tokens", 512, "--no-refit", "--json")
     found = run("fold", model, tmp_path / "out", "--kv-heads", 4, *options)
@@ -343,7 +344,7 @@ def test_auto_takes_the_widest_heads_that_the_count_allows(run, model: Path, tmp
     assert "--head-dim-multiple 4" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_plan_of_wide_heads_is_a_file_that_fold_takes(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_plan_of_a_multiple_is_a_file_that_fold_takes(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     stats = tmp_path / "stats.safetensors"
     assert run("calibrate", model, stats, "--calibration", model.parent / "text.txt", "--tokens", 512).code == 0
     made = run("plan", model, tmp_path / "plan.json", "--kv-heads", 4, "--head-dim-multiple", 2, "--stats", stats)
@@ -357,7 +358,7 @@ def test_a_plan_of_wide_heads_is_a_file_that_fold_takes(run, model: Path, tmp_pa
     assert both.code == 2 and "--head-dim-multiple" in both.err
 
 
-def test_a_budget_chooses_width_too(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_budget_chooses_the_multiple_too(run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     stats = tmp_path / "stats.safetensors"
     assert run("calibrate", model, stats, "--calibration", model.parent / "text.txt", "--tokens", 1024).code == 0
     made = run(
@@ -374,11 +375,11 @@ def test_a_budget_chooses_width_too(run, model: Path, tmp_path: Path) -> None:  
     )
     assert made.code == 0, made.err
     sites = json.loads((tmp_path / "plan.json").read_text())["sites"]
-    widths = {row["head_dim"] for row in sites.values()}
-    assert len(widths) == 1 and widths.pop() > 8
+    head_dims = {row["head_dim"] for row in sites.values()}
+    assert len(head_dims) == 1 and head_dims.pop() > 8
 
 
-def test_no_width_is_no_change() -> None:
+def test_a_multiple_of_one_is_no_change() -> None:
     source, stats = opened("llama")
     read = source.checkpoint.read
     plans = [
@@ -390,5 +391,5 @@ def test_no_width_is_no_change() -> None:
         a, b = (site_tensors(site, plan, read, stats) for plan in plans)
         for name in a:
             assert_bitwise(a[name], b[name])
-    wide = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=WIDTH)
-    assert_differs(*(next(iter(site_tensors(source.sites[0], p, read, stats).values()))[:1] for p in (plans[0], wide)))
+    large = make_plan(source.sites, read, "1/2", source="tiny", group="swap", stats=stats, head_dim_multiple=MULTIPLE)
+    assert_differs(*(next(iter(site_tensors(source.sites[0], p, read, stats).values()))[:1] for p in (plans[0], large)))

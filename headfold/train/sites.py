@@ -21,14 +21,14 @@ LORA_RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPaths:
+class SitePaths:
     """The path of the module that holds all projections of one attention site, and the path of its output projection."""
 
     module: str
     output: str
 
 
-def find_attentions(model: nn.Module) -> list[AttentionPaths]:
+def find_sites(model: nn.Module) -> list[SitePaths]:
     """Return the attention modules with grouped heads, of headfold's runtime or of a stock class that counts K/V heads.
 
     Raises:
@@ -52,7 +52,7 @@ def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
             yield path, set(PROJECTIONS)
 
 
-def _attention(model: nn.Module, core: str, inputs: set[str]) -> AttentionPaths:
+def _attention(model: nn.Module, core: str, inputs: set[str]) -> SitePaths:
     """Return the paths of one site. The output projection is the last linear that makes no heads, in the core or in a module around it
     (BERT, ViT).
     """
@@ -60,7 +60,7 @@ def _attention(model: nn.Module, core: str, inputs: set[str]) -> AttentionPaths:
     while path:
         own = [name for name in _linears(model.get_submodule(path)) if name.rpartition(".")[2] not in inputs]
         if own:
-            return AttentionPaths(path, f"{path}.{own[-1]}")
+            return SitePaths(path, f"{path}.{own[-1]}")
         path = path.rpartition(".")[0]
     raise AssertionError(f"{core}: no output projection")
 
@@ -80,7 +80,7 @@ def set_trainable(model: "PreTrainedModel", scope: Scope, rank: int = LORA_RANK)
     """
     if scope not in SCOPES:
         raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
-    modules = [] if scope == "all" else [attention.module for attention in find_attentions(model)]
+    modules = [] if scope == "all" else [site.module for site in find_sites(model)]
     if scope == "lora":
         return _with_lora(model, modules, rank)
     for name, parameter in model.named_parameters():
