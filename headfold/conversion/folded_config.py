@@ -9,7 +9,7 @@ from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..families.folded import folded_config as config_of_counts
 from ..families.spec import Site
-from ..runtime.rotary import wide_table
+from ..rotary_tables import wide_table
 from .source import Source
 
 

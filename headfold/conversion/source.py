@@ -18,8 +18,8 @@ from ..families.context import context_length
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
+from ..rotary_tables import plane_frequencies
 from ..runtime.load import kv_heads_by_layer
-from ..runtime.rotary import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 UNKNOWN_CONTEXT = 2048
