@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+import transformers.modeling_utils  # noqa: F401 - what a module under the hook imports first is compiled anew in every process
 
 jaxtyping.install_import_hook("headfold", "typechecking.check")
 
