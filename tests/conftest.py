@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
-from typechecking import ROOMS
+import transformers.modeling_utils  # noqa: F401 - what a module under the hook imports first is compiled anew in every process
 
-jaxtyping.install_import_hook([f"headfold.{room}" for room in ROOMS], "typechecking.check")
+jaxtyping.install_import_hook("headfold", "typechecking.check")
 
 from tiny import FLOAT32_NORMS, TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens  # noqa: E402
 

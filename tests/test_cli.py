@@ -244,7 +244,8 @@ def test_nothing_is_overwritten_unasked(run, model: Path, tmp_path: Path) -> Non
 def test_a_place_that_cannot_be_written(run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("fold", model, tmp_path / "file" / "out", "--kv-heads", 4), str(tmp_path / "file"))
-    refused(run("fold", model, "/proc/out", "--kv-heads", 4, "--merge", "mean", "--group", "contiguous", "--no-refit"))
+    words = ("--kv-heads", 4, "--merge", "mean", "--group", "contiguous", "--no-refit")
+    refused(run("fold", model, "/proc/out", *words), "/proc")
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ from headfold.core.errors import UserError
 from headfold.core.plan import head_dim_refusal
 from headfold.planning import make_plan
 from headfold.refine.refit import refit
+from headfold.rotary_tables import table_of_multiple
 from headfold.runtime.regrouping import installed_heads
-from headfold.runtime.rotary import table_of_multiple
 from headfold.surgery import query_order, site_heads, site_tensors
 
 MULTIPLE = 2

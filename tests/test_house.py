@@ -4,12 +4,15 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import jaxtyping
 import pytest
+from house_imports import HOUSE, Name, imported_by, imports, module_name
 from typer.testing import CliRunner
 
 import headfold.cli
@@ -19,13 +22,13 @@ import headfold.merge
 import headfold.runtime.routes
 from headfold.core import plugins
 from headfold.core.methods import CostMethod, GroupingMethod, MergeMethod, RouteMethod
+from headfold.runtime.decoding import plain_attention
 
 ROOT = Path(__file__).parents[1]
-HOUSE = ROOT / "headfold"
 FLOORS = {
     1: ("core",),
     2: ("checkpoint", "parallel"),
-    3: ("families", "hf_models"),
+    3: ("families", "hf_models", "rotary_tables"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery"),
     6: ("runtime",),
@@ -37,9 +40,13 @@ FLOORS = {
     12: ("__main__",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+STAND_ALONE = {"modeling_decilm.py", "modeling_per_layer.py"}
+"""Not counted with their room: each is copied as it is beside a checkpoint, so it repeats what the room could give it."""
 METHOD_ROOMS = {"measure", "group", "merge"}
 """Pure pages: they see floor 1 alone."""
-RUNS_MODELS = {"hf_models", "calibration"} | {room for floor in (6, 7, 8, 9, 10) for room in FLOORS[floor]}
+RUNS_MODELS = {"hf_models", "rotary_tables", "calibration"} | {
+    room for floor in (6, 7, 8, 9, 10) for room in FLOORS[floor]
+}
 """Rooms that may import transformers."""
 MAX_FILE_LINES, MAX_ROOM_LINES, MAX_VERB_LINES = 400, 2500, 160
 VERBS_THAT_CALL_OTHERS = {"compare", "demo"}
@@ -62,26 +69,21 @@ def room_of(path: Path) -> str:
     return path.relative_to(HOUSE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """The absolute dotted name of everything that a module imports, wherever in it: in functions and for types too."""
-    package = ("headfold", *path.relative_to(HOUSE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            yield from ((*base, alias.name) for alias in node.names)
+def rooms_of(names: Iterable[Name]) -> set[str]:
+    """The rooms that these names lie in, on the plan or not; the version of the package lies in none."""
+    return {name[1] for name in names if name[0] == "headfold" and name != ("headfold", "__version__")}
 
 
 def rooms_imported(path: Path) -> set[str]:
-    return {name[1] for name in imports(path) if name[0] == "headfold" and len(name) > 1 and name[1] in FLOOR_OF}
+    return rooms_of(imports(path))
 
 
 def offence(room: str, other: str) -> str | None:
     """Why a room may not import another, None where it may."""
     if room == other:
         return None
+    if other not in FLOOR_OF:
+        return f"{other} is no room on the plan, and no public name"
     if FLOOR_OF[other] >= FLOOR_OF[room]:
         return f"floor {FLOOR_OF[room]} imports {other} of floor {FLOOR_OF[other]}"
     if room in METHOD_ROOMS and FLOOR_OF[other] > 1:
@@ -100,7 +102,51 @@ def test_the_law_can_be_broken() -> None:
     assert {"verbs", "report"} <= rooms_imported(HOUSE / "cli" / "fold.py")
     assert offence("core", "families") and offence("merge", "group") and offence("merge", "checkpoint")
     assert offence("surgery", "planning") and not offence("cli", "verbs")
-    assert offence("conversion", "budget") and offence("verbs", "cli")
+    assert offence("conversion", "budget") and offence("verbs", "cli") and offence("cli", "attic")
+
+
+VERB = ("headfold", "verbs", "fold")
+RUNTIME = ("headfold", "runtime", "load", "load")
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "expected"),
+    [
+        ("import headfold.core.plan as p", "verbs.fold", {"core"}),
+        ("from ..core import plan", "verbs.fold", {"core"}),
+        ("def f():\n    from ...core.plan import Plan", "group.costs.absorb", {"core"}),
+        ("from .absorb import cost", "group.costs.absorb", {"group"}),
+        ("import headfold", "core.plan", {"verbs", "runtime"}),
+        ("import headfold.core.plan", "core.heads", {"core", "verbs", "runtime"}),
+        ("import headfold as h", "core.plan", {"verbs", "runtime"}),
+        ("from headfold import *", "core.plan", {"verbs", "runtime"}),
+        ("from headfold import fold", "core.plan", {"verbs"}),
+        ("from .. import eval as e", "core.plan", {"verbs"}),
+        ("from . import load", "planning", {"runtime"}),
+        ("from .. import __version__", "cli.fold", set()),
+        ("from .. import attic", "cli.fold", {"attic"}),
+        ("import headfold.attic.old as old", "cli.fold", {"attic"}),
+        ("import importlib\nimportlib.import_module('headfold.cli')", "core.plan", {"cli"}),
+        ("from importlib import import_module as get\nget('headfold.cli.fold')", "core.plan", {"cli"}),
+        ("from importlib import import_module\nimport_module('..report.card', __package__)", "verbs.fold", {"report"}),
+        ("PAGE = 'headfold.verbs'\nimport_module(PAGE)", "core.plan", {"verbs"}),
+        ("import_module(f'headfold.verbs.{name}')", "core.plan", {"verbs"}),
+        ("import_module(f'{__package__}.{name}')", "runtime.routes.static", {"runtime"}),
+        ("import_module(f'{package}.{name}')", "core.plan", set()),
+        ("__import__('headfold.verbs.fold')", "core.plan", {"verbs"}),
+    ],
+)
+def test_the_reader_sees_imports_of_every_form(text: str, module: str, expected: set[str]) -> None:
+    assert rooms_of(imported_by(text, ("headfold", *module.split(".")))) == expected
+
+
+def test_the_reader_finds_where_a_public_name_lives() -> None:
+    """So a verb that imports another through the package is a verb that imports another."""
+    assert imported_by("from headfold import plan", VERB) == {("headfold", "verbs", "plan", "plan")}
+    assert {("headfold", "verbs", "plan", "plan"), RUNTIME} <= imported_by("import headfold", VERB)
+    assert imported_by("from . import static", ("headfold", "runtime", "routes"), is_package=True) == {
+        ("headfold", "runtime", "routes", "static")
+    }
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) in FLOOR_OF], ids=name_of)
@@ -109,14 +155,19 @@ def test_imports_go_down_only(path: Path) -> None:
     assert [offence(room, other) for other in sorted(rooms_imported(path)) if offence(room, other)] == []
 
 
+@pytest.mark.parametrize("path", sorted((HOUSE / "runtime" / "routes").glob("[a-z]*.py")), ids=name_of)
+def test_route_pages_are_method_pages(path: Path) -> None:
+    assert rooms_imported(path) == {"core"}
+
+
 def imports_inside(room: str) -> dict[str, set[str]]:
     """The modules of a room, by dotted name, and which of the others each imports."""
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in MODULES if room_of(p) == room}
-    named = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    named = {".".join(module_name(path)): path for path in MODULES if room_of(path) == room}
     found: dict[str, set[str]] = {}
     for name, path in named.items():
         dotted = [imported for imported in imports(path) if imported[:2] == ("headfold", room)]
-        candidates = {".".join(parts[:length]) for parts in dotted for length in (len(parts) - 1, len(parts))}
+        # A module at any depth: importing it runs the packages around it, too.
+        candidates = {".".join(parts[:length]) for parts in dotted for length in range(2, len(parts) + 1)}
         # A package imports its pages when they are asked for; what it imports to describe them is no step back up.
         found[name] = {c for c in candidates & named.keys() if c != name and not name.startswith(f"{c}.")}
     return found
@@ -148,8 +199,7 @@ def test_only_some_verbs_call_others() -> None:
 
 @pytest.mark.parametrize("room", sorted(FLOOR_OF))
 def test_rooms_are_small(room: str) -> None:
-    """Without `modeling_*.py`, which are copied into what is written."""
-    files = [p for p in MODULES if room_of(p) == room and not p.name.startswith("modeling_")]
+    files = [path for path in MODULES if room_of(path) == room and path.name not in STAND_ALONE]
     assert sum(len(p.read_text().splitlines()) for p in files) <= MAX_ROOM_LINES
 
 
@@ -174,6 +224,15 @@ def test_files_are_short_and_named_for_something(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if p.stat().st_size], ids=name_of)
 def test_modules_say_what_they_are(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_annotations_of_every_module_are_checked() -> None:
+    """By the import hook of `conftest.py`; a name that it does not know it would pass over in silence."""
+    names = [".".join(module_name(path)) for path in MODULES if path.stem != "__main__"]
+    loaders = {name: find_spec(name).loader for name in names}
+    assert [name for name, loader in loaders.items() if not type(loader).__module__.startswith("jaxtyping.")] == []
+    with pytest.raises(jaxtyping.TypeCheckError):
+        plain_attention(None, 1, 2, 3, None)
 
 
 PAGES = [

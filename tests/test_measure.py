@@ -71,7 +71,7 @@ def test_a_pass_sums_what_a_plain_hook_on_k_sees(name: str) -> None:
     with torch.no_grad():
         model(WINDOWS)
     found = collect(stock_model(tiny_checkpoint(name)), sites, {"input_ids": WINDOWS})
-    assert found.keys() == inputs.keys()
+    assert found.keys() == inputs.keys() and found
     for key, x in inputs.items():
         same(found[key], brute_force(x))
 

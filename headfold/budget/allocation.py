@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def allocate_qcqa(
     best: tuple[float, np.ndarray | None] = (np.inf, None)
 
     class Layers(Problem):
-        def _evaluate(self, x: np.ndarray, out: dict, *_: object, **__: object) -> None:
+        def _evaluate(self, x: np.ndarray, out: dict[str, Any], *_: object, **__: object) -> None:
             nonlocal best
             kept = np.where(x, 0, 1)
             layer = np.arange(len(ends))

@@ -1,6 +1,6 @@
 """Points of the Pareto front of K/V bytes against loss: a plan each, predicted at all of them and measured at some."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,9 +103,8 @@ def site_rank_correlation(curves: Curves) -> float | None:
 
 def _uniform(curves: Curves, count: int) -> Allocation | None:
     """Return the same count everywhere, where every site can have it."""
-    options: Mapping[str, Sequence] = curves.options
-    possible = all(count in {option.num_kv_heads for option in listed} for listed in options.values())
-    return {name: count for name in options} if possible else None
+    possible = all(count in {option.num_kv_heads for option in listed} for listed in curves.options.values())
+    return {name: count for name in curves.options} if possible else None
 
 
 def _evenly_spaced(allocations: list[Allocation], number: int) -> list[Allocation]:

@@ -40,12 +40,13 @@ FIRST, FOLD, AFTER, MEASURE = "First", "Fold", "After a fold", "Measure and comp
 """Panels of verbs."""
 
 
-def _version(requested: bool) -> None:
+def _version(requested: bool) -> bool:
     if requested:
         from .. import __version__
 
         print(f"headfold {__version__}")
         raise typer.Exit
+    return requested
 
 
 @app.callback()

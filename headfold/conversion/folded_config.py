@@ -9,7 +9,7 @@ from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..families.folded import folded_config as config_of_counts
 from ..families.spec import Site
-from ..runtime.rotary import table_of_multiple
+from ..rotary_tables import table_of_multiple
 from .source import Source
 
 

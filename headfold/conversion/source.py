@@ -18,7 +18,7 @@ from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_shapes
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
-from ..runtime.rotary import plane_frequencies
+from ..rotary_tables import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 UNKNOWN_CONTEXT = 2048

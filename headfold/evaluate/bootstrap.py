@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +13,8 @@ RESAMPLES = 2000
 LEVEL = 0.95
 BLOCK = 2**22
 """Number of drawn unit counts held in memory at once."""
+Values = Float[np.ndarray, "..."] | np.floating[Any]
+"""Metrics of several rows of sums; numpy makes a scalar of the metric of one."""
 
 
 @runtime_checkable
@@ -42,7 +44,7 @@ class Resampled(Protocol):
         ...
 
 
-def ratio(sums: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
+def ratio(sums: Float[np.ndarray, "... 2"]) -> Values:
     """Return the first sum over the second: loss over tokens, or a sum of values over items."""
     return sums[..., 0] / sums[..., 1]
 
@@ -57,7 +59,7 @@ class Units:
     metric: str
     unit: str
     sums: Float[np.ndarray, "unit statistic"]
-    value: Callable[[Float[np.ndarray, "... statistic"]], Float[np.ndarray, "..."]] = ratio
+    value: Callable[[Float[np.ndarray, "... statistic"]], Values] = ratio
     lower_is_better: bool = False
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class Units:
         return float(self.value(self.sums.sum(0)))
 
     def resampled(self, counts: Int[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        return self.value(counts.astype(np.float64) @ self.sums)
+        return np.asarray(self.value(counts.astype(np.float64) @ self.sums))
 
 
 def mean_of(metric: str, unit: str, values: Float[np.ndarray, " unit"], *, lower_is_better: bool = False) -> Units:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -44,6 +44,8 @@ CHUNK = 2**18
 """Number of logits normalised at once, so that they stay in the processor's cache."""
 
 HELDOUT = "the bundled held-out text"
+Windows = Int[Tensor, "window context"] | Sequence[Int[Tensor, " _position"]]
+"""Windows of one length, or of several (an axis that begins with _ may differ from item to item)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def default_context(config: "PreTrainedConfig") -> int:
     return min(context_length(config.to_dict()) or MAX_CONTEXT, MAX_CONTEXT)
 
 
-def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " position"], ...]:
+def split_windows(tokens: Int[Tensor, " token"], context: int) -> tuple[Int[Tensor, " _position"], ...]:
     """Return the tokens as consecutive windows of `context`; a last window of a single token predicts nothing and is dropped."""
     return tuple(window for window in tokens.split(context) if len(window) > 1)
 
@@ -198,7 +200,7 @@ def _text_config(model: "PreTrainedModel") -> Any:
 def compare_models(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
-    windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
+    windows: Windows,
     *,
     batch_size: int | None = None,
     num_bins: int = NUM_BINS,
@@ -226,7 +228,7 @@ def compare_models(
 def losses_per_window(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
-    windows: Int[Tensor, "window context"] | tuple[Int[Tensor, " position"], ...],
+    windows: Windows,
     *,
     batch_size: int | None = None,
     progress: Progress = no_progress,
@@ -246,7 +248,7 @@ def _means(totals: Float[Tensor, "quantity bin"], row: int) -> tuple[float, ...]
     return tuple((totals[row] / totals[0]).tolist())
 
 
-def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window position"]]:
+def _batches(windows: Windows, batch_size: int) -> Iterator[Int[Tensor, "window position"]]:
     """Yield consecutive windows of one length, at most `batch_size` together."""
     batch: list[Tensor] = []
     for window in windows:
@@ -260,12 +262,12 @@ def _batches(windows: Any, batch_size: int) -> Iterator[Int[Tensor, "window posi
 def _shared_pass(
     model: "PreTrainedModel",
     reference: "PreTrainedModel | None",
-    windows: Any,
+    windows: Windows,
     batch_size: int | None,
     progress: Progress,
     *,
     over: Literal["windows", "positions"],
-) -> list[Float[Tensor, "quantity window_or_position"]]:
+) -> list[Float[Tensor, "quantity _window_or_position"]]:
     """Return, for each batch of windows, the sums of the five quantities of `_of_batch` over its windows or over its positions."""
     longest = max(len(window) for window in windows)
     batch_size = batch_size or max(1, LOGIT_BUDGET // (longest * _text_config(model).vocab_size))
@@ -297,7 +299,7 @@ def _of_batch(
     return per_token
 
 
-def _logits(model: "PreTrainedModel", batch: Int[Tensor, "window position"]) -> Float[Tensor, "window position vocab"]:
+def _logits(model: "PreTrainedModel", batch: Int[Tensor, "window token"]) -> Float[Tensor, "window token-1 vocab"]:
     """Return the logits that predict every token except the first."""
     return model(input_ids=batch.to(input_device(model)), use_cache=False).logits[:, :-1]
 

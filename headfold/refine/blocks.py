@@ -154,7 +154,7 @@ def _value(module: nn.Module, name: str) -> Tensor:
 
 
 def walk(
-    model: "PreTrainedModel", sites: list[Site], batches: list[Int[Tensor, "batch token"]]
+    model: "PreTrainedModel", sites: list[Site], batches: list[Int[Tensor, "_batch _token"]]
 ) -> Iterator[tuple[Block, Callable[[int], tuple[Call, Tensor]]]]:
     """Yield every block with a function from the number of a batch to its attention's call and output in the original model.
 

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..parallel import is_main
 from .tables import duration, size
@@ -37,7 +37,7 @@ class ProgressReport:
         self._task: TaskID | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressReport":
         self._start = time.monotonic()
         if not (self._silent or self._to.isatty()) and is_main():
             threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True).start()

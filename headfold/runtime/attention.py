@@ -244,7 +244,7 @@ def joined(
 
 @routed
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention `headfold-eager`: the numbers and weights of the stock attention, computed from grouped heads."""
     heads, keywords = joined(module, query, key, value, keywords)
@@ -262,13 +262,14 @@ def implementation(name: str, *, special: bool) -> str:
 
 def headfold_mask(*sizes: Any, config: Any = None, **keywords: Any) -> Tensor | None:
     """Return a mask for `headfold`: boolean or None as for `sdpa`, but additive as for `eager` where a class expects that."""
-    build = sdpa_mask if _reads_boolean_masks(type(config)) else eager_mask
+    config_class: type = type(config)
+    build = sdpa_mask if _reads_boolean_masks(config_class) else eager_mask
     return build(*sizes, config=config, **keywords)
 
 
 @functools.cache
 def _reads_boolean_masks(config_class: type) -> bool:
-    models = MODEL_MAPPING.get(config_class, None) or ()
+    models: Any = MODEL_MAPPING.get(config_class, None) or ()
     return any(model._supports_sdpa for model in (models if isinstance(models, tuple) else (models,)))
 
 

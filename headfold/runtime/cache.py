@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 LEAST_ROOM = 64
 """Tokens that are reserved at first; each later reservation is twice what is needed then."""
 
-States = Float[Tensor, "batch group token dim"]
+NewKeys = Float[Tensor, "batch group new dim"]
+NewValues = Float[Tensor, "batch group new value_dim"]
+KeysAndValues = tuple[Float[Tensor, "batch group token dim"], Float[Tensor, "batch group token value_dim"]]
 
 
 class _InPlace(DynamicLayer):
@@ -36,7 +38,7 @@ class _InPlace(DynamicLayer):
         self.limit = limit
         self._rooms: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def lazy_initialization(self, key_states: States, value_states: States) -> None:
+    def lazy_initialization(self, key_states: NewKeys, value_states: NewValues) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
 
@@ -57,7 +59,7 @@ class _InPlace(DynamicLayer):
         for states in (self.keys, self.values):
             states[moved] = states[index[moved]]
 
-    def _grown(self, key_states: States, value_states: States) -> tuple[States, States] | None:
+    def _grown(self, key_states: NewKeys, value_states: NewValues) -> KeysAndValues | None:
         """Return keys and values with the new ones appended; None where autograd may need the old ones, or a compiler traces."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
@@ -72,7 +74,7 @@ class _InPlace(DynamicLayer):
 class GrowingLayer(_InPlace):
     """The cache of one layer."""
 
-    def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
+    def update(self, key_states: NewKeys, value_states: NewValues, *args: Any, **keywords: Any) -> KeysAndValues:
         """Append the new tokens and return all of them. With gradients enabled this concatenates as stock does."""
         grown = self._grown(key_states, value_states)
         if grown is None:
@@ -89,7 +91,7 @@ class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
     keys: Tensor
     values: Tensor
 
-    def update(self, key_states: States, value_states: States, *args: Any, **keywords: Any) -> tuple[States, States]:
+    def update(self, key_states: NewKeys, value_states: NewValues, *args: Any, **keywords: Any) -> KeysAndValues:
         """Append the new tokens and return those that the new ones may attend to. With gradients enabled this concatenates as stock
         does.
         """
@@ -107,7 +109,12 @@ class GrowingSlidingLayer(_InPlace, DynamicSlidingWindowLayer):
         return grown
 
 
-def _appended(states: States, new: States, room: Tensor | None, limit: int | None) -> tuple[States, Tensor]:
+def _appended(
+    states: Float[Tensor, "batch group old dim"],
+    new: Float[Tensor, "batch group new dim"],
+    room: Tensor | None,
+    limit: int | None,
+) -> tuple[Float[Tensor, "batch group token dim"], Tensor]:
     """Return `states` with `new` appended, and the tensor they lie in: `room` if they lie in it and it is large enough, else one of
     twice the size.
     """
@@ -122,7 +129,9 @@ def _appended(states: States, new: States, room: Tensor | None, limit: int | Non
     return room[..., start : start + length, :], room
 
 
-def _place(states: States, new: States, room: Tensor) -> int | None:
+def _place(
+    states: Float[Tensor, "batch group old dim"], new: Float[Tensor, "batch group new dim"], room: Tensor
+) -> int | None:
     """Return the index in `room` of the first token of `states`; None where they lie elsewhere or the room is too small for the new
     tokens.
     """

@@ -57,7 +57,7 @@ def sdpa(
 
 
 def plain_attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,

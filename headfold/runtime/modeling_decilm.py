@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, SeedOssConfig, SeedOssForCausalLM, See
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssDecoderLayer
 
 
-class Block(dict):
+class Block(dict[str, Any]):
     """A JSON object whose members are attributes too, as engines read them."""
 
     def __getattr__(self, name: str) -> Any:
@@ -52,7 +52,7 @@ class _DeciLM(PreTrainedModel):
 
     def __init__(self, config: DeciLMConfig) -> None:
         super().__init__(config)
-        layers = self.base_model.layers
+        layers: Any = self.base_model.layers
         for index in range(len(layers)):
             layers[index] = SeedOssDecoderLayer(config.of_layer(index), index)
             layers[index].self_attn.config = config

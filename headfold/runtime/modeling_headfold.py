@@ -110,11 +110,11 @@ def _reproject_output(root: nn.Module, path: str, columns: int) -> None:
     setattr(holder, leaf, enlarged)
 
 
-def _num_rows(linear: nn.Module) -> int:
+def _num_rows(linear: Any) -> int:
     return linear.out_features if isinstance(linear, nn.Linear) else linear.weight.shape[1]
 
 
-def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
+def _linear_like(stock: Any, rows: int) -> nn.Linear:
     """Return a linear with as many inputs as `stock`, a linear or Conv1D, and with a bias if that has one."""
     weight = stock.weight
     inputs = stock.in_features if isinstance(stock, nn.Linear) else weight.shape[0]
@@ -122,7 +122,7 @@ def _linear_like(stock: nn.Module, rows: int) -> nn.Linear:
     return linear.train(stock.training).requires_grad_(weight.requires_grad)
 
 
-def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
+def _attach(module: Any, site: Mapping[str, Any], config: Any) -> None:
     """Set the groups of a module, and give it a forward that heeds them where the stock one does not."""
     uneven, slots = site.get("kv_of_query"), site.get("slots", 1)
     special = bool(uneven) or slots > 1
@@ -133,11 +133,12 @@ def _attach(module: nn.Module, site: Mapping[str, Any], config: Any) -> None:
     sizes = dict.fromkeys(HEAD_DIMS, site["head_dim"]) | dict.fromkeys(KV_COUNTS, site["kv_heads"])
     for name in sizes.keys() & vars(module).keys():
         setattr(module, name, sizes[name])
-    forward = own_forward(type(module))
+    attention: type = type(module)
+    forward = own_forward(attention)
     if forward is not None:
-        module.__class__ = _with_forward(type(module), forward)
+        module.__class__ = _with_forward(attention, forward)
         module.config = getattr(module, "config", config)
-    elif special or (site["kv_heads"] < site["heads"] and not _repeats_itself(type(module))):
+    elif special or (site["kv_heads"] < site["heads"] and not _repeats_itself(attention)):
         module.config = SiteConfig(module.config, special=special)
 
 

@@ -19,7 +19,7 @@ class PerLayerModel(PreTrainedModel):
         # Stock classes read counts that such a config refuses to tell as a whole; that of one layer tells them.
         first = layers[0]
         super().__init__(first, *arguments, **keywords)
-        stack = self.base_model.layers
+        stack: Any = self.base_model.layers
         for index in range(1, len(stack)):
             stack[index] = type(stack[index])(layers[index], index)
         config._attn_implementation_internal = first._attn_implementation

@@ -16,7 +16,7 @@ from .attention import EAGER_NAME, Attention, implementation, joined, packed, ro
 Turn = Callable[[Tensor], Tensor]
 
 
-def project(module: nn.Module, role: str, states: Tensor, *, batch: int) -> Tensor:
+def project(module: Any, role: str, states: Tensor, *, batch: int) -> Tensor:
     """Return one projection by heads: (batch, token, model) as (batch, head or group, token, dim)."""
     site = module.headfold_site
     projected = getattr(module, site[role])(states)
@@ -39,7 +39,7 @@ def keys_and_values(
     `states` are (batch, token, model); at a site that `crosses` they are the encoder's output, which is projected once and cached.
     `turn` applies the rotary position.
     """
-    both = cache if isinstance(cache, EncoderDecoderCache) else None
+    both: Any = cache if isinstance(cache, EncoderDecoderCache) else None
     if both is not None:
         cache = both.cross_attention_cache if crosses else both.self_attention_cache
         if crosses and both.is_updated.get(layer):
@@ -54,7 +54,7 @@ def keys_and_values(
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

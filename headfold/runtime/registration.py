@@ -1,7 +1,7 @@
 """Registers the attention `headfold` with transformers, now or as soon as transformers is imported."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -28,7 +28,7 @@ def register_attention() -> None:
 class _RegisterOnImport(MetaPathFinder):
     """An import hook that removes itself when transformers' module is imported, and registers the attention after it."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TRANSFORMERS_MODULE:
             return None
         with suppress(ValueError):  # another thread was here first

@@ -69,7 +69,7 @@ def _import_order(line: str) -> tuple[bool, str]:
     return line.startswith("from"), line
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+def _model_types(config: Mapping[Any, Any]) -> Iterator[str]:
     """Yield the model types of the config and of the configs inside it."""
     if isinstance(config.get("model_type"), str):
         yield config["model_type"]

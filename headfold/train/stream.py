@@ -20,7 +20,7 @@ LABELLED = ("text", "pairs", "images", "sentences")
 """Kinds of data that models can be trained on (`corpus.samples.kind_of`)."""
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Item]):
     """Yields the items of a source, epoch after epoch.
 
     Text is packed into windows of `context` tokens without padding, whose `labels` are the tokens themselves.

@@ -8,7 +8,7 @@ from ..projections import attend, keys_and_values, project
 
 
 def bloom_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     residual: Tensor,
     alibi: Tensor,

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import plain_attention
 from ..positions import turn_halves
@@ -11,7 +11,7 @@ from ..projections import attend, keys_and_values, project
 
 
 def falcon_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     alibi: Tensor | None,
     attention_mask: Tensor | None,

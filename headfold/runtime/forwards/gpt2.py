@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..projections import attend, keys_and_values, project
 
 
 def gpt2_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     past_key_values: Any = None,
     attention_mask: Tensor | None = None,
@@ -22,7 +22,7 @@ def gpt2_forward(
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(
         self,
-        encoder_hidden_states if crosses else hidden_states,
+        hidden_states if encoder_hidden_states is None else encoder_hidden_states,
         batch=batch,
         layer=self.layer_idx,
         cache=past_key_values,
@@ -37,7 +37,7 @@ def gpt2_forward(
 
 
 def _gpt2_upcast(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Run the stock class's own eager attention in float32."""
     return module._upcast_and_reordered_attn(query, key, value, mask)

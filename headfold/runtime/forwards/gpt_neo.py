@@ -10,7 +10,7 @@ from ..projections import attend, keys_and_values, project
 
 
 def gpt_neo_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     layer_past: Any = None,
@@ -29,9 +29,7 @@ def gpt_neo_forward(
     return self.resid_dropout(self.out_proj(context)), weights
 
 
-def _gpt_neo_mask(
-    module: nn.Module, mask: Tensor | None, num_queries: int, num_keys: int, dtype: torch.dtype
-) -> Tensor:
+def _gpt_neo_mask(module: Any, mask: Tensor | None, num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
     """Return the window (1, 1, query, key), combined with the mask that arrives, boolean or additive."""
     window = module.bias[:, :, num_keys - num_queries : num_keys, :num_keys]
     if mask is None or mask.dtype == torch.bool:

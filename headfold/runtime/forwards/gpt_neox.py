@@ -3,14 +3,14 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..positions import turn_halves
 from ..projections import attend, keys_and_values, project
 
 
 def gpt_neox_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     layer_past: Any = None,

@@ -3,14 +3,14 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..positions import turn_pairs
 from ..projections import attend, keys_and_values, project
 
 
 def gptj_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     layer_past: Any = None,
     attention_mask: Tensor | None = None,
@@ -42,7 +42,7 @@ def gptj_forward(
 
 
 def _gptj_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     output, weights = module._attn(query, key, value, mask)
     return output.transpose(1, 2), weights

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..projections import attend, keys_and_values, project
 
 
 def mpt_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     position_bias: Tensor | None = None,
     past_key_values: Any = None,

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..projections import attend, keys_and_values, project
 
 
 def umt5_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     past_key_values: Any = None,
@@ -24,7 +24,7 @@ def umt5_forward(
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(
         self,
-        encoder_hidden_states if crosses else hidden_states,
+        hidden_states if encoder_hidden_states is None else encoder_hidden_states,
         batch=batch,
         layer=self.layer_idx,
         cache=past_key_values,

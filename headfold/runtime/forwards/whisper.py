@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..projections import attend, keys_and_values, project
 
 
 def whisper_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     key_value_states: Tensor | None = None,
     past_key_values: Any = None,
@@ -21,7 +21,7 @@ def whisper_forward(
     query = project(self, "q", hidden_states, batch=batch) * self.scaling
     key, value = keys_and_values(
         self,
-        key_value_states if crosses else hidden_states,
+        hidden_states if key_value_states is None else key_value_states,
         batch=batch,
         layer=self.layer_idx,
         cache=past_key_values,
