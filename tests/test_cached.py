@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from grouped_models import EVEN, ONE, SHUFFLED, THREE, UNEVEN, grouped
-from test_wide import folded
+from test_head_dim_multiples import folded
 from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
 from transformers.cache_utils import EncoderDecoderCache
 

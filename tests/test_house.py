@@ -48,7 +48,7 @@ RUNS_MODELS = {"hf_models", "rotary_tables", "calibration"} | {
     room for floor in (6, 7, 8, 9, 10) for room in FLOORS[floor]
 }
 """Rooms that may import transformers."""
-MAX_FILE_LINES, MAX_ROOM_LINES, MAX_VERB_LINES = 400, 2500, 160
+MAX_FILE_LINES, MAX_ROOM_LINES, MAX_VERB_LINES = 400, 2600, 160
 VERBS_THAT_CALL_OTHERS = {"compare", "demo"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(
