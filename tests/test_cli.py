@@ -68,7 +68,9 @@ def test_the_whole_path(run, model: Path, tmp_path: Path) -> None:
     assert seen["num_kv_heads"] == 8 and seen["kv_bytes_per_token"] == 2 * 2 * 8 * 8 * 4
     assert all(0 <= share <= 1 for site in seen["sites"] for share in (*site["key"].values(), *site["value"].values()))
     strips = run("inspect", model, "--stats", stats)
-    assert strips.err.startswith("inspect: 2 sites in ") and all(f"{tensor} 1/{part}" in strips.out for tensor in "KV" for part in (2, 4, 8))
+    assert strips.err.startswith("inspect: 2 sites") and all(
+        f"{tensor} 1/{part}" in strips.out for tensor in "KV" for part in (2, 4, 8)
+    )
     plan = run("plan", model, tmp_path / "plan.json", "--kv-heads", "1/4", "--stats", stats)
     assert plan.code == 0 and "layers.1.self" in plan.out and "plan: 2 sites" in plan.err
     folded = run("fold", model, out, "--plan", tmp_path / "plan.json", "--stats", stats, *source, "--json")

@@ -14,7 +14,7 @@ from .fold import fold
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 KV_HEADS = "1/2"
-CALIBRATION, TOKENS = "stdlib", 16_384
+CALIBRATION, TOKENS = "stdlib", 8_192
 """Calibration data: this machine's Python sources, without the held-out ones."""
 HELD_OUT_TOKENS = 32_768
 
