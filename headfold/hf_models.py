@@ -216,7 +216,21 @@ def open_model(
         else:
             model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class)
             model = model.to(device)
+    _name_decoder_start(model)
     return model.eval().requires_grad_(False)
+
+
+def _name_decoder_start(model: Any) -> None:
+    """Put the token that a decoder starts from into the config, where only the generation config names it.
+
+    transformers 5 may save it there alone, but its models shift labels by the config's. Where neither names one, it is the padding
+    token, as for every published T5.
+    """
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False) or getattr(config, "decoder_start_token_id", None) is not None:
+        return
+    named = getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None)
+    config.decoder_start_token_id = config.pad_token_id if named is None else named
 
 
 def exceeds_memory(

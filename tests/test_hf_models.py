@@ -12,6 +12,7 @@ from tiny import TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens
 from torch import Tensor
 from transformers.utils import logging
 
+import headfold
 from headfold import hf_models
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
@@ -178,6 +179,24 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_named(tmp_path):
     edit_config(tmp_path, intermediate_size=7)
     with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight: expected shape \(.*7.*\) by the config, got"):
         hf_models.open_model(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["generation_config", "nowhere"])
+def test_a_decoder_starts_from_a_token_that_its_config_does_not_name(named, tmp_path):
+    """transformers 5 may save it beside the config, and T5 does not shift labels without it; a fold is verified all the same."""
+    source = tmp_path / "t5"
+    shutil.copytree(tiny_checkpoint("t5"), source)
+    config = json.loads((source / "config.json").read_text())
+    config["decoder_start_token_id"] = None
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    if named == "generation_config":
+        (source / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 5}))
+    assert open_model(source).config.decoder_start_token_id == (
+        5 if named == "generation_config" else config["pad_token_id"]
+    )
+    result = headfold.fold(source, tmp_path / "out", kv_heads=4, merge="mean", group="contiguous", refit=False)
+    assert result.verification is not None and result.verification.passed
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):

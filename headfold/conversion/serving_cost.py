@@ -6,6 +6,7 @@ from math import prod
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
 from ..exports.layout import choose_layout, query_heads
+from ..families.context import context_length
 from ..families.layout import planned_shapes
 from .folded_config import folded_config
 from .source import Source
@@ -28,6 +29,8 @@ class ServingCost:
     """Arithmetic of projections and attention per token of a prompt of `PROMPT_TOKENS` tokens, causal where the site is."""
     caches: bool = True
     """Whether K and V are cached at all: the model generates token by token."""
+    context: int | None = None
+    """Tokens that the model takes at once; None where its config names no limit."""
 
 
 def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = None) -> ServingCost:
@@ -53,7 +56,14 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
     named = str(min(head_dims)) if len(head_dims) == 1 else f"{min(head_dims)} to {max(head_dims)}"
     itemsize = source.dtype.itemsize
     flops = 2 * elements + 2 * products
-    return ServingCost(named, source.kv_bytes_per_token(plan), elements * itemsize, flops, generates)
+    return ServingCost(
+        named,
+        source.kv_bytes_per_token(plan),
+        elements * itemsize,
+        flops,
+        generates,
+        context_length(source.checkpoint.config),
+    )
 
 
 def _query_heads(source: Source, plan: Plan, layout: str | None) -> dict[str, int]:

@@ -80,7 +80,7 @@ def draw_sample(
     if kind == "audio":
         sounds, texts = read_audio(*request)
         tokenizer = open_tokenizer(path) if texts is not None else None
-        start = _config(path).get("decoder_start_token_id")
+        start = _decoder_start(path)
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
     tokenizer = open_tokenizer(path)
     if kind == "captions":
@@ -131,6 +131,15 @@ def _label_ids(labels: Sequence[Any], path: Path, source: str) -> Tensor:
 
 def _config(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json").read_text())
+
+
+def _decoder_start(path: Path) -> int | None:
+    """Return the token that the decoder starts from, which transformers 5 may leave to the generation config."""
+    named = _config(path).get("decoder_start_token_id")
+    file = path / "generation_config.json"
+    if named is None and file.is_file():
+        named = json.loads(file.read_text()).get("decoder_start_token_id")
+    return named
 
 
 def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:

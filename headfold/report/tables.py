@@ -37,15 +37,20 @@ def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     both = (before, after)
     name = "K/V cache per token" if before.caches else "K and V per token, not cached"
     cache = [[name, *(size(one.kv_bytes_per_token) for one in both)]]
-    cache += (
-        [["K/V cache at 32k tokens", *(size(32768 * one.kv_bytes_per_token) for one in both)]] if before.caches else []
-    )
+    cache += [cache_row(before.context, *(one.kv_bytes_per_token for one in both))] if before.caches else []
     return [
         ["head_dim of a K/V head", before.head_dims, after.head_dims],
         *cache,
         ["attention weights", size(before.weight_bytes), size(after.weight_bytes)],
         ["attention FLOPs per prompt token", *(flops(one.flops_per_token) for one in (before, after))],
     ]
+
+
+def cache_row(context: int | None, *bytes_per_token: int) -> list[str]:
+    """Return the row of a table with the size of a full cache, of at most 32,768 tokens; `context` is None where it has no limit."""
+    if context is not None and context < 32_768:
+        return [f"K/V cache at {context:,} tokens", *(size(context * one) for one in bytes_per_token)]
+    return ["K/V cache at 32k tokens", *(size(32_768 * one) for one in bytes_per_token)]
 
 
 def flops(number: float) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from .tables import count_range, duration, percent, serving_cost_rows, show_table, size
+from .tables import cache_row, count_range, duration, percent, serving_cost_rows, show_table, size
 
 FRACTIONS = ("1/2", "1/4", "1/8")
 BARS = "▁▂▃▄▅▆▇█"
@@ -44,10 +44,8 @@ def _cache_rows(found: Any) -> list[list[str]]:
     if not found.caches:
         return [["K and V per token, not cached", size(found.kv_bytes_per_token)]]
     context = [] if found.context is None else [["context", f"{found.context:,} tokens"]]
-    rows = [*context, ["K/V cache per token", size(found.kv_bytes_per_token)]]
-    if found.context is not None and found.context < 32_768:
-        return [*rows, ["K/V cache at the full context", size(found.kv_bytes_per_token * found.context)]]
-    return [*rows, ["K/V cache at 32k tokens", size(found.kv_bytes_32k)]]
+    per_token = found.kv_bytes_per_token
+    return [*context, ["K/V cache per token", size(per_token)], cache_row(found.context, per_token)]
 
 
 def show_predicted_errors(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:
