@@ -192,7 +192,7 @@ def test_a_decoder_starts_from_a_token_that_its_config_does_not_name(named, tmp_
     (source / "generation_config.json").unlink(missing_ok=True)
     if named == "generation_config":
         (source / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 5}))
-    assert open_model(source).config.decoder_start_token_id == (
+    assert hf_models.open_model(source).config.decoder_start_token_id == (
         5 if named == "generation_config" else config["pad_token_id"]
     )
     result = headfold.fold(source, tmp_path / "out", kv_heads=4, merge="mean", group="contiguous", refit=False)
