@@ -221,16 +221,12 @@ def open_model(
 
 
 def _name_decoder_start(model: Any) -> None:
-    """Put the token that a decoder starts from into the config, where only the generation config names it.
-
-    transformers 5 may save it there alone, but its models shift labels by the config's. Where neither names one, it is the padding
-    token, as for every published T5.
-    """
-    config = model.config
-    if not getattr(config, "is_encoder_decoder", False) or getattr(config, "decoder_start_token_id", None) is not None:
-        return
-    named = getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None)
-    config.decoder_start_token_id = config.pad_token_id if named is None else named
+    """Name a decoder's first token in the config, by which labels are shifted: transformers 5 may save it in the generation config
+    alone. Where neither names one, it is the padding token, as for every published T5."""
+    config, generation = model.config, getattr(model, "generation_config", None)
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        named = getattr(generation, "decoder_start_token_id", None)
+        config.decoder_start_token_id = config.pad_token_id if named is None else named
 
 
 def exceeds_memory(

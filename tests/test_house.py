@@ -27,7 +27,7 @@ from headfold.runtime.decoding import plain_attention
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     1: ("core",),
-    2: ("checkpoint", "parallel"),
+    2: ("checkpoint", "parallel", "threads"),
     3: ("families", "hf_models", "rotary_tables"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "planning", "surgery"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import threads
 from ..core.errors import UserError
 from ..parallel import is_main
 from . import (
@@ -93,6 +94,7 @@ def _one_line(error: UserError | OSError) -> str:
 
 def main() -> None:
     """Run the command line: what a user can cause ends as one line on stderr and exit code 2, an interrupt as one line and 130."""
+    threads.prepare()
     try:
         app(prog_name="headfold")
     except SystemExit as leaving:

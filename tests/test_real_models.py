@@ -1,0 +1,69 @@
+"""scripts/real_models.py: CTranslate2's files are read, and attention is taken apart as transformers names it."""
+
+import importlib.util
+import struct
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from grades import assert_bitwise
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "real_models", Path(__file__).parents[1] / "scripts" / "real_models.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def written(path: Path, arrays: dict[str, np.ndarray], version: int = 6) -> Path:
+    """The arrays in CTranslate2's format."""
+    dtypes = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}
+
+    def text(name: str) -> bytes:
+        return struct.pack("<H", len(name) + 1) + name.encode() + b"\0"
+
+    parts = [struct.pack("<I", version), text("WhisperSpec"), struct.pack("<II", 3, len(arrays))]
+    for name, array in arrays.items():
+        parts += [text(name), struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)]
+        parts += [struct.pack("<BI", dtypes[array.dtype.name], array.nbytes), array.tobytes()]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def test_ctranslate2_files_are_read(script: ModuleType, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {
+        "a/weight": draw.normal(size=(3, 2)).astype("float16"),
+        "b": np.array(6, dtype="int16"),
+        "c/bias": draw.normal(size=4).astype("float32"),
+    }
+    found = dict(script.read_ctranslate2(written(tmp_path / "model.bin", arrays)))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].shape == array.shape
+        assert_bitwise(found[name].reshape(-1), torch.from_numpy(array).reshape(-1))
+    with pytest.raises(SystemExit, match="expected CTranslate2's format 6, got 5"):
+        list(script.read_ctranslate2(written(tmp_path / "old.bin", arrays, version=5)))
+
+
+@pytest.mark.parametrize("joined", [(3, 1), (1, 2, 1)], ids=["self-attention", "cross-attention"])
+def test_projections_are_taken_apart(script: ModuleType, joined: tuple[int, ...]) -> None:
+    q, k, v, out = parts = [torch.full((2, 2), float(at)) for at in range(4)]
+    weights, at = {}, 0
+    for number, count in enumerate(joined):
+        weights[f"x/linear_{number}/weight"] = torch.cat(parts[at : at + count])
+        weights[f"x/linear_{number}/bias"] = weights[f"x/linear_{number}/weight"][:, 0].clone()
+        at += count
+    found = script.projections(weights, "x", "y")
+    expected = {"q_proj": q, "k_proj": k, "v_proj": v, "out_proj": out}
+    names = {f"y.{name}.weight" for name in expected} | {f"y.{name}.bias" for name in expected if name != "k_proj"}
+    assert found.keys() == names
+    for name, weight in expected.items():
+        assert_bitwise(found[f"y.{name}.weight"], weight)
