@@ -9,7 +9,7 @@ import atexit
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Batch = TypeVar("Batch")
 
 PATIENCE = timedelta(days=7)
 """How long a worker waits for rank 0, which plans and samples alone for hours. A process that dies is noticed at once."""
@@ -142,6 +143,36 @@ def all_gather(value: T) -> list[T]:
     with _reachable():
         dist.all_gather_object(values, value, _group.messages)
     return values
+
+
+def run_shared(
+    batches: Iterable[Batch], run: Callable[[Batch], T], finished: Callable[[Batch], None] = lambda batch: None
+) -> list[T]:
+    """Return `run` of every batch, in the order of the batches, on every rank.
+
+    Batch number n is run by the rank that it falls to, so all ranks must give the same batches. Ts must be small, and tensors among
+    them must lie in CPU memory. With one process this is a loop. `finished` is called with each batch that has been run or left to
+    another rank.
+
+    Raises:
+        UserError: a batch was refused, on any rank.
+    """
+
+    def own() -> list[tuple[int, T]]:
+        results = []
+        for number, batch in enumerate(batches):
+            if falls_here(number):
+                results.append((number, run(batch)))
+            finished(batch)
+        return results
+
+    return gathered_in_order(on_all(own))
+
+
+def gathered_in_order(own: Sequence[tuple[int, T]]) -> list[T]:
+    """Return the results of all ranks, ordered by the numbers that go with them."""
+    numbered = [pair for pairs in all_gather(list(own)) for pair in pairs]
+    return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def on_main(make: Callable[[], T]) -> T:

@@ -10,8 +10,9 @@ import pytest
 from test_evaluate_modalities import CLASSIFIERS, PAIRS, items, tiny, tokenizer, writer  # noqa: F401 (a fixture)
 from tiny import stock_model, tiny_checkpoint, tiny_tokens
 
+from headfold import parallel
 from headfold.corpus.pairs import encode_pairs
-from headfold.evaluate import classification, embedding, perplexity, sensitivity, sharing, translation
+from headfold.evaluate import classification, embedding, perplexity, sensitivity, translation
 from headfold.evaluate.sensitivity import Divergence, replaced_parameters
 
 
@@ -31,9 +32,9 @@ def on_ranks(world: int, monkeypatch: pytest.MonkeyPatch, measure: Callable[[], 
         local.rank = rank
         found[rank] = measure()
 
-    for module in (sharing, sensitivity):
+    for module in (parallel, sensitivity):
         monkeypatch.setattr(module, "falls_here", lambda number: number % world == local.rank)
-    monkeypatch.setattr(sharing, "all_gather", all_gather)
+    monkeypatch.setattr(parallel, "all_gather", all_gather)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()

@@ -15,6 +15,7 @@ from tiny import FOREIGN, TINY, randomise, tiny_sample
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from headfold import parallel
 from headfold.core.errors import UserError
 from headfold.core.routes import Norms, RouteState, even, runs
 from headfold.runtime import routing
@@ -131,7 +132,7 @@ def test_processes_share_what_a_route_is_frozen_on(monkeypatch: pytest.MonkeyPat
     def frozen(rank: int | None) -> list[tuple[RouteState, ...]]:
         model = grouped("llama")
         routing.attach(model, "dgqa:window=2")
-        monkeypatch.setattr(routing, "falls_here", lambda number: rank is None or number % 2 == rank)
+        monkeypatch.setattr(parallel, "falls_here", lambda number: rank is None or number % 2 == rank)
         routing.freeze(model, batches)
         return [router.state for router in routing.routers(model).values()]
 
@@ -140,7 +141,7 @@ def test_processes_share_what_a_route_is_frozen_on(monkeypatch: pytest.MonkeyPat
         return [passes[1], passes[0]] if len(passes) == 2 else [own]
 
     alone = frozen(None)
-    monkeypatch.setattr(routing, "all_gather", of_all)
+    monkeypatch.setattr(parallel, "all_gather", of_all)
     first = frozen(0)
     assert [number for number, _ in passes[0]] == [0, 2, 4]
     together = frozen(1)

@@ -23,10 +23,9 @@ from ..corpus.windows import token_stream
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.context import context_length
 from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
-from ..parallel import on_main
+from ..parallel import on_main, run_shared
 from ..runtime.load import own_class
 from .bootstrap import Units
-from .sharing import run_shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..calibration import Sample
 from ..corpus.pairs import IGNORED
-from ..parallel import falls_here
-from .sharing import gathered_in_order
+from ..parallel import falls_here, gathered_in_order
 from .verify import model_output
 
 if TYPE_CHECKING:

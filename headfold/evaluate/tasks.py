@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 
 from ..core.errors import UserError
 from ..hf_models import input_device, quiet
-from ..parallel import share
+from ..parallel import gathered_in_order, share
 from .bootstrap import Units, ratio
-from .sharing import gathered_in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,7 +25,7 @@ from ..core.groups import Groups
 from ..core.methods import RouteMethod
 from ..core.plan import Plan, SitePlan
 from ..core.routes import Norms, RouteState, even, runs
-from ..parallel import all_gather, falls_here, on_all
+from ..parallel import run_shared
 from . import routes
 from .load import takes_attention
 from .modeling_headfold import SiteConfig, own_forward
@@ -132,16 +132,11 @@ def freeze(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] = ())
     for router in found.values():
         router.observe()
 
-    def measured() -> list[tuple[int, dict[str, list[Norms]]]]:
-        norms = []
-        for number, batch in enumerate(batches):
-            if falls_here(number):
-                run(model, batch)
-                norms.append((number, {path: router.measured() for path, router in found.items()}))
-        return norms
+    def measured(batch: Mapping[str, Tensor]) -> dict[str, list[Norms]]:
+        run(model, batch)
+        return {path: router.measured() for path, router in found.items()}
 
-    passes = [each for rank in all_gather(on_all(measured)) for each in rank]
-    for _, norms in sorted(passes, key=lambda numbered: numbered[0]):
+    for norms in run_shared(batches, measured):
         for path, router in found.items():
             router.add(norms[path])
     for path, router in found.items():
