@@ -16,7 +16,7 @@ from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_
 from torch import Tensor
 
 from headfold import calibration
-from headfold.calibration import collect, mask_of, total_tokens
+from headfold.calibration import collect, mask_of
 from headfold.core.fitted import FittedHeads
 from headfold.core.heads import Heads
 from headfold.core.plan import Plan
@@ -24,9 +24,10 @@ from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.hf_models import is_streamed, open_model
 from headfold.planning import make_plan
+from headfold.refine import fixed_attention
 from headfold.refine.blocks import recorded_calls
 from headfold.refine.recorded import RecordedCall, RecordedSite
-from headfold.refine.refit import num_passes, refit
+from headfold.refine.refit import refit, tokens_per_block
 from headfold.refine.values import refit_values
 from headfold.surgery import query_order, site_heads, site_tensors
 
@@ -60,11 +61,12 @@ class Folded:
         return site_tensors(site, self.plan, self.read, self.stats, refits, num_kv_heads=site.num_kv_heads)
 
     def refit(
-        self, ridge: float, value_steps: int = 3, memory_limit: int | None = None
+        self, ridge: float, value_steps: int = 3, memory_limit: int | None = None, query_steps: int = 0
     ) -> dict[str, dict[str, Tensor]]:
         model = open_model(self.directory, dtype=torch.float64, memory_limit=memory_limit)
         assert is_streamed(model) == (memory_limit == 0)
-        return refit(model, self.sites, self.merged, SAMPLE, ridge=ridge, value_steps=value_steps)
+        how = {"ridge": ridge, "value_steps": value_steps, "query_steps": query_steps}
+        return refit(model, self.sites, self.merged, SAMPLE, **how)
 
 
 @cache
@@ -119,9 +121,25 @@ def test_refit_lowers_the_error_of_every_block(name: str) -> None:
         assert errors[2] < 0.9 * errors[0]
 
 
-def test_groups_of_several_sizes_are_refitted() -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_queries_are_refitted_where_no_norm_follows_them(name: str) -> None:
+    case = folded(name)
+    found = case.refit(SMALL, query_steps=3)
+    for site in case.sites:
+        merged, fitted = case.merged(site), found[site.name]
+        assert fitted.is_complete == (name != "qwen3")
+        if fitted.q is not None:
+            assert_differs(fitted.q, merged.q.float())
+            assert_bitwise(fitted.k, merged.k.float())
+        for field, tensor in fitted.to_tensors().items():
+            assert tensor.shape == getattr(merged, field).shape and tensor.dtype == torch.float32
+        assert energy(missing(case, site, found)) < 1.02 * energy(missing(case, site, refitted(name)))
+
+
+@pytest.mark.parametrize("query_steps", [0, 3])
+def test_groups_of_several_sizes_are_refitted(query_steps: int) -> None:
     case = folded("llama", "absorb", "swap:unequal=true", 3)
-    found = case.refit(SMALL)
+    found = case.refit(SMALL, query_steps=query_steps)
     for site in case.sites:
         assert not case.plan.sites[site.name].groups.is_even
         assert energy(missing(case, site, found)) < 0.9 * energy(missing(case, site, {}))
@@ -163,7 +181,9 @@ def test_what_was_merged_before_is_not_merged_again(name: str) -> None:
 def test_sites_are_given_away_one_by_one_and_passed_over(name: str) -> None:
     case, given = folded(name), {}
     model, first = open_model(case.directory, dtype=torch.float64), case.sites[0].name
-    left = refit(model, case.sites, case.merged, SAMPLE, ridge=SMALL, skip={first}, keep=given.__setitem__)
+    left = refit(
+        model, case.sites, case.merged, SAMPLE, ridge=SMALL, query_steps=0, skip={first}, keep=given.__setitem__
+    )
     assert left == {} and given.keys() == {site.name for site in case.sites[1:]}
     for site, fitted in given.items():
         for field, tensor in fitted.to_tensors().items():
@@ -223,14 +243,24 @@ def test_the_solution_is_that_of_ridge_regression_spelled_out() -> None:
 
 
 def site_calls(
-    directory: Path, site: Site, sample: Mapping[str, Tensor], order: Sequence[int] | None = None
+    directory: Path,
+    site: Site,
+    sample: Mapping[str, Tensor],
+    order: Sequence[int] | None = None,
+    fixes_attention: bool = True,
 ) -> RecordedSite:
     model = stock_model(directory)
     recorded = [
         RecordedCall(call, answer, mask_of(site, sample, answer, queries=True))
         for _, call, answer in recorded_calls(model, [site], sample)
     ]
-    return RecordedSite(model.get_submodule(site.module), site, recorded, order or range(site.num_heads))
+    return RecordedSite(
+        model.get_submodule(site.module),
+        site,
+        recorded,
+        order or range(site.num_heads),
+        fixes_attention=fixes_attention,
+    )
 
 
 @torch.no_grad()
@@ -253,6 +283,36 @@ def test_spoilt_values_are_found_again(name: str) -> None:
     assert lacking(tried, found) < 0.1 * lacking(tried, spoilt)
     for field in ("q", "k", "o"):
         assert_bitwise(getattr(found, field), getattr(heads, field))
+
+
+@pytest.mark.parametrize("kept", [0, 2**30], ids=["computed anew", "kept"])
+@pytest.mark.parametrize("name", [*TINY, *FOREIGN])
+def test_attention_computed_once_is_the_stock_one(name: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers and their gradients in V, on the first and the second run of a call, with more queries than one part holds."""
+    monkeypatch.setattr(fixed_attention, "KEPT_BYTES", kept)
+    monkeypatch.setattr(fixed_attention, "_ROWS", 5)
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 3)
+    site, heads = tiny_sites(directory)[-1]
+    stock, fixed = (site_calls(directory, site, sample, fixes_attention=fixes) for fixes in (False, True))
+    found = []
+    for calls in (stock, fixed, fixed):
+        leaf = heads.v.clone().requires_grad_()
+        output = calls.run(dataclasses.replace(heads, v=leaf), 0).output
+        found.append((output.detach(), *torch.autograd.grad(output.square().sum(), leaf)))
+    for once in found[1:]:
+        for mine, theirs in zip(once, found[0], strict=True):
+            assert_tight_through_float32_norms(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "bart", "whisper", "vit", "mistral"])
+def test_attention_is_computed_once_where_it_is_sdpa(name: str) -> None:
+    """The queries are then no longer asked for: a gradient in them would be zero."""
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 3)
+    site, heads = tiny_sites(directory)[-1]
+    calls = site_calls(directory, site, sample)
+    first = calls.run(heads, 0).output
+    assert_bitwise(calls.run(dataclasses.replace(heads, q=heads.q * 2), 0).output, first)
+    assert_differs(site_calls(directory, site, sample).run(dataclasses.replace(heads, q=heads.q * 2), 0).output, first)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -319,4 +379,4 @@ def test_portions_change_nothing_and_progress_ends_where_it_should(name: str, mo
         merged = site_heads(site, plan, read, stats)
         refitted = found[0][site.name].to("cpu", torch.float64).onto(merged)
         assert lacking(tried, refitted) < lacking(tried, merged)
-    assert heard == [total_tokens(sample) * len(sites) * num_passes()] * 2
+    assert heard == [tokens_per_block(sample) * len(sites)] * 2

@@ -60,7 +60,7 @@ Refit = Annotated[
     option(
         "--refit/--no-refit",
         panel=HOW,
-        help="Refit W_o and W_v of every site by least squares to the original's output.",
+        help="Refit W_q, W_v and W_o of every site to the original's attention and output.",
     ),
 ]
 Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]

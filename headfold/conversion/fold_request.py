@@ -10,7 +10,7 @@ from .. import planning
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..refine import heal as healing
-from ..refine.refit import num_passes
+from ..refine.refit import VALUE_STEPS
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
 from .source import Source
@@ -83,7 +83,7 @@ def resolve_fold(
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
-        "refit": num_passes() if refit else 0, "heal": length, "data": calibration and asdict(calibration), "encoder": encoder,
+        "refit": VALUE_STEPS if refit else 0, "heal": length, "data": calibration and asdict(calibration), "encoder": encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
     return FoldRequest(

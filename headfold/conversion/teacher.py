@@ -132,8 +132,7 @@ class Teacher:
 
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedSites) -> None:
         """Refit the sites that `fitted` lacks to the original's answers, and keep them there with the W_q and W_k of their merge."""
-        total = calibrating.total_tokens(self.sample) * refit.num_passes()
-        self._fit("refit", refit.refit, total, plan, stats, None, fitted)
+        self._fit("refit", refit.refit, refit.tokens_per_block(self.sample), plan, stats, None, fitted)
 
     def heal(
         self,

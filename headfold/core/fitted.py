@@ -14,8 +14,8 @@ from .heads import Heads
 class FittedHeads:
     """Fitted weights of a site's folded heads, query heads in standard order; None where the merge's own weights stay.
 
-    A refit fits the outputs, `o` and `v` (and `o_bias` where the site has one). Complete heads have `q` and `k` too: nothing of
-    the merge is left to compute.
+    A refit fits `o` and `v` (and `o_bias` where the site has one) and, where it can, `q`. Heads with `q` are complete: they have `k`
+    too, and nothing of the merge is left to compute.
     """
 
     o: Float[Tensor, "head value_dim model"]

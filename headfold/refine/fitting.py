@@ -30,10 +30,11 @@ Keep = Callable[[str, FittedHeads], None]
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A function that improves merged heads, and the number of tokens it runs through a block for that."""
+    """A function that improves merged heads, the number of tokens it runs through a block for that, and whether it leaves Q and K."""
 
     solve: Callable[[RecordedSite, Heads], FittedHeads]
     tokens: int
+    fixes_attention: bool = False
 
 
 @torch.no_grad()
@@ -77,7 +78,16 @@ def fit(
         heads = merged(site).to(torch.promote_types(model.dtype, torch.float32)).to(device)
         head_dim_multiple = heads.head_dim // site.head_dim
         site_calls = RecordedSite(
-            model.get_submodule(site.module), site, recorded, order(site), on_replay, model, head_dim_multiple, numbers
+            model.get_submodule(site.module),
+            site,
+            recorded,
+            order(site),
+            on_replay,
+            model,
+            head_dim_multiple,
+            numbers,
+            len(batches),
+            fixes_attention=solver.fixes_attention,
         )
         fields = solver.solve(site_calls, heads).to("cpu", torch.float32)
         if keep is None:

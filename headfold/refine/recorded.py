@@ -12,6 +12,7 @@ from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..runtime.regrouping import local_names, regrouped
+from . import fixed_attention
 from .blocks import Call, twin
 
 if TYPE_CHECKING:
@@ -45,14 +46,28 @@ class Replay:
     value_inputs: Float[Tensor, "position_of_values model"]
 
 
+class AttentionInputs(NamedTuple):
+    """What one call passes to its attention, and the inputs of its query projection."""
+
+    query: Float[Tensor, "batch head token dim"]
+    key: Float[Tensor, "batch group key dim"]
+    mask: Tensor | None
+    scaling: float
+    causal: bool
+    inputs: Float[Tensor, "batch token model"]
+    counted: Bool[Tensor, "batch token"] | None
+    """Which queries are not padding."""
+
+
 class RecordedSite:
     """One site of the original with its recorded calls, which can be replayed with other heads.
 
     The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
     new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
-    stack) is reordered by it. `numbers` are those of the recorded calls among the calls of all ranks. `on_replay` is called with
-    the number of each replayed call.
+    stack) is reordered by it. `numbers` are those of the recorded calls among the `total` calls of all ranks. `on_replay` is called with
+    the number of each replayed call. A solver that leaves Q and K as they are says so by `fixes_attention`: the attention weights of
+    a call are then computed once (`fixed_attention.py`) where the class allows it, and gradients reach V alone.
     """
 
     def __init__(
@@ -65,15 +80,21 @@ class RecordedSite:
         model: "PreTrainedModel | None" = None,
         head_dim_multiple: int = 1,
         numbers: range | None = None,
+        total: int | None = None,
+        *,
+        fixes_attention: bool = False,
     ) -> None:
         self.site, self._on_replay = site, on_replay
         self.numbers = range(len(recorded)) if numbers is None else numbers
+        self.total = len(recorded) if total is None else total
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
-        self._order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
+        self.order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
         self._module = twin(attention, site, {})
         if head_dim_multiple > 1:  # which the stock module has no room for
             assert model is not None
             regrouped(self._module, site, site.num_kv_heads, head_dim_multiple, model)
+        core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
+        self._fixed = fixed_attention.install(core) if fixes_attention and head_dim_multiple == 1 else None
         self._parameters = dict(self._module.named_parameters())
         self._output = self._submodule("o")
         if "v" in site.paths:
@@ -93,10 +114,10 @@ class RecordedSite:
 
     def run(self, heads: Heads, number: int) -> Replay:
         """Replay the call of that number with other heads, in float32 or better, as sums in half precision would hide a ridge."""
-        (args, kwargs), target, mask = self._recorded[number]
-        bias = kwargs.get("position_bias")
-        if isinstance(bias, Tensor) and bias.shape[1] == len(self._order):
-            kwargs = {**kwargs, "position_bias": bias.index_select(1, self._order.to(bias.device))}
+        _, target, mask = self._recorded[number]
+        args, kwargs = self._reordered_call(number)
+        if self._fixed is not None:
+            self._fixed.number = number
         found: list[Tensor] = []
         hooks = [
             self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
@@ -114,6 +135,40 @@ class RecordedSite:
         # Keys' padding is left out where they are the queries' own; elsewhere it weighs little in a preconditioner.
         same = value_inputs.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
         return Replay(inputs, output, target, _rows(value_inputs, kept if same else None))
+
+    def _reordered_call(self, number: int) -> Call:
+        """Return the call of that number for heads in standard order."""
+        args, kwargs = self._recorded[number].call
+        bias = kwargs.get("position_bias")
+        if isinstance(bias, Tensor) and bias.shape[1] == len(self.order):
+            kwargs = {**kwargs, "position_bias": bias.index_select(1, self.order.to(bias.device))}
+        return args, kwargs
+
+    @property
+    def catches_attention(self) -> bool:
+        """Whether `attention_inputs` can be asked for."""
+        return self._fixed is not None
+
+    def num_queries(self, number: int) -> int:
+        """Return the number of positions of the call of that number that are not padding."""
+        _, output, mask = self._recorded[number]
+        return output.shape[:-1].numel() if mask is None else int(mask.sum())
+
+    def attention_inputs(self, heads: Heads | None, number: int) -> AttentionInputs:
+        """Return what the call of that number passes to its attention with other heads, or with the original's in its own order."""
+        assert self._fixed is not None
+        (args, kwargs), _, mask = self._recorded[number]
+        if heads is not None:
+            args, kwargs = self._reordered_call(number)
+        inputs: list[Tensor] = []
+        projection = self._submodule("q" if "q" in self.site.paths else "qkv")
+        hook = projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        tensors = {} if heads is None else self._tensors(heads)
+        try:
+            caught = self._fixed.catch(lambda: torch.func.functional_call(self._module, tensors, args, kwargs))
+        finally:
+            hook.remove()
+        return AttentionInputs(*caught, inputs[0], mask)
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
         """Return the module's parameters that depend on the heads, by name in the module."""

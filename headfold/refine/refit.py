@@ -1,35 +1,41 @@
-"""Refits W_o and the shared W_v of every block to the original's output, by least squares.
+"""Refits W_q, W_o and the shared W_v of every block to the original: its attention, then its output.
 
-W_o, then W_v for the attended values, then W_o again, each step decreasing the same Σ ‖y − ŷ‖² over the calibration tokens with
-all other weights fixed (`ridge.py`, `values.py`). In y the errors of merged heads add up, which a merge of one group at a time
-does not see.
+First W_q, by the cross-entropy to the original's attention weights (`queries.py`). With attention fixed, W_o, then W_v for the attended
+values, then W_o again, by least squares, each step decreasing the same Σ ‖y − ŷ‖² over the calibration tokens with all other weights
+fixed (`ridge.py`, `values.py`). In y the errors of merged heads add up, which a merge of one group at a time does not see.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..calibration import Sample, batches, total_tokens
+from ..calibration import Sample, batches, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from .fitting import Solver, fit
+from .queries import refit_queries
 from .recorded import RecordedSite
 from .ridge import refit_output
-from .values import refit_values
+from .values import curvature_batches, refit_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RIDGE = 1e-2
-"""λ relative to the mean energy of the fitted inputs."""
+"""λ relative to the mean energy of the fitted inputs; for W_q and W_v, to the curvature."""
 VALUE_STEPS = 3
 """Conjugate gradient steps for W_v. The first few bring most of the gain, and more of them little."""
+QUERY_STEPS = 3
+"""Conjugate gradient steps for W_q."""
 
 
-def num_passes(value_steps: int = VALUE_STEPS) -> int:
-    """Return how often a refit runs every block over the whole data."""
-    return 1 if value_steps == 0 else value_steps + 3
+def tokens_per_block(sample: Sample, value_steps: int = VALUE_STEPS) -> int:
+    """Return the number of tokens, or items, that a refit runs through every block."""
+    lengths = [num_tokens(batch) for batch in batches(sample)]
+    if value_steps == 0:
+        return sum(lengths)
+    return 3 * sum(lengths) + value_steps * sum(lengths[number] for number in curvature_batches(len(lengths)))
 
 
 def refit(
@@ -40,20 +46,23 @@ def refit(
     *,
     ridge: float = RIDGE,
     value_steps: int = VALUE_STEPS,
+    query_steps: int = QUERY_STEPS,
     **how: Any,
 ) -> dict[str, FittedHeads]:
-    """Return the fitted heads of every site: `o`, `o_bias` where there is one, and `v`; float32.
+    """Return the fitted heads of every site: `o`, `o_bias` where there is one, and `v`; complete heads where W_q is fitted; float32.
 
-    `value_steps=0` fits W_o only. `model`, `sites`, `merged` and `how` are those of `fitting.fit`.
+    `value_steps=0` leaves W_v as it is, `query_steps=0` W_q. `model`, `sites`, `merged` and `how` are those of `fitting.fit`.
     """
-    solver = Solver(
-        partial(_fitted, ridge=ridge, value_steps=value_steps), total_tokens(sample) * num_passes(value_steps)
-    )
+    solve = partial(_fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps)
+    solver = Solver(solve, tokens_per_block(sample, value_steps), fixes_attention=True)
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
-def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int) -> FittedHeads:
-    heads = refit_output(site_calls, heads, ridge)
+def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int, query_steps: int) -> FittedHeads:
+    attending = refit_queries(site_calls, heads, ridge, query_steps) if query_steps else None
+    heads = refit_output(site_calls, heads if attending is None else attending, ridge)
     if value_steps:
         heads = refit_output(site_calls, refit_values(site_calls, heads, ridge, value_steps), ridge)
+    if attending is not None:
+        return FittedHeads(q=heads.q, k=heads.k, v=heads.v, o=heads.o, o_bias=heads.o_bias)
     return FittedHeads(o=heads.o, o_bias=heads.o_bias, v=heads.v if value_steps else None)

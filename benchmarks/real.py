@@ -1,0 +1,269 @@
+"""Measure folds of published models as a user makes them, by the command line: quality, seconds, memory and bytes.
+
+    python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm] [--rows NAME,…] [--seeds 3] [--data DIR]
+
+MODELS is the folder that `scripts/real_models.py` made, `--data` the folder of WikiText-2 and of the recordings. Every fold is a process
+of its own; its peak memory is what the system reports of it. Rows that draw nothing at random but calibration data have a run per seed;
+those with training have the first seed alone. Results go to benchmarks/results/real-MODEL.json after each row, and a run goes on where
+an earlier one stopped. Loss is in nats per token, against the original on the same text.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+import headfold
+
+RESULTS = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    "mean": ("--merge", "mean", "--group", "contiguous", "--no-refit"),
+    "procrustes+norm": ("--merge", "procrustes:norm=true", "--group", "swap:cost=procrustes", "--no-refit"),
+    "qcqa-ac": ("--merge", "mean", "--group", "qcqa:unequal=true", "--no-refit"),
+    "asymgqa": ("--merge", "mean", "--group", "asymgqa", "--no-refit"),
+}
+OURS: dict[str, tuple[str, ...]] = {"absorb": ("--no-refit",), "absorb+refit": (), "absorb+refit+heal": ("--heal",)}
+WIDE, UNEQUAL = ("--head-dim-multiple", "2"), ("--group", "swap:unequal=true")
+TRAINED = ("--heal",)
+"""Options of rows that have one seed."""
+
+Row = tuple[str, str, tuple[str, ...]]
+"""Name, K/V heads (or the share of a budget, with %), and options of `headfold fold`."""
+
+SMOLLM2: tuple[Row, ...] = (
+    *((name, "1", how) for name, how in {**PUBLISHED, **OURS}.items()),
+    ("wide", "2", WIDE),
+    ("budget", "66.7%", ()),
+    ("unequal", "2", UNEQUAL),
+    ("wide+heal", "2", (*WIDE, "--heal")),
+)
+WHISPER: tuple[Row, ...] = tuple(
+    (name, count, how) for count in ("3", "1") for name, how in {**PUBLISHED, **OURS}.items()
+) + (("absorb+refit, encoder too", "3", ("--encoder",)), ("wide", "2", WIDE), ("unequal", "4", UNEQUAL))
+MINILM: tuple[Row, ...] = tuple(
+    (name, count, how)
+    for count in ("6", "3")
+    for name, how in {**PUBLISHED, "absorb": OURS["absorb"], "absorb+refit": ()}.items()
+)
+
+
+def command(*words: str | Path) -> tuple[Any, float, int]:
+    """Run `headfold` with these words; return its JSON, its seconds and its peak memory in bytes."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headfold", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"headfold {' '.join(map(str, words))}: exit code {process.returncode}")
+    return json.loads(text), time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+class Bench:
+    """A model, its calibration data, and how its folds are measured."""
+
+    def __init__(
+        self,
+        model: Path,
+        work: Path,
+        calibration: tuple[str, ...],
+        score: Callable[[Path], dict[str, Any]],
+    ) -> None:
+        self.model, self.work, self.score = model, work, score
+        self._calibration = calibration
+        work.mkdir(parents=True, exist_ok=True)
+
+    def statistics_of(self, seed: int, *words: str) -> Path:
+        """Return the file of statistics of a seed, measured once."""
+        path = self.work / f"stats-{seed}{''.join(words)}.safetensors"
+        if not path.exists():
+            command("calibrate", self.model, path, *self._calibration, "--seed", str(seed), *words)
+        return path
+
+    def fold(self, row: Row, seed: int) -> dict[str, Any]:
+        """Fold, verify and measure once."""
+        _, kv_heads, how = row
+        out, plan = self.work / "folded", self.work / "plan.json"
+        encoder = ("--encoder",) if "--encoder" in how else ()
+        stats = ("--stats", self.statistics_of(seed, *encoder), "--seed", str(seed))
+        shutil.rmtree(out, ignore_errors=True)
+        planning = 0.0
+        words: tuple[Any, ...] = ("--kv-heads", kv_heads)
+        if kv_heads.endswith("%"):
+            budget = ("--kv-budget", kv_heads, *self._calibration[:2])
+            _, planning, _ = command("plan", self.model, plan, *budget, *stats, "--force")
+            words = ("--plan", plan)
+        made, seconds, memory = command("fold", self.model, out, *words, *how, *stats)
+        return {
+            "seconds": round(seconds + planning, 1), "stages": {k: round(v, 1) for k, v in made["seconds"].items() if v},
+            "peak_bytes": memory, "kv_bytes_per_token": made["after"]["kv_bytes_per_token"],
+            "weight_bytes": made["after"]["weight_bytes"], **self.score(out),
+        }  # fmt: skip
+
+
+def language_model(model: Path, text: Path, contexts: Mapping[int, int]) -> Callable[[Path], dict[str, Any]]:
+    """Return a function that measures a language model against the original: by context, on so many tokens."""
+
+    def score(made: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for context, limit in contexts.items():
+            reference = None if made == model else model
+            one = headfold.eval(made, reference=reference, text=str(text), context=context, limit=limit)
+            row = {"nll": one.nll, "perplexity": one.perplexity}
+            if reference is not None:
+                pairs = zip(one.nll_by_position, one.reference_nll_by_position, strict=True)
+                row |= {
+                    "loss_increase": one.nll - one.reference_nll,
+                    "kl": one.kl,
+                    "same_top_token": one.top1_agreement,
+                }
+                row["loss_increase_by_position"] = [round(mine - theirs, 4) for mine, theirs in pairs]
+            found[f"context {context}"] = row
+        return found
+
+    return score
+
+
+def transcripts(made: Path, files: list[Path]) -> tuple[list[str], float]:
+    """Return what a Whisper writes for recordings, greedily, and the seconds it took."""
+    import soundfile
+    import torch
+    from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor, WhisperTokenizerFast
+
+    extractor, tokenizer = (kind.from_pretrained(made) for kind in (WhisperFeatureExtractor, WhisperTokenizerFast))
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(made, dtype=torch.float32, trust_remote_code=True).eval()
+    started, written = time.monotonic(), []
+    for first in range(0, len(files), 16):
+        sounds = [soundfile.read(file)[0] for file in files[first : first + 16]]
+        features = extractor(sounds, sampling_rate=16000, return_tensors="pt").input_features
+        with torch.no_grad():
+            ids = model.generate(features, max_new_tokens=128, do_sample=False)
+        written += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return written, time.monotonic() - started
+
+
+def plain(text: str) -> str:
+    """Return the words alone: lower case, no punctuation."""
+    return " ".join("".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split())
+
+
+def wrong_words(said: list[str], heard: list[str]) -> tuple[int, int]:
+    """Return the number of wrong words, and of words."""
+    import jiwer
+
+    found = jiwer.process_words([plain(text) for text in said], [plain(text) for text in heard])
+    return found.substitutions + found.deletions + found.insertions, sum(len(plain(text).split()) for text in said)
+
+
+def speech_model(model: Path, data: Path) -> Callable[[Path], dict[str, Any]]:
+    """Return a function that measures a Whisper: against the original's own transcripts, and against what was said."""
+    prompts = sorted((data / "test").glob("*.flac"))
+    sentences = sorted((data / "librivox").glob("*.flac"))
+    said = [file.with_suffix(".txt").read_text() for file in sentences]
+    own, _ = transcripts(model, prompts)
+
+    def score(made: Path) -> dict[str, Any]:
+        (heard, seconds), (read, _) = transcripts(made, prompts), transcripts(made, sentences)
+        differing, words = wrong_words(own, heard)
+        wrong, spoken = wrong_words(said, read)
+        return {
+            "words": words, "differing_words": differing, "differing_share": differing / words, "spoken_words": spoken,
+            "wrong_words": wrong, "word_error_rate": wrong / spoken, "transcription_seconds": round(seconds, 1),
+        }  # fmt: skip
+
+    return score
+
+
+def encoder(model: Path, text: Path, limit: int) -> Callable[[Path], dict[str, Any]]:
+    """Return a function that measures a sentence encoder by the cosine of its embeddings to the original's."""
+
+    def score(made: Path) -> dict[str, Any]:
+        if made == model:
+            return {"cosine": 1.0}
+        return {"cosine": headfold.eval(made, reference=model, text=str(text), limit=limit).measured.cosine}
+
+    return score
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median of every figure over the runs; lists by element."""
+    first = runs[0]
+    found: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [run[key] for run in runs if key in run]
+        if isinstance(value, dict):
+            found[key] = medians(values)
+        elif isinstance(value, list):
+            found[key] = [statistics.median(column) for column in zip(*values, strict=True)]
+        else:
+            found[key] = statistics.median(values)
+    return found
+
+
+def measured(bench: Bench, name: str, rows: tuple[Row, ...], options: argparse.Namespace) -> None:
+    """Measure the rows that are not there yet, and write the table after each run."""
+    out = RESULTS / f"real-{name}.json"
+    table = json.loads(out.read_text()) if out.exists() else {"model": name, "rows": []}
+    runs = {(row["method"], row["kv_heads"]): row["runs"] for row in table["rows"]}
+    wanted = [row for row in rows if not options.rows or row[0] in options.rows.split(",")]
+    for seed in range(options.seeds):
+        for row in (("original", "", ()), *wanted):
+            method, kv_heads, how = row
+            have = runs.setdefault((method, kv_heads), [])
+            if len(have) > seed or (seed and (method == "original" or any(word in how for word in TRAINED))):
+                continue
+            print(f"{name}: {method} {kv_heads}, seed {seed}", flush=True)
+            have.append(bench.score(bench.model) if method == "original" else bench.fold(row, seed))
+            listed = [
+                {"method": one, "kv_heads": count, "num_seeds": len(found), **medians(found), "runs": found}
+                for (one, count), found in runs.items()
+                if found
+            ]
+            table = {"machine": describe(), "model": name, "rows": listed}
+            out.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    reader.add_argument("directory", type=Path, help="the folder that scripts/real_models.py made")
+    reader.add_argument("--work", type=Path, required=True, help="folder of statistics and folds")
+    reader.add_argument("--data", type=Path, default=DATA, help="folder with wikitext2, speech and dialogsum")
+    reader.add_argument("--models", default="smollm2,whisper,minilm", help="models, separated by commas")
+    reader.add_argument("--rows", default="", help="rows, separated by commas (default: all)")
+    reader.add_argument("--seeds", type=int, default=3, help="number of calibration seeds")
+    options = reader.parse_args()
+    data, chosen = options.data, options.models.split(",")
+    if "smollm2" in chosen:
+        model = options.directory / "smollm2-135m-instruct"
+        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 16384, 8192: 16384}
+        calibration = ("--calibration", str(data / "wikitext2" / "valid.txt"), "--tokens", "65536")
+        bench = Bench(model, options.work / "smollm2", calibration, language_model(model, text, contexts))
+        measured(bench, "smollm2-135m-instruct", SMOLLM2, options)
+    if "whisper" in chosen:
+        model, speech = options.directory / "whisper-tiny.en", data / "speech"
+        calibration = ("--calibration", str(speech / "calibration"))
+        bench = Bench(model, options.work / "whisper", calibration, speech_model(model, speech))
+        measured(bench, "whisper-tiny.en", WHISPER, options)
+    if "minilm" in chosen:
+        model, text = options.directory / "all-minilm-l6-v2", data / "wikitext2"
+        calibration = ("--calibration", str(text / "valid.txt"))
+        bench = Bench(model, options.work / "minilm", calibration, encoder(model, text / "test.txt", 1000))
+        measured(bench, "all-minilm-l6-v2", MINILM, options)
+
+
+if __name__ == "__main__":
+    main()
