@@ -1,7 +1,8 @@
-"""Memory bandwidth of this machine, and the peak memory of a piece of work."""
+"""Memory bandwidth of this machine, how fast it multiplies matrices, and the peak memory of a piece of work."""
 
 import contextlib
 import ctypes
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 READ = 1 << 30
 """Bytes that are read to measure the bandwidth: more than any processor cache holds."""
 ROUNDS = 7
+RATE_SECONDS, ROWS, LARGEST = 0.1, 2048, 2048
+"""Seconds that products are repeated for, their rows, and the largest size of the matrix."""
 RESET_PEAK = "5"
 """Written to `clear_refs`, makes Linux restart the peak of resident memory."""
 
@@ -27,6 +30,21 @@ def read_bandwidth(device: str = "cpu") -> float:
         _wait(device)
         best = min(best, time.perf_counter() - started)
     return READ / best
+
+
+@functools.cache
+def product_rate(size: int, device: str, dtype: torch.dtype) -> float:
+    """Return floating-point operations per second of products with a square matrix of `size`, or of `LARGEST` if that is less."""
+    size = min(size, LARGEST)
+    rows, matrix = (torch.ones(number, size, dtype=dtype, device=device) for number in (ROWS, size))
+    torch.nn.functional.linear(rows, matrix)  # the first one is slower
+    _wait(device)
+    started, count, passed = time.perf_counter(), 0, 0.0
+    while passed < RATE_SECONDS:
+        torch.nn.functional.linear(rows, matrix)
+        _wait(device)
+        count, passed = count + 1, time.perf_counter() - started
+    return 2 * ROWS * size * size * count / passed
 
 
 def _wait(device: str) -> None:

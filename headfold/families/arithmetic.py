@@ -1,0 +1,72 @@
+"""The arithmetic of a forward pass, counted from the shapes of the tensors on disk."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .spec import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Floating-point operations of one forward pass of one item: a window of text, a pair, an image."""
+
+    blocks: float
+    sites: Mapping[str, float]
+    """By site, those of its projections and its attention; `blocks` contains them."""
+    queries: Mapping[str, int]
+    """Queries by site."""
+    logits: Mapping[str, int]
+    """Attention logits of a query by site: those of all heads for all keys."""
+    head: float
+    """Operations of the output head, if it reads every position."""
+
+
+def arithmetic(
+    sites: Sequence[Site], tensors: Mapping[str, Any], config: Mapping[str, Any], kind: str, length: int
+) -> Arithmetic:
+    """Return the operations on one item of `kind` (`corpus.samples.kind_of`), whose texts have `length` tokens.
+
+    `tensors` are those on disk by name, each with a `shape`. Of routed experts, those count that a token is sent to; without
+    an encoder in the checkpoint, its output is taken to be as long as a text.
+    """
+    stacks: dict[str, int] = {}
+    read, products, queries, logits = {}, {}, {}, {}
+    for site in sites:
+        own = _positions(site, config, kind, length)
+        keys = max(stacks.values(), default=own) if site.reads_encoder else own
+        stacks[_stack(site.weights["o"])] = own
+        read[site.name] = {
+            site.tensor(role): keys if role in ("k", "v") else own
+            for role in ("q", "k", "v", "qkv", "o")
+            if role in site.weights and site.tensor(role) in tensors
+        }
+        queries[site.name], logits[site.name] = own, keys * site.num_heads
+        causal = kind in ("text", "pairs", "audio") and not (site.reads_encoder or site.optional)
+        products[site.name] = 4 * own * keys * site.num_heads * site.head_dim / (2 if causal else 1)
+    num_experts = next((config[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if n in config), 1)
+    sent = config.get("num_experts_per_tok", num_experts) / num_experts
+    matrices = {n: info.shape for n, info in tensors.items() if len(info.shape) > 1 and not n.endswith("bias")}
+    rows = {name: n for site in read.values() for name, n in site.items()}
+    inside = {name: rows.get(name, stacks[stack]) for name in matrices if (stack := _stack(name)) in stacks}
+    work = {name: 2 * n * prod(matrices[name]) * (sent if ".experts." in name else 1) for name, n in inside.items()}
+    by_site = {name: products[name] + sum(work[tensor] for tensor in read[name]) for name in products}
+    head = 2 * length * max((prod(shape) for name, shape in matrices.items() if name not in inside), default=0)
+    return Arithmetic(sum(work.values()) + sum(products.values()), by_site, queries, logits, head)
+
+
+def _stack(name: str) -> str:
+    """Return what a tensor's name has before the first number: `model.layers` of `model.layers.3.mlp.up_proj.weight`, or all of it."""
+    return name[: found.start()] if (found := re.search(r"(^|\.)\d+\.", name)) else name
+
+
+def _positions(site: Site, config: Mapping[str, Any], kind: str, length: int) -> int:
+    """Return the positions of an item in the stack of the site: frames, patches and the class token, or tokens."""
+    if kind == "audio" and site.optional:
+        return config.get("max_source_positions", 1500)
+    if kind == "images" or site.stack == "vision":
+        vision = config.get("vision_config") or config
+        return (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    return length

@@ -1,0 +1,112 @@
+"""How many operations the stages of a fold take, and how long a machine takes for them."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..families.arithmetic import Arithmetic
+from ..parallel import num_processes
+from .machine import product_rate
+
+CALIBRATE, REFIT, HEAL = 1.6, 5, 6
+"""What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks. These
+and the next are measured on a model of 135 M parameters.
+"""
+LOGIT = 4000
+"""Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
+SLOPE, CURVATURE = (2**14, 32), (2**12, 16)
+"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 3 times."""
+SAMPLE, CACHED = 1.6, 190
+"""The same for text that the model writes itself, and the operations that an element of its K/V cache is worth at every token."""
+PLAN = 24
+"""Operations of planning a site, over the cube of its hidden size."""
+SLOW, MEASURED_FROM = 1e10, 1e11
+"""Operations per second of a slow core; the rate of this machine is measured for at least so many operations."""
+DISK = 3e8
+"""Bytes per second at which a checkpoint is written or opened."""
+STAGES = ("calibrate", "plan", "refit", "heal", "write", "verify")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPass:
+    """One forward pass over the calibration data."""
+
+    once: Arithmetic
+    """Of one item."""
+    items: float
+    hidden_size: int
+    cached: float | None = None
+    """Elements of K and V before a token, summed over the tokens of an item, of text that the model writes; None of other data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating-point operations of one process in a stage."""
+
+    own: float = 0.0
+    """In the dtype that the original computes in, where it runs."""
+    precise: float = 0.0
+    """There, but in float32."""
+    on_cpu: float = 0.0
+    """On the CPU, in float32."""
+
+
+def fitting_operations(
+    data: CalibrationPass, *, calibrates: bool, refits: Collection[str], heals: Collection[str], healed: float
+) -> dict[str, Operations]:
+    """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
+
+    A site is healed on `healed` items, which are drawn anew where the model does not write them.
+    """
+    once, shared, found = data.once, num_processes(), dict[str, Operations]()
+    if calibrates:
+        sampling = 0.0 if data.cached is None else SAMPLE * (once.blocks + once.head) + CACHED * data.cached
+        found["calibrate"] = Operations(data.items * (CALIBRATE * once.blocks / shared + sampling))
+    if refits:
+        precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
+        found["refit"] = Operations(data.items * once.blocks / shared, precise / shared)
+    if heals:
+        drawn = max(data.items, healed) if data.cached is None else data.items
+        trained = HEAL * healed * sum(once.sites[name] for name in heals)
+        found["heal"] = Operations((drawn * once.blocks + trained) / shared)
+    return found
+
+
+def _of_queries(data: CalibrationPass, site: str) -> float:
+    """Return the operations of refitting W_q of a site, which sees a sample of the queries."""
+    slope, curvature = (
+        min(data.items * data.once.queries[site], max(least, times * data.hidden_size))
+        for least, times in (SLOPE, CURVATURE)
+    )
+    return LOGIT * data.once.logits[site] * (slope + 3 * curvature)
+
+
+def planning_operations(hidden_sizes: Collection[int]) -> Operations:
+    """Return the operations of a plan that uses statistics, from the hidden size of each site."""
+    return Operations(on_cpu=PLAN * float(sum(size**3 for size in hidden_sizes)))
+
+
+def seconds_of(
+    stages: Mapping[str, Operations], size: int, num_bytes: int, device: str, dtype: Callable[[], torch.dtype]
+) -> dict[str, float]:
+    """Return the seconds of these stages and of writing `num_bytes` of weights, in the order of a fold.
+
+    The rates of this machine are measured, on matrices of about `size`, where a slow core would take a while; `dtype`, that of the
+    original, is asked for then.
+    """
+    is_long = sum(work.own + work.precise + work.on_cpu for work in stages.values()) >= MEASURED_FROM
+
+    def seconds(number: float, place: str, dtype: Callable[[], torch.dtype]) -> float:
+        return number / (product_rate(size, place, dtype()) if is_long and number else SLOW)
+
+    def float32() -> torch.dtype:
+        return torch.float32
+
+    transfer = num_bytes / DISK
+    runs = next((stage for stage in STAGES if stage in stages and stages[stage].own), "")
+    found = {runs: transfer, "write": transfer, "verify": 2 * transfer}
+    for stage, work in stages.items():
+        own, precise = seconds(work.own, device, dtype), seconds(work.precise, device, float32)
+        found[stage] = found.get(stage, 0) + own + precise + seconds(work.on_cpu, "cpu", float32)
+    return {stage: round(found[stage], 3) for stage in STAGES if stage in stages or stage == "write"}
