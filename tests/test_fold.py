@@ -31,7 +31,7 @@ CALIBRATED: dict[str, Any] = dict(tokens=512, context=32)
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Every file but the card, which tells the time of nothing but names the output."""
+    """Every file but the card, which tells how long the fold took and names the output."""
     found = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     del found["README.md"]
     return found

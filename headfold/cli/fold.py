@@ -98,7 +98,7 @@ def fold(
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(
             model, out, refit=refit, heal=heal, encoder=encoder, seed=seed, force=force, verify=verify, device=device, dtype=dtype,
-            progress=progress, **chosen,
+            progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
     if not answered(result.to_json(), as_json):
         views.show_fold(result)

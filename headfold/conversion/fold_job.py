@@ -1,8 +1,8 @@
-"""One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes."""
+"""One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes and was to take."""
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..parallel import on_main, on_main_only
+from ..report.tables import estimate
+from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
+from .fold_request import FoldRequest
 from .provenance import Fitting
 from .source import Source
 from .teacher import Teacher
 
-_WORK = ".headfold-work"
+SAID_FROM = 20.0
+"""Seconds of a whole job from which its estimate is said, not only recorded."""
+_WORK, _STATISTICS = ".headfold-work", "stats.safetensors"
 
 
 @dataclass(slots=True)
@@ -27,6 +32,8 @@ class FoldJob:
     staging: Path
     settings: Mapping[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    estimated: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage, as they were estimated before."""
 
     @classmethod
     def opened(cls, out: Path, settings: Mapping[str, Any], force: bool) -> "FoldJob":
@@ -51,9 +58,19 @@ class FoldJob:
         yield
         self.seconds[stage] = round(time.monotonic() - started, 3)
 
+    def estimate(self, teacher: Teacher, request: FoldRequest, given: StatsFile | None, verifies: bool) -> str:
+        """Estimate how long what is left to do will take, and return a line on it; an empty one where it is not long."""
+        fitted = {
+            stage: {file.stem for file in (self.work / stage).glob("*.safetensors")} for stage in ("refit", "heal")
+        }
+        measured = given is not None or (self.work / _STATISTICS).exists()
+        with suppress(Exception):  # a fold does not fail because of it
+            self.estimated = estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies)
+        return f"fold: {estimate(self.estimated)}" if sum(self.estimated.values()) >= SAID_FROM else ""
+
     def calibrated(self, teacher: Teacher, given: StatsFile | None, needed: frozenset[str]) -> StatsFile | None:
         """Return the statistics that were given, else those of an earlier run, else measure the `needed` ones; None where none are."""
-        path = self.work / "stats.safetensors"
+        path = self.work / _STATISTICS
         if on_main(lambda: given is not None) or not needed:
             return given
         with self.timed("calibrate"):

@@ -36,6 +36,14 @@ class FoldRequest:
     settings: Mapping[str, Any]
     """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
 
+    def shrinks(self, source: Source) -> bool:
+        """Return whether any site of the source gets fewer K/V heads."""
+        if self.plan:
+            counts = [*self.plan.num_kv_heads.values()]
+        else:
+            counts = planning.counts_of(source.sites, self.kv_heads, planning.parse_group(self.group))
+        return sum(counts) // self.head_dim_multiple < sum(site.num_kv_heads for site in source.sites)
+
 
 def resolve_fold(
     source: Source,

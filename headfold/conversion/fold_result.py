@@ -32,6 +32,8 @@ class FoldResult:
     notes: list[str]
     seconds: dict[str, float]
     """Seconds by stage."""
+    estimated_seconds: dict[str, float]
+    """Seconds by stage as they were estimated before; what was not to be done, or could not be counted, is left out."""
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class FoldResult:
         verification: Verification | None,
         notes: list[str],
         seconds: dict[str, float],
+        estimated_seconds: dict[str, float],
     ) -> "FoldResult":
         """Return the result of a fold that was written."""
         counts = plan.num_kv_heads.values()
@@ -62,6 +65,7 @@ class FoldResult:
             verification=verification,
             notes=notes,
             seconds=seconds,
+            estimated_seconds=estimated_seconds,
         )
 
     def to_json(self) -> dict[str, Any]:

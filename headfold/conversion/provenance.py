@@ -36,8 +36,9 @@ def card_facts(
     fitting: Fitting,
     calibration: Mapping[str, str],
     verification: Verification | None,
+    times: tuple[Mapping[str, float], Mapping[str, float]],
 ) -> CardFacts:
-    """Return the facts of the card of a fold that lies whole in `staging`."""
+    """Return the facts of the card of a fold that lies whole in `staging`. `times` are the seconds by stage, and as estimated."""
     planned = {name: site for name, site in plan.sites.items() if site.error and site.energy}
     errors = {
         name: (site.error.key / site.energy.key, site.error.value / site.energy.value)
@@ -62,6 +63,8 @@ def card_facts(
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(staging),
+        seconds=times[0],
+        estimated=times[1],
         verification=None if verification is None else (
             f"largest difference of logits to the head-repeated twin {verification.max_abs_difference:.2g} "
             f"(tolerance {verification.tolerance:.2g}, {verification.num_tokens} tokens, {verification.dtype})"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tables import count_range, markdown_table, percent, serving_cost_rows
+from .tables import count_range, duration, estimate, markdown_table, percent, serving_cost_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the source's card that is copied to the fold's card."""
@@ -47,6 +47,10 @@ class CardFacts:
     """The auto class that opens the fold with the code saved beside the weights; empty where the stock class reads the number of K/V
     heads.
     """
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the stages took in the run that ended the job, by stage."""
+    estimated: Mapping[str, float] = field(default_factory=dict)
+    """The same as estimated before that run."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the card's front matter."""
 
@@ -165,7 +169,15 @@ def _facts_table(facts: CardFacts) -> str:
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():
         lines.append(f"- {'Healed' if facts.healed else 'Refitted'} on: {_calibration(facts.refit_text)}")
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
+    lines += [f"- Time: {_time(facts)}"] if facts.seconds else []
     return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
+
+
+def _time(facts: CardFacts) -> str:
+    """Return the time of every stage, and what was estimated."""
+    taken = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in facts.seconds.items())
+    estimated = f"; estimated before: {estimate(facts.estimated)}" if facts.estimated else ""
+    return f"{duration(sum(facts.seconds.values()))}: {taken}{estimated}"
 
 
 def _calibration(facts: Mapping[str, str]) -> str:

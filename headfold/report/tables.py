@@ -1,7 +1,7 @@
 """Numbers formatted for people, and tables: drawn by rich on a terminal, plain columns elsewhere."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 
@@ -30,6 +30,16 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def estimate(seconds: Mapping[str, float]) -> str:
+    """Return seconds by stage as `about 40 s: calibrate 10, refit 30`, from 2 minutes on in minutes, from 2 hours in hours with a
+    decimal; stages of less than a second are not named.
+    """
+    total = sum(seconds.values())
+    unit, size, digits = ("s", 1, 0) if total < 120 else ("min", 60, 0) if total < 7200 else ("h", 3600, 1)
+    stages = ", ".join(f"{name} {one / size:.{digits}f}" for name, one in seconds.items() if one >= 1)
+    return f"about {total / size:.{digits}f} {unit}{': ' if stages else ''}{stages}"
 
 
 def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:

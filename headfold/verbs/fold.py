@@ -1,7 +1,7 @@
 """Fold a model end to end: calibrate, plan, refit, heal, write, verify, and only then rename the output into its place."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,12 +54,13 @@ def fold(
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> FoldResult:
     """Write `model` again as `out` with fewer K/V heads.
 
     The output is a checkpoint directory, a stock one where the architecture allows it, with plan.json and a card. It grows as
     `OUT.partial` and is renamed when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock
-    transformers. After a kill the same call resumes and writes the same bytes.
+    transformers. After a kill the same call resumes and writes the same bytes, but for the times on the card.
 
     Args:
         model: A checkpoint directory or a hub id.
@@ -89,6 +90,7 @@ def fold(
         device: Where the original runs: "cpu" or "cuda".
         dtype: What the original computes in, such as "float32"; by default the fastest dtype that holds its weights.
         progress: Called with (stage, done, total).
+        say: Called with lines to print: an estimate of the time, if the fold is long.
 
     Raises:
         UserError: a model that cannot be folded, a file that cannot be read or written, or a fold that differs from its twin.
@@ -115,6 +117,8 @@ def fold(
         teacher.use_sample(given)
 
     with removed_if_empty(job.staging):
+        if line := on_main_only(lambda: job.estimate(teacher, request, given, verify)):
+            say(line)
         statistics = job.calibrated(teacher, given, request.statistics)
         with job.timed("plan"):
             made = request.plan or on_main(lambda: plan_uniform(
@@ -143,12 +147,14 @@ def fold(
                 source, job.staging, request.group, sites_with_assumed_distances(source, made, statistics)
             )
             costs = serving_cost(source), serving_cost(source, made, layout)
-            measured_on = statistics.metadata if statistics else {}
-            facts = card_facts(source, out, job.staging, made, settings, costs, fitting, measured_on, verification)
+            measured_on, times = statistics.metadata if statistics else {}, (job.seconds, job.estimated)
+            facts = card_facts(
+                source, out, job.staging, made, settings, costs, fitting, measured_on, verification, times
+            )
             card = model_card(source.checkpoint.path, facts)
             (job.staging / "README.md").write_text(exported_card(card, written.export) if written.export else card)
             shutil.rmtree(job.work)
             commit(job.staging, out, force)
-            return FoldResult.of(out, source, made, costs, fitting, verification, notes, job.seconds)
+            return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)
 
         return on_main(write)
