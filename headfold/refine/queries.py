@@ -34,6 +34,10 @@ _LINEAR = 0.03
 _GOLDEN = 0.6180339887
 _ELEMENTS = 2**25
 """Logits held at once."""
+_KEPT = 2**28
+"""Weights that are kept between steps, on each process."""
+_PARTS = 4
+"""Parts of the queries of a causal call; the keys behind the last query of a part are skipped."""
 
 Rows = Float[Tensor, "head dim size"]
 Queries = Float[Tensor, "batch head query dim"]
@@ -129,7 +133,8 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     slope, curvature, search = _samples(site_calls, heads, size)
     if not _is_linear(attention, heads, [*slope, *curvature, *search]):
         return None
-    left, right = _factors(attention, curvature, start)
+    mixtures = _Mixtures(attention, curvature)
+    left, right = _factors(mixtures, start)
     scale = _num_queries(slope, start.device) / _num_queries(curvature, start.device)
     rest, change, direction = -_slope(attention, slope, start), torch.zeros_like(start), torch.zeros_like(start)
     precondition = _inverse(left, right * scale)
@@ -138,7 +143,7 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
         preconditioned = precondition(rest)
         before, energy = energy, (rest * preconditioned).sum((1, 2), keepdim=True)
         direction = preconditioned if before is None else preconditioned + _ratio(energy, before) * direction
-        image = scale * _curvature(attention, curvature, direction)
+        image = scale * _curvature(mixtures, direction)
         image += ridge * scale * (left @ direction.double() @ right).to(image)
         length = _ratio(energy, (direction * image).sum((1, 2), keepdim=True))
         change += length * direction
@@ -179,7 +184,10 @@ def _parts(
 ) -> Iterator[_Sampled]:
     """Yield these queries of a call, at most `_ELEMENTS` logits at a time."""
     (batch, num_heads, _, _), keys = mine.query.shape, mine.key.shape[2]
-    for some in rows.split(max(1, _ELEMENTS // (batch * num_heads * keys))) if len(rows) else ():
+    most = max(1, _ELEMENTS // (batch * num_heads * keys))
+    if mine.causal:  # the first rows of a part have keys to skip too
+        most = min(most, -(-len(rows) // _PARTS))
+    for some in rows.split(most) if len(rows) else ():
         last = min(keys, int(some.max()) + 1) if mine.causal else keys
         hidden, target_hidden = _hidden(mine, some, last), _hidden(theirs, some, last)
         inputs = mine.inputs[:, some]
@@ -241,22 +249,38 @@ def _projected(gradient: Queries, at: _Sampled) -> Rows:
     return torch.einsum("bhtd,bts->hds", gradient, at.inputs.to(gradient.dtype))
 
 
-def _mixture(attention: _Attention, at: _Sampled) -> Logits:
-    return (_logits(at.query, at.key, at.scaling, at.hidden).softmax(-1) + attention.target(at)) / 2
+class _Mixtures:
+    """(p + p̂) / 2 of samples, kept from the first time on as far as there is room."""
+
+    def __init__(self, attention: _Attention, samples: Sequence[_Sampled]) -> None:
+        self.attention, self.samples = attention, samples
+        self._kept: dict[int, Logits] = {}
+        self._left = _KEPT
+
+    def __iter__(self) -> Iterator[tuple[_Sampled, Logits]]:
+        for number, at in enumerate(self.samples):
+            weights = self._kept.get(number)
+            if weights is None:
+                weights = (
+                    _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).add_(self.attention.target(at)).div_(2)
+                )
+                if weights.numel() <= self._left:
+                    self._kept[number] = weights
+                    self._left -= weights.numel()
+            yield at, weights
 
 
-def _curvature(attention: _Attention, samples: Sequence[_Sampled], direction: Rows) -> Rows:
+def _curvature(mixtures: _Mixtures, direction: Rows) -> Rows:
     """Return the curvature times a direction."""
-    total = torch.zeros_like(direction)
-    for at in samples:
-        weights = _mixture(attention, at)
+    total, attention = torch.zeros_like(direction), mixtures.attention
+    for at, weights in mixtures:
         moved = _logits(attention.queries(direction, at), at.key, at.scaling)
-        weights *= moved - (weights * moved).sum(-1, keepdim=True)
-        total += _projected(attention.pulled(_weighted(weights, at.key), at), at)
+        spread = (moved - (weights * moved).sum(-1, keepdim=True)).mul_(weights)
+        total += _projected(attention.pulled(_weighted(spread, at.key), at), at)
     return all_reduce(total)
 
 
-def _factors(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> tuple[Tensor, Tensor]:
+def _factors(mixtures: _Mixtures, rows: Rows) -> tuple[Tensor, Tensor]:
     """Return the Kronecker factors of the curvature: by head over the dims (a mean over queries), and over the inputs (a sum).
 
     The covariance of the attended keys is estimated from a key per query, at quantiles that cover [0, 1] evenly.
@@ -264,9 +288,8 @@ def _factors(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> 
     (heads, dim, size), device = rows.shape, rows.device
     left = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
     right = torch.zeros(size, size, dtype=torch.float64, device=device)
-    count = 0
-    for at in samples:
-        weights = _mixture(attention, at)
+    count, attention = 0, mixtures.attention
+    for at, weights in mixtures:
         tokens = weights.shape[2]
         quantiles = (_GOLDEN * (count + torch.arange(tokens, device=device, dtype=weights.dtype))) % 1
         chosen = torch.searchsorted(weights.cumsum(-1), quantiles[:, None].expand(*weights.shape[:3], 1).contiguous())
@@ -278,7 +301,7 @@ def _factors(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> 
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
         right += x.T @ x
         count += tokens
-    return _damped(all_reduce(left) / _num_queries(samples, device)), _damped(all_reduce(right))
+    return _damped(all_reduce(left) / _num_queries(mixtures.samples, device)), _damped(all_reduce(right))
 
 
 def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
