@@ -285,7 +285,7 @@ def main() -> None:
     data, chosen = options.data, options.models.split(",")
     if "smollm2" in chosen:
         model = options.directory / "smollm2-135m-instruct"
-        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 16384, 8192: 16384}
+        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 8192, 8192: 8192}
         calibration = ("--calibration", str(data / "wikitext2" / "valid.txt"), "--tokens", "65536")
         bench = Bench(
             model, options.work / "smollm2", calibration, language_model(model, text, contexts, long=options.passkey)
