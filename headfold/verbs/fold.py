@@ -12,7 +12,7 @@ from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
 from ..conversion.outputs import removed_if_empty
 from ..conversion.plans import plan_uniform, sites_with_assumed_distances
-from ..conversion.provenance import Fitting, card_facts, notes_on
+from ..conversion.provenance import Fitting, card_facts, narrow_calibration, notes_on
 from ..conversion.serving_cost import serving_cost
 from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
@@ -144,6 +144,8 @@ def fold(
             )
             costs = serving_cost(source), serving_cost(source, made, layout)
             measured_on = statistics.metadata if statistics else {}
+            narrow = narrow_calibration(source, statistics) if statistics else None
+            notes += [narrow] if narrow else []
             facts = card_facts(source, out, job.staging, made, settings, costs, fitting, measured_on, verification)
             card = model_card(source.checkpoint.path, facts)
             (job.staging / "README.md").write_text(exported_card(card, written.export) if written.export else card)
