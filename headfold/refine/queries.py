@@ -28,7 +28,7 @@ _SEARCHED_EVERY = 8
 _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Lengths of the step that are tried; the best is then found between them."""
 _DAMPING = 1e-2
-"""Added to both Kronecker factors, relative to their mean energy."""
+"""Added to both Kronecker factors, relative to their mean energy; to that of the inputs more where queries are few."""
 _LINEAR = 0.03
 """Largest relative error of the queries, computed from W_q, against those that the module passes to its attention."""
 _GOLDEN = 0.6180339887
@@ -63,6 +63,8 @@ class _Sampled:
     """The same for the original's heads in their own order."""
     counted: Bool[Tensor, "batch query"] | None
     scaling: float
+    quantile: Float[Tensor, " query"]
+    """Where a key is drawn from a query's attention; over all queries they cover [0, 1] evenly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,9 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     if not _is_linear(attention, heads, [*slope, *curvature, *search]):
         return None
     mixtures = _Mixtures(attention, curvature)
-    left, right = _factors(mixtures, start)
+    # A step fitted to few queries follows what is particular to them: it is shrunk by the sampling error of their covariance.
+    ridge = max(ridge, size / _num_queries(slope, start.device))
+    left, right = _factors(mixtures, start, max(_DAMPING, ridge))
     scale = _num_queries(slope, start.device) / _num_queries(curvature, start.device)
     rest, change, direction = -_slope(attention, slope, start), torch.zeros_like(start), torch.zeros_like(start)
     precondition = _inverse(left, right * scale)
@@ -171,7 +175,7 @@ def _samples(
         searched = (position + number) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
         for kept, rows, queries in zip(found, (position[~searched],) * 2 + (position[searched],), wanted, strict=True):
             every = max(1, round(total * len(rows) / len(position) / queries))
-            kept.extend(_parts(mine, theirs, rows[number % every :: every], heads, size))
+            kept.extend(_parts(mine, theirs, rows[number % every :: every], heads, size, number))
     return found
 
 
@@ -180,7 +184,7 @@ def _total(count: int, device: torch.device) -> float:
 
 
 def _parts(
-    mine: AttentionInputs, theirs: AttentionInputs, rows: Int[Tensor, " query"], heads: Heads, size: int
+    mine: AttentionInputs, theirs: AttentionInputs, rows: Int[Tensor, " query"], heads: Heads, size: int, number: int
 ) -> Iterator[_Sampled]:
     """Yield these queries of a call, at most `_ELEMENTS` logits at a time."""
     (batch, num_heads, _, _), keys = mine.query.shape, mine.key.shape[2]
@@ -196,6 +200,7 @@ def _parts(
         yield _Sampled(
             inputs[..., :size], *_moved(inputs, query, heads), query, mine.key[:, :, :last], theirs.query[:, :, some],
             theirs.key[:, :, :last], hidden, target_hidden, None if mine.counted is None else mine.counted[:, some], mine.scaling,
+            (_GOLDEN * (some.double() + number * mine.query.shape[2])) % 1,
         )  # fmt: skip
 
 
@@ -280,19 +285,18 @@ def _curvature(mixtures: _Mixtures, direction: Rows) -> Rows:
     return all_reduce(total)
 
 
-def _factors(mixtures: _Mixtures, rows: Rows) -> tuple[Tensor, Tensor]:
+def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, Tensor]:
     """Return the Kronecker factors of the curvature: by head over the dims (a mean over queries), and over the inputs (a sum).
 
-    The covariance of the attended keys is estimated from a key per query, at quantiles that cover [0, 1] evenly.
+    The covariance of the attended keys is estimated from one key of each query.
     """
     (heads, dim, size), device = rows.shape, rows.device
     left = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
     right = torch.zeros(size, size, dtype=torch.float64, device=device)
-    count, attention = 0, mixtures.attention
+    attention = mixtures.attention
     for at, weights in mixtures:
-        tokens = weights.shape[2]
-        quantiles = (_GOLDEN * (count + torch.arange(tokens, device=device, dtype=weights.dtype))) % 1
-        chosen = torch.searchsorted(weights.cumsum(-1), quantiles[:, None].expand(*weights.shape[:3], 1).contiguous())
+        wanted = at.quantile.to(weights)[:, None].expand(*weights.shape[:3], 1).contiguous()
+        chosen = torch.searchsorted(weights.cumsum(-1), wanted)
         key = at.key.repeat_interleave(heads // at.key.shape[1], 1).to(weights.dtype)
         drawn = key.gather(2, chosen.clamp_max(key.shape[2] - 1).expand(-1, -1, -1, key.shape[3]))
         pulled = attention.pulled(drawn - _weighted(weights, at.key), at)
@@ -300,8 +304,8 @@ def _factors(mixtures: _Mixtures, rows: Rows) -> tuple[Tensor, Tensor]:
         x = at.inputs.to(rows.dtype)
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
         right += x.T @ x
-        count += tokens
-    return _damped(all_reduce(left) / _num_queries(mixtures.samples, device)), _damped(all_reduce(right))
+    left = all_reduce(left) / _num_queries(mixtures.samples, device)
+    return _damped(left, _DAMPING), _damped(all_reduce(right), damping)
 
 
 def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
@@ -310,10 +314,10 @@ def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
     return max(1.0, _total(own, device))
 
 
-def _damped(matrices: Float[Tensor, "*head n n"]) -> Float[Tensor, "*head n n"]:
+def _damped(matrices: Float[Tensor, "*head n n"], damping: float) -> Float[Tensor, "*head n n"]:
     energy = matrices.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return matrices + _DAMPING * energy[..., None, None] * eye
+    return matrices + damping * energy[..., None, None] * eye
 
 
 def _inverse(left: Tensor, right: Tensor) -> Callable[[Rows], Rows]:
