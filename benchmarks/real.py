@@ -65,7 +65,8 @@ def command(*words: str | Path) -> tuple[Any, float, int]:
         [sys.executable, "-m", "headfold", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    text = process.stdout.read()
+    with process.stdout as pipe:
+        text = pipe.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
