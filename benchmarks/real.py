@@ -65,7 +65,8 @@ def command(*words: str | Path) -> tuple[Any, float, int]:
         [sys.executable, "-m", "headfold", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    text = process.stdout.read()
+    with process.stdout as pipe:
+        text = pipe.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -115,8 +116,10 @@ class Bench:
         }  # fmt: skip
 
 
-def language_model(model: Path, text: Path, contexts: Mapping[int, int]) -> Callable[[Path], dict[str, Any]]:
-    """Return a function that measures a language model against the original: by context, on so many tokens."""
+def language_model(
+    model: Path, text: Path, contexts: Mapping[int, int], *, long: bool
+) -> Callable[[Path], dict[str, Any]]:
+    """Return a function that measures a language model against the original by context, on so many tokens; with `long`, passkeys too."""
 
     def score(made: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -133,9 +136,42 @@ def language_model(model: Path, text: Path, contexts: Mapping[int, int]) -> Call
                 }
                 row["loss_increase_by_position"] = [round(mine - theirs, 4) for mine, theirs in pairs]
             found[f"context {context}"] = row
-        return found
+        return found | ({"passkey": passkeys(made)} if long else {})
 
     return score
+
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def passkeys(made: Path, lengths: tuple[int, ...] = (1024, 2048, 4096, 8000)) -> dict[str, float]:
+    """Return by length the share of digits of a five-digit key that a model repeats from a text, a key per depth."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16, trust_remote_code=True).eval()
+    filler = tokenizer(FILLER)["input_ids"]
+    found = {}
+    for length in lengths:
+        right = total = 0
+        for number, depth in enumerate(DEPTHS):
+            key = f"{71839 + 4217 * number % 28000:05d}"
+            parts = (
+                f"The pass key is {key}. Remember it. {key} is the pass key. ",
+                "What is the pass key? The pass key is ",
+            )
+            told, asked = (tokenizer(part)["input_ids"] for part in parts)
+            answer = tokenizer(key)["input_ids"]
+            room = length - len(told) - len(asked) - len(answer)
+            text = (filler * (room // len(filler) + 1))[:room]
+            ids = torch.tensor([[*text[: int(depth * room)], *told, *text[int(depth * room) :], *asked, *answer]])
+            with torch.no_grad():
+                predicted = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(-1)
+            right, total = right + int((predicted == torch.tensor(answer)).sum()), total + len(answer)
+        found[str(length)] = right / total
+    return found
 
 
 def transcripts(made: Path, files: list[Path]) -> tuple[list[str], float]:
@@ -245,13 +281,16 @@ def main() -> None:
     reader.add_argument("--models", default="smollm2,whisper,minilm", help="models, separated by commas")
     reader.add_argument("--rows", default="", help="rows, separated by commas (default: all)")
     reader.add_argument("--seeds", type=int, default=3, help="number of calibration seeds")
+    reader.add_argument("--passkey", action="store_true", help="measure passkey retrieval of language models too")
     options = reader.parse_args()
     data, chosen = options.data, options.models.split(",")
     if "smollm2" in chosen:
         model = options.directory / "smollm2-135m-instruct"
-        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 16384, 8192: 16384}
+        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 8192, 8192: 8192}
         calibration = ("--calibration", str(data / "wikitext2" / "valid.txt"), "--tokens", "65536")
-        bench = Bench(model, options.work / "smollm2", calibration, language_model(model, text, contexts))
+        bench = Bench(
+            model, options.work / "smollm2", calibration, language_model(model, text, contexts, long=options.passkey)
+        )
         measured(bench, "smollm2-135m-instruct", SMOLLM2, options)
     if "whisper" in chosen:
         model, speech = options.directory / "whisper-tiny.en", data / "speech"

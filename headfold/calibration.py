@@ -28,13 +28,17 @@ Sample = Mapping[str, Tensor]
 TOKENS_PER_BATCH = 4096
 """Large enough that the D² conversion of each batch's product to float64 is small beside the product itself."""
 ITEMS_PER_BATCH = 64
-"""Batch size of data without tokens to count: images, sound."""
+"""Batch size of images, and the most of captioned ones."""
+RECORDINGS_PER_BATCH = 16
+"""Batch size of sound: an encoder of 30 seconds has several times the positions of a batch of text."""
 
 
 def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
     """Yield items in batches of about `num_tokens` (default `TOKENS_PER_BATCH`), each padded only as far as its own items need."""
     tokens = sample.get("input_ids")
     by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, (num_tokens or TOKENS_PER_BATCH) // tokens.shape[1])
+    if "input_features" in sample:
+        by_tokens = min(ITEMS_PER_BATCH, RECORDINGS_PER_BATCH)
     return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
 
 

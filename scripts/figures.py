@@ -23,6 +23,7 @@ from pathlib import Path
 
 from figure_data import INDEX, ROOT, Index, path_of, provenance
 from figure_picture import svg
+from figure_real import REAL
 from figure_tables import TABLES
 from figure_timings import BLOCKS
 from figure_values import all_values
@@ -43,7 +44,7 @@ TYPED = re.compile(
     r"|\b\d[\d,]*(?: ?%| (?:ms|milliseconds|seconds|minutes|times|nats|points|BLEU|[KMG]i?B|tokens (?:per|a) second)\b)"
     r"|(?<!\w)1/\d{2,}"
 )
-BY_NAME = {**TABLES, **BLOCKS}
+BY_NAME = {**REAL, **TABLES, **BLOCKS}
 
 
 def pages() -> list[Path]:

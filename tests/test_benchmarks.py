@@ -76,3 +76,18 @@ def language() -> Evaluation:
 @pytest.mark.parametrize("found", [classified(), language()], ids=lambda found: type(found).__name__)
 def test_benchmarks_score_an_evaluation_as_compare_does(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert script("folds", monkeypatch).scored_evaluation(found) == scored(found)
+
+
+def test_runs_of_published_models_are_summed_up_by_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = script("real", monkeypatch)
+    assert real.plain("It's 5 o'clock, Sir — GO!") == "it's 5 o'clock sir go"
+    runs = [{"seconds": s, "context 8": {"nll": s / 2, "by_position": [s, 0.0]}} for s in (1.0, 5.0, 3.0)]
+    assert real.medians(runs) == {"seconds": 3.0, "context 8": {"nll": 1.5, "by_position": [3.0, 0.0]}}
+
+
+def test_a_command_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = script("real", monkeypatch)
+    found, seconds, memory = real.command("methods")
+    assert found and seconds > 0 and memory > 2**20
+    with pytest.raises(SystemExit, match="exit code 2"):
+        real.command("inspect", "no-such-model")

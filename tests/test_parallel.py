@@ -41,9 +41,9 @@ FOLD: dict[str, Any] = dict(kv_heads=4, tokens=512, context=32)
 
 @pytest.fixture(autouse=True)
 def _sizes_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`found` sets them."""
-    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", calibration.TOKENS_PER_BATCH)
-    monkeypatch.setattr(heal, "BATCH_TOKENS", heal.BATCH_TOKENS)
+    """`found` sets them. The others are those of processes.py, as a refit takes its samples batch by batch."""
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
+    monkeypatch.setattr(heal, "BATCH_TOKENS", BATCH_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,9 @@ def same_weights(a: Path, b: Path) -> None:
 def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fold of one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    headfold.fold(source, out, **FOLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
+        headfold.fold(source, out, **FOLD)
     assert not torch.distributed.is_initialized() and parallel.world_size() == 1
     return out
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import sys
 import wave
 from pathlib import Path
 
@@ -251,6 +252,29 @@ def test_sound_is_read_at_every_width(width, channels, tmp_path):
     [(samples, rate)], texts = read_audio(str(tmp_path))
     assert rate == 4000 and texts is None and samples.dtype == np.float32
     assert np.abs(samples - tone).max() <= 2.0 ** (1 - 8 * width) + 2.0**-24  # half a level, and float32
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_compressed_sound_is_that_of_the_wav_file(channels, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    tone = write_sound(tmp_path / "a.wav", 4000, 2, channels)
+    for name in ("b.flac", "c.FLAC"):
+        soundfile.write(tmp_path / name, np.repeat(tone[:, None], channels, 1), 4000, format="FLAC")
+    (tmp_path / "d.flac").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"d\.flac: expected sound"):
+        read_audio(str(tmp_path))
+    (tmp_path / "d.flac").unlink()
+    sounds, _ = read_audio(str(tmp_path))
+    assert len(sounds) == 3
+    for samples, rate in sounds:
+        assert rate == 4000 and samples.dtype == np.float32 and np.abs(samples - tone).max() < 2.0**-14
+
+
+def test_compressed_sound_needs_soundfile(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    (tmp_path / "a.mp3").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pip install 'headfold\[audio\]'"):
+        read_audio(str(tmp_path))
 
 
 def test_sound_becomes_features_and_labels(model, tmp_path):

@@ -98,6 +98,17 @@ class StatsFile(Mapping[str, SiteStats]):
             found = {name: file.get_tensor(f"{_SAMPLE}{name}") for name in sorted(names)}
         return {name: t.to(torch.int64) if t.dtype == torch.int32 else t for name, t in found.items()} or None
 
+    def positions_per_dim(self, site: str) -> float:
+        """Return how many positions were measured at a site for each dim of its inputs: of its queries or of its keys, the fewer."""
+        found = []
+        with safe_open(self.path, "pt") as file:
+            for name in ("second", "query_second"):
+                if self.holds(site, name):
+                    sums = file.get_slice(f"{site}/{name}")
+                    dims = sums.get_shape()[0] - 1
+                    found.append(float(sums[dims:, dims:].sum()) / dims)
+        return min(found)
+
     def holds(self, site: str, name: str) -> bool:
         """Return whether a statistic was measured at a site; nothing is read."""
         return f"{site}/{name}" in self._keys

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..families.spec import Site
@@ -13,6 +14,9 @@ from ..report import tables
 from ..report.card import CardFacts
 from .serving_cost import ServingCost
 from .source import Source
+
+NARROW = 16
+"""Positions per input dim below which statistics say little of other data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,21 @@ def _grouped_class(staging: Path) -> str:
     return (found or ["AutoModel"])[0] if "headfold" in config else ""
 
 
-def notes_on(source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site]) -> list[str]:
+def _narrow_calibration(source: Source, statistics: StatsFile) -> str | None:
+    """Return a note if some site was measured at few positions for its size: what such a fold has not seen, it does badly."""
+    ratios = {site.name: statistics.positions_per_dim(site.name) for site in source.sites if site.name in statistics}
+    if not ratios or min(ratios.values()) >= NARROW:
+        return None
+    least = min(ratios, key=lambda name: ratios[name])
+    return (
+        f"calibration is narrow: {ratios[least]:.1f} positions per input dim at {least}, where {NARROW} are the least that carry "
+        "over to other data; use more data, from every domain the fold will see"
+    )
+
+
+def notes_on(
+    source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site], statistics: StatsFile | None
+) -> list[str]:
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = []
     if source.detected:
@@ -125,7 +143,8 @@ def notes_on(source: Source, staging: Path, group: str, sites_without_distances:
         notes.append(
             f"calibration did not see how far back attention looks at {len(blind)} sites, so a distribution is assumed there"
         )
-    return notes
+    narrow = _narrow_calibration(source, statistics) if statistics else None
+    return notes + ([narrow] if narrow else [])
 
 
 def _range(numbers: Iterable[int]) -> tuple[int, int]:

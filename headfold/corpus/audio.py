@@ -1,4 +1,4 @@
-"""Speech for Whisper: wav files, or a column of a table with them, through the model's own feature extractor."""
+"""Speech for Whisper: sound files, or a column of a table with them, through the model's own feature extractor."""
 
 import io
 import wave
@@ -17,6 +17,8 @@ from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, valu
 
 COLUMNS = ("audio", "file")
 TRANSCRIPTS = ("text", "sentence", "transcription")
+COMPRESSED = (".flac", ".ogg", ".opus", ".mp3")
+"""Endings of files that soundfile reads; wav files are read without it."""
 
 
 def read_audio(
@@ -24,11 +26,11 @@ def read_audio(
 ) -> tuple[list[tuple[Float[np.ndarray, " _"], int]], list[str] | None]:
     """Return (mono samples in [-1, 1], samples per second) of each item, and the transcripts if every item has one.
 
-    In a folder, the transcript of NAME.wav is NAME.txt; in a table it is column `text`, `sentence`, `transcription` or
+    In a folder, the transcript of NAME.wav (or .flac …) is NAME.txt; in a table it is column `text`, `sentence`, `transcription` or
     `columns[1]`.
 
     Raises:
-        UserError: an unreadable or empty source, a missing column, or audio that is not uncompressed wav.
+        UserError: an unreadable or empty source, a missing column, or audio that is neither uncompressed wav nor read by soundfile.
     """
     rows = _open(source)
     names = _columns(rows, columns)
@@ -44,9 +46,13 @@ def _open(source: str) -> Table | Stream:
     path = Path(source)
     if is_table(source):
         return open_rows(source)
-    files = sorted(path.rglob("*.wav")) if path.is_dir() else [path] if path.suffix == ".wav" and path.exists() else []
+    endings = (".wav", *COMPRESSED)
+    candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in candidates if file.suffix.lower() in endings and file.is_file()]
     if not files:
-        raise UserError(f"{source}: a speech model needs audio, found none; give a folder of .wav files or {TABLES}")
+        raise UserError(
+            f"{source}: a speech model needs audio, found none; give a folder of {', '.join(endings)} files or {TABLES}"
+        )
     written = all(file.with_suffix(".txt").is_file() for file in files)
 
     def row(file: Path) -> Row:
@@ -81,6 +87,10 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
         file = str(path if Path(path).exists() else folder / path)
     else:
         raise UserError(f"{where}: expected audio or its path, got {type(found).__name__}; name another column")
+    if not isinstance(data, bytes) and Path(str(path)).suffix.lower() in COMPRESSED:
+        return _decompressed(file, f"{where}: {path}")
+    if isinstance(data, bytes) and data[:4] != b"RIFF":
+        return _decompressed(file, f"{where}: {path or 'an item'}")
     try:
         with wave.open(file) as opened:
             sample_bytes, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
@@ -88,6 +98,18 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
     except (wave.Error, EOFError, OSError) as error:
         raise UserError(f"{where}: {path or 'an item'}: expected uncompressed wav ({error}); convert it") from error
     return _samples(frames, sample_bytes).reshape(-1, channels).mean(1), rate
+
+
+def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UserError(f"{where}: needs soundfile: pip install 'headfold[audio]', or convert it to wav") from error
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise UserError(f"{where}: expected sound ({error}); convert it to wav") from error
+    return samples.mean(1), rate
 
 
 def _samples(frames: bytes, sample_bytes: int) -> Float[np.ndarray, " sample"]:

@@ -28,12 +28,16 @@ _SEARCHED_EVERY = 8
 _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Lengths of the step that are tried; the best is then found between them."""
 _DAMPING = 1e-2
-"""Added to both Kronecker factors, relative to their mean energy."""
+"""Added to both Kronecker factors, relative to their mean energy; to that of the inputs more where queries are few."""
 _LINEAR = 0.03
 """Largest relative error of the queries, computed from W_q, against those that the module passes to its attention."""
 _GOLDEN = 0.6180339887
 _ELEMENTS = 2**25
 """Logits held at once."""
+_KEPT = 2**28
+"""Weights that are kept between steps, on each process."""
+_PARTS = 4
+"""Parts of the queries of a causal call; the keys behind the last query of a part are skipped."""
 
 Rows = Float[Tensor, "head dim size"]
 Queries = Float[Tensor, "batch head query dim"]
@@ -59,6 +63,8 @@ class _Sampled:
     """The same for the original's heads in their own order."""
     counted: Bool[Tensor, "batch query"] | None
     scaling: float
+    quantile: Float[Tensor, " query"]
+    """Where a key is drawn from a query's attention; over all queries they cover [0, 1] evenly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,10 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     slope, curvature, search = _samples(site_calls, heads, size)
     if not _is_linear(attention, heads, [*slope, *curvature, *search]):
         return None
-    left, right = _factors(attention, curvature, start)
+    mixtures = _Mixtures(attention, curvature)
+    # A step fitted to few queries follows what is particular to them: it is shrunk by the sampling error of their covariance.
+    ridge = max(ridge, size / _num_queries(slope, start.device))
+    left, right = _factors(mixtures, start, max(_DAMPING, ridge))
     scale = _num_queries(slope, start.device) / _num_queries(curvature, start.device)
     rest, change, direction = -_slope(attention, slope, start), torch.zeros_like(start), torch.zeros_like(start)
     precondition = _inverse(left, right * scale)
@@ -138,7 +147,7 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
         preconditioned = precondition(rest)
         before, energy = energy, (rest * preconditioned).sum((1, 2), keepdim=True)
         direction = preconditioned if before is None else preconditioned + _ratio(energy, before) * direction
-        image = scale * _curvature(attention, curvature, direction)
+        image = scale * _curvature(mixtures, direction)
         image += ridge * scale * (left @ direction.double() @ right).to(image)
         length = _ratio(energy, (direction * image).sum((1, 2), keepdim=True))
         change += length * direction
@@ -166,7 +175,7 @@ def _samples(
         searched = (position + number) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
         for kept, rows, queries in zip(found, (position[~searched],) * 2 + (position[searched],), wanted, strict=True):
             every = max(1, round(total * len(rows) / len(position) / queries))
-            kept.extend(_parts(mine, theirs, rows[number % every :: every], heads, size))
+            kept.extend(_parts(mine, theirs, rows[number % every :: every], heads, size, number))
     return found
 
 
@@ -175,11 +184,14 @@ def _total(count: int, device: torch.device) -> float:
 
 
 def _parts(
-    mine: AttentionInputs, theirs: AttentionInputs, rows: Int[Tensor, " query"], heads: Heads, size: int
+    mine: AttentionInputs, theirs: AttentionInputs, rows: Int[Tensor, " query"], heads: Heads, size: int, number: int
 ) -> Iterator[_Sampled]:
     """Yield these queries of a call, at most `_ELEMENTS` logits at a time."""
     (batch, num_heads, _, _), keys = mine.query.shape, mine.key.shape[2]
-    for some in rows.split(max(1, _ELEMENTS // (batch * num_heads * keys))) if len(rows) else ():
+    most = max(1, _ELEMENTS // (batch * num_heads * keys))
+    if mine.causal:  # the first rows of a part have keys to skip too
+        most = min(most, -(-len(rows) // _PARTS))
+    for some in rows.split(most) if len(rows) else ():
         last = min(keys, int(some.max()) + 1) if mine.causal else keys
         hidden, target_hidden = _hidden(mine, some, last), _hidden(theirs, some, last)
         inputs = mine.inputs[:, some]
@@ -188,6 +200,7 @@ def _parts(
         yield _Sampled(
             inputs[..., :size], *_moved(inputs, query, heads), query, mine.key[:, :, :last], theirs.query[:, :, some],
             theirs.key[:, :, :last], hidden, target_hidden, None if mine.counted is None else mine.counted[:, some], mine.scaling,
+            (_GOLDEN * (some.double() + number * mine.query.shape[2])) % 1,
         )  # fmt: skip
 
 
@@ -241,35 +254,49 @@ def _projected(gradient: Queries, at: _Sampled) -> Rows:
     return torch.einsum("bhtd,bts->hds", gradient, at.inputs.to(gradient.dtype))
 
 
-def _mixture(attention: _Attention, at: _Sampled) -> Logits:
-    return (_logits(at.query, at.key, at.scaling, at.hidden).softmax(-1) + attention.target(at)) / 2
+class _Mixtures:
+    """(p + p̂) / 2 of samples, kept from the first time on as far as there is room."""
+
+    def __init__(self, attention: _Attention, samples: Sequence[_Sampled]) -> None:
+        self.attention, self.samples = attention, samples
+        self._kept: dict[int, Logits] = {}
+        self._left = _KEPT
+
+    def __iter__(self) -> Iterator[tuple[_Sampled, Logits]]:
+        for number, at in enumerate(self.samples):
+            weights = self._kept.get(number)
+            if weights is None:
+                weights = (
+                    _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).add_(self.attention.target(at)).div_(2)
+                )
+                if weights.numel() <= self._left:
+                    self._kept[number] = weights
+                    self._left -= weights.numel()
+            yield at, weights
 
 
-def _curvature(attention: _Attention, samples: Sequence[_Sampled], direction: Rows) -> Rows:
+def _curvature(mixtures: _Mixtures, direction: Rows) -> Rows:
     """Return the curvature times a direction."""
-    total = torch.zeros_like(direction)
-    for at in samples:
-        weights = _mixture(attention, at)
+    total, attention = torch.zeros_like(direction), mixtures.attention
+    for at, weights in mixtures:
         moved = _logits(attention.queries(direction, at), at.key, at.scaling)
-        weights *= moved - (weights * moved).sum(-1, keepdim=True)
-        total += _projected(attention.pulled(_weighted(weights, at.key), at), at)
+        spread = (moved - (weights * moved).sum(-1, keepdim=True)).mul_(weights)
+        total += _projected(attention.pulled(_weighted(spread, at.key), at), at)
     return all_reduce(total)
 
 
-def _factors(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> tuple[Tensor, Tensor]:
+def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, Tensor]:
     """Return the Kronecker factors of the curvature: by head over the dims (a mean over queries), and over the inputs (a sum).
 
-    The covariance of the attended keys is estimated from a key per query, at quantiles that cover [0, 1] evenly.
+    The covariance of the attended keys is estimated from one key of each query.
     """
     (heads, dim, size), device = rows.shape, rows.device
     left = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
     right = torch.zeros(size, size, dtype=torch.float64, device=device)
-    count = 0
-    for at in samples:
-        weights = _mixture(attention, at)
-        tokens = weights.shape[2]
-        quantiles = (_GOLDEN * (count + torch.arange(tokens, device=device, dtype=weights.dtype))) % 1
-        chosen = torch.searchsorted(weights.cumsum(-1), quantiles[:, None].expand(*weights.shape[:3], 1).contiguous())
+    attention = mixtures.attention
+    for at, weights in mixtures:
+        wanted = at.quantile.to(weights)[:, None].expand(*weights.shape[:3], 1).contiguous()
+        chosen = torch.searchsorted(weights.cumsum(-1), wanted)
         key = at.key.repeat_interleave(heads // at.key.shape[1], 1).to(weights.dtype)
         drawn = key.gather(2, chosen.clamp_max(key.shape[2] - 1).expand(-1, -1, -1, key.shape[3]))
         pulled = attention.pulled(drawn - _weighted(weights, at.key), at)
@@ -277,8 +304,8 @@ def _factors(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> 
         x = at.inputs.to(rows.dtype)
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
         right += x.T @ x
-        count += tokens
-    return _damped(all_reduce(left) / _num_queries(samples, device)), _damped(all_reduce(right))
+    left = all_reduce(left) / _num_queries(mixtures.samples, device)
+    return _damped(left, _DAMPING), _damped(all_reduce(right), damping)
 
 
 def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
@@ -287,10 +314,10 @@ def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
     return max(1.0, _total(own, device))
 
 
-def _damped(matrices: Float[Tensor, "*head n n"]) -> Float[Tensor, "*head n n"]:
+def _damped(matrices: Float[Tensor, "*head n n"], damping: float) -> Float[Tensor, "*head n n"]:
     energy = matrices.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return matrices + _DAMPING * energy[..., None, None] * eye
+    return matrices + damping * energy[..., None, None] * eye
 
 
 def _inverse(left: Tensor, right: Tensor) -> Callable[[Rows], Rows]:

@@ -24,10 +24,14 @@ _DAMPING = 1e-3
 """Added to both factors of M, relative to their mean energy."""
 _CURVATURE_EVERY = 5
 """Batches per batch that the curvature is measured on: a number that does not divide the usual numbers of processes, which take turns."""
+_POSITIONS_PER_DIM = 8
+"""Positions per input dim that such a part must have, else all data are used: what the part has not seen has no curvature there, and
+steps along it would be far too long.
+"""
 
 
 def curvature_batches(total: int) -> range:
-    """Return the numbers of the batches, of `total`, on which the curvature is measured; at least two where there are as many."""
+    """Return the numbers of the batches, of `total`, on which the curvature is measured where there are enough data."""
     return range(0, total, max(1, min(_CURVATURE_EVERY, total // 2)))
 
 
@@ -46,6 +50,8 @@ def refit_values(site_calls: RecordedSite, heads: Heads, ridge: float, steps: in
     linear = replace(heads, o_bias=blank)  # without what does not depend on V
     change = torch.zeros_like(start)
     seen = curvature_batches(site_calls.total)
+    if float(positions) * len(seen) / site_calls.total < _POSITIONS_PER_DIM * size:
+        seen = range(site_calls.total)
     part = [number for number in site_calls.numbers if number in seen]
     energy, direction = None, torch.zeros_like(change)
     for _ in range(steps):

@@ -143,9 +143,8 @@ def fold(
                     unrounded = written.unrounded(job.staging, source.dtype)
                     twin = Twin(source, made, statistics, refits)
                     verification = verify_fold(source, job.staging, twin, sample, unrounded, notes, progress)
-            notes += notes_on(
-                source, job.staging, request.group, sites_with_assumed_distances(source, made, statistics)
-            )
+            blind = sites_with_assumed_distances(source, made, statistics)
+            notes += notes_on(source, job.staging, request.group, blind, statistics)
             costs = serving_cost(source), serving_cost(source, made, layout)
             measured_on, times = statistics.metadata if statistics else {}, (job.seconds, job.estimated)
             facts = card_facts(

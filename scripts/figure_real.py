@@ -1,0 +1,74 @@
+"""Tables of folds of published models, measured by benchmarks/real.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from figure_data import load
+from figure_tables import Block, number, percent, table
+
+NAMES = {
+    "absorb": "absorb, no refit",
+    "absorb+refit": "**absorb with refit (default)**",
+    "absorb+refit+heal": "default, then healed (`--heal`)",
+    "wide": "half as many heads of twice the head_dim",
+    "wide+heal": "the same, healed",
+    "unequal": "groups of different sizes",
+    "budget": "a count per layer (`--kv-budget`)",
+    "mean": "mean pooling (GQA)",
+    "procrustes+norm": "Procrustes with norm",
+    "qcqa-ac": "QCQA-AC",
+    "asymgqa": "AsymGQA",
+}
+"""Row of the results → as the tables call it."""
+
+
+def _original(result: str) -> dict[str, Any]:
+    return next(row for row in load(result)["rows"] if row["method"] == "original")
+
+
+def _folds(result: str) -> list[dict[str, Any]]:
+    order = list(NAMES)
+    found = [row for row in load(result)["rows"] if row["method"] != "original"]
+    return sorted(
+        found,
+        key=lambda row: (-row["kv_bytes_per_token"], order.index(row["method"]) if row["method"] in order else -1),
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    method, _, rest = row["method"].partition(",")
+    return NAMES[method] + (f",{rest}" if rest else "")
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:g} KiB"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def language_model(result: str, contexts: Sequence[int]) -> str:
+    """Loss increase by context, divergence and what it took."""
+    keys = [f"context {context}" for context in contexts]
+    header = [
+        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token",
+        "seconds", "memory",
+    ]  # fmt: skip
+    base = _original(result)
+    lines = [
+        ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), "", "", "", ""],
+        *(
+            [
+                _name(row), _kib(row["kv_bytes_per_token"]), *(number(row[key]["loss_increase"]) for key in keys),
+                number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]), f"{row['seconds']:,.0f}",
+                _size(row["peak_bytes"]),
+            ]
+            for row in _folds(result)
+        ),
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+SMOLLM2 = "real-smollm2-135m-instruct"
+REAL = {"real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,))}
