@@ -60,7 +60,7 @@ def machine(setup: Any, record: Any) -> None:
     from gpu_setup import timed_calls
     from machine import describe
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)

@@ -87,12 +87,23 @@ def variants(
     return found
 
 
+class Lines(logging.Handler):
+    """Appends the messages of a log to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the message of a record."""
+        self.lines.append(record.getMessage())
+
+
 @contextmanager
 def choices() -> Iterator[list[str]]:
     """Return a context with the lines in which headfold logs how long its candidates took on a class of shapes."""
     lines: list[str] = []
-    handler, log = logging.Handler(), logging.getLogger("headfold")
-    handler.emit = lambda line: lines.append(line.getMessage())  # type: ignore[method-assign]
+    handler, log = Lines(lines), logging.getLogger("headfold")
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
