@@ -49,19 +49,18 @@ def _size(size: float) -> str:
 
 
 def language_model(result: str, contexts: Sequence[int]) -> str:
-    """Loss increase by context, divergence and what it took."""
+    """Loss increase by context, divergence and peak memory."""
     keys = [f"context {context}" for context in contexts]
     header = [
-        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token",
-        "seconds", "memory",
+        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token", "memory",
     ]  # fmt: skip
     base = _original(result)
     lines = [
-        ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), "", "", "", ""],
+        ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), "", "", ""],
         *(
             [
                 _name(row), _kib(row["kv_bytes_per_token"]), *(number(row[key]["loss_increase"]) for key in keys),
-                number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]), f"{row['seconds']:,.0f}",
+                number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]),
                 _size(row["peak_bytes"]),
             ]
             for row in _folds(result)
