@@ -131,7 +131,7 @@ class Teacher:
         return self._require_config().facts(self.sample)
 
     def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedSites) -> None:
-        """Refit the sites that `fitted` lacks to the original's answers, and keep them there with the W_q and W_k of their merge."""
+        """Refit the sites that `fitted` lacks to the original's answers, and keep them there with what of their merge stays."""
         self._fit("refit", refit.refit, refit.tokens_per_block(self.sample), plan, stats, None, fitted)
 
     def heal(

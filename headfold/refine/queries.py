@@ -9,7 +9,7 @@ taken under (p + p̂) / 2, since under p̂ alone a key that p̂ has lost does no
 Queries are a sample, since attention is smooth in them; all keys are seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.heads import Heads, KeyFreedom
 from ..parallel import all_reduce
+from .kronecker import Rows, damped, inverse
 from .recorded import AttentionInputs, RecordedSite
 
 _SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
@@ -39,7 +40,6 @@ _KEPT = 2**28
 _PARTS = 4
 """Parts of the queries of a causal call; the keys behind the last query of a part are skipped."""
 
-Rows = Float[Tensor, "head dim size"]
 Queries = Float[Tensor, "batch head query dim"]
 Logits = Float[Tensor, "batch head query key"]
 
@@ -141,7 +141,7 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     left, right = _factors(mixtures, start, max(_DAMPING, ridge))
     scale = _num_queries(slope, start.device) / _num_queries(curvature, start.device)
     rest, change, direction = -_slope(attention, slope, start), torch.zeros_like(start), torch.zeros_like(start)
-    precondition = _inverse(left, right * scale)
+    precondition = inverse(left, right * scale)
     energy: Tensor | None = None
     for _ in range(steps):
         preconditioned = precondition(rest)
@@ -305,29 +305,13 @@ def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, T
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
         right += x.T @ x
     left = all_reduce(left) / _num_queries(mixtures.samples, device)
-    return _damped(left, _DAMPING), _damped(all_reduce(right), damping)
+    return damped(left, _DAMPING), damped(all_reduce(right), damping)
 
 
 def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
     """Return the number of sampled queries over all ranks, at least 1."""
     own = sum(at.inputs.shape[:2].numel() if at.counted is None else int(at.counted.sum()) for at in samples)
     return max(1.0, _total(own, device))
-
-
-def _damped(matrices: Float[Tensor, "*head n n"], damping: float) -> Float[Tensor, "*head n n"]:
-    energy = matrices.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return matrices + damping * energy[..., None, None] * eye
-
-
-def _inverse(left: Tensor, right: Tensor) -> Callable[[Rows], Rows]:
-    """Return the inverse of the Kronecker product as a function."""
-    left, right = torch.linalg.cholesky(left), torch.linalg.cholesky(right)
-
-    def solve(rows: Rows) -> Rows:
-        return torch.cholesky_solve(torch.cholesky_solve(rows.double(), left).mT, right).mT.to(rows.dtype)
-
-    return solve
 
 
 def _lengths(attention: _Attention, samples: Sequence[_Sampled], step: Rows) -> Float[Tensor, " head"]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.heads import Heads
 from ..parallel import all_reduce, on_main
+from .kronecker import damped, inverse
 from .recorded import RecordedSite
 
 _DAMPING = 1e-3
@@ -111,22 +112,12 @@ def _gradient(
 
 def _measure(heads: Heads, second: Tensor) -> tuple[Callable[[Rows], Rows], Callable[[Rows], Rows]]:
     """Return M and its inverse as functions of rows of the values; `second` is Σ x xᵀ."""
-    second = _damped(second)
+    second = damped(second, _DAMPING)
     own = (heads.o @ heads.o.mT).double()
     readers = torch.tensor(heads.groups.group_of_head, device=own.device)
-    read = torch.stack([_damped(own[readers == group].sum(0)) for group in range(heads.num_kv_heads)])
-    root, read_root = torch.linalg.cholesky(second), torch.linalg.cholesky(read)
+    read = damped(torch.stack([own[readers == group].sum(0) for group in range(heads.num_kv_heads)]), _DAMPING)
 
     def measure(rows: Rows) -> Rows:
         return (read @ rows.double() @ second).to(rows.dtype)
 
-    def precondition(rows: Rows) -> Rows:
-        left = torch.cholesky_solve(rows.double(), read_root)
-        return torch.cholesky_solve(left.mT, root).mT.to(rows.dtype)
-
-    return measure, precondition
-
-
-def _damped(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    energy = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return matrix + _DAMPING * energy * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return measure, inverse(read, second)
