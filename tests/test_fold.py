@@ -243,10 +243,11 @@ def test_killed_in_shards_and_run_again_gives_the_same_bytes(source: Path, tmp_p
 
 
 def test_the_whole_path_calibrates_itself_and_says_so(readable: Path, tmp_path: Path) -> None:
-    result = headfold.fold(readable, tmp_path / "out", kv_heads=4, **CALIBRATED)
+    enough: dict[str, Any] = CALIBRATED | {"tokens": 2048}  # for W_q too
+    result = headfold.fold(readable, tmp_path / "out", kv_heads=4, **enough)
     assert result.refitted and result.verification.passed
-    assert result.plan.calibration["source"] == "self" and result.plan.calibration["tokens"] == "512"
-    kept = headfold.fold(readable, tmp_path / "kept", kv_heads=4, refit=False, **CALIBRATED)
+    assert result.plan.calibration["source"] == "self" and result.plan.calibration["tokens"] == "2048"
+    kept = headfold.fold(readable, tmp_path / "kept", kv_heads=4, refit=False, **enough)
     assert kept.plan == result.plan
     for (_, new), (_, old) in zip(tiny_sites(tmp_path / "out"), tiny_sites(tmp_path / "kept"), strict=True):
         for role in "qvo":

@@ -24,7 +24,7 @@ from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
 from headfold.hf_models import is_streamed, open_model
 from headfold.planning import make_plan
-from headfold.refine import fixed_attention
+from headfold.refine import fixed_attention, queries
 from headfold.refine.blocks import recorded_calls
 from headfold.refine.recorded import RecordedCall, RecordedSite
 from headfold.refine.refit import refit, tokens_per_block
@@ -42,6 +42,7 @@ SMALL, INFINITE = 1e-4, 1e30
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCHES[0].numel())
+    monkeypatch.setattr(queries, "NARROW", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,15 @@ def test_queries_are_refitted_where_no_norm_follows_them(name: str) -> None:
         for field, tensor in fitted.to_tensors().items():
             assert tensor.shape == getattr(merged, field).shape and tensor.dtype == torch.float32
         assert energy(missing(case, site, found)) < 1.02 * energy(missing(case, site, refitted(name)))
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_queries_stay_where_calibration_is_narrow(enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = folded("llama")
+    inputs = case.merged(case.sites[0]).q.shape[2] - 1
+    monkeypatch.setattr(queries, "NARROW", SAMPLE["input_ids"].numel() / inputs + (0 if enough else 0.01))
+    found = case.refit(SMALL, query_steps=3)
+    assert all(fitted.is_complete == enough for fitted in found.values())
 
 
 @pytest.mark.parametrize("query_steps", [0, 3])

@@ -8,15 +8,13 @@ from typing import Any
 
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
+from ..core.stats import NARROW
 from ..evaluate.verify import Verification
 from ..families.spec import Site
 from ..report import tables
 from ..report.card import CardFacts
 from .serving_cost import ServingCost
 from .source import Source
-
-NARROW = 16
-"""Positions per input dim below which statistics say little of other data."""
 
 
 @dataclass(frozen=True, slots=True)

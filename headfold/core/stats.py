@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+NARROW = 16
+"""Positions per input dim below which calibration says little of other data."""
+
 
 @dataclass(frozen=True, slots=True)
 class SiteStats:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..hf_models import open_processor, open_tokenizer
-from .audio import encode_audio, read_audio
+from .audio import encode_audio, read_audio, read_joined_audio
 from .captions import read_captions
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
@@ -61,6 +61,7 @@ def draw_sample(
     context: int,
     seed: int | None,
     columns: Sequence[str] = (),
+    joined: bool = False,
 ) -> Sample:
     """Return `num_items` items of a source, drawn from all of it by `seed`, as inputs of the model in directory `path`.
 
@@ -68,7 +69,8 @@ def draw_sample(
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
     images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there are transcripts.
     Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
-    (not for text), the first items are taken in the source's order. For large sources of images use `image_sample_blocks`.
+    (not for text), the first items are taken in the source's order. `joined` fills the model's windows of sound with several recordings,
+    where they have transcripts. For large sources of images use `image_sample_blocks`.
 
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
@@ -78,7 +80,12 @@ def draw_sample(
         blocks = list(image_sample_blocks(source, path=path, num_items=num_items, seed=seed, columns=columns))
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     if kind == "audio":
-        sounds, texts = read_audio(*request)
+        seconds = getattr(open_processor("audio", path), "chunk_length", None) if joined else None
+        if seconds is None:
+            sounds, texts = read_audio(*request)
+        else:
+            assert num_items is not None and seed is not None
+            sounds, texts = read_joined_audio(source, columns, num_items, seed, seconds)
         tokenizer = open_tokenizer(path) if texts is not None else None
         start = _decoder_start(path)
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)

@@ -4,7 +4,7 @@ Every block is fitted alone, on the original's own inputs. Healing each block on
 original's residual stream, gains little, runs the folded model beside the original, and makes each block wait for the one before.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,9 +110,10 @@ def _recorded(
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in batches]):
             yield block.site, [RecordedCall(*visit(number), None) for number in range(len(batches))]
         return
-    for portion in _portions(model, sites, batches):
-        recorded: dict[str, list[RecordedCall]] = {site.name: [] for site in portion}
-        for batch in batches:
+    first = {site.name: one for site, one in _calls(model, sites, batches[0])}
+    for portion in _portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)):
+        recorded = {site.name: [first.pop(site.name)] for site in portion}
+        for batch in batches[1:]:
             for site, one in _calls(model, portion, batch):
                 recorded[site.name].append(one)
         for site in portion:
@@ -124,15 +125,14 @@ def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterat
         yield site, RecordedCall(call, output, mask_of(site, batch, output, queries=True))
 
 
-def _portions(model: "PreTrainedModel", sites: list[Site], batches: list[Sample]) -> Iterator[list[Site]]:
-    """Yield as many sites at a time, but at least one, as fit into `PORTION_BYTES`, judged by the calls of the first batch."""
-    storages = {site.name: one.storages() for site, one in _calls(model, sites, batches[0])}
+def _portions(sites: list[Site], storages: Mapping[str, Mapping[int, int]], num_batches: int) -> Iterator[list[Site]]:
+    """Yield as many sites at a time, but at least one, as fit into `PORTION_BYTES`, judged by what the calls of the first batch hold."""
     portion: list[Site] = []
     held: dict[int, int] = {}
     for site in sites:
-        both = held | storages[site.name]
-        if portion and sum(both.values()) * len(batches) > PORTION_BYTES:
+        both = held | dict(storages[site.name])
+        if portion and sum(both.values()) * num_batches > PORTION_BYTES:
             yield portion
-            portion, both = [], storages[site.name]
+            portion, both = [], dict(storages[site.name])
         portion, held = [*portion, site], both
     yield portion

@@ -51,6 +51,10 @@ class FixedAttention:
         self._left = kept_bytes
         self.is_catching = False
 
+    def keeps(self, number: int) -> bool:
+        """Return whether the weights of that call are kept: they are then what they were, whatever Q and K are."""
+        return number in self._kept
+
     def catch(self, run: Callable[[], object]) -> Caught:
         """Return what the module passes to its attention in `run`, which goes no further."""
         self.is_catching = True

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from ..core.heads import Heads, KeyFreedom
+from ..core.stats import NARROW
 from ..parallel import all_reduce
 from .kronecker import Rows, damped, inverse
 from .recorded import AttentionInputs, RecordedSite
@@ -24,6 +25,8 @@ from .recorded import AttentionInputs, RecordedSite
 _SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
 """Queries, over all processes, that the gradient, the curvature and the search along the step see; the first two see more where the
 model is wide."""
+_SPREAD = 2
+"""Queries of the calls that are looked at, per query that is seen: more calls differ more, and each costs its projections."""
 _SEARCHED_EVERY = 8
 """One position in so many is left to the search."""
 _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -120,6 +123,12 @@ def _weighted(weights: Logits, key: Tensor) -> Queries:
     return (grouped @ key.to(weights.dtype)).view(*weights.shape[:3], -1)
 
 
+def has_data(site_calls: RecordedSite, heads: Heads) -> bool:
+    """Return whether there are queries enough for W_q; fitted to fewer, it follows the words of the calibration data."""
+    own = sum(site_calls.num_queries(number) for number in site_calls.numbers)
+    return _total(own, heads.q.device) >= NARROW * (heads.q.shape[2] - 1)
+
+
 @torch.no_grad()
 def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: int) -> Heads | None:
     """Return the heads with another `q`; its bias column stays as it is where the site has none.
@@ -167,15 +176,23 @@ def _samples(
     """Return the queries of the gradient, of the curvature and of the search. No query of the first two is one of the last."""
     counts = sum(site_calls.num_queries(number) for number in site_calls.numbers)
     total = _total(counts, heads.q.device)
-    wanted = (max(_SLOPE_QUERIES, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
+    slope = min(
+        _SLOPE_QUERIES, int(total) // 4
+    )  # of few data a larger part would cost more than all other fits together
+    wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
+    share = min(1.0, _SPREAD * max(wanted) / total)
     for number in site_calls.numbers:
+        if int(share * (number + 1)) == int(share * number):
+            continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
         position = torch.arange(mine.query.shape[2], device=mine.query.device)
         searched = (position + number) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
         for kept, rows, queries in zip(found, (position[~searched],) * 2 + (position[searched],), wanted, strict=True):
-            every = max(1, round(total * len(rows) / len(position) / queries))
-            kept.extend(_parts(mine, theirs, rows[number % every :: every], heads, size, number))
+            every = max(1.0, share * total * len(rows) / len(position) / queries)
+            start = _GOLDEN * number % 1  # so that calls are not all seen at the same positions
+            chosen = ((torch.arange(int(len(rows) / every), device=rows.device) + start) * every).long()
+            kept.extend(_parts(mine, theirs, rows[chosen], heads, size, number))
     return found
 
 

@@ -1,6 +1,7 @@
 """Runs other heads in an attention block: the stock module, replayed on the calls that the original received."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,6 +60,17 @@ class AttentionInputs(NamedTuple):
     """Which queries are not padding."""
 
 
+class _Unread(nn.Module):
+    """Stands for a projection to `size` dims whose output nobody reads."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.new_zeros(*inputs.shape[:-1], self._size)
+
+
 class RecordedSite:
     """One site of the original with its recorded calls, which can be replayed with other heads.
 
@@ -96,6 +108,7 @@ class RecordedSite:
         core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
         self._fixed = fixed_attention.install(core) if fixes_attention and head_dim_multiple == 1 else None
         self._parameters = dict(self._module.named_parameters())
+        self._unread = self._query_and_key_projections() if self._fixed is not None else {}
         self._output = self._submodule("o")
         if "v" in site.paths:
             self._values = self._submodule("v")
@@ -106,6 +119,30 @@ class RecordedSite:
 
     def _submodule(self, role: str) -> nn.Module:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
+
+    def _query_and_key_projections(self) -> dict[str, nn.Linear]:
+        """Return by path in the module the projections that give queries or keys and nothing else, such as a gate or the values."""
+        paths, site = self.site.paths, self.site
+        sizes = {"q": site.num_heads * site.head_dim, "k": site.num_kv_heads * site.head_dim}
+        found: dict[str, nn.Linear] = {}
+        for role, size in sizes.items():
+            module = self._submodule(role) if role in paths and "v" in paths else None
+            if isinstance(module, nn.Linear) and module.out_features == size:
+                found[paths[role].removeprefix(f"{site.module}.")] = module
+        return found
+
+    @contextmanager
+    def _skipped(self) -> Iterator[tuple[str, ...]]:
+        """Return a context in which queries and keys are zero, for calls whose attention weights are kept; it gives the prefixes of
+        the parameters that the module lacks there.
+        """
+        for path, module in self._unread.items():
+            self._module.set_submodule(path, _Unread(module.out_features))
+        try:
+            yield tuple(f"{path}." for path in self._unread)
+        finally:
+            for path, module in self._unread.items():
+                self._module.set_submodule(path, module)
 
     def target(self, number: int) -> Float[Tensor, "position model"]:
         """Return the original's output for the call of that number, in float32 or better, without padding."""
@@ -123,8 +160,14 @@ class RecordedSite:
             self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
             self._output.register_forward_hook(lambda module, inputs, output: found.extend((inputs[0], output))),
         ]
+        tensors = self._tensors(heads)
         try:
-            torch.func.functional_call(self._module, self._tensors(heads), args, kwargs)
+            if self._fixed is not None and self._fixed.keeps(number):
+                with self._skipped() as skipped:
+                    tensors = {name: t for name, t in tensors.items() if not name.startswith(skipped)}
+                    torch.func.functional_call(self._module, tensors, args, kwargs)
+            else:
+                torch.func.functional_call(self._module, tensors, args, kwargs)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -14,7 +14,7 @@ from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from .fitting import Solver, fit
-from .queries import refit_queries
+from .queries import has_data, refit_queries
 from .recorded import RecordedSite
 from .ridge import refit_output
 from .values import curvature_batches, refit_values
@@ -59,7 +59,8 @@ def refit(
 
 
 def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int, query_steps: int) -> FittedHeads:
-    attending = refit_queries(site_calls, heads, ridge, query_steps) if query_steps else None
+    fits_queries = query_steps and has_data(site_calls, heads)
+    attending = refit_queries(site_calls, heads, ridge, query_steps) if fits_queries else None
     heads = refit_output(site_calls, heads if attending is None else attending, ridge)
     if value_steps:
         heads = refit_output(site_calls, refit_values(site_calls, heads, ridge, value_steps), ridge)
