@@ -33,6 +33,8 @@ _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Lengths of the step that are tried; the best is then found between them."""
 _DAMPING = 1e-2
 """Added to both Kronecker factors, relative to their mean energy; to that of the inputs more where queries are few."""
+_MOVED_HEADS = 4
+"""Heads from which it is found what the module does to a query."""
 _LINEAR = 0.03
 """Largest relative error of the queries, computed from W_q, against those that the module passes to its attention."""
 _GOLDEN = 0.6180339887
@@ -142,7 +144,7 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     start = heads.q[..., :size]
     attention = _Attention(heads.key_freedom, site_calls.order.to(start.device))
     slope, curvature, search = _samples(site_calls, heads, size)
-    if not _is_linear(attention, heads, [*slope, *curvature, *search]):
+    if not _is_linear(attention, heads, search):
         return None
     mixtures = _Mixtures(attention, curvature)
     # A step fitted to few queries follows what is particular to them: it is shrunk by the sampling error of their covariance.
@@ -234,7 +236,9 @@ def _moved(
     inputs: Tensor, query: Queries, heads: Heads
 ) -> tuple[Complex[Tensor, "batch query plane"] | None, Float[Tensor, ""]]:
     """Return by what the module multiplied every frequency plane of W_q x, and the other dims."""
-    before, after = torch.einsum("bts,hds->bhtd", inputs.to(heads.q.dtype), heads.q), query.to(heads.q.dtype)
+    some = heads.q[:: -(-len(heads.q) // _MOVED_HEADS)]  # what position does is the same for all heads
+    before = torch.einsum("bts,hds->bhtd", inputs.to(some.dtype), some)
+    after = query[:, :: -(-len(heads.q) // _MOVED_HEADS)].to(some.dtype)
     tiny, turn = torch.finfo(before.dtype).tiny, None
     if heads.key_freedom.rotary_dim:
         planes = heads.key_freedom.planes().to(query.device)
