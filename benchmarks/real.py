@@ -51,6 +51,8 @@ SMOLLM2: tuple[Row, ...] = (
 WHISPER: tuple[Row, ...] = tuple(
     (name, count, how) for count in ("3", "1") for name, how in {**PUBLISHED, **OURS}.items()
 ) + (("absorb+refit, encoder too", "3", ("--encoder",)), ("wide", "2", WIDE), ("unequal", "4", UNEQUAL))
+WHISPER_NARROW: tuple[Row, ...] = tuple(("absorb+refit, prompts alone", count, ()) for count in ("3", "1"))
+"""Calibrated on one speaker and one subject; the others see synthetic speech of WikiText too."""
 MINILM: tuple[Row, ...] = tuple(
     (name, count, how)
     for count in ("6", "3")
@@ -224,6 +226,16 @@ def speech_model(model: Path, data: Path) -> Callable[[Path], dict[str, Any]]:
     return score
 
 
+def mixed_speech(recorded: Path, text: Path, folder: Path) -> Path:
+    """Return a folder with these recordings and synthetic ones of a text, made once."""
+    if not folder.exists():
+        script = Path(__file__).parents[1] / "scripts" / "synthetic_speech.py"
+        subprocess.run([sys.executable, script, text, folder, "--clips", "480"], check=True)
+        for file in recorded.iterdir():
+            shutil.copy(file, folder)
+    return folder
+
+
 def encoder(model: Path, text: Path, limit: int) -> Callable[[Path], dict[str, Any]]:
     """Return a function that measures a sentence encoder by the cosine of its embeddings to the original's."""
 
@@ -294,9 +306,11 @@ def main() -> None:
         measured(bench, "smollm2-135m-instruct", SMOLLM2, options)
     if "whisper" in chosen:
         model, speech = options.directory / "whisper-tiny.en", data / "speech"
-        calibration = ("--calibration", str(speech / "calibration"))
-        bench = Bench(model, options.work / "whisper", calibration, speech_model(model, speech))
-        measured(bench, "whisper-tiny.en", WHISPER, options)
+        prompts, score = speech / "calibration", speech_model(model, speech)
+        mixed = mixed_speech(prompts, data / "wikitext2" / "valid.txt", options.work / "speech")
+        for sources, rows, folder in ((mixed, WHISPER, "whisper"), (prompts, WHISPER_NARROW, "whisper-narrow")):
+            bench = Bench(model, options.work / folder, ("--calibration", str(sources)), score)
+            measured(bench, "whisper-tiny.en", rows, options)
     if "minilm" in chosen:
         model, text = options.directory / "all-minilm-l6-v2", data / "wikitext2"
         calibration = ("--calibration", str(text / "valid.txt"))

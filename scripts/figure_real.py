@@ -69,5 +69,27 @@ def language_model(result: str, contexts: Sequence[int]) -> str:
     return table(header, lines)
 
 
-SMOLLM2 = "real-smollm2-135m-instruct"
-REAL = {"real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,))}
+def speech(result: str) -> str:
+    """Words that differ from the original's, and wrong words on another speaker."""
+    base = _original(result)
+    header = [
+        "fold", "K/V heads", "words other than the original's, telephone prompts", "word error rate, another speaker", "memory",
+    ]  # fmt: skip
+    lines = [
+        ["original", "6", "", percent(base["word_error_rate"]), ""],
+        *(
+            [
+                _name(row), row["kv_heads"], percent(row["differing_share"]), percent(row["word_error_rate"]),
+                _size(row["peak_bytes"]),
+            ]
+            for row in sorted(_folds(result), key=lambda row: -int(row["kv_heads"]))
+        ),
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+SMOLLM2, WHISPER = "real-smollm2-135m-instruct", "real-whisper-tiny.en"
+REAL = {
+    "real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,)),
+    "real-speech": Block(lambda: speech(WHISPER), (WHISPER,)),
+}

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.stats import NARROW
 from ..families.arithmetic import Arithmetic
 from ..parallel import num_processes
 from .machine import product_rate
 
-CALIBRATE, REFIT, HEAL = 1.6, 5, 6
+CALIBRATE, REFIT, HEAL = 1.6, 4, 6
 """What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks. These
 and the next are measured on a model of 135 M parameters.
 """
-LOGIT = 4000
+LOGIT = 2500
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
 SLOPE, CURVATURE = (2**14, 32), (2**12, 16)
-"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 3 times."""
+"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 3 times. The first sees at
+most a quarter of them, unless so many times the hidden size is more.
+"""
 SAMPLE, CACHED = 1.6, 190
 """The same for text that the model writes itself, and the operations that an element of its K/V cache is worth at every token."""
 PLAN = 24
@@ -75,9 +78,13 @@ def fitting_operations(
 
 def _of_queries(data: CalibrationPass, site: str) -> float:
     """Return the operations of refitting W_q of a site, which sees a sample of the queries."""
+    queries = data.items * data.once.queries[site]
+    if queries < NARROW * data.hidden_size:
+        return 0.0
+    most = (min(SLOPE[0], queries / 4), CURVATURE[0])
     slope, curvature = (
-        min(data.items * data.once.queries[site], max(least, times * data.hidden_size))
-        for least, times in (SLOPE, CURVATURE)
+        min(queries, max(some, times * data.hidden_size))
+        for some, (_, times) in zip(most, (SLOPE, CURVATURE), strict=True)
     )
     return LOGIT * data.once.logits[site] * (slope + 3 * curvature)
 
