@@ -44,7 +44,7 @@ Row = tuple[str, str, tuple[str, ...]]
 SMOLLM2: tuple[Row, ...] = (
     *((name, "1", how) for name, how in {**PUBLISHED, **OURS}.items()),
     ("wide", "2", WIDE),
-    ("budget", "66.7%", ()),
+    ("budget", "66.7%", UNEQUAL),
     ("unequal", "2", UNEQUAL),
     ("wide+heal", "2", (*WIDE, "--heal")),
 )
@@ -108,8 +108,8 @@ class Bench:
         words: tuple[Any, ...] = ("--kv-heads", kv_heads)
         if kv_heads.endswith("%"):
             budget = ("--kv-budget", kv_heads, *self._calibration[:2])
-            _, planning, _ = command("plan", self.model, plan, *budget, *stats, "--force")
-            words = ("--plan", plan)
+            _, planning, _ = command("plan", self.model, plan, *budget, *how, *stats, "--force")
+            words, how = ("--plan", plan), ()
         made, seconds, memory = command("fold", self.model, out, *words, *how, *stats)
         return {
             "seconds": round(seconds + planning, 1), "stages": {k: round(v, 1) for k, v in made["seconds"].items() if v},
