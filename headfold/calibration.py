@@ -62,7 +62,7 @@ def run(model: "PreTrainedModel", batch: Sample) -> Any:
     """Run one forward pass without cache or loss and, where the model has a separate body, without its head."""
     body = model.base_model
     inputs: dict[str, Any] = {name: t.to(input_device(model)) for name, t in batch.items() if name != "labels"}
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         labels = batch["labels"].to(input_device(model))
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     if "use_cache" in inspect.signature(body.forward).parameters:

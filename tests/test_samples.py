@@ -6,7 +6,6 @@ import json
 import random
 import sys
 import wave
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil, WhisperFeatureExtractor
 
 from headfold.core.errors import UserError
-from headfold.corpus.audio import MOST_JOINED, read_audio, read_joined_audio
+from headfold.corpus.audio import read_audio
 from headfold.corpus.pairs import read_pairs
 from headfold.corpus.samples import batches, draw_sample, image_sample_blocks, kind_of
 from headfold.corpus.sentences import read_sentences
@@ -298,56 +297,6 @@ def test_sound_becomes_features_and_labels(model, tmp_path):
         torch.equal(features.mean(2).argmax(1), torch.tensor([0, 0]))
         and (features[0] - features[1])[0].abs().mean() < 0.05
     )
-
-
-def recordings(folder: Path, seconds: Sequence[float], *, written: bool = True) -> str:
-    """Clips of one level each, with a word of their number."""
-    folder.mkdir(parents=True)
-    for number, length in enumerate(seconds):
-        with wave.open(str(folder / f"{number:02d}.wav"), "wb") as file:
-            file.setnchannels(1), file.setsampwidth(2), file.setframerate(100)
-            file.writeframes(np.full(round(length * 100), 1000 * (number + 1), "<i2").tobytes())
-        if written:
-            (folder / f"{number:02d}.txt").write_text(f" w{number} ")
-    return str(folder)
-
-
-def test_recordings_are_joined_to_windows(tmp_path):
-    """Each recording once, whole, with its own words in its own place; a smaller sample is the beginning of a larger one."""
-    lengths = [1.0, 2.0, 0.5, 3.0, 40.0, 1.5, *[0.25] * 20]
-    source = recordings(tmp_path / "sounds", lengths)
-    sounds, texts = read_joined_audio(source, (), 100, 3, 30.0)
-    heard = []
-    for (samples, rate), text in zip(sounds, texts, strict=True):
-        assert rate == 100 and len(samples) <= 30 * rate
-        levels, counts = runs(samples)
-        numbers = [round(level * 2**15 / 1000) - 1 for level in levels]
-        assert text.split() == [f"w{number}" for number in numbers] and len(numbers) <= MOST_JOINED
-        assert counts == [round(100 * lengths[number]) for number in numbers]
-        heard += numbers
-    assert sorted(heard) == [number for number, length in enumerate(lengths) if length <= 30]
-    assert 1 < len(sounds) < len(heard)
-    for some in (1, 2, len(sounds)):
-        fewer, words = read_joined_audio(source, (), some, 3, 30.0)
-        assert words == texts[:some] and all(np.array_equal(a[0], b[0]) for a, b in zip(fewer, sounds, strict=False))
-
-
-def runs(samples: np.ndarray) -> tuple[list[float], list[int]]:
-    """The values of equal stretches and how long they are."""
-    starts = np.flatnonzero(np.diff(samples, prepend=np.nan))
-    return samples[starts].tolist(), np.diff([*starts, len(samples)]).tolist()
-
-
-def test_recordings_without_words_stay_as_they_are(tmp_path):
-    source = recordings(tmp_path / "sounds", [1.0, 2.0], written=False)
-    sounds, texts = read_joined_audio(source, (), 5, 0, 30.0)
-    assert texts is None and sorted(len(samples) for samples, _ in sounds) == [100, 200]
-
-
-def test_recordings_longer_than_every_window_are_refused(tmp_path):
-    source = recordings(tmp_path / "sounds", [31.0, 40.0])
-    with pytest.raises(UserError, match="every recording lasts longer than the model's 30 seconds"):
-        read_joined_audio(source, (), 5, 0, 30.0)
 
 
 REFUSALS = [

@@ -1,9 +1,8 @@
 """Speech for Whisper: sound files, or a column of a table with them, through the model's own feature extractor."""
 
 import io
-import random
 import wave
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,6 @@ COLUMNS = ("audio", "file")
 TRANSCRIPTS = ("text", "sentence", "transcription")
 COMPRESSED = (".flac", ".ogg", ".opus", ".mp3")
 """Endings of files that soundfile reads; wav files are read without it."""
-MOST_JOINED = 8
-"""Recordings that may be joined into one window."""
-_LEAST_FILLED, _MOST_FILLED = 0.2, 0.95
-"""Shares of a window between which the length of joined recordings is drawn."""
-
 Sounds = list[tuple[Float[np.ndarray, " _"], int]]
 """Mono samples in [-1, 1], and samples per second, of each item."""
 
@@ -40,38 +34,13 @@ def read_audio(
     Raises:
         UserError: an unreadable or empty source, a missing column, or audio that is neither uncompressed wav nor read by soundfile.
     """
-    drawn = _drawn(source, columns, num_items, seed)
+    drawn = draw_recordings(source, columns, num_items, seed)
     return [drawn.sound(number) for number in range(len(drawn.rows))], drawn.texts
 
 
-def read_joined_audio(
-    source: str, columns: Sequence[str], num_items: int, seed: int, seconds: float
-) -> tuple[Sounds, list[str] | None]:
-    """Return recordings with transcripts joined to windows of at most `seconds`, as many as there are up to `num_items`.
+class Recordings(NamedTuple):
+    """Rows of a source, decoded when they are asked for, and their transcripts if every one has one."""
 
-    A model that takes windows of one length computes as much for a short recording as for a full window, and learns less from it. The
-    lengths of the windows vary, so that the model's answers to short recordings are among what is seen. What lasts longer than a
-    window is left out, as its transcript would say more than is heard. Without transcripts recordings stay as they are.
-
-    Raises:
-        UserError: as `read_audio`, or every recording lasts longer than a window.
-    """
-    wanted = num_items
-    while True:
-        drawn = _drawn(source, columns, wanted, seed)
-        if drawn.texts is None:
-            return read_audio(source, columns, num_items, seed)
-        ended = len(drawn.rows) < wanted
-        sounds, texts = _joined(drawn, num_items, seed, seconds, ended=ended)
-        if len(sounds) == num_items or ended:
-            break
-        wanted *= 2  # a larger sample begins with the smaller one
-    if not sounds:
-        raise UserError(f"{source}: every recording lasts longer than the model's {seconds:g} seconds; cut them there")
-    return sounds, texts
-
-
-class _Drawn(NamedTuple):
     rows: list[Row]
     names: tuple[str, ...]
     folder: Path
@@ -79,10 +48,16 @@ class _Drawn(NamedTuple):
     texts: list[str] | None
 
     def sound(self, number: int) -> tuple[Float[np.ndarray, " _"], int]:
+        """Return the samples of a recording, and how many there are per second."""
         return _decoded(value(self.rows[number], self.names[0]), self.folder, self.where)
 
 
-def _drawn(source: str, columns: Sequence[str], num_items: int | None, seed: int | None) -> _Drawn:
+def draw_recordings(source: str, columns: Sequence[str], num_items: int | None, seed: int | None) -> Recordings:
+    """Return the recordings of a source that `read_audio` would read.
+
+    Raises:
+        UserError: as `read_audio`, but for audio that cannot be decoded.
+    """
     rows = _open(source)
     names = _columns(rows, columns)
     drawn = list(rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None))
@@ -90,42 +65,7 @@ def _drawn(source: str, columns: Sequence[str], num_items: int | None, seed: int
         raise UserError(f"{source}: expected audio, found none; give another source")
     texts = [value(row, names[1]) for row in drawn] if names[1:] else []
     written = texts and all(isinstance(text, str) for text in texts)
-    return _Drawn(drawn, names, Path(source).parent, rows.name, texts if written else None)
-
-
-def _joined(drawn: _Drawn, num_items: int, seed: int, seconds: float, *, ended: bool) -> tuple[Sounds, list[str]]:
-    sounds: Sounds = []
-    texts: list[str] = []
-    for numbers in _windows(drawn, seed, seconds, ended):
-        rate = numbers[0][1][1]
-        parts = [resampled(samples, found, rate) for _, (samples, found) in numbers]
-        sounds.append((np.concatenate(parts), rate))
-        assert drawn.texts is not None
-        texts.append(" ".join(drawn.texts[number].strip() for number, _ in numbers))
-        if len(sounds) == num_items:
-            break
-    return sounds, texts
-
-
-def _windows(
-    drawn: _Drawn, seed: int, seconds: float, ended: bool
-) -> Iterator[list[tuple[int, tuple[Float[np.ndarray, " _"], int]]]]:
-    """Yield the numbers and sounds of the recordings of each window; of one that more recordings might fill, only if they `ended`."""
-    lengths = random.Random(seed)
-    window: list[tuple[int, tuple[Float[np.ndarray, " _"], int]]] = []
-    filled, wanted = 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
-    for number in range(len(drawn.rows)):
-        samples, rate = drawn.sound(number)
-        lasts = len(samples) / rate
-        if lasts > seconds:
-            continue
-        if window and (filled + lasts > wanted or len(window) == MOST_JOINED):
-            yield window
-            window, filled, wanted = [], 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
-        window.append((number, (samples, rate)))
-        filled += lasts
-    if window and ended:
-        yield window
+    return Recordings(drawn, names, Path(source).parent, rows.name, texts if written else None)
 
 
 def _open(source: str) -> Table | Stream:
@@ -231,6 +171,7 @@ def encode_audio(
 
 
 def resampled(samples: Float[np.ndarray, " sample"], rate: int, wanted: int) -> Float[np.ndarray, " resampled"]:
+    """Return the sound at another number of samples per second."""
     if rate == wanted:
         return samples
     from scipy.signal import resample_poly

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..hf_models import open_processor, open_tokenizer
-from .audio import encode_audio, read_audio, read_joined_audio
+from .audio import encode_audio, read_audio
 from .captions import read_captions
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
 from .sentences import encode_sentences, read_sentences
+from .speech import Written, encode_windows, read_windows
 from .windows import draw_windows
 
 Sample = dict[str, Tensor]
@@ -25,6 +26,7 @@ _SPEECH = re.compile(r"whisper|speech_to_text")
 _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
 _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+_DECODED = {"labels", "decoder_input_ids"}
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -67,7 +69,8 @@ def draw_sample(
 
     text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 at padding).
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
-    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there are transcripts.
+    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there are transcripts, and
+    `decoder_input_ids` if they are joined.
     Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
     (not for text), the first items are taken in the source's order. `joined` fills the model's windows of sound with several recordings,
     where they have transcripts. For large sources of images use `image_sample_blocks`.
@@ -80,14 +83,16 @@ def draw_sample(
         blocks = list(image_sample_blocks(source, path=path, num_items=num_items, seed=seed, columns=columns))
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     if kind == "audio":
-        seconds = getattr(open_processor("audio", path), "chunk_length", None) if joined else None
-        if seconds is None:
-            sounds, texts = read_audio(*request)
-        else:
-            assert num_items is not None and seed is not None
-            sounds, texts = read_joined_audio(source, columns, num_items, seed, seconds)
-        tokenizer = open_tokenizer(path) if texts is not None else None
         start = _decoder_start(path)
+        if joined:
+            assert num_items is not None and seed is not None
+            extractor = open_processor("audio", path)
+            seconds = getattr(extractor, "chunk_length", None)
+            windows = read_windows(source, columns, num_items, seed, seconds) if seconds else None
+            if windows:
+                return encode_windows(windows, extractor, open_tokenizer(path), context, start, _written(path))
+        sounds, texts = read_audio(*request)
+        tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
     tokenizer = open_tokenizer(path)
     if kind == "captions":
@@ -140,13 +145,22 @@ def _config(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json").read_text())
 
 
+def _generation(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def _decoder_start(path: Path) -> int | None:
     """Return the token that the decoder starts from, which transformers 5 may leave to the generation config."""
     named = _config(path).get("decoder_start_token_id")
-    file = path / "generation_config.json"
-    if named is None and file.is_file():
-        named = json.loads(file.read_text()).get("decoder_start_token_id")
-    return named
+    return _generation(path).get("decoder_start_token_id") if named is None else named
+
+
+def _written(path: Path) -> Written | None:
+    """Return the tokens by which a Whisper is told how to write; None where its generation config does not name them."""
+    generation = _generation(path)
+    after, no_times = (generation.get(f"{name}_token_id") for name in ("prev_sot", "no_timestamps"))
+    return None if after is None or no_times is None else Written(after, no_times)
 
 
 def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
@@ -164,7 +178,8 @@ def _trimmed(batch: Sample) -> Sample:
     if mask is not None:
         batch |= {name: batch[name][:, : _extent(mask != 0)].contiguous() for name in _PADDED & batch.keys()}
     if labels is not None and labels.ndim == 2:
-        batch["labels"] = labels[:, : _extent(labels != IGNORED)].contiguous()
+        extent = _extent(labels != IGNORED)
+        batch |= {name: batch[name][:, :extent].contiguous() for name in _DECODED & batch.keys()}
     return batch
 
 

@@ -119,7 +119,8 @@ def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     # Not as labels: a loss over them is no business of this comparison, and not every head can take them.
     labels = sample.get("labels")
-    if labels is not None and labels.ndim == 2 and getattr(model.config, "is_encoder_decoder", False):
+    decodes = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in sample
+    if decodes and labels is not None and labels.ndim == 2:
         sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
     wanted = {name: tensor for name, tensor in sample.items() if name != "labels" and name in known}
     without_cache = {"use_cache": False} if "use_cache" in known else {}

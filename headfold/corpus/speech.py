@@ -1,0 +1,172 @@
+"""Windows of speech for calibration: recordings joined to the length that a model takes, in every form in which a Whisper writes them.
+
+A Whisper writes text alone, or with the times of its parts, or either after the text before; each form begins with tokens of its own, and a
+fold calibrated on the first alone fails at the others.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.errors import UserError
+from .audio import Recordings, draw_recordings, resampled
+from .pairs import IGNORED, padded
+
+MOST_JOINED = 8
+"""Recordings that may be joined into one window."""
+_LEAST_FILLED, _MOST_FILLED = 0.2, 0.95
+"""Shares of a window between which the length of joined recordings is drawn."""
+_FORMS = ("text", "times", "text", "times after text")
+"""What is written for one window after another."""
+_SECONDS_PER_STEP = 0.02
+"""Of Whisper's timestamps."""
+
+
+class Part(NamedTuple):
+    """A recording in a window: its transcript, and where it begins and ends, in seconds."""
+
+    text: str
+    start: float
+    end: float
+
+
+class Window(NamedTuple):
+    """Joined recordings."""
+
+    samples: Float[np.ndarray, " sample"]
+    rate: int
+    parts: list[Part]
+
+
+class Written(NamedTuple):
+    """Ids of the tokens that say how a Whisper writes, which its generation config names."""
+
+    after: int
+    """What stands before the text before."""
+    no_times: int
+    """What stands before text without timestamps. The timestamps follow it in the vocabulary."""
+
+
+def read_windows(source: str, columns: Sequence[str], num_items: int, seed: int, seconds: float) -> list[Window] | None:
+    """Return recordings with transcripts joined to windows of at most `seconds`, as many as there are up to `num_items`.
+
+    A model that takes windows of one length computes as much for a short recording as for a full window, and learns less from it. The
+    lengths of the windows vary, so that the model's answers to short recordings are among what is seen. What lasts longer than a
+    window is left out, as its transcript would say more than is heard. None without transcripts.
+
+    Raises:
+        UserError: as `audio.read_audio`, or every recording lasts longer than a window.
+    """
+    wanted = num_items
+    while True:
+        drawn = draw_recordings(source, columns, wanted, seed)
+        if drawn.texts is None:
+            return None
+        ended = len(drawn.rows) < wanted
+        windows: list[Window] = []
+        for numbered in _joined(drawn, seed, seconds, ended=ended):
+            windows.append(_window(numbered, drawn.texts))
+            if len(windows) == num_items:
+                break
+        if len(windows) == num_items or ended:
+            break
+        wanted *= 2  # a larger sample begins with the smaller one
+    if not windows:
+        raise UserError(f"{source}: every recording lasts longer than the model's {seconds:g} seconds; cut them there")
+    return windows
+
+
+_Numbered = list[tuple[int, Float[np.ndarray, " _"], int]]
+"""Number, samples and samples per second of recordings."""
+
+
+def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Iterator[_Numbered]:
+    """Yield the recordings of each window; of one that more recordings might fill, only if they `ended`."""
+    lengths = random.Random(seed)
+    window: _Numbered = []
+    filled, wanted = 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
+    for number in range(len(drawn.rows)):
+        samples, rate = drawn.sound(number)
+        lasts = len(samples) / rate
+        if lasts > seconds:
+            continue
+        if window and (filled + lasts > wanted or len(window) == MOST_JOINED):
+            yield window
+            window, filled, wanted = [], 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
+        window.append((number, samples, rate))
+        filled += lasts
+    if window and ended:
+        yield window
+
+
+def _window(numbered: _Numbered, texts: Sequence[str]) -> Window:
+    rate = numbered[0][2]
+    sounds = [resampled(samples, found, rate) for _, samples, found in numbered]
+    ends = np.cumsum([len(sound) for sound in sounds]) / rate
+    parts = [
+        Part(texts[number].strip(), float(end - len(sound) / rate), float(end))
+        for (number, _, _), sound, end in zip(numbered, sounds, ends, strict=True)
+    ]
+    return Window(np.concatenate(sounds), rate, parts)
+
+
+def encode_windows(
+    windows: Sequence[Window],
+    extractor: Any,
+    tokenizer: Any,
+    context: int,
+    decoder_start: int | None,
+    written: Written | None,
+) -> dict[str, Tensor]:
+    """Return `input_features` (item, mel, frame), and what the decoder reads and writes after each of its tokens: `decoder_input_ids` and
+    `labels` (item, token), the latter -100 at padding. Without `written` all windows are text alone.
+    """
+    rate = extractor.sampling_rate
+    sounds = [resampled(window.samples, window.rate, rate) for window in windows]
+    sequences = []
+    for number, window in enumerate(windows):
+        form = _FORMS[number % len(_FORMS)] if written is not None else "text"
+        before = windows[number - 1].parts if form == "times after text" else []
+        sequences.append(_sequence(window.parts, before, form, tokenizer, context, decoder_start, written))
+    end = tokenizer.eos_token_id
+    return {
+        "input_features": extractor(sounds, sampling_rate=rate, return_tensors="pt")["input_features"].float(),
+        "labels": padded([ids[1:] for ids in sequences], IGNORED),
+        "decoder_input_ids": padded([ids[:-1] for ids in sequences], end),
+    }
+
+
+def _sequence(
+    parts: Sequence[Part],
+    before: Sequence[Part],
+    form: str,
+    tokenizer: Any,
+    context: int,
+    decoder_start: int | None,
+    written: Written | None,
+) -> list[int]:
+    """Return the tokens that the decoder reads, and last the one that ends them."""
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    whole: list[int] = tokenizer("", verbose=False)["input_ids"]
+    prefix = whole[:-1] if whole[-1:] == [tokenizer.eos_token_id] else whole
+    if decoder_start is not None and prefix[:1] != [decoder_start]:
+        prefix = [decoder_start, *prefix]
+    if written is None or form == "text":
+        ids = [*prefix, *tokens("".join(f" {part.text}" for part in parts))]
+    else:
+        ids = [one for one in prefix if one != written.no_times]
+        for part in parts:
+            first, last = (written.no_times + 1 + round(at / _SECONDS_PER_STEP) for at in (part.start, part.end))
+            ids += [first, *tokens(f" {part.text}"), last]
+    if written is not None and before:
+        said = tokens("".join(f" {part.text}" for part in before))
+        ids = [written.after, *said[-(context // 2 - 1) :], *ids]
+    return [*ids[:context], tokenizer.eos_token_id]
