@@ -161,8 +161,8 @@ def encode_audio(
     The model adds `decoder_start` before the labels itself, so it is removed if the tokenizer adds it too.
     """
     rate = extractor.sampling_rate
-    alike = [resampled(samples, found, rate) for samples, found in sounds]
-    sample = {"input_features": extractor(alike, sampling_rate=rate, return_tensors="pt")["input_features"].float()}
+    same_rate = [resampled(samples, found, rate) for samples, found in sounds]
+    sample = {"input_features": extractor(same_rate, sampling_rate=rate, return_tensors="pt")["input_features"].float()}
     if texts is None:
         return sample
     labels = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)["input_ids"]

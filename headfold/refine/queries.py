@@ -11,6 +11,7 @@ Queries are a sample, since attention is smooth in them; all keys are seen.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import floor
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
@@ -25,8 +26,8 @@ from .recorded import AttentionInputs, RecordedSite
 _SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
 """Queries, over all processes, that the gradient, the curvature and the search along the step see; the first two see more where the
 model is wide."""
-_SPREAD = 2
-"""Queries of the calls that are looked at, per query that is seen: more calls differ more, and each costs its projections."""
+_LOOKED_AT = 2
+"""Times as many queries as are seen are in the calls that are looked at: more calls differ more, and each costs its projections."""
 _SEARCHED_EVERY = 8
 """One position in so many is left to the search."""
 _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -183,9 +184,9 @@ def _samples(
     )  # of few data a larger part would cost more than all other fits together
     wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
-    share = min(1.0, _SPREAD * max(wanted) / total)
+    share = min(1.0, _LOOKED_AT * max(wanted) / total)
     for number in site_calls.numbers:
-        if int(share * (number + 1)) == int(share * number):
+        if floor(share * number) == floor(share * (number - 1)):
             continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
         position = torch.arange(mine.query.shape[2], device=mine.query.device)
