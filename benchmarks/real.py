@@ -90,19 +90,18 @@ class Bench:
         self._calibration = calibration
         work.mkdir(parents=True, exist_ok=True)
 
-    def statistics_of(self, seed: int, *words: str) -> Path:
+    def statistics_of(self, seed: int) -> Path:
         """Return the file of statistics of a seed, measured once."""
-        path = self.work / f"stats-{seed}{''.join(words)}.safetensors"
+        path = self.work / f"stats-{seed}.safetensors"
         if not path.exists():
-            command("calibrate", self.model, path, *self._calibration, "--seed", str(seed), *words)
+            command("calibrate", self.model, path, *self._calibration, "--seed", str(seed))
         return path
 
     def fold(self, row: Row, seed: int) -> dict[str, Any]:
         """Fold, verify and measure once."""
         _, kv_heads, how = row
         out, plan = self.work / "folded", self.work / "plan.json"
-        encoder = ("--encoder",) if "--encoder" in how else ()
-        stats = ("--stats", self.statistics_of(seed, *encoder), "--seed", str(seed))
+        stats = ("--stats", self.statistics_of(seed), "--seed", str(seed))
         shutil.rmtree(out, ignore_errors=True)
         planning = 0.0
         words: tuple[Any, ...] = ("--kv-heads", kv_heads)
