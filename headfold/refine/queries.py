@@ -186,7 +186,8 @@ def _samples(
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
     for number in site_calls.numbers:
-        if floor(share * number) == floor(share * (number - 1)):
+        index = site_calls.all_numbers.index(number)
+        if floor(share * index) == floor(share * (index - 1)):
             continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
         position = torch.arange(mine.query.shape[2], device=mine.query.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
+from ..parallel import all_reduce
 from ..runtime.regrouping import local_names, regrouped
 from . import fixed_attention
 from .blocks import Call, twin
@@ -77,9 +78,10 @@ class RecordedSite:
     The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
     new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
-    stack) is reordered by it. `numbers` are those of the recorded calls among the `total` calls of all ranks. `on_replay` is called with
-    the number of each replayed call. A solver that leaves Q and K as they are says so by `fixes_attention`: the attention weights of
-    a call are then computed once (`fixed_attention.py`) where the class allows it, and gradients reach V alone.
+    stack) is reordered by it. `numbers` are those of the recorded calls among `all_numbers`, those of the `total` calls of all ranks.
+    `on_replay` is called with the number of each replayed call. A solver that leaves Q and K as they are says so by `fixes_attention`:
+    the attention weights of a call are then computed once (`fixed_attention.py`) where the class allows it, and gradients reach V
+    alone.
     """
 
     def __init__(
@@ -97,8 +99,8 @@ class RecordedSite:
         fixes_attention: bool = False,
     ) -> None:
         self.site, self._on_replay = site, on_replay
-        self.numbers = range(len(recorded)) if numbers is None else numbers
-        self.total = len(recorded) if total is None else total
+        self.numbers: Sequence[int] = range(len(recorded)) if numbers is None else numbers
+        self.all_numbers = range(len(recorded) if total is None else total)
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
         self.order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
         self._module = twin(attention, site, {})
@@ -186,6 +188,17 @@ class RecordedSite:
         if isinstance(bias, Tensor) and bias.shape[1] == len(self.order):
             kwargs = {**kwargs, "position_bias": bias.index_select(1, self.order.to(bias.device))}
         return args, kwargs
+
+    def thin(self, positions: int, device: torch.device) -> None:
+        """Keep every third call, or every fifth … where the calls of all ranks have so many times more queries than `positions`.
+
+        The number is odd, so that ranks, which take calls in turns, keep as many each.
+        """
+        own = torch.tensor(float(sum(map(self.num_queries, self.numbers))), dtype=torch.float64, device=device)
+        times = max(1, int(all_reduce(own).item() / positions))
+        self.all_numbers = self.all_numbers[:: (times - 1) | 1]
+        self.numbers = [number for number in self.numbers if number in self.all_numbers]
+        self._recorded = {number: self._recorded[number] for number in self.numbers}
 
     @property
     def catches_attention(self) -> bool:

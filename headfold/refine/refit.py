@@ -26,6 +26,8 @@ RIDGE = 1e-2
 """λ relative to the mean energy of the fitted inputs; for W_q and W_v, to the curvature."""
 VALUE_STEPS = 3
 """Conjugate gradient steps for W_v. The first few bring most of the gain, and more of them little."""
+MOST_POSITIONS = 256
+"""Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than three times as many."""
 QUERY_STEPS = 3
 """Conjugate gradient steps for W_q."""
 
@@ -53,12 +55,19 @@ def refit(
 
     `value_steps=0` leaves W_v as it is, `query_steps=0` W_q. `model`, `sites`, `merged` and `how` are those of `fitting.fit`.
     """
-    solve = partial(_fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps)
+    # Frames and patches are many and alike; text is what the user asked for.
+    solve = partial(
+        _fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps, thins="input_ids" not in sample
+    )
     solver = Solver(solve, tokens_per_block(sample, value_steps), fixes_attention=True)
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
-def _fitted(site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int, query_steps: int) -> FittedHeads:
+def _fitted(
+    site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int, query_steps: int, *, thins: bool
+) -> FittedHeads:
+    if thins:
+        site_calls.thin(MOST_POSITIONS * (heads.q.shape[2] - 1), heads.q.device)
     fits_queries = query_steps and has_data(site_calls, heads)
     attending = refit_queries(site_calls, heads, ridge, query_steps) if fits_queries else None
     heads = refit_output(site_calls, heads if attending is None else attending, ridge)

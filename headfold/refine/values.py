@@ -50,9 +50,10 @@ def refit_values(site_calls: RecordedSite, heads: Heads, ridge: float, steps: in
     blank = heads.o_bias if heads.o_bias is None else torch.zeros_like(heads.o_bias)
     linear = replace(heads, o_bias=blank)  # without what does not depend on V
     change = torch.zeros_like(start)
-    seen = curvature_batches(site_calls.total)
-    if float(positions) * len(seen) / site_calls.total < _POSITIONS_PER_DIM * size:
-        seen = range(site_calls.total)
+    calls = site_calls.all_numbers
+    seen = [calls[index] for index in curvature_batches(len(calls))]
+    if float(positions) * len(seen) / len(calls) < _POSITIONS_PER_DIM * size:
+        seen = list(calls)
     part = [number for number in site_calls.numbers if number in seen]
     energy, direction = None, torch.zeros_like(change)
     for _ in range(steps):
