@@ -273,6 +273,40 @@ def site_calls(
     )
 
 
+@pytest.mark.parametrize(("times", "every"), [(0.5, 1), (1.1, 1), (2.9, 1), (3.1, 3), (4.9, 3), (5.1, 5), (99, 99)])
+def test_calls_are_thinned_by_an_odd_number(times: float, every: int) -> None:
+    """So that ranks that take turns keep as many each; what is left can be replayed."""
+    directory, sample = tiny_checkpoint("vit"), tiny_sample("vit", 2)
+    site, heads = tiny_sites(directory)[0]
+    one = site_calls(directory, site, sample)
+    calls = RecordedSite(
+        stock_model(directory).get_submodule(site.module), site, [one._recorded[0]] * 30, range(site.num_heads)
+    )
+    calls.thin(round(30 * one.num_queries(0) / times), heads.q.device)
+    assert calls.numbers == list(calls.all_numbers) == list(range(0, 30, every))
+    assert_tight_through_float32_norms(calls.run(heads, calls.numbers[-1]).output, one.run(heads, 0).output)
+
+
+@pytest.mark.parametrize(("name", "thinned"), [("vit", True), ("bert", False), ("t5", False)])
+def test_fits_of_text_see_all_of_it(name: str, thinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+
+    def thin(calls: RecordedSite, positions: int, device: torch.device) -> None:
+        kept.append(positions)
+
+    monkeypatch.setattr(RecordedSite, "thin", thin)
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 8)
+    sites = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
+    refit(
+        stock_model(directory),
+        [site for site, _ in sites.values()],
+        lambda site: sites[site.name][1],
+        sample,
+        query_steps=0,
+    )
+    assert bool(kept) == thinned
+
+
 @torch.no_grad()
 def lacking(site_calls: RecordedSite, heads: Heads) -> float:
     replay = site_calls.run(heads, 0)
