@@ -6,7 +6,7 @@ block (position embeddings, masks) are the same for every batch of one shape, so
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
-    """Raised by the first block, so that the rest of the model is not run; carries the call."""
+    """Raised so that the rest of the model is not run; carries a call."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -67,10 +67,24 @@ def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Ten
 def recorded_calls(
     model: "PreTrainedModel", sites: list[Site], batch: Sample
 ) -> Iterator[tuple[Site, Call, Float[Tensor, "*batch model"]]]:
-    """Yield, from one pass of the whole model, each call of each site's attention and the output of its output projection."""
+    """Yield each call of each site's attention and the output of its output projection, from a pass of the model up to the last site."""
+    left = {site.name for site in sites}
+
+    def reached(name: str) -> Callable[..., None]:
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            left.discard(name)
+            if not left:
+                raise _Reached((args, kwargs))
+
+        return stop
+
     with ExitStack() as stack:
         recorded = [(site, stack.enter_context(_recorded(model.get_submodule(site.module), site))) for site in sites]
-        run(model, batch)
+        for site in sites:
+            handle = model.get_submodule(site.module).register_forward_hook(reached(site.name), with_kwargs=True)
+            stack.callback(handle.remove)
+        with suppress(_Reached):
+            run(model, batch)
     for site, seen in recorded:
         for call, output in seen:
             yield site, call, output
