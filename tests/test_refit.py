@@ -273,9 +273,9 @@ def site_calls(
     )
 
 
-@pytest.mark.parametrize(("times", "every"), [(0.5, 1), (1.1, 1), (2.9, 1), (3.1, 3), (4.9, 3), (5.1, 5), (99, 99)])
-def test_calls_are_thinned_by_an_odd_number(times: float, every: int) -> None:
-    """So that ranks that take turns keep as many each; what is left can be replayed."""
+@pytest.mark.parametrize(("times", "every"), [(0.5, 1), (1.1, 1), (2.1, 2), (4.9, 4), (99, 99)])
+def test_calls_are_thinned(times: float, every: int) -> None:
+    """What is left can be replayed."""
     directory, sample = tiny_checkpoint("vit"), tiny_sample("vit", 2)
     site, heads = tiny_sites(directory)[0]
     one = site_calls(directory, site, sample)
@@ -287,12 +287,25 @@ def test_calls_are_thinned_by_an_odd_number(times: float, every: int) -> None:
     assert_tight_through_float32_norms(calls.run(heads, calls.numbers[-1]).output, one.run(heads, 0).output)
 
 
-@pytest.mark.parametrize(("name", "thinned"), [("vit", True), ("bert", False), ("t5", False)])
-def test_fits_of_text_see_all_of_it(name: str, thinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[int] = []
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+def test_thinned_calls_are_shared_evenly(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headfold.refine.recorded.world_size", lambda: ranks)
+    directory, sample = tiny_checkpoint("vit"), tiny_sample("vit", 2)
+    site, _ = tiny_sites(directory)[0]
+    one = site_calls(directory, site, sample)
+    module = stock_model(directory).get_submodule(site.module)
+    calls = RecordedSite(module, site, [one._recorded[0]] * 60, range(site.num_heads))
+    calls.thin(round(60 * one.num_queries(0) / 3.1), torch.device("cpu"))
+    shares = [sum(number % ranks == rank for number in calls.numbers) for rank in range(ranks)]
+    assert 60 // 3 <= sum(shares) <= 60 and max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(("name", "thinned"), [("vit", [""]), ("bert", []), ("t5", []), ("whisper", ["encoder"])])
+def test_fits_of_text_see_all_of_it(name: str, thinned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: set[str] = set()
 
     def thin(calls: RecordedSite, positions: int, device: torch.device) -> None:
-        kept.append(positions)
+        kept.add(calls.site.stack)
 
     monkeypatch.setattr(RecordedSite, "thin", thin)
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 8)
@@ -304,7 +317,7 @@ def test_fits_of_text_see_all_of_it(name: str, thinned: bool, monkeypatch: pytes
         sample,
         query_steps=0,
     )
-    assert bool(kept) == thinned
+    assert kept == set(thinned)
 
 
 @torch.no_grad()

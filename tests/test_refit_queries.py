@@ -10,7 +10,7 @@ from grades import assert_bitwise, assert_differs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_refit import site_calls
-from tiny import FOREIGN, TINY, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from torch import Tensor
 
 from headfold.core.heads import Heads
@@ -102,3 +102,18 @@ def test_no_head_gets_worse(by: float) -> None:
 
     assert (by_head(found) <= by_head(wrong) * (1 + 1e-6)).all()
     assert_differs(found.q, wrong.q)
+
+
+@pytest.mark.parametrize("num_calls", [1, 40, 400])
+def test_as_many_queries_are_seen_as_asked_for(num_calls: int) -> None:
+    """However short the calls are; every kind of sample is drawn from all positions that it may see."""
+    one, site, heads = case("bert")
+    module = stock_model(tiny_checkpoint("bert")).get_submodule(site.module)
+    calls = RecordedSite(module, site, [one._recorded[0]] * num_calls, range(site.num_heads), fixes_attention=True)
+    total, size = num_calls * one.num_queries(0), heads.q.shape[2]
+    samples = queries._samples(calls, heads, size)
+    seen = [sum(at.inputs.shape[0] * at.inputs.shape[1] for at in kind) for kind in samples]
+    wanted = (max(min(2**14, total // 4), 32 * size), max(2**12, 16 * size), 2**11)
+    for found, asked, part in zip(seen, wanted, (7 / 8, 7 / 8, 1 / 8), strict=True):
+        expected = min(asked, part * total)
+        assert 0.5 * expected <= found <= 2 * expected, (seen, wanted, total)

@@ -10,6 +10,7 @@ from ..conversion.teacher import Teacher
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
+from ..corpus.samples import main_input
 from ..evaluate.sensitivity import replaced_parameters
 from ..families.spec import Site
 from ..parallel import on_main
@@ -101,6 +102,6 @@ def last_part(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _part_size(sample: Mapping[str, Tensor]) -> int:
     """Return the number of items of a part: at most half of them, so that no site is measured on what it was fitted on."""
-    first = next(iter(sample.values()))
+    first = main_input(sample)
     per_item = first[0].numel() if first.ndim == 2 else 64
     return max(1, min(len(first) // 2, MEASURED_TOKENS // per_item))

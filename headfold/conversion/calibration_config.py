@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..corpus.samples import kind_of
+from ..corpus.samples import kind_of, main_input
 from ..corpus.windows import fingerprint
 from .source import Source
 
@@ -100,7 +100,7 @@ class CalibrationConfig:
 
     def facts(self, sample: Mapping[str, Tensor]) -> dict[str, str]:
         """Return what describes the data in files and cards: enough to draw the same again."""
-        first = next(iter(sample.values()))
+        first = main_input(sample)
         amount = first.numel() if self.kind == "text" else len(first)
         length = {"context": str(first.shape[1])} if first.ndim == 2 else {}
         columns = {"columns": ",".join(self.columns)} if self.columns else {}

@@ -35,6 +35,8 @@ def read_audio(
         UserError: an unreadable or empty source, a missing column, or audio that is neither uncompressed wav nor read by soundfile.
     """
     drawn = draw_recordings(source, columns, num_items, seed)
+    if drawn is None:
+        raise UserError(f"{source}: expected audio, found none; give another source")
     return [drawn.sound(number) for number in range(len(drawn.rows))], drawn.texts
 
 
@@ -52,20 +54,29 @@ class Recordings(NamedTuple):
         return _decoded(value(self.rows[number], self.names[0]), self.folder, self.where)
 
 
-def draw_recordings(source: str, columns: Sequence[str], num_items: int | None, seed: int | None) -> Recordings:
-    """Return the recordings of a source that `read_audio` would read.
+def draw_recordings(
+    source: str, columns: Sequence[str], num_items: int | None, seed: int | None, *, written: bool = False
+) -> Recordings | None:
+    """Return the recordings of a source that `read_audio` would read, or of those that are `written` (have a transcript); None if there is
+    none.
 
     Raises:
         UserError: as `read_audio`, but for audio that cannot be decoded.
     """
     rows = _open(source)
     names = _columns(rows, columns)
-    drawn = list(rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None))
+    if written and not names[1:]:
+        return None
+
+    def usable(row: Row) -> bool:
+        return value(row, names[0]) is not None and (not written or isinstance(value(row, names[1]), str))
+
+    drawn = list(rows.draw(names, num_items, seed, usable))
     if not drawn:
-        raise UserError(f"{source}: expected audio, found none; give another source")
+        return None
     texts = [value(row, names[1]) for row in drawn] if names[1:] else []
-    written = texts and all(isinstance(text, str) for text in texts)
-    return Recordings(drawn, names, Path(source).parent, rows.name, texts if written else None)
+    all_written = texts and all(isinstance(text, str) for text in texts)
+    return Recordings(drawn, names, Path(source).parent, rows.name, texts if all_written else None)
 
 
 def _open(source: str) -> Table | Stream:

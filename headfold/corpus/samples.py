@@ -27,6 +27,7 @@ _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|si
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
 _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
 _DECODED = {"labels", "decoder_input_ids"}
+_MAIN = ("input_ids", "pixel_values", "input_features")
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -84,13 +85,13 @@ def draw_sample(
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     if kind == "audio":
         start = _decoder_start(path)
-        if joined:
-            assert num_items is not None and seed is not None
+        if joined and num_items is not None and seed is not None:
             extractor = open_processor("audio", path)
-            seconds = getattr(extractor, "chunk_length", None)
-            windows = read_windows(source, columns, num_items, seed, seconds) if seconds else None
+            seconds, rate = getattr(extractor, "chunk_length", None), extractor.sampling_rate
+            windows = read_windows(source, columns, num_items, seed, seconds, rate) if seconds else None
             if windows:
-                return encode_windows(windows, extractor, open_tokenizer(path), context, start, _written(path))
+                writer = open_tokenizer(path)
+                return encode_windows(windows, extractor, writer, context, start, _written(path, writer))
         sounds, texts = read_audio(*request)
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
@@ -156,11 +157,20 @@ def _decoder_start(path: Path) -> int | None:
     return _generation(path).get("decoder_start_token_id") if named is None else named
 
 
-def _written(path: Path) -> Written | None:
-    """Return the tokens by which a Whisper is told how to write; None where its generation config does not name them."""
-    generation = _generation(path)
-    after, no_times = (generation.get(f"{name}_token_id") for name in ("prev_sot", "no_timestamps"))
-    return None if after is None or no_times is None else Written(after, no_times)
+def _written(path: Path, tokenizer: Any) -> Written:
+    """Return the tokens by which a Whisper is told how to write, from its generation config or else by their names."""
+    generation, vocabulary = _generation(path), tokenizer.get_vocab()
+    after = generation.get("prev_sot_token_id", vocabulary.get("<|startofprev|>"))
+    no_times = generation.get("no_timestamps_token_id", vocabulary.get("<|notimestamps|>"))
+    language = str(generation.get("language") or "en").strip("<|>")
+    told = (vocabulary.get(f"<|{language}|>"), vocabulary.get("<|transcribe|>"))
+    multilingual = generation.get("is_multilingual") and None not in told
+    return Written(after, no_times, tuple(one for one in told if one is not None) if multilingual else ())
+
+
+def main_input(sample: Mapping[str, Tensor]) -> Tensor:
+    """Return what a model reads first: tokens, images or sound."""
+    return next(sample[name] for name in (*_MAIN, *sample) if name in sample)
 
 
 def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
@@ -168,7 +178,7 @@ def batches(sample: Sample, items_per_batch: int) -> Iterator[Sample]:
 
     Truncated tensors are copied: stock losses flatten labels by `view`, which fails on a slice.
     """
-    num_items = len(next(iter(sample.values())))
+    num_items = len(main_input(sample))
     for at in range(0, num_items, items_per_batch):
         yield _trimmed({name: tensor[at : at + items_per_batch] for name, tensor in sample.items()})
 

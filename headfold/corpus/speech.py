@@ -20,7 +20,7 @@ MOST_JOINED = 8
 """Recordings that may be joined into one window."""
 _LEAST_FILLED, _MOST_FILLED = 0.2, 0.95
 """Shares of a window between which the length of joined recordings is drawn."""
-_FORMS = ("text", "times", "text", "times after text")
+_FORMS = ("text", "times", "text after text", "text", "times after text")
 """What is written for one window after another."""
 _SECONDS_PER_STEP = 0.02
 """Of Whisper's timestamps."""
@@ -38,38 +38,41 @@ class Window(NamedTuple):
     """Joined recordings."""
 
     samples: Float[np.ndarray, " sample"]
-    rate: int
     parts: list[Part]
 
 
 class Written(NamedTuple):
-    """Ids of the tokens that say how a Whisper writes, which its generation config names."""
+    """Ids of the tokens that say how a Whisper writes; None for what it does not know."""
 
-    after: int
+    after: int | None
     """What stands before the text before."""
-    no_times: int
+    no_times: int | None
     """What stands before text without timestamps. The timestamps follow it in the vocabulary."""
+    language: tuple[int, ...] = ()
+    """The language and the task, which a multilingual Whisper is told where its tokenizer does not."""
 
 
-def read_windows(source: str, columns: Sequence[str], num_items: int, seed: int, seconds: float) -> list[Window] | None:
-    """Return recordings with transcripts joined to windows of at most `seconds`, as many as there are up to `num_items`.
+def read_windows(
+    source: str, columns: Sequence[str], num_items: int, seed: int, seconds: float, rate: int
+) -> list[Window] | None:
+    """Return recordings with transcripts joined to windows of at most `seconds`, up to `num_items` of them, at `rate` samples per second.
 
     A model that takes windows of one length computes as much for a short recording as for a full window, and learns less from it. The
     lengths of the windows vary, so that the model's answers to short recordings are among what is seen. What lasts longer than a
-    window is left out, as its transcript would say more than is heard. None without transcripts.
+    window is left out, as its transcript would say more than is heard, and so is what has no transcript. None where nothing has one.
 
     Raises:
         UserError: as `audio.read_audio`, or every recording lasts longer than a window.
     """
     wanted = num_items
     while True:
-        drawn = draw_recordings(source, columns, wanted, seed)
-        if drawn.texts is None:
+        drawn = draw_recordings(source, columns, wanted, seed, written=True)
+        if drawn is None or drawn.texts is None:
             return None
         ended = len(drawn.rows) < wanted
         windows: list[Window] = []
         for numbered in _joined(drawn, seed, seconds, ended=ended):
-            windows.append(_window(numbered, drawn.texts))
+            windows.append(_window(numbered, drawn.texts, rate))
             if len(windows) == num_items:
                 break
         if len(windows) == num_items or ended:
@@ -103,15 +106,14 @@ def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Ite
         yield window
 
 
-def _window(numbered: _Numbered, texts: Sequence[str]) -> Window:
-    rate = numbered[0][2]
+def _window(numbered: _Numbered, texts: Sequence[str], rate: int) -> Window:
     sounds = [resampled(samples, found, rate) for _, samples, found in numbered]
     ends = np.cumsum([len(sound) for sound in sounds]) / rate
     parts = [
         Part(texts[number].strip(), float(end - len(sound) / rate), float(end))
         for (number, _, _), sound, end in zip(numbered, sounds, ends, strict=True)
     ]
-    return Window(np.concatenate(sounds), rate, parts)
+    return Window(np.concatenate(sounds), parts)
 
 
 def encode_windows(
@@ -120,53 +122,50 @@ def encode_windows(
     tokenizer: Any,
     context: int,
     decoder_start: int | None,
-    written: Written | None,
+    written: Written,
 ) -> dict[str, Tensor]:
     """Return `input_features` (item, mel, frame), and what the decoder reads and writes after each of its tokens: `decoder_input_ids` and
-    `labels` (item, token), the latter -100 at padding. Without `written` all windows are text alone.
+    `labels` (item, token), the latter -100 at padding.
     """
-    rate = extractor.sampling_rate
-    sounds = [resampled(window.samples, window.rate, rate) for window in windows]
     sequences = []
     for number, window in enumerate(windows):
-        form = _FORMS[number % len(_FORMS)] if written is not None else "text"
-        before = windows[number - 1].parts if form == "times after text" else []
-        sequences.append(_sequence(window.parts, before, form, tokenizer, context, decoder_start, written))
-    end = tokenizer.eos_token_id
+        form = _FORMS[number % len(_FORMS)]
+        before = windows[number - 1].parts if form.endswith("after text") else []
+        ids = [*_before(before, tokenizer, context, written), *_prefix(tokenizer, decoder_start, written)]
+        if form.startswith("times") and written.no_times is not None:
+            ids = [one for one in ids if one != written.no_times]
+            for part in window.parts:
+                first, last = (written.no_times + 1 + round(at / _SECONDS_PER_STEP) for at in (part.start, part.end))
+                ids += [first, *_tokens(tokenizer, [part]), last]
+        else:
+            ids += _tokens(tokenizer, window.parts)
+        sequences.append([*ids[:context], tokenizer.eos_token_id])
+    sounds = [window.samples for window in windows]
+    features = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     return {
-        "input_features": extractor(sounds, sampling_rate=rate, return_tensors="pt")["input_features"].float(),
+        "input_features": features.float(),
         "labels": padded([ids[1:] for ids in sequences], IGNORED),
-        "decoder_input_ids": padded([ids[:-1] for ids in sequences], end),
+        "decoder_input_ids": padded([ids[:-1] for ids in sequences], tokenizer.eos_token_id),
     }
 
 
-def _sequence(
-    parts: Sequence[Part],
-    before: Sequence[Part],
-    form: str,
-    tokenizer: Any,
-    context: int,
-    decoder_start: int | None,
-    written: Written | None,
-) -> list[int]:
-    """Return the tokens that the decoder reads, and last the one that ends them."""
+def _tokens(tokenizer: Any, parts: Sequence[Part]) -> list[int]:
+    text = "".join(f" {part.text}" for part in parts)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
-    def tokens(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
 
+def _prefix(tokenizer: Any, decoder_start: int | None, written: Written) -> list[int]:
+    """Return what stands before text without timestamps."""
     whole: list[int] = tokenizer("", verbose=False)["input_ids"]
-    prefix = whole[:-1] if whole[-1:] == [tokenizer.eos_token_id] else whole
-    if decoder_start is not None and prefix[:1] != [decoder_start]:
-        prefix = [decoder_start, *prefix]
-    if written is None or form == "text":
-        ids = [*prefix, *tokens("".join(f" {part.text}" for part in parts))]
-    else:
-        ids = [one for one in prefix if one != written.no_times]
-        for part in parts:
-            first, last = (written.no_times + 1 + round(at / _SECONDS_PER_STEP) for at in (part.start, part.end))
-            ids += [first, *tokens(f" {part.text}"), last]
-    if written is not None and before:
-        said = tokens("".join(f" {part.text}" for part in before))
-        ids = [written.after, *said[-(context // 2 - 1) :], *ids]
-    return [*ids[:context], tokenizer.eos_token_id]
+    start = whole[:1] if decoder_start is None else [decoder_start]
+    own = [one for one in whole if one not in (*start, written.no_times, tokenizer.eos_token_id)]
+    return [*start, *(own or written.language), *([] if written.no_times is None else [written.no_times])]
+
+
+def _before(parts: Sequence[Part], tokenizer: Any, context: int, written: Written) -> list[int]:
+    """Return what stands before it of the text before: at most half of the context, as in Whisper's own loop over long recordings."""
+    if not parts or written.after is None:
+        return []
+    said, most = _tokens(tokenizer, parts), context // 2 - 1
+    return [written.after, *said[max(0, len(said) - most) :]]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration import Sample
 from ..corpus.pairs import IGNORED
+from ..corpus.samples import main_input
 from ..parallel import falls_here, gathered_in_order
 from .verify import model_output
 
@@ -43,7 +44,7 @@ class Divergence:
     def __init__(self, model: "PreTrainedModel", sample: Sample) -> None:
         """Run the model as it is now."""
         self._model = model
-        first = next(iter(sample.values()))
+        first = main_input(sample)
         batch_size = max(1, BATCH_TOKENS // max(1, first[0].numel() if first.ndim == 2 else BATCH_TOKENS // 8))
         parts = {name: tensor.split(batch_size) for name, tensor in sample.items()}
         batches = [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]

@@ -111,9 +111,13 @@ def _recorded(
             yield block.site, [RecordedCall(*visit(number), None) for number in range(len(batches))]
         return
     first = {site.name: one for site, one in _calls(model, sites, batches[0])}
-    for portion in _portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)):
-        recorded = {site.name: [first.pop(site.name)] for site in portion}
-        for batch in batches[1:]:
+    portions = list(_portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)))
+    first = {
+        site.name: first[site.name] for site in portions[0]
+    }  # those of others would take memory until it is their turn
+    for portion in portions:
+        recorded = {site.name: [first.pop(site.name)] if first else [] for site in portion}
+        for batch in batches[1 if portion is portions[0] else 0 :]:
             for site, one in _calls(model, portion, batch):
                 recorded[site.name].append(one)
         for site in portion:

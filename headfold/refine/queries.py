@@ -11,7 +11,7 @@ Queries are a sample, since attention is smooth in them; all keys are seen.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import floor
+from math import ceil, floor
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
@@ -27,7 +27,7 @@ _SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
 """Queries, over all processes, that the gradient, the curvature and the search along the step see; the first two see more where the
 model is wide."""
 _LOOKED_AT = 2
-"""Times as many queries as are seen are in the calls that are looked at: more calls differ more, and each costs its projections."""
+"""The calls that are run have so many times the queries that are used: more calls differ more, and each costs its projections."""
 _SEARCHED_EVERY = 8
 """One position in so many is left to the search."""
 _LENGTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -145,6 +145,8 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
     start = heads.q[..., :size]
     attention = _Attention(heads.key_freedom, site_calls.order.to(start.device))
     slope, curvature, search = _samples(site_calls, heads, size)
+    if any(_total(len(some), start.device) == 0 for some in (slope, curvature, search)):
+        return None  # all calls are too short to leave queries out
     if not _is_linear(attention, heads, search):
         return None
     mixtures = _Mixtures(attention, curvature)
@@ -184,6 +186,7 @@ def _samples(
     )  # of few data a larger part would cost more than all other fits together
     wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
+    calls, at = 0, [0.0, 0.0, 0.0]  # `at`: how far behind the last row of a call the next is taken
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
     for number in site_calls.numbers:
         index = site_calls.all_numbers.index(number)
@@ -191,12 +194,15 @@ def _samples(
             continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
         position = torch.arange(mine.query.shape[2], device=mine.query.device)
-        searched = (position + number) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
-        for kept, rows, queries in zip(found, (position[~searched],) * 2 + (position[searched],), wanted, strict=True):
+        searched = (position + calls) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
+        calls += 1
+        for kind, (rows, queries) in enumerate(
+            zip((position[~searched],) * 2 + (position[searched],), wanted, strict=True)
+        ):
             every = max(1.0, share * total * len(rows) / len(position) / queries)
-            start = _GOLDEN * number % 1  # so that calls are not all seen at the same positions
-            chosen = ((torch.arange(int(len(rows) / every), device=rows.device) + start) * every).long()
-            kept.extend(_parts(mine, theirs, rows[chosen], heads, size, number))
+            chosen = (at[kind] + every * torch.arange(max(0, ceil((len(rows) - at[kind]) / every)))).long()
+            at[kind] += every * len(chosen) - len(rows)
+            found[kind].extend(_parts(mine, theirs, rows[chosen.to(rows.device)], heads, size, number))
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
-from ..parallel import all_reduce
+from ..parallel import all_reduce, world_size
 from ..runtime.regrouping import local_names, regrouped
 from . import fixed_attention
 from .blocks import Call, twin
@@ -78,7 +79,8 @@ class RecordedSite:
     The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
     new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
-    stack) is reordered by it. `numbers` are those of the recorded calls among `all_numbers`, those of the `total` calls of all ranks.
+    stack) is reordered by it. `numbers` are those of the calls recorded here; all ranks have
+    `total` calls, whose numbers are `all_numbers`.
     `on_replay` is called with the number of each replayed call. A solver that leaves Q and K as they are says so by `fixes_attention`:
     the attention weights of a call are then computed once (`fixed_attention.py`) where the class allows it, and gradients reach V
     alone.
@@ -190,13 +192,15 @@ class RecordedSite:
         return args, kwargs
 
     def thin(self, positions: int, device: torch.device) -> None:
-        """Keep every third call, or every fifth … where the calls of all ranks have so many times more queries than `positions`.
+        """Keep every second call, or every third … where the calls of all ranks have so many times more queries than `positions`.
 
-        The number is odd, so that ranks, which take calls in turns, keep as many each.
+        The number has no factor in common with that of the ranks, so that these, which take calls in turns, keep as many each.
         """
         own = torch.tensor(float(sum(map(self.num_queries, self.numbers))), dtype=torch.float64, device=device)
         times = max(1, int(all_reduce(own).item() / positions))
-        self.all_numbers = self.all_numbers[:: (times - 1) | 1]
+        while gcd(times, world_size()) > 1:
+            times -= 1
+        self.all_numbers = self.all_numbers[::times]
         self.numbers = [number for number in self.numbers if number in self.all_numbers]
         self._recorded = {number: self._recorded[number] for number in self.numbers}
 

@@ -27,7 +27,7 @@ RIDGE = 1e-2
 VALUE_STEPS = 3
 """Conjugate gradient steps for W_v. The first few bring most of the gain, and more of them little."""
 MOST_POSITIONS = 256
-"""Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than three times as many."""
+"""Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than twice as many."""
 QUERY_STEPS = 3
 """Conjugate gradient steps for W_q."""
 
@@ -55,18 +55,28 @@ def refit(
 
     `value_steps=0` leaves W_v as it is, `query_steps=0` W_q. `model`, `sites`, `merged` and `how` are those of `fitting.fit`.
     """
-    # Frames and patches are many and alike; text is what the user asked for.
-    solve = partial(
-        _fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps, thins="input_ids" not in sample
-    )
+    thins = partial(_sees_frames, sample)
+    solve = partial(_fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps, thins=thins)
     solver = Solver(solve, tokens_per_block(sample, value_steps), fixes_attention=True)
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
+def _sees_frames(sample: Sample, site: Site) -> bool:
+    """Return whether the queries of a site are frames or patches, many and alike, and not text, of which the user names the amount."""
+    labels = sample.get("labels")
+    writes = labels is not None and labels.ndim == 2 and site.stack == "decoder"
+    return "input_ids" not in sample and not writes
+
+
 def _fitted(
-    site_calls: RecordedSite, heads: Heads, ridge: float, value_steps: int, query_steps: int, *, thins: bool
+    site_calls: RecordedSite,
+    heads: Heads,
+    ridge: float,
+    value_steps: int,
+    query_steps: int,
+    thins: Callable[[Site], bool],
 ) -> FittedHeads:
-    if thins:
+    if thins(site_calls.site):
         site_calls.thin(MOST_POSITIONS * (heads.q.shape[2] - 1), heads.q.device)
     fits_queries = query_steps and has_data(site_calls, heads)
     attending = refit_queries(site_calls, heads, ridge, query_steps) if fits_queries else None
