@@ -229,9 +229,12 @@ def mixed_speech(recorded: Path, text: Path, folder: Path) -> Path:
     """Return a folder with these recordings and synthetic ones of a text, made once."""
     if not folder.exists():
         script = Path(__file__).parents[1] / "scripts" / "synthetic_speech.py"
-        subprocess.run([sys.executable, script, text, folder, "--clips", "480"], check=True)
+        making = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(making, ignore_errors=True)
+        subprocess.run([sys.executable, script, text, making, "--clips", "480"], check=True)
         for file in recorded.iterdir():
-            shutil.copy(file, folder)
+            shutil.copy(file, making)
+        making.rename(folder)
     return folder
 
 

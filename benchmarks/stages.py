@@ -1,6 +1,6 @@
 """Time the stages of a fold of a language model beside its forward pass, and compare them with the peak of the machine.
 
-    python benchmarks/stages.py MODEL --text FILE [--kv-heads 1] [--tokens 32768] [--context 1024] [--out FILE]
+    python benchmarks/stages.py MODEL --text FILE --work DIR [--kv-heads 1] [--tokens 32768] [--context 1024] [--out FILE]
 
 Three parts: matrix products of the machine, in float32 and in the dtype of the weights; the forward pass of the stock model over as
 many tokens of the text, without the head, between two folds; and the folds, timed by the command line. A last fold is run in this process
@@ -43,7 +43,7 @@ def product_rate(dtype: torch.dtype, size: int = 2048) -> float:
 def forward_seconds(model: Path, text: Path, tokens: int, context: int) -> tuple[float, int]:
     """Return the seconds and the operations of the stock model's blocks, in the dtype of its weights."""
     ids = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
-    windows = ids[0, : tokens // context * context].view(-1, context)
+    windows = ids[0, : min(tokens, ids.shape[1]) // context * context].view(-1, context)
     stock = AutoModel.from_pretrained(model, dtype="auto").eval()
     batches = windows.split(max(1, 4096 // context))
     stock(input_ids=batches[0], use_cache=False)

@@ -60,7 +60,7 @@ Refit = Annotated[
     option(
         "--refit/--no-refit",
         panel=HOW,
-        help="Refit W_q, W_v and W_o of every site to the original's attention and output.",
+        help="Refit W_q (given 16 tokens or more per hidden dim), W_v and W_o of every site to the original's attention and output.",
     ),
 ]
 Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]

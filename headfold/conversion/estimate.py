@@ -13,8 +13,8 @@ from .source import Source
 from .teacher import MAX_CONTEXT, Teacher
 from .verification import ITEMS, WINDOW_TOKENS
 
-TEXT_TOKENS = 32
-"""Assumed length of a sentence, a caption or a transcript, which is known only when it is drawn."""
+TEXT_TOKENS, SPEECH_TOKENS = 32, 64
+"""Assumed length of a sentence or a caption, and of the transcript of a window of speech, which is known only when it is drawn."""
 
 
 def estimated_seconds(
@@ -44,7 +44,8 @@ def _fitting(
     data, sites = request.calibration, {site.name for site in source.sites}
     assert data is not None
     length = min(data.context or MAX_CONTEXT, context_length(source.checkpoint.config) or MAX_CONTEXT)
-    length = length if data.kind == "text" else min(length, TEXT_TOKENS)
+    assumed = {"text": length, "audio": SPEECH_TOKENS}.get(data.kind, TEXT_TOKENS)
+    length = min(length, assumed)
     items = max(1, data.tokens // length) if data.kind == "text" else data.items
     width = sum(2 * site.num_kv_heads * site.head_dim for site in source.every_site)
     cached = width * length**2 / 2 if data.source == "self" else None

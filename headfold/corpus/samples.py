@@ -158,14 +158,14 @@ def _decoder_start(path: Path) -> int | None:
 
 
 def _written(path: Path, tokenizer: Any) -> Written:
-    """Return the tokens by which a Whisper is told how to write, from its generation config or else by their names."""
+    """Return the tokens by which a Whisper is prompt how to write, from its generation config or else by their names."""
     generation, vocabulary = _generation(path), tokenizer.get_vocab()
     after = generation.get("prev_sot_token_id", vocabulary.get("<|startofprev|>"))
     no_times = generation.get("no_timestamps_token_id", vocabulary.get("<|notimestamps|>"))
     language = str(generation.get("language") or "en").strip("<|>")
-    told = (vocabulary.get(f"<|{language}|>"), vocabulary.get("<|transcribe|>"))
-    multilingual = generation.get("is_multilingual") and None not in told
-    return Written(after, no_times, tuple(one for one in told if one is not None) if multilingual else ())
+    prompt = (vocabulary.get(f"<|{language}|>"), vocabulary.get("<|transcribe|>"))
+    multilingual = generation.get("is_multilingual") and None not in prompt
+    return Written(after, no_times, tuple(one for one in prompt if one is not None) if multilingual else ())
 
 
 def main_input(sample: Mapping[str, Tensor]) -> Tensor:

@@ -49,7 +49,7 @@ class Written(NamedTuple):
     no_times: int | None
     """What stands before text without timestamps. The timestamps follow it in the vocabulary."""
     language: tuple[int, ...] = ()
-    """The language and the task, which a multilingual Whisper is told where its tokenizer does not."""
+    """The language and the task, which a multilingual Whisper reads first where its tokenizer does not."""
 
 
 def read_windows(

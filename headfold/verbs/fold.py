@@ -71,7 +71,7 @@ def fold(
             and W_o. "auto" takes the largest that attention kernels take.
         group: Grouping method with its options, as `headfold methods` lists them.
         merge: Merge method with its options.
-        refit: Refit W_q of every block to the original's attention, W_v and W_o to its output.
+        refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
         heal: Train the attention of every block alone after that, on `heal_tokens` tokens of the calibration data.
         heal_tokens: Tokens or items to heal each block on, drawn anew where the source has more; by default `refine.heal.TOKENS`
             tokens or `refine.heal.ITEMS` items.
