@@ -113,7 +113,7 @@ def test_as_many_queries_are_seen_as_asked_for(num_calls: int) -> None:
     total, size = num_calls * one.num_queries(0), heads.q.shape[2]
     samples = queries._samples(calls, heads, size)
     seen = [sum(at.inputs.shape[0] * at.inputs.shape[1] for at in kind) for kind in samples]
-    wanted = (max(min(2**14, total // 4), 32 * size), max(2**12, 16 * size), 2**11)
+    wanted = (max(min(2**14, max(2**12, total // 4)), 32 * size), max(2**12, 16 * size), 2**11)
     for found, asked, part in zip(seen, wanted, (7 / 8, 7 / 8, 1 / 8), strict=True):
         expected = min(asked, part * total)
         assert 0.5 * expected <= found <= 2 * expected, (seen, wanted, total)

@@ -181,28 +181,28 @@ def _samples(
     """Return the queries of the gradient, of the curvature and of the search. No query of the first two is one of the last."""
     counts = sum(site_calls.num_queries(number) for number in site_calls.numbers)
     total = _total(counts, heads.q.device)
-    slope = min(
-        _SLOPE_QUERIES, int(total) // 4
-    )  # of few data a larger part would cost more than all other fits together
+    # A larger part of few data would cost more than all other fits together.
+    slope = min(_SLOPE_QUERIES, max(_CURVATURE_QUERIES, int(total) // 4))
     wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
-    calls, at = 0, [0.0, 0.0, 0.0]  # `at`: how far behind the last row of a call the next is taken
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
+    left = 1 / _SEARCHED_EVERY
     for number in site_calls.numbers:
         index = site_calls.all_numbers.index(number)
-        if floor(share * index) == floor(share * (index - 1)):
+        looked_at = floor(
+            share * index
+        )  # calls before this one, of all ranks: ranks see together what one would see alone
+        if looked_at == floor(share * (index - 1)):
             continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
         position = torch.arange(mine.query.shape[2], device=mine.query.device)
-        searched = (position + calls) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
-        calls += 1
-        for kind, (rows, queries) in enumerate(
-            zip((position[~searched],) * 2 + (position[searched],), wanted, strict=True)
-        ):
-            every = max(1.0, share * total * len(rows) / len(position) / queries)
-            chosen = (at[kind] + every * torch.arange(max(0, ceil((len(rows) - at[kind]) / every)))).long()
-            at[kind] += every * len(chosen) - len(rows)
-            found[kind].extend(_parts(mine, theirs, rows[chosen.to(rows.device)], heads, size, number))
+        searched = (position + looked_at) % _SEARCHED_EVERY == _SEARCHED_EVERY - 1
+        kinds = ((position[~searched], 1 - left),) * 2 + ((position[searched], left),)
+        for kept, (rows, part), queries in zip(found, kinds, wanted, strict=True):
+            every = max(1.0, share * total * part / queries)
+            first = _GOLDEN * looked_at % 1 * every  # calls too short for a row each take turns
+            chosen = (first + every * torch.arange(max(0, ceil((len(rows) - first) / every)))).long()
+            kept.extend(_parts(mine, theirs, rows[chosen.to(rows.device)], heads, size, number))
     return found
 
 

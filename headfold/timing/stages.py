@@ -18,7 +18,7 @@ LOGIT = 2500
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
 SLOPE, CURVATURE = (2**14, 32), (2**12, 16)
 """Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 3 times. The first sees at
-most a quarter of them, unless so many times the hidden size is more.
+most a quarter of them, unless the least of these is more.
 """
 SAMPLE, CACHED = 1.6, 190
 """The same for text that the model writes itself, and the operations that an element of its K/V cache is worth at every token."""
@@ -81,7 +81,7 @@ def _of_queries(data: CalibrationPass, site: str) -> float:
     queries = data.items * data.once.queries[site]
     if queries < NARROW * data.hidden_size:
         return 0.0
-    most = (min(SLOPE[0], queries / 4), CURVATURE[0])
+    most = (min(SLOPE[0], max(CURVATURE[0], queries / 4)), CURVATURE[0])
     slope, curvature = (
         min(queries, max(some, times * data.hidden_size))
         for some, (_, times) in zip(most, (SLOPE, CURVATURE), strict=True)
