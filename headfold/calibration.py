@@ -14,6 +14,7 @@ from .core.errors import UserError
 from .core.stats import SiteStats
 from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
+from .corpus.samples import main_input
 from .families.spec import Site
 from .hf_models import input_device
 from .measure import attended, second_moment
@@ -44,8 +45,8 @@ def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
 
 def num_tokens(batch: Sample) -> int:
     """Return what progress counts: tokens of the main input, or items where it has none."""
-    tokens = batch.get("input_ids")
-    return len(next(iter(batch.values()))) if tokens is None else tokens.numel()
+    first = main_input(batch)
+    return first.numel() if "input_ids" in batch else len(first)
 
 
 def is_packed_text(sample: Sample) -> bool:
@@ -106,7 +107,7 @@ def collect(
             x = (
                 inputs[0]
                 if inputs[0].ndim == 3
-                else inputs[0].reshape(len(next(iter(current[0].values()))), -1, inputs[0].shape[-1])
+                else inputs[0].reshape(len(main_input(current[0])), -1, inputs[0].shape[-1])
             )
             seen = second_moment.observe(x, mask_of(site, current[0], x, queries=queries))
             count = int(seen["second"][-1, -1])

@@ -158,7 +158,7 @@ def _decoder_start(path: Path) -> int | None:
 
 
 def _written(path: Path, tokenizer: Any) -> Written:
-    """Return the tokens by which a Whisper is prompt how to write, from its generation config or else by their names."""
+    """Return the tokens that say how a Whisper writes, from its generation config or else by their names."""
     generation, vocabulary = _generation(path), tokenizer.get_vocab()
     after = generation.get("prev_sot_token_id", vocabulary.get("<|startofprev|>"))
     no_times = generation.get("no_timestamps_token_id", vocabulary.get("<|notimestamps|>"))

@@ -89,9 +89,13 @@ _Numbered = list[tuple[int, Float[np.ndarray, " _"], int]]
 
 def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Iterator[_Numbered]:
     """Yield the recordings of each window; of one that more recordings might fill, only if they `ended`."""
-    lengths = random.Random(seed)
+    draws = random.Random(seed)
+
+    def length() -> float:
+        return seconds * draws.uniform(_LEAST_FILLED, _MOST_FILLED)
+
     window: _Numbered = []
-    filled, wanted = 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
+    filled, wanted = 0.0, length()
     for number in range(len(drawn.rows)):
         samples, rate = drawn.sound(number)
         lasts = len(samples) / rate
@@ -99,7 +103,7 @@ def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Ite
             continue
         if window and (filled + lasts > wanted or len(window) == MOST_JOINED):
             yield window
-            window, filled, wanted = [], 0.0, seconds * lengths.uniform(_LEAST_FILLED, _MOST_FILLED)
+            window, filled, wanted = [], 0.0, length()
         window.append((number, samples, rate))
         filled += lasts
     if window and ended:

@@ -129,14 +129,14 @@ def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterat
         yield site, RecordedCall(call, output, mask_of(site, batch, output, queries=True))
 
 
-def _portions(sites: list[Site], storages: Mapping[str, Mapping[int, int]], num_batches: int) -> Iterator[list[Site]]:
+def _portions(sites: list[Site], storages: Mapping[str, dict[int, int]], num_batches: int) -> Iterator[list[Site]]:
     """Yield as many sites at a time, but at least one, as fit into `PORTION_BYTES`, judged by what the calls of the first batch hold."""
     portion: list[Site] = []
     held: dict[int, int] = {}
     for site in sites:
-        both = held | dict(storages[site.name])
+        both = held | storages[site.name]
         if portion and sum(both.values()) * num_batches > PORTION_BYTES:
             yield portion
-            portion, both = [], dict(storages[site.name])
+            portion, both = [], storages[site.name]
         portion, held = [*portion, site], both
     yield portion

@@ -128,8 +128,7 @@ def _weighted(weights: Logits, key: Tensor) -> Queries:
 
 def has_data(site_calls: RecordedSite, heads: Heads) -> bool:
     """Return whether there are queries enough for W_q; fitted to fewer, it follows the words of the calibration data."""
-    own = sum(site_calls.num_queries(number) for number in site_calls.numbers)
-    return _total(own, heads.q.device) >= NARROW * (heads.q.shape[2] - 1)
+    return site_calls.total_queries(heads.q.device) >= NARROW * (heads.q.shape[2] - 1)
 
 
 @torch.no_grad()
@@ -179,8 +178,7 @@ def _samples(
     site_calls: RecordedSite, heads: Heads, size: int
 ) -> tuple[list[_Sampled], list[_Sampled], list[_Sampled]]:
     """Return the queries of the gradient, of the curvature and of the search. No query of the first two is one of the last."""
-    counts = sum(site_calls.num_queries(number) for number in site_calls.numbers)
-    total = _total(counts, heads.q.device)
+    total = site_calls.total_queries(heads.q.device)
     # A larger part of few data would cost more than all other fits together.
     slope = min(_SLOPE_QUERIES, max(_CURVATURE_QUERIES, int(total) // 4))
     wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
@@ -189,9 +187,7 @@ def _samples(
     left = 1 / _SEARCHED_EVERY
     for number in site_calls.numbers:
         index = site_calls.all_numbers.index(number)
-        looked_at = floor(
-            share * index
-        )  # calls before this one, of all ranks: ranks see together what one would see alone
+        looked_at = floor(share * index)  # before this call, by all ranks: together they see what one would see alone
         if looked_at == floor(share * (index - 1)):
             continue
         mine, theirs = site_calls.attention_inputs(heads, number), site_calls.attention_inputs(None, number)
@@ -244,9 +240,10 @@ def _moved(
     inputs: Tensor, query: Queries, heads: Heads
 ) -> tuple[Complex[Tensor, "batch query plane"] | None, Float[Tensor, ""]]:
     """Return by what the module multiplied every frequency plane of W_q x, and the other dims."""
-    some = heads.q[:: -(-len(heads.q) // _MOVED_HEADS)]  # what position does is the same for all heads
+    step = ceil(len(heads.q) / _MOVED_HEADS)
+    some = heads.q[::step]  # what position does is the same for all heads
     before = torch.einsum("bts,hds->bhtd", inputs.to(some.dtype), some)
-    after = query[:, :: -(-len(heads.q) // _MOVED_HEADS)].to(some.dtype)
+    after = query[:, ::step].to(some.dtype)
     tiny, turn = torch.finfo(before.dtype).tiny, None
     if heads.key_freedom.rotary_dim:
         planes = heads.key_freedom.planes().to(query.device)

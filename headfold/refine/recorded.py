@@ -79,11 +79,10 @@ class RecordedSite:
     The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
     new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
-    stack) is reordered by it. `numbers` are those of the calls recorded here; all ranks have
-    `total` calls, whose numbers are `all_numbers`.
-    `on_replay` is called with the number of each replayed call. A solver that leaves Q and K as they are says so by `fixes_attention`:
-    the attention weights of a call are then computed once (`fixed_attention.py`) where the class allows it, and gradients reach V
-    alone.
+    stack) is reordered by it. `numbers` are those of the calls recorded here; all ranks have `total`
+    calls, whose numbers are `all_numbers`. `on_replay` is called with the number of each replayed call. A solver that leaves Q and K
+    as they are says so by `fixes_attention`: the attention weights of a call are then computed once (`fixed_attention.py`) where the
+    class allows it, and gradients reach V alone.
     """
 
     def __init__(
@@ -136,16 +135,17 @@ class RecordedSite:
         return found
 
     @contextmanager
-    def _skipped(self) -> Iterator[tuple[str, ...]]:
-        """Return a context in which queries and keys are zero, for calls whose attention weights are kept; it gives the prefixes of
+    def _skipped(self, number: int) -> Iterator[tuple[str, ...]]:
+        """Return a context in which queries and keys are zero if the attention weights of that call are kept; it gives the prefixes of
         the parameters that the module lacks there.
         """
-        for path, module in self._unread.items():
+        unread = self._unread if self._fixed is not None and self._fixed.keeps(number) else {}
+        for path, module in unread.items():
             self._module.set_submodule(path, _Unread(module.out_features))
         try:
-            yield tuple(f"{path}." for path in self._unread)
+            yield tuple(f"{path}." for path in unread)
         finally:
-            for path, module in self._unread.items():
+            for path, module in unread.items():
                 self._module.set_submodule(path, module)
 
     def target(self, number: int) -> Float[Tensor, "position model"]:
@@ -164,13 +164,9 @@ class RecordedSite:
             self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
             self._output.register_forward_hook(lambda module, inputs, output: found.extend((inputs[0], output))),
         ]
-        tensors = self._tensors(heads)
         try:
-            if self._fixed is not None and self._fixed.keeps(number):
-                with self._skipped() as skipped:
-                    tensors = {name: t for name, t in tensors.items() if not name.startswith(skipped)}
-                    torch.func.functional_call(self._module, tensors, args, kwargs)
-            else:
+            with self._skipped(number) as skipped:
+                tensors = {name: t for name, t in self._tensors(heads).items() if not name.startswith(skipped)}
                 torch.func.functional_call(self._module, tensors, args, kwargs)
         finally:
             for hook in hooks:
@@ -196,8 +192,7 @@ class RecordedSite:
 
         The number has no factor in common with that of the ranks, so that these, which take calls in turns, keep as many each.
         """
-        own = torch.tensor(float(sum(map(self.num_queries, self.numbers))), dtype=torch.float64, device=device)
-        times = max(1, int(all_reduce(own).item() / positions))
+        times = max(1, int(self.total_queries(device) / positions))
         while gcd(times, world_size()) > 1:
             times -= 1
         self.all_numbers = self.all_numbers[::times]
@@ -213,6 +208,11 @@ class RecordedSite:
         """Return the number of positions of the call of that number that are not padding."""
         _, output, mask = self._recorded[number]
         return output.shape[:-1].numel() if mask is None else int(mask.sum())
+
+    def total_queries(self, device: torch.device) -> float:
+        """Return the number of positions of the calls of all ranks that are not padding."""
+        own = float(sum(map(self.num_queries, self.numbers)))
+        return all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
 
     def attention_inputs(self, heads: Heads | None, number: int) -> AttentionInputs:
         """Return what the call of that number passes to its attention with other heads, or with the original's in its own order."""
