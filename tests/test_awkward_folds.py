@@ -1,5 +1,6 @@
 """Folds of sources that are odd outside their attention, and what they leave and record."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import model  # noqa: F401  (a fixture)
+from tiny import tiny_checkpoint
 
 import headfold
 from headfold.core.errors import UserError
@@ -67,3 +69,11 @@ def test_a_model_type_that_is_no_name_is_refused(source: Path) -> None:
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": ["llama"]'))
     with pytest.raises(UserError, match="unknown model_type"):
         headfold.inspect(source)
+
+
+def test_a_fused_layer_with_one_key_head_stays_a_stock_one(tmp_path: Path) -> None:
+    """Falcon-7B has one K/V head, for which its config has no count."""
+    directory, out = tiny_checkpoint("falcon-multi-query"), tmp_path / "out"
+    fold = headfold.fold(directory, out, kv_heads=1, refit=False, **BASELINE)
+    assert fold.verification is not None
+    assert "headfold" not in json.loads((out / "config.json").read_text())
