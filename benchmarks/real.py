@@ -106,8 +106,7 @@ class Bench:
         planning = 0.0
         words: tuple[Any, ...] = ("--kv-heads", kv_heads)
         if kv_heads.endswith("%"):
-            budget = ("--kv-budget", kv_heads, *self._calibration[:2])
-            _, planning, _ = command("plan", self.model, plan, *budget, *how, *stats, "--force")
+            _, planning, _ = command("plan", self.model, plan, "--kv-budget", kv_heads, *how, *stats, "--force")
             words, how = ("--plan", plan), ()
         made, seconds, memory = command("fold", self.model, out, *words, *how, *stats)
         return {

@@ -24,8 +24,9 @@ from .kronecker import Rows, damped, inverse
 from .recorded import AttentionInputs, RecordedSite
 
 _SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
-"""Queries, over all processes, that the gradient, the curvature and the search along the step see; the first two see more where the
-model is wide."""
+"""Queries, over all processes, that the gradient, the curvature and the search along the step see."""
+_SLOPE_PER_DIM, _CURVATURE_PER_DIM = 32, 16
+"""The first two see at least so many per input dim."""
 _LOOKED_AT = 2
 """The calls that are run have so many times the queries that are used: more calls differ more, and each costs its projections."""
 _SEARCHED_EVERY = 8
@@ -64,7 +65,7 @@ class _Sampled:
     target_query: Queries
     target_key: Float[Tensor, "batch target_group key dim"]
     hidden: Tensor | None
-    """True where a query does not attend, or what to add to the logits; broadcasts to (batch, head, query, key)."""
+    """What to add to the logits; broadcasts to (batch, head, query, key)."""
     target_hidden: Tensor | None
     """The same for the original's heads in their own order."""
     counted: Bool[Tensor, "batch query"] | None
@@ -115,9 +116,7 @@ def _logits(query: Queries, key: Tensor, scaling: float, hidden: Tensor | None =
     precise = torch.promote_types(query.dtype, torch.float32)
     grouped = (scaling * query.to(precise)).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     found = (grouped @ key.to(precise).mT).view(*query.shape[:3], -1)
-    if hidden is None:
-        return found
-    return found.masked_fill_(hidden, torch.finfo(precise).min) if hidden.dtype == torch.bool else found.add_(hidden)
+    return found if hidden is None else found.add_(hidden)
 
 
 def _weighted(weights: Logits, key: Tensor) -> Queries:
@@ -181,7 +180,7 @@ def _samples(
     total = site_calls.total_queries(heads.q.device)
     # A larger part of few data would cost more than all other fits together.
     slope = min(_SLOPE_QUERIES, max(_CURVATURE_QUERIES, int(total) // 4))
-    wanted = (max(slope, 32 * size), max(_CURVATURE_QUERIES, 16 * size), _SEARCH_QUERIES)
+    wanted = (max(slope, _SLOPE_PER_DIM * size), max(_CURVATURE_QUERIES, _CURVATURE_PER_DIM * size), _SEARCH_QUERIES)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
     left = 1 / _SEARCHED_EVERY
@@ -216,7 +215,8 @@ def _parts(
         most = min(most, -(-len(rows) // _PARTS))
     for some in rows.split(most) if len(rows) else ():
         last = min(keys, int(some.max()) + 1) if mine.causal else keys
-        hidden, target_hidden = _hidden(mine, some, last), _hidden(theirs, some, last)
+        hidden = _hidden(mine, some, last)
+        target_hidden = hidden if theirs.mask is mine.mask else _hidden(theirs, some, last)
         inputs = mine.inputs[:, some]
         inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
         query = mine.query[:, :, some]
@@ -228,12 +228,19 @@ def _parts(
 
 
 def _hidden(seen: AttentionInputs, rows: Int[Tensor, " query"], last: int) -> Tensor | None:
+    """Return what to add to the logits of these queries: filling them in takes longer than everything else."""
     if seen.causal:
-        return torch.arange(last, device=rows.device) > rows[:, None]
-    if seen.mask is None:
+        attends = torch.arange(last, device=rows.device) <= rows[:, None]
+    elif seen.mask is None:
         return None
-    mask = seen.mask[:, :, rows] if seen.mask.shape[2] > 1 else seen.mask
-    return ~mask if mask.dtype == torch.bool else mask
+    else:
+        attends = seen.mask[:, :, rows] if seen.mask.shape[2] > 1 else seen.mask
+    if attends.dtype != torch.bool:
+        return attends
+    precise = torch.promote_types(seen.query.dtype, torch.float32)
+    return torch.zeros(attends.shape, dtype=precise, device=rows.device).masked_fill_(
+        ~attends, torch.finfo(precise).min
+    )
 
 
 def _moved(
@@ -271,7 +278,7 @@ def _slope(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> Ro
     """Return the gradient of the cross-entropy at the folded heads, from which the queries were taken."""
     total = torch.zeros_like(rows)
     for at in samples:
-        rest = _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1) - attention.target(at)
+        rest = _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).sub_(attention.target(at))
         total += _projected(attention.pulled(_weighted(rest, at.key), at), at)
     return all_reduce(total)
 
@@ -306,7 +313,7 @@ def _curvature(mixtures: _Mixtures, direction: Rows) -> Rows:
     total, attention = torch.zeros_like(direction), mixtures.attention
     for at, weights in mixtures:
         moved = _logits(attention.queries(direction, at), at.key, at.scaling)
-        spread = (moved - (weights * moved).sum(-1, keepdim=True)).mul_(weights)
+        spread = moved.sub_((weights * moved).sum(-1, keepdim=True)).mul_(weights)
         total += _projected(attention.pulled(_weighted(spread, at.key), at), at)
     return all_reduce(total)
 
