@@ -274,6 +274,33 @@ def detected(folds: bool) -> Callable[[], str]:
     return made
 
 
+def stages() -> str:
+    facts = load("stages")
+    lines = [
+        [stage, f"{row['seconds']:.1f}", f"{row.get('times_forward', 1.0):.2f}", f"{100 * row['share_of_peak']:.0f} %"]
+        for stage, row in facts["rows"].items()
+        if row["operations"]
+    ]
+    header = ["stage", "seconds", "times the forward pass", "share of the peak of matrix products in bf16"]
+    return f"{facts['model']}, {facts['tokens']:,} tokens in windows of {facts['context']:,}, to one K/V head.\n\n{table(header, lines)}"
+
+
+def contention() -> str:
+    facts = load("contention")
+    lines = [
+        [stage, f"{seconds:.1f}", *(f"{facts['ratios'][case][stage]:.1f}" for case in ("busy", "quota"))]
+        for stage, seconds in facts["seconds"]["free"].items()
+        if seconds >= 0.1
+    ]
+    header = [
+        "stage",
+        "seconds on free cores",
+        "beside a busy process: times that",
+        "under a quota of one core: times that",
+    ]
+    return table(header, lines)
+
+
 BLOCKS = {
     "decode": Block(decode, ("decode",)),
     "decode-sweep": Block(sweep, ("decode",)),
@@ -283,6 +310,8 @@ BLOCKS = {
     "conversion-time": Block(conversion, ("conversion_time",)),
     "calibration-speed": Block(calibration_speed, ("calibration_speed",)),
     "plan-time": Block(plan_time, ("plan_time",)),
+    "stages": Block(stages, ("stages",)),
+    "contention": Block(contention, ("contention",)),
     "papers-wgqa": Block(wgqa, ("papers-wgqa-multi30k-t5",)),
     "papers-routes": Block(routes, ("papers-routes-cifar10-vit",)),
     "papers-uptraining": Block(shares_of_training, ("papers-uptraining-multi30k-t5",)),
