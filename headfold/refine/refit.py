@@ -28,8 +28,10 @@ VALUE_STEPS = 3
 """Conjugate gradient steps for W_v. The first few bring most of the gain, and more of them little."""
 MOST_POSITIONS = 256
 """Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than twice as many."""
-QUERY_STEPS = 3
-"""Conjugate gradient steps for W_q."""
+QUERY_STEPS = 2
+"""Conjugate gradient steps for W_q. More, or fewer queries with a smaller ridge, lower the error of every site on data that it was not
+fitted to, and raise the loss of the model (measured on SmolLM2).
+"""
 
 
 def tokens_per_block(sample: Sample, value_steps: int = VALUE_STEPS) -> int:

@@ -17,7 +17,7 @@ and the next are measured on a model of 135 M parameters.
 LOGIT = 2500
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
 SLOPE, CURVATURE = (2**14, 32), (2**12, 16)
-"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 3 times. The first sees at
+"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 2 times. The first sees at
 most a quarter of them, unless the least of these is more.
 """
 SAMPLE, CACHED = 1.6, 190
@@ -86,7 +86,7 @@ def _of_queries(data: CalibrationPass, site: str) -> float:
         min(queries, max(some, times * data.hidden_size))
         for some, (_, times) in zip(most, (SLOPE, CURVATURE), strict=True)
     )
-    return LOGIT * data.once.logits[site] * (slope + 3 * curvature)
+    return LOGIT * data.once.logits[site] * (slope + 2 * curvature)
 
 
 def planning_operations(hidden_sizes: Collection[int]) -> Operations:
