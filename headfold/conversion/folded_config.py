@@ -62,15 +62,10 @@ def refuse_counts_per_layer(source: Source) -> None:
 
 
 def _counts_to_write(sites: Mapping[str, Site], counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the counts that the config must name; at a class without grouped heads only those that its own modules do not have."""
-
-    def is_stock(site: Site) -> bool:
-        unchanged = "qkv" in site.weights and not site.splits(
-            counts[site.name]
-        )  # such as the one K/V head of Falcon-7B
-        return not site.stock_gqa and (unchanged or counts[site.name] == site.num_heads)
-
-    return {name: counts[name] for name, site in sites.items() if not is_stock(site)}
+    """Return the counts that the config must name; at a class without grouped heads not those it has, such as Falcon-7B's one."""
+    fused = {name for name, site in sites.items() if "qkv" in site.weights and not site.splits(counts[name])}
+    changed = {name for name, site in sites.items() if counts[name] < site.num_heads} - fused
+    return {name: counts[name] for name, site in sites.items() if site.stock_gqa or name in changed}
 
 
 def _uneven_groups(sites: Mapping[str, Site], plan: Plan) -> dict[str, Groups]:
