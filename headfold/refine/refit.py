@@ -29,8 +29,8 @@ VALUE_STEPS = 3
 MOST_POSITIONS = 256
 """Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than twice as many."""
 QUERY_STEPS = 2
-"""Conjugate gradient steps for W_q. More, or fewer queries with a smaller ridge, lower the error of every site on data that it was not
-fitted to, and raise the loss of the model (measured on SmolLM2).
+"""Conjugate gradient steps for W_q. On SmolLM2, one seed, more steps gave a smaller error of the output of the first sites, and a
+larger loss of the model.
 """
 
 
