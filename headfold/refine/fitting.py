@@ -112,9 +112,8 @@ def _recorded(
         return
     first = {site.name: one for site, one in _calls(model, sites, batches[0])}
     portions = list(_portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)))
-    first = {
-        site.name: first[site.name] for site in portions[0]
-    }  # those of others would take memory until it is their turn
+    # The first calls of other portions would take memory until it is their turn.
+    first = {site.name: first[site.name] for site in portions[0]}
     for portion in portions:
         recorded = {site.name: [first.pop(site.name)] if first else [] for site in portion}
         for batch in batches[1 if portion is portions[0] else 0 :]:

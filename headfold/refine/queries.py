@@ -18,15 +18,12 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from ..core.heads import Heads, KeyFreedom
+from ..core.query_sample import num_sampled_queries
 from ..core.stats import NARROW
 from ..parallel import all_reduce
 from .kronecker import Rows, damped, inverse
 from .recorded import AttentionInputs, RecordedSite
 
-_SLOPE_QUERIES, _CURVATURE_QUERIES, _SEARCH_QUERIES = 2**14, 2**12, 2**11
-"""Queries, over all processes, that the gradient, the curvature and the search along the step see."""
-_SLOPE_PER_DIM, _CURVATURE_PER_DIM = 32, 16
-"""The first two see at least so many per input dim."""
 _LOOKED_AT = 2
 """The calls that are run have so many times the queries that are used: more calls differ more, and each costs its projections."""
 _SEARCHED_EVERY = 8
@@ -178,9 +175,7 @@ def _samples(
 ) -> tuple[list[_Sampled], list[_Sampled], list[_Sampled]]:
     """Return the queries of the gradient, of the curvature and of the search. No query of the first two is one of the last."""
     total = site_calls.total_queries(heads.q.device)
-    # A larger part of few data would cost more than all other fits together.
-    slope = min(_SLOPE_QUERIES, max(_CURVATURE_QUERIES, int(total) // 4))
-    wanted = (max(slope, _SLOPE_PER_DIM * size), max(_CURVATURE_QUERIES, _CURVATURE_PER_DIM * size), _SEARCH_QUERIES)
+    wanted = num_sampled_queries(total, size)
     found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
     left = 1 / _SEARCHED_EVERY
@@ -228,7 +223,7 @@ def _parts(
 
 
 def _hidden(seen: AttentionInputs, rows: Int[Tensor, " query"], last: int) -> Tensor | None:
-    """Return what to add to the logits of these queries: filling them in takes longer than everything else."""
+    """Return what to add to the logits of these queries, which takes less time than filling them in."""
     if seen.causal:
         attends = torch.arange(last, device=rows.device) <= rows[:, None]
     elif seen.mask is None:

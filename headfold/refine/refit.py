@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration import Sample, batches, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
+from ..core.query_sample import QUERY_STEPS
 from ..families.spec import Site
 from .fitting import Solver, fit
 from .queries import has_data, refit_queries
@@ -28,10 +29,6 @@ VALUE_STEPS = 3
 """Conjugate gradient steps for W_v. The first few bring most of the gain, and more of them little."""
 MOST_POSITIONS = 256
 """Positions of images or sound, per input dim, that a fit sees: no fewer if there are more, and less than twice as many."""
-QUERY_STEPS = 2
-"""Conjugate gradient steps for W_q. On SmolLM2, one seed, more steps gave a smaller error of the output of the first sites, and a
-larger loss of the model.
-"""
 
 
 def tokens_per_block(sample: Sample, value_steps: int = VALUE_STEPS) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.query_sample import QUERY_STEPS, num_sampled_queries
 from ..core.stats import NARROW
 from ..families.arithmetic import Arithmetic
 from ..parallel import num_processes
@@ -16,12 +17,10 @@ and the next are measured on a model of 135 M parameters.
 """
 LOGIT = 2500
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
-SLOPE, CURVATURE = (2**14, 32), (2**12, 16)
-"""Queries that the refit of W_q sees at most, or so many times the hidden size if that is more; the latter 2 times. The first sees at
-most a quarter of them, unless the least of these is more.
-"""
 SAMPLE, CACHED = 1.6, 190
-"""The same for text that the model writes itself, and the operations that an element of its K/V cache is worth at every token."""
+"""Forward passes of sampling text that the model writes itself, and operations that an element of its K/V cache is worth at every
+token.
+"""
 PLAN = 24
 """Operations of planning a site, over the cube of its hidden size."""
 SLOW, MEASURED_FROM = 1e10, 1e11
@@ -81,12 +80,8 @@ def _of_queries(data: CalibrationPass, site: str) -> float:
     queries = data.items * data.once.queries[site]
     if queries < NARROW * data.hidden_size:
         return 0.0
-    most = (min(SLOPE[0], max(CURVATURE[0], queries / 4)), CURVATURE[0])
-    slope, curvature = (
-        min(queries, max(some, times * data.hidden_size))
-        for some, (_, times) in zip(most, (SLOPE, CURVATURE), strict=True)
-    )
-    return LOGIT * data.once.logits[site] * (slope + 2 * curvature)
+    slope, curvature, _ = (min(queries, wanted) for wanted in num_sampled_queries(queries, data.hidden_size))
+    return LOGIT * data.once.logits[site] * (slope + QUERY_STEPS * curvature)
 
 
 def planning_operations(hidden_sizes: Collection[int]) -> Operations:
