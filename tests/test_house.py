@@ -34,7 +34,7 @@ FLOORS = {
     6: ("runtime",),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report"),
     8: ("conversion",),
-    9: ("budget",),
+    9: ("budget", "uptraining"),
     10: ("verbs",),
     11: ("cli",),
     12: ("__main__",),

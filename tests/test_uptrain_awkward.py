@@ -61,7 +61,7 @@ def test_a_kill_after_the_last_step_costs_no_step_more(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("headfold.conversion.uptraining.copy_side_files", killed)
+        patched.setattr("headfold.uptraining.job.copy_side_files", killed)
         uptrain(folded, tmp_path / "out", **how)
     found = uptrain(folded, tmp_path / "out", **how)
     assert found.resumed_at == 6 and found.curve == calm.curve

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
-from ..conversion.uptrain_config import Length, check_folded, resolve_training, resolve_uptrain
-from ..conversion.uptraining import Uptraining, UptrainResult, memory_errors
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
@@ -30,6 +28,8 @@ from ..train.trainer import (
     loss_curve,
     training_arguments,
 )
+from ..uptraining.config import Length, check_folded, resolve_training, resolve_uptrain
+from ..uptraining.job import Uptraining, UptrainResult, memory_errors
 
 DTYPES = {"bfloat16": True, "float32": False}
 """dtype that training computes in → whether that is bfloat16 autocast. Weights stay float32."""

@@ -15,6 +15,8 @@ import torch
 
 from ..checkpoint.disk import write_errors
 from ..checkpoint.staging import commit, copy_side_files, disown, job_key, open_staging, write_json
+from ..conversion.outputs import remove_if_empty, removed_if_empty
+from ..conversion.source import open_source
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..evaluate.verify import compared_output, difference_and_tolerance
@@ -28,9 +30,7 @@ from ..train.distillation import Distillation
 from ..train.sharding import check_sharding, gathered, load_everywhere
 from ..train.stream import Item, Stream, collate
 from ..train.trainer import TrainingConfig, Uptrainer, last_complete_checkpoint
-from .outputs import remove_if_empty, removed_if_empty
-from .source import open_source
-from .uptrain_config import UptrainConfig
+from .config import UptrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

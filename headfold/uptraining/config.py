@@ -11,6 +11,7 @@ import torch
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import refuse_overlap
+from ..conversion.teacher import MAX_CONTEXT
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families.context import context_length
@@ -19,7 +20,6 @@ from ..runtime.load import read_checked_config
 from ..train import wgqa as weighing
 from ..train.sites import SCOPES
 from ..train.trainer import OPTIMIZERS, SCHEDULES, TrainingConfig
-from .teacher import MAX_CONTEXT
 
 PUBLISHED = {"optimizer": "adafactor", "learning_rate": 1e-3, "schedule": "constant"}
 """2305.13245, section 2.2: Adafactor with the schedule of pre-training, which for T5 ends at a constant rate."""
