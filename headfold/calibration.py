@@ -99,40 +99,64 @@ def collect(
     Raises:
         UserError: activations are not finite.
     """
-    sums: dict[str, SiteStats] = {}
-    current: list[Sample] = []
+    observer = Observer(model, statistics)
+    with observer.watching(sites):
+        for number, batch in enumerate(batches(sample)):
+            if falls_here(number):
+                observer.batch = batch
+                run(model, batch)
+            progress(num_tokens(batch))
+    return observer.take()
 
-    def observer(site: Site, *, queries: bool) -> Callable[..., None]:
+
+class Observer:
+    """Sums what attention sites see of the batches that a model, or a block of it, runs on.
+
+    `batch` is the batch that runs, and must be set before it does. `statistics` as in `collect`.
+    """
+
+    def __init__(self, model: "PreTrainedModel", statistics: Container[str] | None = None) -> None:
+        self.batch: Sample = {}
+        self._model, self._statistics = model, statistics
+        self._sums: dict[str, SiteStats] = {}
+
+    @contextmanager
+    def watching(self, sites: list[Site]) -> Iterator[None]:
+        """Return a context in which these sites are observed."""
+        hooks = [(key_path(site), self._hook(site, queries=False)) for site in sites]
+        hooks += [(site.paths["q"], self._hook(site, queries=True)) for site in sites if site.reads_encoder]
+        watched = sites if self._statistics is None or "attended" in self._statistics else []
+        with _pre_hooks(hooks, self._model), _watching(self._model, watched, self._sums):
+            yield
+
+    def _hook(self, site: Site, *, queries: bool) -> Callable[..., None]:
         def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = (
-                inputs[0]
-                if inputs[0].ndim == 3
-                else inputs[0].reshape(len(main_input(current[0])), -1, inputs[0].shape[-1])
-            )
-            seen = second_moment.observe(x, mask_of(site, current[0], x, queries=queries))
+            x = inputs[0]
+            if x.ndim != 3:
+                x = x.reshape(len(main_input(self.batch)), -1, x.shape[-1])
+            seen = second_moment.observe(x, mask_of(site, self.batch, x, queries=queries))
             count = int(seen["second"][-1, -1])
-            _add(sums, site.name, SiteStats({"query_second": seen["second"]}, 0) if queries else SiteStats(seen, count))
+            found = SiteStats({"query_second": seen["second"]}, 0) if queries else SiteStats(seen, count)
+            _add(self._sums, site.name, found)
 
         return observe
 
-    hooks = [(key_path(site), observer(site, queries=False)) for site in sites]
-    hooks += [(site.paths["q"], observer(site, queries=True)) for site in sites if site.reads_encoder]
-    watched = sites if statistics is None or "attended" in statistics else []
-    with _pre_hooks(hooks, model), _watching(model, watched, sums):
-        for number, batch in enumerate(batches(sample)):
-            if falls_here(number):
-                current[:] = [batch]
-                run(model, batch)
-            progress(num_tokens(batch))
-    sums = _summed_over_ranks(sums)
-    _refuse_not_finite(sums)
-    return sums
+    def take(self) -> dict[str, SiteStats]:
+        """Return the sums of every site observed since the last call, over all processes, which must ask at the same point.
+
+        Raises:
+            UserError: activations are not finite.
+        """
+        sums = _summed_over_ranks(self._sums)
+        self._sums.clear()
+        _refuse_not_finite(sums)
+        return sums
 
 
 def _summed_over_ranks(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:
     """Sum over all processes; one without a batch takes part with zeros."""
     if world_size() == 1:
-        return sums
+        return dict(sums)
     shapes: dict[str, dict[str, torch.Size]] = {}
     counts: dict[str, int] = {}
     for seen in all_gather(

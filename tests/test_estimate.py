@@ -1,7 +1,6 @@
 """How long a fold will take: the operations are those that torch counts, and what is told holds for what is done."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from tiny import stock_model, tiny_checkpoint, tiny_tokens
+from tiny import readable_checkpoint, stock_model, tiny_checkpoint, tiny_tokens
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -85,11 +84,7 @@ def _size(tensors: Any, site: Any, role: str) -> int:
 
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # noqa: F811
-    """A tiny model with a tokenizer, so that it can be calibrated."""
-    directory = tmp_path_factory.mktemp("source") / "readable"
-    shutil.copytree(tiny_checkpoint("llama", torch.float32, vocab_size=len(tokenizer)), directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return readable_checkpoint(tmp_path_factory.mktemp("source") / "readable", tokenizer)
 
 
 def told(

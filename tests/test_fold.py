@@ -1,7 +1,6 @@
 """A fold end to end: the same bytes however it is interrupted or asked for, and nothing in place that is wrong."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ import torch
 from grades import assert_bitwise, assert_differs, assert_tight_through_float32_norms
 from safetensors.torch import load_file, save_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from tiny import stock_logits, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
+from tiny import readable_checkpoint, stock_logits, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 from torch import Tensor
 
 import headfold
+from headfold import planning
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
 from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.conversion import fitted_sites as fitted
-from headfold.conversion import verification, writing
+from headfold.conversion import fold_job, single_pass, verification, writing
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
@@ -65,11 +65,7 @@ def stats(source: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def readable(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # noqa: F811
-    """With a tokenizer of bytes: the model can be calibrated on text of its own."""
-    directory = tmp_path_factory.mktemp("source") / "readable"
-    shutil.copytree(tiny_checkpoint("llama", torch.float32, vocab_size=len(tokenizer)), directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return readable_checkpoint(tmp_path_factory.mktemp("source") / "readable", tokenizer)
 
 
 def resharded(source: Path, target: Path, dtype: torch.dtype) -> Path:
@@ -181,8 +177,11 @@ def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 KILLED_AT: dict[str, tuple[Any, str, int]] = {
-    "calibrate": (Teacher, "write_statistics", 0),
-    "plan": (verb, "plan_uniform", 0),
+    "sample": (single_pass, "write_stats", 0),
+    "calibrate, first site": (single_pass, "write_stats", 1),
+    "calibrate, second site": (single_pass, "write_stats", 2),
+    "plan, first site": (planning, "make_plan", 1),
+    "plan, second site": (planning, "make_plan", 2),
     "refit": (Teacher, "refit", 0),
     "refit, second site": (fitted, "save_file", 1),
     "write, first site": (writing, "site_tensors", 0),
@@ -193,6 +192,12 @@ KILLED_AT: dict[str, tuple[Any, str, int]] = {
     "rename": (verb, "commit", 0),
 }
 """Where a function lives, its name, and how many calls of it return before one never does."""
+IN_STEPS_KILLED_AT = {
+    "calibration in steps": (Teacher, "write_statistics", 0),
+    "plan in steps": (fold_job, "plan_uniform", 0),
+    "refit in steps": (Teacher, "refit", 0),
+}
+"""The same where calibration, plan and refit are not one pass."""
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +208,13 @@ def calm(readable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("moment", sorted(KILLED_AT))
-def test_killed_and_run_again_gives_the_same_bytes(moment: str, readable: Path, calm: Path, tmp_path: Path) -> None:
-    home, name, after = KILLED_AT[moment]
+@pytest.mark.parametrize("moment", sorted(KILLED_AT | IN_STEPS_KILLED_AT))
+def test_killed_and_run_again_gives_the_same_bytes(
+    moment: str, readable: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if moment in IN_STEPS_KILLED_AT:
+        monkeypatch.setattr(single_pass, "suits", lambda *args: False)
+    home, name, after = (KILLED_AT | IN_STEPS_KILLED_AT)[moment]
     options, out = dict(kv_heads=4, **CALIBRATED), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(home, name, failing(getattr(home, name), after))

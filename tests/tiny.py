@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -214,6 +215,13 @@ def tiny_checkpoint(name: str, dtype: torch.dtype = torch.float64, seed: int = 0
     ]
     directory = Path(_root().name) / "_".join(marks)
     model.save_pretrained(directory)
+    return directory
+
+
+def readable_checkpoint(directory: Path, tokenizer: Any, name: str = "llama") -> Path:
+    """A tiny float32 model in `directory` with a tokenizer, so that it can be calibrated on text of its own."""
+    shutil.copytree(tiny_checkpoint(name, torch.float32, vocab_size=len(tokenizer)), directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

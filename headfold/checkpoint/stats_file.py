@@ -1,7 +1,7 @@
-"""Calibration statistics on disk: one safetensors file with a tensor per site and statistic, and token counts in the metadata."""
+"""Calibration statistics on disk: safetensors files with a tensor per site and statistic, and token counts in the metadata."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,25 +61,34 @@ def write_stats(
 class StatsFile(Mapping[str, SiteStats]):
     """The statistics of a file by site, each read when it is requested; `metadata` describes what they were measured on.
 
+    `parts` are files with other sites of the same calibration.
+
     Raises:
         UserError: there is no such file, `headfold calibrate` did not write it, or it has no statistics of a site.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parts: Sequence[Path] = ()) -> None:
         self.path = Path(path)
+        self._file_of: dict[str, Path] = {}
+        self._counts: dict[str, int] = {}
+        self.metadata = self._added(self.path)
+        for part in parts:
+            self._added(part)
+
+    def _added(self, path: Path) -> dict[str, str]:
+        """Add a file and return its metadata."""
         try:
-            with safe_open(self.path, "pt") as file:
-                everything, self._keys = file.metadata() or {}, list(file.keys())
+            with safe_open(path, "pt") as file:
+                everything, keys = file.metadata() or {}, list(file.keys())
         except (OSError, SafetensorError) as error:
-            reason = "no such file" if not self.path.exists() else f"not a safetensors file ({error})"
-            raise UserError(
-                f"{self.path}: expected statistics, got {reason}; make them with headfold calibrate"
-            ) from error
+            reason = "no such file" if not path.exists() else f"not a safetensors file ({error})"
+            raise UserError(f"{path}: expected statistics, got {reason}; make them with headfold calibrate") from error
         if _COUNTS not in everything:
-            raise UserError(f"{self.path}: expected statistics, got other tensors; make them with headfold calibrate")
-        self._counts: dict[str, int] = json.loads(everything[_COUNTS])
+            raise UserError(f"{path}: expected statistics, got other tensors; make them with headfold calibrate")
+        self._file_of |= dict.fromkeys(keys, path)
+        self._counts |= json.loads(everything[_COUNTS])
         # The library keeps no order, and a plan that quotes this must come out the same every time.
-        self.metadata = {key: value for key, value in sorted(everything.items()) if key != _COUNTS}
+        return {key: value for key, value in sorted(everything.items()) if key != _COUNTS}
 
     def __getitem__(self, site: str) -> SiteStats:
         if site not in self._counts:
@@ -87,13 +96,15 @@ class StatsFile(Mapping[str, SiteStats]):
                 f"{self.path.name} has no statistics for {site} (it lists {len(self)} sites of another model?); "
                 "run headfold calibrate on this model"
             )
-        names = [key.removeprefix(f"{site}/") for key in self._keys if key.rpartition("/")[0] == site]
-        with safe_open(self.path, "pt") as file:
-            return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in names}, self._counts[site])
+        found = {
+            key.removeprefix(f"{site}/"): file for key, file in self._file_of.items() if key.rpartition("/")[0] == site
+        }
+        with safe_open(next(iter(found.values()), self.path), "pt") as file:
+            return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in found}, self._counts[site])
 
     def sample(self) -> dict[str, Tensor] | None:
         """Return the calibration data, if it was stored."""
-        names = [key.removeprefix(_SAMPLE) for key in self._keys if key.startswith(_SAMPLE)]
+        names = [key.removeprefix(_SAMPLE) for key in self._file_of if key.startswith(_SAMPLE)]
         with safe_open(self.path, "pt") as file:
             found = {name: file.get_tensor(f"{_SAMPLE}{name}") for name in sorted(names)}
         return {name: t.to(torch.int64) if t.dtype == torch.int32 else t for name, t in found.items()} or None
@@ -101,9 +112,9 @@ class StatsFile(Mapping[str, SiteStats]):
     def positions_per_dim(self, site: str) -> float:
         """Return how many positions were measured at a site for each dim of its inputs: of its queries or of its keys, the fewer."""
         found = []
-        with safe_open(self.path, "pt") as file:
-            for name in ("second", "query_second"):
-                if self.holds(site, name):
+        for name in ("second", "query_second"):
+            if self.holds(site, name):
+                with safe_open(self._file_of[f"{site}/{name}"], "pt") as file:
                     sums = file.get_slice(f"{site}/{name}")
                     dims = sums.get_shape()[0] - 1
                     found.append(float(sums[dims:, dims:].sum()) / dims)
@@ -111,7 +122,7 @@ class StatsFile(Mapping[str, SiteStats]):
 
     def holds(self, site: str, name: str) -> bool:
         """Return whether a statistic was measured at a site; nothing is read."""
-        return f"{site}/{name}" in self._keys
+        return f"{site}/{name}" in self._file_of
 
     def __contains__(self, site: object) -> bool:
         return site in self._counts

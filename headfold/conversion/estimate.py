@@ -18,16 +18,25 @@ TEXT_TOKENS, SPEECH_TOKENS = 32, 64
 
 
 def estimated_seconds(
-    teacher: Teacher, request: FoldRequest, *, measured: bool, fitted: Mapping[str, Collection[str]], verifies: bool
+    teacher: Teacher,
+    request: FoldRequest,
+    *,
+    measured: bool,
+    fitted: Mapping[str, Collection[str]],
+    verifies: bool,
+    single_pass: bool = False,
 ) -> dict[str, float]:
     """Return seconds by stage, in the order of a fold. What cannot be counted is left out.
 
-    `measured` says whether there are statistics, `fitted` which sites an earlier run refitted and healed.
+    `measured` says whether there are statistics, `fitted` which sites an earlier run refitted and healed, `single_pass` whether calibration
+    and refit share one pass over the data.
     """
     source, calibrates, operations = teacher.source, bool(request.statistics) and not measured, dict[str, Operations]()
     sizes = [max(source.checkpoint.tensors[site.tensor("o")].shape) for site in source.sites]
     with suppress(Exception):
-        operations |= _fitting(source, request, max(sizes), calibrates, fitted) if request.calibration else {}
+        operations |= (
+            _fitting(source, request, max(sizes), calibrates, fitted, single_pass) if request.calibration else {}
+        )
     with suppress(Exception):
         operations |= {"verify": _verifying(source)} if verifies else {}
     operations |= {"plan": planning_operations(sizes)} if request.plan is None and request.statistics else {}
@@ -38,7 +47,12 @@ def estimated_seconds(
 
 
 def _fitting(
-    source: Source, request: FoldRequest, hidden_size: int, calibrates: bool, fitted: Mapping[str, Collection[str]]
+    source: Source,
+    request: FoldRequest,
+    hidden_size: int,
+    calibrates: bool,
+    fitted: Mapping[str, Collection[str]],
+    single_pass: bool,
 ) -> dict[str, Operations]:
     """Return the operations of the stages that run the original on calibration data."""
     data, sites = request.calibration, {site.name for site in source.sites}
@@ -55,6 +69,7 @@ def _fitting(
         calibrates=calibrates,
         refits=changed - {*fitted["refit"]} if request.settings["refit"] else (),
         heals=changed - {*fitted["heal"]} if request.heal_tokens else (),
+        records=not single_pass,
         healed=request.heal_tokens / (1 if data.kind in ("images", "audio") else length),
     )
 

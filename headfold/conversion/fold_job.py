@@ -1,7 +1,7 @@
 """One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes and was to take."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +11,15 @@ from ..checkpoint.staging import job_key, open_staging
 from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
+from ..core.stats import SiteStats
+from ..families.spec import Site
 from ..parallel import on_main, on_main_only
+from ..refine.fitting import Watch
 from ..report.tables import estimate
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
+from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source
 from .teacher import Teacher
@@ -53,19 +57,24 @@ class FoldJob:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Record the seconds that a stage takes."""
-        started = time.monotonic()
+        """Add the seconds that a stage takes, without those of stages inside it."""
+        started, before = time.monotonic(), sum(self.seconds.values())
         yield
-        self.seconds[stage] = round(time.monotonic() - started, 3)
+        inside = sum(self.seconds.values()) - before
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
 
-    def estimate(self, teacher: Teacher, request: FoldRequest, given: StatsFile | None, verifies: bool) -> str:
+    def estimate(
+        self, teacher: Teacher, request: FoldRequest, given: StatsFile | None, verifies: bool, *, single_pass: bool
+    ) -> str:
         """Estimate how long what is left to do will take, and return a line on it; an empty one where it is not long."""
         fitted = {
             stage: {file.stem for file in (self.work / stage).glob("*.safetensors")} for stage in ("refit", "heal")
         }
         measured = given is not None or (self.work / _STATISTICS).exists()
         with suppress(Exception):  # a fold does not fail because of it
-            self.estimated = estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies)
+            self.estimated = estimated_seconds(
+                teacher, request, measured=measured, fitted=fitted, verifies=verifies, single_pass=single_pass
+            )
         return f"fold: {estimate(self.estimated)}" if sum(self.estimated.values()) >= SAID_FROM else ""
 
     def calibrated(self, teacher: Teacher, given: StatsFile | None, needed: frozenset[str]) -> StatsFile | None:
@@ -80,15 +89,34 @@ class FoldJob:
             teacher.use_sample(stats)
             return stats
 
-    def refitted(
-        self, teacher: Teacher, plan: Plan, stats: StatsFile | None
-    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
-        """Return the refitted heads and what they were fitted on; sites that an earlier run refitted are not refitted again."""
+    def planned(self, teacher: Teacher, request: FoldRequest, stats: StatsFile | None) -> Plan:
+        """Return the plan that was given, else make one."""
+        with self.timed("plan"):
+            return request.plan or on_main(lambda: plan_uniform(
+                teacher.source, request.kv_heads, request.group, request.merge, stats, self.settings["seed"], teacher.progress,
+                request.head_dim_multiple,
+            ))  # fmt: skip
+
+    def refit(
+        self,
+        teacher: Teacher,
+        plan_of: Callable[[Site], Plan],
+        stats: Mapping[str, SiteStats] | None,
+        watch: Watch | None = None,
+    ) -> None:
+        """Refit the sites that no earlier run refitted; `plan_of`, `stats` and `watch` as in `Teacher.refit`."""
         with self.timed("refit"):
             fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
             if self._lacks_sites(teacher.source, fitted):
-                teacher.refit(plan, stats, fitted)
-            return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
+                teacher.refit(plan_of, stats, fitted, watch)
+
+    def refitted(
+        self, teacher: Teacher, plan: Plan, stats: StatsFile | None
+    ) -> tuple[Mapping[str, FittedHeads], Fitting]:
+        """Return the refitted heads of every site and what they were fitted on."""
+        self.refit(teacher, lambda site: plan, stats)
+        fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
+        return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
 
     def healed(
         self,

@@ -26,6 +26,7 @@ from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import heal, refit
+from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..surgery import kept_weights, query_order, site_heads
 from .calibration_config import CalibrationConfig
@@ -122,17 +123,31 @@ class Teacher:
         sample, model = self.sample, self.model
         advance = counter(self.progress, "calibrate", calibrating.total_tokens(sample))
         sums = calibrating.collect(model, self.source.every_site, sample, advance, statistics)
-        metadata = {"model": self.source.checkpoint.fingerprint(), **self.facts()}
+        metadata = self.statistics_metadata()
         on_main(lambda: write_stats(path, sums, metadata, sample))
         return metadata
+
+    def statistics_metadata(self) -> dict[str, str]:
+        """Return what a file of statistics says of the model and of the calibration data."""
+        return {"model": self.source.checkpoint.fingerprint(), **self.facts()}
 
     def facts(self) -> dict[str, str]:
         """Return what describes the calibration data in files and cards."""
         return self._require_config().facts(self.sample)
 
-    def refit(self, plan: Plan, stats: Mapping[str, SiteStats] | None, fitted: FittedSites) -> None:
-        """Refit the sites that `fitted` lacks to the original's answers, and keep them there with what of their merge stays."""
-        self._fit("refit", refit.refit, refit.tokens_per_block(self.sample), plan, stats, None, fitted)
+    def refit(
+        self,
+        plan_of: Callable[[Site], Plan],
+        stats: Mapping[str, SiteStats] | None,
+        fitted: FittedSites,
+        watch: Watch | None = None,
+    ) -> None:
+        """Refit the sites that `fitted` lacks to the original's answers, and keep them there with what of their merge stays.
+
+        A site's plan and statistics are asked for when its block has run; `watch` as in `refine.fitting.fit`.
+        """
+        fit = partial(refit.refit, watch=watch)
+        self._fit("refit", fit, refit.tokens_per_block(self.sample), plan_of, stats, None, fitted)
 
     def heal(
         self,
@@ -147,7 +162,7 @@ class Teacher:
         trainer = self._with_more_data(tokens)
         total = heal.tokens_per_block(trainer.sample, tokens)
         fit = partial(heal.heal, tokens=tokens, seed=seed)
-        trainer._fit("heal", fit, total, plan, stats, refits, healed)
+        trainer._fit("heal", fit, total, lambda site: plan, stats, refits, healed)
 
     def _with_more_data(self, tokens: int) -> "Teacher":
         """Return a teacher with as much more data of the same source as healing uses and memory holds.
@@ -172,7 +187,7 @@ class Teacher:
         stage: str,
         fit: Callable[..., Any],
         tokens: int,
-        plan: Plan,
+        plan_of: Callable[[Site], Plan],
         stats: Mapping[str, SiteStats] | None,
         refits: Mapping[str, FittedHeads] | None,
         fitted: FittedSites,
@@ -180,20 +195,27 @@ class Teacher:
         """Run `fit` on every site that `fitted` lacks; it runs `tokens` tokens through each. Rank 0 merges and keeps, all ranks fit."""
         read, model, facts = self.source.checkpoint.read, self.model, self.facts()
         sites = {site.name: site for site in self.source.sites}
+        # One site in memory at a time.
         merged: dict[str, Heads] = {}
+        plans: dict[str, Plan] = {}
 
         def merge(site: Site) -> Heads:
-            merged.clear()  # one site in memory at a time
-            merged[site.name] = on_main(partial(site_heads, site, plan, read, stats, refits))
+            merged.clear()
+            plans.clear()
+            plans[site.name] = plan_of(site)
+            merged[site.name] = on_main(partial(site_heads, site, plans[site.name], read, stats, refits))
             return merged[site.name]
 
+        def order(site: Site) -> tuple[int, ...]:
+            return query_order(site, plans[site.name])
+
         def keep(name: str, found: FittedHeads) -> None:
-            whole = found if kept_weights(sites[name], plan) else found.completed(merged[name])
+            whole = found if kept_weights(sites[name], plans[name]) else found.completed(merged[name])
             on_main_only(lambda: fitted.put(name, whole, facts))
 
         done = on_main(lambda: frozenset(fitted))
         fit(
-            model, self.source.sites, merge, self.sample, order=partial(query_order, plan=plan), skip=done, keep=keep,
+            model, self.source.sites, merge, self.sample, order=order, skip=done, keep=keep,
             progress=counter(self.progress, stage, tokens * len(sites)),
         )  # fmt: skip
 

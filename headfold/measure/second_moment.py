@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..core.products import self_product
+
 
 def observe(
     x: Float[Tensor, "sequence token model"], mask: Bool[Tensor, "sequence token"] | None = None
@@ -18,7 +20,7 @@ def observe(
     lengths = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
     x = x if mask is None else x * mask[..., None].to(x.dtype)
     flat = x.reshape(-1, model)
-    product = (flat.T @ flat).to(torch.float64)
+    product = self_product(flat).to(torch.float64)
     sums = x.sum(1).to(torch.float64)
     second = torch.empty(model + 1, model + 1, dtype=torch.float64)
     second[:model, :model] = product

@@ -121,7 +121,10 @@ def first_hidden_states(
 def block_keywords(
     model: "PreTrainedModel", blocks: list[Block], batch: Int[Tensor, "batch token"]
 ) -> list[dict[str, Any]]:
-    """Return the arguments of every block besides the hidden states, for batches of this shape."""
+    """Return the arguments of every block besides the hidden states, for batches of this shape.
+
+    They depend on the shape alone, so blocks of one class need not run, but for the first, which tells the form of their output.
+    """
     recorded: dict[int, dict[str, Any]] = {}
 
     def recorder(index: int) -> Callable[..., None]:
@@ -131,13 +134,38 @@ def block_keywords(
 
         return record
 
-    handles = [b.block.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    try:
+    with ExitStack() as stack:
+        for index, each in enumerate(blocks):
+            handle = each.block.register_forward_pre_hook(recorder(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(_not_run([each.block for each in blocks]))
         model.base_model(input_ids=batch.to(input_device(model)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [recorded[index] for index in range(len(blocks))]
+
+
+@contextmanager
+def _not_run(blocks: list[nn.Module]) -> Iterator[None]:
+    """Return a context in which all blocks but the first pass their hidden states on, if they are of its class."""
+    first, *others = blocks
+    others = [block for block in others if type(block) is type(first)]
+    whole: list[bool] = []
+    handle = first.register_forward_hook(lambda module, args, output: whole.append(isinstance(output, Tensor)))
+
+    def passes_on(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if whole[0] else (hidden, None, None)
+
+    own = [vars(block).get("forward") for block in others]  # accelerate sets one where it streams weights
+    for block in others:
+        block.forward = passes_on
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block, forward in zip(others, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def twin(attention: nn.Module, site: Site, weights: Mapping[str, Tensor]) -> nn.Module:

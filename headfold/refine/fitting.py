@@ -5,6 +5,7 @@ original's residual stream, gains little, runs the folded model beside the origi
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ PORTION_BYTES = 2**31
 """Bytes of recorded calls held at once where blocks cannot be run one by one."""
 
 Keep = Callable[[str, FittedHeads], None]
+Watch = Callable[[Site], AbstractContextManager[Callable[[Sample], object]]]
+"""A context for the time in which a site's block runs on all batches, with a function that is told of every batch before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,14 @@ def fit(
     skip: Container[str] = (),
     keep: Keep | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    watch: Watch | None = None,
 ) -> dict[str, FittedHeads]:
     """Return the fitted heads of every site, or pass them to `keep`.
 
     `model` is the original under stock transformers; `merged(site)` returns the site's merged heads in standard order,
     `order(site)` that order: new position → query head of the original. The sites in `skip` are left out. `keep` is called with
     each site's fitted heads as soon as they are known; nothing is returned then. `progress` is called with numbers of tokens.
+    `watch` needs a model that runs block by block (`runs_by_block`); after its context for a site comes the site's `merged`.
 
     Decoders of packed text whose class counts K/V heads (their blocks take only hidden states by position) are run block by block,
     so that one block is in memory; other models are run as a whole, for some of the sites at a time. Each rank records and runs
@@ -62,7 +67,7 @@ def fit(
     """
     found: dict[str, FittedHeads] = {}
     numbers = share(len(batches))
-    for site, recorded in _recorded(model, sites, [batches[number] for number in numbers]):
+    for site, recorded in _recorded(model, sites, [batches[number] for number in numbers], watch):
         left = solver.tokens
         if site.name in skip:
             progress(left)
@@ -99,17 +104,29 @@ def fit(
     return found
 
 
+def runs_by_block(sites: list[Site], sample: Sample) -> bool:
+    """Return whether a model with these sites is run on such data block by block: a decoder on packed text."""
+    return is_packed_text(sample) and all(site.stock_gqa for site in sites)
+
+
 def _recorded(
-    model: "PreTrainedModel", sites: list[Site], batches: list[Sample]
+    model: "PreTrainedModel", sites: list[Site], batches: list[Sample], watch: Watch | None
 ) -> Iterator[tuple[Site, list[RecordedCall]]]:
     """Yield every site with all the calls that its attention received."""
     if not batches:
         yield from ((site, []) for site in sites)
         return
-    if is_packed_text(batches[0]) and all(site.stock_gqa for site in sites):
+    if runs_by_block(sites, batches[0]):
+        watch = watch or (lambda site: nullcontext(lambda batch: None))
         for block, visit in walk(model, sites, [batch["input_ids"] for batch in batches]):
-            yield block.site, [RecordedCall(*visit(number), None) for number in range(len(batches))]
+            calls = []
+            with watch(block.site) as tell:
+                for number, batch in enumerate(batches):
+                    tell(batch)
+                    calls.append(RecordedCall(*visit(number), None))
+            yield block.site, calls
         return
+    assert watch is None, "only a model that runs block by block can be watched"
     first = {site.name: one for site, one in _calls(model, sites, batches[0])}
     portions = list(_portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)))
     # The first calls of other portions would take memory until it is their turn.

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from ..core.heads import Heads, KeyFreedom
+from ..core.products import self_product
 from ..core.query_sample import num_sampled_queries
 from ..core.stats import NARROW
 from ..parallel import all_reduce
@@ -331,7 +332,7 @@ def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, T
         left += torch.einsum("bhtd,bhte->hde", pulled, pulled)
         x = at.inputs.to(rows.dtype)
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
-        right += x.T @ x
+        right += self_product(x)
     left = all_reduce(left) / _num_queries(mixtures.samples, device)
     return damped(left, _DAMPING), damped(all_reduce(right), damping)
 

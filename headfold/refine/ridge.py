@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
+from ..core.products import self_product
 from ..parallel import all_reduce
 from .recorded import RecordedSite
 
@@ -24,7 +25,7 @@ def refit_output(site_calls: RecordedSite, heads: Heads, ridge: float) -> Heads:
     for number in site_calls.numbers:
         replay = site_calls.run(heads, number)
         a = torch.cat([replay.inputs, replay.inputs.new_ones(len(replay.inputs), 1)], 1)
-        gram += (a.T @ a).double()
+        gram += self_product(a).double()
         cross += (a.T @ (replay.target - replay.output)).double()
     step = _solved(all_reduce(gram), all_reduce(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
     o = heads.o + step[:-1].reshape(heads.o.shape)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.heads import Heads
+from ..core.products import self_product
 from ..parallel import all_reduce, on_main
 from .kronecker import damped, inverse
 from .recorded import RecordedSite
@@ -107,7 +108,7 @@ def _gradient(
             x = torch.cat([replay.value_inputs, replay.value_inputs.new_ones(len(replay.value_inputs), 1)], 1)[
                 :, : len(moments)
             ]
-            moments += (x.T @ x).double()
+            moments += self_product(x).double()
     return all_reduce(total), all_reduce(positions)
 
 

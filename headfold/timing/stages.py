@@ -55,10 +55,17 @@ class Operations:
 
 
 def fitting_operations(
-    data: CalibrationPass, *, calibrates: bool, refits: Collection[str], heals: Collection[str], healed: float
+    data: CalibrationPass,
+    *,
+    calibrates: bool,
+    refits: Collection[str],
+    heals: Collection[str],
+    healed: float,
+    records: bool = True,
 ) -> dict[str, Operations]:
     """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
 
+    A refit records what the blocks do in a pass of its own if `records`.
     A site is healed on `healed` items, which are drawn anew where the model does not write them.
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
@@ -67,7 +74,8 @@ def fitting_operations(
         found["calibrate"] = Operations(data.items * (CALIBRATE * once.blocks / shared + sampling))
     if refits:
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
-        found["refit"] = Operations(data.items * once.blocks / shared, precise / shared)
+        recorded = data.items * once.blocks if records else 0.0
+        found["refit"] = Operations(recorded / shared, precise / shared)
     if heals:
         drawn = max(data.items, healed) if data.cached is None else data.items
         trained = HEAL * healed * sum(once.sites[name] for name in heals)

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.staging import commit, refuse_overlap
+from ..conversion import single_pass
 from ..conversion.calibration_config import CalibrationRequest
 from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
 from ..conversion.outputs import removed_if_empty
-from ..conversion.plans import plan_uniform, sites_with_assumed_distances
+from ..conversion.plans import sites_with_assumed_distances
 from ..conversion.provenance import Fitting, card_facts, notes_on
 from ..conversion.serving_cost import serving_cost
 from ..conversion.source import open_source, open_stats
@@ -73,8 +74,7 @@ def fold(
         merge: Merge method with its options.
         refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
         heal: Train the attention of every block alone after that, on `heal_tokens` tokens of the calibration data.
-        heal_tokens: Tokens or items to heal each block on, drawn anew where the source has more; by default `refine.heal.TOKENS`
-            tokens or `refine.heal.ITEMS` items.
+        heal_tokens: Tokens or items to heal each block on, drawn anew where there are more; by default `refine.heal.TOKENS` or `ITEMS`.
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
         tokens: Calibration tokens of a language model.
@@ -117,13 +117,14 @@ def fold(
         teacher.use_sample(given)
 
     with removed_if_empty(job.staging):
-        if line := on_main_only(lambda: job.estimate(teacher, request, given, verify)):
+        once = on_main(lambda: single_pass.suits(source, request, given))
+        if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)
-        statistics = job.calibrated(teacher, given, request.statistics)
-        with job.timed("plan"):
-            made = request.plan or on_main(lambda: plan_uniform(
-                source, request.kv_heads, request.group, request.merge, statistics, seed, progress, request.head_dim_multiple
-            ))  # fmt: skip
+        if once:
+            statistics, made = single_pass.calibrate_plan_and_refit(job, teacher, request)
+        else:
+            statistics = job.calibrated(teacher, given, request.statistics)
+            made = job.planned(teacher, request, statistics)
         written_layout = on_main(lambda: choose_fold_layout(source, made, layout))
         shrinks = any(made.num_kv_heads[site.name] < site.num_kv_heads for site in source.sites)
         refits, fitting = job.refitted(teacher, made, statistics) if refit and shrinks else (None, Fitting())

@@ -1,0 +1,170 @@
+"""Calibration, plan and refit in one pass: the bytes of a fold in steps, every block run once, nothing begun that cannot be written."""
+
+import random
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_corpus import tokenizer  # noqa: F401 (a fixture)
+from test_fold import same_bytes, untouched
+from tiny import readable_checkpoint, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
+
+import headfold
+from headfold import calibration, planning
+from headfold.conversion import single_pass, teacher
+from headfold.conversion.fold_result import FoldResult
+from headfold.conversion.teacher import Teacher
+from headfold.core.errors import UserError
+from headfold.refine.blocks import block_keywords, blocks_of
+
+TOKENS, CONTEXT, BATCH_TOKENS = 2048, 32, 512
+"""Four batches, and enough for W_q."""
+MODELS = ["llama", "qwen3", "phi3", "mixtral", "gpt_neox", "llama-bias-gqa"]
+COUNTS_NO_KV_HEADS = {"gpt_neox"}
+KEEPS_HEAD_DIM = {"qwen3", "phi3", "gpt_neox"}
+
+
+@pytest.fixture(autouse=True)
+def _several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(random.Random(0).choices(string.ascii_lowercase + " ", k=4000)))
+    return str(path)
+
+
+def fold(source: Path, out: Path, text: str, **options: Any) -> FoldResult:
+    return headfold.fold(source, out, calibration=text, tokens=TOKENS, context=CONTEXT, **{"kv_heads": 2, **options})
+
+
+def counted(calls: Counter[str], method: Any) -> Any:
+    """The same method, which counts its calls."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        calls[method.__name__] += 1
+        return method(*args, **keywords)
+
+    return call
+
+
+def in_steps(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(single_pass, "suits", lambda *args: False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"merge": "procrustes"}, {"head_dim_multiple": 2}], ids=str)
+def test_one_pass_makes_the_bytes_of_a_fold_in_steps(
+    name: str,
+    options: dict[str, Any],
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "head_dim_multiple" in options and name in KEEPS_HEAD_DIM:
+        pytest.skip("its heads keep their head_dim, or fold in steps")
+    source, calls = readable_checkpoint(tmp_path / "source", tokenizer, name), Counter[str]()
+    monkeypatch.setattr(Teacher, "write_statistics", counted(calls, Teacher.write_statistics))
+    one = fold(source, tmp_path / "one", text, **options)
+    assert one.refitted and set(one.seconds) == {"calibrate", "plan", "refit", "write", "verify"}
+    assert bool(calls) == (name in COUNTS_NO_KV_HEADS)
+    in_steps(monkeypatch)
+    fold(source, tmp_path / "steps", text, **options)
+    assert calls
+    same_bytes(tmp_path / "one", tmp_path / "steps")
+
+
+def test_a_plan_that_is_given_is_folded_in_one_pass_too(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, calls = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    made = fold(source, tmp_path / "made", text)
+    monkeypatch.setattr(planning, "make_plan", counted(calls, planning.make_plan))
+    again = fold(source, tmp_path / "again", text, kv_heads=None, plan=tmp_path / "made" / "plan.json")
+    assert again.plan == made.plan and not calls
+    same_bytes(tmp_path / "made", tmp_path / "again")
+
+
+def test_every_block_runs_once_on_every_batch(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, runs = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    opened = teacher.open_finite
+
+    def open_finite(*args: Any) -> Any:
+        model = opened(*args)
+        for name, module in model.named_modules():
+            if name.endswith(".mlp"):  # the copies that a refit runs are of the attention
+                module.register_forward_pre_hook(lambda module, inputs, name=name: runs.update([name]))
+        return model
+
+    monkeypatch.setattr(teacher, "open_finite", open_finite)
+    fold(source, tmp_path / "one", text, verify=False)
+    first, second = runs.values()
+    assert second == TOKENS // BATCH_TOKENS and first == second + 1  # once more for the form of its output
+    runs.clear()
+    in_steps(monkeypatch)
+    fold(source, tmp_path / "steps", text, verify=False)
+    assert min(runs.values()) == 2 * second
+
+
+def test_a_layout_that_cannot_be_is_refused_before_the_work(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = readable_checkpoint(tmp_path / "source", tokenizer)
+    monkeypatch.setattr(teacher, "open_finite", None)
+    with pytest.raises(UserError, match="layout"):
+        fold(source, tmp_path / "out", text, layout="gpt-bigcode")
+    untouched(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_activations_that_are_not_finite_are_refused(text: str, tmp_path: Path, tokenizer: Any) -> None:  # noqa: F811
+    source = readable_checkpoint(tmp_path / "source", tokenizer)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"] *= 1e38
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.self: activations are not finite"):
+        fold(source, tmp_path / "out", text)
+    untouched(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "phi3", "phi", "stablelm", "gemma2", "olmo"])
+def test_what_blocks_receive_is_learnt_without_running_them(name: str) -> None:
+    model, tokens = stock_model(tiny_checkpoint(name)), tiny_tokens(3, 16)
+    blocks = blocks_of(model, [site for site, _ in tiny_sites(tiny_checkpoint(name))])
+    whole: list[dict[str, Any]] = []
+    handles = [
+        each.block.register_forward_pre_hook(lambda module, args, given: whole.append(given), with_kwargs=True)
+        for each in blocks
+    ]
+    before = model(tokens).logits
+    for handle in handles:
+        handle.remove()
+    assert len(whole) == len(blocks) > 1
+    found = block_keywords(model, blocks, tokens)
+    assert torch.equal(model(tokens).logits, before)  # all blocks run again
+    for mine, theirs in zip(found, whole, strict=True):
+        for key in ("position_embeddings", "attention_mask", "position_ids", "cache_position"):
+            for a, b in zip(tensors(mine.get(key)), tensors(theirs.get(key)), strict=True):
+                assert torch.equal(a, b)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value or ())
