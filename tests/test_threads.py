@@ -27,7 +27,9 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared(root: Path, **environment: str) -> dict[str, str]:
+    """What is set beside huge pages."""
     threads.prepare(environment, root)
+    assert environment.pop("THP_MEM_ALLOC_ENABLE") == "1"
     return environment
 
 
@@ -76,3 +78,26 @@ def test_the_command_line_decides_before_torch_is_loaded() -> None:
     code = "import sys, headfold.cli; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
+
+
+def test_the_users_word_on_huge_pages_stays(tmp_path: Path) -> None:
+    environment = {"THP_MEM_ALLOC_ENABLE": "0"}
+    threads.prepare(environment, tmp_path)
+    assert environment == {"THP_MEM_ALLOC_ENABLE": "0"}
+
+
+def test_torch_takes_huge_pages_when_told_to() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("the system gives huge pages to all processes or to none")
+    code = (
+        "import resource, torch\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.empty(2**25).fill_(1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"THP_MEM_ALLOC_ENABLE": word}))
+        for word in "01"
+    ]
+    assert faults[0] > 2**25 * 4 // 4096 > 4 * faults[1]

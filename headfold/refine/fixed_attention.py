@@ -18,8 +18,8 @@ NAME = "headfold-fixed"
 """The name under which transformers finds this attention."""
 KEPT_BYTES = 2**30
 """Bytes of attention weights of one site that each process keeps."""
-_ROWS = 256
-"""Queries at a time. Of causal weights only the keys up to the last of them are computed and kept."""
+_ROWS = 64
+"""Queries at a time. Of causal weights only the keys up to the last of them are computed and kept, so fewer rows waste less."""
 
 Part = tuple[slice, Float[Tensor, "batch_times_group head_times_row key"]]
 """Rows of the queries, and their weights on the first keys."""
