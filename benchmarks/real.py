@@ -3,9 +3,10 @@
     python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm] [--rows NAME,…] [--seeds 3] [--data DIR]
 
 MODELS is the folder that `scripts/real_models.py` made, `--data` the folder of WikiText-2 and of the recordings. Every fold is a process
-of its own; its peak memory is what the system reports of it. Rows that draw nothing at random but calibration data have a run per seed;
-those with training have the first seed alone. Results go to benchmarks/results/real-MODEL.json after each row, and a run goes on where
-an earlier one stopped. Loss is in nats per token, against the original on the same text.
+of its own; its peak memory is what the system reports of it. Folds without a refit, and those of a budget, take statistics measured
+before; the others calibrate themselves, which their seconds include. Rows that draw nothing at random but calibration data have a run
+per seed; those with training have the first seed alone. Results go to benchmarks/results/real-MODEL.json after each row, and a run goes
+on where an earlier one stopped. Loss is in nats per token, against the original on the same text.
 """
 
 import argparse
@@ -101,14 +102,16 @@ class Bench:
         """Fold, verify and measure once."""
         _, kv_heads, how = row
         out, plan = self.work / "folded", self.work / "plan.json"
-        stats = ("--stats", self.statistics_of(seed), "--seed", str(seed))
+        data: tuple[Any, ...] = (*self._calibration, "--seed", str(seed))
+        if "--no-refit" in how or kv_heads.endswith("%"):
+            data = ("--stats", self.statistics_of(seed), "--seed", str(seed))
         shutil.rmtree(out, ignore_errors=True)
         planning = 0.0
         words: tuple[Any, ...] = ("--kv-heads", kv_heads)
         if kv_heads.endswith("%"):
-            _, planning, _ = command("plan", self.model, plan, "--kv-budget", kv_heads, *how, *stats, "--force")
+            _, planning, _ = command("plan", self.model, plan, "--kv-budget", kv_heads, *how, *data, "--force")
             words, how = ("--plan", plan), ()
-        made, seconds, memory = command("fold", self.model, out, *words, *how, *stats)
+        made, seconds, memory = command("fold", self.model, out, *words, *how, *data)
         return {
             "seconds": round(seconds + planning, 1), "stages": {k: round(v, 1) for k, v in made["seconds"].items() if v},
             "peak_bytes": memory, "kv_bytes_per_token": made["after"]["kv_bytes_per_token"],

@@ -3,9 +3,10 @@
     python benchmarks/stages.py MODEL --text FILE --work DIR [--kv-heads 1] [--tokens 32768] [--context 1024] [--out FILE]
 
 Three parts: matrix products of the machine, in float32 and in the dtype of the weights; the forward pass of the stock model over as
-many tokens of the text, without the head, between two folds; and the folds, timed by the command line. A last fold is run in this process
-under PyTorch's counter of operations and is not timed. A stage's share of the peak takes all its operations to be in that dtype. Results
-go to benchmarks/results/stages.json.
+many tokens of the text, without the head, between two folds; and the folds, timed by the command line. Calibration and a fold from its
+statistics are run once more in this process, under PyTorch's counter of operations, and not timed; the forward pass that such a refit
+needs is not counted, as a whole fold has but one. A stage's share of the peak takes all its operations to be in that dtype. Results go
+to benchmarks/results/stages.json.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def forward_seconds(model: Path, text: Path, tokens: int, context: int) -> tuple
     return seconds, counter.get_total_flops() * len(windows) // len(batches[0])
 
 
-def counted(model: Path, out: Path, **how: object) -> Counter[str]:
-    """Return the operations of each stage of a fold."""
+def counted(model: Path, work: Path, kv_heads: str, forward: int, **data: object) -> Counter[str]:
+    """Return the operations of each stage of a fold; `forward` are those of a forward pass."""
     found: Counter[str] = Counter()
     seen = [0]
     with FlopCounterMode(display=False) as counter:
@@ -67,7 +68,11 @@ def counted(model: Path, out: Path, **how: object) -> Counter[str]:
             found[stage] += now - seen[0]
             seen[0] = now
 
-        headfold.fold(model, out, progress=progress, **how)
+        stats = work / "stats.safetensors"
+        headfold.calibrate(model, stats, progress=progress, **data)
+        headfold.fold(model, work / "counted", kv_heads=kv_heads, stats=stats, progress=progress)
+    shutil.rmtree(work / "counted")
+    found["refit"] -= forward
     return found
 
 
@@ -97,15 +102,9 @@ def main() -> None:
         made, whole, memory = command(*words)
         folds.append({**made["seconds"], "whole": whole, "peak_bytes": memory})
     print("operations", flush=True)
-    how = {
-        "kv_heads": options.kv_heads,
-        "calibration": str(options.text),
-        "tokens": options.tokens,
-        "context": options.context,
-    }
     shutil.rmtree(fold)
-    counts = counted(options.model, fold, **how)
-    shutil.rmtree(fold)
+    data = {"calibration": str(options.text), "tokens": options.tokens, "context": options.context}
+    counts = counted(options.model, options.work, options.kv_heads, operations, **data)
     forward, peak = statistics.median(forwards), peaks[str(dtype).removeprefix("torch.")]
     rows = {"forward": {"seconds": forward, "operations": operations, "share_of_peak": operations / forward / peak}}
     for stage in STAGES:
