@@ -16,7 +16,7 @@ from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
 from .corpus.samples import main_input
 from .families.spec import Site
-from .hf_models import input_device
+from .hf_models.streamed import input_device
 from .measure import attended, second_moment
 from .parallel import all_gather, all_reduce, falls_here, world_size
 

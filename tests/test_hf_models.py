@@ -16,6 +16,7 @@ import headfold
 from headfold import hf_models
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
+from headfold.hf_models.streamed import is_streamed
 
 STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"})
 """Models whose tensors on disk are the parameters of the module; experts are stacked on loading."""
@@ -54,7 +55,7 @@ def test_whole_is_what_transformers_itself_loads(name):
 def test_streamed_is_bitwise_the_whole_model(name, dtype):
     path = tiny_checkpoint(name)
     streamed = hf_models.open_model(path, dtype=dtype, memory_limit=0)
-    assert hf_models.is_streamed(streamed)
+    assert is_streamed(streamed)
     assert_bitwise(outputs(streamed), outputs(hf_models.open_model(path, dtype=dtype)))
     assert all(parameter.is_meta for parameter in streamed.parameters())  # nothing stays behind after the pass
 
@@ -105,7 +106,7 @@ def test_memory_decides_unless_told(monkeypatch):
         (num_bytes / hf_models.MEMORY_SHARE - 8, True),
     ]:
         monkeypatch.setattr(hf_models, "available_memory", lambda device, available=available: int(available))
-        assert hf_models.is_streamed(hf_models.open_model(path)) == streamed
+        assert is_streamed(hf_models.open_model(path)) == streamed
 
 
 @pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])

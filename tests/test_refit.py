@@ -22,7 +22,8 @@ from headfold.core.heads import Heads
 from headfold.core.plan import Plan
 from headfold.core.stats import SiteStats
 from headfold.families.spec import Site
-from headfold.hf_models import is_streamed, open_model
+from headfold.hf_models import open_model
+from headfold.hf_models.streamed import is_streamed
 from headfold.planning import make_plan
 from headfold.refine import fixed_attention, queries
 from headfold.refine.blocks import recorded_calls

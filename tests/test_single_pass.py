@@ -14,11 +14,12 @@ from test_fold import same_bytes, untouched
 from tiny import readable_checkpoint, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 
 import headfold
-from headfold import calibration, planning
+from headfold import calibration, hf_models, planning
 from headfold.conversion import single_pass, teacher
 from headfold.conversion.fold_result import FoldResult
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
+from headfold.hf_models import streamed
 from headfold.refine.blocks import block_keywords, blocks_of
 
 TOKENS, CONTEXT, BATCH_TOKENS = 2048, 32, 512
@@ -168,3 +169,23 @@ def test_what_blocks_receive_is_learnt_without_running_them(name: str) -> None:
 
 def tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else list(value or ())
+
+
+def test_a_model_larger_than_memory_is_read_once(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, reads = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    read = streamed._Weights._read
+    monkeypatch.setattr(hf_models, "exceeds_memory", lambda *args: True)
+    monkeypatch.setattr(streamed._Weights, "_read", lambda self, name: reads.update([name]) or read(self, name))
+    fold(source, tmp_path / "streamed", text, verify=False)
+    first = {name for name in reads if ".layers.0." in name}
+    assert len(first) == 9 and {reads[name] for name in first} == {2}  # once more for the form of its output
+    assert {reads[name] for name in reads.keys() - first} == {1}
+    monkeypatch.undo()
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
+    fold(source, tmp_path / "whole", text, verify=False)
+    same_bytes(tmp_path / "streamed", tmp_path / "whole")

@@ -19,7 +19,7 @@ from ..core.heads import kv_bytes
 from ..core.plan import Plan
 from ..core.progress import Progress
 from ..evaluate.sensitivity import measure_sites_alone
-from ..hf_models import is_streamed
+from ..hf_models.streamed import is_streamed
 from ..parallel import on_main
 from ..planning import Choice
 from .allocation import Allocation, CountOption, Options, allocate, allocate_qcqa

@@ -22,7 +22,8 @@ from ..corpus import open_corpus
 from ..corpus.windows import token_stream
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.context import context_length
-from ..hf_models import compute_dtype, input_device, open_model, open_tokenizer, stored_dtype
+from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
+from ..hf_models.streamed import input_device
 from ..parallel import on_main, run_shared
 from ..runtime.load import own_class
 from .bootstrap import Units

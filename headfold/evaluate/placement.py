@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..corpus.samples import Sample
-from ..hf_models import input_device
+from ..hf_models.streamed import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 
 from ..core.errors import UserError
-from ..hf_models import input_device, quiet
+from ..hf_models import quiet
+from ..hf_models.streamed import input_device
 from ..parallel import gathered_in_order, share
 from .bootstrap import Units, ratio
 

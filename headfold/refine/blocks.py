@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration import Sample, run
 from ..families.spec import Site
-from ..hf_models import input_device
+from ..hf_models.streamed import input_device, weights_held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,12 +203,14 @@ def walk(
     The function must be called once per batch, in any order, before the next block is requested.
     """
     blocks = blocks_of(model, sites)
-    keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
-    hidden = [first_hidden_states(model, blocks[0], batch) for batch in batches]
+    with weights_held(model):
+        keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
+        hidden = [first_hidden_states(model, blocks[0], batch) for batch in batches]
     for index, block in enumerate(blocks):
 
         def visit(number: int, index: int = index, block: Block = block) -> tuple[Call, Tensor]:
             hidden[number], call, output = block.run(hidden[number], keywords[len(batches[number])][index])
             return call, output
 
-        yield block, visit
+        with weights_held(model):
+            yield block, visit

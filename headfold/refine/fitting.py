@@ -15,7 +15,7 @@ from ..calibration import Sample, is_packed_text, mask_of, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
-from ..hf_models import input_device
+from ..hf_models.streamed import input_device
 from ..parallel import share, world_size
 from .blocks import recorded_calls, walk
 from .recorded import RecordedCall, RecordedSite

@@ -111,6 +111,7 @@ class RecordedSite:
         core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
         self._fixed = fixed_attention.install(core) if fixes_attention and head_dim_multiple == 1 else None
         self._parameters = dict(self._module.named_parameters())
+        self._written: tuple[Heads, dict[str, Tensor]] | None = None
         self._unread = self._query_and_key_projections() if self._fixed is not None else {}
         self._output = self._submodule("o")
         if "v" in site.paths:
@@ -231,11 +232,15 @@ class RecordedSite:
         return AttentionInputs(*caught, inputs[0], mask)
 
     def _tensors(self, heads: Heads) -> dict[str, Tensor]:
-        """Return the module's parameters that depend on the heads, by name in the module."""
+        """Return the module's parameters that depend on the heads, by name in the module; made once for calls with the same heads."""
+        if self._written is not None and self._written[0] is heads:
+            return self._written[1]
         tensors = write_heads(self.site, heads.expand(self.site.num_kv_heads), in_slots=self._head_dim_multiple > 1)
         names = local_names(self.site)
         local = {names[name]: t for name, t in tensors.items()}
-        return {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
+        found = {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
+        self._written = None if any(t.requires_grad for t in found.values()) else (heads, found)
+        return found
 
 
 def _rows(tensor: Tensor, kept: Tensor | None) -> Tensor:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint.reader import Checkpoint, refuse_remote_code
-from .core.errors import UserError
-from .parallel import num_local_processes
+from ..checkpoint.reader import Checkpoint, refuse_remote_code
+from ..core.errors import UserError
+from ..parallel import num_local_processes
+from .streamed import first_line, name_on_disk, open_streamed, refuse_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -165,7 +166,7 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         with quiet():
             return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # half a dozen types, by what is missing
-        raise UserError(f"{path}: the tokenizer does not load: {_first_line(error)}") from error
+        raise UserError(f"{path}: the tokenizer does not load: {first_line(error)}") from error
 
 
 def open_processor(kind: str, path: str | Path) -> Any:
@@ -183,7 +184,7 @@ def open_processor(kind: str, path: str | Path) -> Any:
         with quiet():
             return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # half a dozen types, by what is wrong with it
-        raise UserError(f"{path}: the processor does not load: {_first_line(error)}") from error
+        raise UserError(f"{path}: the processor does not load: {first_line(error)}") from error
 
 
 def open_model(
@@ -212,7 +213,8 @@ def open_model(
     model: Any
     with quiet():
         if exceeds_memory(checkpoint, dtype, device, memory_limit):
-            model = _streamed(checkpoint, dtype, device, overlay or {}, model_class)
+            auto = model_class or _auto_class(checkpoint)
+            model = open_streamed(auto, checkpoint, dtype, device, overlay or {}, **_experts(dtype))
         else:
             model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class)
             model = model.to(device)
@@ -239,16 +241,6 @@ def exceeds_memory(
         takers = num_local_processes() if torch.device(device).type == "cpu" else 1
         memory_limit = int(MEMORY_SHARE * available_memory(device) / takers)
     return needed > memory_limit
-
-
-def is_streamed(model: "PreTrainedModel") -> bool:
-    """Return whether the model's weights stay on disk between forward passes."""
-    return next(iter(model.parameters())).device.type == "meta"
-
-
-def input_device(model: "PreTrainedModel") -> torch.device:
-    """Return the device of the model's inputs; a streamed model moves them itself."""
-    return torch.device("cpu") if is_streamed(model) else next(iter(model.parameters())).device
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
@@ -304,15 +296,15 @@ def _whole(
             **_experts(dtype),
         )
     except Exception as error:  # a config can be wrong in more ways than transformers has types for
-        raise UserError(f"{path}: transformers does not load this checkpoint: {_first_line(error)}") from error
+        raise UserError(f"{path}: transformers does not load this checkpoint: {first_line(error)}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{path}: {name}: expected shape {tuple(expected)} by the config, got {tuple(found)}; "
             "correct the config or the checkpoint"
         )
-    _refuse_missing(path, sorted(info["missing_keys"]))
+    refuse_missing(path, sorted(info["missing_keys"]))
     names = {
-        renamed.get(name) or _name_on_disk(name, model, checkpoint): parameter
+        renamed.get(name) or name_on_disk(name, model, checkpoint): parameter
         for name, parameter in model.named_parameters()
     }
     assert overlay.keys() <= names.keys(), sorted(overlay.keys() - names.keys())
@@ -323,78 +315,3 @@ def _whole(
             assert value.shape == parameter.shape, (name, value.shape, parameter.shape)
             parameter.copy_(value)
     return model
-
-
-def _streamed(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor], chosen: Any
-) -> "PreTrainedModel":
-    """Build a model on the meta device with real buffers, whose modules fetch their weights as they run."""
-    from accelerate import init_empty_weights
-    from accelerate.hooks import attach_align_device_hook
-    from transformers import AutoConfig
-
-    auto, path = chosen or _auto_class(checkpoint), checkpoint.path
-    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = make(config, dtype=dtype, **_experts(dtype))
-    except Exception as error:
-        raise UserError(f"{path}: transformers does not know this architecture: {_first_line(error)}") from error
-    model.eval()
-    weights = _Weights(model, checkpoint, dtype, overlay)
-    _refuse_missing(path, [name for name, on_disk in weights.names.items() if on_disk is None], _REGROUPED)
-    attach_align_device_hook(model, execution_device=torch.device(device), offload=True, weights_map=weights)
-    return model
-
-
-class _Weights(Mapping[str, Tensor]):
-    """Parameter name → its value, read from disk when asked for."""
-
-    def __init__(
-        self, model: "PreTrainedModel", checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor]
-    ) -> None:
-        parameters = model.named_parameters(remove_duplicate=False)
-        self.names = {name: _name_on_disk(name, model, checkpoint) for name, _ in parameters}
-        self._checkpoint, self._dtype, self._overlay = checkpoint, dtype, overlay
-        assert overlay.keys() <= set(self.names.values()), sorted(overlay.keys() - set(self.names.values()))
-
-    def __getitem__(self, name: str) -> Tensor:
-        on_disk = self.names[name]
-        assert on_disk is not None  # `_refuse_missing` has seen to that
-        stored = self._overlay[on_disk] if on_disk in self._overlay else self._checkpoint.read(on_disk)
-        return stored.to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
-    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    twins = [source for target, source in tied.items() if target == parameter]
-    twins += [target for target, source in tied.items() if source == parameter]
-    prefix = f"{model.base_model_prefix}."
-    for name in (parameter, *twins):
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in checkpoint.tensors:
-                return candidate
-    return None
-
-
-_REGROUPED = "; if it is complete, transformers regroups its tensors on loading, and it must fit into memory whole"
-
-
-def _refuse_missing(path: Path, missing: list[str], hint: str = "; is it complete?") -> None:
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{path}: the model needs tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}{hint}"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

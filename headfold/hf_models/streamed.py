@@ -1,0 +1,142 @@
+"""Models that are larger than memory: their weights stay on disk and are read as the modules run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.reader import Checkpoint
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHTS = "_headfold_weights"
+"""Attribute of a streamed model: what it reads from disk."""
+
+
+def open_streamed(
+    auto: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: str, overlay: Mapping[str, Tensor], **options: Any
+) -> "PreTrainedModel":
+    """Build a model of the class `auto` on the meta device with real buffers, whose modules fetch their weights as they run.
+
+    Raises:
+        UserError: an architecture that this transformers lacks, or tensors missing from the checkpoint.
+    """
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import AutoConfig
+
+    path = checkpoint.path
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = make(config, dtype=dtype, **options)
+    except Exception as error:
+        raise UserError(f"{path}: transformers does not know this architecture: {first_line(error)}") from error
+    model.eval()
+    weights = vars(model)[_WEIGHTS] = _Weights(model, checkpoint, dtype, torch.device(device), overlay)
+    refuse_missing(path, [name for name, on_disk in weights.names.items() if on_disk is None], _REGROUPED)
+    attach_align_device_hook(model, execution_device=torch.device(device), offload=True, weights_map=weights)
+    return model
+
+
+@contextmanager
+def weights_held(model: "PreTrainedModel") -> Iterator[None]:
+    """Return a context in which whatever a streamed model fetches from disk is kept where it runs, so that a block that runs on many
+    batches is read once.
+    """
+    weights = vars(model).get(_WEIGHTS)
+    if weights is None:
+        yield
+        return
+    weights.held = {}
+    try:
+        yield
+    finally:
+        weights.held = None
+
+
+def is_streamed(model: "PreTrainedModel") -> bool:
+    """Return whether the model's weights stay on disk between forward passes."""
+    return next(iter(model.parameters())).device.type == "meta"
+
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Return the device of the model's inputs; a streamed model moves them itself."""
+    return torch.device("cpu") if is_streamed(model) else next(iter(model.parameters())).device
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Parameter name → its value, read from disk when asked for, or once while values are held."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        overlay: Mapping[str, Tensor],
+    ) -> None:
+        self.held: dict[str, Tensor] | None = None
+        parameters = model.named_parameters(remove_duplicate=False)
+        self.names = {name: name_on_disk(name, model, checkpoint) for name, _ in parameters}
+        self._checkpoint, self._dtype, self._device, self._overlay = checkpoint, dtype, device, overlay
+        assert overlay.keys() <= set(self.names.values()), sorted(overlay.keys() - set(self.names.values()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.held is None:
+            return self._read(name)
+        if name not in self.held:
+            self.held[name] = self._read(name).to(self._device)
+        return self.held[name]
+
+    def _read(self, name: str) -> Tensor:
+        on_disk = self.names[name]
+        assert on_disk is not None  # `refuse_missing` has seen to that
+        stored = self._overlay[on_disk] if on_disk in self._overlay else self._checkpoint.read(on_disk)
+        return stored.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
+    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    twins = [source for target, source in tied.items() if target == parameter]
+    twins += [target for target, source in tied.items() if source == parameter]
+    prefix = f"{model.base_model_prefix}."
+    for name in (parameter, *twins):
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in checkpoint.tensors:
+                return candidate
+    return None
+
+
+_REGROUPED = "; if it is complete, transformers regroups its tensors on loading, and it must fit into memory whole"
+
+
+def refuse_missing(path: Path, missing: list[str], hint: str = "; is it complete?") -> None:
+    """Refuse a checkpoint that lacks tensors of these names.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{path}: the model needs tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}{hint}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
