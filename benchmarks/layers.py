@@ -1,10 +1,10 @@
 """Measure what one layer of a large model costs a fold: seconds by stage and peak memory, extrapolated to the whole model.
 
-    python benchmarks/layers.py --work DIR [--shapes 7b,13b] [--layers 1,2] [--tokens 16384]
+    python benchmarks/layers.py --work DIR [--shapes 7b,13b] [--layers 1,2] [--tokens 16384] [--context 1024]
 
 Writes Llama-2-shaped checkpoints of random weights with that many layers and folds each to 8 K/V heads with the default method. A layer
-costs the difference between the two; the model costs the smaller one and that difference for each further layer. Results go to
-benchmarks/results/layers.json.
+costs the difference between the two; the model costs the smaller one and that difference for each further layer. `--shapes 1b --context
+32768` shows what long windows take. Results go to benchmarks/results/layers.json.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from transformers import AutoTokenizer, LlamaConfig
 
 RESULTS = Path(__file__).parent / "results"
 BUNDLED = Path(__file__).parents[1] / "headfold" / "bundled"
-SHAPES = {"7b": (4096, 32, 11008, 32), "13b": (5120, 40, 13824, 40)}
+SHAPES = {"1b": (2048, 32, 5632, 22), "7b": (4096, 32, 11008, 32), "13b": (5120, 40, 13824, 40)}
 """Hidden size, heads, hidden size of the MLP, and layers of the real model."""
-VOCABULARY, CONTEXT = 32000, 4096
+VOCABULARY = 32000
 
 
-def write_model(folder: Path, shape: str, layers: int) -> None:
+def write_model(folder: Path, shape: str, layers: int, context: int) -> None:
     """Write a checkpoint of random weights in bfloat16, a file per layer, with the tokenizer of the bundled model."""
     hidden, heads, inner, _ = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=inner,
-        num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, dtype="bfloat16",
+        num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=context, dtype="bfloat16",
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,6 +69,7 @@ def main() -> None:
     reader.add_argument("--shapes", default="7b,13b")
     reader.add_argument("--layers", default="1,2", help="two numbers of layers")
     reader.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
+    reader.add_argument("--context", type=int, default=1024, help="length of calibration windows")
     options = reader.parse_args()
     few, more = map(int, options.layers.split(","))
     out = RESULTS / "layers.json"
@@ -77,9 +78,10 @@ def main() -> None:
         runs: dict[int, Any] = {}
         for layers in (few, more):
             source, made = options.work / f"{shape}-{layers}", options.work / "folded"
-            write_model(source, shape, layers)
+            write_model(source, shape, layers, max(4096, options.context))
             shutil.rmtree(made, ignore_errors=True)
-            data = ("--calibration", str(BUNDLED / "heldout.txt"), "--tokens", str(options.tokens), "--context", "1024")
+            sizes = ("--tokens", str(options.tokens), "--context", str(options.context))
+            data = ("--calibration", str(BUNDLED / "heldout.txt"), *sizes)
             found, seconds, memory = command("fold", source, made, "--kv-heads", "8", *data)
             runs[layers] = {"seconds": seconds, "stages": found["seconds"], "peak_bytes": memory}
             for folder in (source, made):
@@ -91,14 +93,13 @@ def main() -> None:
             for stage in runs[few]["stages"]
         }
         row = {
-            "shape": shape, "tokens": options.tokens, "seconds_per_layer": round(a_layer, 1),
+            "shape": shape, "tokens": options.tokens, "context": options.context, "seconds_per_layer": round(a_layer, 1),
             "stages_per_layer": {stage: round(seconds, 1) for stage, seconds in stages.items()},
             "peak_bytes": runs[more]["peak_bytes"], "layers": whole,
             "extrapolated_seconds": round(runs[few]["seconds"] + (whole - few) * a_layer), "runs": runs,
         }  # fmt: skip
-        table = {
-            "machine": describe(), "rows": [other for other in table["rows"] if other["shape"] != shape] + [row],
-        }  # fmt: skip
+        others = [other for other in table["rows"] if (other["shape"], other["context"]) != (shape, options.context)]
+        table = {"machine": describe(), "rows": [*others, row]}
         out.write_text(json.dumps(table, indent=1) + "\n")
         print(json.dumps(row, indent=1))
 
