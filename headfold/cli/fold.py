@@ -61,7 +61,7 @@ def fold(
         option(
             "--heal-tokens", panel=HOW, metavar="N", min=1,
             help="Tokens (or items) of the calibration source that --heal trains each site on; data is repeated if there is less. "
-            "Default: 524288 tokens, 16384 images or recordings.",
+            "Default: 524288 tokens, 16384 images, 4096 windows of sound.",
         ),
     ] = None,
     seed: Seed = 0,

@@ -86,8 +86,7 @@ def resolve_fold(
     length = 0
     if heal:
         assert calibration is not None
-        default = healing.ITEMS if calibration.kind in ("images", "audio") else healing.TOKENS
-        length = heal_tokens or default
+        length = heal_tokens or healing.ITEMS.get(calibration.kind, healing.TOKENS)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 TOKENS = 2**19
 """Tokens that every block is trained with, repeated where the sample has fewer."""
-ITEMS = 2**14
-"""Items that every block is trained with where data has no tokens: images and sound."""
+ITEMS = {"images": 2**14, "audio": 2**12}
+"""Items that every block is trained with where data has no tokens. A window of sound has many times the positions of an image."""
 BATCH_TOKENS = 2048
 HELD_BACK = 8
 """One batch in so many is held back."""
