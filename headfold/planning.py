@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,10 +24,13 @@ from .families.layout import read_heads
 from .families.spec import Site
 from .group import costs
 from .merge import parse_merge
+from .threads import one_thread
 
 Read = Callable[[str], Tensor]
 LARGE = 2048
 """Hidden size above which Gram matrices are computed in float32: each has many terms, and only sums of errors are wanted."""
+SMALL = 1024
+"""Width of all query heads up to which a site is planned on one thread."""
 PREDICTION_STATISTICS = frozenset({"second", "scatter"})
 """What the predicted errors in a plan are computed from."""
 
@@ -187,16 +191,21 @@ def choices(
 
     def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
+        small = together[0].num_heads * together[0].head_dim <= SMALL
+        with one_thread() if small else nullcontext():
+            return planned(together)
+
+    def planned(together: list[Site]) -> Choice:
         analyses = [_SiteAnalysis.of(site, read, stats, head_dim_multiple) for site in together]
-        planned = {}
+        plans = {}
         for count in counts(together[0]):
             if count % head_dim_multiple:
                 raise UserError(
                     f"--kv-heads {count} --head-dim-multiple {head_dim_multiple}: expected a count that {head_dim_multiple} divides"
                 )
             groups = _choose_groups(analyses, grouping, count // head_dim_multiple, seed)
-            planned[count] = tuple(analysis.plan(groups, merging) for analysis in analyses)
-        return Choice(tuple(together), planned)
+            plans[count] = tuple(analysis.plan(groups, merging) for analysis in analyses)
+        return Choice(tuple(together), plans)
 
     sets = _sites_grouped_together(sites)
     if workers == 1:

@@ -11,7 +11,8 @@ are first written: half of the time of a softmax. In huge pages, where Linux has
 import math
 import os
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 SAMPLES, PAUSE = 5, 0.004
@@ -33,6 +34,21 @@ def prepare(environment: MutableMapping[str, str] = os.environ, root: Path = Pat
     waits = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys()
     if threads > 1 and not waits and other_jobs(root) + threads > (os.cpu_count() or cores):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Return a context in which torch computes on one thread: on small matrices more of them gain nothing, and beside other jobs they
+    wait for each other.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

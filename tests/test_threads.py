@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from headfold import threads
 
@@ -101,3 +102,11 @@ def test_torch_takes_huge_pages_when_told_to() -> None:
         for word in "01"
     ]
     assert faults[0] > 2**25 * 4 // 4096 > 4 * faults[1]
+
+
+def test_small_matrices_are_computed_on_one_thread_and_then_as_before() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="inside"), threads.one_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError("inside")
+    assert torch.get_num_threads() == before
