@@ -2,9 +2,11 @@
 than memory is read once, and the sums of one site are in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from .. import planning
 from ..calibration import Observer, Sample
@@ -42,62 +44,92 @@ def calibrate_plan_and_refit(job: FoldJob, teacher: Teacher, request: FoldReques
     """
     source = teacher.source
     on_main(lambda: choose_fold_layout(source, request.plan or _counted(source, request), job.settings["layout"]))
-    folder, sample_file = job.work / "statistics", job.work / "statistics" / _SAMPLE
-    known = on_main(lambda: frozenset(path.stem for path in folder.glob("*.safetensors")))
-    if sample_file.stem in known:
-        teacher.use_sample(on_main_only(lambda: StatsFile(sample_file)))
-    with job.timed("calibrate"):
-        sample, metadata = teacher.sample, teacher.statistics_metadata()
-        observer = Observer(teacher.model, request.statistics)
-    on_main(lambda: None if sample_file.exists() else write_stats(sample_file, {}, metadata, sample))
-    calibration = on_main(lambda: StatsFile(sample_file).metadata)
-    current: dict[str, SiteStats] = {}
-    plans: dict[str, SitePlan] = {}
+    work = _SinglePass.opened(job, teacher, request)
+    job.refit(teacher, work.plan_of, work.current, work.watch)
+    return on_main_only(work.statistics), on_main(work.plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _SinglePass:
+    """What is measured and planned, site by site, while blocks are refitted. Statistics lie in files of one site each, on rank 0."""
+
+    job: FoldJob
+    source: Source
+    request: FoldRequest
+    observer: Observer
+    known: frozenset[str]
+    """Names of the sites that an earlier run measured."""
+    facts: Mapping[str, str]
+    """What the statistics were measured on."""
+    current: dict[str, SiteStats] = field(default_factory=dict)
+    """The statistics of the site that is being refitted."""
+    plans: dict[str, SitePlan] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, job: FoldJob, teacher: Teacher, request: FoldRequest) -> "_SinglePass":
+        """Open what an earlier run left, or draw the calibration data and keep it."""
+        folder = job.work / "statistics"
+        sample_file = folder / _SAMPLE
+        known = on_main(lambda: frozenset(path.stem for path in folder.glob("*.safetensors")))
+        if sample_file.stem in known:
+            teacher.use_sample(on_main_only(lambda: StatsFile(sample_file)))
+        with job.timed("calibrate"):
+            sample, facts = teacher.sample, teacher.statistics_metadata()
+            observer = Observer(teacher.model, request.statistics)
+        if sample_file.stem not in known:
+            on_main(lambda: write_stats(sample_file, {}, facts, sample))
+        return cls(job, teacher.source, request, observer, known, dict(sorted(facts.items())))
+
+    def _file(self, name: str) -> Path:
+        return self.job.work / "statistics" / name
 
     @contextmanager
-    def watch(site: Site) -> Iterator[Callable[[Sample], None]]:
-        with job.timed("calibrate"), observer.watching([] if site.name in known else [site]):
-            yield partial(setattr, observer, "batch")
+    def watch(self, site: Site) -> Iterator[Callable[[Sample], None]]:
+        """Measure a site while its block runs; `refine.fitting.Watch`."""
+        with self.job.timed("calibrate"), self.observer.watching([] if site.name in self.known else [site]):
+            yield partial(setattr, self.observer, "batch")
 
-    def measured(site: Site) -> SiteStats:
-        path = folder / f"{site.name}.safetensors"
-        if site.name in known:
+    def plan_of(self, site: Site) -> Plan:
+        """Return the plan of a site whose block has run."""
+        self.current.clear()
+        stats = self.current[site.name] = self._measured(site)
+        made = self.request.plan or on_main(lambda: self._planned(site, stats))
+        self.plans[site.name] = made.sites[site.name]
+        return made
+
+    def _measured(self, site: Site) -> SiteStats:
+        path = self._file(f"{site.name}.safetensors")
+        if site.name in self.known:
             return on_main(lambda: StatsFile(path)[site.name])
-        with job.timed("calibrate"):
-            seen = observer.take()
-            on_main(lambda: write_stats(path, seen, metadata))
+        with self.job.timed("calibrate"):
+            seen = self.observer.take()
+            on_main(lambda: write_stats(path, seen, self.facts))
         return seen[site.name]
 
-    def planned(site: Site, stats: SiteStats) -> Plan:
-        with job.timed("plan"):
+    def _planned(self, site: Site, stats: SiteStats) -> Plan:
+        request = self.request
+        with self.job.timed("plan"):
             return planning.make_plan(
-                [site], source.checkpoint.read, request.kv_heads, source=source.checkpoint.fingerprint(), group=request.group,
-                merge=request.merge, stats={site.name: stats}, calibration=calibration, seed=job.settings["seed"],
+                [site], self.source.checkpoint.read, request.kv_heads, source=self.source.checkpoint.fingerprint(), group=request.group,
+                merge=request.merge, stats={site.name: stats}, calibration=self.facts, seed=self.job.settings["seed"],
                 head_dim_multiple=request.head_dim_multiple,
             )  # fmt: skip
 
-    def plan_of(site: Site) -> Plan:
-        current.clear()
-        current[site.name] = measured(site)
-        made = request.plan or on_main(lambda: planned(site, current[site.name]))
-        plans[site.name] = made.sites[site.name]
-        return made
+    def statistics(self) -> StatsFile:
+        """Return the statistics of all sites; only rank 0 has them."""
+        sample_file = self._file(_SAMPLE)
+        return StatsFile(sample_file, sorted(set(self._file("").glob("*.safetensors")) - {sample_file}))
 
-    job.refit(teacher, plan_of, current, watch)
-
-    def assembled() -> tuple[StatsFile, Plan]:
-        statistics = StatsFile(sample_file, sorted(set(folder.glob("*.safetensors")) - {sample_file}))
-        if request.plan is not None:
-            return statistics, request.plan
-        for site in source.sites:
-            if site.name not in plans:  # refitted by an earlier run
-                plans[site.name] = planned(site, statistics[site.name]).sites[site.name]
-        sites = {site.name: plans[site.name] for site in source.sites}
-        fingerprint = source.checkpoint.fingerprint()
-        return statistics, Plan(sites, request.group, fingerprint, job.settings["seed"], calibration)
-
-    found = on_main_only(assembled)
-    return on_main_only(lambda: found[0]), on_main(lambda: found[1])
+    def plan(self) -> Plan:
+        """Return the plan of all sites; those that an earlier run refitted are planned again, on rank 0."""
+        if self.request.plan is not None:
+            return self.request.plan
+        for site in self.source.sites:
+            if site.name not in self.plans:
+                self.plans[site.name] = self._planned(site, self.statistics()[site.name]).sites[site.name]
+        sites = {site.name: self.plans[site.name] for site in self.source.sites}
+        fingerprint = self.source.checkpoint.fingerprint()
+        return Plan(sites, self.request.group, fingerprint, self.job.settings["seed"], self.facts)
 
 
 def _counted(source: Source, request: FoldRequest) -> Plan:
