@@ -49,19 +49,19 @@ def _size(size: float) -> str:
 
 
 def language_model(result: str, contexts: Sequence[int]) -> str:
-    """Loss increase by context, divergence and peak memory."""
+    """Loss increase by context, divergence, and the peak memory and seconds of the fold."""
     keys = [f"context {context}" for context in contexts]
     header = [
-        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token", "memory",
+        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token", "memory", "seconds",
     ]  # fmt: skip
     base = _original(result)
     lines = [
-        ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), "", "", ""],
+        ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), *[""] * 4],
         *(
             [
                 _name(row), _kib(row["kv_bytes_per_token"]), *(number(row[key]["loss_increase"]) for key in keys),
                 number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]),
-                _size(row["peak_bytes"]),
+                _size(row["peak_bytes"]), f"{row['seconds']:.0f}",
             ]
             for row in _folds(result)
         ),
@@ -70,17 +70,20 @@ def language_model(result: str, contexts: Sequence[int]) -> str:
 
 
 def speech(result: str) -> str:
-    """Words that differ from the original's, and wrong words on another speaker."""
-    base = _original(result)
+    """Words that differ from the original's, wrong words on another speaker, and what the fold takes."""
+    base, some = _original(result), _folds(result)[0]
+    a_head = some["kv_bytes_per_token"] / int(some["kv_heads"])
     header = [
-        "fold", "K/V heads", "words other than the original's, telephone prompts", "word error rate, another speaker", "memory",
+        "fold", "K/V heads", "K/V per position", "words other than the original's, telephone prompts", "word error rate, another speaker",
+        "80 prompts transcribed in", "memory", "seconds",
     ]  # fmt: skip
     lines = [
-        ["original", "6", "", percent(base["word_error_rate"]), ""],
+        ["original", "6", _kib(6 * a_head), "", percent(base["word_error_rate"]), f"{base['transcription_seconds']:.0f} s", "", ""],
         *(
             [
-                _name(row), row["kv_heads"], percent(row["differing_share"]), percent(row["word_error_rate"]),
-                _size(row["peak_bytes"]),
+                _name(row), row["kv_heads"], _kib(row["kv_bytes_per_token"]), percent(row["differing_share"]),
+                percent(row["word_error_rate"]), f"{row['transcription_seconds']:.0f} s", _size(row["peak_bytes"]),
+                f"{row['seconds']:.0f}",
             ]
             for row in sorted(_folds(result), key=lambda row: -int(row["kv_heads"]))
         ),
