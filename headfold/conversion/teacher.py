@@ -103,7 +103,7 @@ class Teacher:
         if config.kind != "text":
             return draw_sample(
                 config.kind, config.source, path=path, num_items=config.items, context=context, seed=config.seed,
-                columns=config.columns, joined=True,
+                columns=config.columns, joined=True, say=self.notes.append,
             )  # fmt: skip
         windows = draw_windows(
             config.source, tokenizer=open_tokenizer(path), model=model, num_tokens=config.tokens, context=context, seed=config.seed,

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def draw_sample(
     seed: int | None,
     columns: Sequence[str] = (),
     joined: bool = False,
+    say: Callable[[str], None] = lambda note: None,
 ) -> Sample:
     """Return `num_items` items of a source, drawn from all of it by `seed`, as inputs of the model in directory `path`.
 
@@ -74,7 +75,7 @@ def draw_sample(
     `decoder_input_ids` if they are joined.
     Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
     (not for text), the first items are taken in the source's order. `joined` fills the model's windows of sound with several recordings,
-    where they have transcripts. For large sources of images use `image_sample_blocks`.
+    where they have transcripts; `say` is told what had to be left out. For large sources of images use `image_sample_blocks`.
 
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
@@ -88,7 +89,7 @@ def draw_sample(
         if joined and num_items is not None and seed is not None:
             extractor = open_processor("audio", path)
             seconds, rate = getattr(extractor, "chunk_length", None), extractor.sampling_rate
-            windows = read_windows(source, columns, num_items, seed, seconds, rate) if seconds else None
+            windows = read_windows(source, columns, num_items, seed, seconds, rate, say) if seconds else None
             if windows:
                 writer = open_tokenizer(path)
                 return encode_windows(windows, extractor, writer, context, start, _written(path, writer))

@@ -5,7 +5,7 @@ fold calibrated on the first alone fails at the others.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,13 +53,20 @@ class Written(NamedTuple):
 
 
 def read_windows(
-    source: str, columns: Sequence[str], num_items: int, seed: int, seconds: float, rate: int
+    source: str,
+    columns: Sequence[str],
+    num_items: int,
+    seed: int,
+    seconds: float,
+    rate: int,
+    say: Callable[[str], None] = lambda note: None,
 ) -> list[Window] | None:
     """Return recordings with transcripts joined to windows of at most `seconds`, up to `num_items` of them, at `rate` samples per second.
 
     A model that takes windows of one length computes as much for a short recording as for a full window, and learns less from it. The
     lengths of the windows vary, so that the model's answers to short recordings are among what is seen. What lasts longer than a
     window is left out, as its transcript would say more than is heard, and so is what has no transcript. None where nothing has one.
+    `say` is told how many were too long.
 
     Raises:
         UserError: as `audio.read_audio`, or every recording lasts longer than a window.
@@ -71,7 +78,8 @@ def read_windows(
             return None
         ended = len(drawn.rows) < wanted
         windows: list[Window] = []
-        for numbered in _joined(drawn, seed, seconds, ended=ended):
+        too_long: list[int] = []
+        for numbered in _joined(drawn, seed, seconds, too_long, ended=ended):
             windows.append(_window(numbered, drawn.texts, rate))
             if len(windows) == num_items:
                 break
@@ -80,6 +88,10 @@ def read_windows(
         wanted *= 2  # a larger sample begins with the smaller one
     if not windows:
         raise UserError(f"{source}: every recording lasts longer than the model's {seconds:g} seconds; cut them there")
+    if too_long:
+        say(
+            f"{source}: {len(too_long)} recordings last longer than the model's {seconds:g} seconds and are left out; cut them there"
+        )
     return windows
 
 
@@ -87,8 +99,11 @@ _Numbered = list[tuple[int, Float[np.ndarray, " _"], int]]
 """Number, samples and samples per second of recordings."""
 
 
-def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Iterator[_Numbered]:
-    """Yield the recordings of each window; of one that more recordings might fill, only if they `ended`."""
+def _joined(drawn: Recordings, seed: int, seconds: float, too_long: list[int], *, ended: bool) -> Iterator[_Numbered]:
+    """Yield the recordings of each window; of one that more recordings might fill, only if they `ended`.
+
+    The numbers of recordings that last longer than a window are added to `too_long`.
+    """
     draws = random.Random(seed)
 
     def length() -> float:
@@ -100,6 +115,7 @@ def _joined(drawn: Recordings, seed: int, seconds: float, *, ended: bool) -> Ite
         samples, rate = drawn.sound(number)
         lasts = len(samples) / rate
         if lasts > seconds:
+            too_long.append(number)
             continue
         if window and (filled + lasts > wanted or len(window) == MOST_JOINED):
             yield window
