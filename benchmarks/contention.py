@@ -98,7 +98,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for condition, found in runs.items():
         if found:
-            stages = found[0].keys() & set.intersection(*(set(run) for run in found))
+            stages = [stage for stage in found[0] if all(stage in run for run in found)]
             rows[condition] = {stage: round(statistics.median(run[stage] for run in found), 2) for stage in stages}
     ratios = {
         condition: {stage: round(seconds / rows["free"][stage], 2) for stage, seconds in row.items()}

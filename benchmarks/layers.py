@@ -98,7 +98,9 @@ def main() -> None:
             "peak_bytes": runs[more]["peak_bytes"], "layers": whole,
             "extrapolated_seconds": round(runs[few]["seconds"] + (whole - few) * a_layer), "runs": runs,
         }  # fmt: skip
-        others = [other for other in table["rows"] if (other["shape"], other["context"]) != (shape, options.context)]
+        others = [
+            other for other in table["rows"] if (other["shape"], other.get("context", 1024)) != (shape, options.context)
+        ]
         table = {"machine": describe(), "rows": [*others, row]}
         out.write_text(json.dumps(table, indent=1) + "\n")
         print(json.dumps(row, indent=1))

@@ -150,7 +150,7 @@ class Observer:
         sums = _summed_over_ranks(self._sums)
         self._sums.clear()
         _refuse_not_finite(sums)
-        return sums
+        return {name: SiteStats({key: t.cpu() for key, t in s.tensors.items()}, s.count) for name, s in sums.items()}
 
 
 def _summed_over_ranks(sums: dict[str, SiteStats]) -> dict[str, SiteStats]:

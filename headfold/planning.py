@@ -191,7 +191,8 @@ def choices(
 
     def decide(together: list[Site]) -> Choice:
         progress(together[0].name)
-        small = together[0].num_heads * together[0].head_dim <= SMALL
+        # Not in a pool: torch's number of threads belongs to the process, and threads would restore each other's.
+        small = workers == 1 and together[0].num_heads * together[0].head_dim <= SMALL
         with one_thread() if small else nullcontext():
             return planned(together)
 

@@ -23,7 +23,8 @@ def prepare(environment: MutableMapping[str, str] = os.environ, root: Path = Pat
     """Set OMP_NUM_THREADS to a container's CPU quota, OMP_WAIT_POLICY to passive beside other jobs, and THP_MEM_ALLOC_ENABLE (PyTorch's
     word for huge pages), unless the user has set them.
 
-    Does nothing where the system does not say what it runs (no /proc, no cgroups), nor once torch is loaded.
+    Threads stay as they are where the system does not say what it runs (no /proc, no cgroups). Nothing of this has an effect once torch
+    is loaded; the command line calls it before, users of the library set the variables themselves.
     """
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cores = _cores()

@@ -48,6 +48,10 @@ def _size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['seconds']:.0f}" + ("" if "calibrate" in row["stages"] else " + calibration")
+
+
 def language_model(result: str, contexts: Sequence[int]) -> str:
     """Loss increase by context, divergence, and the peak memory and seconds of the fold."""
     keys = [f"context {context}" for context in contexts]
@@ -61,7 +65,7 @@ def language_model(result: str, contexts: Sequence[int]) -> str:
             [
                 _name(row), _kib(row["kv_bytes_per_token"]), *(number(row[key]["loss_increase"]) for key in keys),
                 number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]),
-                _size(row["peak_bytes"]), f"{row['seconds']:.0f}",
+                _size(row["peak_bytes"]), _seconds(row),
             ]
             for row in _folds(result)
         ),
@@ -83,7 +87,7 @@ def speech(result: str) -> str:
             [
                 _name(row), row["kv_heads"], _kib(row["kv_bytes_per_token"]), percent(row["differing_share"]),
                 percent(row["word_error_rate"]), f"{row['transcription_seconds']:.0f} s", _size(row["peak_bytes"]),
-                f"{row['seconds']:.0f}",
+                _seconds(row),
             ]
             for row in sorted(_folds(result), key=lambda row: -int(row["kv_heads"]))
         ),

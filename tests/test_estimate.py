@@ -89,7 +89,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # no
 
 def told(
     path: Path, *, kv_heads: str = "1/2", tokens: int = 2**16, merge: str = "absorb", refit: bool = True, heal: bool = False,
-    source: str = "stdlib", verifies: bool = True, measured: bool = False, fitted: Any = NOTHING,
+    source: str = "stdlib", verifies: bool = True, measured: bool = False, fitted: Any = NOTHING, **also: bool,
 ) -> dict[str, float]:  # fmt: skip
     opened = open_source(path, False)
     request = resolve_fold(
@@ -97,7 +97,7 @@ def told(
         heal_tokens=None, data=CalibrationRequest(source, tokens, context=32), stats=None,
     )  # fmt: skip
     teacher = Teacher(opened, request.calibration, "cpu", torch.float32)
-    return estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies)
+    return estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies, **also)
 
 
 def test_only_what_is_left_to_do_is_counted(readable: Path) -> None:
@@ -127,6 +127,9 @@ def test_the_parts_of_the_work_are_in_proportion(readable: Path, monkeypatch: py
     assert len(set(heal)) == len(set(verify)) == 1  # so many tokens, however many are given
     once = times[2]
     assert told(readable, source="self")["calibrate"] > 2 * once["calibrate"]  # the text is written first
+    together = told(readable, single_pass=True)
+    assert together["calibrate"] == once["calibrate"] and together["refit"] < once["refit"]
+    assert told(readable, source="self", drawn=True)["calibrate"] == once["calibrate"]
     half = told(readable, fitted={"refit": {"layers.0.self"}, "heal": {"layers.1.self"}}, heal=True)
     assert once["refit"] / 2 < half["refit"] < once["refit"] and half["heal"] < once["heal"]
 

@@ -19,7 +19,7 @@ from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
 from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.conversion import fitted_sites as fitted
-from headfold.conversion import fold_job, single_pass, verification, writing
+from headfold.conversion import fold_job, measured_sites, single_pass, verification, writing
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
@@ -177,11 +177,12 @@ def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 KILLED_AT: dict[str, tuple[Any, str, int]] = {
-    "sample": (single_pass, "write_stats", 0),
-    "calibrate, first site": (single_pass, "write_stats", 1),
-    "calibrate, second site": (single_pass, "write_stats", 2),
+    "sample": (measured_sites, "write_stats", 0),
+    "calibrate, first site": (measured_sites, "write_stats", 1),
+    "calibrate, second site": (measured_sites, "write_stats", 2),
     "plan, first site": (planning, "make_plan", 1),
     "plan, second site": (planning, "make_plan", 2),
+    "plan kept, second site": (measured_sites, "write_json", 1),
     "refit": (Teacher, "refit", 0),
     "refit, second site": (fitted, "save_file", 1),
     "write, first site": (writing, "site_tensors", 0),

@@ -1,9 +1,11 @@
 """Calibration, plan and refit in one pass: the bytes of a fold in steps, every block run once, nothing begun that cannot be written."""
 
 import random
+import shutil
 import string
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from headfold.conversion import single_pass, teacher
 from headfold.conversion.fold_result import FoldResult
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
+from headfold.core.plan import Plan
 from headfold.hf_models import streamed
 from headfold.refine.blocks import block_keywords, blocks_of
+from headfold.verbs import fold as verb
 
 TOKENS, CONTEXT, BATCH_TOKENS = 2048, 32, 512
 """Four batches, and enough for W_q."""
@@ -189,3 +193,65 @@ def test_a_model_larger_than_memory_is_read_once(
     monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
     fold(source, tmp_path / "whole", text, verify=False)
     same_bytes(tmp_path / "streamed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["statistics", "plans", "statistics/layers.1.self.safetensors", "refit"])
+def test_a_fold_that_was_killed_while_it_cleaned_up_is_finished(
+    lost: str,
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+
+    def killed(*args: Any) -> None:
+        gone = tmp_path / "out.partial" / ".headfold-work" / lost
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            fold(source, out, text)
+    fold(source, out, text)
+    fold(source, tmp_path / "calm", text)
+    same_bytes(out, tmp_path / "calm")
+
+
+def test_what_is_refitted_does_not_open_the_original_again(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "write_fold", None)
+        with pytest.raises(TypeError):
+            fold(source, out, text)
+    monkeypatch.setattr(teacher, "open_finite", None)
+    monkeypatch.setattr(planning, "make_plan", counted(calls := Counter[str](), planning.make_plan))
+    assert "calibrate" not in fold(source, out, text, verify=False).seconds
+    assert calls == {"make_plan": 1}  # that of the layout
+
+
+def test_groups_are_those_of_the_run_that_refitted(
+    text: str,
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another number of threads may round a tie of costs otherwise, and refitted heads belong to their groups."""
+    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "write_fold", None)
+        with pytest.raises(TypeError):
+            fold(source, out, text)
+    made = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", lambda *args, **how: made(*args, **how | {"group": "random"}))
+    fold(source, out, text)
+    fold(source, tmp_path / "other", text)
+    monkeypatch.undo()
+    plan, other = (Plan.load(path / "plan.json") for path in (out, tmp_path / "other"))
+    assert plan.sites != other.sites

@@ -69,7 +69,7 @@ def test_what_is_too_long_is_told(tmp_path):
     source, told = recordings(tmp_path / "sounds", [1.0, 40.0, 2.0, 35.0]), []
     windows = read_windows(source, (), 5, 0, 30.0, 100, told.append)
     assert windows and sum(len(window.parts) for window in windows) == 2
-    assert len(told) == 1 and source in told[0] and "2 recordings" in told[0]
+    assert len(told) == 1 and source in told[0] and "2 of those drawn" in told[0]
 
 
 def test_a_recording_without_words_is_left_out(tmp_path):

@@ -25,17 +25,18 @@ def estimated_seconds(
     fitted: Mapping[str, Collection[str]],
     verifies: bool,
     single_pass: bool = False,
+    drawn: bool = False,
 ) -> dict[str, float]:
     """Return seconds by stage, in the order of a fold. What cannot be counted is left out.
 
     `measured` says whether there are statistics, `fitted` which sites an earlier run refitted and healed, `single_pass` whether calibration
-    and refit share one pass over the data.
+    and refit share one pass over the data, `drawn` whether the data are there already.
     """
     source, calibrates, operations = teacher.source, bool(request.statistics) and not measured, dict[str, Operations]()
     sizes = [max(source.checkpoint.tensors[site.tensor("o")].shape) for site in source.sites]
     with suppress(Exception):
         operations |= (
-            _fitting(source, request, max(sizes), calibrates, fitted, single_pass) if request.calibration else {}
+            _fitting(source, request, max(sizes), calibrates, fitted, single_pass, drawn) if request.calibration else {}
         )
     with suppress(Exception):
         operations |= {"verify": _verifying(source)} if verifies else {}
@@ -53,6 +54,7 @@ def _fitting(
     calibrates: bool,
     fitted: Mapping[str, Collection[str]],
     single_pass: bool,
+    drawn: bool,
 ) -> dict[str, Operations]:
     """Return the operations of the stages that run the original on calibration data."""
     data, sites = request.calibration, {site.name for site in source.sites}
@@ -65,7 +67,7 @@ def _fitting(
     cached = width * length**2 / 2 if data.source == "self" else None
     changed = sites if request.shrinks(source) else set()
     return fitting_operations(
-        CalibrationPass(item_operations(source, length), items, hidden_size, cached),
+        CalibrationPass(item_operations(source, length), items, hidden_size, cached, drawn),
         calibrates=calibrates,
         refits=changed - {*fitted["refit"]} if request.settings["refit"] else (),
         heals=changed - {*fitted["heal"]} if request.heal_tokens else (),

@@ -19,6 +19,7 @@ from ..report.tables import estimate
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
+from .measured_sites import MeasuredSites
 from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source
@@ -55,6 +56,23 @@ class FoldJob:
         """The directory of statistics and fitted heads while the output grows; removed before the output is renamed."""
         return self.staging / _WORK
 
+    @property
+    def measured_sites(self) -> MeasuredSites:
+        """The statistics and plans of single sites; those of rank 0."""
+        return MeasuredSites(self.work)
+
+    def keep_whole_sites(self) -> frozenset[str]:
+        """Return the names of the sites that are measured and planned, and forget refits of others. On rank 0 alone."""
+        whole = self.measured_sites.names()
+        for file in (self.work / "refit").glob("*.safetensors"):
+            if file.stem not in whole:
+                file.unlink()
+        return whole
+
+    def lacks_refits(self, source: Source) -> bool:
+        """Return whether a site is left to refit. On rank 0 alone."""
+        return any(site.name not in FittedSites(self.work / "refit") for site in source.sites)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the seconds that a stage takes, without those of stages inside it."""
@@ -71,9 +89,17 @@ class FoldJob:
             stage: {file.stem for file in (self.work / stage).glob("*.safetensors")} for stage in ("refit", "heal")
         }
         measured = given is not None or (self.work / _STATISTICS).exists()
+        if single_pass:
+            measured = {site.name for site in teacher.source.sites} <= self.measured_sites.names() & fitted["refit"]
         with suppress(Exception):  # a fold does not fail because of it
             self.estimated = estimated_seconds(
-                teacher, request, measured=measured, fitted=fitted, verifies=verifies, single_pass=single_pass
+                teacher,
+                request,
+                measured=measured,
+                fitted=fitted,
+                verifies=verifies,
+                single_pass=single_pass,
+                drawn=self.measured_sites.has_sample,
             )
         return f"fold: {estimate(self.estimated)}" if sum(self.estimated.values()) >= SAID_FROM else ""
 

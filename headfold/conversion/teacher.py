@@ -176,7 +176,7 @@ class Teacher:
         if config.source == "self" or factor <= 1:
             return self
         more = replace(config, tokens=int(factor * have), items=math.ceil(factor * config.items))
-        return replace(self, config=more, _model=self.model, _sample=None)
+        return replace(self, config=more, _model=self.model, _sample=None, notes=[])
 
     def _hidden_size(self) -> int:
         tensors = self.source.checkpoint.tensors

@@ -9,7 +9,9 @@ _SPLIT_FROM = 256
 
 
 def self_product(x: Float[Tensor, "row n"]) -> Float[Tensor, "n n"]:
-    """Return xᵀx. The block of its upper right is not computed again for its lower left: three quarters of the work."""
+    """Return xᵀx. The block of its upper right is not computed again for its lower left: three quarters of the work. Not for
+    autograd.
+    """
     size = x.shape[1]
     if size < _SPLIT_FROM:
         return x.T @ x

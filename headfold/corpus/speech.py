@@ -90,7 +90,8 @@ def read_windows(
         raise UserError(f"{source}: every recording lasts longer than the model's {seconds:g} seconds; cut them there")
     if too_long:
         say(
-            f"{source}: {len(too_long)} recordings last longer than the model's {seconds:g} seconds and are left out; cut them there"
+            f"{source}: recordings that last longer than the model's {seconds:g} seconds are left out, {len(too_long)} of those drawn; "
+            "cut them there"
         )
     return windows
 

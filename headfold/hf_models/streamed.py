@@ -1,6 +1,6 @@
 """Models that are larger than memory: their weights stay on disk and are read as the modules run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,17 +46,23 @@ def open_streamed(
 
 
 @contextmanager
-def weights_held(model: "PreTrainedModel") -> Iterator[None]:
+def weights_held(model: "PreTrainedModel") -> Iterator[Callable[[str], None]]:
     """Return a context in which whatever a streamed model fetches from disk is kept where it runs, so that a block that runs on many
-    batches is read once.
+    batches is read once; and a function that drops what is kept outside of the module at a path.
     """
     weights = vars(model).get(_WEIGHTS)
     if weights is None:
-        yield
+        yield lambda path: None
         return
-    weights.held = {}
+    held: dict[str, Tensor] = {}
+    weights.held = held
+
+    def keep_only(path: str) -> None:
+        for name in [name for name in held if not name.startswith(f"{path}.")]:
+            del held[name]
+
     try:
-        yield
+        yield keep_only
     finally:
         weights.held = None
 

@@ -148,12 +148,14 @@ def _not_run(blocks: list[nn.Module]) -> Iterator[None]:
     """Return a context in which all blocks but the first pass their hidden states on, if they are of its class."""
     first, *others = blocks
     others = [block for block in others if type(block) is type(first)]
-    whole: list[bool] = []
-    handle = first.register_forward_hook(lambda module, args, output: whole.append(isinstance(output, Tensor)))
+    sizes: list[int] = []
+    handle = first.register_forward_hook(
+        lambda module, args, output: sizes.append(0 if isinstance(output, Tensor) else len(output))
+    )
 
     def passes_on(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if whole[0] else (hidden, None, None)
+        return (hidden, *[None] * (sizes[0] - 1)) if sizes[0] else hidden
 
     own = [vars(block).get("forward") for block in others]  # accelerate sets one where it streams weights
     for block in others:
@@ -207,10 +209,16 @@ def walk(
         keywords = {len(batch): block_keywords(model, blocks, batch) for batch in {len(b): b for b in batches}.values()}
         hidden = [first_hidden_states(model, blocks[0], batch) for batch in batches]
     for index, block in enumerate(blocks):
+        with weights_held(model) as keep_only:
+            left = set(range(len(batches)))
 
-        def visit(number: int, index: int = index, block: Block = block) -> tuple[Call, Tensor]:
-            hidden[number], call, output = block.run(hidden[number], keywords[len(batches[number])][index])
-            return call, output
+            def visit(
+                number: int, index: int = index, block: Block = block, left: set[int] = left, keep_only: Any = keep_only
+            ) -> tuple[Call, Tensor]:
+                hidden[number], call, output = block.run(hidden[number], keywords[len(batches[number])][index])
+                left.discard(number)
+                if not left:  # what follows needs the attention alone
+                    keep_only(block.site.module)
+                return call, output
 
-        with weights_held(model):
             yield block, visit

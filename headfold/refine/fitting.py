@@ -28,7 +28,7 @@ PORTION_BYTES = 2**31
 
 Keep = Callable[[str, FittedHeads], None]
 Watch = Callable[[Site], AbstractContextManager[Callable[[Sample], object]]]
-"""A context for the time in which a site's block runs on all batches, with a function that is told of every batch before."""
+"""A context in which a site's block runs on all batches, with a function that is called with each batch before the block is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def fit(
     `model` is the original under stock transformers; `merged(site)` returns the site's merged heads in standard order,
     `order(site)` that order: new position → query head of the original. The sites in `skip` are left out. `keep` is called with
     each site's fitted heads as soon as they are known; nothing is returned then. `progress` is called with numbers of tokens.
-    `watch` needs a model that runs block by block (`runs_by_block`); after its context for a site comes the site's `merged`.
+    `watch` needs a model that runs block by block (`runs_by_block`); a site's `merged` is called after its context.
 
     Decoders of packed text whose class counts K/V heads (their blocks take only hidden states by position) are run block by block,
     so that one block is in memory; other models are run as a whole, for some of the sites at a time. Each rank records and runs

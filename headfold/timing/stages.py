@@ -40,6 +40,8 @@ class CalibrationPass:
     hidden_size: int
     cached: float | None = None
     """Elements of K and V before a token, summed over the tokens of an item, of text that the model writes; None of other data."""
+    drawn: bool = False
+    """Whether such text is written already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,10 @@ def fitting_operations(
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
     if calibrates:
-        sampling = 0.0 if data.cached is None else SAMPLE * (once.blocks + once.head) + CACHED * data.cached
+        writes = data.cached is not None and not data.drawn
+        sampling = (
+            0.0 if data.cached is None or not writes else SAMPLE * (once.blocks + once.head) + CACHED * data.cached
+        )
         found["calibrate"] = Operations(data.items * (CALIBRATE * once.blocks / shared + sampling))
     if refits:
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
