@@ -11,11 +11,11 @@ from ..families.arithmetic import Arithmetic
 from ..parallel import num_processes
 from .machine import product_rate
 
-CALIBRATE, REFIT, HEAL = 1.6, 4, 6
+CALIBRATE, REFIT, HEAL = 1.6, 3, 6
 """What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks. These
 and the next are measured on a model of 135 M parameters.
 """
-LOGIT = 2500
+LOGIT = 1000
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
 SAMPLE, CACHED = 1.6, 190
 """Forward passes of sampling text that the model writes itself, and operations that an element of its K/V cache is worth at every
