@@ -45,6 +45,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def source(tmp_path: Path, tokenizer: Any) -> Path:  # noqa: F811
+    return readable_checkpoint(tmp_path / "source", tokenizer)
+
+
 def fold(source: Path, out: Path, text: str, **options: Any) -> FoldResult:
     return headfold.fold(source, out, calibration=text, tokens=TOKENS, context=CONTEXT, **{"kv_heads": 2, **options})
 
@@ -87,12 +92,9 @@ def test_one_pass_makes_the_bytes_of_a_fold_in_steps(
 
 
 def test_a_plan_that_is_given_is_folded_in_one_pass_too(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, calls = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    calls = Counter[str]()
     made = fold(source, tmp_path / "made", text)
     monkeypatch.setattr(planning, "make_plan", counted(calls, planning.make_plan))
     again = fold(source, tmp_path / "again", text, kv_heads=None, plan=tmp_path / "made" / "plan.json")
@@ -101,12 +103,9 @@ def test_a_plan_that_is_given_is_folded_in_one_pass_too(
 
 
 def test_every_block_runs_once_on_every_batch(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, runs = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    runs = Counter[str]()
     opened = teacher.open_finite
 
     def open_finite(*args: Any) -> Any:
@@ -127,12 +126,8 @@ def test_every_block_runs_once_on_every_batch(
 
 
 def test_a_layout_that_cannot_be_is_refused_before_the_work(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = readable_checkpoint(tmp_path / "source", tokenizer)
     monkeypatch.setattr(teacher, "open_finite", None)
     with pytest.raises(UserError, match="layout"):
         fold(source, tmp_path / "out", text, layout="gpt-bigcode")
@@ -140,8 +135,7 @@ def test_a_layout_that_cannot_be_is_refused_before_the_work(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_activations_that_are_not_finite_are_refused(text: str, tmp_path: Path, tokenizer: Any) -> None:  # noqa: F811
-    source = readable_checkpoint(tmp_path / "source", tokenizer)
+def test_activations_that_are_not_finite_are_refused(source: Path, text: str, tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.input_layernorm.weight"] *= 1e38
     save_file(weights, source / "model.safetensors", {"format": "pt"})
@@ -176,12 +170,9 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def test_a_model_larger_than_memory_is_read_once(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, reads = readable_checkpoint(tmp_path / "source", tokenizer), Counter[str]()
+    reads = Counter[str]()
     read = streamed._Weights._read
     monkeypatch.setattr(hf_models, "exceeds_memory", lambda *args: True)
     monkeypatch.setattr(streamed._Weights, "_read", lambda self, name: reads.update([name]) or read(self, name))
@@ -197,13 +188,13 @@ def test_a_model_larger_than_memory_is_read_once(
 
 @pytest.mark.parametrize("lost", ["statistics", "plans", "statistics/layers.1.self.safetensors", "refit"])
 def test_a_fold_that_was_killed_while_it_cleaned_up_is_finished(
+    source: Path,
     lost: str,
     text: str,
     tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+    out = tmp_path / "out"
 
     def killed(*args: Any) -> None:
         gone = tmp_path / "out.partial" / ".headfold-work" / lost
@@ -220,12 +211,9 @@ def test_a_fold_that_was_killed_while_it_cleaned_up_is_finished(
 
 
 def test_what_is_refitted_does_not_open_the_original_again(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(verb, "write_fold", None)
         with pytest.raises(TypeError):
@@ -237,13 +225,10 @@ def test_what_is_refitted_does_not_open_the_original_again(
 
 
 def test_groups_are_those_of_the_run_that_refitted(
-    text: str,
-    tmp_path: Path,
-    tokenizer: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number of threads may round a tie of costs otherwise, and refitted heads belong to their groups."""
-    source, out = readable_checkpoint(tmp_path / "source", tokenizer), tmp_path / "out"
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(verb, "write_fold", None)
         with pytest.raises(TypeError):
