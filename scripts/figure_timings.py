@@ -285,6 +285,23 @@ def stages() -> str:
     return f"{facts['model']}, {facts['tokens']:,} tokens in windows of {facts['context']:,}, to one K/V head.\n\n{table(header, lines)}"
 
 
+def layers() -> str:
+    lines = []
+    for row in load("layers")["rows"]:
+        stages = row["stages_per_layer"]
+        whole = row["extrapolated_seconds"] / 3600
+        lines.append([
+            row["shape"], f"{row['tokens']:,} in windows of {row['context']:,}", f"{row['seconds_per_layer']:.0f}",
+            *(f"{stages[stage]:.0f}" for stage in ("calibrate", "plan", "refit", "write", "verify")),
+            f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{whole:.1f} h for {row['layers']} layers",
+        ])  # fmt: skip
+    header = [
+        "shape", "tokens", "seconds of a layer", "calibrate", "plan", "refit", "write", "verify", "peak memory, two layers",
+        "whole model, extrapolated",
+    ]  # fmt: skip
+    return table(header, lines)
+
+
 def contention() -> str:
     facts = load("contention")
     lines = [
@@ -311,6 +328,7 @@ BLOCKS = {
     "calibration-speed": Block(calibration_speed, ("calibration_speed",)),
     "plan-time": Block(plan_time, ("plan_time",)),
     "stages": Block(stages, ("stages",)),
+    "layers": Block(layers, ("layers",)),
     "contention": Block(contention, ("contention",)),
     "papers-wgqa": Block(wgqa, ("papers-wgqa-multi30k-t5",)),
     "papers-routes": Block(routes, ("papers-routes-cifar10-vit",)),
