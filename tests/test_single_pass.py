@@ -210,14 +210,19 @@ def test_a_fold_that_was_killed_while_it_cleaned_up_is_finished(
     same_bytes(out, tmp_path / "calm")
 
 
-def test_what_is_refitted_does_not_open_the_original_again(
-    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
+def stopped_after_the_refit(source: Path, out: Path, text: str) -> Path:
+    """Where a fold was to be that ended before anything was written."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verb, "write_fold", None)
         with pytest.raises(TypeError):
             fold(source, out, text)
+    return out
+
+
+def test_what_is_refitted_does_not_open_the_original_again(
+    source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = stopped_after_the_refit(source, tmp_path / "out", text)
     monkeypatch.setattr(teacher, "open_finite", None)
     monkeypatch.setattr(planning, "make_plan", counted(calls := Counter[str](), planning.make_plan))
     assert "calibrate" not in fold(source, out, text, verify=False).seconds
@@ -228,11 +233,7 @@ def test_groups_are_those_of_the_run_that_refitted(
     source: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number of threads may round a tie of costs otherwise, and refitted heads belong to their groups."""
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "write_fold", None)
-        with pytest.raises(TypeError):
-            fold(source, out, text)
+    out = stopped_after_the_refit(source, tmp_path / "out", text)
     made = planning.make_plan
     monkeypatch.setattr(planning, "make_plan", lambda *args, **how: made(*args, **how | {"group": "random"}))
     fold(source, out, text)

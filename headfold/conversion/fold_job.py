@@ -69,9 +69,9 @@ class FoldJob:
                 file.unlink()
         return whole
 
-    def lacks_refits(self, source: Source) -> bool:
-        """Return whether a site is left to refit. On rank 0 alone."""
-        return any(site.name not in FittedSites(self.work / "refit") for site in source.sites)
+    def refits(self) -> FittedSites:
+        """Return the refitted heads so far, which lie on rank 0."""
+        return on_main_only(lambda: FittedSites(self.work / "refit"))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -132,8 +132,8 @@ class FoldJob:
     ) -> None:
         """Refit the sites that no earlier run refitted; `plan_of`, `stats` and `watch` as in `Teacher.refit`."""
         with self.timed("refit"):
-            fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
-            if self._lacks_sites(teacher.source, fitted):
+            fitted = self.refits()
+            if self.lacks_sites(teacher.source, fitted):
                 teacher.refit(plan_of, stats, fitted, watch)
 
     def refitted(
@@ -141,7 +141,7 @@ class FoldJob:
     ) -> tuple[Mapping[str, FittedHeads], Fitting]:
         """Return the refitted heads of every site and what they were fitted on."""
         self.refit(teacher, lambda site: plan, stats)
-        fitted = on_main_only(lambda: FittedSites(self.work / "refit"))
+        fitted = self.refits()
         return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
 
     def healed(
@@ -156,10 +156,11 @@ class FoldJob:
         """Return the heads trained block by block, from where merge and refit end."""
         with self.timed("heal"):
             trained = on_main_only(lambda: FittedSites(self.work / "heal"))
-            if self._lacks_sites(teacher.source, trained):
+            if self.lacks_sites(teacher.source, trained):
                 teacher.heal(plan, stats, refits, trained, tokens, self.settings["seed"])
             return trained, Fitting(fitting.refitted, tokens, on_main(lambda: trained.facts))
 
     @staticmethod
-    def _lacks_sites(source: Source, fitted: FittedSites) -> bool:
+    def lacks_sites(source: Source, fitted: FittedSites) -> bool:
+        """Return whether a site is left to fit."""
         return on_main(lambda: any(site.name not in fitted for site in source.sites))

@@ -45,8 +45,8 @@ def calibrate_plan_and_refit(job: FoldJob, teacher: Teacher, request: FoldReques
     on_main(lambda: choose_fold_layout(source, request.plan or _counted(source, request), job.settings["layout"]))
     if on_main(lambda: sites.has_sample):
         teacher.use_sample(on_main_only(sites.statistics))
-    known = on_main(lambda: job.keep_whole_sites())
-    if on_main(lambda: job.lacks_refits(source)):
+    known = on_main(job.keep_whole_sites)
+    if job.lacks_sites(source, job.refits()):
         work = _SinglePass.begun(job, teacher, request, known)
         job.refit(teacher, work.plan_of, work.current, work.watch)
     return on_main_only(sites.statistics), request.plan or on_main(lambda: _assembled(job, source, request.group))

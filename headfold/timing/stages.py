@@ -72,10 +72,9 @@ def fitting_operations(
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
     if calibrates:
-        writes = data.cached is not None and not data.drawn
-        sampling = (
-            0.0 if data.cached is None or not writes else SAMPLE * (once.blocks + once.head) + CACHED * data.cached
-        )
+        sampling = 0.0
+        if data.cached is not None and not data.drawn:
+            sampling = SAMPLE * (once.blocks + once.head) + CACHED * data.cached
         found["calibrate"] = Operations(data.items * (CALIBRATE * once.blocks / shared + sampling))
     if refits:
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
