@@ -30,7 +30,7 @@ FLOORS = {
     2: ("checkpoint", "parallel", "threads"),
     3: ("families", "hf_models", "rotary_tables"),
     4: ("measure", "group", "merge", "corpus"),
-    5: ("calibration", "planning", "surgery"),
+    5: ("calibration", "divergence", "planning", "surgery"),
     6: ("runtime",),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report"),
     8: ("conversion",),

@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 
 import headfold
 from headfold.core.errors import UserError
+from headfold.divergence import kl_divergence, relative_error
 from headfold.hf_models import open_tokenizer
 from headfold.runtime.modeling_headfold import grouped_class
-from headfold.train.distillation import Distillation, kl_divergence, relative_error
+from headfold.train.distillation import Distillation
 from headfold.train.sites import find_sites, set_trainable
 from headfold.train.stream import Stream, collate
 from headfold.train.trainer import COMPLETE_MARK, last_complete_checkpoint

@@ -54,14 +54,22 @@ def fold(
     merge: Merge = None,
     refit: Refit = True,
     heal: Annotated[
-        bool, option("--heal", panel=HOW, help="After the refit, train each site alone to reproduce the original's output (takes minutes).")
+        bool, option("--heal", panel=HOW, help="After the refit, train attention to reproduce the original's output (takes minutes).")
     ] = False,
     heal_tokens: Annotated[
         int | None,
         option(
             "--heal-tokens", panel=HOW, metavar="N", min=1,
-            help="Tokens (or items) of the calibration source that --heal trains each site on; data is repeated if there is less. "
-            "Default: 524288 tokens, 16384 images, 4096 windows of sound.",
+            help="Tokens (or items) of the calibration source that --heal trains on; data is repeated if there is less. "
+            "Default: 131072 tokens, 8192 images, 2048 windows of sound; by block four times, twice and twice as many.",
+        ),
+    ] = None,
+    heal_by: Annotated[
+        str | None,
+        option(
+            "--heal-by", panel=HOW, metavar="WHAT",
+            help="model: train all sites together by the model's output. block: one at a time by its own output, in the memory of one "
+            "block. [default: model]",
         ),
     ] = None,
     seed: Seed = 0,
@@ -93,7 +101,7 @@ def fold(
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple,
-        heal_tokens=heal_tokens,
+        heal_tokens=heal_tokens, heal_by=heal_by,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(

@@ -70,9 +70,10 @@ def _fitting(
         CalibrationPass(item_operations(source, length), items, hidden_size, cached, drawn),
         calibrates=calibrates,
         refits=changed - {*fitted["refit"]} if request.settings["refit"] else (),
-        heals=changed - {*fitted["heal"]} if request.heal_tokens else (),
+        heals=changed - {*fitted["heal"]} if request.healing else (),
         records=not single_pass,
-        healed=request.heal_tokens / (1 if data.kind in ("images", "audio") else length),
+        healed=request.healing.tokens / (1 if data.kind in ("images", "audio") else length),
+        heals_together=request.healing.by == "model",
     )
 
 

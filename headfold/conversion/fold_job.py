@@ -19,6 +19,7 @@ from ..report.tables import estimate
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
+from .healing import Healing
 from .measured_sites import MeasuredSites
 from .plans import plan_uniform
 from .provenance import Fitting
@@ -151,14 +152,14 @@ class FoldJob:
         stats: StatsFile | None,
         refits: Mapping[str, FittedHeads] | None,
         fitting: Fitting,
-        tokens: int,
+        healing: Healing,
     ) -> tuple[Mapping[str, FittedHeads], Fitting]:
-        """Return the heads trained block by block, from where merge and refit end."""
+        """Return the trained heads, from where merge and refit end."""
         with self.timed("heal"):
             trained = on_main_only(lambda: FittedSites(self.work / "heal"))
             if self.lacks_sites(teacher.source, trained):
-                teacher.heal(plan, stats, refits, trained, tokens, self.settings["seed"])
-            return trained, Fitting(fitting.refitted, tokens, on_main(lambda: trained.facts))
+                teacher.heal(plan, stats, refits, trained, healing, self.settings["seed"])
+            return trained, Fitting(fitting.refitted, healing, on_main(lambda: trained.facts))
 
     @staticmethod
     def lacks_sites(source: Source, fitted: FittedSites) -> bool:

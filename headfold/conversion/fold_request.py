@@ -9,10 +9,10 @@ from typing import Any
 from .. import planning
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
-from ..refine import heal as healing
 from ..refine.refit import VALUE_STEPS
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
+from .healing import Healing
 from .source import Source
 
 
@@ -31,8 +31,7 @@ class FoldRequest:
     """Names of the statistics that the methods need."""
     calibration: CalibrationConfig | None
     """None where no step needs data and none is named."""
-    heal_tokens: int
-    """Tokens, or items, to train every block on; 0 for none."""
+    healing: Healing
     settings: Mapping[str, Any]
     """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
 
@@ -56,6 +55,7 @@ def resolve_fold(
     refit: bool,
     heal: bool,
     heal_tokens: int | None,
+    heal_by: str,
     data: CalibrationRequest,
     stats: StatsFile | None,
 ) -> FoldRequest:
@@ -83,14 +83,15 @@ def resolve_fold(
     calibration = None
     if needed or refit or heal or data.source is not None or CalibrationRequest.recorded(recorded):
         calibration = CalibrationConfig.resolve(source, data, recorded)
-    length = 0
+    healing = Healing()
     if heal:
         assert calibration is not None
-        length = heal_tokens or healing.ITEMS.get(calibration.kind, healing.TOKENS)
+        healing = Healing.resolved(heal_by, heal_tokens, calibration.kind)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
-        "refit": VALUE_STEPS if refit else 0, "heal": length, "data": calibration and asdict(calibration), "encoder": encoder,
+        "refit": VALUE_STEPS if refit else 0, "heal": healing.tokens, "heal_by": healing.by,
+        "data": calibration and asdict(calibration), "encoder": encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
     return FoldRequest(
@@ -102,6 +103,6 @@ def resolve_fold(
         encoder,
         needed,
         calibration,
-        length,
+        healing,
         settings,
     )

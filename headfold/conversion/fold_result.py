@@ -27,7 +27,9 @@ class FoldResult:
     plan: Plan
     refitted: bool
     healed: int
-    """Tokens, or items, that every block was trained on; 0 for none."""
+    """Tokens, or items, that the model or every block was trained on; 0 for none."""
+    healed_by: str
+    """What was trained together, if anything was: all sites ("model") or one at a time ("block")."""
     verification: Verification | None
     notes: list[str]
     seconds: dict[str, float]
@@ -61,7 +63,8 @@ class FoldResult:
             after=costs[1],
             plan=plan,
             refitted=fitting.refitted,
-            healed=fitting.healed,
+            healed=fitting.healing.tokens,
+            healed_by=fitting.healing.by,
             verification=verification,
             notes=notes,
             seconds=seconds,

@@ -13,6 +13,7 @@ from ..evaluate.verify import Verification
 from ..families.spec import Site
 from ..report import tables
 from ..report.card import CardFacts
+from .healing import Healing
 from .serving_cost import ServingCost
 from .source import Source
 
@@ -22,8 +23,7 @@ class Fitting:
     """The steps by which heads were fitted after their merge, and the data they were fitted on."""
 
     refitted: bool = False
-    healed: int = 0
-    """Tokens, or items, that every block was trained on; 0 for none."""
+    healing: Healing = Healing()
     data: Mapping[str, str] | None = None
     """The facts of the data that heads were fitted on."""
 
@@ -59,7 +59,8 @@ def card_facts(
         method=settings["merge"],
         group=settings["group"],
         refit=fitting.refitted,
-        healed=fitting.healed,
+        healed=fitting.healing.tokens,
+        healed_by=fitting.healing.by,
         calibration=calibration,
         refit_text=fitting.data or {},
         command=fold_command(settings, source.name, out.name),
@@ -85,7 +86,7 @@ def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
         words += [f"--head-dim-multiple {multiple}"] if multiple > 1 else []
         words += [f"--group {settings['group']}", f"--merge {settings['merge']}"]
     words += ["--refit" if settings["refit"] else "--no-refit"]
-    words += [f"--heal --heal-tokens {settings['heal']}"] if settings["heal"] else []
+    words += [f"--heal --heal-by {settings['heal_by']} --heal-tokens {settings['heal']}"] if settings["heal"] else []
     words += _data_options(settings["data"]) if settings["data"] else []
     words += ["--encoder"] if settings["encoder"] else []
     words += ["--stats stats.safetensors"] if settings["stats"] else []

@@ -25,12 +25,13 @@ from ..families.context import context_length
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
-from ..refine import heal, refit
+from ..refine import distill, heal, refit
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..surgery import kept_weights, query_order, site_heads
 from .calibration_config import CalibrationConfig
 from .fitted_sites import FittedSites
+from .healing import Healing
 from .source import Source
 
 if TYPE_CHECKING:
@@ -155,24 +156,51 @@ class Teacher:
         stats: Mapping[str, SiteStats] | None,
         refits: Mapping[str, FittedHeads] | None,
         healed: FittedSites,
+        healing: Healing,
+        seed: int,
+    ) -> None:
+        """Train the sites that `healed` lacks, from where merge and `refits` end; together, all of them anew."""
+        trainer = self._with_more_data(healing)
+        if healing.by == "model":
+            trainer._distill(plan, stats, refits, healed, healing.tokens, seed)
+            return
+        total = heal.tokens_per_block(trainer.sample, healing.tokens)
+        fit = partial(heal.heal, tokens=healing.tokens, seed=seed)
+        trainer._fit("heal", fit, total, lambda site: plan, stats, refits, healed)
+
+    def _distill(
+        self,
+        plan: Plan,
+        stats: Mapping[str, SiteStats] | None,
+        refits: Mapping[str, FittedHeads] | None,
+        healed: FittedSites,
         tokens: int,
         seed: int,
     ) -> None:
-        """Train the sites that `healed` lacks, each block alone on `tokens` tokens, from where merge and `refits` end."""
-        trainer = self._with_more_data(tokens)
-        total = heal.tokens_per_block(trainer.sample, tokens)
-        fit = partial(heal.heal, tokens=tokens, seed=seed)
-        trainer._fit("heal", fit, total, lambda site: plan, stats, refits, healed)
+        """Train all sites together; rank 0 merges and keeps, all ranks train."""
+        read, sites, sample, facts = self.source.checkpoint.read, self.source.sites, self.sample, self.facts()
 
-    def _with_more_data(self, tokens: int) -> "Teacher":
+        def merge(site: Site) -> Heads:
+            return on_main(lambda: site_heads(site, plan, read, stats, refits))
+
+        found = distill.distill(
+            self.model, sites, merge, sample, tokens=tokens, seed=seed,
+            progress=counter(self.progress, "heal", distill.total_tokens(sample, tokens)),
+        )  # fmt: skip
+        for site in sites:
+            on_main_only(lambda site=site: healed.put(site.name, found[site.name], facts))  # type: ignore[misc]
+
+    def _with_more_data(self, healing: Healing) -> "Teacher":
         """Return a teacher with as much more data of the same source as healing uses and memory holds.
 
         Text that the model would have to write itself stays as it is. Tokens that are seen once heal better than fewer tokens seen as often
         as that takes.
         """
         config, have = self._require_config(), calibrating.total_tokens(self.sample)
-        most = HEALING_BYTES // (3 * 4 * self._hidden_size()) if config.kind == "text" else MAX_ITEM_FACTOR * have
-        factor = min(tokens, most) / have
+        most = MAX_ITEM_FACTOR * have
+        if config.kind == "text":
+            most = healing.tokens if healing.by == "model" else HEALING_BYTES // (3 * 4 * self._hidden_size())
+        factor = min(healing.tokens, most) / have
         if config.source == "self" or factor <= 1:
             return self
         more = replace(config, tokens=int(factor * have), items=math.ceil(factor * config.items))

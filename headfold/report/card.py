@@ -33,7 +33,9 @@ class CardFacts:
     group: str
     refit: bool
     healed: int
-    """The number of tokens, or items, that every block was trained with; 0 where no block was trained."""
+    """The number of tokens, or items, of training; 0 where nothing was trained."""
+    healed_by: str
+    """What was trained together: all sites ("model") or one at a time ("block")."""
     calibration: Mapping[str, str]
     command: str
     site_errors: Mapping[str, tuple[float, float]] | None = None
@@ -148,15 +150,18 @@ def _summary(name: str, facts: CardFacts) -> str:
     return (
         f"This is {linked} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
-        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts.healed)}; all tensors outside attention are the "
+        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts)}; all tensors outside attention are the "
         "original's, byte for byte."
     )
 
 
-def _training(healed: int) -> str:
-    if not healed:
-        return "No block was trained"
-    return f"Every attention block was then trained alone, on {healed:,} tokens or items, to reproduce the output of the original's"
+def _training(facts: CardFacts) -> str:
+    if not facts.healed:
+        return "Nothing was trained"
+    amount = f"on {facts.healed:,} tokens or items"
+    if facts.healed_by == "model":
+        return f"All attention blocks were then trained together, {amount}, to reproduce the original's output"
+    return f"Every attention block was then trained alone, {amount}, to reproduce the output of the original's"
 
 
 def _facts_table(facts: CardFacts) -> str:

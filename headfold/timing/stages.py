@@ -11,9 +11,9 @@ from ..families.arithmetic import Arithmetic
 from ..parallel import num_processes
 from .machine import product_rate
 
-CALIBRATE, REFIT, HEAL = 1.6, 3, 6
-"""What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks. These
-and the next are measured on a model of 135 M parameters.
+CALIBRATE, REFIT, HEAL, DISTILL = 1.6, 3, 6, 5
+"""What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks, and
+healing of the whole model, head and all. These and the next are measured on a model of 135 M parameters.
 """
 LOGIT = 1000
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""
@@ -63,12 +63,13 @@ def fitting_operations(
     refits: Collection[str],
     heals: Collection[str],
     healed: float,
+    heals_together: bool = False,
     records: bool = True,
 ) -> dict[str, Operations]:
     """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
 
     A refit records what the blocks do in a pass of its own if `records`.
-    A site is healed on `healed` items, which are drawn anew where the model does not write them.
+    A site, or with `heals_together` the model, is healed on `healed` items, which are drawn anew where the model does not write them.
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
     if calibrates:
@@ -80,7 +81,9 @@ def fitting_operations(
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
         recorded = data.items * once.blocks if records else 0.0
         found["refit"] = Operations(recorded / shared, precise / shared)
-    if heals:
+    if heals and heals_together:
+        found["heal"] = Operations(DISTILL * healed * (once.blocks + once.head) / shared)
+    elif heals:
         drawn = max(data.items, healed) if data.cached is None else data.items
         trained = HEAL * healed * sum(once.sites[name] for name in heals)
         found["heal"] = Operations((drawn * once.blocks + trained) / shared)

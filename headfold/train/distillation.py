@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..calibration import decoder_inputs
 from ..core.errors import UserError
-from ..corpus.pairs import IGNORED
+from ..divergence import label_mask, output_error, relative_error, without_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,9 +21,8 @@ class Distillation:
     """Computes KL(teacher ‖ student), mean over positions, + `weight` · mean over sites of Σ ‖ŷ − y‖² / Σ ‖y‖².
 
     Both models run on the same batch, each on its own hidden states; y and ŷ are the outputs of a site's output projection in
-    teacher and student. Hinton et al. 2015 (1503.02531) at temperature 1; the second term is hidden-state distillation restricted
-    to attention outputs. For a model without logits (a sentence encoder) the relative error of its last hidden states takes the
-    place of the KL.
+    teacher and student. The first term is `divergence.output_error`, the second is hidden-state distillation restricted to attention
+    outputs.
     """
 
     def __init__(
@@ -97,8 +95,8 @@ class Distillation:
         with torch.no_grad():
             teacher_output = self.teacher(**given)
         student_output = model(**given)
-        divergence = self._output_error(student_output, teacher_output, labels, given.get("attention_mask"))
-        sites = torch.stack(self._site_errors(_label_mask(labels), given.get("attention_mask")))
+        divergence = output_error(student_output, teacher_output, labels, given.get("attention_mask"))
+        sites = torch.stack(self._site_errors(label_mask(labels), given.get("attention_mask")))
         parts = {"kl": divergence.detach(), "site_error": sites.mean().detach()}
         return divergence + self.weight * sites.mean(), parts
 
@@ -107,21 +105,9 @@ class Distillation:
         errors = []
         for s, t, decodes in zip(self._outputs["student"], self._outputs["teacher"], self._in_decoder, strict=True):
             errors.append(
-                relative_error(*(_without_padding(states, labelled if decodes else mask) for states in (s, t)))
+                relative_error(*(without_padding(states, labelled if decodes else mask) for states in (s, t)))
             )
         return errors
-
-    def _output_error(self, student: Any, teacher: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-        if getattr(student, "logits", None) is None:
-            states = (student.last_hidden_state, teacher.last_hidden_state)
-            return relative_error(*(_without_padding(s, mask) for s in states))
-        logits = student.logits
-        if getattr(teacher, "logits", None) is None or teacher.logits.shape != logits.shape:
-            raise UserError(
-                "--distill: expected the model that this was folded from, got one whose logits have another shape"
-            )
-        kept = next((m for m in (_label_mask(labels), mask) if m is not None and m.shape == logits.shape[:-1]), None)
-        return kl_divergence(logits, teacher.logits, None if kept is None else kept.bool())
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -132,56 +118,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # classes that hand the rate to a function
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
-
-
-def _without_padding(states: Tensor, kept: Tensor | None) -> Tensor:
-    """Return the states with zeros at the positions where the mask, if it has their shape, is false."""
-    return states if kept is None or kept.shape != states.shape[:2] else states * kept[..., None].to(states.dtype)
-
-
-def _label_mask(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None or labels.ndim != 2 else labels != IGNORED
-
-
-def kl_divergence(
-    student: Float[Tensor, "*position vocab"],
-    teacher: Float[Tensor, "*position vocab"],
-    kept: Bool[Tensor, "*position"] | None,
-) -> Float[Tensor, ""]:
-    """Return KL(teacher ‖ student) in nats, mean over the positions in `kept`, computed in float32 or better."""
-    if kept is not None:
-        student, teacher = student[kept], teacher[kept]
-    return _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2))
-
-
-class _Divergence(torch.autograd.Function):
-    """KL divergence with its gradient in closed form, (q − p) / count: stores one tensor of the size of the logits, where autograd
-    stores four.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Float[Tensor, "position vocab"], teacher: Float[Tensor, "position vocab"]) -> Tensor:
-        log_q, log_p = (t.to(torch.promote_types(t.dtype, torch.float32)).log_softmax(-1) for t in (student, teacher))
-        p = log_p.exp()
-        divergence = log_p.sub_(log_q).mul_(p).sum() / len(student)
-        ctx.save_for_backward(log_q.exp_().sub_(p).div_(len(student)).to(student.dtype))
-        return divergence
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * above[0], None
-
-
-def relative_error(student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
-    """Return Σ ‖ŷ − y‖² / Σ ‖y‖².
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"--distill: expected the model that this was folded from, got one with {teacher.shape[-1]} dims instead of {student.shape[-1]}"
-        )
-    student, teacher = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher))
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

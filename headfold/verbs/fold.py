@@ -41,6 +41,7 @@ def fold(
     refit: bool = True,
     heal: bool = False,
     heal_tokens: int | None = None,
+    heal_by: str = "model",
     calibration: str | None = None,
     tokens: int | None = None,
     items: int | None = None,
@@ -73,12 +74,11 @@ def fold(
         group: Grouping method with its options, as `headfold methods` lists them.
         merge: Merge method with its options.
         refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
-        heal: Train the attention of every block alone after that, on `heal_tokens` tokens of the calibration data.
-        heal_tokens: Tokens or items to heal each block on, drawn anew where there are more; by default `refine.heal.TOKENS` or `ITEMS`.
+        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data, as many of them new as there are.
+        heal_by: "model" trains all sites together by the model's output, "block" each alone, in the memory of one block.
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
-        tokens: Calibration tokens of a language model.
-        items: Calibration items of other models.
+        tokens, items: Calibration tokens of a language model, calibration items of other models.
         columns: Columns of a table of calibration data.
         context: Length of calibration windows, or where calibration texts are cut.
         encoder: Fold the encoder of an encoder-decoder too.
@@ -107,7 +107,7 @@ def fold(
     data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
-        heal_tokens=heal_tokens, data=data, stats=given,
+        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given,
     ))  # fmt: skip
     source = replace(source, encoder=request.encoder)
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
@@ -129,7 +129,7 @@ def fold(
         shrinks = any(made.num_kv_heads[site.name] < site.num_kv_heads for site in source.sites)
         refits, fitting = job.refitted(teacher, made, statistics) if refit and shrinks else (None, Fitting())
         if heal and shrinks:
-            refits, fitting = job.healed(teacher, made, statistics, refits, fitting, request.heal_tokens)
+            refits, fitting = job.healed(teacher, made, statistics, refits, fitting, request.healing)
         teacher.close()
 
         def write() -> FoldResult:

@@ -1,0 +1,103 @@
+"""How far the output of a folded model is from the original's on the same batch, as a loss to train on."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .core.errors import UserError
+from .corpus.pairs import IGNORED
+
+ROWS_OF = 2**24
+"""Logits whose distributions are computed at once."""
+
+
+def output_error(student: Any, teacher: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return KL(teacher ‖ student) in nats, mean over positions that are not padding (Hinton et al. 2015, 1503.02531, at temperature 1).
+
+    `student` and `teacher` are a model's outputs. Models without logits have the relative error of their embeddings (CLIP) or of their
+    last hidden states instead.
+
+    Raises:
+        UserError: the outputs differ in kind or shape.
+    """
+    if getattr(student, "logits", None) is not None:
+        logits, own = student.logits, getattr(teacher, "logits", None)
+        if own is None or own.shape != logits.shape:
+            raise UserError(
+                "--distill: expected the model that this was folded from, got one whose logits have another shape"
+            )
+        masks = (label_mask(labels), mask)
+        kept = next((m for m in masks if m is not None and m.shape == logits.shape[:-1]), None)
+        return kl_divergence(logits, own, None if kept is None else kept.bool())
+    if getattr(student, "last_hidden_state", None) is not None:
+        states = (student.last_hidden_state, teacher.last_hidden_state)
+        return relative_error(*(without_padding(s, mask) for s in states))
+    names = ("text_embeds", "image_embeds")
+    errors = [relative_error(getattr(student, name), getattr(teacher, name)) for name in names]
+    return torch.stack(errors).mean()
+
+
+def without_padding(states: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the states with zeros at the positions where the mask, if it has their shape, is false."""
+    return states if kept is None or kept.shape != states.shape[:2] else states * kept[..., None].to(states.dtype)
+
+
+def label_mask(labels: Tensor | None) -> Tensor | None:
+    """Return which positions have a label, where there is a label per position."""
+    return None if labels is None or labels.ndim != 2 else labels != IGNORED
+
+
+def kl_divergence(
+    student: Float[Tensor, "*position vocab"],
+    teacher: Float[Tensor, "*position vocab"],
+    kept: Bool[Tensor, "*position"] | None,
+) -> Float[Tensor, ""]:
+    """Return KL(teacher ‖ student) in nats, mean over the positions in `kept`, computed in float32 or better."""
+    if kept is not None:
+        student, teacher = student[kept], teacher[kept]
+    return _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2))
+
+
+class _Divergence(torch.autograd.Function):
+    """KL divergence with its gradient in closed form, (q − p) / count: stores one tensor of the size of the logits, where autograd
+    stores four, and computes it for some rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Float[Tensor, "position vocab"], teacher: Float[Tensor, "position vocab"]) -> Tensor:
+        rows = max(1, ROWS_OF // student.shape[-1])
+        gradient = torch.empty_like(student if ctx.needs_input_grad[0] else student[:0])
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        for at in range(0, len(student), rows):
+            log_q, log_p = (_log_softmax(t[at : at + rows]) for t in (student, teacher))
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
+            if ctx.needs_input_grad[0]:
+                gradient[at : at + rows] = log_q.exp_().sub_(p).div_(len(student))
+        ctx.save_for_backward(gradient)
+        return (total / len(student)).to(torch.promote_types(student.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * above[0], None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
+    """Return Σ ‖ŷ − y‖² / Σ ‖y‖².
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"--distill: expected the model that this was folded from, got one with {teacher.shape[-1]} dims instead of {student.shape[-1]}"
+        )
+    student, teacher = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher))
+    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

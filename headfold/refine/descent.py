@@ -1,0 +1,170 @@
+"""Trains the projections of folded sites by Adam (Kingma & Ba 2015, 1412.6980), and keeps the weights with the least error on data that
+is held back, so that training never leaves a fold worse there than it was.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.fitted import FittedHeads
+from ..core.heads import Heads
+from ..families.spec import Site
+from ..parallel import all_reduce, world_size
+
+HELD_BACK = 8
+"""One batch in so many is held back."""
+MAX_ERROR_RATIO = 2
+"""A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
+shorter. Backing off at every check without improvement ends at a larger loss increase.
+"""
+LATE = 0.75
+"""Share of the steps after which a check without improvement backs off: the remaining steps would not improve either."""
+BACK_OFF = 4
+"""Backing off means to continue from the best weights with steps so many times smaller."""
+WARM_UP = 5
+"""Steps over which the rate rises from 0."""
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedWeights:
+    """The weights of one site that are trained, by field, and how far a step moves each at rate 1: their root mean square."""
+
+    heads: Heads
+    tensors: dict[str, Tensor]
+    scales: dict[str, float]
+
+    @classmethod
+    def of(cls, heads: Heads, site: Site) -> "TrainedWeights":
+        """Return the weights of these heads. A bias column that the checkpoint has no tensor for stays as it is."""
+        biased = "qkv" in site.biases
+        tensors = {"o": heads.o}
+        for field in ("q", "k", "v"):
+            whole = getattr(heads, field)
+            tensors[field] = whole if biased or field in site.biases else whole[..., :-1]
+        if heads.o_bias is not None:
+            tensors["o_bias"] = heads.o_bias
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        scales = {name: _root_mean_square(t) for name, t in tensors.items()}
+        return cls(heads, leaves, scales | ({"o_bias": scales["o"]} if "o_bias" in scales else {}))
+
+    def to_heads(self) -> Heads:
+        """Return the heads with the present weights."""
+        changed: dict[str, Any] = {name: self._whole(name, tensor) for name, tensor in self.tensors.items()}
+        return replace(self.heads, **changed)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        before = getattr(self.heads, name)
+        return tensor if tensor.shape == before.shape else torch.cat([tensor, before[..., -1:]], -1)
+
+    def set(self, fitted: FittedHeads) -> None:
+        """Set the weights to those of fitted heads."""
+        for name, leaf in self.tensors.items():
+            before = getattr(fitted, name)
+            leaf.data.copy_(before if leaf.shape == before.shape else before[..., :-1])
+
+    def fitted(self) -> FittedHeads:
+        """Return a copy of the present weights."""
+        return FittedHeads(
+            **{name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The steps of a training: each sees the batches of one of the `rounds`, one per rank, drawn in an order given by the seed."""
+
+    rounds: Sequence[range]
+    steps: int
+    rate: float
+    """Adam's step in root mean squares of a projection's weights, at an error of 1. It is proportional to the root of the error, as
+    weights that are nearly right need smaller steps: at a small error a fixed step ends above the error it began with, or is too slow
+    at a large one.
+    """
+    num_checks: int
+    """Number of times that the error on the held-back data is computed."""
+    seed: int
+
+    def orders(self) -> Iterator[range]:
+        """Yield all rounds in random order, again and again, for so many steps; the same on all ranks."""
+        generator = torch.Generator().manual_seed(self.seed)
+        left: list[range] = []
+        for _ in range(self.steps):
+            left = left or [self.rounds[at] for at in torch.randperm(len(self.rounds), generator=generator).tolist()]
+            yield left.pop()
+
+
+def schedule(
+    num_batches: int, total: int, tokens: int, *, rate: float, num_checks: int, seed: int
+) -> tuple[Schedule, range]:
+    """Return the schedule of a training on `tokens` tokens over all ranks, and the numbers of the batches that are held back.
+
+    `total` is the number of tokens of all batches.
+    """
+    train, held = split(num_batches)
+    rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
+    steps = max(1, round(tokens * num_batches / total * (len(rounds) / len(train))))
+    return Schedule(rounds, steps, rate, num_checks, seed), held
+
+
+def split(count: int) -> tuple[range, range]:
+    """Return the numbers of the batches for training and for checks; a single batch is used for both."""
+    if count == 1:
+        return range(1), range(1)
+    held = max(1, count // HELD_BACK)
+    return range(count - held), range(count - held, count)
+
+
+def descend(
+    weights: Sequence[TrainedWeights],
+    error: Callable[[], float],
+    gradients: Callable[[range], Sequence[Tensor]],
+    plan: Schedule,
+) -> list[FittedHeads]:
+    """Return the weights with the least `error`, those at the start among them.
+
+    `gradients` returns this rank's part of the gradients of all tensors of all weights, in their order, from the batches of these
+    numbers; the parts of all ranks add up.
+    """
+    best, found = error(), [each.fitted() for each in weights]
+    if not best > 0:  # a perfect fold
+        return found
+    rate = plan.rate * best**0.5
+    tensors = [tensor for each in weights for tensor in each.tensors.values()]
+    scales = [scale for each in weights for scale in (each.scales[name] for name in each.tensors)]
+    optimizer = torch.optim.Adam(
+        [{"params": [tensor], "lr": 0.0, "scale": scale} for tensor, scale in zip(tensors, scales, strict=True)],
+        betas=BETAS,
+    )
+    checks = {round(plan.steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
+    for step, numbers in enumerate(plan.orders()):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"] * (1 - step / plan.steps) * min(1.0, (step + 1) / WARM_UP)
+        for leaf, gradient in zip(tensors, _all_reduced(gradients(numbers)), strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        if step + 1 in checks:
+            present = error()
+            if present < best:
+                best, found = present, [each.fitted() for each in weights]
+            elif not present <= MAX_ERROR_RATIO * best or step + 1 >= LATE * plan.steps:
+                for each, fitted in zip(weights, found, strict=True):
+                    each.set(fitted)
+                optimizer.state.clear()
+                rate /= BACK_OFF
+    return found
+
+
+def _all_reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sums over all ranks, in one message."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())

@@ -1,0 +1,178 @@
+"""Trains the projections of all sites together, by distillation: so that the whole model's output is the original's again.
+
+Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
+(`descent.py`); all other weights stay. The error of one attention's output, which refit and heal minimise, does not tell how much the
+model's loss depends on it: where memory holds the model and its activations for a batch, this takes fewer steps to a smaller loss.
+Both models run on every batch; they share all weights outside the sites, and the output of an encoder that is not folded.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Sample, batches, decoder_inputs, num_tokens
+from ..core.errors import UserError
+from ..core.fitted import FittedHeads
+from ..core.heads import Heads
+from ..divergence import output_error
+from ..families.layout import write_heads
+from ..families.spec import Site
+from ..hf_models.streamed import input_device
+from ..parallel import all_reduce, falls_here
+from ..runtime.regrouping import install_heads, local_names
+from .descent import TrainedWeights, descend, schedule, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 2**17
+"""Tokens that the model is trained with, repeated where the sample has fewer."""
+ITEMS = {"images": 2**13, "audio": 2**11}
+"""Items that the model is trained with where data has no tokens."""
+BATCH_TOKENS = 2048
+NUM_CHECKS = 2
+RATE = 0.004
+
+
+@torch.no_grad()
+def distill(
+    model: "PreTrainedModel",
+    sites: list[Site],
+    merged: Callable[[Site], Heads],
+    sample: Sample,
+    *,
+    tokens: int = TOKENS,
+    rate: float = RATE,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, FittedHeads]:
+    """Return the trained heads of every site: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
+
+    `model` is the original under stock transformers, in memory; `merged(site)` returns the site's heads to begin with, in standard
+    order. The model is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together. `progress` is
+    called with numbers of tokens.
+
+    Raises:
+        UserError: a model that is read from disk as it runs.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            "fold --heal: expected a model that fits into memory, got one that is read from disk as it runs; give --heal-by block, "
+            "which trains one block at a time"
+        )
+    student = _Student(model, sites, merged)
+    all_batches = list(batches(sample, BATCH_TOKENS))
+    total = sum(map(num_tokens, all_batches))
+    plan, held = schedule(len(all_batches), total, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
+    left = total_tokens(sample, tokens)
+
+    def ran(numbers: range) -> None:
+        nonlocal left
+        count = min(left, sum(num_tokens(all_batches[number]) for number in numbers))
+        left -= count
+        progress(count)
+
+    def error() -> float:
+        own = torch.zeros(2, dtype=torch.float64)
+        for number in filter(falls_here, held):
+            count = num_tokens(all_batches[number])
+            own += torch.tensor([count * float(student.error(all_batches[number])), count], dtype=torch.float64)
+        ran(held)
+        found, count = all_reduce(own).tolist()
+        return found / count
+
+    def gradients(numbers: range) -> Sequence[Tensor]:
+        ran(numbers)
+        for number in filter(falls_here, numbers):
+            with torch.enable_grad():
+                return torch.autograd.grad(student.error(all_batches[number]) / len(numbers), student.leaves)
+        return [torch.zeros_like(leaf) for leaf in student.leaves]
+
+    with _frozen(model):
+        found = descend(student.weights, error, gradients, plan)
+    progress(left)  # of batches that are shorter than others, and of steps that a perfect fold does not need
+    return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
+
+
+def total_tokens(sample: Sample, tokens: int) -> int:
+    """Return the number of tokens that the model is run on, in training and in checks."""
+    all_batches = list(batches(sample, BATCH_TOKENS))
+    _, held = split(len(all_batches))
+    return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
+
+
+class _Student:
+    """The folded model: the original's modules over again, with heads that are trained at some sites. All other tensors are shared.
+
+    Its attention is the original's stock class with shared heads repeated, so gradients are summed over the queries that read them.
+    """
+
+    def __init__(self, model: "PreTrainedModel", sites: list[Site], merged: Callable[[Site], Heads]) -> None:
+        self._teacher, self._sites = model, sites
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self._model: Any = copy.deepcopy(model, shared)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.weights = []
+        for site in sites:
+            heads = merged(site).to(dtype).to(next(model.get_submodule(site.module).parameters()).device)
+            self.weights.append(TrainedWeights.of(heads, site))
+            if heads.head_dim > site.head_dim:
+                install_heads(
+                    self._model, site, self._on_disk(site, heads), site.num_kv_heads, heads.head_dim // site.head_dim
+                )
+        self.leaves = [leaf for each in self.weights for leaf in each.tensors.values()]
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        decodes = getattr(model.config, "is_encoder_decoder", False)
+        self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
+        self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def error(self, batch: Sample) -> Tensor:
+        """Return the divergence of the student's output from the original's on one batch."""
+        device = input_device(self._teacher)
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = given.pop("labels", None)
+        if getattr(self._teacher.config, "is_encoder_decoder", False):
+            assert labels is not None
+            given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
+        with torch.no_grad():
+            teacher = self._teacher(**given, **self._options)
+        mask = given.get("attention_mask")
+        if self._shares_encoder:
+            given = {name: given[name] for name in ("attention_mask", "decoder_input_ids") if name in given}
+            given["encoder_outputs"] = (teacher.encoder_last_hidden_state,)
+        student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
+        return output_error(student, teacher, labels, mask)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the student's parameters that depend on the trained weights, by name."""
+        found = {}
+        for site, weights in zip(self._sites, self.weights, strict=True):
+            names = local_names(site)
+            for name, tensor in self._on_disk(site, weights.to_heads()).items():
+                path = f"{site.module}.{names[name]}"
+                if path in self._parameters:
+                    found[path] = tensor.to(self._parameters[path])
+        return found
+
+    @staticmethod
+    def _on_disk(site: Site, heads: Heads) -> Mapping[str, Tensor]:
+        return write_heads(site, heads.expand(site.num_kv_heads), in_slots=heads.head_dim > site.head_dim)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Return a context in which no parameter of the model itself has a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
