@@ -34,7 +34,10 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "qcqa-ac": ("--merge", "mean", "--group", "qcqa:unequal=true", "--no-refit"),
     "asymgqa": ("--merge", "mean", "--group", "asymgqa", "--no-refit"),
 }
-OURS: dict[str, tuple[str, ...]] = {"absorb": ("--no-refit",), "absorb+refit": (), "absorb+refit+heal": ("--heal",)}
+OURS: dict[str, tuple[str, ...]] = {
+    "absorb": ("--no-refit",), "absorb+refit": (), "absorb+refit+heal by block": ("--heal", "--heal-by", "block"),
+    "absorb+refit+heal": ("--heal",),
+}  # fmt: skip
 WIDE, UNEQUAL = ("--head-dim-multiple", "2"), ("--group", "swap:unequal=true")
 TRAINED = ("--heal",)
 """Options of rows that have one seed."""

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from headfold import calibration, cli, parallel
 from headfold.core.errors import UserError
 from headfold.planning import make_plan
-from headfold.refine import heal
+from headfold.refine import distill, heal
 from headfold.refine import refit as refitting
 from headfold.refine.heal import heal as healed
 from headfold.refine.refit import refit
@@ -43,6 +43,7 @@ TOKENS = 1536
 def found(name: str, batch_tokens: int = BATCH_TOKENS, tokens: int = TOKENS) -> dict[str, Tensor]:
     """Statistics, refit and healing of a case, by `what/site/field`."""
     calibration.TOKENS_PER_BATCH, heal.BATCH_TOKENS = BATCH_TOKENS, batch_tokens
+    distill.BATCH_TOKENS = batch_tokens
     family, sample = CASES[name]
     directory = tiny_checkpoint(family)
     model, sites = stock_model(directory), [site for site, _ in tiny_sites(directory)]
@@ -56,6 +57,7 @@ def found(name: str, batch_tokens: int = BATCH_TOKENS, tokens: int = TOKENS) -> 
         "refit": {site: fitted.to_tensors() for site, fitted in refit(*given, **how).items()},
         "heal": {site: fitted.to_tensors() for site, fitted in healed(*given, tokens=tokens, **how).items()},
     }
+    results["distill"] = {site: f.to_tensors() for site, f in distill.distill(*given, tokens=tokens).items()}
     counts = {f"count/{site}": torch.tensor([float(s.count)]).double() for site, s in stats.items()}
     return counts | {
         f"{what}/{site}/{field}": tensor

@@ -147,7 +147,9 @@ def test_a_seed_draws_the_batches() -> None:
         assert_differs(tensor, getattr(other, field))
 
 
-HEALED: dict[str, Any] = dict(kv_heads=2, calibration="self", **CALIBRATED, heal=True, heal_tokens=2048)
+HEALED: dict[str, Any] = dict(
+    kv_heads=2, calibration="self", **CALIBRATED, heal=True, heal_by="block", heal_tokens=2048
+)
 """On so few tokens a refit fits the held-back ones too, and nothing is left to heal."""
 
 
@@ -160,8 +162,8 @@ def test_a_healed_fold_is_verified_and_says_so(readable: Path, tmp_path: Path) -
     losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, found)]
     assert losses[1] < losses[0]
     card = (found.out / "README.md").read_text()
-    assert "trained alone, on 2,048 tokens" in card and "--heal --heal-tokens 2048" in card
-    assert "No block was trained" in (plain.out / "README.md").read_text()
+    assert "trained alone, on 2,048 tokens" in card and "--heal --heal-by block --heal-tokens 2048" in card
+    assert "Nothing was trained" in (plain.out / "README.md").read_text()
 
 
 def test_a_source_that_has_more_is_healed_on_more(readable: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -122,7 +122,7 @@ def launched(source: Path, grouped: Path, task_folder: Path, tmp_path_factory: p
         "refused by the second": ["fold", "mine", "elsewhere", "--kv-heads", "4", *data],
         "refused by both": ["fold", str(source), "both"],
         "fold": words(source, "out"),
-        "healed": [*words(source, "healed"), "--heal", "--heal-tokens", "4096", "--json"],
+        "healed": [*words(source, "healed"), "--heal", "--heal-tokens", "1024", "--json"],
         "alone": ["inspect", str(source)],
         "evaluated": [
             "eval",
@@ -177,13 +177,14 @@ of three, and of two as well, the tokens of an average step are not twice as man
 def test_two_processes_find_what_one_does(name: str, launched: Launched) -> None:
     together, alone = launched.found[name][0], found(name, *ALONE[name])
     assert together.keys() == alone.keys() and {key.split("/")[0] for key in alone} == {
-        "count", "statistics", "refit", "heal",
+        "count", "statistics", "refit", "heal", "distill",
     }  # fmt: skip
     for key, tensor in alone.items():
         grade = assert_tight if key.startswith(("count", "statistics")) else assert_tight_through_float32_norms
         grade(together[key], tensor)
     for key in [key for key in alone if key.startswith("refit/")]:
-        assert_differs(alone[key.replace("refit", "heal")], alone[key])
+        for trained in ("heal", "distill"):
+            assert_differs(alone[key.replace("refit", trained)], alone[key])
 
 
 def test_the_first_process_writes_and_speaks_alone(launched: Launched) -> None:
@@ -197,7 +198,7 @@ def test_the_first_process_writes_and_speaks_alone(launched: Launched) -> None:
     made = {"stats.safetensors", "out", "healed", "plan.json", "plan.sensitivity.json", "routed"}
     assert {path.name for path in of_rank_0.iterdir()} == made | {"mine", "mine.txt"}
     result = json.loads(answers["healed"][0][1])
-    assert result["healed"] == 4096 and result["verification"]["passed"]
+    assert result["healed"] == 1024 and result["verification"]["passed"]
 
 
 @pytest.mark.parametrize(

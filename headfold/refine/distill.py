@@ -20,7 +20,7 @@ from ..calibration import Sample, batches, decoder_inputs, num_tokens
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
-from ..divergence import output_error
+from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device
@@ -68,7 +68,7 @@ def distill(
         )
     student = _Student(model, sites, merged)
     all_batches = list(batches(sample, BATCH_TOKENS))
-    total = sum(map(num_tokens, all_batches))
+    total, positions = sum(map(num_tokens, all_batches)), [_num_positions(batch) for batch in all_batches]
     plan, held = schedule(len(all_batches), total, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
     left = total_tokens(sample, tokens)
 
@@ -79,19 +79,19 @@ def distill(
         progress(count)
 
     def error() -> float:
-        own = torch.zeros(2, dtype=torch.float64)
-        for number in filter(falls_here, held):
-            count = num_tokens(all_batches[number])
-            own += torch.tensor([count * float(student.error(all_batches[number])), count], dtype=torch.float64)
+        found = sum(
+            positions[number] * float(student.error(all_batches[number])) for number in filter(falls_here, held)
+        )
         ran(held)
-        found, count = all_reduce(own).tolist()
-        return found / count
+        total = all_reduce(torch.tensor(found, dtype=torch.float64))
+        return total.item() / sum(positions[number] for number in held)
 
     def gradients(numbers: range) -> Sequence[Tensor]:
         ran(numbers)
         for number in filter(falls_here, numbers):
+            share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
-                return torch.autograd.grad(student.error(all_batches[number]) / len(numbers), student.leaves)
+                return torch.autograd.grad(share * student.error(all_batches[number]), student.leaves)
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
     with _frozen(model):
@@ -105,6 +105,13 @@ def total_tokens(sample: Sample, tokens: int) -> int:
     all_batches = list(batches(sample, BATCH_TOKENS))
     _, held = split(len(all_batches))
     return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
+
+
+def _num_positions(batch: Sample) -> int:
+    """Return the number of positions that the error of a batch is a mean over: of labels, else of tokens, or items."""
+    labelled = label_mask(batch.get("labels"))
+    counted = batch.get("attention_mask") if labelled is None else labelled
+    return num_tokens(batch) if counted is None else int(counted.sum())
 
 
 class _Student:
