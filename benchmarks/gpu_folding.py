@@ -51,7 +51,7 @@ def fold_row(setup: Setup, layers: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     result = headfold.fold(
-        source, setup.place / f"fold-{layers}", kv_heads="1/4", heal=True, heal_tokens=heal_tokens, calibration=str(text),
+        source, setup.place / f"fold-{layers}", kv_heads="1/4", heal=True, heal_by="block", heal_tokens=heal_tokens, calibration=str(text),
         tokens=tokens, context=context, device=setup.device, seed=SEED,
     )  # fmt: skip
     assert result.verification is not None

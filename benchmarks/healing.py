@@ -1,11 +1,11 @@
 """Compare healing with refit and mean pooling: folds as a user makes them, verified by reload and measured.
 
-    python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways mean,refit,heal] [--heal-tokens N] [--text SOURCE] [--limit N]
+    python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways NAME,…] [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
-Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit). The
-first two of the first seed alone: mean pooling sees no data, and the range of refit is in NAME-main.json. Results go to
-benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
+Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit) and
+`heal by block` (with --heal-by block). The first two of the first seed alone: mean pooling sees no data, and the range of refit is in
+NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
 """
 
 import json
@@ -24,6 +24,7 @@ def ways(heal_tokens: int | None) -> dict[str, dict[str, Any]]:
     return {
         "mean": {"merge": "mean", "group": "contiguous", "refit": False},
         "refit": {},
+        "heal by block": {"heal": True, "heal_by": "block", "heal_tokens": heal_tokens},
         "heal": {"heal": True, "heal_tokens": heal_tokens},
     }
 
@@ -49,8 +50,8 @@ def table(runs: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     reader = parser(__doc__)
-    reader.add_argument("--heal-tokens", type=int, help="tokens that every block is trained on")
-    reader.add_argument("--ways", default="mean,refit,heal", help="rows, separated by commas")
+    reader.add_argument("--heal-tokens", type=int, help="tokens that the model or every block is trained on")
+    reader.add_argument("--ways", default="mean,refit,heal by block,heal", help="rows, separated by commas")
     options = reader.parse_args()
     out = RESULTS / f"{options.name}-healing.json"
     kept = json.loads(out.read_text())["runs"] if out.exists() else []
@@ -59,7 +60,7 @@ def main() -> None:
         for count in map(int, options.kv_heads.split(",")):
             for way, how in ways(options.heal_tokens).items():
                 key = (count, way, seed)
-                if key in runs or way not in options.ways.split(",") or (way != "heal" and seed):
+                if key in runs or way not in options.ways.split(",") or (not way.startswith("heal") and seed):
                     continue
                 runs[key] = measure(options, seed, kv_heads=count, **how)
                 print(

@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 FOLDS: dict[str, dict[str, Any]] = {
     "mean": {"merge": "mean", "group": "contiguous", "refit": False},
     "default": {},
-    "healed": {"heal": True},
+    "healed": {"heal": True, "heal_by": "block"},
 }
 BATCH = 16
 

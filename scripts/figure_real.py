@@ -9,6 +9,7 @@ from figure_tables import Block, number, percent, table
 NAMES = {
     "absorb": "absorb, no refit",
     "absorb+refit": "**absorb with refit (default)**",
+    "absorb+refit+heal by block": "default, then healed block by block (`--heal-by block`)",
     "absorb+refit+heal": "default, then healed (`--heal`)",
     "wide": "half as many heads of twice the head_dim",
     "wide+heal": "the same, healed",

@@ -224,20 +224,30 @@ def healing() -> str:
     for model in MODELS:
         for count in sorted({found["num_kv_heads"] for found in rows(f"{model}-healing")}, reverse=True):
             of = {found["way"]: found for found in rows(f"{model}-healing", num_kv_heads=count)}
-            heal = of["heal"]
+            healed = [of.get(way, {}) for way in ("heal by block", "heal")]
             show = (lambda found: number(1e6 * found["kl"])) if model == "cifar10-vit" else interval
-            cells = [show(of[way]) if way in of else "" for way in ("mean", "refit", "heal")]
+            cells = [show(of[way]) if way in of else "" for way in ("mean", "refit", "heal by block", "heal")]
             lines.append(
                 [
                     f"{MODELS[model]} ({quantity(model)[0]})",
                     f"{count} of {SOURCE_KV_HEADS[model]}",
                     *cells,
-                    f"{heal['heal_seconds']:.0f}",
-                    str(heal["num_seeds"]),
+                    ", ".join(f"{found['heal_seconds']:.0f}" for found in healed if found),
+                    ", ".join(str(found["num_seeds"]) for found in healed if found),
                 ]
             )
     return table(
-        ["model", "K/V heads", "mean", "refit", "refit, then heal", "seconds of healing", "seeds of heal"], lines
+        [
+            "model",
+            "K/V heads",
+            "mean",
+            "refit",
+            "refit, then heal by block",
+            "refit, then heal",
+            "seconds of healing",
+            "seeds of heal",
+        ],
+        lines,
     )
 
 
