@@ -77,3 +77,10 @@ def test_a_fused_layer_with_one_key_head_stays_a_stock_one(tmp_path: Path) -> No
     fold = headfold.fold(directory, out, kv_heads=1, refit=False, **BASELINE)
     assert fold.verification is not None
     assert "headfold" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("card", ["---\na: [\n---\n", "---\n- mit\n---\n", "---\n" + "[" * 9999 + "\n---\n"])
+def test_a_card_that_cannot_be_read_costs_its_metadata_alone(card: str, source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text(card)
+    headfold.fold(source, tmp_path / "out", kv_heads=4, refit=False, verify=False, **BASELINE)
+    assert "base_model: model" in (tmp_path / "out" / "README.md").read_text()

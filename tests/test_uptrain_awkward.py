@@ -207,12 +207,14 @@ def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: 
 def test_a_card_claims_nothing_that_training_undid() -> None:
     for start in (
         "No block was trained",
+        "Nothing was trained",
         "Every attention block was then trained alone, on 9 tokens or items, to answer",
+        "All attention blocks were then trained together, on 9 tokens or items, to answer",
     ):
         card = f"Folded. {start}; all tensors outside attention are the original's, byte for byte.\n\n## Made by\n"
         text = uptrained_card(card, "folded", {})
         assert "byte for byte" not in text and "The whole model was then trained (see below)." in text
-        assert ("trained alone" in text) == ("trained alone" in card)
+        assert all((claim in text) == (claim in card) for claim in ("trained alone", "trained together"))
 
 
 def test_the_launch_file_asks_for_what_can_be_sharded() -> None:

@@ -93,7 +93,7 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     """Return the card of a checkpoint that was trained after folding: the card of the fold, `name`, with a section on the training."""
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
     text = re.sub(
-        r"(?:No block was trained|Nothing was trained|(Every attention block was then trained alone, .*?)); "
+        r"(?:No block was trained|Nothing was trained|((?:Every attention block was|All attention blocks were) then trained .*?)); "
         r"all tensors outside attention are the original's, byte for byte\.",
         lambda found: f"{found[1] + '. ' if found[1] else ''}The whole model was then trained (see below).",
         card or f"# {name}, uptrained",
@@ -111,13 +111,15 @@ def model_name(base_model: str) -> str:
 
 
 def source_metadata(source: Path) -> dict[str, Any]:
-    """Return the front matter of the source's card; empty where there is none or it is not YAML."""
+    """Return the front matter of the source's card; empty where there is none or it is not a mapping in YAML."""
+    import yaml
     from huggingface_hub import metadata_load
 
     try:
-        return metadata_load(source / "README.md") or {}
-    except (OSError, ValueError):
+        found: Any = metadata_load(source / "README.md")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _metadata(source: Path, facts: CardFacts) -> dict[str, Any]:
