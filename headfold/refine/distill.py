@@ -144,7 +144,7 @@ class _Student:
         device = input_device(self._teacher)
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = given.pop("labels", None)
-        if getattr(self._teacher.config, "is_encoder_decoder", False):
+        if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
             assert labels is not None
             given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
         with torch.no_grad():
