@@ -20,23 +20,45 @@ def output_error(student: Any, teacher: Any, labels: Tensor | None, mask: Tensor
     last hidden states instead.
 
     Raises:
-        UserError: the outputs differ in kind or shape.
+        UserError: the outputs differ in kind or shape, or are of a kind that is not known.
     """
-    if getattr(student, "logits", None) is not None:
-        logits, own = student.logits, getattr(teacher, "logits", None)
-        if own is None or own.shape != logits.shape:
-            raise UserError(
-                "--distill: expected the model that this was folded from, got one whose logits have another shape"
-            )
-        masks = (label_mask(labels), mask)
-        kept = next((m for m in masks if m is not None and m.shape == logits.shape[:-1]), None)
-        return kl_divergence(logits, own, None if kept is None else kept.bool())
-    if getattr(student, "last_hidden_state", None) is not None:
-        states = (student.last_hidden_state, teacher.last_hidden_state)
-        return relative_error(*(without_padding(s, mask) for s in states))
-    names = ("text_embeds", "image_embeds")
-    errors = [relative_error(getattr(student, name), getattr(teacher, name)) for name in names]
-    return torch.stack(errors).mean()
+    for names, error in ((_LOGITS, _logit_error), (_EMBEDDINGS, _embedding_error), (_STATES, _state_error)):
+        found = [name for name in names if getattr(student, name, None) is not None]
+        if found:
+            pairs = [(getattr(student, name), getattr(teacher, name, None)) for name in found]
+            return torch.stack([error(own, other, labels, mask) for own, other in pairs]).mean()
+    raise UserError(
+        f"distillation: expected an output with logits or hidden states, got {', '.join(student)}; give --heal-by block"
+    )
+
+
+_LOGITS = ("logits", "prediction_logits", "start_logits", "end_logits")
+_EMBEDDINGS = ("text_embeds", "image_embeds")
+_STATES = ("last_hidden_state",)
+
+
+def _logit_error(student: Tensor, teacher: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    if teacher is None or teacher.shape != student.shape:
+        raise UserError(
+            "--distill: expected the model that this was folded from, got one whose logits have another shape"
+        )
+    kept = _kept(student, labels, mask)
+    return kl_divergence(student, teacher, None if kept is None else kept.bool())
+
+
+def _embedding_error(student: Tensor, teacher: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    return relative_error(student, teacher)
+
+
+def _state_error(student: Tensor, teacher: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    kept = _kept(student, labels, mask)
+    return relative_error(*(without_padding(states, kept) for states in (student, teacher)))
+
+
+def _kept(output: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return which positions of an output count: those with labels in a decoder, else those that are not padding; None for all."""
+    masks = (label_mask(labels), mask)
+    return next((each for each in masks if each is not None and each.shape == output.shape[:-1]), None)
 
 
 def without_padding(states: Tensor, kept: Tensor | None) -> Tensor:
@@ -69,15 +91,17 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student: Float[Tensor, "position vocab"], teacher: Float[Tensor, "position vocab"]) -> Tensor:
         rows = max(1, ROWS_OF // student.shape[-1])
         gradient = torch.empty_like(student if ctx.needs_input_grad[0] else student[:0])
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        total = 0.0
         for at in range(0, len(student), rows):
             log_q, log_p = (_log_softmax(t[at : at + rows]) for t in (student, teacher))
             p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
+            total += float(log_p.sub_(log_q).mul_(p).sum())
             if ctx.needs_input_grad[0]:
                 gradient[at : at + rows] = log_q.exp_().sub_(p).div_(len(student))
         ctx.save_for_backward(gradient)
-        return (total / len(student)).to(torch.promote_types(student.dtype, torch.float32))
+        return torch.tensor(
+            total / len(student), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device
+        )
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:

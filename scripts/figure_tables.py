@@ -254,7 +254,7 @@ def healing() -> str:
 WAYS = {
     "original": "the original, trained on",
     "default": "default fold, then distillation",
-    "healed": "healed, then distillation",
+    "healed": "healed by block, then distillation",
     "mean": "mean pooling, then its own loss",
 }
 

@@ -89,12 +89,12 @@ def readable(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # no
 
 def told(
     path: Path, *, kv_heads: str = "1/2", tokens: int = 2**16, merge: str = "absorb", refit: bool = True, heal: bool = False,
-    source: str = "stdlib", verifies: bool = True, measured: bool = False, fitted: Any = NOTHING, **also: bool,
+    heal_by: str = "block", source: str = "stdlib", verifies: bool = True, measured: bool = False, fitted: Any = NOTHING, **also: bool,
 ) -> dict[str, float]:  # fmt: skip
     opened = open_source(path, False)
     request = resolve_fold(
         opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge, refit=refit, heal=heal,
-        heal_tokens=None, data=CalibrationRequest(source, tokens, context=32), stats=None,
+        heal_tokens=None, heal_by=heal_by, data=CalibrationRequest(source, tokens, context=32), stats=None,
     )  # fmt: skip
     teacher = Teacher(opened, request.calibration, "cpu", torch.float32)
     return estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies, **also)
@@ -132,6 +132,11 @@ def test_the_parts_of_the_work_are_in_proportion(readable: Path, monkeypatch: py
     assert told(readable, source="self", drawn=True)["calibrate"] == once["calibrate"]
     half = told(readable, fitted={"refit": {"layers.0.self"}, "heal": {"layers.1.self"}}, heal=True)
     assert once["refit"] / 2 < half["refit"] < once["refit"] and half["heal"] < once["heal"]
+    whole = [
+        told(readable, heal=True, heal_by="model", fitted={"refit": set(), "heal": done})
+        for done in (set(), {"layers.1.self"})
+    ]
+    assert whole[0]["heal"] == whole[1]["heal"] > 0  # all sites are trained again
 
 
 def test_several_processes_share_the_passes(readable: Path, monkeypatch: pytest.MonkeyPatch) -> None:

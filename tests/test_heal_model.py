@@ -14,7 +14,7 @@ from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_
 from torch import Tensor
 
 import headfold
-from headfold import calibration
+from headfold import calibration, hf_models
 from headfold.calibration import decoder_inputs
 from headfold.core.errors import UserError
 from headfold.divergence import output_error
@@ -166,6 +166,50 @@ def test_a_model_on_disk_is_healed_block_by_block() -> None:
     sites = [site for site, _ in pairs.values()]
     with pytest.raises(UserError, match="--heal-by block"):
         distill(model, sites, lambda site: pairs[site.name][1], tiny_sample("llama", 2))
+
+
+def test_a_model_too_large_to_train_is_refused_before_anything_is_made(
+    readable: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
+    with pytest.raises(UserError, match=r"--heal-by block, which trains one block at a time"):
+        headfold.fold(readable, tmp_path / "out", **HEALED)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_an_error_that_is_no_number_is_refused() -> None:
+    directory = tiny_checkpoint("llama")
+    pairs = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
+    model = stock_model(directory)
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").fill_(torch.nan)
+    with pytest.raises(UserError, match="finite error to begin with, got nan"):
+        distill(model, [site for site, _ in pairs.values()], lambda site: pairs[site.name][1], tiny_sample("llama", 2))
+
+
+def test_outputs_of_an_unknown_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="got answers; give --heal-by block"):
+        output_error({"answers": torch.ones(1)}, {"answers": torch.ones(1)}, None, None)
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "BertForQuestionAnswering"])
+def test_other_heads_have_an_error_too(name: str) -> None:
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16
+        )
+        one, other = (getattr(transformers, name)(config).eval() for _ in range(2))
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        same, different = (
+            float(output_error(one(ids), model(ids), None, torch.ones_like(ids))) for model in (one, other)
+        )
+    assert abs(same) < 1e-6 < different
 
 
 def test_what_is_trained_together_has_two_names(readable: Path, tmp_path: Path) -> None:  # noqa: F811

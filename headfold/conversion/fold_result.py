@@ -29,7 +29,7 @@ class FoldResult:
     healed: int
     """Tokens, or items, that the model or every block was trained on; 0 for none."""
     healed_by: str
-    """What was trained together, if anything was: all sites ("model") or one at a time ("block")."""
+    """What was trained together: all sites ("model"), one at a time ("block"), or nothing ("")."""
     verification: Verification | None
     notes: list[str]
     seconds: dict[str, float]
@@ -64,7 +64,7 @@ class FoldResult:
             plan=plan,
             refitted=fitting.refitted,
             healed=fitting.healing.tokens,
-            healed_by=fitting.healing.by,
+            healed_by=fitting.healing.by if fitting.healing else "",
             verification=verification,
             notes=notes,
             seconds=seconds,

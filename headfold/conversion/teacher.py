@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 HEALING_BYTES = 2**31
 """Bytes of hidden states, attention inputs and answers, in float32, while one block after another is healed on text."""
+MAX_TOKENS = 2**24
+"""Tokens that the model is healed on at most before they are repeated: their text is held in memory."""
 MAX_ITEM_FACTOR = 4
 """Healing draws at most this many times the calibration items."""
 MAX_CONTEXT = 1024
@@ -159,7 +161,7 @@ class Teacher:
         healing: Healing,
         seed: int,
     ) -> None:
-        """Train the sites that `healed` lacks, from where merge and `refits` end; together, all of them anew."""
+        """Train the sites that `healed` lacks, from where merge and `refits` end. By model, all are trained again if one is lacking."""
         trainer = self._with_more_data(healing)
         if healing.by == "model":
             trainer._distill(plan, stats, refits, healed, healing.tokens, seed)
@@ -199,11 +201,11 @@ class Teacher:
         config, have = self._require_config(), calibrating.total_tokens(self.sample)
         most = MAX_ITEM_FACTOR * have
         if config.kind == "text":
-            most = healing.tokens if healing.by == "model" else HEALING_BYTES // (3 * 4 * self._hidden_size())
+            most = MAX_TOKENS if healing.by == "model" else HEALING_BYTES // (3 * 4 * self._hidden_size())
         factor = min(healing.tokens, most) / have
         if config.source == "self" or factor <= 1:
             return self
-        more = replace(config, tokens=int(factor * have), items=math.ceil(factor * config.items))
+        more = replace(config, tokens=round(factor * have), items=math.ceil(factor * config.items))
         return replace(self, config=more, _model=self.model, _sample=None, notes=[])
 
     def _hidden_size(self) -> int:

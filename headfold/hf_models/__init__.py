@@ -232,10 +232,10 @@ def _name_decoder_start(model: Any) -> None:
 
 
 def exceeds_memory(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None, extra: int = 0
 ) -> bool:
-    """Return whether `open_model` streams the checkpoint from disk."""
-    needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize
+    """Return whether `open_model` streams the checkpoint from disk, or would if `extra` bytes were needed beside it."""
+    needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize + extra
     if memory_limit is None:
         # All launched processes of a machine open it at once; each has a GPU of its own.
         takers = num_local_processes() if torch.device(device).type == "cpu" else 1

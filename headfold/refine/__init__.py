@@ -1,1 +1,1 @@
-"""Floor 7: improving merged heads block by block, by least squares (refit) and by gradient (heal)."""
+"""Floor 7: improving merged heads, block by block by least squares (refit) or gradient (heal), or together by gradient (distill)."""

@@ -2,6 +2,7 @@
 is held back, so that training never leaves a fold worse there than it was.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
@@ -128,9 +130,14 @@ def descend(
 
     `gradients` returns this rank's part of the gradients of all tensors of all weights, in their order, from the batches of these
     numbers; the parts of all ranks add up.
+
+    Raises:
+        UserError: the error is not finite at the start.
     """
     best, found = error(), [each.fitted() for each in weights]
-    if not best > 0:  # a perfect fold
+    if not math.isfinite(best):
+        raise UserError(f"fold --heal: expected a finite error to begin with, got {best}; give --dtype float32")
+    if best <= 0:  # a perfect fold
         return found
     rate = plan.rate * best**0.5
     tensors = [tensor for each in weights for tensor in each.tensors.values()]

@@ -1,9 +1,9 @@
 """Trains the projections of all sites together, by distillation: so that the whole model's output is the original's again.
 
 Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
-(`descent.py`); all other weights stay. The error of one attention's output, which refit and heal minimise, does not tell how much the
-model's loss depends on it: where memory holds the model and its activations for a batch, this takes fewer steps to a smaller loss.
-Both models run on every batch; they share all weights outside the sites, and the output of an encoder that is not folded.
+(`descent.py`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
+much the model's loss depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every
+batch; they share all weights outside the sites, and the output of an encoder that is not folded.
 """
 
 import copy
@@ -23,7 +23,7 @@ from ..core.heads import Heads
 from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
-from ..hf_models.streamed import input_device
+from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here
 from ..runtime.regrouping import install_heads, local_names
 from .descent import TrainedWeights, descend, schedule, split
@@ -38,6 +38,8 @@ ITEMS = {"images": 2**13, "audio": 2**11}
 BATCH_TOKENS = 2048
 NUM_CHECKS = 2
 RATE = 0.004
+SCALE = 2.0**12
+"""What the error is multiplied by on the way back in float16, in which small gradients would be zero."""
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def distill(
     Raises:
         UserError: a model that is read from disk as it runs.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_streamed(model):
         raise UserError(
             "fold --heal: expected a model that fits into memory, got one that is read from disk as it runs; give --heal-by block, "
             "which trains one block at a time"
@@ -71,6 +73,7 @@ def distill(
     total, positions = sum(map(num_tokens, all_batches)), [_num_positions(batch) for batch in all_batches]
     plan, held = schedule(len(all_batches), total, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
     left = total_tokens(sample, tokens)
+    scale = SCALE if model.dtype == torch.float16 else 1.0
 
     def ran(numbers: range) -> None:
         nonlocal left
@@ -91,7 +94,8 @@ def distill(
         for number in filter(falls_here, numbers):
             share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
-                return torch.autograd.grad(share * student.error(all_batches[number]), student.leaves)
+                found = torch.autograd.grad(scale * share * student.error(all_batches[number]), student.leaves)
+            return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
     with _frozen(model):
@@ -108,7 +112,7 @@ def total_tokens(sample: Sample, tokens: int) -> int:
 
 
 def _num_positions(batch: Sample) -> int:
-    """Return the number of positions that the error of a batch is a mean over: of labels, else of tokens, or items."""
+    """Return the weight of a batch among others: its labels where there is one for each position, else its tokens, or items."""
     labelled = label_mask(batch.get("labels"))
     counted = batch.get("attention_mask") if labelled is None else labelled
     return num_tokens(batch) if counted is None else int(counted.sum())
@@ -163,8 +167,7 @@ class _Student:
             names = local_names(site)
             for name, tensor in self._on_disk(site, weights.to_heads()).items():
                 path = f"{site.module}.{names[name]}"
-                if path in self._parameters:
-                    found[path] = tensor.to(self._parameters[path])
+                found[path] = tensor.to(self._parameters[path])
         return found
 
     @staticmethod
@@ -174,7 +177,7 @@ class _Student:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Return a context in which no parameter of the model itself has a gradient."""
+    """Return a context in which no parameter of the model itself has a gradient, whoever opened it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Fit one block after another: record the calls of the original's attention, pass them to a solver, and keep the heads it returns.
 
-Every block is fitted alone, on the original's own inputs. Healing each block on the outputs of the folded blocks before it, toward the
-original's residual stream, gains little, runs the folded model beside the original, and makes each block wait for the one before.
+Every block is fitted alone, on the original's own inputs. Healing each block alone on the outputs of the folded blocks before it, toward
+the original's residual stream, gains little, and makes each block wait for the one before.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence

@@ -12,8 +12,8 @@ from ..parallel import num_processes
 from .machine import product_rate
 
 CALIBRATE, REFIT, HEAL, DISTILL = 1.6, 3, 6, 5
-"""What a stage takes in forward passes: calibration of the blocks, refit and healing of the attention, after one of the blocks, and
-healing of the whole model, head and all. These and the next are measured on a model of 135 M parameters.
+"""What a stage takes in forward passes: calibration in those of the blocks, refit and healing by block in those of the attention, after
+one of the blocks, healing by model in those of the model with its head. These and the next are measured on a model of 135 M parameters.
 """
 LOGIT = 1000
 """Operations in float32 that a logit takes, softmax and all, while W_q is refitted."""

@@ -41,7 +41,7 @@ def fold(
     refit: bool = True,
     heal: bool = False,
     heal_tokens: int | None = None,
-    heal_by: str = "model",
+    heal_by: str | None = None,
     calibration: str | None = None,
     tokens: int | None = None,
     items: int | None = None,
@@ -71,11 +71,10 @@ def fold(
         plan: A file that `headfold.plan` wrote, instead of `kv_heads`.
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
-        group: Grouping method with its options, as `headfold methods` lists them.
-        merge: Merge method with its options.
+        group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
-        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data, as many of them new as there are.
-        heal_by: "model" trains all sites together by the model's output, "block" each alone, in the memory of one block.
+        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data, repeated where there are fewer;
+            all sites together by the output of the "model" (`heal_by`, the default), or each "block" alone, in the memory of one.
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
         tokens, items: Calibration tokens of a language model, calibration items of other models.
@@ -90,15 +89,15 @@ def fold(
         device: Where the original runs: "cpu" or "cuda".
         dtype: What the original computes in, such as "float32"; by default the fastest dtype that holds its weights.
         progress: Called with (stage, done, total).
-        say: Called with lines to print: an estimate of the time, if the fold is long.
+        say: Called with lines to print.
 
     Raises:
         UserError: a model that cannot be folded, a file that cannot be read or written, or a fold that differs from its twin.
     """
     if (kv_heads is None) == (plan is None):
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
-    if heal_tokens is not None and not heal:
-        raise UserError("fold: heal_tokens goes with heal; pass both (--heal --heal-tokens N) or leave it out")
+    if not heal and (heal_tokens is not None or heal_by is not None):
+        raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
     source = on_all(lambda: open_source(model, encoder))
@@ -110,6 +109,7 @@ def fold(
         heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given,
     ))  # fmt: skip
     source = replace(source, encoder=request.encoder)
+    on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     job = FoldJob.opened(out, settings, force)
     teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
