@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from .core.errors import UserError
+from .core.errors import AlreadyFinished, UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -202,9 +202,10 @@ def _on_main(make: Callable[[], T], *, shared: bool) -> T:
                 value = make()
         except (UserError, OSError) as raised:
             error = raised
-    said, reason = _broadcast((value if shared and error is None else None, error and str(error)))
+    finished = isinstance(error, AlreadyFinished)
+    said, reason, finished = _broadcast((value if shared and error is None else None, error and str(error), finished))
     if reason is not None:
-        raise error or UserError(reason)
+        raise error or (AlreadyFinished if finished else UserError)(reason)
     return said if rank() else value
 
 

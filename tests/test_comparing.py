@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from owners import refused_while_owned
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 
+from headfold.checkpoint.ownership import lock_inside
 from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.comparison_methods import METHODS
 from headfold.conversion.comparison_rows import STATISTICS
 from headfold.core.errors import UserError
 from headfold.verbs import compare as comparing
 from headfold.verbs.compare import compare
+from headfold.verbs.frontier import frontier
 
 
 def test_methods_are_compared_and_rows_kept(run, model: Path, stats: Path, tmp_path: Path) -> None:
@@ -114,3 +117,19 @@ def test_comparisons_that_cannot_be_are_refused(
     monkeypatch.chdir(tmp_path)
     refused = run("compare", model, *words)
     assert refused.code == 2 and said in refused.err and not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_another_comparison_owns_is_refused(model: Path, stats: Path, tmp_path: Path) -> None:
+    out, how = tmp_path / "c", dict(methods=["mean"], stats=stats, text=str(model.parent / "text.txt"), limit=64)
+    refused_while_owned(lambda: compare(model, [2], out=out, **how), out, lock_inside(out))
+    assert list(out.iterdir()) == []
+    compare(model, [2], out=out, **how)
+    refused_while_owned(lambda: compare(model, [2], out=out, force=True, **how), out, lock_inside(out))
+
+
+def test_a_directory_that_another_frontier_owns_is_refused(model: Path, stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "front"
+    for force in (False, True):
+        refused_while_owned(lambda how=force: frontier(model, out, stats=stats, force=how), out, lock_inside(out))
+    frontier(model, out, stats=stats, measured=1, refit=False)
+    assert (out / "frontier.json").exists() and not lock_inside(out).exists()

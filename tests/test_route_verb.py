@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
+from owners import refused_while_owned
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint, tiny_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import headfold
+from headfold.checkpoint.ownership import lock_beside
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan
@@ -140,3 +142,7 @@ def test_an_output_that_says_something_else_is_not_put_in_place(
     monkeypatch.undo()
     assert settle(folded, tmp_path / "out").difference < 1e-9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_place_that_another_run_owns_is_refused(folded: Path, tmp_path: Path) -> None:
+    refused_while_owned(lambda: settle(folded, tmp_path / "out"), tmp_path / "out", lock_beside(tmp_path / "out"))

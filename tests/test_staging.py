@@ -11,8 +11,9 @@ import torch
 from checkpoints import by_layer, contents, one_line, save, weights
 
 from headfold.checkpoint import staging
+from headfold.checkpoint.stats_file import write_stats
 from headfold.conversion.outputs import removed_if_empty
-from headfold.core.errors import UserError
+from headfold.core.errors import AlreadyFinished, UserError
 
 
 def test_staging_on_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +100,10 @@ def test_a_replacing_commit_killed_anywhere_leaves_the_old_or_the_new(
         with pytest.raises(UserError, match="--force"):
             staging.open_staging(out, "key", False)
         assert (out / "file").read_text() == "old"
-    finish(out, force=True)
+        with pytest.raises(AlreadyFinished):  # the new one was whole: what is left is to put it in its place
+            finish(out, force=True, text="made twice")
+    else:
+        finish(out, force=True)
     assert (out / "file").read_text() == "new" and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -176,3 +180,73 @@ def test_what_holds_nothing_does_not_stay_behind(tmp_path: Path, kind: type[Base
             (place / "work" / "stats").write_text("measured")
         raise kind
     assert place.exists() == (holds == "a file")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("at", ["renaming", "removal of the mark"])
+def test_a_whole_output_whose_commit_was_killed_is_finished_by_its_own_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, force: bool
+) -> None:
+    out, rename, unlink = tmp_path / "out", Path.rename, Path.unlink
+    if force:
+        finish(out, key="other", text="old")
+
+    def dying_rename(path: Path, place: Path) -> Path:
+        if path.name == "out.partial":
+            raise KeyboardInterrupt
+        return rename(path, place)
+
+    def dying_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == staging.JOB:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        if at == "renaming":
+            patch.setattr(Path, "rename", dying_rename)
+        else:
+            patch.setattr(Path, "unlink", dying_unlink)
+        with pytest.raises(KeyboardInterrupt):
+            finish(out, force=force)
+    if at != "renaming":
+        with pytest.raises(UserError, match="--force"):
+            staging.open_staging(out, "a third job", False)
+    with pytest.raises(AlreadyFinished, match="an earlier run of the same job finished this"):
+        staging.open_staging(out, "key", force)
+    assert contents(out) == {"file": b"new"} and [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unfinished_directory_under_the_outputs_name_is_not_taken_for_finished(tmp_path: Path) -> None:
+    staging.open_staging(tmp_path / "out", "key", False).rename(tmp_path / "out")
+    with pytest.raises(UserError, match="--force"):
+        staging.open_staging(tmp_path / "out", "key", False)
+
+
+@pytest.mark.parametrize("leads_to", ["contents", "an empty directory", "nothing", "a directory of the same job"])
+def test_links_at_the_staging_place_and_at_the_output_are_not_followed(tmp_path: Path, leads_to: str) -> None:
+    target = tmp_path / "target"
+    if leads_to != "nothing":
+        target.mkdir()
+    if leads_to == "contents":
+        (target / "precious").touch()
+    if leads_to == "a directory of the same job":
+        (target / staging.JOB).write_text("another")
+        (target / "precious").touch()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for link in ("out.partial", "out"):
+        (tmp_path / link).symlink_to(target)
+        for force in (False, True):
+            with pytest.raises(UserError) as error:
+                staging.open_staging(tmp_path / "out", "key", force)
+            one_line(error, tmp_path / link, "a symbolic link")
+        (tmp_path / link).unlink()
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_files_are_written_under_no_name_of_a_user_first(tmp_path: Path) -> None:
+    for name in ("x.partial", "y.json.partial"):
+        (tmp_path / name).write_text("mine")
+    write_stats(tmp_path / "x", {}, {})
+    staging.write_json(tmp_path / "y.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial", "y.json", "y.json.partial"]
+    assert {(tmp_path / name).read_text() for name in ("x.partial", "y.json.partial")} == {"mine"}

@@ -12,13 +12,15 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from grades import assert_bitwise, assert_tight_through_float32_norms
+from owners import refused_while_owned
 from safetensors.torch import load_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from test_uptrain import BASELINE, SHORT, folded, original, text, weights  # noqa: F401 (fixtures)
+from test_uptrain import BASELINE, SHORT, Stopped, folded, original, text, weights  # noqa: F401 (fixtures)
 from tiny import stock_model, tiny_checkpoint, tiny_sample
 from transformers import BertConfig, BertModel, TrainingArguments
 
 import headfold
+from headfold.checkpoint.ownership import lock_beside
 from headfold.core.errors import UserError
 from headfold.report.card import uptrained_card
 from headfold.train.distillation import Distillation
@@ -221,3 +223,14 @@ def test_the_launch_file_asks_for_what_can_be_sharded() -> None:
     config = load_config_from_file(str(Path(__file__).parents[1] / "docs" / "launch" / "fsdp2.yaml"))
     assert config.distributed_type == DistributedType.FSDP and config.fsdp_config["fsdp_version"] == 2
     assert config.fsdp_config["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+
+
+def test_a_place_that_another_run_owns_is_refused(folded: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(folded, out, data=text, **SHORT, callbacks=[Stopped(5)])
+    for resume in (False, True):
+        refused_while_owned(
+            lambda how=resume: uptrain(folded, out, data=text, resume=how, **SHORT), out, lock_beside(out)
+        )
+    assert uptrain(folded, out, data=text, resume=True, **SHORT).resumed_at == 4

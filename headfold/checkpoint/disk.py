@@ -19,6 +19,7 @@ _REASONS = {
     errno.EACCES: "no permission to write here",
     errno.EPERM: "no permission to write here",
     errno.ENOTDIR: "part of the path is a file, not a directory",
+    errno.ELOOP: "a symbolic link is in the way",
     errno.ENAMETOOLONG: "the name is too long for this file system",
 }
 
@@ -73,6 +74,11 @@ def sizes(num_bytes: int) -> str:
     while value >= 1000 and unit < 4:
         value, unit = value / 1000, unit + 1
     return f"{num_bytes} bytes" if unit == 0 else f"{num_bytes} bytes ({value:.1f} {'kMGT'[unit - 1]}B)"
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return the file that is written before it replaces `path`; its name is no user's, so nothing of theirs is overwritten."""
+    return path.with_name(f".{path.name}.headfold-partial")
 
 
 def flush(path: Path) -> None:

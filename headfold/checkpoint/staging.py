@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from .disk import disk_errors, flush
+from ..core.errors import AlreadyFinished, UserError
+from .disk import disk_errors, flush, temporary_beside
 
 JOB = ".headfold-job"
+_FINISHED = " finished"
+"""Ends the mark of a job whose output is whole, from before the renaming until the mark is removed."""
 
+_NEW_MARK = f"{JOB}-new"
 _WRITTEN_ANEW = {"config.json", "README.md", "plan.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -23,19 +26,26 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
     `key` identifies the job: files of an earlier run of the same job are kept, those of another one removed.
 
     Raises:
-        UserError: `out` is a file, or has contents and `force` is not given; `OUT.partial` was not made by headfold; the place
-            cannot be written to.
+        AlreadyFinished: an earlier run of the same job was killed while it moved its whole output; it lies in its place now.
+        UserError: `out` is a file or a link, or has contents and `force` is not given; `OUT.partial` was not made by headfold; the
+            place cannot be written to.
     """
-    place = _absolute(out)
+    place, staging = _absolute(out), staging_of(out)
     with disk_errors(out):
         _undo_half_commit(place)
+        _finish_commit(place, staging, out, key, force)
         _refuse_taken(place, out, force)
-        staging = place.with_name(f"{place.name}.partial")
-        if os.path.lexists(staging) and not staging.is_dir():
+        if staging.is_symlink() or (os.path.lexists(staging) and not staging.is_dir()):
             raise _not_ours(staging)
         staging.mkdir(parents=True, exist_ok=True)
         _adopt(staging, key)
     return staging
+
+
+def staging_of(out: Path) -> Path:
+    """Return the directory in which `out` is built."""
+    place = _absolute(out)
+    return place.with_name(f"{place.name}.partial")
 
 
 def job_key(settings: Mapping[str, Any]) -> str:
@@ -55,22 +65,19 @@ def commit(staging: Path, out: Path, force: bool) -> None:
         for entry in staging.iterdir():
             if entry.is_file():
                 flush(entry)
+        _mark(staging, _job_of(staging).removesuffix(_FINISHED) + _FINISHED)
         aside = _aside(place)
         if place.exists() and any(place.iterdir()):
             _remove(aside)
             place.rename(aside)
         _rename_or_undo(staging, place, aside)
-        # After the renaming, so that a kill between the two never leaves a directory that the next run refuses as not made by headfold.
-        (place / JOB).unlink()
-        flush(place.parent)
-        if force:
-            _remove(aside)
+        _clear_up(place, force)
 
 
 def disown(staging: Path) -> None:
     """Mark what was built as wrong: it stays for inspection, but no job resumes from it."""
     with disk_errors(staging):
-        (staging / JOB).write_text("wrong")
+        _mark(staging, "wrong")
 
 
 def refuse_overlap(source: Path, out: Path) -> None:
@@ -100,7 +107,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` to `path` in one step: the file is never incomplete."""
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = temporary_beside(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -132,7 +139,35 @@ def _undo_half_commit(place: Path) -> None:
         _aside(place).rename(place)
 
 
+def _finish_commit(place: Path, staging: Path, out: Path, key: str, force: bool) -> None:
+    """Do what is left of a commit of the same job that was killed in the middle.
+
+    Raises:
+        AlreadyFinished: it is done; there was such a commit.
+    """
+    if not place.is_symlink() and _job_of(place) == key + _FINISHED:
+        _clear_up(place, force)
+    elif not staging.is_symlink() and _job_of(staging) == key + _FINISHED:
+        commit(staging, out, force)
+    else:
+        return
+    raise AlreadyFinished(f"{out}: an earlier run of the same job finished this; nothing is left to do")
+
+
+def _clear_up(place: Path, force: bool) -> None:
+    # The mark is removed after the renaming, so that a kill between the two never leaves a directory that the next run refuses as not
+    # made by headfold: it finds the mark here.
+    (place / JOB).unlink()
+    flush(place.parent)
+    if force:
+        _remove(_aside(place))
+
+
 def _refuse_taken(place: Path, out: Path, force: bool) -> None:
+    if place.is_symlink():  # a directory cannot be renamed to the name of a link
+        raise UserError(
+            f"{out}: expected a directory to write or nothing, got a symbolic link; name the place that it leads to, or another"
+        )
     if os.path.lexists(place) and not place.is_dir():
         raise UserError(f"{out}: expected a directory to write or nothing, got a file; choose another output place")
     if place.is_dir() and any(place.iterdir()) and not force:
@@ -145,20 +180,33 @@ def _adopt(staging: Path, key: str) -> None:
     """Make the directory this job's: keep its own files, remove another job's, refuse a directory that headfold did not make."""
     job = staging / JOB
     if job.is_file():
-        if job.read_text(errors="replace") == key:
+        if _job_of(staging) == key:
             return
         for entry in staging.iterdir():
             if entry != job:
                 _remove(entry)
-    elif any(staging.iterdir()):
+    elif any(entry.name != _NEW_MARK for entry in staging.iterdir()):
         raise _not_ours(staging)
-    job.write_text(key)
+    _mark(staging, key)
+
+
+def _job_of(directory: Path) -> str:
+    """Return the mark of the job that a directory belongs to; an empty one where it has none."""
+    job = directory / JOB
+    return job.read_text(errors="replace") if job.is_file() else ""
+
+
+def _mark(staging: Path, text: str) -> None:
+    """Say in one step whose directory this is, so that a kill never leaves half a mark, which no run would know for its own."""
+    new = staging / _NEW_MARK
+    new.write_text(text)
+    flush(new)
+    new.replace(staging / JOB)
 
 
 def _not_ours(staging: Path) -> UserError:
-    return UserError(
-        f"{staging}: expected a free place to build the output in, got something that headfold did not make; move it away"
-    )
+    found = "a symbolic link" if staging.is_symlink() else "something that headfold did not make"
+    return UserError(f"{staging}: expected a free place to build the output in, got {found}; move it away")
 
 
 def _rename_or_undo(staging: Path, place: Path, aside: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.stats import SiteStats
-from .disk import disk_errors, flush, require_space
+from .disk import disk_errors, flush, require_space, temporary_beside
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, number of tokens per site."""
@@ -40,7 +40,7 @@ def write_stats(
     if sum(t.nbytes for t in kept.values()) <= SAMPLE_BYTES:
         tensors |= {f"{_SAMPLE}{name}": t.contiguous() for name, t in kept.items()}
     counts = {site: stats.count for site, stats in sites.items()}
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = temporary_beside(path)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     with disk_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import threads
-from ..core.errors import UserError
+from ..core.errors import AlreadyFinished, UserError
 from ..parallel import is_main
 from . import (
     bench,
@@ -106,7 +106,7 @@ def main() -> None:
             raise
         if is_main():
             print(f"headfold: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(0 if isinstance(error, AlreadyFinished) else 2)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.ownership import has_contents
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
 from ..evaluate import classification, embedding
@@ -69,7 +70,7 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
     """
     file = directory / "compare.json"
     if not file.exists():
-        if directory.exists() and any(directory.iterdir()) and not force:
+        if has_contents(directory) and not force:
             raise UserError(
                 f"{directory}: expected an earlier comparison or nothing, got other files; choose another --out"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.staging import job_key, open_staging
+from ..checkpoint.staging import job_key
 from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
@@ -21,6 +21,7 @@ from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
 from .healing import Healing
 from .measured_sites import MeasuredSites
+from .outputs import staged
 from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source
@@ -42,15 +43,17 @@ class FoldJob:
     """Seconds by stage, as they were estimated before."""
 
     @classmethod
-    def opened(cls, out: Path, settings: Mapping[str, Any], force: bool) -> "FoldJob":
-        """Open `OUT.partial`, empty or as an earlier run of the same settings left it.
+    @contextmanager
+    def opened(cls, out: Path, settings: Mapping[str, Any], force: bool) -> Iterator["FoldJob"]:
+        """Own `OUT.partial`, empty or as an earlier run of the same settings left it; it is removed if an error leaves it empty.
 
         Raises:
-            UserError: `out` has contents and `force` is not given, or the place cannot be written to.
+            UserError: `out` has contents and `force` is not given, another run writes there, or the place cannot be written to.
         """
-        job = cls(on_main(lambda: open_staging(out, job_key(settings), force)), settings)
-        on_main(lambda: job.work.mkdir(exist_ok=True))
-        return job
+        with staged(out, job_key(settings), force) as staging:
+            job = cls(staging, settings)
+            on_main(lambda: job.work.mkdir(exist_ok=True))
+            yield job
 
     @property
     def work(self) -> Path:

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """An error that the user can mend. The command line prints it as one line and exits with code 2."""
 
 
+class AlreadyFinished(UserError):
+    """Nothing is left to do: an earlier run of the same job was killed after its output was whole. The command line exits with code 0."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean …?` with the nearest known names, or a list of all of them if none is near."""
     names = sorted(known)

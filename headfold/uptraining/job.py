@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.disk import write_errors
-from ..checkpoint.staging import commit, copy_side_files, disown, job_key, open_staging, write_json
-from ..conversion.outputs import remove_if_empty, removed_if_empty
+from ..checkpoint.staging import commit, copy_side_files, disown, job_key, staging_of, write_json
+from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..evaluate.verify import compared_output, difference_and_tolerance
 from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
-from ..parallel import is_main
+from ..parallel import is_main, on_main
 from ..report.card import uptrained_card
 from ..runtime.load import own_class
 from ..train import sites as places
 from ..train import wgqa
 from ..train.distillation import Distillation
-from ..train.sharding import check_sharding, gathered, load_everywhere
+from ..train.sharding import gathered, load_everywhere
 from ..train.stream import Item, Stream, collate
 from ..train.trainer import TrainingConfig, Uptrainer, last_complete_checkpoint
 from .config import UptrainConfig
@@ -108,7 +108,7 @@ class Uptraining:
 
     @property
     def staging(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.partial").absolute()
+        return staging_of(self.out)
 
     @property
     def work(self) -> Path:
@@ -205,18 +205,19 @@ class Uptraining:
             )
         return places.set_trainable(model, "lora") if request.train == "lora" else model
 
-    def open_staging(self, resume: bool, force: bool) -> None:
-        """Open `OUT.partial`; with `resume` only where a whole checkpoint of these settings lies there.
+    @contextmanager
+    def opened(self, resume: bool, force: bool) -> Iterator[None]:
+        """Own `OUT.partial`; with `resume` only where a whole checkpoint of these settings lies there.
 
         Raises:
-            UserError: something else is in the way, or there is nothing to resume.
+            UserError: something else is in the way, another run writes there, or there is nothing to resume.
         """
-        open_staging(self.out, job_key(self.settings), force)
-        if resume and self._last_checkpoint() is None:
-            remove_if_empty(self.staging)
-            raise UserError(
-                f"{self.out}: expected an unfinished run of these settings to resume, found none; leave --resume out"
-            )
+        with staged(self.out, job_key(self.settings), force):
+            if resume and on_main(lambda: self._last_checkpoint() is None):
+                raise UserError(
+                    f"{self.out}: expected an unfinished run of these settings to resume, found none; leave --resume out"
+                )
+            yield
 
     def _last_checkpoint(self) -> Path | None:
         return last_complete_checkpoint(self.work) if self.work.is_dir() else None
@@ -232,15 +233,6 @@ class Uptraining:
                 f"{self.staging}: expected the directory that rank 0 opened, found none; all processes need OUT on one file system"
             )
         return self._last_checkpoint()
-
-    def check_sharding(self, trainer: Uptrainer, last: Path | None) -> None:
-        """Refuse weights that are sharded otherwise than requested, or than the checkpoint to resume from.
-
-        Raises:
-            UserError: as said.
-        """
-        with removed_if_empty(self.staging):
-            check_sharding(trainer, self.training.optimizer, last)
 
     def trained_model(self, trainer: Uptrainer, distillation: Distillation | None) -> Any:
         """Return the trained model, whole, on rank 0; None elsewhere."""

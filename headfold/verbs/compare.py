@@ -18,7 +18,7 @@ from ..conversion.comparison_rows import (
     scored,
     write_rows,
 )
-from ..conversion.outputs import remove_output
+from ..conversion.outputs import owned_directory, remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
@@ -107,54 +107,51 @@ def compare(
             "files": [file_digest(name) for name in (text, calibration)],
         }  # fmt: skip
         known = earlier_rows(directory, settings, force)
-        directory.mkdir(parents=True, exist_ok=True)
         write_rows(directory, settings, known)  # before anything else lies there: it says whose directory this is
         return settings, known, measured.exists()
 
-    settings, known, calibrated = on_main(begin)
-    if not calibrated:
-        calibrate(
-            model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, context=context, seed=seed,
-            device=device, dtype=dtype, progress=progress,
-        )  # fmt: skip
-    rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
-    for number, (name, count) in enumerate(wanted):
-        progress("compare", number, len(wanted))
-        if (name, count) in rows:
-            continue
-        made = directory / FOLDED
-        on_main(partial(remove_output, made))
-        started = time.monotonic()
-        try:
-            with peak_memory(device) as peak:
-                result = fold(
-                    source.name, made, kv_heads=f"{count}/{source.num_kv_heads}", refit=name.endswith(REFIT), stats=measured, seed=seed,
-                    verify=False, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
-                )  # fmt: skip
-        except ProcessLost:
-            raise
-        except UserError as error:
-            skipped[f"{name} at {count}"] = str(error)
-            continue
-        seconds = round(time.monotonic() - started, 2)
-        try:
-            found = evaluate(
-                made, reference=source.name, text=text, limit=limit, columns=columns or None, device=device, dtype=dtype,
-                max_new_tokens=0, context=context,
+    with owned_directory(directory):
+        settings, known, calibrated = on_main(begin)
+        if not calibrated:
+            calibrate(
+                model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, context=context, seed=seed,
+                device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
-        finally:
+        rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
+        for number, (name, count) in enumerate(wanted):
+            progress("compare", number, len(wanted))
+            if (name, count) in rows:
+                continue
+            made = directory / FOLDED
             on_main(partial(remove_output, made))
-        assert isinstance(found, Evaluation | DataEvaluation)
-        cost = result.after
-        rows[name, count] = MethodRow(
-            name, count, cost.kv_bytes_per_token, *scored(found), seconds, peak.num_bytes, cost.weight_bytes, cost.flops_per_token
-        )  # fmt: skip
-        on_main(lambda: write_rows(directory, settings, list(rows.values())))
+            started = time.monotonic()
+            try:
+                with peak_memory(device) as peak:
+                    result = fold(
+                        source.name, made, kv_heads=f"{count}/{source.num_kv_heads}", refit=name.endswith(REFIT), stats=measured, seed=seed,
+                        verify=False, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
+                    )  # fmt: skip
+            except ProcessLost:
+                raise
+            except UserError as error:
+                skipped[f"{name} at {count}"] = str(error)
+                continue
+            seconds = round(time.monotonic() - started, 2)
+            try:
+                found = evaluate(
+                    made, reference=source.name, text=text, limit=limit, columns=columns or None, device=device, dtype=dtype,
+                    max_new_tokens=0, context=context,
+                )  # fmt: skip
+            finally:
+                on_main(partial(remove_output, made))
+            assert isinstance(found, Evaluation | DataEvaluation)
+            cost = result.after
+            rows[name, count] = MethodRow(
+                name, count, cost.kv_bytes_per_token, *scored(found), seconds, peak.num_bytes, cost.weight_bytes, cost.flops_per_token
+            )  # fmt: skip
+            on_main(lambda: write_rows(directory, settings, list(rows.values())))
     progress("compare", len(wanted), len(wanted))
     if skipped and not rows:
         raise UserError(f"compare: no method could be folded; {next(iter(skipped))}: {next(iter(skipped.values()))}")
-    order = {pair: place for place, pair in enumerate(wanted)}
-    chosen = sorted((pair for pair in rows if pair in order), key=order.__getitem__)
-    return MethodComparison(
-        str(model), text or "the bundled text", str(directory), [rows[pair] for pair in chosen], skipped
-    )
+    chosen = [rows[pair] for pair in dict.fromkeys(wanted) if pair in rows]
+    return MethodComparison(str(model), text or "the bundled text", str(directory), chosen, skipped)

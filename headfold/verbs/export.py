@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import commit, open_staging, refuse_overlap
+from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
+from ..conversion.outputs import staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..evaluate.verify import TOLERANCE
@@ -79,13 +80,13 @@ def export(
         raise UserError(_nothing_to_export(source))
     made = make_export(checkpoint, source, chosen)
     key = hashlib.sha256(f"{version('headfold')} {chosen} {checkpoint.fingerprint()}".encode()).hexdigest()
-    staging = open_staging(out, key, force)
-    write_export(checkpoint, made, staging, lambda done, total: progress("write", done, total))
-    _copy_plan_and_card(checkpoint, made, staging)
-    difference, tolerance = (
-        compare_layouts(checkpoint, made, staging, progress, place, compute_dtype) if verify else (None, None)
-    )
-    commit(staging, out, force)
+    with staged(out, key, force) as staging:
+        write_export(checkpoint, made, staging, lambda done, total: progress("write", done, total))
+        _copy_plan_and_card(checkpoint, made, staging)
+        difference, tolerance = (
+            compare_layouts(checkpoint, made, staging, progress, place, compute_dtype) if verify else (None, None)
+        )
+        commit(staging, out, force)
     return ExportResult(out, chosen, made.model_class, made.description, source.counts, difference, tolerance)
 
 

@@ -11,7 +11,6 @@ from ..conversion.calibration_config import CalibrationRequest
 from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
-from ..conversion.outputs import removed_if_empty
 from ..conversion.plans import sites_with_assumed_distances
 from ..conversion.provenance import Fitting, card_facts, notes_on
 from ..conversion.serving_cost import serving_cost
@@ -111,12 +110,10 @@ def fold(
     source = replace(source, encoder=request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
-    job = FoldJob.opened(out, settings, force)
-    teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
-    if not data.names_data:
-        teacher.use_sample(given)
-
-    with removed_if_empty(job.staging):
+    with FoldJob.opened(out, settings, force) as job:
+        teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
+        if not data.names_data:
+            teacher.use_sample(given)
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)

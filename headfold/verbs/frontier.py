@@ -11,8 +11,10 @@ from ..budget.curves import CurveRequest, loss_curves, require_statistics, teach
 from ..budget.frontier import Point, front_points, rank_correlation, site_rank_correlation, undominated
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
+from ..checkpoint.ownership import has_contents
 from ..checkpoint.staging import write_json
 from ..conversion.head_dims import possible_multiples
+from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
 from ..core.plan import Plan
@@ -94,36 +96,36 @@ def frontier(
     directory, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
     require_plot(directory / "frontier.png", "headfold frontier")
-    on_main(lambda: _refuse_contents(directory, force))
-    source = on_all(lambda: open_source(model, encoder))
-    given = on_main_only(lambda: open_stats(stats, source))
-    multiples = possible_multiples(source, head_dim_multiple, group, merge)
-    on_main(lambda: require_statistics(given))
-    budget = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
-    replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)
-    on_main(lambda: directory.mkdir(parents=True, exist_ok=True))
-    teacher = teacher_of_statistics(source, given, place, compute_dtype, progress)
-    request = CurveRequest(group, merge, refit, seed, workers)
-    found: list[tuple[Point, Plan]] = []
-    correlation: float | None = None
-    for multiple in multiples:
-        at_multiple, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
-        if not first and not at_multiple.is_reachable(source):
-            continue
-        path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
-        curves = loss_curves(teacher, at_multiple, request, given, path)
-        correlation = site_rank_correlation(curves) if first else correlation
-        found += front_points(teacher, at_multiple, curves, given, measured, uniform=first)
-    points = undominated([point for point, _ in found])
-    both = [(point.predicted, point.measured) for point in points if point.measured is not None]
-    result = Frontier(points, rank_correlation(both), correlation, str(directory))
-    title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
-    on_main(lambda: _write(directory, result, {point.plan: plan for point, plan in found}, title))
+    with owned_directory(directory):
+        on_main(lambda: _refuse_contents(directory, force))
+        source = on_all(lambda: open_source(model, encoder))
+        given = on_main_only(lambda: open_stats(stats, source))
+        multiples = possible_multiples(source, head_dim_multiple, group, merge)
+        on_main(lambda: require_statistics(given))
+        budget = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
+        replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)
+        teacher = teacher_of_statistics(source, given, place, compute_dtype, progress)
+        request = CurveRequest(group, merge, refit, seed, workers)
+        found: list[tuple[Point, Plan]] = []
+        correlation: float | None = None
+        for multiple in multiples:
+            at_multiple, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
+            if not first and not at_multiple.is_reachable(source):
+                continue
+            path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
+            curves = loss_curves(teacher, at_multiple, request, given, path)
+            correlation = site_rank_correlation(curves) if first else correlation
+            found += front_points(teacher, at_multiple, curves, given, measured, uniform=first)
+        points = undominated([point for point, _ in found])
+        both = [(point.predicted, point.measured) for point in points if point.measured is not None]
+        result = Frontier(points, rank_correlation(both), correlation, str(directory))
+        title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
+        on_main(lambda: _write(directory, result, {point.plan: plan for point, plan in found}, title))
     return result
 
 
 def _refuse_contents(directory: Path, force: bool) -> None:
-    if directory.exists() and any(directory.iterdir()) and not force:
+    if has_contents(directory) and not force:
         raise UserError(
             f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
         )

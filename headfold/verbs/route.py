@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import calibration as calibrating
-from ..checkpoint.staging import commit, job_key, open_staging, refuse_overlap
+from ..checkpoint.staging import commit, job_key, refuse_overlap
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
-from ..conversion.outputs import removed_if_empty
+from ..conversion.outputs import staged
 from ..conversion.routed import compare_routed, every_site, open_grouped, routed_config, write_routed
 from ..conversion.teacher import Teacher
 from ..core.plan import Plan
@@ -95,22 +95,21 @@ def route(
         "route": str(method),
         "data": asdict(config),
     }
-    staging = on_main(lambda: open_staging(out, job_key(settings), force))
-    teacher = Teacher(source, config, place, compute_dtype, progress or no_progress)
-    with removed_if_empty(staging):
+    with staged(out, job_key(settings), force) as staging:
+        teacher = Teacher(source, config, place, compute_dtype, progress or no_progress)
         plan = _settled(teacher, method, seed)
         written = on_main(lambda: routed_config(checkpoint, plan))
-    plan = replace(plan, sites=every_site(plan, written))
+        plan = replace(plan, sites=every_site(plan, written))
 
-    def write() -> RouteResult:
-        write_routed(checkpoint, staging, written, plan, teacher.progress)
-        difference, tolerance = compare_routed(teacher, staging, written)
-        commit(staging, out, force)
-        sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
-        depends = routing.depends_on_batch(method)
-        return RouteResult(out, str(method), depends, sizes, plan.calibration, difference, tolerance, teacher.notes)
+        def write() -> RouteResult:
+            write_routed(checkpoint, staging, written, plan, teacher.progress)
+            difference, tolerance = compare_routed(teacher, staging, written)
+            commit(staging, out, force)
+            sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
+            depends = routing.depends_on_batch(method)
+            return RouteResult(out, str(method), depends, sizes, plan.calibration, difference, tolerance, teacher.notes)
 
-    return on_main(write)
+        return on_main(write)
 
 
 def _settled(teacher: Teacher, method: Any, seed: int) -> Plan:

@@ -17,6 +17,7 @@ from ..corpus.samples import kind_of
 from ..hf_models import check_device, quiet
 from ..parallel import num_processes, on_all, on_main, reachable_peers, spmd
 from ..train.distillation import SITE_WEIGHT
+from ..train.sharding import check_sharding
 from ..train.stream import collate
 from ..train.trainer import (
     AlreadyTrained,
@@ -120,37 +121,37 @@ def uptrain(
 
     run = on_all(resolved)
     ready = on_all(run.prepare)
-    on_main(lambda: run.open_staging(resume, force))
-    last = on_all(run.last_checkpoint)
-    per_step = run.training.batch * ready.tokens_per_item
-    telling = ReportProgress(
-        lambda done, total: progress("uptrain", done, total), say or (lambda line: None), per_step, run.unit
-    )
-    trainer = Uptrainer(
-        model=ready.model,
-        args=training_arguments(run.training, run.work, where, run.request.tensorboard, num_processes()),
-        train_dataset=ready.stream,
-        data_collator=collate,
-        callbacks=[MarkComplete(), StopWhenTrained(), telling, *callbacks],
-        distillation=ready.distillation,
-    )
-    on_all(lambda: run.check_sharding(trainer, last))
-    counts = ready.parameter_counts
-    started = time.monotonic()
-    with quiet(), reachable_peers(), memory_errors(), suppress(AlreadyTrained):
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
-    trained = run.trained_model(trainer, ready.distillation)
+    with run.opened(resume, force):
+        last = on_all(run.last_checkpoint)
+        per_step = run.training.batch * ready.tokens_per_item
+        telling = ReportProgress(
+            lambda done, total: progress("uptrain", done, total), say or (lambda line: None), per_step, run.unit
+        )
+        trainer = Uptrainer(
+            model=ready.model,
+            args=training_arguments(run.training, run.work, where, run.request.tensorboard, num_processes()),
+            train_dataset=ready.stream,
+            data_collator=collate,
+            callbacks=[MarkComplete(), StopWhenTrained(), telling, *callbacks],
+            distillation=ready.distillation,
+        )
+        on_all(lambda: check_sharding(trainer, run.training.optimizer, last))
+        counts = ready.parameter_counts
+        started = time.monotonic()
+        with quiet(), reachable_peers(), memory_errors(), suppress(AlreadyTrained):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        seconds, begun = time.monotonic() - started, 0 if last is None else int(last.name.rpartition("-")[2])
+        trained = run.trained_model(trainer, ready.distillation)
 
-    def write() -> UptrainResult:
-        compared = run.write(trained, ready.dtype, ready.stream)
-        rate = (run.training.steps - begun) * per_step / max(seconds, 1e-9)
-        teacher = None if run.request.teacher is None else str(run.request.teacher)
-        result = UptrainResult(
-            run.out, run.kind, run.request.data, teacher, run.request.train, run.training, *counts, begun, run.training.steps * per_step,
-            rate, round(seconds, 3), loss_curve(trainer.state.log_history), *compared,
-        )  # fmt: skip
-        run.finish(result, force)
-        return result
+        def write() -> UptrainResult:
+            compared = run.write(trained, ready.dtype, ready.stream)
+            rate = (run.training.steps - begun) * per_step / max(seconds, 1e-9)
+            teacher = None if run.request.teacher is None else str(run.request.teacher)
+            result = UptrainResult(
+                run.out, run.kind, run.request.data, teacher, run.request.train, run.training, *counts, begun,
+                run.training.steps * per_step, rate, round(seconds, 3), loss_curve(trainer.state.log_history), *compared,
+            )  # fmt: skip
+            run.finish(result, force)
+            return result
 
-    return on_main(write)
+        return on_main(write)
