@@ -156,7 +156,7 @@ HEALED: dict[str, Any] = dict(
 def test_a_healed_fold_is_verified_and_says_so(readable: Path, tmp_path: Path) -> None:  # noqa: F811
     plain, found = (
         headfold.fold(readable, tmp_path / name, **{**HEALED, "refit": False, **how})
-        for name, how in (("plain", dict(heal=False, heal_tokens=None)), ("healed", {}))
+        for name, how in (("plain", dict(heal=False, heal_tokens=None, heal_by=None)), ("healed", {}))
     )
     assert found.verification.passed and (plain.healed, found.healed) == (0, 2048) and "heal" in found.seconds
     losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, found)]
@@ -210,5 +210,5 @@ def test_healing_goes_on_at_the_block_where_it_was(
 
 def test_tokens_to_heal_with_need_healing(readable: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match="--heal --heal-tokens N"):
-        headfold.fold(readable, tmp_path / "out", **{**HEALED, "heal": False})
+        headfold.fold(readable, tmp_path / "out", **{**HEALED, "heal": False, "heal_by": None})
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

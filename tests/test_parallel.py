@@ -25,7 +25,7 @@ from headfold import calibration, parallel
 from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion import fitted_sites as fitted
 from headfold.core.plan import Plan
-from headfold.refine import heal
+from headfold.refine import distill, heal
 
 HERE = Path(__file__).parent
 SECONDS = 120
@@ -44,6 +44,7 @@ def _sizes_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """`found` sets them. The others are those of processes.py, as a refit takes its samples batch by batch."""
     monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", BATCH_TOKENS)
     monkeypatch.setattr(heal, "BATCH_TOKENS", BATCH_TOKENS)
+    monkeypatch.setattr(distill, "BATCH_TOKENS", BATCH_TOKENS)
 
 
 @pytest.fixture(scope="module")
