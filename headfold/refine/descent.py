@@ -99,20 +99,24 @@ class Schedule:
             yield left.pop()
 
 
-def schedule(
-    num_batches: int, total: int, tokens: int, *, rate: float, num_checks: int, seed: int
-) -> tuple[Schedule, range]:
+def schedule(counts: Sequence[int], tokens: int, *, rate: float, num_checks: int, seed: int) -> tuple[Schedule, range]:
     """Return the schedule of a training on `tokens` tokens over all ranks, and the numbers of the batches that are held back.
 
-    `total` is the number of tokens of all batches.
+    `counts` are the tokens of each batch.
     """
-    train, held = split(num_batches)
+    train, held = _split(len(counts))
     rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
-    steps = max(1, round(tokens * num_batches / total * (len(rounds) / len(train))))
+    steps = max(1, round(tokens * len(counts) / sum(counts) * (len(rounds) / len(train))))
     return Schedule(rounds, steps, rate, num_checks, seed), held
 
 
-def split(count: int) -> tuple[range, range]:
+def total_tokens(counts: Sequence[int], tokens: int, num_checks: int) -> int:
+    """Return the number of tokens that such a training runs on, with the check at its start and the `num_checks` others."""
+    _, held = _split(len(counts))
+    return tokens + (num_checks + 1) * sum(counts[number] for number in held)
+
+
+def _split(count: int) -> tuple[range, range]:
     """Return the numbers of the batches for training and for checks; a single batch is used for both."""
     if count == 1:
         return range(1), range(1)

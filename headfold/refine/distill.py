@@ -26,7 +26,8 @@ from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here
 from ..runtime.regrouping import install_heads, local_names
-from .descent import TrainedWeights, descend, schedule, split
+from . import descent
+from .descent import TrainedWeights, descend, schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,14 +71,14 @@ def distill(
         )
     student = _Student(model, sites, merged)
     all_batches = list(batches(sample, BATCH_TOKENS))
-    total, positions = sum(map(num_tokens, all_batches)), [_num_positions(batch) for batch in all_batches]
-    plan, held = schedule(len(all_batches), total, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
-    left = total_tokens(sample, tokens)
+    counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
+    plan, held = schedule(counts, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
+    left = descent.total_tokens(counts, tokens, NUM_CHECKS)
     scale = SCALE if model.dtype == torch.float16 else 1.0
 
     def ran(numbers: range) -> None:
         nonlocal left
-        count = min(left, sum(num_tokens(all_batches[number]) for number in numbers))
+        count = min(left, sum(counts[number] for number in numbers))
         left -= count
         progress(count)
 
@@ -86,8 +87,7 @@ def distill(
             positions[number] * float(student.error(all_batches[number])) for number in filter(falls_here, held)
         )
         ran(held)
-        total = all_reduce(torch.tensor(found, dtype=torch.float64))
-        return total.item() / sum(positions[number] for number in held)
+        return all_reduce(torch.tensor(found, dtype=torch.float64)).item() / sum(positions[number] for number in held)
 
     def gradients(numbers: range) -> Sequence[Tensor]:
         ran(numbers)
@@ -106,9 +106,7 @@ def distill(
 
 def total_tokens(sample: Sample, tokens: int) -> int:
     """Return the number of tokens that the model is run on, in training and in checks."""
-    all_batches = list(batches(sample, BATCH_TOKENS))
-    _, held = split(len(all_batches))
-    return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
+    return descent.total_tokens([*map(num_tokens, batches(sample, BATCH_TOKENS))], tokens, NUM_CHECKS)
 
 
 def _num_positions(batch: Sample) -> int:

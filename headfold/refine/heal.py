@@ -18,7 +18,7 @@ from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from ..parallel import all_reduce
-from .descent import Schedule, TrainedWeights, descend, schedule, split
+from .descent import Schedule, TrainedWeights, descend, schedule, total_tokens
 from .fitting import Solver, fit
 from .recorded import RecordedSite
 
@@ -51,17 +51,14 @@ def heal(
     `merged` and `how` are those of `fitting.fit`.
     """
     all_batches = _batches(sample)
-    total = sum(map(num_tokens, all_batches))
-    plan, held = schedule(len(all_batches), total, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
+    plan, held = schedule([*map(num_tokens, all_batches)], tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
     solver = Solver(partial(_healed, plan=plan, held=held), tokens_per_block(sample, tokens))
     return fit(model, sites, merged, all_batches, solver, **how)
 
 
 def tokens_per_block(sample: Sample, tokens: int) -> int:
     """Return the number of tokens that one block is run on, in training and in checks."""
-    all_batches = _batches(sample)
-    _, held = split(len(all_batches))
-    return tokens + (NUM_CHECKS + 1) * sum(num_tokens(all_batches[number]) for number in held)
+    return total_tokens([*map(num_tokens, _batches(sample))], tokens, NUM_CHECKS)
 
 
 def _batches(sample: Sample) -> list[Sample]:
