@@ -97,7 +97,7 @@ class _Divergence(torch.autograd.Function):
             p = log_p.exp()
             total += float(log_p.sub_(log_q).mul_(p).sum())
             if ctx.needs_input_grad[0]:
-                gradient[at : at + rows] = log_q.exp_().sub_(p).div_(len(student))
+                gradient[at : at + rows] = log_q.exp_().sub_(p)
         ctx.save_for_backward(gradient)
         return torch.tensor(
             total / len(student), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device
@@ -106,7 +106,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above[0], None
+        # Divided here, where the loss may be scaled: float16 has no room for a share of one position in thousands.
+        return gradient * (above[0] / len(gradient)), None
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

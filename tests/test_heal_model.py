@@ -17,7 +17,7 @@ import headfold
 from headfold import calibration, hf_models
 from headfold.calibration import decoder_inputs
 from headfold.core.errors import UserError
-from headfold.divergence import output_error
+from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
@@ -192,6 +192,19 @@ def test_an_error_that_is_no_number_is_refused() -> None:
 def test_outputs_of_an_unknown_kind_are_refused() -> None:
     with pytest.raises(UserError, match="got answers; give --heal-by block"):
         output_error({"answers": torch.ones(1)}, {"answers": torch.ones(1)}, None, None)
+
+
+def test_a_scaled_gradient_in_float16_keeps_small_shares() -> None:
+    """A position's share of thousands is below float16's range before it is scaled."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2048, 500, generator=generator)
+    student = teacher + 0.05 * torch.randn(2048, 500, generator=generator)
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        leaf = student.to(dtype).requires_grad_()
+        (distilling.SCALE * kl_divergence(leaf, teacher.to(dtype), None)).backward()
+        found.append(leaf.grad.double())
+    assert (found[0] - found[1]).norm() < 0.05 * found[0].norm()
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForQuestionAnswering"])
