@@ -190,7 +190,7 @@ class Teacher:
             progress=counter(self.progress, "heal", distill.total_tokens(sample, tokens)),
         )  # fmt: skip
         for site in sites:
-            on_main_only(partial(healed.put, site.name, found[site.name], facts))
+            on_main_only(lambda site=site: healed.put(site.name, found[site.name], facts))  # type: ignore[misc]
 
     def _with_more_data(self, healing: Healing) -> "Teacher":
         """Return a teacher with as much more data of the same source as healing uses and memory holds.
