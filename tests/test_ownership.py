@@ -37,9 +37,9 @@ from pathlib import Path
 from headfold.checkpoint.ownership import claim, lock_beside
 out = Path(sys.argv[1])
 owned = claim(out, lock_beside(out))
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    # Only once it is out of the fork has it dropped the lock.
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
