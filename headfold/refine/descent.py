@@ -5,6 +5,8 @@ is held back, so that training never leaves a fold worse there than it was.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +30,13 @@ BACK_OFF = 4
 """Backing off means to continue from the best weights with steps so many times smaller."""
 WARM_UP = 5
 """Steps over which the rate rises from 0."""
+NUM_FIRST = 6
+"""Rounds whose gradients make the first step, where its length sets the rate."""
+NUM_SEARCHED = 2
+"""Held-back batches on which that length is searched."""
+TRIED = 2.0**-9
+"""The length that is tried first, in root mean squares of a projection's weights."""
+USUAL_TRIES, MAX_TRIES = 4, 12
 BETAS = (0.9, 0.95)
 
 
@@ -80,11 +89,13 @@ class Schedule:
     """The steps of a training: each sees the batches of one of the `rounds`, one per rank, drawn in an order given by the seed."""
 
     rounds: Sequence[range]
+    held: range
+    """Numbers of the batches that are held back."""
     steps: int
-    rate: float
+    rate: float | None
     """Adam's step in root mean squares of a projection's weights, at an error of 1. It is proportional to the root of the error, as
     weights that are nearly right need smaller steps: at a small error a fixed step ends above the error it began with, or is too slow
-    at a large one.
+    at a large one. None: the length of the first step (`_first_step`).
     """
     num_checks: int
     """Number of times that the error on the held-back data is computed."""
@@ -99,21 +110,21 @@ class Schedule:
             yield left.pop()
 
 
-def schedule(counts: Sequence[int], tokens: int, *, rate: float, num_checks: int, seed: int) -> tuple[Schedule, range]:
-    """Return the schedule of a training on `tokens` tokens over all ranks, and the numbers of the batches that are held back.
-
-    `counts` are the tokens of each batch.
-    """
+def schedule(counts: Sequence[int], tokens: int, *, rate: float | None, num_checks: int, seed: int) -> Schedule:
+    """Return the schedule of a training on `tokens` tokens over all ranks; `counts` are the tokens of each batch."""
     train, held = _split(len(counts))
     rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
     steps = max(1, round(tokens * len(counts) / sum(counts) * (len(rounds) / len(train))))
-    return Schedule(rounds, steps, rate, num_checks, seed), held
+    return Schedule(rounds, held, steps, rate, num_checks, seed)
 
 
-def total_tokens(counts: Sequence[int], tokens: int, num_checks: int) -> int:
-    """Return the number of tokens that such a training runs on, with the check at its start and the `num_checks` others."""
+def total_tokens(counts: Sequence[int], tokens: int, num_checks: int, *, searched: bool = False) -> int:
+    """Return the number of tokens that such a training runs on, with the check at its start and the `num_checks` others, and as a rule
+    with the search for the length of its first step, if there is one.
+    """
     _, held = _split(len(counts))
-    return tokens + (num_checks + 1) * sum(counts[number] for number in held)
+    checked = (num_checks + 1) * sum(counts[number] for number in held)
+    return tokens + checked + searched * USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
 
 
 def _split(count: int) -> tuple[range, range]:
@@ -126,47 +137,108 @@ def _split(count: int) -> tuple[range, range]:
 
 def descend(
     weights: Sequence[TrainedWeights],
-    error: Callable[[], float],
+    error: Callable[[range], float],
     gradients: Callable[[range], Sequence[Tensor]],
     plan: Schedule,
 ) -> list[FittedHeads]:
-    """Return the weights with the least `error`, those at the start among them.
+    """Return the weights with the least error on the held-back batches, those at the start among them.
 
-    `gradients` returns this rank's part of the gradients of all tensors of all weights, in their order, from the batches of these
-    numbers; the parts of all ranks add up.
+    `error` returns the error over the batches of these numbers, of all ranks. `gradients` returns this rank's part of the gradients of
+    all tensors of all weights, in their order, from the batches of these numbers; the parts of all ranks add up.
 
     Raises:
         UserError: the error is not finite at the start.
     """
-    best, found = error(), [each.fitted() for each in weights]
+    best, found = error(plan.held), [each.fitted() for each in weights]
     if not math.isfinite(best):
         raise UserError(f"fold --heal: expected a finite error to begin with, got {best}; give --dtype float32")
     if best <= 0:  # a perfect fold
         return found
-    rate = plan.rate * best**0.5
     tensors = [tensor for each in weights for tensor in each.tensors.values()]
     scales = [scale for each in weights for scale in (each.scales[name] for name in each.tensors)]
+    orders, steps = plan.orders(), plan.steps
+    if plan.rate is None:
+        first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
+        steps -= len(first)
+        rate = _first_step(tensors, scales, partial(error, plan.held[:NUM_SEARCHED]), gradients, first)
+        if not rate:
+            return found
+    else:
+        rate = plan.rate * best**0.5
     optimizer = torch.optim.Adam(
         [{"params": [tensor], "lr": 0.0, "scale": scale} for tensor, scale in zip(tensors, scales, strict=True)],
         betas=BETAS,
     )
-    checks = {round(plan.steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
-    for step, numbers in enumerate(plan.orders()):
+    checks = {round(steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
+    for step, numbers in enumerate(orders):
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"] * (1 - step / plan.steps) * min(1.0, (step + 1) / WARM_UP)
+            group["lr"] = rate * group["scale"] * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP)
         for leaf, gradient in zip(tensors, _all_reduced(gradients(numbers)), strict=True):
             leaf.grad = gradient
         optimizer.step()
         if step + 1 in checks:
-            present = error()
+            present = error(plan.held)
             if present < best:
                 best, found = present, [each.fitted() for each in weights]
-            elif not present <= MAX_ERROR_RATIO * best or step + 1 >= LATE * plan.steps:
+            elif not present <= MAX_ERROR_RATIO * best or step + 1 >= LATE * steps:
                 for each, fitted in zip(weights, found, strict=True):
                     each.set(fitted)
                 optimizer.state.clear()
                 rate /= BACK_OFF
     return found
+
+
+def _first_step(
+    tensors: Sequence[Tensor],
+    scales: Sequence[float],
+    error: Callable[[], float],
+    gradients: Callable[[range], Sequence[Tensor]],
+    rounds: Sequence[range],
+) -> float:
+    """Take the step that decreases the error most along Adam's direction, and return its length.
+
+    The direction is the mean of the gradients of these rounds over their root mean square, by element; the length is in units of
+    `scales`. How long steps may be differs by a factor of ten between models, and nothing that is known without trying tells it.
+    """
+    sums, squares = [torch.zeros_like(each) for each in tensors], [torch.zeros_like(each) for each in tensors]
+    for numbers in rounds:
+        for total, square, gradient in zip(sums, squares, _all_reduced(gradients(numbers)), strict=True):
+            total += gradient
+            square += gradient.square()
+    tiny = torch.finfo(torch.float32).tiny
+    directions = [
+        total / (len(rounds) * square).sqrt().clamp_min(tiny) for total, square in zip(sums, squares, strict=True)
+    ]
+    before = [tensor.detach().clone() for tensor in tensors]
+
+    def move(length: float) -> None:
+        for tensor, start, scale, direction in zip(tensors, before, scales, directions, strict=True):
+            tensor.data.copy_(start - length * scale * direction)
+
+    def error_at(length: float) -> float:
+        move(length)
+        return error()
+
+    length = _least(error_at)
+    move(length)
+    return length
+
+
+def _least(error_at: Callable[[float], float]) -> float:
+    """Return the length with the least error, by a parabola through 0, a length that decreases it, and twice that, which does not
+    decrease it further; 0 if no length that is tried decreases it.
+    """
+    length, start = TRIED, error_at(0.0)
+    here, beyond = error_at(length), error_at(2 * length)
+    for _ in range(MAX_TRIES):
+        if beyond < here < start:
+            length, here, beyond = 2 * length, beyond, error_at(4 * length)
+        elif not here < start:
+            length, here, beyond = length / 2, error_at(length / 2), here
+        else:
+            bend = start + beyond - 2 * here
+            return length * (bend + 2 * (start - here)) / (2 * bend) if math.isfinite(bend) else length / 2
+    return length if here < start else 0.0
 
 
 def _all_reduced(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ batch; they share all weights outside the sites, and the output of an encoder th
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from ..calibration import Sample, batches, decoder_inputs, num_tokens
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
-from ..divergence import label_mask, output_error
+from ..divergence import SiteErrors, label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
@@ -38,7 +38,12 @@ ITEMS = {"images": 2**13, "audio": 2**11}
 """Items that the model is trained with where data has no tokens."""
 BATCH_TOKENS = 2048
 NUM_CHECKS = 2
-RATE = 0.004
+ENCODED_BYTES = 2**30
+"""Memory for an encoder's outputs, which are kept for batches that are seen again."""
+SITE_WEIGHT = 4.0
+"""How many times the KL, both at the start, the mean relative error of the attention outputs weighs. One alone is better at either end:
+the KL where attentions undo each other's errors, their outputs where the KL's gradient is mostly noise.
+"""
 SCALE = 2.0**12
 """What the error is multiplied by on the way back in float16, in which small gradients would be zero."""
 
@@ -51,7 +56,6 @@ def distill(
     sample: Sample,
     *,
     tokens: int = TOKENS,
-    rate: float = RATE,
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, FittedHeads]:
@@ -72,8 +76,8 @@ def distill(
     student = _Student(model, sites, merged)
     all_batches = list(batches(sample, BATCH_TOKENS))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
-    plan, held = schedule(counts, tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
-    left = descent.total_tokens(counts, tokens, NUM_CHECKS)
+    plan = schedule(counts, tokens, rate=None, num_checks=NUM_CHECKS, seed=seed)
+    left = descent.total_tokens(counts, tokens, NUM_CHECKS, searched=True)
     scale = SCALE if model.dtype == torch.float16 else 1.0
 
     def ran(numbers: range) -> None:
@@ -82,23 +86,27 @@ def distill(
         left -= count
         progress(count)
 
-    def error() -> float:
-        found = sum(
-            positions[number] * float(student.error(all_batches[number])) for number in filter(falls_here, held)
-        )
-        ran(held)
-        return all_reduce(torch.tensor(found, dtype=torch.float64)).item() / sum(positions[number] for number in held)
+    def error(numbers: range) -> float:
+        found = torch.zeros(2, dtype=torch.float64)
+        for number in filter(falls_here, numbers):
+            found += positions[number] * torch.stack(student.errors(all_batches[number], number)).to(found)
+        ran(numbers)
+        of_output, of_sites = (all_reduce(found) / sum(positions[number] for number in numbers)).tolist()
+        if student.site_weight is None:
+            student.site_weight = SITE_WEIGHT * of_output / max(of_sites, torch.finfo(torch.float32).tiny)
+        return of_output
 
     def gradients(numbers: range) -> Sequence[Tensor]:
         ran(numbers)
         for number in filter(falls_here, numbers):
             share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
-                found = torch.autograd.grad(scale * share * student.error(all_batches[number]), student.leaves)
+                loss = student.loss(all_batches[number], number)
+                found = torch.autograd.grad(scale * share * loss, student.leaves)
             return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
-    with _frozen(model):
+    with _frozen(model), closing(student):
         found = descend(student.weights, error, gradients, plan)
     progress(left)  # of batches that are shorter than others, and of steps that a perfect fold does not need
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
@@ -106,7 +114,7 @@ def distill(
 
 def total_tokens(sample: Sample, tokens: int) -> int:
     """Return the number of tokens that the model is run on, in training and in checks."""
-    return descent.total_tokens([*map(num_tokens, batches(sample, BATCH_TOKENS))], tokens, NUM_CHECKS)
+    return descent.total_tokens([*map(num_tokens, batches(sample, BATCH_TOKENS))], tokens, NUM_CHECKS, searched=True)
 
 
 def _num_positions(batch: Sample) -> int:
@@ -139,24 +147,53 @@ class _Student:
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         decodes = getattr(model.config, "is_encoder_decoder", False)
         self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
+        self._site_errors = SiteErrors(model, self._model, [site.paths["o"] for site in sites], decodes=decodes)
+        self.site_weight: float | None = None
+        """Weight of the sites' mean error in `loss`; None until `distill` has found the errors at the start."""
+        self._encoded: dict[int | None, Tensor] = {}
+        self._room = ENCODED_BYTES
         self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
-    def error(self, batch: Sample) -> Tensor:
-        """Return the divergence of the student's output from the original's on one batch."""
+    def loss(self, batch: Sample, number: int | None = None) -> Tensor:
+        """Return what training minimises, for one batch."""
+        of_output, of_sites = self.errors(batch, number)
+        return of_output + (self.site_weight or 0.0) * of_sites
+
+    def close(self) -> None:
+        """Take the hooks off the original."""
+        self._site_errors.close()
+
+    def errors(self, batch: Sample, number: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the divergence of the student's output from the original's on one batch, and the mean error of its sites' outputs.
+
+        An encoder that both models share is run once for batches of the same number, as far as memory is set aside for its outputs.
+        """
         device = input_device(self._teacher)
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = given.pop("labels", None)
         if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
             assert labels is not None
             given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
+        mask = given.get("attention_mask")
+        self._site_errors.clear()
+        if number in self._encoded:
+            given = self._decoded(given, self._encoded[number])
         with torch.no_grad():
             teacher = self._teacher(**given, **self._options)
-        mask = given.get("attention_mask")
         if self._shares_encoder:
-            given = {name: given[name] for name in ("attention_mask", "decoder_input_ids") if name in given}
-            given["encoder_outputs"] = (teacher.encoder_last_hidden_state,)
+            encoded = teacher.encoder_last_hidden_state
+            given = self._decoded(given, encoded)
+            if number is not None and number not in self._encoded and encoded.nbytes <= self._room:
+                self._room -= encoded.nbytes
+                self._encoded[number] = encoded
         student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-        return output_error(student, teacher, labels, mask)
+        return output_error(student, teacher, labels, mask), self._site_errors.mean(labels, mask)
+
+    @staticmethod
+    def _decoded(given: Mapping[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """Return what a model is called with whose encoder need not run."""
+        kept = {name: given[name] for name in ("attention_mask", "decoder_input_ids") if name in given}
+        return {**kept, "encoder_outputs": (encoded,)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the student's parameters that depend on the trained weights, by name."""

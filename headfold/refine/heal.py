@@ -51,8 +51,8 @@ def heal(
     `merged` and `how` are those of `fitting.fit`.
     """
     all_batches = _batches(sample)
-    plan, held = schedule([*map(num_tokens, all_batches)], tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
-    solver = Solver(partial(_healed, plan=plan, held=held), tokens_per_block(sample, tokens))
+    plan = schedule([*map(num_tokens, all_batches)], tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
+    solver = Solver(partial(_healed, plan=plan), tokens_per_block(sample, tokens))
     return fit(model, sites, merged, all_batches, solver, **how)
 
 
@@ -65,15 +65,18 @@ def _batches(sample: Sample) -> list[Sample]:
     return list(batches(sample, BATCH_TOKENS))
 
 
-def _healed(site_calls: RecordedSite, heads: Heads, *, plan: Schedule, held: range) -> FittedHeads:
+def _healed(site_calls: RecordedSite, heads: Heads, *, plan: Schedule) -> FittedHeads:
     """Return the heads with the least error on the held-back batches."""
     weights = TrainedWeights.of(heads, site_calls.site)
-    positions, energy = _positions_and_energy(site_calls, held.stop)
+    positions, energy = _positions_and_energy(site_calls, plan.held.stop)
+
+    def error(numbers: range) -> float:
+        return _error(site_calls, weights.to_heads(), numbers)
 
     def gradients(numbers: range) -> Sequence[Tensor]:
         return _gradients(site_calls, weights, numbers, energy * sum(positions[number] for number in numbers))
 
-    (found,) = descend([weights], lambda: _error(site_calls, weights.to_heads(), held), gradients, plan)
+    (found,) = descend([weights], error, gradients, plan)
     return found
 
 
