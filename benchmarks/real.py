@@ -50,6 +50,7 @@ SMOLLM2: tuple[Row, ...] = (
     ("wide", "2", WIDE),
     ("budget", "66.7%", UNEQUAL),
     ("unequal", "2", UNEQUAL),
+    ("unequal+heal", "2", (*UNEQUAL, "--heal")),
     ("wide+heal", "2", (*WIDE, "--heal")),
 )
 WHISPER: tuple[Row, ...] = tuple(

@@ -14,6 +14,7 @@ NAMES = {
     "wide": "half as many heads of twice the head_dim",
     "wide+heal": "the same, healed",
     "unequal": "groups of different sizes",
+    "unequal+heal": "the same, healed",
     "budget": "a count per layer (`--kv-budget`)",
     "mean": "mean pooling (GQA)",
     "procrustes+norm": "Procrustes with norm",

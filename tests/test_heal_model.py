@@ -19,6 +19,7 @@ from torch import Tensor
 import headfold
 from headfold import calibration, hf_models
 from headfold.calibration import decoder_inputs
+from headfold.conversion.healing import Healing
 from headfold.core.errors import UserError
 from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
@@ -299,3 +300,12 @@ def test_what_is_trained_together_has_two_names(readable: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="--heal-by layer: expected one of model, block"):
         headfold.fold(readable, tmp_path / "out", **HEALED, heal_by="layer")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(("millions", "times"), [(1, 4), (40, 2), (70, 1), (7000, 1)])
+def test_small_models_are_trained_on_more_text_by_default(millions: int, times: int) -> None:
+    size = millions * 10**6
+    assert Healing.resolved("model", None, "text", size).tokens == times * distilling.TOKENS
+    assert Healing.resolved("model", 77, "text", size).tokens == 77
+    assert Healing.resolved("model", None, "audio", size) == Healing.resolved("model", None, "audio", 1)
+    assert Healing.resolved("block", None, "text", size) == Healing.resolved("block", None, "text", 1)

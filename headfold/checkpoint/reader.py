@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,11 @@ class Checkpoint:
                 f"{self.path / info.shard}: {name}: expected {info.end - info.start} bytes, got {got}; copy it again"
             )
         return tensor
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored numbers; tensors that share one name are counted once."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @property
     def num_bytes(self) -> int:

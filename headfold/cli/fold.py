@@ -61,7 +61,8 @@ def fold(
         option(
             "--heal-tokens", panel=HOW, metavar="N", min=1,
             help="Tokens (or items) of the calibration source that --heal trains on; data is repeated if there is less. "
-            "Default: 131072 tokens, 8192 images, 2048 windows of sound; by block 524288, 16384 and 4096.",
+            "Default: 131072 tokens (up to 524288 for models below 134 M parameters), 8192 images, 2048 windows of sound; by block "
+            "524288, 16384 and 4096.",
         ),
     ] = None,
     heal_by: Annotated[

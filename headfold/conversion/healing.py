@@ -12,6 +12,9 @@ from ..refine import distill, heal
 
 _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, heal.ITEMS)}
 """By what is trained together: the tokens, and the items where data has none."""
+_SMALL = 2**27
+"""Parameters below which a model is trained on more text by default, as that takes less time; on up to `_MORE` times as much."""
+_MORE = 4
 _TRAINED_BYTES = 28
 """Bytes per trained number in float32: before, now, its gradient, two moments, the best so far and the best before."""
 
@@ -26,8 +29,8 @@ class Healing:
     """Tokens, or items, that the model or every block is trained on; 0 for no healing."""
 
     @classmethod
-    def resolved(cls, by: str, tokens: int | None, kind: str) -> "Healing":
-        """Return a healing with the default amount of data of this kind, if none is given.
+    def resolved(cls, by: str, tokens: int | None, kind: str, num_parameters: int) -> "Healing":
+        """Return a healing of a model of that size, with the default amount of data of this kind if none is given.
 
         Raises:
             UserError: an unknown `by`.
@@ -35,6 +38,8 @@ class Healing:
         if by not in _DEFAULTS:
             raise UserError(f"--heal-by {by}: expected one of {', '.join(_DEFAULTS)}")
         default, items = _DEFAULTS[by]
+        if by == "model" and kind not in items:
+            default *= 2 ** int(math.log2(min(_MORE, max(1.0, _SMALL / num_parameters))))
         return cls(by, tokens or items.get(kind, default))
 
     def check_memory(self, checkpoint: Checkpoint, sites: Sequence[Site], device: str) -> None:

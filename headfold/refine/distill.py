@@ -1,9 +1,10 @@
 """Trains the projections of all sites together, by distillation: so that the whole model's output is the original's again.
 
-Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
-(`descent.py`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
-much the model's loss depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every
-batch; they share all weights outside the sites, and the output of an encoder that is not folded.
+Minimises `divergence.output_error`, the KL divergence from the original's distribution, and the mean relative error of the attention
+outputs (`divergence.SiteErrors`) on W_q, W_k, W_v and W_o of every site (`descent.py`); all other weights stay. Held-back data is judged
+by the former alone. Refit and healing by block minimise the error of one attention's output, which does not tell how much the model's
+output depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every batch; they share
+all weights outside the sites, and the output of an encoder that is not folded.
 """
 
 import copy
