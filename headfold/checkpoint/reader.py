@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from .headers import Header, TensorInfo, read_header
 from .hub import resolve
-from .refusals import check_finite, refuse_packed, refuse_remote_code, refuse_source
+from .refusals import check_finite, refuse_classes, refuse_packed, refuse_remote_code, refuse_source
 from .transfer import raw_bytes, read_into
 
 __all__ = ["INDEX", "Checkpoint", "TensorInfo", "check_finite", "refuse_remote_code", "resolve"]
@@ -49,11 +49,13 @@ class Checkpoint:
 
         Raises:
             UserError: not a directory; no or unreadable config.json; no safetensors; missing, truncated or corrupt shards; an
-                index that does not match them; quantised weights; an adapter without its model.
+                index that does not match them; quantised weights; an adapter without its model;
+                `architectures` that are no names.
         """
         path = Path(path)
         refuse_source(path)
         config = _read_json(path / "config.json")
+        refuse_classes(path, config)
         index = None if (path / SINGLE).exists() else _read_index(path)
         shards = (SINGLE,) if index is None else tuple(sorted(set(index["weight_map"].values())))
         headers = {shard: read_header(path / shard) for shard in shards}

@@ -53,6 +53,34 @@ def _why_no_weights(names: set[str]) -> str:
     return f"{expected}, got no weights; download the checkpoint again"
 
 
+def refuse_classes(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config whose `architectures` is not a list of class names; it may be absent, null or empty.
+
+    Raises:
+        UserError: it is something else.
+    """
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise UserError(
+            f"{path / 'config.json'}: architectures: expected a list of class names of transformers, got {named!r:.60}; correct the config"
+        )
+
+
+def model_class(config: Mapping[str, Any], where: str) -> str:
+    """Return the name of the class that saved the weights.
+
+    Raises:
+        UserError: the config does not say it.
+    """
+    named = config.get("architectures")
+    if not named:
+        raise UserError(
+            f"{where}: architectures: expected the class of transformers that saved the weights, got none; add it, as in "
+            '"architectures": ["BertForMaskedLM"]'
+        )
+    return str(named[0])
+
+
 def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse quantised weights: heads of a packed matrix cannot be averaged.
 

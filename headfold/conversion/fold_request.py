@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import planning
+from ..checkpoint.refusals import model_class
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..refine.refit import VALUE_STEPS
@@ -62,10 +63,11 @@ def resolve_fold(
     """Check the options of a fold against the source and fill in the defaults.
 
     Raises:
-        UserError: a count, method or plan that does not suit the source.
+        UserError: a count, method or plan that does not suit the source, or a config that does not say of what class it is.
     """
     ready = None if plan is None else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
+    model_class(source.checkpoint.config, f"{source.name}/config.json")  # before anything is measured
     if ready is None:
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))

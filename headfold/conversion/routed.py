@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.refusals import model_class
 from ..checkpoint.staging import copy_side_files, disown, write_json
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
@@ -46,6 +47,7 @@ def open_grouped(folded: Path) -> Source:
 def routed_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Return the config with the plan's groups at its sites, listed for headfold's runtime where a stock class did not list them."""
     config = checkpoint.config
+    model_class(config, f"{checkpoint.path}/config.json")
     listed = config["headfold"]["sites"] if "headfold" in config else _listed(checkpoint)
     sites = [{name: value for name, value in site.items() if name != "kv_of_query"} for site in listed]
     old = [site.get("kv_of_query") for site in listed]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, refuse_remote_code
+from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 from ..parallel import num_local_processes
 from .streamed import first_line, name_on_disk, open_streamed, refuse_missing
@@ -260,19 +261,26 @@ def _num_elements(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _auto_class(checkpoint: Checkpoint) -> Any:
-    """Return the transformers class that opens the checkpoint: the one that its config names, else the model without a head.
+    """Return the transformers class that opens the checkpoint, which is the one that its config names.
 
     Raises:
-        UserError: the config asks for code of its own. Where transformers has the architecture as well, its own is used.
+        UserError: the config names none, one that transformers does not have, or asks for code of its own. Where transformers has the
+            architecture as well, its own is used.
     """
     import transformers
 
     if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
         refuse_remote_code(checkpoint.config)
-    name = next(iter(checkpoint.config.get("architectures") or []), "")
+    where = f"{checkpoint.path}/config.json"
+    name = model_class(checkpoint.config, where)
     if name.endswith("ForCausalLM"):
         return transformers.AutoModelForCausalLM
-    return getattr(transformers, name, None) or transformers.AutoModel
+    if (found := getattr(transformers, name, None)) is None:
+        raise UserError(
+            f"{where}: architectures: expected a model class of transformers {transformers.__version__}, got {name}; correct the config, "
+            "or install the version that has it"
+        )
+    return found
 
 
 def _experts(dtype: torch.dtype) -> dict[str, str]:

@@ -145,7 +145,9 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 def _summary(name: str, facts: CardFacts) -> str:
     linked = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
     refit = (
-        ", then `W_o` and the shared `W_v` of every block were refitted to the original's output" if facts.refit else ""
+        ", then `W_q` (where there were data enough), `W_o` and the shared `W_v` of every block were refitted to the original"
+        if facts.refit
+        else ""
     )
     after = count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     before, now = facts.serving_costs
