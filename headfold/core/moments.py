@@ -11,10 +11,8 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .heads import Heads
+from .shared import NEGLIGIBLE, used
 from .stats import SiteStats
-
-_NEGLIGIBLE = 1e-12
-"""Relative energy below which a direction counts as unused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "
     """Return Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
     moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b").double()
     if heads.key_freedom.normed:
-        length = torch.diagonal(moments, dim1=1, dim2=2).mean(1)
+        length = used(torch.diagonal(moments, dim1=1, dim2=2).mean(1))
         gain = heads.q_gain.double() if heads.q_gain is not None else torch.ones_like(moments[0, 0])
         moments = moments / length[:, None, None] * torch.outer(gain, gain)
     return _sum_over_queries(heads, moments)
@@ -145,15 +143,14 @@ def _planes(heads: Heads, gram: Float[Tensor, "group rotary group rotary"], read
     scale = gram.new_ones(heads.num_kv_heads)
     if heads.key_freedom.normed:
         gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
-        scale = einsum(gram, "i a i a -> i a").mean(1).sqrt()
+        scale = used(einsum(gram, "i a i a -> i a").mean(1)).sqrt()
         gram = gram * einsum(gain / scale[:, None], gain / scale[:, None], "i a, l b -> i a l b")
     first, other = heads.key_freedom.planes().T
     gram = rearrange(gram, "i a l b -> a b i l")
     real, imaginary = gram[first, first] + gram[other, other], gram[other, first] - gram[first, other]
     diagonal = torch.diagonal(readers, dim1=1, dim2=2)
     energy = (diagonal[:, first] + diagonal[:, other]).T
-    floor = _NEGLIGIBLE * energy.amax().clamp_min(torch.finfo(energy.dtype).tiny)
-    return Planes(torch.complex(real, imaginary), energy.clamp_min(floor), scale, heads.key_freedom.normed)
+    return Planes(torch.complex(real, imaginary), used(energy), scale, heads.key_freedom.normed)
 
 
 def _gram(rows: Float[Tensor, "group dim m"], moment: Float[Tensor, "m m"]) -> Float[Tensor, "group dim group dim"]:
@@ -171,7 +168,7 @@ def roots(
 ) -> tuple[Float[Tensor, "group dim dim"], Float[Tensor, "group dim dim"]]:
     """Return the symmetric square root and its pseudo-inverse; unused directions are mapped to zero by both."""
     values, vectors = torch.linalg.eigh(metric)
-    kept = values > _NEGLIGIBLE * values.amax(1, keepdim=True)
+    kept = values > NEGLIGIBLE * values.amax(1, keepdim=True)
     root = torch.where(kept, values, 0).sqrt()
     inverse = torch.where(kept, 1 / root, 0)
     return (vectors * root[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT

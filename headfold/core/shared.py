@@ -5,6 +5,15 @@ from einops import rearrange
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+NEGLIGIBLE = 1e-12
+"""Share of the largest eigenvalue or energy below which a direction counts as unused."""
+
+
+def used(energy: Tensor) -> Tensor:
+    """Return energies that can be divided by: what is negligible beside the largest counts as that much, and 1 where all are zero."""
+    largest = energy.amax()
+    return energy.clamp_min(NEGLIGIBLE * largest) if largest > 0 else torch.ones_like(energy)
+
 
 def top_functionals(
     gram: Float[Tensor, "member dim member dim"], num_kept: int

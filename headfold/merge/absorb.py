@@ -29,7 +29,7 @@ from ..core.heads import Heads
 from ..core.methods import MergeMethod
 from ..core.moments import Moments, Planes, WeightedGram, WholeKeys, site_moments
 from ..core.readout import fit
-from ..core.shared import align_signs, top_functionals, top_planes
+from ..core.shared import align_signs, top_functionals, top_planes, used
 from ..core.stats import SiteStats
 
 
@@ -185,7 +185,7 @@ def _shared_flat(weighted: WeightedGram, members: list[int], head_dim_multiple: 
     if (missing := head_dim_multiple * dim - len(values)) > 0:  # fewer directions than dims: the others stay empty
         vectors, values = (nn.functional.pad(t, (0, missing)) for t in (vectors, values))
     # The fourth root of the eigenvalue splits the scale evenly between the shared head and its read-outs.
-    scale = values.clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
+    scale = used(values).pow(0.25)
     mix = torch.einsum("iad,iab->dib", vectors / scale, weighted.root[members]).flatten(1)
     return mix, weighted.inverse_root[members] @ (vectors * scale)
 
@@ -199,9 +199,9 @@ def _shared_planes(
     rotary = heads.key_freedom.rotary_dim
     mix = heads.k.new_zeros(head_dim_multiple, rotary, len(members), rotary)
     readout = heads.k.new_zeros(len(members), rotary, head_dim_multiple, rotary)
+    scales = used(values).pow(0.25)
     for slot in range(values.shape[1]):
-        u = vectors[..., slot]
-        scale = values[:, slot, None].clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
+        u, scale = vectors[..., slot], scales[:, slot, None]
         mix[slot] = rearrange(_blocks(heads, (u.conj() * energy / scale).mT), "member a b -> a member b")
         readout[:, :, slot] = _blocks(heads, (u * scale / energy).mT)
     return mix, readout

@@ -14,6 +14,7 @@ from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..core.query_sample import QUERY_STEPS
 from ..families.spec import Site
+from ..parallel import on_main
 from .fitting import Solver, fit
 from .queries import has_data, refit_queries
 from .recorded import RecordedSite
@@ -79,9 +80,18 @@ def _fitted(
         site_calls.thin(MOST_POSITIONS * (heads.q.shape[2] - 1), heads.q.device)
     fits_queries = query_steps and has_data(site_calls, heads)
     attending = refit_queries(site_calls, heads, ridge, query_steps) if fits_queries else None
-    heads = refit_output(site_calls, heads if attending is None else attending, ridge)
+    if attending is not None:
+        heads = attending = _if_finite(attending, heads)
+    heads = _if_finite(refit_output(site_calls, heads, ridge), heads)
     if value_steps:
-        heads = refit_output(site_calls, refit_values(site_calls, heads, ridge, value_steps), ridge)
+        fitted = _if_finite(refit_values(site_calls, heads, ridge, value_steps), heads)
+        heads = _if_finite(refit_output(site_calls, fitted, ridge), fitted)
     if attending is not None:
         return FittedHeads(q=heads.q, k=heads.k, v=heads.v, o=heads.o, o_bias=heads.o_bias)
     return FittedHeads(o=heads.o, o_bias=heads.o_bias, v=heads.v if value_steps else None)
+
+
+def _if_finite(fitted: Heads, before: Heads) -> Heads:
+    """Return fitted heads, or those before where a product overflowed, as of weights near the ends of float32."""
+    whole = all(bool(tensor.isfinite().all()) for tensor in (fitted.q, fitted.k, fitted.v, fitted.o))
+    return fitted if on_main(lambda: whole) else before
