@@ -95,7 +95,8 @@ def _average(rows: Tensor, rotations: Tensor, blocks: Tensor, norm: bool) -> Flo
     if not norm:
         return shared
     mean_energy = torch.einsum("iaia->", blocks) / len(rows)
-    return shared * (mean_energy / (_agreement(rotations, blocks) / len(rows) ** 2)).sqrt()
+    left = _agreement(rotations, blocks) / len(rows) ** 2
+    return shared * (mean_energy / left).sqrt() if left > 0 else shared
 
 
 MERGE = MergeMethod(merge=merge, undoes="rotations", statistics=frozenset({"second"}))
