@@ -39,7 +39,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "RECORDINGS_PER_BATCH", 1)
 
 
-def distilled(name: str, steps: int = 60) -> tuple[dict[str, Any], list[int]]:
+def distilled(name: str, steps: int = 30) -> tuple[dict[str, Any], list[int]]:
     """Every site of a tiny model from spoilt heads, and the tokens that progress heard."""
     directory, heard = tiny_checkpoint(name), list[int]()
     pairs = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
@@ -75,7 +75,7 @@ def test_the_output_comes_nearer_to_the_originals(name: str) -> None:
     after = {site.name: found[site.name].to("cpu", torch.float64).onto(heads) for site, heads in pairs}
     assert lacking(name, after, sample) < 0.85 * lacking(name, before, sample)
     assert all(one.is_complete for one in found.values())
-    assert sum(heard) == total_tokens(sample, 60 * calibration.total_tokens(sample))
+    assert sum(heard) == total_tokens(sample, 30 * calibration.total_tokens(sample))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "whisper", "clip", "vit", "bert"])
@@ -89,7 +89,7 @@ def test_the_error_is_that_of_the_stock_model(name: str) -> None:
         sample["decoder_input_ids"] = tiny_sample(name, 6)["labels"][3:].clamp_min(1)
     student = distilling._Student(stock_model(tiny_checkpoint(name)), sites, lambda site: changed[site.name])
     with torch.no_grad():
-        found, _ = student.errors(sample)
+        found = student.error(sample)
     assert float(found) == pytest.approx(lacking(name, changed, sample), rel=1e-5)
 
 
@@ -101,24 +101,6 @@ def test_the_best_weights_are_kept(name: str, small_batches: None, monkeypatch: 
     for site, heads in tiny_sites(tiny_checkpoint(name)):
         for field, tensor in found[site.name].to_tensors().items():
             assert_bitwise(tensor, getattr(spoilt(site, heads), field).float())
-
-
-@pytest.mark.parametrize("name", ["llama", "t5", "clip"])
-def test_the_attention_outputs_come_nearer_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearer than by the model's output alone."""
-    pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint(name))}
-    found = {weight: errors_of_sites(name, pairs, weight, monkeypatch) for weight in (0.0, distilling.SITE_WEIGHT)}
-    assert found[distilling.SITE_WEIGHT] < 0.95 * found[0.0]
-
-
-def errors_of_sites(name: str, pairs: dict[str, Any], weight: float, monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(distilling, "SITE_WEIGHT", weight)
-    healed, sites = distilled(name)[0], [site for site, _ in pairs.values()]
-    student = distilling._Student(
-        stock_model(tiny_checkpoint(name)), sites, lambda site: healed[site.name].to("cpu", torch.float64).onto(pairs[site.name][1])
-    )  # fmt: skip
-    with torch.no_grad():
-        return float(student.errors(tiny_sample(name, NUM_ITEMS))[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "vit", "whisper"])
@@ -187,7 +169,6 @@ def test_the_original_stays_as_it_was(small_batches: None) -> None:
     for name, parameter in model.named_parameters():
         assert_bitwise(parameter, before[name])
         assert parameter.requires_grad and parameter.grad is None
-    assert not any(module._forward_hooks for module in model.modules())
     for site in sites:
         first, again, other = (one[site.name].to_tensors() for one in found)
         for field, tensor in first.items():

@@ -1,16 +1,15 @@
 """Trains the projections of all sites together, by distillation: so that the whole model's output is the original's again.
 
-Minimises `divergence.output_error`, the KL divergence from the original's distribution, and the mean relative error of the attention
-outputs (`divergence.SiteErrors`) on W_q, W_k, W_v and W_o of every site (`descent.py`); all other weights stay. Held-back data is judged
-by the former alone. Refit and healing by block minimise the error of one attention's output, which does not tell how much the model's
-output depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every batch; they share
-all weights outside the sites, and the output of an encoder that is not folded.
+Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
+(`descent.py`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
+much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every
+batch; they share all weights outside the sites, and the output of an encoder that is not folded.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from ..calibration import Sample, batches, decoder_inputs, num_tokens
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
-from ..divergence import SiteErrors, label_mask, output_error
+from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
@@ -41,10 +40,6 @@ BATCH_TOKENS = 2048
 NUM_CHECKS = 2
 ENCODED_BYTES = 2**30
 """Memory for an encoder's outputs, which are kept for batches that are seen again."""
-SITE_WEIGHT = 4.0
-"""How many times the KL, both at the start, the mean relative error of the attention outputs weighs. One alone is better at either end:
-the KL where attentions undo each other's errors, their outputs where the KL's gradient is mostly noise.
-"""
 SCALE = 2.0**12
 """What the error is multiplied by on the way back in float16, in which small gradients would be zero."""
 
@@ -88,26 +83,22 @@ def distill(
         progress(count)
 
     def error(numbers: range) -> float:
-        found = torch.zeros(2, dtype=torch.float64)
-        for number in filter(falls_here, numbers):
-            found += positions[number] * torch.stack(student.errors(all_batches[number], number)).to(found)
+        here = filter(falls_here, numbers)
+        found = sum(positions[number] * float(student.error(all_batches[number], number)) for number in here)
         ran(numbers)
-        of_output, of_sites = (all_reduce(found) / sum(positions[number] for number in numbers)).tolist()
-        if student.site_weight is None:
-            student.site_weight = SITE_WEIGHT * of_output / max(of_sites, torch.finfo(torch.float32).tiny)
-        return of_output
+        return all_reduce(torch.tensor(found, dtype=torch.float64)).item() / sum(positions[each] for each in numbers)
 
     def gradients(numbers: range) -> Sequence[Tensor]:
         ran(numbers)
         for number in filter(falls_here, numbers):
             share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
-                loss = student.loss(all_batches[number], number)
+                loss = student.error(all_batches[number], number)
                 found = torch.autograd.grad(scale * share * loss, student.leaves)
             return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
-    with _frozen(model), closing(student):
+    with _frozen(model):
         found = descend(student.weights, error, gradients, plan)
     progress(left)  # of batches that are shorter than others, and of steps that a perfect fold does not need
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
@@ -148,24 +139,12 @@ class _Student:
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         decodes = getattr(model.config, "is_encoder_decoder", False)
         self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
-        self._site_errors = SiteErrors(model, self._model, [site.paths["o"] for site in sites], decodes=decodes)
-        self.site_weight: float | None = None
-        """Weight of the sites' mean error in `loss`; None until `distill` has found the errors at the start."""
         self._encoded: dict[int | None, Tensor] = {}
         self._room = ENCODED_BYTES
         self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
-    def loss(self, batch: Sample, number: int | None = None) -> Tensor:
-        """Return what training minimises, for one batch."""
-        of_output, of_sites = self.errors(batch, number)
-        return of_output + (self.site_weight or 0.0) * of_sites
-
-    def close(self) -> None:
-        """Take the hooks off the original."""
-        self._site_errors.close()
-
-    def errors(self, batch: Sample, number: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the divergence of the student's output from the original's on one batch, and the mean error of its sites' outputs.
+    def error(self, batch: Sample, number: int | None = None) -> Tensor:
+        """Return the divergence of the student's output from the original's on one batch.
 
         An encoder that both models share is run once for batches of the same number, as far as memory is set aside for its outputs.
         """
@@ -176,7 +155,6 @@ class _Student:
             assert labels is not None
             given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
         mask = given.get("attention_mask")
-        self._site_errors.clear()
         if number in self._encoded:
             given = self._decoded(given, self._encoded[number])
         with torch.no_grad():
@@ -188,7 +166,7 @@ class _Student:
                 self._room -= encoded.nbytes
                 self._encoded[number] = encoded
         student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-        return output_error(student, teacher, labels, mask), self._site_errors.mean(labels, mask)
+        return output_error(student, teacher, labels, mask)
 
     @staticmethod
     def _decoded(given: Mapping[str, Any], encoded: Tensor) -> dict[str, Any]:
