@@ -1,11 +1,10 @@
-"""How far the outputs of a folded model and of its attentions are from the original's on the same batch, as losses to train on."""
+"""How far the output of a folded model is from the original's on the same batch, as a loss to train on."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core.errors import UserError
 from .corpus.pairs import IGNORED
@@ -127,58 +126,3 @@ def relative_error(student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
         )
     student, teacher = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher))
     return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-class SiteErrors:
-    """Relative errors of a student's attention outputs from its teacher's, in the last pass of each, both on the same batch.
-
-    Registers hooks on the output projections of both models, which stay until `close`.
-    """
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        outputs: Sequence[str],
-        *,
-        teacher_outputs: Sequence[str] | None = None,
-        decodes: bool,
-    ) -> None:
-        """`outputs` are the paths of the output projections in the student, `teacher_outputs` those in the teacher (default: the same);
-        `decodes` says that the models have a decoder beside an encoder.
-        """
-        theirs = outputs if teacher_outputs is None else teacher_outputs
-        self._outputs: dict[nn.Module, list[tuple[Tensor, bool]]] = {student: [], teacher: []}
-        self._hooks = []
-        for own, other in zip(outputs, theirs, strict=True):
-            in_decoder = decodes and "decoder" in other.split(".")
-            for model, path in ((student, own), (teacher, other)):
-                hook = self._recorder(self._outputs[model], in_decoder)
-                self._hooks.append(model.get_submodule(path).register_forward_hook(hook))
-
-    @staticmethod
-    def _recorder(outputs: list[tuple[Tensor, bool]], in_decoder: bool) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if torch._C._current_graph_task_id() == -1:  # not in the recomputation of gradient checkpointing
-                outputs.append((output, in_decoder))
-
-        return record
-
-    def clear(self) -> None:
-        """Forget the outputs; to be called before both models run."""
-        for found in self._outputs.values():
-            found.clear()
-
-    def mean(self, labels: Tensor | None, mask: Tensor | None) -> Float[Tensor, ""]:
-        """Return the mean over sites of Σ ‖ŷ − y‖² / Σ ‖y‖², over positions that are not padding; in a decoder over those with labels."""
-        labelled = label_mask(labels)
-        errors = []
-        for (own, in_decoder), (other, _) in zip(*self._outputs.values(), strict=True):
-            kept = labelled if in_decoder else mask
-            errors.append(relative_error(*(without_padding(states, kept) for states in (own, other))))
-        return torch.stack(errors).mean()
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()

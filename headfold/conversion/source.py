@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.hub import resolve
-from ..checkpoint.reader import Checkpoint
+from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
@@ -59,6 +60,16 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
+
+    def read_finite(self, name: str) -> Tensor:
+        """Return a tensor of the checkpoint.
+
+        Raises:
+            UserError: it has elements that are not finite.
+        """
+        tensor = self.checkpoint.read(name)
+        check_finite(f"{self.name}: {name}", tensor)
+        return tensor
 
     def kv_bytes_per_token(self, plan: Plan | None = None) -> int:
         """Return the bytes of K and V that one token adds to the cache over all sites, in the checkpoint's dtype, as `plan` folds them."""

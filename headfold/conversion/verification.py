@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.reader import check_finite
 from ..checkpoint.staging import disown
 from ..core.errors import UserError
 from ..core.progress import Progress
@@ -77,7 +76,7 @@ def verify_fold(
 def _refuse_not_finite(source: Source) -> None:
     """Name the tensor that makes every logit NaN: a copied one, as folded ones were checked when they were made."""
     for name in source.checkpoint.tensors:
-        check_finite(f"{source.name}: {name}", source.checkpoint.read(name))
+        source.read_finite(name)
 
 
 def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> Mapping[str, Tensor]:

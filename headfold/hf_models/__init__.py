@@ -272,9 +272,20 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
         refuse_remote_code(checkpoint.config)
     where = f"{checkpoint.path}/config.json"
-    name = model_class(checkpoint.config, where)
-    if name.endswith("ForCausalLM"):
+    if model_class(checkpoint.config, where).endswith("ForCausalLM"):
         return transformers.AutoModelForCausalLM
+    return named_class(checkpoint.config, where)
+
+
+def named_class(config: Mapping[str, Any], where: str) -> Any:
+    """Return the class of transformers that a config names.
+
+    Raises:
+        UserError: it names none, or one that transformers does not have.
+    """
+    import transformers
+
+    name = model_class(config, where)
     if (found := getattr(transformers, name, None)) is None:
         raise UserError(
             f"{where}: architectures: expected a model class of transformers {transformers.__version__}, got {name}; correct the config, "

@@ -200,15 +200,13 @@ def _first_step(
     The direction is the mean of the gradients of these rounds over their root mean square, by element; the length is in units of
     `scales`. How long steps may be differs by a factor of ten between models, and nothing that is known without trying tells it.
     """
-    sums, squares = [torch.zeros_like(each) for each in tensors], [torch.zeros_like(each) for each in tensors]
+    directions, squares = ([torch.zeros_like(each) for each in tensors] for _ in range(2))
     for numbers in rounds:
-        for total, square, gradient in zip(sums, squares, _all_reduced(gradients(numbers)), strict=True):
-            total += gradient
+        for direction, square, gradient in zip(directions, squares, _all_reduced(gradients(numbers)), strict=True):
+            direction += gradient
             square += gradient.square()
-    tiny = torch.finfo(torch.float32).tiny
-    directions = [
-        total / (len(rounds) * square).sqrt().clamp_min(tiny) for total, square in zip(sums, squares, strict=True)
-    ]
+    for direction, square in zip(directions, squares, strict=True):
+        direction /= (len(rounds) * square).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     before = [tensor.detach().clone() for tensor in tensors]
 
     def move(length: float) -> None:

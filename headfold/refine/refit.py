@@ -81,7 +81,7 @@ def _fitted(
     fits_queries = query_steps and has_data(site_calls, heads)
     attending = refit_queries(site_calls, heads, ridge, query_steps) if fits_queries else None
     if attending is not None:
-        heads = attending = _if_finite(attending, heads)
+        heads = _if_finite(attending, heads)
     heads = _if_finite(refit_output(site_calls, heads, ridge), heads)
     if value_steps:
         fitted = _if_finite(refit_values(site_calls, heads, ridge, value_steps), heads)

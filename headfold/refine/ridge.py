@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.heads import Heads
 from ..core.products import self_product
+from ..core.shared import used
 from ..parallel import all_reduce
 from .recorded import RecordedSite
 
@@ -38,7 +39,7 @@ def _solved(
     """Return the change of [W_o; b_o]. Its last row has no ridge, and is zero without an intercept."""
     gram = gram.clone()
     energies = gram.diagonal()[:-1]
-    energies += ridge * (energies.mean() if energies.sum() > 0 else 1.0)
+    energies += ridge * used(energies.mean())
     size = len(gram) if intercept else len(gram) - 1
     step = torch.zeros_like(cross)
     step[:size] = torch.linalg.solve(gram[:size, :size], cross[:size])

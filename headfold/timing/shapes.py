@@ -16,7 +16,7 @@ from ..core.errors import UserError
 from ..families import family_of
 from ..families.folded import folded_config
 from ..families.spec import sites
-from ..hf_models import available_memory, quiet
+from ..hf_models import available_memory, named_class, quiet
 from ..runtime.load import own_class
 
 if TYPE_CHECKING:
@@ -97,13 +97,8 @@ def _read(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file}: expected JSON, got something else ({error}); is the file whole?") from error
-    import transformers
-
-    name = (config.get("architectures") or [None])[0]
-    if own_class(config) is None and not hasattr(transformers, str(name)):
-        raise UserError(
-            f"{file}: architectures: expected a model class of transformers, got {name}; correct the config"
-        )
+    if own_class(config) is None:
+        named_class(config, str(file))
     return config
 
 

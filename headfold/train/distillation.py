@@ -1,14 +1,14 @@
 """Distillation from the original: its next-token (or class) distribution and the outputs of its attention sites."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration import decoder_inputs
 from ..core.errors import UserError
-from ..divergence import SiteErrors, output_error
+from ..divergence import label_mask, output_error, relative_error, without_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,12 @@ class Distillation:
         """
         teacher_outputs = outputs if teacher_outputs is None else teacher_outputs
         self.teacher, self.weight = teacher.eval().requires_grad_(False), weight
+        self._in_decoder = [
+            getattr(teacher.config, "is_encoder_decoder", False) and "decoder" in path.split(".")
+            for path in teacher_outputs
+        ]
         disable_dropout(student)
+        self._outputs: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         missing = [path for path in teacher_outputs if path not in dict(teacher.named_modules())]
         if missing:
             raise UserError(f"--distill: expected the model that this was folded from, got one without {missing[0]}")
@@ -57,14 +62,23 @@ class Distillation:
             raise UserError(
                 f"--distill: expected the model that this was folded from, of {depths[0]} layers, got one of {depths[1]}"
             )
-        self._sites = SiteErrors(
-            teacher, student, outputs, teacher_outputs=teacher_outputs,
-            decodes=getattr(teacher.config, "is_encoder_decoder", False),
-        )  # fmt: skip
+        self._hooks = [
+            model.get_submodule(path).register_forward_hook(self._recorder(name))
+            for name, model, paths in (("teacher", teacher, teacher_outputs), ("student", student, outputs))
+            for path in paths
+        ]
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if torch._C._current_graph_task_id() == -1:  # not in the recomputation of gradient checkpointing
+                self._outputs[name].append(output)
+
+        return record
 
     def close(self) -> None:
         """Remove the hooks."""
-        self._sites.close()
+        for hook in self._hooks:
+            hook.remove()
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one batch, and its parts for logging. `model` is the student, possibly wrapped by the Trainer.
@@ -76,13 +90,24 @@ class Distillation:
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         if getattr(self.teacher.config, "is_encoder_decoder", False):
             given["decoder_input_ids"] = decoder_inputs(self.teacher, inputs["labels"])
-        self._sites.clear()
+        for found in self._outputs.values():
+            found.clear()
         with torch.no_grad():
             teacher_output = self.teacher(**given)
         student_output = model(**given)
         divergence = output_error(student_output, teacher_output, labels, given.get("attention_mask"))
-        sites = self._sites.mean(labels, given.get("attention_mask"))
-        return divergence + self.weight * sites, {"kl": divergence.detach(), "site_error": sites.detach()}
+        sites = torch.stack(self._site_errors(label_mask(labels), given.get("attention_mask")))
+        parts = {"kl": divergence.detach(), "site_error": sites.mean().detach()}
+        return divergence + self.weight * sites.mean(), parts
+
+    def _site_errors(self, labelled: Tensor | None, mask: Tensor | None) -> list[Tensor]:
+        """Return the relative error of each site, over positions that are not padding; in a decoder over positions with labels."""
+        errors = []
+        for s, t, decodes in zip(self._outputs["student"], self._outputs["teacher"], self._in_decoder, strict=True):
+            errors.append(
+                relative_error(*(without_padding(states, labelled if decodes else mask) for states in (s, t)))
+            )
+        return errors
 
 
 def disable_dropout(model: nn.Module) -> None:

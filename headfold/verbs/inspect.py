@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..checkpoint.reader import check_finite
 from ..conversion.source import Source, open_source, open_stats
 from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
@@ -117,7 +114,7 @@ def _freedom(site: Site) -> str:
 
 
 def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
-    heads = read_heads(site, partial(_read_finite, source))
+    heads = read_heads(site, source.read_finite)
     stats = known[site.name] if known is not None else _stats_from_gains(source, site, heads.q.shape[2] - 1)
     moments = site_moments(heads, stats)
     energy = site_energy(moments)
@@ -129,12 +126,6 @@ def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | N
         error = grouped_error(moments, groups)
         key[f"1/{share}"], value[f"1/{share}"] = error.key / energy.key, error.value / energy.value
     return SiteInspection(site.name, key, value)
-
-
-def _read_finite(source: Source, name: str) -> Tensor:
-    tensor = source.checkpoint.read(name)
-    check_finite(f"{source.name}: {name}", tensor)
-    return tensor
 
 
 def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
