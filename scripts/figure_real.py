@@ -39,7 +39,7 @@ def _folds(result: str) -> list[dict[str, Any]]:
 
 def _name(row: dict[str, Any]) -> str:
     method, _, rest = row["method"].partition(",")
-    return NAMES[method] + (f",{rest}" if rest else "")
+    return NAMES[method] + (f",{rest}" if rest else "") + (" (by earlier code)" if "made_by" in row else "")
 
 
 def _kib(size: float) -> str:
