@@ -22,6 +22,7 @@ import headfold
 TINY = Size(2, 32, 48, 61, 10**9, num_heads=4)
 TRAINED = Size(4, 2048, 5504, 32000, 10**10, num_heads=16)
 WARM_UP = 3
+HEALED = ("block", "model")
 LAUNCH_SECONDS = 60.0
 """Time of a launched command, at most."""
 
@@ -33,30 +34,32 @@ def memory(setup: Setup) -> dict[str, int]:
 
 
 def fold(setup: Setup, record: Record) -> None:
-    """Fold random layers of the shape of Llama-2-7B with refit and healing; a second, longer run where it fits the time."""
+    """Fold random layers of the shape of Llama-2-7B with refit and healing, by block and by model; longer runs where they fit the time."""
     needed = 0.0
-    for layers in (2,) if setup.dry_run else (2, 4, 8):
+    for way, layers in (
+        ((way, 2) for way in HEALED) if setup.dry_run else (("block", 2), *(("model", n) for n in (2, 4, 8)))
+    ):
         before = record.left()
-        record.row("rows", f"{layers} layers", lambda: fold_row(setup, layers), needed)  # noqa: B023
+        record.row("rows", f"{layers} layers, healed by {way}", lambda: fold_row(setup, layers, way), needed)  # noqa: B023
         needed = 2.2 * (before - record.left())
 
 
-def fold_row(setup: Setup, layers: int) -> dict[str, Any]:
+def fold_row(setup: Setup, layers: int, way: str) -> dict[str, Any]:
     """Return the seconds of each stage, and of each per layer, and the peak memory."""
     size = TINY if setup.dry_run else replace(SEVEN_BILLION, num_layers=layers)
     tokens, heal_tokens, context = (256, 128, 16) if setup.dry_run else (32768, 8192, 1024)
-    source = llama_checkpoint(setup.place / f"llama-{layers}", size)
-    text = write_lines(setup.place / f"text-{layers}.txt", size.vocab_size, 200, tokens // 100)
+    source = llama_checkpoint(setup.place / f"llama-{layers}-{way}", size)
+    text = write_lines(setup.place / f"text-{layers}-{way}.txt", size.vocab_size, 200, tokens // 100)
     if setup.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     result = headfold.fold(
-        source, setup.place / f"fold-{layers}", kv_heads="1/4", heal=True, heal_by="block", heal_tokens=heal_tokens, calibration=str(text),
-        tokens=tokens, context=context, device=setup.device, seed=SEED,
+        source, setup.place / f"fold-{layers}-{way}", kv_heads="1/4", heal=True, heal_by=way, heal_tokens=heal_tokens,
+        calibration=str(text), tokens=tokens, context=context, device=setup.device, seed=SEED,
     )  # fmt: skip
     assert result.verification is not None
     return {
-        "layers": layers, "calibration_tokens": tokens, "heal_tokens": heal_tokens, "context": context,
+        "layers": layers, "healed_by": way, "calibration_tokens": tokens, "heal_tokens": heal_tokens, "context": context,
         "num_kv_heads": [result.num_kv_heads_before, result.num_kv_heads_after], "seconds_in_all": time.perf_counter() - began,
         "seconds": result.seconds, "seconds_per_layer": {stage: taken / layers for stage, taken in result.seconds.items()},
         "verified": result.verification.passed, "notes": result.notes, **memory(setup),

@@ -1,15 +1,17 @@
 """Measure folds of published models as a user makes them, by the command line: quality, seconds, memory and bytes.
 
-    python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm] [--rows NAME,…] [--seeds 3] [--data DIR]
+    python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm,python] [--rows NAME,…] [--seeds 0,1,2] [--data DIR]
 
-MODELS is the folder that `scripts/real_models.py` made, `--data` the folder of WikiText-2 and of the recordings. Every fold is a process
-of its own; its peak memory is what the system reports of it. Folds without a refit, and those of a budget, take statistics measured
-before; the others calibrate themselves, which their seconds include. Rows that draw nothing at random but calibration data have a run
-per seed; those with training have the first seed alone. Results go to benchmarks/results/real-MODEL.json after each row, and a run goes
-on where an earlier one stopped. Loss is in nats per token, against the original on the same text.
+MODELS is the folder that `scripts/real_models.py` made (`python`: that `scripts/train_large.py` made), `--data` the folder of WikiText-2
+and of the recordings. Every fold is a process of its own; its peak memory is what the system reports of it, a GPU's not included. Folds
+without a refit, and those of a budget, take statistics measured before; the others calibrate themselves, which their seconds include.
+Results go to benchmarks/results/real-MODEL.json after each row (real-MODEL-cuda.json where a GPU computed); a run goes on where an
+earlier one stopped, and processes may measure other rows or seeds of one model at the same time, each with its own `--work`.
+Loss is in nats per token, against the original on the same text.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -21,12 +23,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import describe
 
 import headfold
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "mean": ("--merge", "mean", "--group", "contiguous", "--no-refit"),
@@ -39,8 +43,6 @@ OURS: dict[str, tuple[str, ...]] = {
     "absorb+refit+heal": ("--heal",),
 }  # fmt: skip
 WIDE, UNEQUAL = ("--head-dim-multiple", "2"), ("--group", "swap:unequal=true")
-TRAINED = ("--heal",)
-"""Options of rows that have one seed."""
 
 Row = tuple[str, str, tuple[str, ...]]
 """Name, K/V heads (or the share of a budget, with %), and options of `headfold fold`."""
@@ -62,6 +64,11 @@ MINILM: tuple[Row, ...] = tuple(
     (name, count, how)
     for count in ("6", "3")
     for name, how in {**PUBLISHED, "absorb": OURS["absorb"], "absorb+refit": ()}.items()
+)
+PYTHON: tuple[Row, ...] = tuple(
+    (name, count, how)
+    for count in ("6", "3", "1")
+    for name, how in {**{name: PUBLISHED[name] for name in ("mean", "procrustes+norm", "asymgqa")}, **OURS}.items()
 )
 
 
@@ -154,11 +161,10 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 def passkeys(made: Path, lengths: tuple[int, ...] = (1024, 2048, 4096, 8000)) -> dict[str, float]:
     """Return by length the share of digits of a five-digit key that a model repeats from a text, a key per depth."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(made)
-    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16, trust_remote_code=True).eval().to(DEVICE)
     filler = tokenizer(FILLER)["input_ids"]
     found = {}
     for length in lengths:
@@ -173,9 +179,10 @@ def passkeys(made: Path, lengths: tuple[int, ...] = (1024, 2048, 4096, 8000)) ->
             answer = tokenizer(key)["input_ids"]
             room = length - len(told) - len(asked) - len(answer)
             text = (filler * (room // len(filler) + 1))[:room]
-            ids = torch.tensor([[*text[: int(depth * room)], *told, *text[int(depth * room) :], *asked, *answer]])
+            before = int(depth * room)
+            ids = torch.tensor([[*text[:before], *told, *text[before:], *asked, *answer]], device=DEVICE)
             with torch.no_grad():
-                predicted = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(-1)
+                predicted = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(-1).cpu()
             right, total = right + int((predicted == torch.tensor(answer)).sum()), total + len(answer)
         found[str(length)] = right / total
     return found
@@ -184,15 +191,15 @@ def passkeys(made: Path, lengths: tuple[int, ...] = (1024, 2048, 4096, 8000)) ->
 def transcripts(made: Path, files: list[Path]) -> tuple[list[str], float]:
     """Return what a Whisper writes for recordings, greedily, and the seconds it took."""
     import soundfile
-    import torch
     from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor, WhisperTokenizerFast
 
     extractor, tokenizer = (kind.from_pretrained(made) for kind in (WhisperFeatureExtractor, WhisperTokenizerFast))
     model = AutoModelForSpeechSeq2Seq.from_pretrained(made, dtype=torch.float32, trust_remote_code=True).eval()
+    model = model.to(DEVICE)
     started, written = time.monotonic(), []
     for first in range(0, len(files), 16):
         sounds = [soundfile.read(file)[0] for file in files[first : first + 16]]
-        features = extractor(sounds, sampling_rate=16000, return_tensors="pt").input_features
+        features = extractor(sounds, sampling_rate=16000, return_tensors="pt").input_features.to(DEVICE)
         with torch.no_grad():
             ids = model.generate(features, max_new_tokens=128, do_sample=False)
         written += tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -260,6 +267,8 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     found: dict[str, Any] = {}
     for key, value in first.items():
+        if key == "seed":
+            continue
         values = [run[key] for run in runs if key in run]
         if isinstance(value, dict):
             found[key] = medians(values)
@@ -271,26 +280,46 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(bench: Bench, name: str, rows: tuple[Row, ...], options: argparse.Namespace) -> None:
-    """Measure the rows that are not there yet, and write the table after each run."""
-    out = RESULTS / f"real-{name}.json"
-    table = json.loads(out.read_text()) if out.exists() else {"model": name, "rows": []}
-    runs = {(row["method"], row["kv_heads"]): row["runs"] for row in table["rows"]}
+    """Measure the rows and seeds that are not there yet, and write the table after each run."""
+    out = options.out / f"real-{name}{'-cuda' if torch.cuda.is_available() else ''}.json"
     wanted = [row for row in rows if not options.rows or row[0] in options.rows.split(",")]
-    for seed in range(options.seeds):
+    for seed in map(int, options.seeds.split(",")):
         for row in (("original", "", ()), *wanted):
-            method, kv_heads, how = row
-            have = runs.setdefault((method, kv_heads), [])
-            if len(have) > seed or (seed and (method == "original" or any(word in how for word in TRAINED))):
+            method, kv_heads, _ = row
+            have = runs_of(out).get((method, kv_heads), [])
+            if seed in seeds(have) or (have and method == "original"):
                 continue
             print(f"{name}: {method} {kv_heads}, seed {seed}", flush=True)
-            have.append(bench.score(bench.model) if method == "original" else bench.fold(row, seed))
-            listed = [
-                {"method": one, "kv_heads": count, "num_seeds": len(found), **medians(found), "runs": found}
-                for (one, count), found in runs.items()
-                if found
-            ]
-            table = {"machine": describe(), "model": name, "rows": listed}
-            out.write_text(json.dumps(table, indent=1) + "\n")
+            made = bench.score(bench.model) if method == "original" else bench.fold(row, seed)
+            write_run(out, name, (method, kv_heads), {"seed": seed, **made})
+
+
+def seeds(runs: list[dict[str, Any]]) -> set[int]:
+    """Return the calibration seeds of runs; those that do not tell have the numbers from 0 on, in order."""
+    return {run.get("seed", number) for number, run in enumerate(runs)}
+
+
+def runs_of(table: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the runs of a table by method and K/V heads."""
+    rows = json.loads(table.read_text())["rows"] if table.exists() else []
+    return {(row["method"], row["kv_heads"]): row["runs"] for row in rows}
+
+
+def write_run(table: Path, name: str, key: tuple[str, str], run: dict[str, Any]) -> None:
+    """Add a run to a table that other processes may write to."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with (table.parent / f".{table.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = runs_of(table)
+        runs.setdefault(key, []).append(run)
+        rows = [
+            {"method": method, "kv_heads": count, "num_seeds": len(found), **medians(found), "runs": found}
+            for (method, count), found in runs.items()
+        ]
+        written = json.dumps({"machine": describe(), "model": name, "rows": rows}, indent=1)
+        making = table.with_suffix(".partial")
+        making.write_text(written + "\n")
+        making.replace(table)
 
 
 def main() -> None:
@@ -298,9 +327,10 @@ def main() -> None:
     reader.add_argument("directory", type=Path, help="the folder that scripts/real_models.py made")
     reader.add_argument("--work", type=Path, required=True, help="folder of statistics and folds")
     reader.add_argument("--data", type=Path, default=DATA, help="folder with wikitext2, speech and dialogsum")
-    reader.add_argument("--models", default="smollm2,whisper,minilm", help="models, separated by commas")
+    reader.add_argument("--models", default="smollm2,whisper,minilm", help="models (python too), separated by commas")
     reader.add_argument("--rows", default="", help="rows, separated by commas (default: all)")
-    reader.add_argument("--seeds", type=int, default=3, help="number of calibration seeds")
+    reader.add_argument("--seeds", default="0,1,2", help="seeds of calibration and training, separated by commas")
+    reader.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
     reader.add_argument("--passkey", action="store_true", help="measure passkey retrieval of language models too")
     options = reader.parse_args()
     data, chosen = options.data, options.models.split(",")
@@ -324,6 +354,11 @@ def main() -> None:
         calibration = ("--calibration", str(text / "valid.txt"))
         bench = Bench(model, options.work / "minilm", calibration, encoder(model, text / "test.txt", 1000))
         measured(bench, "all-minilm-l6-v2", MINILM, options)
+    if "python" in chosen:
+        model = options.directory
+        calibration = ("--calibration", str(model / "calibration.txt"), "--tokens", "65536")
+        score = language_model(model, model / "heldout.txt", {1024: 65536}, long=False)
+        measured(Bench(model, options.work / "python", calibration, score), "python-105m", PYTHON, options)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,16 @@ CONTEXT, BATCH, VOCABULARY = 512, 8, 2048
 PEAK_RATE, WARMUP, DECAY = 3e-3, 100, 0.1
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY, context: int = CONTEXT) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE that puts one `<s>` before each document."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet)
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<s>"], initial_alphabet=alphabet)
     )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>", model_max_length=context)
 
 
 def heldout_text() -> str:
@@ -57,11 +57,9 @@ def heldout_nll(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
     return sum(losses) / len(windows)
 
 
-def rate(step: int, progress: float) -> float:
+def rate(step: int, progress: float, peak: float = PEAK_RATE) -> float:
     """Return the learning rate: linear warm-up, then cosine to a hundredth of the peak; `progress` is the share of the time used."""
-    return (
-        PEAK_RATE * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-    )
+    return peak * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict:
