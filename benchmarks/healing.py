@@ -3,8 +3,8 @@
     python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways NAME,…] [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
-Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold and --heal, after the same refit) and
-`heal by block` (with --heal-by block). The first two of the first seed alone: mean pooling sees no data, and the range of refit is in
+Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold, then --heal-by model) and
+`heal by block` (then --heal-by block). The first two of the first seed alone: mean pooling sees no data, and the range of refit is in
 NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
 """
 
@@ -25,7 +25,7 @@ def ways(heal_tokens: int | None) -> dict[str, dict[str, Any]]:
         "mean": {"merge": "mean", "group": "contiguous", "refit": False},
         "refit": {},
         "heal by block": {"heal": True, "heal_by": "block", "heal_tokens": heal_tokens},
-        "heal": {"heal": True, "heal_tokens": heal_tokens},
+        "heal": {"heal": True, "heal_by": "model", "heal_tokens": heal_tokens},
     }
 
 

@@ -38,9 +38,10 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "qcqa-ac": ("--merge", "mean", "--group", "qcqa:unequal=true", "--no-refit"),
     "asymgqa": ("--merge", "mean", "--group", "asymgqa", "--no-refit"),
 }
+MODEL = ("--heal", "--heal-by", "model")
 OURS: dict[str, tuple[str, ...]] = {
     "absorb": ("--no-refit",), "absorb+refit": (), "absorb+refit+heal by block": ("--heal", "--heal-by", "block"),
-    "absorb+refit+heal": ("--heal",),
+    "absorb+refit+heal": MODEL,
 }  # fmt: skip
 WIDE, UNEQUAL = ("--head-dim-multiple", "2"), ("--group", "swap:unequal=true")
 
@@ -52,8 +53,8 @@ SMOLLM2: tuple[Row, ...] = (
     ("wide", "2", WIDE),
     ("budget", "66.7%", UNEQUAL),
     ("unequal", "2", UNEQUAL),
-    ("unequal+heal", "2", (*UNEQUAL, "--heal")),
-    ("wide+heal", "2", (*WIDE, "--heal")),
+    ("unequal+heal", "2", (*UNEQUAL, *MODEL)),
+    ("wide+heal", "2", (*WIDE, *MODEL)),
 )
 WHISPER: tuple[Row, ...] = tuple(
     (name, count, how) for count in ("3", "1") for name, how in {**PUBLISHED, **OURS}.items()

@@ -176,14 +176,16 @@ def test_the_original_stays_as_it_was(small_batches: None) -> None:
             assert_differs(tensor, other[field])
 
 
-HEALED: dict[str, Any] = dict(kv_heads=2, calibration="self", **CALIBRATED, heal=True, heal_tokens=2048)
+HEALED: dict[str, Any] = dict(
+    kv_heads=2, calibration="self", **CALIBRATED, heal=True, heal_by="model", heal_tokens=2048
+)
 
 
 @pytest.mark.parametrize("how", [{}, {"head_dim_multiple": 2}], ids=["plain", "wide"])
 def test_a_healed_fold_is_verified_and_says_so(how: dict[str, Any], readable: Path, tmp_path: Path) -> None:  # noqa: F811
     plain, found = (
         headfold.fold(readable, tmp_path / name, **{**HEALED, **how, "refit": False, **more})
-        for name, more in (("plain", dict(heal=False, heal_tokens=None)), ("healed", {}))
+        for name, more in (("plain", dict(heal=False, heal_by=None, heal_tokens=None)), ("healed", {}))
     )
     assert found.verification.passed and found.healed == 2048 and found.healed_by == "model"
     losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, found)]
@@ -279,14 +281,15 @@ def test_other_heads_have_an_error_too(name: str) -> None:
 
 def test_what_is_trained_together_has_two_names(readable: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match="--heal-by layer: expected one of model, block"):
-        headfold.fold(readable, tmp_path / "out", **HEALED, heal_by="layer")
+        headfold.fold(readable, tmp_path / "out", **{**HEALED, "heal_by": "layer"})
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize(("millions", "times"), [(1, 4), (40, 2), (70, 1), (7000, 1)])
-def test_small_models_are_trained_on_more_text_by_default(millions: int, times: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "millions", "by"), [("text", 40, "block"), ("text", 70, "model"), ("audio", 70, "block")]
+)
+def test_large_language_models_are_healed_as_a_whole_by_default(kind: str, millions: int, by: str) -> None:
     size = millions * 10**6
-    assert Healing.resolved("model", None, "text", size).tokens == times * distilling.TOKENS
-    assert Healing.resolved("model", 77, "text", size).tokens == 77
-    assert Healing.resolved("model", None, "audio", size) == Healing.resolved("model", None, "audio", 1)
-    assert Healing.resolved("block", None, "text", size) == Healing.resolved("block", None, "text", 1)
+    assert Healing.resolved(None, None, kind, size).by == by
+    assert Healing.resolved(None, 77, kind, size) == Healing.resolved(by, 77, kind, size)
+    assert Healing.resolved("model", None, "text", 1).tokens == distilling.TOKENS

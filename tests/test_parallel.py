@@ -123,7 +123,7 @@ def launched(source: Path, grouped: Path, task_folder: Path, tmp_path_factory: p
         "refused by the second": ["fold", "mine", "elsewhere", "--kv-heads", "4", *data],
         "refused by both": ["fold", str(source), "both"],
         "fold": words(source, "out"),
-        "healed": [*words(source, "healed"), "--heal", "--heal-tokens", "1024", "--json"],
+        "healed": [*words(source, "healed"), "--heal", "--heal-by", "model", "--heal-tokens", "1024", "--json"],
         "alone": ["inspect", str(source)],
         "evaluated": [
             "eval",

@@ -61,8 +61,7 @@ def fold(
         option(
             "--heal-tokens", panel=HOW, metavar="N", min=1,
             help="Tokens (or items) of the calibration source that --heal trains on; data is repeated if there is less. "
-            "Default: 131072 tokens (up to 524288 for models below 134 M parameters), 8192 images, 2048 windows of sound; by block "
-            "524288, 16384 and 4096.",
+            "Default: by model 131072 tokens, 8192 images, 2048 windows of sound; by block 524288, 16384 and 4096.",
         ),
     ] = None,
     heal_by: Annotated[
@@ -70,7 +69,7 @@ def fold(
         option(
             "--heal-by", panel=HOW, metavar="WHAT",
             help="model: train all sites together by the model's output. block: one at a time by its own output, in the memory of one "
-            "block. [default: model]",
+            "block. Default: model for language models of 67 M parameters or more, block for all others.",
         ),
     ] = None,
     seed: Seed = 0,

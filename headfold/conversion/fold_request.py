@@ -88,7 +88,7 @@ def resolve_fold(
     healing = Healing()
     if heal:
         assert calibration is not None
-        healing = Healing.resolved(heal_by or "model", heal_tokens, calibration.kind, source.checkpoint.num_parameters)
+        healing = Healing.resolved(heal_by, heal_tokens, calibration.kind, source.checkpoint.num_parameters)
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,

@@ -73,7 +73,8 @@ def fold(
         group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
         heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data, repeated where there are fewer;
-            all sites together by the output of the "model" (`heal_by`, the default), or each "block" alone, in the memory of one.
+            all sites together by the output of the "model", or each "block" alone, in the memory of one (`heal_by`; by default "model"
+            for language models of 2^26 parameters or more, "block" for all others).
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
         tokens, items: Calibration tokens of a language model, calibration items of other models.
