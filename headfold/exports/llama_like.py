@@ -88,4 +88,4 @@ def _as_class(model_type: str, source: Folded, stock: Any, own: Mapping[str, Any
     common = {name: getattr(stock, name) for name in _COMMON}
     kept = {name: source.config[name] for name in ("dtype", "torch_dtype") if name in source.config}
     named = {"architectures": [f"{_NAMES[model_type]}ForCausalLM"], "model_type": model_type}
-    return {**named, **common, "rope_theta": stock.rope_parameters["rope_theta"], **own, **kept}
+    return {**named, **common, **own, **kept}

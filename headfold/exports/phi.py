@@ -177,7 +177,8 @@ def _phi_config(source: Folded, stock: "PreTrainedConfig", group_size: int) -> d
 
 
 def _of_gpt_neox(stock: Any, head_dim: int) -> dict[str, Any]:
-    rope = dict(stock.rope_parameters)
+    rope = stock.rope_parameters
+    rotary_dim = int(stock.hidden_size // stock.num_attention_heads * rope["partial_rotary_factor"])
     return {
         "intermediate_size": stock.intermediate_size,
         "hidden_act": stock.hidden_act,
@@ -185,9 +186,7 @@ def _of_gpt_neox(stock: Any, head_dim: int) -> dict[str, Any]:
         "attention_dropout": stock.attention_dropout,
         "resid_pdrop": stock.hidden_dropout,
         "embd_pdrop": stock.hidden_dropout,
-        **_rope(
-            rope, _share(int(stock.hidden_size // stock.num_attention_heads * rope["partial_rotary_factor"]), head_dim)
-        ),
+        "rope_parameters": {**rope, "partial_rotary_factor": _share(rotary_dim, head_dim)},
     }
 
 
@@ -200,14 +199,12 @@ def _of_gptj(stock: Any, head_dim: int) -> dict[str, Any]:
         "resid_pdrop": stock.resid_pdrop,
         "embd_pdrop": stock.embd_pdrop,
         # GPT-J knows no other base of its angles.
-        **_rope({"rope_type": "default", "rope_theta": 10000.0}, _share(stock.rotary_dim, head_dim)),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": _share(stock.rotary_dim, head_dim),
+        },
     }
-
-
-def _rope(parameters: dict[str, Any], share: float) -> dict[str, Any]:
-    """Return the rotary fields, under their old names too."""
-    both = {"rope_theta": parameters["rope_theta"], "partial_rotary_factor": share}
-    return {**both, "rope_parameters": {**parameters, **both}}
 
 
 def _share(rotary_dim: int, head_dim: int) -> float:

@@ -13,6 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import copy_side_files, write_json
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
+from ..families.old_names import with_old_names
 from ..runtime.remote import BASE
 
 Read = Callable[[str], Tensor]
@@ -167,4 +168,4 @@ def write_export(
     (target / f"{BASE}.py").unlink(missing_ok=True)
     for name, text in made.files.items():
         (target / name).write_text(text)
-    write_json(target / "config.json", dict(made.config))
+    write_json(target / "config.json", with_old_names(made.config))

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import UserError, suggest
 from .spec import Family, read_field
 
-_NOT_FAMILIES = {"arithmetic", "cached", "context", "folded", "layout", "spec"}
+_NOT_FAMILIES = {"arithmetic", "cached", "context", "folded", "layout", "old_names", "spec"}
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.groups import Groups
+from .old_names import ROTARY_NAMES, with_old_names
 from .spec import Family, Site
 
 
@@ -50,7 +51,9 @@ def folded_config(
             )
         multiple = multiples.pop()
         changes |= {attention.head_dim: multiple * stock[0].head_dim for attention in family.attentions}
-        changes |= rotary(multiple) if stock[0].key_freedom.rotary_dim else {}
+        if stock[0].key_freedom.rotary_dim:
+            changes |= rotary(multiple)
+            config = {name: value for name, value in config.items() if name not in ROTARY_NAMES}
     listed = [
         runtime_entry(
             site,
@@ -62,7 +65,7 @@ def folded_config(
         for site in folded
         if not (has_one_count and site.stock_gqa)
     ]
-    return {**config, **changes, **({"headfold": {"sites": listed}} if listed else {})}
+    return with_old_names({**config, **changes, **({"headfold": {"sites": listed}} if listed else {})})
 
 
 def runtime_entry(

@@ -54,7 +54,6 @@ def _config(source: Folded, stock: Any) -> dict[str, Any]:
         **{name: getattr(stock, name) for name in _COMMON},
         "head_dim": source.entries[0].head_dim,
         "num_key_value_heads": None,
-        "rope_theta": stock.rope_parameters["rope_theta"],
         **_biases(source.model_type, stock),
         "block_configs": [_block(entry, stock) for entry in source.entries],
         **{name: source.config[name] for name in ("dtype", "torch_dtype") if name in source.config},
