@@ -40,6 +40,11 @@ def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict
     return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
 
 
+def rotary_table(config: Mapping[str, Any]) -> tuple[Float[Tensor, " plane"], float]:
+    """Return radians per token of every plane at a length that the model was trained on, and the factor of cosine and sine."""
+    return _frequencies(_read(config), None)
+
+
 def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
     """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
     try:

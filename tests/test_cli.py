@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import headfold
 from headfold import cli
 from headfold.conversion.calibration_config import DEFAULT_SOURCE, DEFAULT_TOKENS
+from headfold.exports.formats import engine_formats
 from headfold.exports.layout import export_layouts
 
 LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
@@ -118,11 +119,11 @@ def test_methods_list_the_layouts(run) -> None:
     """Each as its record and its file describe it."""
     listed = json.loads(run("methods", "--json").out)["methods"]
     pages = {page["name"]: page for page in listed if page["option"] == "--layout"}
-    assert list(pages) == list(export_layouts()) and "--layout" in run("methods").out
+    assert list(pages) == [*export_layouts(), *engine_formats()] and "--layout" in run("methods").out
     for name, layout in export_layouts().items():
         assert pages[name]["page"].startswith(pages[name]["summary"]) and len(pages[name]["summary"]) <= 140
         assert all(model_type in pages[name]["page"] for model_type in layout.model_types)
-    assert "--layout decilm" in run("methods", "decilm").out
+    assert "--layout decilm" in run("methods", "decilm").out and "q4_0" in run("methods", "gguf").out
 
 
 def refused(ran: SimpleNamespace, *expected: str) -> None:

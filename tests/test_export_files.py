@@ -97,7 +97,7 @@ REFUSED = [
     ("llama", [UNEVEN, UNEVEN], "native", "groups of different sizes; use --layout padded"),
     ("llama", [UNEVEN, UNEVEN], "decilm", "expected equal groups, got groups of different sizes; use --layout padded"),
     ("mistral", [EVEN, THREE], "decilm", "sliding window"),
-    ("llama", [EVEN, EVEN], "gguf", "layout is 'gguf', expected one of "),
+    ("llama", [EVEN, EVEN], "exl3", "layout is 'exl3', expected one of "),
     ("serial", [EVEN, EVEN], None, "has no stock layout for this fold"),
     ("serial", [EVEN, EVEN], "native", "use_parallel_residual=false"),
     ("opt", [EVEN, EVEN], "native", "opt has no class for it"),

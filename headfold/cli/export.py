@@ -5,19 +5,32 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, Dtype, Force, Json, Layout, Verify
+from .options import OUTPUT, Debug, Device, Dtype, Force, Json, Layout, Verify, option
 from .output import answered
 
 EXAMPLES = (
     "headfold export my-pythia-gqa my-pythia-phi --layout native",
-    "headfold export my-model-gqa my-model-decilm --layout decilm",
+    "headfold export my-model-gqa my-model.gguf --layout gguf --quantise q8_0",
 )
 
 
 def export(
     folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="A checkpoint that headfold fold wrote.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write, or the file of --layout gguf.")
+    ],
     layout: Layout = None,
+    quantise: Annotated[
+        str | None,
+        option(
+            "--quantise",
+            "--quantize",
+            panel=OUTPUT,
+            metavar="TYPE",
+            help="What --layout gguf stores matrices as: f32, bf16, f16, q8_0 or q4_0 (then K and V "
+            "as q8_0). Default: the checkpoint's own.",
+        ),
+    ] = None,
     verify: Verify = True,
     device: Device = None,
     dtype: Dtype = None,
@@ -34,7 +47,15 @@ def export(
 
     with ProgressReport(silent=as_json) as progress:
         result = verb.export(
-            folded, out, layout=layout, force=force, verify=verify, device=device, dtype=dtype, progress=progress
+            folded,
+            out,
+            layout=layout,
+            quantise=quantise,
+            force=force,
+            verify=verify,
+            device=device,
+            dtype=dtype,
+            progress=progress,
         )
     if not answered(result.to_json(), as_json):
         show_export(result)

@@ -112,8 +112,8 @@ Layout = Annotated[
         panel=OUTPUT,
         metavar="LAYOUT",
         help="native, padded (unequal groups), per-layer or decilm (a count per layer), "
-        "another file of exports/layouts, or headfold (its own "
-        "runtime's). Default: the one that stock transformers loads, if there is one.",
+        "another file of exports/layouts, headfold (its own "
+        "runtime's), or for export alone gguf (a file for llama.cpp). Default: the one that stock transformers loads, if there is one.",
     ),
 ]
 Verify = Annotated[

@@ -10,6 +10,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..core.stats import NARROW
 from ..evaluate.verify import Verification
+from ..exports.misread import misread_by
 from ..families.spec import Site
 from ..report import tables
 from ..report.card import CardFacts
@@ -66,6 +67,7 @@ def card_facts(
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(staging),
+        misread=misread_by(json.loads((staging / "config.json").read_text())),
         seconds=times[0],
         estimated=times[1],
         verification=None if verification is None else (
@@ -136,8 +138,11 @@ def notes_on(
         notes.append(
             f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {group}"
         )
-    if "headfold" in json.loads((staging / "config.json").read_text()):
+    config = json.loads((staging / "config.json").read_text())
+    if "headfold" in config:
         notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
+    if misread := misread_by(config):
+        notes.append(misread)
     if blind := list(sites_without_distances):
         notes.append(
             f"calibration did not see how far back attention looks at {len(blind)} sites, so a distribution is assumed there"

@@ -2,12 +2,15 @@
 
 import re
 
+from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
 
 def exported_card(card: str, made: Export) -> str:
     """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout."""
-    section = f"## Use\n\n{made.description}.\n\n```python\n{_lines(made)}\n```\n\n"
+    misread = misread_by(made.config)
+    warning = f"Not every reader: {misread}.\n\n" if misread else ""
+    section = f"## Use\n\n{made.description}.\n\n```python\n{_lines(made)}\n```\n\n{warning}"
     card = card.replace(UNTOUCHED, made.unchanged)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")

@@ -98,8 +98,9 @@ def stock_config(source: Folded) -> "PreTrainedConfig":
     """Return the config as an object of the source's own class, with all its defaults."""
     import transformers
 
-    config_class = getattr(transformers, source.config["architectures"][0]).config_class
-    return config_class.from_dict(without_code(source.config))
+    name = source.config["architectures"][0].removeprefix("PerLayer")
+    config = {field: value for field, value in without_code(source.config).items() if field != "per_layer_config"}
+    return getattr(transformers, name).config_class.from_dict(config)
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,10 +125,12 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
 def _entries(config: Mapping[str, Any], family: Family) -> Iterator[Entry]:
     (attention,) = family.attentions
     listed = {site["module"]: site for site in (config.get("headfold") or {}).get("sites", [])}
+    layers = config.get("per_layer_config") or {}
     for layer in range(read_field(family, config, attention.layers)):
+        own = {**config, **layers.get(str(layer), {})}
         at = attention.at.format(layer=layer, model_type=config["model_type"])
         site = listed.get(at, {})
-        heads, groups, head_dim = _shape(config, family, attention, site)
+        heads, groups, head_dim = _shape(own, family, attention, site)
         names = {role: f"{at}.{site.get(role) or getattr(attention, role)}" for role in ROLES}
         yield Entry(names, heads, head_dim, groups)
 

@@ -14,6 +14,7 @@ from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from . import layouts
 from .folded import Folded, folded
+from .formats import refuse_format
 from .pieces import Export
 
 OWN = "headfold"
@@ -65,6 +66,7 @@ def choose_layout(config: Mapping[str, Any], requested: str | None = None, where
     Raises:
         UserError: the requested layout is unknown, or cannot hold this model.
     """
+    refuse_format(requested)
     if requested == OWN or (requested is None and "headfold" not in config):
         return None
     if any("slots" in site for site in config.get("headfold", {}).get("sites", [])):

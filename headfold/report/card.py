@@ -49,6 +49,8 @@ class CardFacts:
     """The auto class that opens the fold with the code saved beside the weights; empty where the stock class reads the number of K/V
     heads.
     """
+    misread: str = ""
+    """On readers that take the fold for another model without an error."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the stages took in the run that ended the job, by stage."""
     estimated: Mapping[str, float] = field(default_factory=dict)
@@ -202,6 +204,7 @@ def _load(facts: CardFacts) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
+            + (f"\n\nNot every reader: {facts.misread}." if facts.misread else "")
         )
     return (
         "## Use\n\nThe stock class of this architecture has one K/V head per query head, so a grouped class is saved beside the "

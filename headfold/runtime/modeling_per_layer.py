@@ -3,6 +3,7 @@
 Written by headfold; needs torch and transformers alone.
 """
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,24 @@ import transformers
 from transformers import PreTrainedModel
 
 
+def configs_of_layers(config: Any) -> Any:
+    """Return the config of each layer, also where transformers (before 5.15) leaves `per_layer_config` as it is written."""
+    listed = config.per_layer_config
+    if not isinstance(listed, dict) or 0 in listed:
+        return listed
+    found = []
+    for layer in range(config.num_hidden_layers):
+        found.append(copy.deepcopy(config))
+        for name, value in listed.get(str(layer), {}).items():
+            setattr(found[-1], name, value)
+    return found
+
+
 class PerLayerModel(PreTrainedModel):
     """The base of all such classes, in front of a stock class."""
 
     def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
-        layers = config.per_layer_config
+        layers = configs_of_layers(config)
         # Stock classes read counts that such a config refuses to tell as a whole; that of one layer tells them.
         first = layers[0]
         super().__init__(first, *arguments, **keywords)

@@ -10,13 +10,15 @@ from typing import Any
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
-from ..conversion.outputs import staged
+from ..conversion.outputs import refuse_existing, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..evaluate.verify import TOLERANCE
 from ..exports.card import exported_card
 from ..exports.folded import Folded, open_folded
+from ..exports.formats import check_format, engine_formats
 from ..exports.layout import choose_layout, make_export
+from ..exports.misread import misread_by
 from ..exports.pieces import Export, write_export
 from ..hf_models import check_device, dtype_named
 from ..parallel import main_only
@@ -47,6 +49,7 @@ def export(
     out: str | Path,
     *,
     layout: str | None = None,
+    quantise: str | None = None,
     force: bool = False,
     verify: bool = True,
     device: str | None = None,
@@ -57,9 +60,10 @@ def export(
 
     Args:
         folded: A checkpoint directory that `headfold.fold` wrote.
-        out: The directory to write.
-        layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer); by
-            default the one that stock transformers loads.
+        out: The directory to write, or the file where the layout is one.
+        layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer), or gguf
+            (a file for llama.cpp); by default the one that stock transformers loads.
+        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0 or q4_0; by default the checkpoint's own numbers.
         force: Replace what is at `out`.
         verify: Compare the logits of the output with those of headfold's runtime.
         device: Where the logits are compared: "cpu" or "cuda".
@@ -75,6 +79,12 @@ def export(
         raise UserError(f"--dtype {dtype}: expected float32 or float64, to compare logits in; choose one of them")
     refuse_overlap(Path(folded), out)
     checkpoint, source = open_folded(folded)
+    if layout in engine_formats():
+        return _write_file(checkpoint, source, out, str(layout), quantise, force, progress)
+    if quantise is not None:
+        raise UserError(
+            f"--quantise {quantise}: expected --layout {', '.join(engine_formats())} with it; checkpoints keep their numbers"
+        )
     chosen = choose_layout(source.config, layout, source.where)
     if chosen is None:
         raise UserError(_nothing_to_export(source))
@@ -87,7 +97,24 @@ def export(
             compare_layouts(checkpoint, made, staging, progress, place, compute_dtype) if verify else (None, None)
         )
         commit(staging, out, force)
-    return ExportResult(out, chosen, made.model_class, made.description, source.counts, difference, tolerance)
+    description = ". ".join(filter(None, (made.description, misread_by(made.config))))
+    return ExportResult(out, chosen, made.model_class, description, source.counts, difference, tolerance)
+
+
+def _write_file(
+    checkpoint: Checkpoint,
+    source: Folded,
+    out: Path,
+    layout: str,
+    number_type: str | None,
+    force: bool,
+    progress: Progress,
+) -> ExportResult:
+    """Write the format of an engine."""
+    form = check_format(checkpoint, source, layout, out, number_type)
+    refuse_existing(out, force)
+    made = form.write(checkpoint, source, out, number_type, lambda done, total: progress("write", done, total))
+    return ExportResult(out, layout, made.model_class, made.description, source.counts, None, None)
 
 
 def _nothing_to_export(source: Folded) -> str:

@@ -1,4 +1,4 @@
-"""List the methods: merges, groupings, grouping costs, routes and export layouts."""
+"""List the methods: merges, groupings, grouping costs, routes, export layouts and engine formats."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -8,7 +8,8 @@ from .. import group, merge
 from ..core import plugins
 from ..core.errors import UserError, suggest
 from ..core.methods import CostMethod, GroupingMethod, MergeMethod, MethodRecord, RouteMethod
-from ..exports import layouts
+from ..exports import engines, layouts
+from ..exports.formats import EngineFormat, engine_formats
 from ..exports.layout import ExportLayout, export_layouts
 from ..group import costs
 from ..runtime import routes
@@ -47,8 +48,10 @@ def methods(name: str | None = None) -> list[MethodPage]:
         if name in (None, found)
     ]
     pages += [_layout_page(layout) for layout in export_layouts().values() if name in (None, layout.name)]
+    pages += [_format_page(found) for found in engine_formats().values() if name in (None, found.name)]
     if not pages:
-        known = {found for package, _ in KINDS.values() for found in plugins.names(package)} | export_layouts().keys()
+        known = {found for package, _ in KINDS.values() for found in plugins.names(package)}
+        known |= export_layouts().keys() | engine_formats().keys()
         raise UserError(f"methods: unknown method {name!r}; {suggest(str(name), sorted(known))}")
     return pages
 
@@ -72,3 +75,14 @@ def _layout_page(layout: ExportLayout) -> MethodPage:
     ]
     page = f"{plugins.documentation(layouts, file)}\n\n{' '.join(facts)}"
     return MethodPage("--layout", layout.name, plugins.summary(layouts, file), page, {})
+
+
+def _format_page(found: EngineFormat) -> MethodPage:
+    """Return the page of an engine format: the docstring of its file, and what its record declares."""
+    facts = [
+        f"Model types: {', '.join(found.model_types)}.",
+        f"One file whose name ends in {found.suffix}, which headfold export writes.",
+        f"--quantise: {', '.join(found.number_types)}.",
+    ]
+    page = f"{plugins.documentation(engines, found.name)}\n\n{' '.join(facts)}"
+    return MethodPage("--layout", found.name, plugins.summary(engines, found.name), page, {})

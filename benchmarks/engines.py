@@ -1,0 +1,152 @@
+"""Run folds in the engines that serve them, and compare what they say with headfold's runtime.
+
+    python benchmarks/engines.py MODEL --work DIR --engine NAME=PYTHON … [--text FILE] [--layouts NAME,…]
+
+Folds MODEL in every layout, gives each engine the same tokens, and compares its probabilities and greedy tokens. An engine is run by the
+driver of its name in `benchmarks/engine_drivers`, with a Python that has that engine installed: `transformers`, `llama_cpp` (which
+reads files that headfold exports) and `mlx`; `transformers-4.57=PYTHON` runs the driver `transformers` and is listed by that name.
+Results go to benchmarks/results/engines-MODEL.json after each cell.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe
+
+import headfold
+
+RESULTS, DRIVERS = Path(__file__).parent / "results", Path(__file__).parent / "engine_drivers"
+TEXT = Path(headfold.__file__).parent / "bundled" / "heldout.txt"
+"""What engines continue, and divide into tokens."""
+NUM_TOKENS, NEW_TOKENS = 240, 64
+UNEQUAL, WIDE, BUDGET = ("--group", "swap:unequal=true"), ("--head-dim-multiple", "2"), ("--kv-budget", "40%")
+FOLDS: dict[str, tuple[str, ...]] = {
+    "original": (),
+    "native": ("--kv-heads", "1/4"),
+    "padded": ("--kv-heads", "1/2", *UNEQUAL),
+    "per layer": BUDGET,
+    "unequal per layer": (*BUDGET, *UNEQUAL),
+    "twice the head_dim": ("--kv-heads", "1/4", *WIDE),
+    "twice the head_dim per layer": ("--kv-budget", "40%", *WIDE),
+}
+"""What is folded, by the options of `headfold fold`, or of `headfold plan` where there is a budget."""
+
+
+def command(*words: object) -> None:
+    """Run headfold."""
+    done = subprocess.run([sys.executable, "-m", "headfold", *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"headfold {' '.join(map(str, words))}: {done.stderr.strip()[-400:]}")
+
+
+def folded(model: Path, work: Path, name: str, text: str) -> Path:
+    """Return a fold, made once."""
+    if name == "original":
+        return model
+    out, how = work / name.replace(" ", "-"), FOLDS[name]
+    if out.exists():
+        return out
+    stats = work / "stats.safetensors"
+    if not stats.exists():
+        command("calibrate", model, stats, "--calibration", text, "--tokens", 16384)
+    if "--kv-budget" in how:
+        plan = work / f"{out.name}.json"
+        command("plan", model, plan, *how, "--stats", stats, "--force")
+        how = ("--plan", str(plan))
+    command("fold", model, out, *how, "--stats", stats, "--no-refit")
+    return out
+
+
+@torch.no_grad()
+def expected(fold: Path, tokens: list[int]) -> dict[str, Any]:
+    """Return what headfold's runtime says in float32: logits of every position, and greedy tokens after them."""
+    model = headfold.load(fold, dtype=torch.float32)
+    ids = torch.tensor([tokens])
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    return {"logits": model(ids).logits[0].double(), "greedy": written[0, len(tokens) :].tolist()}
+
+
+def said(driver: str, python: str, source: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Return what an engine says: logits, greedy tokens, the tokens of the text; or its refusal."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request))
+        words = [python, str(DRIVERS / f"{driver}.py"), str(source), str(asked), str(answer)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+        if done.returncode or not answer.exists():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return {"refused": lines[-1][:300]}
+        return json.loads(answer.read_text()) | {
+            "logits": torch.from_numpy(np.load(answer.with_suffix(".npy"))).double()
+        }
+
+
+def compared(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return how far an engine is from headfold's runtime."""
+    if "refused" in found:
+        return found
+    ours, theirs = wanted["logits"].log_softmax(-1), found["logits"][:, : wanted["logits"].shape[-1]].log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    same = sum(a == b for a, b in zip(found["greedy"], wanted["greedy"], strict=True))
+    row = {
+        "version": found.get("version"),
+        "kl": float(kl.mean()),
+        "greatest_difference": float((ours - theirs).abs().max()),
+        "same_greedy": same,
+    }
+    if "tokens" in found:
+        row["same_tokens_of_text"] = found["tokens"] == wanted["tokens"]
+    return row
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    reader.add_argument("model", type=Path)
+    reader.add_argument("--work", type=Path, required=True, help="folder of the folds")
+    reader.add_argument(
+        "--engine", action="append", default=[], metavar="NAME=PYTHON", help="an engine's name and its Python"
+    )
+    reader.add_argument("--text", default="stdlib", help="calibration text")
+    reader.add_argument("--layouts", default=",".join(FOLDS))
+    options = reader.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    out = RESULTS / f"engines-{options.model.name}.json"
+    table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    text = TEXT.read_text()[:4000]
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
+    prompt = tokens[:NUM_TOKENS]
+    for name in options.layouts.split(","):
+        fold = folded(options.model, options.work, name, options.text)
+        wanted = expected(fold, prompt) | {"tokens": tokens}
+        for engine in options.engine:
+            called, _, python = engine.partition("=")
+            driver, source = called.partition("-")[0], fold
+            request: dict[str, Any] = {"tokens": prompt, "new_tokens": NEW_TOKENS, "text": text}
+            if driver == "llama_cpp":
+                source = options.work / f"{name.replace(' ', '-')}.gguf"
+                command("export", fold, source, "--layout", "gguf", "--quantise", "f32", "--force")
+            row = compared(said(driver, python, source, request), wanted)
+            table["rows"].setdefault(name, {})[called] = row
+            table |= {
+                "machine": describe(),
+                "model": options.model.name,
+                "tokens": len(prompt),
+                "new_tokens": NEW_TOKENS,
+            }
+            out.write_text(json.dumps(table, indent=1) + "\n")
+            print(f"{name}, {called}: {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

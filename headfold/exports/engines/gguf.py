@@ -1,0 +1,69 @@
+"""A GGUF file for llama.cpp and what builds on it (Ollama, LM Studio, llama-cpp-python).
+
+The architecture is `llama`, or `deci` where the number of heads differs between layers, because llama.cpp reads numbers per layer there.
+Groups of different sizes are filled up with zero query heads to the largest of their layer. Every table of rotary frequencies but the
+plain one is written as factors per frequency (`rope_freqs`), which holds the tables of larger heads too. With `--quantise q4_0`, keys,
+values and embeddings are q8_0, as the heads that remain are read by more queries.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ...checkpoint.disk import disk_errors, flush, require_space, temporary_beside
+from ...checkpoint.reader import Checkpoint
+from ..folded import Folded
+from ..formats import EngineFormat, Written
+from ..gguf_model import MODEL_TYPES, NUMBER_TYPES, described, model_why_not
+from ..gguf_tokens import add_tokenizer, tokenizer_why_not
+
+
+def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
+    """Return why llama.cpp cannot run the fold as headfold does."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        return "the format needs gguf: pip install 'headfold[gguf]'"
+    return model_why_not(source) or tokenizer_why_not(checkpoint.path)
+
+
+def write(
+    checkpoint: Checkpoint, source: Folded, path: Path, number_type: str | None, progress: Callable[[int, int], None]
+) -> Written:
+    """Write the file, one tensor at a time in memory."""
+    import gguf
+
+    model = described(checkpoint, source, number_type)
+    total, done = sum(tensor.num_bytes for tensor in model.tensors), 0
+    temporary = temporary_beside(path)
+    with disk_errors(path, total):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, total)
+        writer = gguf.GGUFWriter(temporary, model.architecture)
+        try:
+            model.add_fields(writer)
+            add_tokenizer(writer, checkpoint.path, model.vocab_size)
+            for tensor in model.tensors:
+                tensor.announce(writer)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in model.tensors:
+                writer.write_tensor_data(tensor.numbers(checkpoint))
+                done += tensor.num_bytes
+                progress(done, total)
+            writer.close()
+            flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Written(model.architecture, f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}")
+
+
+FORMAT = EngineFormat(
+    name="gguf",
+    suffix=".gguf",
+    model_types=MODEL_TYPES,
+    number_types=NUMBER_TYPES,
+    why_not=why_not,
+    write=write,
+)

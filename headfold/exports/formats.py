@@ -1,0 +1,92 @@
+"""The record that each engine format declares, and the discovery of formats: what `export` writes for engines that read files of their own.
+
+A format is one file in `headfold/exports/engines` with one `FORMAT` record; the folder is the registry.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.reader import Checkpoint
+from ..core.errors import UserError
+from . import engines
+from .folded import Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a format wrote: the architecture as the engine calls it, and one line on it."""
+
+    model_class: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFormat:
+    """A form that one engine reads instead of a checkpoint directory, declared by one file in `headfold/exports/engines`.
+
+    Attributes:
+        name: the word for `--layout`.
+        suffix: how the name of an output ends, which is one file.
+        model_types: the `model_type`s that can be written.
+        number_types: the words for `--quantise`; the first that holds the checkpoint's numbers is the default.
+        why_not: returns the reason why one model of these types cannot be written, None where it can.
+        write: writes the file; gets checkpoint, fold, path, number type or None, and a function that is told bytes done and in all.
+    """
+
+    name: str
+    suffix: str
+    model_types: Sequence[str]
+    number_types: Sequence[str]
+    why_not: Callable[[Checkpoint, Folded], str | None]
+    write: Callable[[Checkpoint, Folded, Path, str | None, Callable[[int, int], None]], Written]
+
+
+@functools.cache
+def engine_formats() -> Mapping[str, EngineFormat]:
+    """Return all formats by name."""
+    pages = [module.name for module in pkgutil.iter_modules(engines.__path__)]
+    found = [importlib.import_module(f"{engines.__name__}.{page}").FORMAT for page in pages]
+    return {each.name: each for each in found}
+
+
+def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, number_type: str | None) -> EngineFormat:
+    """Return a format after checking that it holds the fold, before anything is written.
+
+    Raises:
+        UserError: it does not, the output has another suffix, or the number type is unknown.
+    """
+    found = engine_formats()[name]
+    if out.suffix != found.suffix:
+        raise UserError(f"{out}: layout {name}: expected a file name that ends in {found.suffix}; choose another")
+    if number_type not in (None, *found.number_types):
+        raise UserError(f"--quantise {number_type}: expected one of {', '.join(found.number_types)}")
+    if not source.entries or source.model_type not in found.model_types:
+        listed = ", ".join(found.model_types)
+        raise UserError(f"{source.where}: layout {name}: expected one of {listed}, got {source.model_type}")
+    reason = found.why_not(checkpoint, source)
+    if reason is not None:
+        raise UserError(f"{source.where}: layout {name}: {reason}")
+    return found
+
+
+def refuse_format(layout: str | None) -> None:
+    """Refuse a format where a checkpoint is written.
+
+    Raises:
+        UserError: `layout` is one.
+    """
+    if layout is not None and layout in engine_formats():
+        raise UserError(
+            f"--layout {layout}: expected the layout of a checkpoint, got the format of an engine; leave it out, then run headfold export "
+            f"FOLD OUT{engine_formats()[layout].suffix} --layout {layout}"
+        )
+
+
+def one_type(value: Any) -> Any:
+    """Return a list's only distinct value, or the list."""
+    return value[0] if len(set(value)) == 1 else value

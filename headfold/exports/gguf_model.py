@@ -1,0 +1,213 @@
+"""A fold as llama.cpp reads it: the fields that describe it, and its tensors under other names, in another order and number type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.reader import Checkpoint
+from ..core.errors import UserError
+from ..rotary_tables import rotary_table
+from .folded import Entry, Folded, stock_config
+from .formats import one_type
+from .pieces import picked
+
+if TYPE_CHECKING:
+    import gguf
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
+_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Number type that holds a dtype; f32 for others."""
+_KEPT = ("attn_k.", "attn_v.", "token_embd.", "output.")
+"""Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
+_BLOCK = 32
+"""Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor of the file: `old` is its name in the checkpoint, or `values` are its numbers.
+
+    `rows` and `columns` pick heads of `head_dim`, `inside` reorders the dims of each head, as in `pieces.Linear`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    number_type: str
+    old: str = ""
+    values: Tensor | None = None
+    rows: Sequence[int] | None = None
+    columns: Sequence[int] | None = None
+    inside: Sequence[int] | None = None
+    head_dim: int = 1
+
+    @property
+    def kind(self) -> "gguf.GGMLQuantizationType":
+        """The number type as the gguf package names it."""
+        import gguf
+
+        return gguf.GGMLQuantizationType[self.number_type.upper()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return int(np.prod(self.shape)) // block * size
+
+    def announce(self, writer: "gguf.GGUFWriter") -> None:
+        """List the tensor in the header."""
+        writer.add_tensor_info(self.name, self.shape, np.dtype(np.float32), self.num_bytes, self.kind)
+
+    def numbers(self, checkpoint: Checkpoint) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the numbers as the file holds them.
+
+        Raises:
+            UserError: one overflows float16.
+        """
+        import gguf
+
+        tensor = checkpoint.read(self.old) if self.values is None else self.values
+        tensor = picked(tensor, self.rows, self.head_dim, 0, self.inside)
+        tensor = picked(tensor, self.columns, self.head_dim, 1)
+        values = tensor.float().contiguous().numpy()
+        if self.number_type == "f16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
+            raise UserError(f"{self.old}: expected numbers that float16 holds, got {np.abs(values).max():g}; use bf16")
+        return gguf.quants.quantize(values, self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """What is written of a fold: architecture, fields, tensors."""
+
+    architecture: str
+    number_type: str
+    stock: Any
+    """The config as the source's class reads it."""
+    num_heads: tuple[int, ...]
+    num_kv_heads: tuple[int, ...]
+    head_dim: int
+    vocab_size: int
+    attention_factor: float
+    tensors: tuple[GgufTensor, ...]
+    name: str
+
+    @property
+    def heads(self) -> str:
+        """The heads of the model in words."""
+        query, key = (one_type(counts) for counts in (self.num_heads, self.num_kv_heads))
+        return f"{query} query heads and {key} K/V heads of {self.head_dim}"
+
+    def add_fields(self, writer: "gguf.GGUFWriter") -> None:
+        """Write all fields but those of the tokenizer."""
+        import gguf
+
+        stock = self.stock
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(self.name)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[self.number_type]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(self.vocab_size)
+        writer.add_context_length(stock.max_position_embeddings)
+        writer.add_embedding_length(stock.hidden_size)
+        writer.add_block_count(stock.num_hidden_layers)
+        # Arrays need all three: llama.cpp reads the counts of a layer together.
+        arrays = self.architecture == "deci"
+        writer.add_feed_forward_length(
+            [stock.intermediate_size] * stock.num_hidden_layers if arrays else stock.intermediate_size
+        )
+        writer.add_head_count(list(self.num_heads) if arrays else self.num_heads[0])
+        writer.add_head_count_kv(list(self.num_kv_heads) if arrays else self.num_kv_heads[0])
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        writer.add_layer_norm_rms_eps(stock.rms_norm_eps)
+        writer.add_rope_dimension_count(self.head_dim)
+        writer.add_rope_freq_base(float(stock.rope_parameters["rope_theta"]))
+        if self.attention_factor != 1:
+            writer.add_rope_scaling_attn_factors(self.attention_factor)
+
+
+_FILE_TYPES = {"f32": "ALL_F32", **{name: f"MOSTLY_{name.upper()}" for name in NUMBER_TYPES if name != "f32"}}
+
+
+def model_why_not(source: Folded) -> str | None:
+    """Return why llama.cpp cannot compute what a fold of these types computes."""
+    stock = stock_config(source)
+    rope = stock.rope_parameters
+    if source.has_window:
+        return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
+    if stock.hidden_act != "silu":
+        return f"llama.cpp has the activation silu only, got {stock.hidden_act}"
+    if len({entry.head_dim for entry in source.entries}) > 1:
+        return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
+    if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
+        return f"expected rotary frequencies that do not depend on the length, got {rope['rope_type']}"
+    return None
+
+
+def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -> GgufModel:
+    """Return what is written of a fold, without reading a tensor."""
+    import gguf
+
+    stock, entries = stock_config(source), source.entries
+    one_count = source.is_uniform
+    sizes = [source.group_size if one_count else entry.group_size for entry in entries]
+    counts = source.counts
+    architecture = "llama" if one_count else "deci"
+    first = next(info for name, info in checkpoint.tensors.items() if name.endswith("k_proj.weight"))
+    number_type = number_type or _OF_DTYPE.get(first.dtype, "f32")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], stock.num_hidden_layers)
+    tensors = []
+    by_name = {name: (entry, size) for entry, size in zip(entries, sizes, strict=True) for name in entry.names.values()}
+    for old, info in checkpoint.tensors.items():
+        module, _, suffix = old.rpartition(".")
+        if suffix not in ("weight", "bias") or (module == "lm_head" and stock.tie_word_embeddings):
+            continue
+        new = names.get_name(old, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise UserError(
+                f"{source.where}: layout gguf: {old}: llama.cpp has no such tensor in a {architecture} model"
+            )
+        how = _moved(module, suffix, *by_name[module]) if module in by_name else {}
+        tensors.append(_tensor(new, old, info.shape, number_type, how))
+    frequencies, factor = rotary_table(source.config)
+    if stock.rope_parameters["rope_type"] != "default":
+        dim = 2 * len(frequencies)
+        plain = float(stock.rope_parameters["rope_theta"]) ** -(torch.arange(0, dim, 2).double() / dim)
+        values = (plain / frequencies.double()).float()
+        tensors.append(GgufTensor("rope_freqs.weight", tuple(values.shape), "f32", values=values))
+    return GgufModel(
+        architecture, number_type, stock, tuple(n * size for n, size in zip(counts, sizes, strict=True)), counts,
+        entries[0].head_dim, checkpoint.tensors["model.embed_tokens.weight"].shape[0], factor, tuple(tensors), checkpoint.path.name,
+    )  # fmt: skip
+
+
+def _moved(module: str, suffix: str, entry: Entry, group_size: int) -> dict[str, Any]:
+    """Return how a projection is reordered: query heads into the order of their K/V heads, rotary dims into neighbouring pairs."""
+    role = next(role for role, name in entry.names.items() if name == module)
+    slots: Sequence[int] | None = entry.slots(group_size)
+    slots = None if slots == tuple(range(entry.num_heads)) else slots
+    half = entry.head_dim // 2
+    pairs = [dim for first in range(half) for dim in (first, first + half)]
+    if role == "q":
+        return {"rows": slots, "inside": pairs, "head_dim": entry.head_dim}
+    if role == "k":
+        return {"inside": pairs, "head_dim": entry.head_dim}
+    return {"columns": slots, "head_dim": entry.head_dim} if role == "o" and suffix == "weight" else {}
+
+
+def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: dict[str, Any]) -> GgufTensor:
+    heads, dim = how.get("rows") or how.get("columns"), how.get("head_dim", 1)
+    if heads is not None:
+        shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
+    kind = number_type
+    if kind == "q4_0" and any(part in new for part in _KEPT):
+        kind = "q8_0"
+    if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:
+        kind = "f16"
+    return GgufTensor(new, shape, "f32" if len(shape) == 1 else kind, old, **how)

@@ -1,0 +1,135 @@
+"""The tokenizer of a checkpoint as llama.cpp reads it: tokens with their types, merges, and the name of the text's first division."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import gguf
+
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+_DIGITS = r"\p{N}"
+DIVISIONS: Mapping[tuple[str, ...], str] = {
+    (GPT_2,): "gpt-2",
+    (_DIGITS, GPT_2): "smollm",
+    (LLAMA_3,): "llama-bpe",
+    (QWEN_2,): "qwen2",
+}
+"""The patterns that a text is divided by before merges → what llama.cpp calls them."""
+_SPACE = "▁"
+
+
+def tokenizer_why_not(directory: Path) -> str | None:
+    """Return why llama.cpp cannot read the tokenizer."""
+    if not (directory / "tokenizer.json").is_file():
+        return "expected tokenizer.json beside the weights, got none; save the tokenizer there with transformers"
+    tokenizer = _read(directory)
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE":
+        return f"expected a BPE tokenizer, got {model.get('type')}"
+    if not _is_sentencepiece(tokenizer) and _division(tokenizer) is None:
+        return "llama.cpp knows no tokenizer that divides text as tokenizer.json does, and would find other tokens"
+    return None
+
+
+def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -> None:
+    """Write tokens, merges or scores, special tokens and the chat template."""
+    import gguf
+
+    tokenizer = _read(directory)
+    tokens, types = _tokens(tokenizer, vocab_size)
+    sentencepiece = _is_sentencepiece(tokenizer)
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else str(_division(tokenizer)))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if sentencepiece:
+        writer.add_token_scores(_scores(tokenizer, tokens))
+        writer.add_add_space_prefix(_adds_space(tokenizer))
+    special = gguf.SpecialVocab(directory, load_merges=not sentencepiece, n_vocab=vocab_size)
+    special.add_to_gguf(writer, quiet=True)
+    if "bos" not in special.add_special_token:
+        writer.add_add_bos_token(False)
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether the tokens are those of SentencePiece: spaces as ▁, unknown characters as bytes."""
+    model = tokenizer["model"]
+    return bool(model.get("byte_fallback")) and _SPACE in json.dumps(
+        [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")], ensure_ascii=False
+    )
+
+
+def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether a space is put before the text."""
+    for step in _steps(tokenizer.get("normalizer"), "normalizers") + _steps(
+        tokenizer.get("pre_tokenizer"), "pretokenizers"
+    ):
+        if step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"):
+            return True
+    return False
+
+
+def _steps(node: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer in order."""
+    if node is None:
+        return []
+    return (
+        [step for member in node[members] for step in _steps(member, members)]
+        if node.get("type") == "Sequence"
+        else [node]
+    )
+
+
+def _division(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return what llama.cpp calls the division of text before merges, None for one that it does not know."""
+    patterns = []
+    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Digits" and step.get("individual_digits"):
+            patterns.append(_DIGITS)
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            patterns.append((step.get("pattern") or {}).get("Regex", ""))
+        elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+            patterns += [GPT_2] if step.get("use_regex", True) else []
+        else:
+            return None
+    return DIVISIONS.get(tuple(patterns))
+
+
+def _tokens(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Return the text and the type of every token; ids without a token are unused ones."""
+    import gguf
+
+    kinds = gguf.TokenType
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [int(kinds.UNUSED)] * vocab_size
+    model = tokenizer["model"]
+    for text, number in model["vocab"].items():
+        if number < vocab_size:
+            is_byte = bool(model.get("byte_fallback")) and len(text) == 6 and text.startswith("<0x")
+            tokens[number], types[number] = text, int(kinds.BYTE if is_byte else kinds.NORMAL)
+    for added in tokenizer.get("added_tokens") or []:
+        number = added["id"]
+        if number < vocab_size:
+            tokens[number] = added["content"]
+            types[number] = int(kinds.CONTROL if added.get("special") else kinds.USER_DEFINED)
+            if added["content"] == model.get("unk_token"):
+                types[number] = int(kinds.UNKNOWN)
+    return tokens, types
+
+
+def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """Return a score per token: what is merged earlier has a higher one, so that llama.cpp merges in the same order."""
+    rank: dict[str, int] = {}
+    for place, merge in enumerate(tokenizer["model"]["merges"]):
+        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), place)
+    last = float(len(rank) + 1)
+    return [-float(rank.get(token, last)) for token in tokens]

@@ -1,0 +1,34 @@
+"""The table of folds in the engines that serve them, measured by benchmarks/engines.py."""
+
+from typing import Any
+
+from figure_data import load
+from figure_tables import Block, table
+
+ENGINES = {"llama_cpp": "llama.cpp", "transformers": "transformers", "mlx": "mlx-lm", "vllm": "vLLM"}
+"""Driver → the name of its engine."""
+NEAR, SOME = 1e-7, 64
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    """Return what a cell says: the divergence, and how many greedy tokens are the same."""
+    if row is None:
+        return ""
+    if "refused" in row:
+        return f"refused: {row['refused'].partition(':')[0]}"
+    right = row["kl"] < NEAR and row["same_greedy"] == SOME
+    return f"{'✓' if right else '**wrong**'} (KL {row['kl']:.0e}, {row['same_greedy']} of {SOME})"
+
+
+def engines() -> str:
+    """One row per fold, one column per engine."""
+    found = load("engines-pylib-llama")["rows"]
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    versions = {
+        name: next(row[name]["version"] for row in found.values() if "version" in row.get(name, {})) for name in names
+    }
+    header = ["fold", *(f"{ENGINES[name.partition('-')[0]]} {versions[name]}" for name in names)]
+    return table(header, [[fold, *(_cell(row.get(name)) for name in names)] for fold, row in found.items()])
+
+
+ENGINE_BLOCKS = {"engines": Block(engines, ("engines-pylib-llama",))}
