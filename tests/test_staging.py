@@ -160,6 +160,39 @@ def test_side_files_come_along_and_weights_do_not(tmp_path: Path) -> None:
     assert contents(target) == {name: name.encode() for name in wanted}
 
 
+def test_modules_of_sentence_transformers_come_along_and_nothing_from_outside(tmp_path: Path) -> None:
+    source, target, outside = tmp_path / "source", tmp_path / "target", tmp_path / "outside"
+    for folder in (source / "1_Pooling", source / "2_Dense", source / "other", target, outside):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(folder.name)
+    (source / "2_Dense/model.safetensors").write_text("weights")
+    (source / "linked").symlink_to(outside)
+    paths = [
+        "",
+        "1_Pooling",
+        "2_Dense",
+        "3_Normalize",
+        "../outside",
+        str(outside),
+        "linked",
+        ".git",
+        "1_Pooling/../../outside",
+    ]
+    (source / "modules.json").write_text(json.dumps([{"path": path, "type": "any"} for path in paths]))
+    for written in (target, tmp_path / "again"):
+        written.mkdir(exist_ok=True)
+        copied = staging.copy_side_files(source, written)
+        assert copied == ["modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    assert (target / "2_Dense/model.safetensors").read_text() == "weights" and not (target / "other").exists()
+
+
+@pytest.mark.parametrize("text", ["[", "{}", "[1]", '[{"name": "0"}]', "null", "[" * 100_000])
+def test_a_list_of_modules_that_cannot_be_read_lists_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "modules.json").write_text(text)
+    assert staging.copy_side_files(tmp_path, tmp_path / "target") == ["modules.json"]
+
+
 def test_write_json_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staging.write_json(tmp_path / "a.json", {"é": [1, 2.5]})
     with pytest.raises(TypeError):

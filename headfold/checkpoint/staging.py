@@ -96,13 +96,33 @@ def refuse_overlap(source: Path, out: Path) -> None:
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy the files beside the weights (tokenizer, generation config, chat template, licence …); return their names.
 
-    Weights of any format with their indexes, files that a fold writes itself, hidden files and directories are left out.
+    Weights of any format with their indexes, files that a fold writes itself, hidden files and directories are left out, but for the
+    directories of a sentence-transformers model, such as `1_Pooling`, with all that is in them.
     """
     names = sorted(entry.name for entry in Path(source).iterdir() if entry.is_file() and _is_side_file(entry.name))
+    names += [
+        f"{module}/{file.name}"
+        for module in _modules(source)
+        for file in sorted((source / module).iterdir())
+        if file.is_file()
+    ]
     with disk_errors(target):
         for name in names:
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, target / name)
     return names
+
+
+def _modules(source: Path) -> list[str]:
+    """Return the directories that `modules.json` lists after the model itself; a list that cannot be read lists none."""
+    try:
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        paths = {str(module["path"]) for module in listed}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    # A name of one part, so that nothing outside the checkpoint is read.
+    inside = [path for path in paths if path and path == Path(path).name and not path.startswith(".")]
+    return sorted(path for path in inside if (source / path).is_dir() and not (source / path).is_symlink())
 
 
 def write_json(path: Path, obj: Any) -> None:
