@@ -32,11 +32,13 @@ FOLDS: dict[str, tuple[str, ...]] = {
     "native": ("--kv-heads", "1/4"),
     "padded": ("--kv-heads", "1/2", *UNEQUAL),
     "per layer": BUDGET,
+    "per layer as decilm": ("--layout", "decilm"),
     "unequal per layer": (*BUDGET, *UNEQUAL),
     "twice the head_dim": ("--kv-heads", "1/4", *WIDE),
     "twice the head_dim per layer": ("--kv-budget", "40%", *WIDE),
 }
-"""What is folded, by the options of `headfold fold`, or of `headfold plan` where there is a budget."""
+"""What is folded, by the options of `headfold fold`, or of `headfold plan` where there is a budget; with a layout, what is exported of
+the fold named before "as"."""
 
 
 def command(*words: object) -> None:
@@ -52,6 +54,9 @@ def folded(model: Path, work: Path, name: str, text: str) -> Path:
         return model
     out, how = work / name.replace(" ", "-"), FOLDS[name]
     if out.exists():
+        return out
+    if "--layout" in how:
+        command("export", folded(model, work, name.partition(" as ")[0], text), out, *how)
         return out
     stats = work / "stats.safetensors"
     if not stats.exists():
@@ -133,6 +138,8 @@ def main() -> None:
             called, _, python = engine.partition("=")
             driver, source = called.partition("-")[0], fold
             request: dict[str, Any] = {"tokens": prompt, "new_tokens": NEW_TOKENS, "text": text}
+            if driver == "llama_cpp" and "decilm" in name:
+                continue  # its file is written from the fold
             if driver == "llama_cpp":
                 source = options.work / f"{name.replace(' ', '-')}.gguf"
                 command("export", fold, source, "--layout", "gguf", "--quantise", "f32", "--force")

@@ -41,8 +41,13 @@ class DeciLMConfig(SeedOssConfig):
         config.num_key_value_heads = self.num_attention_heads // block.attention.n_heads_in_group
         config.attention_out_bias = self.attention_bias
         config.attention_bias = getattr(self, "qkv_bias", self.attention_bias)
-        config.intermediate_size = getattr(block.ffn, "intermediate_size", self.intermediate_size)
+        config.intermediate_size = getattr(block.ffn, "intermediate_size", None) or self._width_of(block.ffn.ffn_mult)
         return config
+
+    def _width_of(self, multiple: float) -> int:
+        """Return the intermediate size that a multiple stands for, as all readers of this config round it."""
+        size = int(2 * multiple * self.hidden_size / 3)
+        return size + -size % 256
 
 
 class _DeciLM(PreTrainedModel):

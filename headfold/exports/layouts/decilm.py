@@ -2,7 +2,8 @@
 
 Engines that support a number of K/V heads per layer read it in this form. The fields follow their readers: K/V heads are
 `num_attention_heads // n_heads_in_group`; `attention_bias` is for all four projections, `qkv_bias` overrides it for the first three;
-where `ffn_mult` is given, the intermediate size is 2/3 of it times the hidden size, rounded up to a multiple of 256.
+the intermediate size is 2/3 of `ffn_mult` times the hidden size, rounded up to a multiple of 256. Some readers refuse any other field
+for it, so an MLP of another size is filled up with zero rows, which changes nothing.
 """
 
 from pathlib import Path
@@ -12,13 +13,13 @@ from ...checkpoint.reader import Checkpoint
 from ..folded import Entry, Folded, stock_config
 from ..layout import ExportLayout
 from ..llama_like import reordered
-from ..pieces import Export
+from ..pieces import Export, Linear, Piece
 
 CODE = Path(__file__).parents[2] / "runtime" / "modeling_decilm.py"
 STEP = 256
 """The intermediate size given by `ffn_mult` is a multiple of this."""
 _COMMON = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "tie_word_embeddings", "rope_parameters", "attention_dropout",
 )  # fmt: skip
@@ -37,8 +38,11 @@ def export(checkpoint: Checkpoint, source: Folded) -> Export:
     """Return the same weights with query heads in standard order, under DeciLM's config."""
     stock = stock_config(source)
     pieces = [piece for entry in source.entries for piece in reordered(checkpoint, entry, entry.group_size)]
-    counts = ", ".join(map(str, source.counts))
+    pieces += _filled_up(checkpoint, source, stock.intermediate_size)
+    counts, head_dim = ", ".join(map(str, source.counts)), source.entries[0].head_dim
     description = f"DeciLMForCausalLM with {counts} K/V heads: engines that read block_configs, transformers with trust_remote_code=True"
+    if head_dim * stock.num_attention_heads != stock.hidden_size:
+        description += f"; vLLM reads its head_dim of {head_dim}, other engines refuse it"
     return Export(LAYOUT.name, _config(source, stock), pieces, description, {CODE.name: CODE.read_text()})
 
 
@@ -52,6 +56,7 @@ def _config(source: Folded, stock: Any) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{CODE.stem}.DeciLMForCausalLM",
         },
         **{name: getattr(stock, name) for name in _COMMON},
+        "intermediate_size": _multiple_of_step(stock.intermediate_size),
         "head_dim": source.entries[0].head_dim,
         "num_key_value_heads": None,
         **_biases(source.model_type, stock),
@@ -78,19 +83,28 @@ def _block(entry: Entry, stock: Any) -> dict[str, dict[str, Any]]:
         "num_sink_tokens": None,
         "unshifted_sink": False,
     }
-    mlp = _mlp(stock.intermediate_size, stock.hidden_size)
+    mlp = {"ffn_mult": 1.5 * _multiple_of_step(stock.intermediate_size) / stock.hidden_size}
     return {
         "attention": {**nothing, **attention, "use_prefill_window_in_sink_attention": False},
         "ffn": {**nothing, **mlp},
     }
 
 
-def _mlp(intermediate_size: int, hidden_size: int) -> dict[str, Any]:
-    """Return the intermediate size, and `ffn_mult` where readers that know only that compute the same size."""
-    multiple = 1.5 * intermediate_size / hidden_size
-    rounded = -(-int(2 * multiple * hidden_size / 3) // STEP) * STEP
-    exact = {"intermediate_size": intermediate_size}
-    return {"ffn_mult": multiple, **exact} if rounded == intermediate_size else exact
+def _filled_up(checkpoint: Checkpoint, source: Folded, size: int) -> list[Piece]:
+    """Return the MLPs with as many zero rows as their readers need."""
+    wanted = [*range(size), *[size] * (_multiple_of_step(size) - size)]
+    if len(wanted) == size:
+        return []
+    linears = []
+    for entry in source.entries:
+        mlp = entry.names["q"].removesuffix("self_attn.q_proj") + "mlp"
+        linears += [Linear(f"{mlp}.{name}", f"{mlp}.{name}", rows=wanted) for name in ("gate_proj", "up_proj")]
+        linears += [Linear(f"{mlp}.down_proj", f"{mlp}.down_proj", columns=wanted)]
+    return [linear.piece(checkpoint) for linear in linears]
+
+
+def _multiple_of_step(size: int) -> int:
+    return size + -size % STEP
 
 
 LAYOUT = ExportLayout(
