@@ -10,6 +10,7 @@ Results go to benchmarks/results/engines-MODEL.json after each cell.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from machine import describe
 
 import headfold
@@ -27,6 +29,20 @@ TEXT = Path(headfold.__file__).parent / "bundled" / "heldout.txt"
 """What engines continue, and divide into tokens."""
 NUM_TOKENS, NEW_TOKENS = 240, 64
 UNEQUAL, WIDE, BUDGET = ("--group", "swap:unequal=true"), ("--head-dim-multiple", "2"), ("--kv-budget", "40%")
+TOYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama with llama3 frequencies": ("LlamaConfig", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama with yarn frequencies": ("LlamaConfig", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma": ("GemmaConfig", {"head_dim": 64, "hidden_activation": "gelu_pytorch_tanh"}),
+    "phi": ("PhiConfig", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
+}  # fmt: skip
+"""Random models of other architectures: config class and fields."""
 FOLDS: dict[str, tuple[str, ...]] = {
     "original": (),
     "native": ("--kv-heads", "1/4"),
@@ -46,6 +62,26 @@ def command(*words: object) -> None:
     done = subprocess.run([sys.executable, "-m", "headfold", *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"headfold {' '.join(map(str, words))}: {done.stderr.strip()[-400:]}")
+
+
+def toy(work: Path, name: str) -> Path:
+    """Return a random model with the bundled tokenizer, made once."""
+    out = work / "toys" / name.replace(" ", "-")
+    if not out.exists():
+        config_class, fields = TOYS[name]
+        small = {
+            "vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8,
+            "intermediate_size": 512, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+        }  # fmt: skip
+        config = getattr(transformers, config_class)(**{**small, **fields})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5)
+        model.save_pretrained(out)
+        for file in TEXT.parent.glob("tokenizer*"):
+            shutil.copy(file, out)
+    return out
 
 
 def folded(model: Path, work: Path, name: str, text: str) -> Path:
@@ -121,18 +157,38 @@ def main() -> None:
         "--engine", action="append", default=[], metavar="NAME=PYTHON", help="an engine's name and its Python"
     )
     reader.add_argument("--text", default="stdlib", help="calibration text")
-    reader.add_argument("--layouts", default=",".join(FOLDS))
+    reader.add_argument("--layouts", default=",".join(FOLDS), help="folds, separated by commas")
+    reader.add_argument(
+        "--toys",
+        action="store_true",
+        help="fold random models of other architectures instead, each in its plain layout",
+    )
     options = reader.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    out = RESULTS / f"engines-{options.model.name}.json"
+    out = RESULTS / f"engines-{'toys' if options.toys else options.model.name}.json"
     table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
     text = TEXT.read_text()[:4000]
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
+    tokens = transformers.AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
     prompt = tokens[:NUM_TOKENS]
-    for name in options.layouts.split(","):
-        fold = folded(options.model, options.work, name, options.text)
+    for name in TOYS if options.toys else options.layouts.split(","):
+        if options.toys:
+            model, fold = toy(options.work, name), options.work / f"{name.replace(' ', '-')}-native"
+            if not fold.exists():
+                command(
+                    "fold",
+                    model,
+                    fold,
+                    "--kv-heads",
+                    "1/4",
+                    "--merge",
+                    "mean",
+                    "--group",
+                    "contiguous",
+                    "--no-refit",
+                    "--no-verify",
+                )
+        else:
+            fold = folded(options.model, options.work, name, options.text)
         wanted = expected(fold, prompt) | {"tokens": tokens}
         for engine in options.engine:
             called, _, python = engine.partition("=")

@@ -219,7 +219,8 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("mistral", {}, "without its sliding window"),
         ("llama", {"hidden_act": "gelu"}, "silu only, got gelu"),
         ("llama", {"rope_parameters": LONG}, "do not depend on the length, got longrope"),
-        ("qwen3", {}, "expected one of llama, mistral, qwen2, got qwen3"),
+        ("qwen3", {"attention_bias": True}, "qwen3 has no biases of attention, got attention_bias"),
+        ("seed_oss", {}, "expected one of llama, mistral, qwen2, qwen3, gemma, phi, starcoder2, stablelm, got seed_oss"),
     ],
 )
 def test_models_that_llama_cpp_would_read_as_others_are_refused(

@@ -13,12 +13,13 @@ from ..core.errors import UserError
 from ..rotary_tables import rotary_table
 from .folded import Entry, Folded, stock_config
 from .formats import one_type
+from .gguf_architectures import ARCHITECTURES, Architecture, architecture_why_not
 from .pieces import picked
 
 if TYPE_CHECKING:
     import gguf
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = tuple(ARCHITECTURES)
 NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
@@ -44,6 +45,8 @@ class GgufTensor:
     columns: Sequence[int] | None = None
     inside: Sequence[int] | None = None
     head_dim: int = 1
+    offset: float = 0.0
+    """What is added to every number."""
 
     @property
     def kind(self) -> "gguf.GGMLQuantizationType":
@@ -75,7 +78,7 @@ class GgufTensor:
         tensor = checkpoint.read(self.old) if self.values is None else self.values
         tensor = picked(tensor, self.rows, self.head_dim, 0, self.inside)
         tensor = picked(tensor, self.columns, self.head_dim, 1)
-        values = tensor.float().contiguous().numpy()
+        values = (tensor.float() + self.offset).contiguous().numpy()
         if self.number_type == "f16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
             raise UserError(f"{self.old}: expected numbers that float16 holds, got {np.abs(values).max():g}; use bf16")
         return gguf.quants.quantize(values, self.kind)
@@ -87,11 +90,13 @@ class GgufModel:
 
     architecture: str
     number_type: str
+    kind: Architecture
     stock: Any
     """The config as the source's class reads it."""
     num_heads: tuple[int, ...]
     num_kv_heads: tuple[int, ...]
     head_dim: int
+    rotary_dim: int
     vocab_size: int
     attention_factor: float
     tensors: tuple[GgufTensor, ...]
@@ -117,7 +122,7 @@ class GgufModel:
         writer.add_embedding_length(stock.hidden_size)
         writer.add_block_count(stock.num_hidden_layers)
         # Arrays need all three: llama.cpp reads the counts of a layer together.
-        arrays = self.architecture == "deci"
+        arrays = self.architecture == self.kind.per_layer
         writer.add_feed_forward_length(
             [stock.intermediate_size] * stock.num_hidden_layers if arrays else stock.intermediate_size
         )
@@ -125,8 +130,11 @@ class GgufModel:
         writer.add_head_count_kv(list(self.num_kv_heads) if arrays else self.num_kv_heads[0])
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
-        writer.add_layer_norm_rms_eps(stock.rms_norm_eps)
-        writer.add_rope_dimension_count(self.head_dim)
+        epsilon = writer.add_layer_norm_eps if self.kind.layer_norm else writer.add_layer_norm_rms_eps
+        epsilon(getattr(stock, self.kind.epsilon))
+        if hasattr(stock, "use_parallel_residual"):
+            writer.add_parallel_residual(stock.use_parallel_residual)
+        writer.add_rope_dimension_count(self.rotary_dim)
         writer.add_rope_freq_base(float(stock.rope_parameters["rope_theta"]))
         if self.attention_factor != 1:
             writer.add_rope_scaling_attn_factors(self.attention_factor)
@@ -137,63 +145,75 @@ _FILE_TYPES = {"f32": "ALL_F32", **{name: f"MOSTLY_{name.upper()}" for name in N
 
 def model_why_not(source: Folded) -> str | None:
     """Return why llama.cpp cannot compute what a fold of these types computes."""
-    stock = stock_config(source)
-    rope = stock.rope_parameters
-    if source.has_window:
-        return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
-    if stock.hidden_act != "silu":
-        return f"llama.cpp has the activation silu only, got {stock.hidden_act}"
-    if len({entry.head_dim for entry in source.entries}) > 1:
-        return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
-    if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
-        return f"expected rotary frequencies that do not depend on the length, got {rope['rope_type']}"
-    return None
+    return architecture_why_not(source, stock_config(source))
 
 
 def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -> GgufModel:
     """Return what is written of a fold, without reading a tensor."""
+    kind, stock, entries = ARCHITECTURES[source.model_type], stock_config(source), source.entries
+    sizes = [source.group_size if source.is_uniform else entry.group_size for entry in entries]
+    frequencies, factor = rotary_table(source.config)
+    if number_type is None:
+        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['k']}.weight"].dtype, "f32")
+    architecture = kind.name if source.is_uniform else kind.per_layer
+    tensors = _tensors(checkpoint, source, architecture, sizes, stock, number_type)
+    if stock.rope_parameters["rope_type"] != "default":
+        factors = _frequency_factors(frequencies, float(stock.rope_parameters["rope_theta"]))
+        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", values=factors))
+    return GgufModel(
+        architecture=architecture,
+        number_type=number_type,
+        kind=kind,
+        stock=stock,
+        num_heads=tuple(count * size for count, size in zip(source.counts, sizes, strict=True)),
+        num_kv_heads=source.counts,
+        head_dim=entries[0].head_dim,
+        rotary_dim=2 * len(frequencies),
+        vocab_size=checkpoint.tensors["model.embed_tokens.weight"].shape[0],
+        attention_factor=factor,
+        tensors=tuple(tensors),
+        name=checkpoint.path.name,
+    )
+
+
+def _tensors(
+    checkpoint: Checkpoint, source: Folded, architecture: str, sizes: Sequence[int], stock: Any, number_type: str
+) -> list[GgufTensor]:
+    """Return the tensors of the checkpoint as the architecture has them; `sizes` are those of the groups of each layer."""
     import gguf
 
-    stock, entries = stock_config(source), source.entries
-    one_count = source.is_uniform
-    sizes = [source.group_size if one_count else entry.group_size for entry in entries]
-    counts = source.counts
-    architecture = "llama" if one_count else "deci"
-    first = next(info for name, info in checkpoint.tensors.items() if name.endswith("k_proj.weight"))
-    number_type = number_type or _OF_DTYPE.get(first.dtype, "f32")
+    kind = ARCHITECTURES[source.model_type]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], stock.num_hidden_layers)
-    tensors = []
-    by_name = {name: (entry, size) for entry, size in zip(entries, sizes, strict=True) for name in entry.names.values()}
+    projections = {name: (e, size) for e, size in zip(source.entries, sizes, strict=True) for name in e.names.values()}
+    found = []
     for old, info in checkpoint.tensors.items():
         module, _, suffix = old.rpartition(".")
         if suffix not in ("weight", "bias") or (module == "lm_head" and stock.tie_word_embeddings):
             continue
         new = names.get_name(old, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise UserError(
-                f"{source.where}: layout gguf: {old}: llama.cpp has no such tensor in a {architecture} model"
-            )
-        how = _moved(module, suffix, *by_name[module]) if module in by_name else {}
-        tensors.append(_tensor(new, old, info.shape, number_type, how))
-    frequencies, factor = rotary_table(source.config)
-    if stock.rope_parameters["rope_type"] != "default":
-        dim = 2 * len(frequencies)
-        plain = float(stock.rope_parameters["rope_theta"]) ** -(torch.arange(0, dim, 2).double() / dim)
-        values = (plain / frequencies.double()).float()
-        tensors.append(GgufTensor("rope_freqs.weight", tuple(values.shape), "f32", values=values))
-    return GgufModel(
-        architecture, number_type, stock, tuple(n * size for n, size in zip(counts, sizes, strict=True)), counts,
-        entries[0].head_dim, checkpoint.tensors["model.embed_tokens.weight"].shape[0], factor, tuple(tensors), checkpoint.path.name,
-    )  # fmt: skip
+            raise UserError(f"{source.where}: layout gguf: {old}: llama.cpp's {architecture} has no such tensor")
+        how = _moved(kind, module, suffix, *projections[module]) if module in projections else {}
+        if kind.gain_offset and len(info.shape) == 1:
+            how = {"offset": kind.gain_offset}
+        found.append(_tensor(new, old, info.shape, number_type, how))
+    return found
 
 
-def _moved(module: str, suffix: str, entry: Entry, group_size: int) -> dict[str, Any]:
+def _frequency_factors(frequencies: Tensor, theta: float) -> Tensor:
+    """Return what llama.cpp divides the plain frequencies of a base by."""
+    dim = 2 * len(frequencies)
+    plain = theta ** -(torch.arange(0, dim, 2).double() / dim)
+    return (plain / frequencies.double()).float()
+
+
+def _moved(kind: Architecture, module: str, suffix: str, entry: Entry, group_size: int) -> dict[str, Any]:
     """Return how a projection is reordered: query heads into the order of their K/V heads, rotary dims into neighbouring pairs."""
     role = next(role for role, name in entry.names.items() if name == module)
     slots: Sequence[int] | None = entry.slots(group_size)
     slots = None if slots == tuple(range(entry.num_heads)) else slots
     half = entry.head_dim // 2
-    pairs = [dim for first in range(half) for dim in (first, first + half)]
+    pairs = [dim for first in range(half) for dim in (first, first + half)] if kind.pairs else None
     if role == "q":
         return {"rows": slots, "inside": pairs, "head_dim": entry.head_dim}
     if role == "k":

@@ -1,0 +1,80 @@
+"""What llama.cpp's architectures compute, as far as it decides whether a fold can be written for one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .folded import Folded
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture of llama.cpp and what it needs of a model."""
+
+    name: str
+    epsilon: str
+    """The config field with the epsilon of norms."""
+    activations: tuple[str, ...]
+    layer_norm: bool = False
+    """Whether norms are LayerNorms, not RMSNorms."""
+    per_layer: str = ""
+    """The architecture with numbers of heads per layer that computes the same; empty where there is none."""
+    pairs: bool = False
+    """Whether rotary planes are neighbouring dims, which Q and K are reordered for, not the two halves of a head."""
+    tables: bool = False
+    """Whether factors of rotary frequencies are read."""
+    any_head_dim: bool = True
+    """Whether heads times head_dim may differ from the hidden size."""
+    gain_offset: float = 0.0
+    """What is added to the gains of norms."""
+    refused: Mapping[str, str] | None = None
+    """Config fields that must not be set, with the reason."""
+
+
+_LLAMA = Architecture("llama", "rms_norm_eps", ("silu",), per_layer="deci", pairs=True, tables=True)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": Architecture("qwen3", "rms_norm_eps", ("silu",), refused={"attention_bias": "has no biases of attention"}),
+    "gemma": Architecture(
+        "gemma", "rms_norm_eps", ("gelu_pytorch_tanh",), gain_offset=1.0, refused={"attention_bias": "has no biases"}
+    ),
+    "phi": Architecture("phi2", "layer_norm_eps", ("gelu_new", "gelu"), layer_norm=True, any_head_dim=False),
+    "starcoder2": Architecture(
+        "starcoder2", "norm_epsilon", ("gelu_pytorch_tanh",), layer_norm=True, any_head_dim=False
+    ),
+    "stablelm": Architecture("stablelm", "layer_norm_eps", ("silu",), layer_norm=True, any_head_dim=False),
+}
+"""`model_type` → the architecture that computes it."""
+
+
+def activation_of(stock: Any) -> str:
+    """Return the activation of the MLP."""
+    return str(getattr(stock, "hidden_activation", None) or stock.hidden_act)
+
+
+def architecture_why_not(source: Folded, stock: Any) -> str | None:
+    """Return why the architecture of a model type does not compute what a fold computes."""
+    found = ARCHITECTURES[source.model_type]
+    rope = stock.rope_parameters
+    if source.has_window:
+        return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
+    if activation_of(stock) not in found.activations:
+        return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {activation_of(stock)}"
+    for field, reason in (found.refused or {}).items():
+        if getattr(stock, field, None):
+            return f"llama.cpp's {found.name} {reason}, got {field}"
+    if len({entry.head_dim for entry in source.entries}) > 1:
+        return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
+    if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
+        return f"expected rotary frequencies that do not depend on the length, got {rope['rope_type']}"
+    if rope["rope_type"] != "default" and not found.tables:
+        return f"llama.cpp's {found.name} reads no factors of rotary frequencies, got {rope['rope_type']}"
+    if not source.is_uniform and not found.per_layer:
+        return f"llama.cpp's {found.name} has one number of K/V heads for all layers, got {', '.join(map(str, source.counts))}"
+    if not found.any_head_dim and (
+        not source.is_even or source.entries[0].num_heads * source.entries[0].head_dim != stock.hidden_size
+    ):
+        return f"llama.cpp's {found.name} has equal groups, and heads that fill the hidden size; fold with equal groups"
+    return None
