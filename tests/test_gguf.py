@@ -202,7 +202,10 @@ def refusal(path: Path, out: str = "out.gguf", **how: Any) -> str:
 
 def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped("llama", [EVEN, EVEN], tmp_path / "folded")
-    assert "expected a BPE tokenizer, got None" in refusal(tmp_path)
+    assert "expected a tokenizer that tokenizers and gguf read, got Model missing" in refusal(tmp_path)
+    for text in ("[" * 10_000, "null", '{"model": []}'):
+        (tmp_path / "folded/tokenizer.json").write_text(text)
+        assert "expected a tokenizer that tokenizers and gguf read" in refusal(tmp_path)
     byte_level(tmp_path / "folded", split(r"\d+"))
     assert "llama.cpp knows no tokenizer that divides text as tokenizer.json does" in refusal(tmp_path)
     byte_level(tmp_path / "folded")

@@ -67,10 +67,10 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
         raise UserError(f"--quantise {number_type}: expected one of {', '.join(found.number_types)}")
     if not source.entries or source.model_type not in found.model_types:
         listed = ", ".join(found.model_types)
-        raise UserError(f"{source.where}: layout {name}: expected one of {listed}, got {source.model_type}")
+        raise UserError(f"{checkpoint.path}: layout {name}: expected one of {listed}, got {source.model_type}")
     reason = found.why_not(checkpoint, source)
     if reason is not None:
-        raise UserError(f"{source.where}: layout {name}: {reason}")
+        raise UserError(f"{checkpoint.path}: layout {name}: {reason}")
     return found
 
 

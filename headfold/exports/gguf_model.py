@@ -23,7 +23,7 @@ MODEL_TYPES = tuple(ARCHITECTURES)
 NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
-_KEPT = ("attn_k.", "attn_v.", "token_embd.", "output.")
+MORE_BITS = ("attn_k.", "attn_v.", "token_embd.", "output.")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
@@ -226,7 +226,7 @@ def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: d
     if heads is not None:
         shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
     kind = number_type
-    if kind == "q4_0" and any(part in new for part in _KEPT):
+    if kind == "q4_0" and any(part in new for part in MORE_BITS):
         kind = "q8_0"
     if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:
         kind = "f16"

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint as llama.cpp reads it: tokens with their types, merges, and the name of the text's first division."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,15 @@ def tokenizer_why_not(directory: Path) -> str | None:
     """Return why llama.cpp cannot read the tokenizer."""
     if not (directory / "tokenizer.json").is_file():
         return "expected tokenizer.json beside the weights, got none; save the tokenizer there with transformers"
-    tokenizer = _read(directory)
-    model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE":
-        return f"expected a BPE tokenizer, got {model.get('type')}"
+    try:
+        tokenizer = _read(directory)
+        _special(directory, 1)
+    except Exception as error:  # tokenizers raises Exception itself, gguf whatever a file of another form leads to
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return f"expected a tokenizer that tokenizers and gguf read, got {said}; save it again with transformers"
+    kind = tokenizer["model"]["type"]
+    if kind != "BPE":
+        return f"expected a BPE tokenizer, got {kind}"
     if not _is_sentencepiece(tokenizer) and _division(tokenizer) is None:
         return "llama.cpp knows no tokenizer that divides text as tokenizer.json does, and would find other tokens"
     return None
@@ -37,7 +43,6 @@ def tokenizer_why_not(directory: Path) -> str | None:
 
 def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -> None:
     """Write tokens, merges or scores, special tokens and the chat template."""
-    import gguf
 
     tokenizer = _read(directory)
     tokens, types = _tokens(tokenizer, vocab_size)
@@ -49,23 +54,36 @@ def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -
     if sentencepiece:
         writer.add_token_scores(_scores(tokenizer, tokens))
         writer.add_add_space_prefix(_adds_space(tokenizer))
-    special = gguf.SpecialVocab(directory, load_merges=not sentencepiece, n_vocab=vocab_size)
+    special = _special(directory, vocab_size)
+    if not sentencepiece:
+        writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     special.add_to_gguf(writer, quiet=True)
     if "bos" not in special.add_special_token:
         writer.add_add_bos_token(False)
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    """Return the contents of tokenizer.json in the form that tokenizers writes it, whatever form they had."""
+    from tokenizers import Tokenizer
+
+    found: dict[str, Any] = json.loads(Tokenizer.from_file(str(directory / "tokenizer.json")).to_str())
     return found
+
+
+def _special(directory: Path, vocab_size: int) -> "gguf.SpecialVocab":
+    """Return the special tokens and the chat template, as gguf finds them in the files of a tokenizer."""
+    import gguf
+
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of what this file checks
+    return gguf.SpecialVocab(directory, n_vocab=vocab_size)
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether the tokens are those of SentencePiece: spaces as ▁, unknown characters as bytes."""
     model = tokenizer["model"]
-    return bool(model.get("byte_fallback")) and _SPACE in json.dumps(
-        [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")], ensure_ascii=False
-    )
+    before = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    spaces = _SPACE in json.dumps([tokenizer.get("normalizer"), before], ensure_ascii=False)
+    return bool(model.get("byte_fallback")) and spaces and all(step["type"] == "Metaspace" for step in before)
 
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
@@ -130,6 +148,6 @@ def _scores(tokenizer: Mapping[str, Any], tokens: list[str]) -> list[float]:
     """Return a score per token: what is merged earlier has a higher one, so that llama.cpp merges in the same order."""
     rank: dict[str, int] = {}
     for place, merge in enumerate(tokenizer["model"]["merges"]):
-        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), place)
+        rank.setdefault("".join(merge), place)
     last = float(len(rank) + 1)
     return [-float(rank.get(token, last)) for token in tokens]
