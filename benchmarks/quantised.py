@@ -2,8 +2,8 @@
 
     python benchmarks/quantised.py DIRECTORY … --name NAME --python PYTHON --text FILE --work DIR [--windows 4] [--context 512]
 
-Each directory is exported as f32, q8_0 and q4_0, and as q4_0 with keys and values in q4_0 too, and run by PYTHON, which has
-`llama-cpp-py-sync`. Divergence (KL, nats per token) is from the float32 model in headfold's runtime, perplexity over the same windows.
+Each directory is exported as f32, q8_0, q4_0 and q4_0-pure, and run by PYTHON, which has `llama-cpp-py-sync`. Divergence (KL, nats per
+token) is from the float32 model in headfold's runtime, perplexity over the same windows.
 Results go to benchmarks/results/quantised-NAME.json after each row.
 """
 
@@ -18,9 +18,6 @@ from machine import describe
 from transformers import AutoTokenizer
 
 import headfold
-from headfold.exports import gguf_model
-
-EVERYTHING = "q4_0, keys and values too"
 
 
 def scored(logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
@@ -41,7 +38,7 @@ def main() -> None:
     reader.add_argument("--context", type=int, default=512)
     options = reader.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    out, kept = RESULTS / f"quantised-{options.name}.json", gguf_model.MORE_BITS
+    out = RESULTS / f"quantised-{options.name}.json"
     rows: list[dict[str, Any]] = []
     for directory in options.directories:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -50,11 +47,9 @@ def main() -> None:
         model = headfold.load(directory, dtype=torch.float32)
         with torch.no_grad():
             exact = [model(window[None]).logits[0] for window in windows]
-        for number_type in ("f32", "q8_0", "q4_0", EVERYTHING):
+        for number_type in ("f32", "q8_0", "q4_0", "q4_0-pure"):
             file = options.work / "quantised.gguf"
-            gguf_model.MORE_BITS = kept[2:] if number_type == EVERYTHING else kept
-            headfold.export(directory, file, layout="gguf", quantise=number_type.partition(",")[0], force=True)
-            gguf_model.MORE_BITS = kept
+            headfold.export(directory, file, layout="gguf", quantise=number_type, force=True)
             losses = []
             for window, reference in zip(windows, exact, strict=True):
                 request = {"tokens": window.tolist(), "new_tokens": 0}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from figure_data import load
-from figure_tables import Block, table
+from figure_tables import Block, number, table
 
 ENGINES = {"llama_cpp": "llama.cpp", "transformers": "transformers", "mlx": "mlx-lm", "vllm": "vLLM"}
 """Driver → the name of its engine."""
@@ -23,7 +23,15 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def engines() -> str:
     """One row per fold, one column per engine."""
-    found = load("engines-pylib-llama")["rows"]
+    return _matrix(load("engines-pylib-llama")["rows"])
+
+
+def toys() -> str:
+    """One row per random model, one column per engine."""
+    return _matrix(load("engines-toys")["rows"])
+
+
+def _matrix(found: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     versions = {
         name: next(row[name]["version"] for row in found.values() if "version" in row.get(name, {})) for name in names
@@ -32,4 +40,20 @@ def engines() -> str:
     return table(header, [[fold, *(_cell(row.get(name)) for name in names)] for fold, row in found.items()])
 
 
-ENGINE_BLOCKS = {"engines": Block(engines, ("engines-pylib-llama",))}
+def quantised() -> str:
+    """One row per model and number type."""
+    header = ["model", "numbers", "bytes", "KL", "perplexity"]
+    lines = [
+        [row["model"], row["numbers"], f"{row['bytes']:,}", number(row["kl"]), number(row["perplexity"])]
+        for result in QUANTISED
+        for row in load(result)["rows"]
+    ]
+    return table(header, lines)
+
+
+QUANTISED = ("quantised-pylib-llama", "quantised-smollm2")
+ENGINE_BLOCKS = {
+    "engines": Block(engines, ("engines-pylib-llama",)),
+    "engines-toys": Block(toys, ("engines-toys",)),
+    "quantised": Block(quantised, QUANTISED),
+}

@@ -1,6 +1,7 @@
 """Laws of the GGUF format: read as llama.cpp reads it, a file computes what headfold's runtime computes."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from grouped_models import CASES, EVEN, ONE, OTHER, SHUFFLED, THREE, UNEVEN, VOCABULARY, grouped, logits, tokens
 from reference_llama_cpp import Gguf
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from tiny import readable_checkpoint
+from tiny import readable_checkpoint, tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -120,7 +121,13 @@ def test_other_layouts_are_exported_again(layout: str, tmp_path: Path) -> None:
 
 def test_shared_heads_keep_more_bits_than_the_rest(readable: Path, tmp_path: Path) -> None:
     headfold.fold(readable, tmp_path / "fold", kv_heads=2, merge="mean", group="contiguous", refit=False)
-    for kind, others in {"q4_0": {"Q4_0"}, "q8_0": {"Q8_0"}, "bf16": {"BF16"}, "f16": {"F16"}}.items():
+    for kind, others in {
+        "q4_0": {"Q4_0"},
+        "q4_0-pure": {"Q4_0"},
+        "q8_0": {"Q8_0"},
+        "bf16": {"BF16"},
+        "f16": {"F16"},
+    }.items():
         export(tmp_path / "fold", tmp_path / f"{kind}.gguf", layout="gguf", quantise=kind)
         found = Gguf(tmp_path / f"{kind}.gguf")
         matrices = {name: found.kinds[name] for name, tensor in found.tensors.items() if tensor.dim() > 1}
@@ -128,6 +135,7 @@ def test_shared_heads_keep_more_bits_than_the_rest(readable: Path, tmp_path: Pat
         narrow = {name for name in matrices if found.tensors[name].shape[-1] % 32}
         assert {kept for name, kept in matrices.items() if "ffn_gate" in name and name not in narrow} <= others
         assert kind != "q4_0" or shared <= {"Q8_0", "F16"}
+        assert kind != "q4_0-pure" or shared <= {"Q4_0", "F16"}
         assert {found.kinds[name] for name, tensor in found.tensors.items() if tensor.dim() == 1} == {"F32"}
 
 
@@ -210,7 +218,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "llama.cpp knows no tokenizer that divides text as tokenizer.json does" in refusal(tmp_path)
     byte_level(tmp_path / "folded")
     assert "expected a file name that ends in .gguf" in refusal(tmp_path, "out")
-    assert "--quantise q2: expected one of f32, bf16, f16, q8_0, q4_0" in refusal(tmp_path, quantise="q2")
+    assert "--quantise q2: expected one of f32, bf16, f16, q8_0, q4_0, q4_0-pure" in refusal(tmp_path, quantise="q2")
     assert "--quantise q8_0: expected --layout gguf" in refusal(tmp_path, layout=None, quantise="q8_0")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert "pip install 'headfold[gguf]'" in refusal(tmp_path)
@@ -223,7 +231,11 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("llama", {"hidden_act": "gelu"}, "silu only, got gelu"),
         ("llama", {"rope_parameters": LONG}, "do not depend on the length, got longrope"),
         ("qwen3", {"attention_bias": True}, "qwen3 has no biases of attention, got attention_bias"),
-        ("seed_oss", {}, "expected one of llama, mistral, qwen2, qwen3, gemma, phi, starcoder2, stablelm, got seed_oss"),
+        (
+            "seed_oss",
+            {},
+            "expected one of llama, mistral, qwen2, qwen3, gemma, phi, starcoder2, stablelm, got seed_oss",
+        ),
     ],
 )
 def test_models_that_llama_cpp_would_read_as_others_are_refused(
@@ -253,3 +265,14 @@ def test_a_file_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert (tmp_path / "out.gguf").read_text() == "mine"
     assert export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf", force=True).model_class == "llama"
     assert json.loads((tmp_path / "folded/config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(("name", "told"), [("bert", True), ("roberta", True), ("vit", False), ("whisper", False)])
+def test_the_config_of_a_bert_tells_llama_cpp_its_count(name: str, told: bool, tmp_path: Path) -> None:
+    """Its own class has none; in a Whisper the same field would be read as the number of query heads."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint(name, torch.float32), source)
+    headfold.fold(source, tmp_path / "fold", kv_heads="1/2", merge="mean", group="contiguous", refit=False)
+    config, before = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("fold", "source"))
+    field = "num_key_value_heads"
+    assert config.get(field) == (before["num_attention_heads"] // 2 if told else before.get(field))

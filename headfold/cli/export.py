@@ -27,8 +27,8 @@ def export(
             "--quantize",
             panel=OUTPUT,
             metavar="TYPE",
-            help="What --layout gguf stores matrices as: f32, bf16, f16, q8_0 or q4_0 (then K and V "
-            "as q8_0). Default: the checkpoint's own.",
+            help="What --layout gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (then K, V and "
+            "embeddings as q8_0) or q4_0-pure. Default: the checkpoint's own.",
         ),
     ] = None,
     verify: Verify = True,

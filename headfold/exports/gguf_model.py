@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     import gguf
 
 MODEL_TYPES = tuple(ARCHITECTURES)
-NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
+PURE = "q4_0-pure"
+"""q4_0 for all matrices."""
+NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0", PURE)
 _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
-MORE_BITS = ("attn_k.", "attn_v.", "token_embd.", "output.")
+_MORE_BITS = ("attn_k.", "attn_v.", "token_embd.", "output.")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
@@ -140,7 +142,9 @@ class GgufModel:
             writer.add_rope_scaling_attn_factors(self.attention_factor)
 
 
-_FILE_TYPES = {"f32": "ALL_F32", **{name: f"MOSTLY_{name.upper()}" for name in NUMBER_TYPES if name != "f32"}}
+_FILE_TYPES = {
+    "f32": "ALL_F32", PURE: "MOSTLY_Q4_0", **{name: f"MOSTLY_{name.upper()}" for name in ("bf16", "f16", "q8_0", "q4_0")},
+}  # fmt: skip
 
 
 def model_why_not(source: Folded) -> str | None:
@@ -226,8 +230,9 @@ def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: d
     if heads is not None:
         shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
     kind = number_type
-    if kind == "q4_0" and any(part in new for part in MORE_BITS):
+    if kind == "q4_0" and any(part in new for part in _MORE_BITS):
         kind = "q8_0"
+    kind = "q4_0" if kind == PURE else kind
     if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:
         kind = "f16"
     return GgufTensor(new, shape, "f32" if len(shape) == 1 else kind, old, **how)

@@ -9,6 +9,9 @@ from ..core.groups import Groups
 from .old_names import ROTARY_NAMES, with_old_names
 from .spec import Family, Site
 
+_COUNT_IS_READ = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Model types whose class in transformers has no grouped heads, and that llama.cpp runs with as many as the config says."""
+
 
 def folded_config(
     family: Family,
@@ -65,6 +68,14 @@ def folded_config(
         for site in folded
         if not (has_one_count and site.stock_gqa)
     ]
+    told = {num_kv_heads[site.name] for site in folded}
+    if (
+        config.get("model_type") in _COUNT_IS_READ
+        and len(told) == 1
+        and not uneven
+        and set(head_dim_multiples.values()) <= {1}
+    ):
+        changes["num_key_value_heads"] = told.pop()
     return with_old_names({**config, **changes, **({"headfold": {"sites": listed}} if listed else {})})
 
 
