@@ -40,6 +40,11 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 64, "hidden_activation": "gelu_pytorch_tanh"}),
     "phi": ("PhiConfig", {}),
     "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+        "logits_scaling": 0.1}),
+    "olmo": ("OlmoConfig", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.3}),
+    "nemotron": ("NemotronConfig", {"partial_rotary_factor": 0.5}),
     "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
 }  # fmt: skip
 """Random models of other architectures: config class and fields."""
@@ -170,7 +175,7 @@ def main() -> None:
     text = TEXT.read_text()[:4000]
     tokens = transformers.AutoTokenizer.from_pretrained(options.model)(text)["input_ids"]
     prompt = tokens[:NUM_TOKENS]
-    for name in TOYS if options.toys else options.layouts.split(","):
+    for name in (set(TOYS) & set(options.layouts.split(","))) or TOYS if options.toys else options.layouts.split(","):
         if options.toys:
             model, fold = toy(options.work, name), options.work / f"{name.replace(' ', '-')}-native"
             if not fold.exists():

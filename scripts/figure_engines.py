@@ -42,9 +42,9 @@ def _matrix(found: dict[str, Any]) -> str:
 
 def quantised() -> str:
     """One row per model and number type."""
-    header = ["model", "numbers", "bytes", "KL", "perplexity"]
+    header = ["model", "numbers", "file", "KL", "perplexity"]
     lines = [
-        [row["model"], row["numbers"], f"{row['bytes']:,}", number(row["kl"]), number(row["perplexity"])]
+        [row["model"], row["numbers"], f"{row['bytes'] / 1e6:.1f} MB", f"{row['kl']:.1e}", number(row["perplexity"])]
         for result in QUANTISED
         for row in load(result)["rows"]
     ]

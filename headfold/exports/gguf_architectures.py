@@ -1,7 +1,7 @@
 """What llama.cpp's architectures compute, as far as it decides whether a fold can be written for one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .folded import Folded
@@ -12,8 +12,8 @@ class Architecture:
     """One architecture of llama.cpp and what it needs of a model."""
 
     name: str
-    epsilon: str
-    """The config field with the epsilon of norms."""
+    epsilon: str | float
+    """The config field with the epsilon of norms, or the number."""
     activations: tuple[str, ...]
     layer_norm: bool = False
     """Whether norms are LayerNorms, not RMSNorms."""
@@ -27,8 +27,10 @@ class Architecture:
     """Whether heads times head_dim may differ from the hidden size."""
     gain_offset: float = 0.0
     """What is added to the gains of norms."""
-    refused: Mapping[str, str] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     """Config fields that must not be set, with the reason."""
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """Config fields of factors, with the method of `gguf.GGUFWriter` that writes each."""
 
 
 _LLAMA = Architecture("llama", "rms_norm_eps", ("silu",), per_layer="deci", pairs=True, tables=True)
@@ -44,6 +46,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": Architecture(
         "starcoder2", "norm_epsilon", ("gelu_pytorch_tanh",), layer_norm=True, any_head_dim=False
     ),
+    "granite": Architecture(
+        "granite",
+        "rms_norm_eps",
+        ("silu",),
+        pairs=True,
+        tables=True,
+        scales={
+            "attention_multiplier": "add_attention_scale",
+            "embedding_multiplier": "add_embedding_scale",
+            "residual_multiplier": "add_residual_scale",
+            "logits_scaling": "add_logit_scale",
+        },
+    ),
+    "olmo": Architecture("olmo", 1e-5, ("silu",), layer_norm=True, pairs=True, any_head_dim=False),
+    "cohere": Architecture(
+        "command-r",
+        "layer_norm_eps",
+        ("silu",),
+        layer_norm=True,
+        any_head_dim=False,
+        scales={"logit_scale": "add_logit_scale"},
+        refused={"use_qk_norm": "has norms of Q and K in larger models only", "attention_bias": "has no biases"},
+    ),
+    "nemotron": Architecture("nemotron", "norm_eps", ("relu2",), layer_norm=True, any_head_dim=False, gain_offset=1.0),
     "stablelm": Architecture("stablelm", "layer_norm_eps", ("silu",), layer_norm=True, any_head_dim=False),
 }
 """`model_type` → the architecture that computes it."""
@@ -62,9 +88,9 @@ def architecture_why_not(source: Folded, stock: Any) -> str | None:
         return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
     if activation_of(stock) not in found.activations:
         return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {activation_of(stock)}"
-    for field, reason in (found.refused or {}).items():
-        if getattr(stock, field, None):
-            return f"llama.cpp's {found.name} {reason}, got {field}"
+    for name, reason in found.refused.items():
+        if getattr(stock, name, None):
+            return f"llama.cpp's {found.name} {reason}, got {name}"
     if len({entry.head_dim for entry in source.entries}) > 1:
         return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
     if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):

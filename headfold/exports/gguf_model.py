@@ -133,7 +133,10 @@ class GgufModel:
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
         epsilon = writer.add_layer_norm_eps if self.kind.layer_norm else writer.add_layer_norm_rms_eps
-        epsilon(getattr(stock, self.kind.epsilon))
+        named = self.kind.epsilon
+        epsilon(named if isinstance(named, float) else getattr(stock, named))
+        for field, method in self.kind.scales.items():
+            getattr(writer, method)(float(getattr(stock, field)))
         if hasattr(stock, "use_parallel_residual"):
             writer.add_parallel_residual(stock.use_parallel_residual)
         writer.add_rope_dimension_count(self.rotary_dim)
@@ -187,7 +190,8 @@ def _tensors(
     import gguf
 
     kind = ARCHITECTURES[source.model_type]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], stock.num_hidden_layers)
+    (found_architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(found_architecture, stock.num_hidden_layers)
     projections = {name: (e, size) for e, size in zip(source.entries, sizes, strict=True) for name in e.names.values()}
     found = []
     for old, info in checkpoint.tensors.items():
@@ -198,7 +202,7 @@ def _tensors(
         if new is None:
             raise UserError(f"{source.where}: layout gguf: {old}: llama.cpp's {architecture} has no such tensor")
         how = _moved(kind, module, suffix, *projections[module]) if module in projections else {}
-        if kind.gain_offset and len(info.shape) == 1:
+        if kind.gain_offset and len(info.shape) == 1 and "norm" in module and suffix == "weight":
             how = {"offset": kind.gain_offset}
         found.append(_tensor(new, old, info.shape, number_type, how))
     return found
