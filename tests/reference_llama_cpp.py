@@ -1,11 +1,45 @@
-"""What llama.cpp computes from a GGUF file of architecture llama or deci, in a few lines: read by the names and fields of the format."""
+"""What llama.cpp computes from a GGUF file, in a few lines: read by the names and fields of the format, by what its graphs do."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What the graph of an architecture does that another's does not."""
+
+    pairs: bool = False
+    layer_norm: bool = False
+    parallel: bool = False
+    """Whether the MLP reads what attention reads, through the same norm."""
+    activation: str = "silu"
+    gated: bool = True
+    scales_embeddings: bool = False
+
+
+GRAPHS = {
+    "llama": Graph(pairs=True),
+    "deci": Graph(pairs=True),
+    "granite": Graph(pairs=True),
+    "qwen3": Graph(),
+    "gemma": Graph(activation="gelu", scales_embeddings=True),
+    "phi2": Graph(layer_norm=True, parallel=True, activation="gelu", gated=False),
+    "starcoder2": Graph(layer_norm=True, activation="gelu", gated=False),
+    "stablelm": Graph(layer_norm=True),
+    "olmo": Graph(pairs=True, layer_norm=True),
+    "command-r": Graph(pairs=True, layer_norm=True, parallel=True),
+    "nemotron": Graph(layer_norm=True, activation="relu2", gated=False),
+}
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x: x.relu().square(),
+}
 
 
 class Gguf:
@@ -38,22 +72,34 @@ class Gguf:
         return out + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else out
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        epsilon = self.field("attention.layer_norm_rms_epsilon")
-        return x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt() * self.tensors[f"{name}.weight"]
+        if self.graph.layer_norm:
+            x = x - x.mean(-1, keepdim=True)
+        epsilon = self.field(f"attention.layer_norm_{'' if self.graph.layer_norm else 'rms_'}epsilon")
+        x = x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
+        x = x * self.tensors[f"{name}.weight"] if f"{name}.weight" in self.tensors else x
+        return x + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else x
+
+    @property
+    def graph(self) -> Graph:
+        return GRAPHS[self.architecture]
+
+    def scale(self, name: str, otherwise: float = 1.0) -> float:
+        return float(self.fields.get(f"{self.architecture}.{name}", otherwise))
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Neighbouring dims turned by position: x is (batch, head, position, dim)."""
+        """Planes turned by position, of neighbouring dims or of two halves: x is (batch, head, position, dim)."""
         dim = self.field("rope.dimension_count")
-        assert dim == x.shape[-1] == self.field("attention.key_length") == self.field("attention.value_length")
+        assert x.shape[-1] == self.field("attention.key_length") == self.field("attention.value_length")
         frequencies = float(self.field("rope.freq_base")) ** -(torch.arange(0, dim, 2).double() / dim)
         if "rope_freqs.weight" in self.tensors:
+            assert self.graph.pairs, "the other graphs read no factors"
             frequencies = frequencies / self.tensors["rope_freqs.weight"]
-        factor = self.fields.get(f"{self.architecture}.rope.scaling.attn_factor", 1.0)
         angles = torch.outer(torch.arange(x.shape[-2]).double(), frequencies)
-        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
-            torch.full_like(angles, factor), angles
-        )
-        return torch.view_as_real(turned).flatten(-2)
+        turn = torch.polar(torch.full_like(angles, self.scale("rope.scaling.attn_factor")), angles)
+        planes = x[..., :dim].unflatten(-1, (-1, 2)) if self.graph.pairs else x[..., :dim].unflatten(-1, (2, -1)).mT
+        turned = torch.view_as_real(torch.view_as_complex(planes.contiguous()) * turn)
+        turned = turned if self.graph.pairs else turned.mT
+        return torch.cat([turned.flatten(-2), x[..., dim:]], -1)
 
     def attention(self, layer: int, x: Tensor) -> Tensor:
         block = f"blk.{layer}"
@@ -63,21 +109,39 @@ class Gguf:
             self.linear(f"{block}.attn_{n}", x).unflatten(-1, (count, -1)).transpose(1, 2)
             for n, count in counts.items()
         )
+        q, k = (
+            self.norm(f"{block}.attn_{n}_norm", t) if f"{block}.attn_{n}_norm.weight" in self.tensors else t
+            for n, t in (("q", q), ("k", k))
+        )
         q, k = self.rotated(q), self.rotated(k)
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
-        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        scores = (q @ k.mT) * self.scale("attention.scale", q.shape[-1] ** -0.5)
         mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
         return self.linear(
             f"{block}.attn_output", (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
         )
 
+    def mlp(self, block: str, x: Tensor) -> Tensor:
+        activate, up = ACTIVATIONS[self.graph.activation], self.linear(f"{block}.ffn_up", x)
+        return self.linear(
+            f"{block}.ffn_down",
+            activate(self.linear(f"{block}.ffn_gate", x)) * up if self.graph.gated else activate(up),
+        )
+
     def logits(self, ids: Tensor) -> Tensor:
-        x = self.tensors["token_embd.weight"][ids]
+        x = self.tensors["token_embd.weight"][ids] * self.scale("embedding_scale")
+        x = x * x.shape[-1] ** 0.5 if self.graph.scales_embeddings else x
+        residual = self.scale("residual_scale")
         for layer in range(self.field("block_count")):
             block = f"blk.{layer}"
-            x = x + self.attention(layer, self.norm(f"{block}.attn_norm", x))
-            y = self.norm(f"{block}.ffn_norm", x)
-            gated = torch.nn.functional.silu(self.linear(f"{block}.ffn_gate", y)) * self.linear(f"{block}.ffn_up", y)
-            x = x + self.linear(f"{block}.ffn_down", gated)
+            normed = self.norm(f"{block}.attn_norm", x)
+            if self.graph.parallel:
+                x = x + self.attention(layer, normed) + self.mlp(block, normed)
+                continue
+            x = x + residual * self.attention(layer, normed)
+            x = x + residual * self.mlp(block, self.norm(f"{block}.ffn_norm", x))
         head = "output" if "output.weight" in self.tensors else "token_embd"
-        return self.norm("output_norm", x) @ self.tensors[f"{head}.weight"].mT
+        logits = self.linear(head, self.norm("output_norm", x))
+        # Granite divides by its scale, Command R multiplies with it.
+        scale = self.scale("logit_scale")
+        return logits / scale if self.architecture == "granite" else logits * scale
