@@ -51,7 +51,8 @@ def _size(size: float) -> str:
 
 
 def _seconds(row: dict[str, Any]) -> str:
-    return f"{row['seconds']:.0f}" + ("" if "calibrate" in row["stages"] else " + calibration")
+    said = f"{row['seconds']:.0f}" + ("" if "calibrate" in row["stages"] else " + calibration")
+    return said + (" (beside other jobs)" if "beside_other_jobs" in row else "")
 
 
 def language_model(result: str, contexts: Sequence[int]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from grouped_models import CASES, EVEN, ONE, OTHER, SHUFFLED, THREE, UNEVEN, VOCABULARY, grouped, logits, tokens
 from reference_llama_cpp import GRAPHS, Gguf
+from safetensors.torch import load_file, save_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import readable_checkpoint, tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -24,22 +25,23 @@ from headfold.verbs.export import export
 LLAMA_3_TABLE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LONG = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 5, "long_factor": [2.0] * 5,
     "original_max_position_embeddings": 32}  # fmt: skip
 
 
-def byte_level(directory: Path, split: Any = None, **extra: Any) -> PreTrainedTokenizerFast:
+def byte_level(directory: Path, split: Any = None, *, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
     """Save a byte-level tokenizer of the models' vocabulary, with two merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 5]
     words = ["<pad>", "<s>", "</s>", *alphabet, alphabet[0] + alphabet[1], alphabet[0] + alphabet[1] + alphabet[2]]
     merges = [(alphabet[0], alphabet[1]), (alphabet[0] + alphabet[1], alphabet[2])]
-    made = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=merges))
+    made = Tokenizer(
+        models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=merges, ignore_merges=ignore_merges)
+    )
     made.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **extra
-    )
+    found = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     found.save_pretrained(directory)
     return found
 
@@ -199,7 +201,7 @@ def split(pattern: str, *before: Any) -> Any:
 )  # fmt: skip
 def test_divisions_of_text_have_the_names_of_llama_cpp(division: Any, name: str, tmp_path: Path) -> None:
     grouped("llama", [EVEN, EVEN], tmp_path / "folded")
-    byte_level(tmp_path / "folded", division)
+    byte_level(tmp_path / "folded", division, ignore_merges=name == "llama-bpe")
     export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf")
     assert Gguf(tmp_path / "out.gguf").fields["tokenizer.ggml.pre"] == name
 
@@ -226,10 +228,77 @@ def test_sentencepiece_has_scores_in_the_order_of_merges(tmp_path: Path) -> None
     assert "tokenizer.ggml.merges" not in fields
 
 
+def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file."""
+    contents = json.loads(path.read_text())
+    change(contents)
+    path.write_text(json.dumps(contents))
+
+
+TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), "text is normalized"),
+    "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "ignore_merges is other than in llama.cpp's gpt-2"),
+    "suffix": (lambda t: t["model"].update(end_of_word_suffix="</w>"), "BPE has end_of_word_suffix"),
+    "dropout": (lambda t: t["model"].update(dropout=0.5), "BPE has dropout"),
+    "lstrip": (lambda t: t["added_tokens"][1].update(lstrip=True), "the token <s> has lstrip"),
+    "two before": (lambda t: t["post_processor"]["single"].insert(0, t["post_processor"]["single"][0]), "more than one token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_llama_cpp_would_read_as_others_are_refused(name: str, tmp_path: Path) -> None:
+    grouped("llama", [EVEN, EVEN], tmp_path / "folded")
+    byte_level(tmp_path / "folded")
+    change, said = TOKENIZERS[name]
+    changed(tmp_path / "folded/tokenizer.json", change)
+    message = refusal(tmp_path)
+    assert said in message and "llama.cpp would find other tokens" in message
+
+
+def test_what_is_put_around_a_text_is_that_of_the_tokenizer(tmp_path: Path) -> None:
+    """AutoTokenizer does not read `add_bos_token` of tokenizer_config.json where tokenizer.json says something else."""
+    grouped("llama", [EVEN, EVEN], tmp_path / "folded")
+    byte_level(tmp_path / "folded")
+    changed(tmp_path / "folded/tokenizer.json", lambda t: t.update(post_processor=None))
+    changed(tmp_path / "folded/tokenizer_config.json", lambda t: t.update(add_bos_token=True, add_eos_token=True))
+    export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf")
+    fields = Gguf(tmp_path / "out.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"] is False and fields["tokenizer.ggml.add_eos_token"] is False
+
+
+def test_embeddings_that_differ_are_not_tied(tmp_path: Path) -> None:
+    """As in transformers, whatever the config says; an architecture that ties none gets both."""
+    model = grouped("llama", [EVEN, EVEN], tmp_path / "folded")
+    byte_level(tmp_path / "folded")
+    changed(tmp_path / "folded/config.json", lambda config: config.update(tie_word_embeddings=True))
+    export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf", quantise="f32")
+    assert (Gguf(tmp_path / "out.gguf").logits(tokens()) - logits(model)).abs().max() < 1e-5 * logits(model).abs().max()
+    shutil.copytree(tiny_checkpoint("phi", torch.float32, tie_word_embeddings=True), tmp_path / "phi")
+    byte_level(tmp_path / "phi")
+    export(tmp_path / "phi", tmp_path / "phi.gguf", layout="gguf")
+    found = Gguf(tmp_path / "phi.gguf")
+    assert torch.equal(found.tensors["output.weight"], found.tensors["token_embd.weight"])
+
+
+def test_numbers_stay_those_of_each_tensor(tmp_path: Path) -> None:
+    grouped("llama", [EVEN, EVEN], tmp_path / "folded", torch.float32)
+    byte_level(tmp_path / "folded")
+    tensors = load_file(tmp_path / "folded/model.safetensors")
+    half = {name: t.bfloat16() if "self_attn" in name else t for name, t in tensors.items()}
+    save_file(half, tmp_path / "folded/model.safetensors", {"format": "pt"})
+    export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf")
+    kinds = Gguf(tmp_path / "out.gguf").kinds
+    assert kinds["token_embd.weight"] == "F32" and kinds["blk.0.attn_k.weight"] == "BF16"
+    half["model.norm.weight"][0] = torch.nan
+    save_file(half, tmp_path / "folded/model.safetensors", {"format": "pt"})
+    (tmp_path / "out.gguf").unlink()
+    assert "model.norm.weight: expected finite numbers" in refusal(tmp_path)
+
+
 def refusal(path: Path, out: str = "out.gguf", **how: Any) -> str:
     with pytest.raises(UserError) as found:
         export(path / "folded", path / out, **{"layout": "gguf", **how})
-    assert not (path / out).exists() and {file.name for file in path.iterdir()} == {"folded"}
+    assert not (path / out).exists() and {file.name for file in path.iterdir()} <= {"folded", ".out.gguf.headfold-lock"}
     return str(found.value)
 
 
@@ -240,7 +309,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "folded/tokenizer.json").write_text(text)
         assert "expected a tokenizer that tokenizers and gguf read" in refusal(tmp_path)
     byte_level(tmp_path / "folded", split(r"\d+"))
-    assert "llama.cpp knows no tokenizer that divides text as tokenizer.json does" in refusal(tmp_path)
+    assert "llama.cpp knows no tokenizer that divides text in this way" in refusal(tmp_path)
     byte_level(tmp_path / "folded")
     assert "expected a file name that ends in .gguf" in refusal(tmp_path, "out")
     assert "--quantise q2: expected one of f32, bf16, f16, q8_0, q4_0, q4_0-pure" in refusal(tmp_path, quantise="q2")
@@ -254,6 +323,16 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("mistral", {}, "without its sliding window"),
         ("llama", {"hidden_act": "gelu"}, "silu only, got gelu"),
+        (
+            "llama",
+            {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.4}},
+            "as a whole, got partial_rotary_factor 0.4",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "without its sliding window",
+        ),
         ("llama", {"rope_parameters": LONG}, "do not depend on the length, got longrope"),
         ("qwen3", {"attention_bias": True}, "qwen3 has no biases of attention, got attention_bias"),
         (
@@ -271,6 +350,20 @@ def test_models_that_llama_cpp_would_read_as_others_are_refused(
     grouped(name, [EVEN, EVEN], tmp_path / "folded")
     byte_level(tmp_path / "folded")
     assert said in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {**PLAIN, "rope_type": "never heard of"}}, {"rope_parameters": {**PLAIN, "rope_theta": None}},
+        {"max_position_embeddings": None}, {"rms_norm_eps": None}, {"hidden_size": "60"}, {"bos_token_id": "x"},
+    ],
+)  # fmt: skip
+def test_configs_that_no_class_reads_are_refused_in_one_line(fields: dict[str, Any], tmp_path: Path) -> None:
+    grouped("llama", [EVEN, EVEN], tmp_path / "folded")
+    byte_level(tmp_path / "folded")
+    changed(tmp_path / "folded/config.json", lambda config: config.update(fields))
+    assert "\n" not in refusal(tmp_path)
 
 
 def test_fold_says_that_a_file_is_for_export(readable: Path, tmp_path: Path) -> None:

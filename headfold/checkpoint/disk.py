@@ -18,6 +18,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write here",
     errno.EPERM: "no permission to write here",
+    errno.EEXIST: "a file is in the way",
     errno.ENOTDIR: "part of the path is a file, not a directory",
     errno.ELOOP: "a symbolic link is in the way",
     errno.ENAMETOOLONG: "the name is too long for this file system",

@@ -113,7 +113,9 @@ Layout = Annotated[
         metavar="LAYOUT",
         help="native, padded (unequal groups), per-layer or decilm (a count per layer), "
         "another file of exports/layouts, headfold (its own "
-        "runtime's), or for export alone gguf (a file for llama.cpp). Default: the one that stock transformers loads, if there is one.",
+        "runtime's), or for export alone gguf (a file for llama.cpp, "
+        "not compared). Default: "
+        "the one that stock transformers loads, if there is one.",
     ),
 ]
 Verify = Annotated[

@@ -19,7 +19,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path}: expected a file to write, got a directory")
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise UserError(f"{path}: expected nothing there, got a file; choose another or pass --force to replace it")
 
 
@@ -51,6 +51,17 @@ def owned_directory(directory: Path) -> Iterator[None]:
         if is_ours:
             with suppress(OSError):  # it has contents, or could not be made
                 directory.rmdir()
+
+
+@contextmanager
+def owned_file(path: Path) -> Iterator[None]:
+    """Own an output file while it is written.
+
+    Raises:
+        UserError: another run writes it.
+    """
+    with _owned(path, lock_beside(path)):
+        yield
 
 
 @contextmanager

@@ -100,7 +100,11 @@ def stock_config(source: Folded) -> "PreTrainedConfig":
 
     name = source.config["architectures"][0].removeprefix("PerLayer")
     config = {field: value for field, value in without_code(source.config).items() if field != "per_layer_config"}
-    return getattr(transformers, name).config_class.from_dict(config)
+    try:
+        return getattr(transformers, name).config_class.from_dict(config)
+    except Exception as error:  # whatever its own checks raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{source.where}: expected a config that transformers reads, got {said}; fold again") from error
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +130,8 @@ def _entries(config: Mapping[str, Any], family: Family) -> Iterator[Entry]:
     (attention,) = family.attentions
     listed = {site["module"]: site for site in (config.get("headfold") or {}).get("sites", [])}
     layers = config.get("per_layer_config") or {}
+    if not isinstance(layers, Mapping) or not all(isinstance(own, Mapping) for own in layers.values()):
+        raise UserError("config.json: expected per_layer_config with fields by layer, got something else; fold again")
     for layer in range(read_field(family, config, attention.layers)):
         own = {**config, **layers.get(str(layer), {})}
         at = attention.at.format(layer=layer, model_type=config["model_type"])

@@ -68,7 +68,10 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
     if not source.entries or source.model_type not in found.model_types:
         listed = ", ".join(found.model_types)
         raise UserError(f"{checkpoint.path}: layout {name}: expected one of {listed}, got {source.model_type}")
-    reason = found.why_not(checkpoint, source)
+    try:
+        reason = found.why_not(checkpoint, source)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"expected a config that its class reads, got {type(error).__name__} {error}; fold again"
     if reason is not None:
         raise UserError(f"{checkpoint.path}: layout {name}: {reason}")
     return found

@@ -25,6 +25,10 @@ class Architecture:
     """Whether factors of rotary frequencies are read."""
     any_head_dim: bool = True
     """Whether heads times head_dim may differ from the hidden size."""
+    partial_rotary: bool = False
+    """Whether a share of each head may be rotated; the classes of the others ignore such a share."""
+    ties: bool = True
+    """Whether the output embedding is left out where it is the input's."""
     gain_offset: float = 0.0
     """What is added to the gains of norms."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -40,9 +44,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": Architecture("qwen3", "rms_norm_eps", ("silu",), refused={"attention_bias": "has no biases of attention"}),
     "gemma": Architecture(
-        "gemma", "rms_norm_eps", ("gelu_pytorch_tanh",), gain_offset=1.0, refused={"attention_bias": "has no biases"}
+        "gemma",
+        "rms_norm_eps",
+        ("gelu_pytorch_tanh",),
+        gain_offset=1.0,
+        refused={"attention_bias": "has no biases", "use_bidirectional_attention": "attends to the past alone"},
     ),
-    "phi": Architecture("phi2", "layer_norm_eps", ("gelu_new", "gelu"), layer_norm=True, any_head_dim=False),
+    "phi": Architecture(
+        "phi2",
+        "layer_norm_eps",
+        ("gelu_new", "gelu"),
+        layer_norm=True,
+        any_head_dim=False,
+        partial_rotary=True,
+        ties=False,
+    ),
     "starcoder2": Architecture(
         "starcoder2", "norm_epsilon", ("gelu_pytorch_tanh",), layer_norm=True, any_head_dim=False
     ),
@@ -69,38 +85,76 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         scales={"logit_scale": "add_logit_scale"},
         refused={"use_qk_norm": "has norms of Q and K in larger models only", "attention_bias": "has no biases"},
     ),
-    "nemotron": Architecture("nemotron", "norm_eps", ("relu2",), layer_norm=True, any_head_dim=False, gain_offset=1.0),
-    "stablelm": Architecture("stablelm", "layer_norm_eps", ("silu",), layer_norm=True, any_head_dim=False),
+    "nemotron": Architecture(
+        "nemotron",
+        "norm_eps",
+        ("relu2",),
+        layer_norm=True,
+        any_head_dim=False,
+        partial_rotary=True,
+        ties=False,
+        gain_offset=1.0,
+    ),
+    "stablelm": Architecture(
+        "stablelm",
+        "layer_norm_eps",
+        ("silu",),
+        layer_norm=True,
+        any_head_dim=False,
+        partial_rotary=True,
+        ties=False,
+    ),
 }
 """`model_type` → the architecture that computes it."""
 
 
-def activation_of(stock: Any) -> str:
-    """Return the activation of the MLP."""
-    return str(getattr(stock, "hidden_activation", None) or stock.hidden_act)
+APPROXIMATED = {"gelu": "GELU is computed by tanh"}
+"""Activations that llama.cpp computes nearly."""
 
 
 def architecture_why_not(source: Folded, stock: Any) -> str | None:
     """Return why the architecture of a model type does not compute what a fold computes."""
     found = ARCHITECTURES[source.model_type]
-    rope = stock.rope_parameters
-    if source.has_window:
+    if _window(stock) is not None:
         return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
-    if activation_of(stock) not in found.activations:
-        return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {activation_of(stock)}"
+    if stock.hidden_act not in found.activations:
+        return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {stock.hidden_act}"
     for name, reason in found.refused.items():
         if getattr(stock, name, None):
             return f"llama.cpp's {found.name} {reason}, got {name}"
-    if len({entry.head_dim for entry in source.entries}) > 1:
-        return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
+    for name in found.scales:
+        if not getattr(stock, name):
+            return f"llama.cpp's {found.name} takes {name} of 0 for 1; fold a model that has another"
+    if getattr(stock, "use_bias", True) is False:
+        return f"llama.cpp's {found.name} needs biases, got use_bias false"
+    return _rotary_why_not(found, stock.rope_parameters) or _heads_why_not(found, source, stock)
+
+
+def _window(stock: Any) -> int | None:
+    """Return the sliding window that some layer has, None where no window is shorter than the model's context."""
+    window = getattr(stock, "sliding_window", None)
+    is_on = getattr(stock, "use_sliding_window", True) or "sliding_attention" in (
+        getattr(stock, "layer_types", None) or ()
+    )
+    return window if window is not None and is_on and window < stock.max_position_embeddings else None
+
+
+def _rotary_why_not(found: Architecture, rope: Mapping[str, Any]) -> str | None:
     if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
         return f"expected rotary frequencies that do not depend on the length, got {rope['rope_type']}"
     if rope["rope_type"] != "default" and not found.tables:
         return f"llama.cpp's {found.name} reads no factors of rotary frequencies, got {rope['rope_type']}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not found.partial_rotary:
+        return f"expected heads that are rotated as a whole, got partial_rotary_factor {rope['partial_rotary_factor']}"
+    return None
+
+
+def _heads_why_not(found: Architecture, source: Folded, stock: Any) -> str | None:
+    entry = source.entries[0]
+    if len({entry.head_dim for entry in source.entries}) > 1:
+        return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
     if not source.is_uniform and not found.per_layer:
         return f"llama.cpp's {found.name} has one number of K/V heads for all layers, got {', '.join(map(str, source.counts))}"
-    if not found.any_head_dim and (
-        not source.is_even or source.entries[0].num_heads * source.entries[0].head_dim != stock.hidden_size
-    ):
+    if not found.any_head_dim and (not source.is_even or entry.num_heads * entry.head_dim != stock.hidden_size):
         return f"llama.cpp's {found.name} has equal groups, and heads that fill the hidden size; fold with equal groups"
     return None

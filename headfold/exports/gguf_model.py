@@ -1,7 +1,7 @@
 """A fold as llama.cpp reads it: the fields that describe it, and its tensors under other names, in another order and number type."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..rotary_tables import rotary_table
 from .folded import Entry, Folded, stock_config
 from .formats import one_type
-from .gguf_architectures import ARCHITECTURES, Architecture, architecture_why_not
+from .gguf_architectures import APPROXIMATED, ARCHITECTURES, Architecture, architecture_why_not
 from .pieces import picked
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
 _MORE_BITS = ("attn_k.", "attn_v.", "token_embd.", "output.")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
 
@@ -81,6 +82,8 @@ class GgufTensor:
         tensor = picked(tensor, self.rows, self.head_dim, 0, self.inside)
         tensor = picked(tensor, self.columns, self.head_dim, 1)
         values = (tensor.float() + self.offset).contiguous().numpy()
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.old}: expected finite numbers, got NaN or infinity; fold again from good weights")
         if self.number_type == "f16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
             raise UserError(f"{self.old}: expected numbers that float16 holds, got {np.abs(values).max():g}; use bf16")
         return gguf.quants.quantize(values, self.kind)
@@ -108,7 +111,8 @@ class GgufModel:
     def heads(self) -> str:
         """The heads of the model in words."""
         query, key = (one_type(counts) for counts in (self.num_heads, self.num_kv_heads))
-        return f"{query} query heads and {key} K/V heads of {self.head_dim}"
+        heads = f"{query} query heads and {key} K/V heads of {self.head_dim}"
+        return "; ".join(filter(None, (heads, APPROXIMATED.get(self.stock.hidden_act, ""))))
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
         """Write all fields but those of the tokenizer."""
@@ -150,9 +154,16 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
-def model_why_not(source: Folded) -> str | None:
+def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
     """Return why llama.cpp cannot compute what a fold of these types computes."""
-    return architecture_why_not(source, stock_config(source))
+    stock = stock_config(source)
+    reason = architecture_why_not(source, stock)
+    rotary_table(source.config)
+    for number in (stock.rope_parameters["rope_theta"], stock.max_position_embeddings, stock.num_hidden_layers):
+        float(number)  # raises for what is no number, before anything is written
+    if reason is None and not stock.tie_word_embeddings and _HEAD not in checkpoint.tensors:
+        reason = f"expected {_HEAD}, as the embeddings are not tied, got none"
+    return reason
 
 
 def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -> GgufModel:
@@ -160,10 +171,10 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
     kind, stock, entries = ARCHITECTURES[source.model_type], stock_config(source), source.entries
     sizes = [source.group_size if source.is_uniform else entry.group_size for entry in entries]
     frequencies, factor = rotary_table(source.config)
-    if number_type is None:
-        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['k']}.weight"].dtype, "f32")
     architecture = kind.name if source.is_uniform else kind.per_layer
     tensors = _tensors(checkpoint, source, architecture, sizes, stock, number_type)
+    if number_type is None:
+        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['k']}.weight"].dtype, "f32")
     if stock.rope_parameters["rope_type"] != "default":
         factors = _frequency_factors(frequencies, float(stock.rope_parameters["rope_theta"]))
         tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", values=factors))
@@ -176,15 +187,15 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
         num_kv_heads=source.counts,
         head_dim=entries[0].head_dim,
         rotary_dim=2 * len(frequencies),
-        vocab_size=checkpoint.tensors["model.embed_tokens.weight"].shape[0],
+        vocab_size=checkpoint.tensors[_EMBEDDING].shape[0],
         attention_factor=factor,
         tensors=tuple(tensors),
-        name=checkpoint.path.name,
+        name=checkpoint.path.resolve().name,
     )
 
 
 def _tensors(
-    checkpoint: Checkpoint, source: Folded, architecture: str, sizes: Sequence[int], stock: Any, number_type: str
+    checkpoint: Checkpoint, source: Folded, architecture: str, sizes: Sequence[int], stock: Any, number_type: str | None
 ) -> list[GgufTensor]:
     """Return the tensors of the checkpoint as the architecture has them; `sizes` are those of the groups of each layer."""
     import gguf
@@ -193,10 +204,10 @@ def _tensors(
     (found_architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(found_architecture, stock.num_hidden_layers)
     projections = {name: (e, size) for e, size in zip(source.entries, sizes, strict=True) for name in e.names.values()}
-    found = []
+    found, tied = [], _is_tied(checkpoint, stock)
     for old, info in checkpoint.tensors.items():
         module, _, suffix = old.rpartition(".")
-        if suffix not in ("weight", "bias") or (module == "lm_head" and stock.tie_word_embeddings):
+        if suffix not in ("weight", "bias") or (old == _HEAD and tied):
             continue
         new = names.get_name(old, try_suffixes=(".weight", ".bias"))
         if new is None:
@@ -204,8 +215,18 @@ def _tensors(
         how = _moved(kind, module, suffix, *projections[module]) if module in projections else {}
         if kind.gain_offset and len(info.shape) == 1 and "norm" in module and suffix == "weight":
             how = {"offset": kind.gain_offset}
-        found.append(_tensor(new, old, info.shape, number_type, how))
+        found.append(_tensor(new, old, info.shape, number_type or _OF_DTYPE.get(info.dtype, "f32"), how))
+    if tied and not kind.ties:
+        (embeddings,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
+        found.append(replace(embeddings, name="output.weight"))
     return found
+
+
+def _is_tied(checkpoint: Checkpoint, stock: Any) -> bool:
+    """Return whether the output embedding is the input's; transformers does not tie two that differ on disk."""
+    if _HEAD not in checkpoint.tensors:
+        return True
+    return bool(stock.tie_word_embeddings) and torch.equal(checkpoint.read(_HEAD), checkpoint.read(_EMBEDDING))
 
 
 def _frequency_factors(frequencies: Tensor, theta: float) -> Tensor:

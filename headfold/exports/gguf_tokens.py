@@ -20,6 +20,8 @@ DIVISIONS: Mapping[tuple[str, ...], str] = {
     (QWEN_2,): "qwen2",
 }
 """The patterns that a text is divided by before merges → what llama.cpp calls them."""
+_IGNORE_MERGES = ("llama-bpe",)
+"""Divisions with which llama.cpp takes a word that is a token as it is, without merges."""
 _SPACE = "▁"
 
 
@@ -36,9 +38,8 @@ def tokenizer_why_not(directory: Path) -> str | None:
     kind = tokenizer["model"]["type"]
     if kind != "BPE":
         return f"expected a BPE tokenizer, got {kind}"
-    if not _is_sentencepiece(tokenizer) and _division(tokenizer) is None:
-        return "llama.cpp knows no tokenizer that divides text as tokenizer.json does, and would find other tokens"
-    return None
+    reason = _sentencepiece_why_not(tokenizer) if _is_sentencepiece(tokenizer) else _bytes_why_not(tokenizer)
+    return reason and f"tokenizer.json: {reason}, and llama.cpp would find other tokens"
 
 
 def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -> None:
@@ -54,12 +55,14 @@ def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -
     if sentencepiece:
         writer.add_token_scores(_scores(tokenizer, tokens))
         writer.add_add_space_prefix(_adds_space(tokenizer))
-    special = _special(directory, vocab_size)
     if not sentencepiece:
         writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    special = _special(directory, vocab_size)
+    # From tokenizer.json alone, as AutoTokenizer does; gguf reads other files too.
+    around = _around(tokenizer) or ([], [])
+    special.add_special_token = {"bos": bool(around[0]), "eos": bool(around[1])}
+    special.special_token_ids |= {kind: ids[0] for kind, ids in zip(("bos", "eos"), around, strict=True) if ids}
     special.add_to_gguf(writer, quiet=True)
-    if "bos" not in special.add_special_token:
-        writer.add_add_bos_token(False)
 
 
 def _read(directory: Path) -> dict[str, Any]:
@@ -83,7 +86,69 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     model = tokenizer["model"]
     before = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     spaces = _SPACE in json.dumps([tokenizer.get("normalizer"), before], ensure_ascii=False)
-    return bool(model.get("byte_fallback")) and spaces and all(step["type"] == "Metaspace" for step in before)
+    return bool(model.get("byte_fallback")) and spaces and not any(step["type"] == "ByteLevel" for step in before)
+
+
+def _common_why_not(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return what llama.cpp reads in no tokenizer."""
+    model = tokenizer["model"]
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            return f"BPE has {option} here"
+    for added in tokenizer.get("added_tokens") or []:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if added.get(flag):
+                return f"the token {added['content']} has {flag}"
+    if _around(tokenizer) is None:
+        return "more than one token is put before or after a text"
+    return None
+
+
+def _bytes_why_not(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return why llama.cpp does not read a byte-level tokenizer as tokenizers does."""
+    division = _division(tokenizer)
+    if division is None:
+        return "llama.cpp knows no tokenizer that divides text in this way"
+    if any(step["type"] != "NFC" for step in _steps(tokenizer.get("normalizer"), "normalizers")):
+        return "text is normalized before it is divided"
+    if bool(tokenizer["model"].get("ignore_merges")) != (division in _IGNORE_MERGES):
+        return f"ignore_merges is other than in llama.cpp's {division}"
+    return _common_why_not(tokenizer)
+
+
+def _sentencepiece_why_not(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return why llama.cpp does not read a tokenizer of SentencePiece's kind as tokenizers does."""
+    steps = _steps(tokenizer.get("normalizer"), "normalizers")
+    if any(step["type"] not in ("Prepend", "Replace") or _SPACE not in step.values() for step in steps):
+        return "text is normalized before it is divided"
+    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] != "Metaspace" and not (step["type"] == "Split" and step["pattern"] == {"String": " "}):
+            return f"text is divided by {step['type']}"
+    model = tokenizer["model"]
+    vocabulary, made = model["vocab"], {"".join(merge) for merge in model["merges"]}
+    added = {token["content"] for token in tokenizer.get("added_tokens") or []}
+    for token in vocabulary.keys() - made - added:
+        if any(token[:place] in vocabulary and token[place:] in vocabulary for place in range(1, len(token))):
+            return f"no merge makes the token {token!r}"
+    return _common_why_not(tokenizer)
+
+
+def _around(tokenizer: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+    """Return the ids of the tokens that are put before and after a text, at most one each; None for anything else."""
+    template: list[Any] = [{"Sequence": {"id": "A"}}]
+    ids: Mapping[str, Any] = {}
+    for step in _steps(tokenizer.get("post_processor"), "processors"):
+        if step["type"] == "TemplateProcessing":
+            template, ids = step["single"], step["special_tokens"]
+        elif step["type"] != "ByteLevel":
+            return None
+    place = next((place for place, piece in enumerate(template) if "Sequence" in piece), 0)
+    before, after = (
+        [ids[p["SpecialToken"]["id"]]["ids"] for p in part] for part in (template[:place], template[place + 1 :])
+    )
+    if any(len(part) > 1 or any(len(one) != 1 for one in part) for part in (before, after)):
+        return None
+    return [one[0] for one in before], [one[0] for one in after]
 
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
-from ..conversion.outputs import refuse_existing, staged
+from ..conversion.outputs import owned_file, refuse_existing, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..evaluate.verify import TOLERANCE
@@ -114,7 +114,8 @@ def _write_file(
     """Write the format of an engine."""
     form = check_format(checkpoint, source, layout, out, number_type)
     refuse_existing(out, force)
-    made = form.write(checkpoint, source, out, number_type, lambda done, total: progress("write", done, total))
+    with owned_file(out):
+        made = form.write(checkpoint, source, out, number_type, lambda done, total: progress("write", done, total))
     return ExportResult(out, layout, made.model_class, made.description, source.counts, None, None)
 
 

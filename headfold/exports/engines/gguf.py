@@ -23,7 +23,7 @@ def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
         import gguf  # noqa: F401
     except ImportError:
         return "the format needs gguf: pip install 'headfold[gguf]'"
-    return model_why_not(source) or tokenizer_why_not(checkpoint.path)
+    return model_why_not(checkpoint, source) or tokenizer_why_not(checkpoint.path)
 
 
 def write(
@@ -55,6 +55,7 @@ def write(
             flush(temporary)
             temporary.replace(path)
         finally:
+            writer.close()
             temporary.unlink(missing_ok=True)
     return Written(model.architecture, f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}")
 
