@@ -115,8 +115,9 @@ def expected(fold: Path, tokens: list[int]) -> dict[str, Any]:
     """Return what headfold's runtime says in float32: logits of every position, and greedy tokens after them."""
     model = headfold.load(fold, dtype=torch.float32)
     ids = torch.tensor([tokens])
+    model.generation_config.eos_token_id = None  # neither an end nor, as a minimum length makes it, impossible
     written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
     )  # fmt: skip
     return {"logits": model(ids).logits[0].double(), "greedy": written[0, len(tokens) :].tolist()}
 

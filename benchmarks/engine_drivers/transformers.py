@@ -23,10 +23,11 @@ def main() -> None:
         directory, torch_dtype=torch.float32, trust_remote_code=True, attn_implementation="eager"
     )
     ids = torch.tensor([request["tokens"]])
+    model.generation_config.eos_token_id = None  # neither an end nor, as a minimum length makes it, impossible
     with torch.no_grad():
         logits = model(ids).logits[0]
         written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["new_tokens"], min_new_tokens=request["new_tokens"],
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["new_tokens"],
             do_sample=False, pad_token_id=0,
         )  # fmt: skip
     try:

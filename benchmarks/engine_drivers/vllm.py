@@ -27,9 +27,7 @@ def main() -> None:
         model_impl="transformers" if "per_layer_config" in config else "auto", enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
     new, size = request["new_tokens"], config["vocab_size"]
-    asked = SamplingParams(
-        temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1
-    )
+    asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
     (found,) = engine.generate({"prompt_token_ids": request["tokens"]}, asked, use_tqdm=False)
     rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]
     logits = np.full((len(rows), size), -np.inf, dtype=np.float32)

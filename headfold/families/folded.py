@@ -68,14 +68,14 @@ def folded_config(
         for site in folded
         if not (has_one_count and site.stock_gqa)
     ]
-    told = {num_kv_heads[site.name] for site in folded}
+    counts_after = {num_kv_heads[site.name] for site in folded}
     if (
         config.get("model_type") in _COUNT_IS_READ
-        and len(told) == 1
+        and len(counts_after) == 1
         and not uneven
         and set(head_dim_multiples.values()) <= {1}
     ):
-        changes["num_key_value_heads"] = told.pop()
+        changes["num_key_value_heads"] = counts_after.pop()
     return with_old_names({**config, **changes, **({"headfold": {"sites": listed}} if listed else {})})
 
 
