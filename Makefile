@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: test demo lint docs figures gpu install help
+.PHONY: test demo lint docs figures gpu engines install help
 
 test: install  ## run the tests (the default)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist worksteal
@@ -21,6 +21,9 @@ figures: install  ## write the figures of README.md and docs/ from benchmarks/re
 
 gpu:  ## measure the CUDA GPU of this machine into benchmarks/results/gpu.json, in at most 9 minutes
 	$(PYTHON) benchmarks/gpu.py
+
+engines: install  ## run folds in llama.cpp, vLLM, mlx-lm and other transformers, each in an environment under build/engines
+	$(VENV)/bin/python benchmarks/engine_environments.py
 
 docs: install  ## check the figures, then build the documentation into site/
 	$(VENV)/bin/python scripts/figures.py --check
