@@ -154,3 +154,34 @@ def test_the_kernel_is_built_once(fresh_kernel: pytest.MonkeyPatch, tmp_path: Pa
     kernel.library.cache_clear()
     written = built.stat().st_mtime_ns
     assert kernel.library()[0] and built.stat().st_mtime_ns == written
+
+
+def planted(folder: Path, where: str) -> None:
+    """Let others write to a place that the kernel is kept in, or put a link there."""
+    caches = folder / "headfold"
+    (built,) = caches.glob("*.so")
+    if where == "a link":
+        built.rename(folder / "other.so")
+        built.symlink_to(folder / "other.so")
+    else:
+        {"parent": folder, "directory": caches, "library": built}[where].chmod(0o777)
+
+
+@needs_kernel
+@pytest.mark.parametrize("where", ["parent", "directory", "library", "a link"])
+def test_code_that_others_could_have_written_is_not_run(
+    fresh_kernel: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    assert kernel.library()[0] and not (tmp_path / "headfold").stat().st_mode & 0o077
+    planted(tmp_path, where)
+    kernel.library.cache_clear()
+    built, reason = kernel.library()
+    assert built is None and "other users can write there" in reason
+
+
+@needs_kernel
+def test_a_library_of_something_else_is_no_kernel(fresh_kernel: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh_kernel.setattr(kernel, "SOURCE", tmp_path / "other.cpp")
+    (tmp_path / "other.cpp").write_text('extern "C" int other() { return 1; }\n')
+    built, reason = kernel.library()
+    assert built is None and "undefined symbol" in reason  # not a traceback

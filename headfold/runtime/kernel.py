@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shlex
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -103,16 +104,18 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     """Return the compiled kernel, or None and the reason why there is none."""
     try:
         built = ctypes.CDLL(str(_built()), mode=os.RTLD_NOW)
+        for name in FUNCTIONS.values():
+            getattr(built, name).restype = None
+        assert built.headfold_width
     except subprocess.CalledProcessError as error:
         found: tuple[ctypes.CDLL | None, str] = (
             None,
             f"{error.cmd[0]} failed: {(error.stderr.strip() or 'silent').splitlines()[0]}",
         )
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: a user without a home
+    # RuntimeError: a user without a home. AttributeError: a library without these functions.
+    except (OSError, RuntimeError, AttributeError, subprocess.TimeoutExpired) as error:
         found = None, str(error).splitlines()[0]
     else:
-        for name in FUNCTIONS.values():
-            getattr(built, name).restype = None
         found = built, ""
     _log.debug("decode kernel: %s", found[1] or found[0])
     return found
@@ -130,8 +133,10 @@ def _built() -> Path:
     identity = "\n".join([SOURCE.read_text(), *FLAGS, *compiler, about, *sorted(processor_flags())])
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headfold"
     path = caches / f"decode-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not path.is_file():
-        caches.mkdir(parents=True, exist_ok=True)
+    caches.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_what_others_write(caches.parent, caches.parent.stat())  # where the directory could be exchanged
+    _refuse_what_others_write(caches, caches.lstat())
+    if not path.exists():
         with tempfile.TemporaryDirectory(dir=caches) as work:
             compiled, linked = Path(work) / "decode.o", Path(work) / "decode.so"
             # Linked without OpenMP's own library: the names are found in the one that torch has loaded, so its threads are used.
@@ -139,8 +144,21 @@ def _built() -> Path:
                 made = linked if step[0] == "-shared" else compiled
                 command = [*compiler, *step, str(made)]
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+            linked.chmod(0o700)
             linked.replace(path)
+    _refuse_what_others_write(path, path.lstat(), stat.S_IWGRP)
     return path
+
+
+def _refuse_what_others_write(path: Path, found: os.stat_result, also: int = 0) -> None:
+    """Refuse a place in which another user could put a library that this process would run; `also` are modes to refuse.
+
+    Raises:
+        OSError: it belongs to another user, is a link, or others may write to it (and replace what is in it).
+    """
+    others_write = found.st_mode & (stat.S_IWOTH | also) and not found.st_mode & stat.S_ISVTX
+    if others_write or found.st_uid not in (os.geteuid(), 0) or stat.S_ISLNK(found.st_mode):
+        raise OSError(f"{path}: other users can write there, so no compiled code is kept or run from it")
 
 
 CANDIDATES["kernel"] = kernel
