@@ -291,3 +291,11 @@ def test_folding_changes_one_number_of_the_config() -> None:
     sites = [site for site, _ in tiny_sites(tiny_checkpoint("qwen2"))]
     counts = {site.name: 2 for site in sites}
     assert folded_config(family_of(config), config, sites, counts) == config | {"num_key_value_heads": 2}
+
+
+def test_a_damaged_number_of_layers_is_refused_at_once() -> None:
+    config = TINY["llama"]().to_dict() | {"num_hidden_layers": 10**12}
+    with pytest.raises(
+        UserError, match=r"num_hidden_layers: expected no more layers than the checkpoint has tensors \(0\)"
+    ):
+        sites(family_of(config), config, {})

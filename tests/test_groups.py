@@ -18,7 +18,7 @@ from headfold.core import plugins
 from headfold.core.costs import SetCost, many, summed
 from headfold.core.equivalents import random_equivalent, repeated_random_equivalent
 from headfold.core.errors import UserError
-from headfold.core.groups import Groups
+from headfold.core.groups import Groups, check_group_count
 from headfold.core.heads import Heads
 from headfold.core.methods import CostMethod, GroupingMethod
 from headfold.group import costs, swap
@@ -354,3 +354,8 @@ def test_the_cost_of_absorb_is_the_same_for_random_equivalents(freedom: str) -> 
     plain, seen = (sorted(map(cost_of("absorb", s), pairs)) for s in (site, hidden))
     for found, expected in zip(seen, plain, strict=True):
         equal(found, expected)
+
+
+def test_a_damaged_number_of_heads_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="expected at most 65536 heads, got 1000000000000"):
+        check_group_count("config.json", 10**12, 8)

@@ -79,12 +79,18 @@ class Groups:
         return Groups(tuple(outer.group_of_head[group] for group in self.group_of_head))
 
 
+MOST_HEADS = 2**16
+"""More than any model has: a larger number is a damaged one, and would take the time and the memory of as many."""
+
+
 def check_group_count(where: str, num_heads: int, num_kv_heads: int) -> None:
     """Refuse a count of K/V heads that does not split `num_heads` equally, naming those that do.
 
     Raises:
         UserError: one line: where, expected, got, what to do.
     """
+    if num_heads > MOST_HEADS:
+        raise UserError(f"{where}: expected at most {MOST_HEADS} heads, got {num_heads}; correct the config")
     choices = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
     if num_kv_heads in choices:
         return
