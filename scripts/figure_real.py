@@ -12,7 +12,6 @@ NAMES = {
     "absorb+refit+heal by block": "default, then healed block by block",
     "absorb+refit+heal": "default, then healed as a whole",
     "wide": "half as many heads of twice the head_dim",
-    
     "unequal": "groups of different sizes",
     "unequal+heal": "the same, healed as a whole",
     "budget": "a count per layer (`--kv-budget`)",

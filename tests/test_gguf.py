@@ -219,13 +219,17 @@ def test_sentencepiece_has_scores_in_the_order_of_merges(tmp_path: Path) -> None
     PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(tmp_path / "folded")
-    export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf")
+    assert "space" not in export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf").description
     fields = Gguf(tmp_path / "out.gguf").fields
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
     assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 1]
     score = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
     assert score["▁a"] > score["ab"] > score["▁ab"] > score["a"]
     assert "tokenizer.ggml.merges" not in fields
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    changed(tmp_path / "folded/tokenizer.json", lambda t: t.update(normalizer=None, pre_tokenizer=first))
+    said = export(tmp_path / "folded", tmp_path / "first.gguf", layout="gguf").description
+    assert "llama.cpp puts a space after special tokens within a text" in said
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

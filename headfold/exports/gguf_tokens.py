@@ -42,9 +42,16 @@ def tokenizer_why_not(directory: Path) -> str | None:
     return reason and f"tokenizer.json: {reason}, and llama.cpp would find other tokens"
 
 
+def tokenizer_note(directory: Path) -> str:
+    """Return what llama.cpp does otherwise where special tokens stand within a text; empty where nothing."""
+    steps = _steps(_read(directory).get("pre_tokenizer"), "pretokenizers")
+    if any(step.get("prepend_scheme") == "first" for step in steps):
+        return "llama.cpp puts a space after special tokens within a text, this tokenizer does not"
+    return ""
+
+
 def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -> None:
     """Write tokens, merges or scores, special tokens and the chat template."""
-
     tokenizer = _read(directory)
     tokens, types = _tokens(tokenizer, vocab_size)
     sentencepiece = _is_sentencepiece(tokenizer)

@@ -14,7 +14,7 @@ from ...checkpoint.reader import Checkpoint
 from ..folded import Folded
 from ..formats import EngineFormat, Written
 from ..gguf_model import MODEL_TYPES, NUMBER_TYPES, described, model_why_not
-from ..gguf_tokens import add_tokenizer, tokenizer_why_not
+from ..gguf_tokens import add_tokenizer, tokenizer_note, tokenizer_why_not
 
 
 def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
@@ -57,7 +57,8 @@ def write(
         finally:
             writer.close()
             temporary.unlink(missing_ok=True)
-    return Written(model.architecture, f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}")
+    said = f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}"
+    return Written(model.architecture, "; ".join(filter(None, (said, tokenizer_note(checkpoint.path)))))
 
 
 FORMAT = EngineFormat(
