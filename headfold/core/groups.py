@@ -80,7 +80,7 @@ class Groups:
 
 
 MOST_HEADS = 2**16
-"""More than any model has: a larger number is a damaged one, and would take the time and the memory of as many."""
+"""More than any model has: a larger number is an error, and would take the time and the memory of as many."""
 
 
 def check_group_count(where: str, num_heads: int, num_kv_heads: int) -> None:
