@@ -62,12 +62,17 @@ def rate(step: int, progress: float, peak: float = PEAK_RATE) -> float:
     return peak * min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict:
-    """Train for `seconds` or one epoch, whichever ends first; return what was done."""
+def optimizer_of(model: LlamaForCausalLM, beta: float) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices alone; `beta` is that of the second moment."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, beta), fused=True)
+
+
+def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float) -> dict:
+    """Train for `seconds` or one epoch, whichever ends first; return what was done."""
+    optimizer = optimizer_of(model, 0.98)
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     num_steps, start, done = len(windows) // BATCH, time.monotonic(), 0

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from train_bundled import encode, rate, train_tokenizer
+from train_bundled import encode, optimizer_of, rate, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT, BATCH, VOCABULARY = 1024, 32, 16384
-PEAK_RATE, DECAY = 1e-3, 0.1
+PEAK_RATE = 1e-3
 TOKENIZER_BYTES, TEXT_BYTES = 1 << 25, 1 << 21
 LARGEST_FILE = 1 << 20
 """Larger files are tables, not code."""
@@ -78,10 +78,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, seconds: float, batch_s
     for layer in model.model.layers:
         layer.compile()  # by layer: one compilation serves all
     last = torch.compile(negative_log_likelihood)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = optimizer_of(model, 0.95)
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     num_steps, start, done = len(windows) // batch_size, time.monotonic(), 0

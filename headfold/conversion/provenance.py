@@ -48,7 +48,7 @@ def card_facts(
         for name, site in planned.items()
         if site.error and site.energy
     }
-    counts = plan.num_kv_heads.values()
+    counts, config = plan.num_kv_heads.values(), _config_in(staging)
     return CardFacts(
         base_model=source.name,
         family=source.checkpoint.config["model_type"],
@@ -66,8 +66,8 @@ def card_facts(
         refit_text=fitting.data or {},
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
-        grouped_class=_grouped_class(staging),
-        misread=misread_by(json.loads((staging / "config.json").read_text())),
+        grouped_class=_grouped_class(config),
+        misread=misread_by(config),
         seconds=times[0],
         estimated=times[1],
         verification=None if verification is None else (
@@ -105,9 +105,13 @@ def _data_options(data: Mapping[str, Any]) -> list[str]:
     return words + ([f"--context {data['context']}"] if data["context"] else [])
 
 
-def _grouped_class(staging: Path) -> str:
+def _config_in(staging: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((staging / "config.json").read_text())
+    return config
+
+
+def _grouped_class(config: Mapping[str, Any]) -> str:
     """Return the auto class for the source's own task, where the output brings code along; else an empty string."""
-    config = json.loads((staging / "config.json").read_text())
     name = f".Grouped{next(iter(config.get('architectures') or ['']))}"
     found = [auto for auto, target in (config.get("auto_map") or {}).items() if target.endswith(name)]
     return (found or ["AutoModel"])[0] if "headfold" in config else ""
@@ -138,7 +142,7 @@ def notes_on(
         notes.append(
             f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {group}"
         )
-    config = json.loads((staging / "config.json").read_text())
+    config = _config_in(staging)
     if "headfold" in config:
         notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
     if misread := misread_by(config):

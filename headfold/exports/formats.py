@@ -4,14 +4,12 @@ A format is one file in `headfold/exports/engines` with one `FORMAT` record; the
 """
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.reader import Checkpoint
+from ..core import plugins
 from ..core.errors import UserError
 from . import engines
 from .folded import Folded
@@ -33,7 +31,7 @@ class EngineFormat:
         name: the word for `--layout`.
         suffix: how the name of an output ends, which is one file.
         model_types: the `model_type`s that can be written.
-        number_types: the words for `--quantise`; the first that holds the checkpoint's numbers is the default.
+        number_types: the words for `--quantise`; without it each tensor keeps its own numbers.
         why_not: returns the reason why one model of these types cannot be written, None where it can.
         write: writes the file; gets checkpoint, fold, path, number type or None, and a function that is told bytes done and in all.
     """
@@ -49,9 +47,7 @@ class EngineFormat:
 @functools.cache
 def engine_formats() -> Mapping[str, EngineFormat]:
     """Return all formats by name."""
-    pages = [module.name for module in pkgutil.iter_modules(engines.__path__)]
-    found = [importlib.import_module(f"{engines.__name__}.{page}").FORMAT for page in pages]
-    return {each.name: each for each in found}
+    return {page: plugins.load(engines, page, EngineFormat) for page in plugins.names(engines)}
 
 
 def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, number_type: str | None) -> EngineFormat:
@@ -88,8 +84,3 @@ def refuse_format(layout: str | None) -> None:
             f"--layout {layout}: expected the layout of a checkpoint, got the format of an engine; leave it out, then run headfold export "
             f"FOLD OUT{engine_formats()[layout].suffix} --layout {layout}"
         )
-
-
-def one_type(value: Any) -> Any:
-    """Return a list's only distinct value, or the list."""
-    return value[0] if len(set(value)) == 1 else value

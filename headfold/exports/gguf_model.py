@@ -12,7 +12,6 @@ from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..rotary_tables import rotary_table
 from .folded import Entry, Folded, stock_config
-from .formats import one_type
 from .gguf_architectures import APPROXIMATED, ARCHITECTURES, Architecture, architecture_why_not
 from .pieces import picked
 
@@ -110,7 +109,7 @@ class GgufModel:
     @property
     def heads(self) -> str:
         """The heads of the model in words."""
-        query, key = (one_type(counts) for counts in (self.num_heads, self.num_kv_heads))
+        query, key = (n[0] if len(set(n)) == 1 else n for n in (self.num_heads, self.num_kv_heads))
         heads = f"{query} query heads and {key} K/V heads of {self.head_dim}"
         return "; ".join(filter(None, (heads, APPROXIMATED.get(self.stock.hidden_act, ""))))
 
@@ -167,7 +166,7 @@ def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
 
 
 def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -> GgufModel:
-    """Return what is written of a fold, without reading a tensor."""
+    """Return what is written of a fold, without reading a tensor but embeddings that may be tied."""
     kind, stock, entries = ARCHITECTURES[source.model_type], stock_config(source), source.entries
     sizes = [source.group_size if source.is_uniform else entry.group_size for entry in entries]
     frequencies, factor = rotary_table(source.config)

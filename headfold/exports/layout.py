@@ -4,13 +4,12 @@ A layout is one file in `headfold/exports/layouts` with one `LAYOUT` record; the
 """
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..checkpoint.reader import Checkpoint
+from ..core import plugins
 from ..core.errors import UserError
 from . import layouts
 from .folded import Folded, folded
@@ -52,8 +51,7 @@ class ExportLayout:
 @functools.cache
 def export_layouts() -> Mapping[str, ExportLayout]:
     """Return all layouts by name, those that `fold` tries by itself first."""
-    pages = [module.name for module in pkgutil.iter_modules(layouts.__path__)]
-    found = [importlib.import_module(f"{layouts.__name__}.{page}").LAYOUT for page in pages]
+    found = [plugins.load(layouts, page, ExportLayout) for page in plugins.names(layouts)]
     found.sort(key=lambda layout: (layout.priority is None, layout.priority, layout.name))
     return {layout.name: layout for layout in found}
 

@@ -106,7 +106,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         built = ctypes.CDLL(str(_built()), mode=os.RTLD_NOW)
         for name in FUNCTIONS.values():
             getattr(built, name).restype = None
-        assert built.headfold_width
+        _ = built.headfold_width  # looked up now, as the others are
     except subprocess.CalledProcessError as error:
         found: tuple[ctypes.CDLL | None, str] = (
             None,
