@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.reader import Checkpoint
 from ..core import plugins
 from ..core.errors import UserError
+from ..core.progress import Progress
 from . import engines
 from .folded import Folded
 
@@ -29,11 +30,14 @@ class EngineFormat:
 
     Attributes:
         name: the word for `--layout`.
-        suffix: how the name of an output ends, which is one file.
+        suffix: how the name of an output ends that is one file; empty where it is a directory.
         model_types: the `model_type`s that can be written.
         number_types: the words for `--quantise`; without it each tensor keeps its own numbers.
         why_not: returns the reason why one model of these types cannot be written, None where it can.
-        write: writes the file; gets checkpoint, fold, path, number type or None, and a function that is told bytes done and in all.
+        write: writes the file, or into the directory, which is there; gets checkpoint, fold, path, number type or None, and a function
+            that is told bytes done and in all.
+        compare: runs in its engine what was written, and returns the largest difference from headfold's runtime, and the tolerance; None
+            where headfold does not run the engine.
     """
 
     name: str
@@ -42,6 +46,7 @@ class EngineFormat:
     number_types: Sequence[str]
     why_not: Callable[[Checkpoint, Folded], str | None]
     write: Callable[[Checkpoint, Folded, Path, str | None, Callable[[int, int], None]], Written]
+    compare: Callable[[Checkpoint, Path, Progress], tuple[float, float]] | None = None
 
 
 @functools.cache
@@ -57,11 +62,11 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
         UserError: it does not, the output has another suffix, or the number type is unknown.
     """
     found = engine_formats()[name]
-    if out.suffix != found.suffix:
+    if found.suffix and out.suffix != found.suffix:
         raise UserError(f"{out}: layout {name}: expected a file name that ends in {found.suffix}; choose another")
     if number_type not in (None, *found.number_types):
         raise UserError(f"--quantise {number_type}: expected one of {', '.join(found.number_types)}")
-    if not source.entries or source.model_type not in found.model_types:
+    if source.model_type not in found.model_types:
         listed = ", ".join(found.model_types)
         raise UserError(f"{checkpoint.path}: layout {name}: expected one of {listed}, got {source.model_type}")
     try:

@@ -1,6 +1,7 @@
 """Write a fold again in another layout: the same function in a form that other classes or engines read."""
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from ..core.progress import Progress, no_progress
 from ..evaluate.verify import TOLERANCE
 from ..exports.card import exported_card
 from ..exports.folded import Folded, open_folded
-from ..exports.formats import check_format, engine_formats
+from ..exports.formats import EngineFormat, check_format, engine_formats
 from ..exports.layout import choose_layout, make_export
 from ..exports.misread import misread_by
 from ..exports.pieces import Export, write_export
@@ -81,7 +82,9 @@ def export(
     refuse_overlap(Path(folded), out)
     checkpoint, source = open_folded(folded)
     if layout in engine_formats():
-        return _write_file(checkpoint, source, out, str(layout), quantise, force, progress)
+        form = check_format(checkpoint, source, str(layout), out, quantise)
+        write_format = _write_file if form.suffix else _write_directory
+        return write_format(checkpoint, source, out, form, quantise, force, verify, progress)
     if quantise is not None:
         raise UserError(
             f"--quantise {quantise}: expected --layout {', '.join(engine_formats())} with it; checkpoints keep their numbers"
@@ -106,17 +109,39 @@ def _write_file(
     checkpoint: Checkpoint,
     source: Folded,
     out: Path,
-    layout: str,
+    form: EngineFormat,
     number_type: str | None,
     force: bool,
+    verify: bool,
     progress: Progress,
 ) -> ExportResult:
-    """Write the format of an engine."""
-    form = check_format(checkpoint, source, layout, out, number_type)
+    """Write the file that an engine reads."""
     refuse_existing(out, force)
     with owned_file(out):
         made = form.write(checkpoint, source, out, number_type, lambda done, total: progress("write", done, total))
-    return ExportResult(out, layout, made.model_class, made.description, source.counts, None, None)
+    return ExportResult(out, form.name, made.model_class, made.description, source.counts, None, None)
+
+
+def _write_directory(
+    checkpoint: Checkpoint,
+    source: Folded,
+    out: Path,
+    form: EngineFormat,
+    number_type: str | None,
+    force: bool,
+    verify: bool,
+    progress: Progress,
+) -> ExportResult:
+    """Write the directory that an engine reads, and compare it if the format can; nothing is kept of an export that was killed."""
+    with staged(out, os.urandom(16).hex(), force) as staging:
+        made = form.write(checkpoint, source, staging, number_type, lambda done, total: progress("write", done, total))
+        found = (
+            form.compare(checkpoint, staging, progress)
+            if verify and form.compare and number_type is None
+            else (None, None)
+        )
+        commit(staging, out, force)
+    return ExportResult(out, form.name, made.model_class, made.description, source.counts, *found)
 
 
 def _nothing_to_export(source: Folded) -> str:

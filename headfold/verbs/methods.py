@@ -81,7 +81,7 @@ def _format_page(found: EngineFormat) -> MethodPage:
     """Return the page of an engine format: the docstring of its file, and what its record declares."""
     facts = [
         f"Model types: {', '.join(found.model_types)}.",
-        f"One file whose name ends in {found.suffix}, which headfold export writes.",
+        f"{f'One file whose name ends in {found.suffix}' if found.suffix else 'A directory'}, which headfold export writes.",
         f"--quantise: {', '.join(found.number_types)}.",
     ]
     page = f"{plugins.documentation(engines, found.name)}\n\n{' '.join(facts)}"

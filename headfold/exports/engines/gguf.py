@@ -23,6 +23,8 @@ def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
         import gguf  # noqa: F401
     except ImportError:
         return "the format needs gguf: pip install 'headfold[gguf]'"
+    if not source.entries:
+        return "expected a model that generates text; llama.cpp's own converter writes the others"
     return model_why_not(checkpoint, source) or tokenizer_why_not(checkpoint.path)
 
 
