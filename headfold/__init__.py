@@ -1,8 +1,8 @@
 """headfold: fold a checkpoint's key/value heads. The same model with a smaller KV cache.
 
 The public functions are the verbs of the command line, under the same names and with the same words: `fold`, `calibrate`, `plan`,
-`inspect`, `eval`, `export`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `detect`, `methods`, `demo`; and `load`, which opens what
-`fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
+`inspect`, `eval`, `export`, `check`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `detect`, `methods`, `demo`; and `load`, which
+opens what `fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
 `attn_implementation="headfold"`.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .runtime.load import load
     from .verbs.bench import bench
     from .verbs.calibrate import calibrate
+    from .verbs.check import check
     from .verbs.compare import compare
     from .verbs.demo import demo
     from .verbs.detect import detect
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _VERBS = (
     "bench",
     "calibrate",
+    "check",
     "compare",
     "demo",
     "detect",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "bench",
     "calibrate",
+    "check",
     "compare",
     "demo",
     "detect",

@@ -32,7 +32,7 @@ FLOORS = {
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("runtime",),
-    7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report"),
+    7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving"),
     8: ("conversion",),
     9: ("budget", "uptraining"),
     10: ("verbs",),
@@ -55,8 +55,8 @@ SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 VERBS = (
-    "demo", "inspect", "methods", "detect", "calibrate", "plan", "fold", "export", "route", "uptrain", "eval", "compare", "frontier",
-    "bench",
+    "demo", "inspect", "methods", "detect", "calibrate", "plan", "fold", "export", "check", "route", "uptrain", "eval", "compare",
+    "frontier", "bench",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ..parallel import is_main
 from . import (
     bench,
     calibrate,
+    check,
     compare,
     demo,
     detect,
@@ -77,6 +78,7 @@ _add(FOLD, calibrate.calibrate, calibrate.EXAMPLES)
 _add(FOLD, plan.plan, plan.EXAMPLES)
 _add(FOLD, fold.fold, fold.EXAMPLES)
 _add(AFTER, export.export, export.EXAMPLES)
+_add(AFTER, check.check, check.EXAMPLES)
 _add(AFTER, route.route, route.EXAMPLES)
 _add(AFTER, uptrain.uptrain, uptrain.EXAMPLES)
 _add(MEASURE, evaluate.evaluate, evaluate.EXAMPLES, name="eval")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def export(
     checkpoint, source = open_folded(folded)
     if layout in engine_formats():
         form = check_format(checkpoint, source, str(layout), out, quantise)
-        write_format = _write_file if form.suffix else _write_directory
-        return write_format(checkpoint, source, out, form, quantise, force, verify, progress)
+        return _write_format(checkpoint, source, out, form, quantise, force, verify, progress)
     if quantise is not None:
         raise UserError(
             f"--quantise {quantise}: expected --layout {', '.join(engine_formats())} with it; checkpoints keep their numbers"
@@ -105,7 +105,7 @@ def export(
     return ExportResult(out, chosen, made.model_class, description, source.counts, difference, tolerance)
 
 
-def _write_file(
+def _write_format(
     checkpoint: Checkpoint,
     source: Folded,
     out: Path,
@@ -115,33 +115,20 @@ def _write_file(
     verify: bool,
     progress: Progress,
 ) -> ExportResult:
-    """Write the file that an engine reads."""
-    refuse_existing(out, force)
-    with owned_file(out):
-        made = form.write(checkpoint, source, out, number_type, lambda done, total: progress("write", done, total))
-    return ExportResult(out, form.name, made.model_class, made.description, source.counts, None, None)
-
-
-def _write_directory(
-    checkpoint: Checkpoint,
-    source: Folded,
-    out: Path,
-    form: EngineFormat,
-    number_type: str | None,
-    force: bool,
-    verify: bool,
-    progress: Progress,
-) -> ExportResult:
-    """Write the directory that an engine reads, and compare it if the format can; nothing is kept of an export that was killed."""
-    with staged(out, os.urandom(16).hex(), force) as staging:
-        made = form.write(checkpoint, source, staging, number_type, lambda done, total: progress("write", done, total))
-        found = (
-            form.compare(checkpoint, staging, progress)
-            if verify and form.compare and number_type is None
-            else (None, None)
-        )
-        commit(staging, out, force)
-    return ExportResult(out, form.name, made.model_class, made.description, source.counts, *found)
+    """Write the file or directory that an engine reads; directories are compared where the format can, and nothing of a kill is kept."""
+    advance = partial(progress, "write")
+    difference: tuple[float, float] | tuple[None, None] = (None, None)
+    if form.suffix:
+        refuse_existing(out, force)
+        with owned_file(out):
+            made = form.write(checkpoint, source, out, number_type, advance)
+    else:
+        with staged(out, os.urandom(16).hex(), force) as staging:
+            made = form.write(checkpoint, source, staging, number_type, advance)
+            if verify and form.compare and number_type is None:
+                difference = form.compare(checkpoint, staging, progress)
+            commit(staging, out, force)
+    return ExportResult(out, form.name, made.model_class, made.description, source.counts, *difference)
 
 
 def _nothing_to_export(source: Folded) -> str:

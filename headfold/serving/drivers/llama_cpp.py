@@ -2,15 +2,15 @@
 
     python llama_cpp.py FILE REQUEST.json ANSWER.json
 
-REQUEST has `tokens`, `new_tokens`, and perhaps `text`; ANSWER gets `logits` of every position (as a .npy file beside it), `greedy`, and
-the tokens of the text.
+REQUEST has `tokens`, `new_tokens`, and perhaps `text`; ANSWER gets `logits` of every position (as a .npy file beside it), `greedy`,
+the tokens of the text, and what a new token takes: seconds, and bytes of the cache.
 """
 
 import ctypes
 import json
 import os
 import sys
-from importlib.metadata import version
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def main() -> None:
     for place in range(len(tokens)):
         row = lib.llama_get_logits_ith(context, place)
         logits[place] = np.frombuffer(ffi.buffer(row, size * 4), dtype=np.float32)
+    kept = lib.llama_state_seq_get_size(context, 0) / len(tokens)  # with a few bytes of bookkeeping
     greedy, last = [], logits[-1]
+    started = time.perf_counter()
     for step in range(request["new_tokens"]):
         greedy.append(int(last.argmax()))
         batch.n_tokens = 1
@@ -73,7 +75,8 @@ def main() -> None:
             raise SystemExit("llama.cpp does not decode a new token")
         row = lib.llama_get_logits_ith(context, 0)
         last = np.frombuffer(ffi.buffer(row, size * 4), dtype=np.float32).copy()
-    found: dict[str, Any] = {"greedy": greedy, "version": version("llama-cpp-py-sync")}
+    seconds = (time.perf_counter() - started) / request["new_tokens"]
+    found: dict[str, Any] = {"greedy": greedy, "seconds_per_token": seconds, "kv_bytes_per_token": kept}
     if "text" in request:
         text = request["text"].encode()
         room = len(text) + 16

@@ -1,0 +1,78 @@
+"""headfold check."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from .options import DATA, MEASURE, Debug, Json, option
+from .output import answered
+
+EXAMPLES = (
+    "headfold check my-model-gqa",
+    "headfold check my-model-gqa --engine transformers --engine vllm=vllm-env/bin/python",
+)
+
+
+def check(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A checkpoint directory that headfold fold wrote, or an original.")
+    ],
+    engine: Annotated[
+        list[str] | None,
+        option(
+            "--engine", panel=MEASURE, metavar="NAME[=PYTHON]",
+            help="Run the model in this engine, as this Python, or the one that PYTHON names, has it; may be repeated. all: in every "
+            "engine that this Python has. Without it nothing is run.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        option("--text", panel=DATA, metavar="FILE", help="Text to compute on. Default: Python source that comes with headfold."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        option("--tokens", panel=DATA, metavar="N", min=1, help="Tokens to compare logits on. Default: 240, or what the model takes."),
+    ] = None,
+    new_tokens: Annotated[
+        int, option("--new-tokens", panel=DATA, metavar="N", min=2, help="Greedy tokens after them.")
+    ] = 64,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run a fold in serving engines.
+
+    Compares their logits and greedy tokens, in float32, with those of headfold's runtime, and shows their speed and the size of their
+    caches. Without --engine it lists the engines: how each is installed, and the command that serves the fold. The exit code is 1
+    where an engine refuses the fold or computes something else."""
+    from ..report.checks import show_check
+    from ..report.progress import ProgressReport
+    from ..verbs import check as verb
+
+    with ProgressReport(silent=as_json) as progress:
+        found = verb.check(
+            model, engines=_engines(engine or []), text=text, tokens=tokens, new_tokens=new_tokens, progress=progress
+        )
+    if not answered(found.to_json(), as_json):
+        show_check(found)
+    if not found.is_right:
+        raise typer.Exit(1)
+
+
+def _engines(words: list[str]) -> dict[str, str | None]:
+    """Return engine → Python as `--engine` names them.
+
+    Raises:
+        UserError: an engine is named twice.
+    """
+    from ..serving.ask import installed_here
+
+    named: dict[str, str | None] = {}
+    for word in words:
+        name, _, python = word.partition("=")
+        for one in installed_here() if word == "all" else [name]:
+            if one in named and word != "all":
+                raise UserError(f"--engine {word}: expected each engine once, got {name} twice; leave one out")
+            named.setdefault(one, python or None)
+    return named

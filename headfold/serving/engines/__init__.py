@@ -1,0 +1,1 @@
+"""One page per serving engine; the folder is the registry."""

@@ -1,0 +1,52 @@
+"""How far what an engine computes is from what headfold's runtime computes."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .ask import Answer
+
+SAME_KL = 1e-6
+"""Nats per token. Engines that compute in float32 are below 1e-11; llama.cpp takes GELU from a table in float16, which costs 2e-7."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """An engine's answer beside that of headfold's runtime."""
+
+    kl: float
+    """Of the runtime's next-token distribution from the engine's, nats per token."""
+    greatest_difference: float
+    """Of a log-probability."""
+    num_same_greedy: int
+    num_greedy: int
+    same_tokens_of_text: bool | None
+    """Whether both divide the text alike; None where the engine was not asked."""
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the engine computes the same model, and reads text as the same tokens."""
+        same_text = self.same_tokens_of_text is not False
+        return self.kl <= SAME_KL and self.num_same_greedy == self.num_greedy and same_text
+
+
+def likeness(
+    answer: Answer,
+    logits: Float[Tensor, "token vocab"],
+    greedy: tuple[int, ...],
+    tokens: tuple[int, ...],
+) -> Likeness:
+    """Return how far an answer is from the logits, greedy tokens and tokens of the text of headfold's runtime.
+
+    Engines may have logits for more entries than the vocabulary has, which are left out.
+    """
+    ours, theirs = logits.double().log_softmax(-1), answer.logits[:, : logits.shape[-1]].log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    return Likeness(
+        kl=kl.mean().item(),
+        greatest_difference=(ours - theirs).abs().max().item(),
+        num_same_greedy=sum(a == b for a, b in zip(answer.greedy, greedy, strict=False)),
+        num_greedy=len(greedy),
+        same_tokens_of_text=None if answer.tokens is None else answer.tokens == tokens,
+    )

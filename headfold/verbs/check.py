@@ -1,0 +1,130 @@
+"""Run a fold in the engines that serve it, and compare what they compute with headfold's runtime."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..checkpoint.reader import Checkpoint
+from ..core.errors import UserError
+from ..core.progress import Progress, counter, no_progress
+from ..exports.folded import Folded, open_folded
+from ..exports.formats import check_format, engine_formats
+from ..families.cached import stored_kv_bytes_per_token
+from ..parallel import main_only
+from ..serving.ask import Installed, Refusal, ask, installed
+from ..serving.engine import Engine, all_engines, engine_named
+from ..serving.expected import Expected, expected
+from ..serving.likeness import likeness
+from ..serving.result import CheckResult, CheckRow
+
+NEW_TOKENS = 64
+TEXT = Path(__file__).parents[1] / "bundled" / "heldout.txt"
+FLOAT32 = 4
+"""Bytes."""
+
+
+@main_only
+def check(
+    model: str | Path,
+    *,
+    engines: Sequence[str] | Mapping[str, str | Path | None] = (),
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Run a language model in serving engines, and compare their logits and greedy tokens with those of headfold's runtime.
+
+    All compute in float32, on one processor. What an engine reads files of is exported to a temporary place first, also in float32.
+
+    Args:
+        model: A checkpoint directory that `headfold.fold` wrote, or an original.
+        engines: Names of engines, or name → the Python that has the engine (None for this one). Without any nothing is run, and the
+            rows say how each engine is installed and how it serves the model.
+        text: A text file to compute on; by default Python source that comes with the package.
+        tokens: Tokens of the text that logits are compared on; by default 240, or what the model takes.
+        new_tokens: Greedy tokens after them, at least 2.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        UserError: no language model, an unknown engine, one that is not installed, or a text that is too short.
+    """
+    path, progress = Path(model), progress or no_progress
+    pythons = dict(engines) if isinstance(engines, Mapping) else dict.fromkeys(engines)
+    checkpoint, source = open_folded(path)
+    _refuse_others(source)
+    found = [installed(engine_named(name), None if at is None else Path(at)) for name, at in pythons.items()]
+    if found:
+        advance = counter(progress, "check", 1 + len(found))
+        wanted = expected(checkpoint, Path(text or TEXT), tokens, new_tokens)
+        advance(1)
+        rows = []
+        for one in found:
+            rows.append(_run(one, checkpoint, source, wanted))
+            advance(1)
+        tokens = len(wanted.request.tokens)
+    else:
+        rows = [CheckRow(engine, _serving(engine, path, source)) for engine in all_engines().values()]
+    kv_bytes = stored_kv_bytes_per_token(checkpoint.config, checkpoint.tensors, FLOAT32)
+    return CheckResult(path, tuple(rows), kv_bytes, tokens or 0, new_tokens)
+
+
+def _refuse_others(source: Folded) -> None:
+    named = source.config.get("architectures") or ["no class"]
+    if not str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        raise UserError(
+            f"{source.where}: expected a language model, which engines are compared on by its next tokens, got {named[0]}; headfold "
+            "export compares what it writes for others"
+        )
+
+
+def _serving(engine: Engine, path: Path, source: Folded) -> str:
+    """Return the command that serves a model, after the export where the engine reads another form."""
+    if engine.reads is None:
+        return engine.serve(path, source.config)
+    file = path.with_name(f"{path.name}{engine_formats()[engine.reads].suffix or f'-{engine.reads}'}")
+    return f"headfold export {path} {file} --layout {engine.reads} && {engine.serve(file, source.config)}"
+
+
+def _run(one: Installed, checkpoint: Checkpoint, source: Folded, wanted: Expected) -> CheckRow:
+    """Return what one engine makes of the model."""
+    serve = _serving(one.engine, checkpoint.path, source)
+    with tempfile.TemporaryDirectory(prefix="headfold-check-") as folder:
+        try:
+            read = _as_read(one.engine, checkpoint, source, Path(folder))
+        except UserError as error:
+            return CheckRow(one.engine, serve, one.version, refused=f"cannot be written for it: {error}")
+        answer = ask(one, read, wanted.request)
+    if isinstance(answer, Refusal):
+        return CheckRow(one.engine, serve, one.version, refused=answer.reason + _instead(one.engine, checkpoint))
+    per_token = answer.seconds_per_token
+    return CheckRow(
+        one.engine,
+        serve,
+        one.version,
+        found=likeness(answer, wanted.logits, wanted.greedy, wanted.tokens),
+        tokens_per_second=1 / per_token if per_token else None,
+        kv_bytes_per_token=answer.kv_bytes_per_token,
+    )
+
+
+def _instead(engine: Engine, checkpoint: Checkpoint) -> str:
+    """Return what to do with a checkpoint that an engine does not read, where headfold knows."""
+    layout = next((layout for field, layout in engine.instead.items() if field in checkpoint.config), None)
+    return f"; headfold export {checkpoint.path} OUT --layout {layout} writes what it reads" if layout else ""
+
+
+def _as_read(engine: Engine, checkpoint: Checkpoint, source: Folded, folder: Path) -> Path:
+    """Return the model in the form that an engine reads: itself, or what is exported of it into a folder.
+
+    Raises:
+        UserError: the form does not hold it.
+    """
+    if engine.reads is None:
+        return checkpoint.path
+    out = folder / f"model{engine_formats()[engine.reads].suffix}"
+    form = check_format(checkpoint, source, engine.reads, out, engine.number_type)
+    if not form.suffix:
+        out.mkdir()
+    form.write(checkpoint, source, out, engine.number_type, lambda done, total: None)
+    return out
