@@ -3,12 +3,14 @@
     python llama_cpp.py FILE REQUEST.json ANSWER.json
 
 REQUEST has `tokens`, `new_tokens`, and perhaps `text`; ANSWER gets `logits` of every position (as a .npy file beside it), `greedy`,
-the tokens of the text, and what a new token takes: seconds, and bytes of the cache.
+the tokens of the text, and what a new token takes: seconds, and bytes of the cache. A REQUEST with `depths` is timed instead: ANSWER gets
+`seconds_at`, the seconds of a new token after so many others, with a cache in float16 and as many threads as `threads` says.
 """
 
 import ctypes
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,56 +35,101 @@ def opened() -> tuple[Any, Any]:
     return get_ffi(), get_ffi().dlopen(named)
 
 
+class Session:
+    """A model file in llama.cpp, with a cache for one text."""
+
+    def __init__(self, model_file: str, room: int, threads: int, *, exact: bool) -> None:
+        self.ffi, self.lib = opened()
+        self.lib.llama_backend_init()
+        how = self.lib.llama_model_default_params()
+        how.n_gpu_layers = 0
+        self.model = self.lib.llama_model_load_from_file(model_file.encode(), how)
+        if self.model == self.ffi.NULL:
+            raise SystemExit("llama.cpp does not load the file")
+        self.vocabulary = self.lib.llama_model_get_vocab(self.model)
+        self.size = self.lib.llama_vocab_n_tokens(self.vocabulary)
+        options = self.lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = room
+        options.n_ubatch = room if exact else min(room, 512)
+        if exact:  # float32, and no flash attention, which computes in float16
+            options.type_k = options.type_v = options.flash_attn_type = 0
+        options.n_threads = options.n_threads_batch = threads
+        self.context = self.lib.llama_init_from_model(self.model, options)
+        self.batch = self.lib.llama_batch_init(room, 0, 1)
+        self.position = 0
+
+    def read(self, tokens: list[int], *, all_logits: bool = False) -> None:
+        """Put tokens after those that the cache has."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, self.position + place, 1
+            batch.logits[place] = int(all_logits or place == len(tokens) - 1)
+            batch.seq_id[place][0] = 0
+        if self.lib.llama_decode(self.context, batch):
+            raise SystemExit(f"llama.cpp does not decode {len(tokens)} tokens at {self.position}")
+        self.position += len(tokens)
+
+    def logits(self, place: int) -> Any:
+        """Return the logits of one token of the last batch."""
+        row = self.lib.llama_get_logits_ith(self.context, place)
+        return np.frombuffer(self.ffi.buffer(row, self.size * 4), dtype=np.float32).copy()
+
+    def tokens_of(self, text: bytes, special: bool) -> list[int]:
+        """Return the tokens that llama.cpp divides a text into."""
+        room = len(text) + 16
+        into = self.ffi.new(f"llama_token[{room}]")
+        count = self.lib.llama_tokenize(self.vocabulary, text, len(text), into, room, special, False)
+        return [int(into[place]) for place in range(count)]
+
+
+def computed(model_file: str, request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return what a request asks for, and the logits."""
+    tokens, new = request["tokens"], request["new_tokens"]
+    # One thread: its threads wait in a loop, beside other jobs for minutes.
+    session = Session(model_file, len(tokens) + new + 8, 1, exact=True)
+    session.read(tokens, all_logits=True)
+    logits = np.stack([session.logits(place) for place in range(len(tokens))])
+    kept = session.lib.llama_state_seq_get_size(session.context, 0) / len(tokens)  # with a few bytes of bookkeeping
+    greedy, last, started = [], logits[-1], time.perf_counter()
+    for _ in range(new):
+        greedy.append(int(last.argmax()))
+        session.read(greedy[-1:])
+        last = session.logits(0)
+    found = {
+        "greedy": greedy,
+        "seconds_per_token": (time.perf_counter() - started) / new,
+        "kv_bytes_per_token": kept,
+    }
+    if "text" in request:
+        found["tokens"] = session.tokens_of(request["text"].encode(), request.get("special", True))
+    return found, logits
+
+
+def timed(model_file: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the median seconds of a new token at each depth."""
+    depths, count = sorted(request["depths"]), request["new_tokens"]
+    session = Session(model_file, max(depths) + count + 8, request["threads"], exact=False)
+    found = {}
+    for depth in depths:
+        while session.position < depth:
+            session.read([1 + place % 997 for place in range(min(512, depth - session.position))])
+        seconds = []
+        for _ in range(count):
+            started = time.perf_counter()
+            session.read([7])
+            session.logits(0)
+            seconds.append(time.perf_counter() - started)
+        found[str(depth)] = statistics.median(seconds)
+    return {"seconds_at": found}
+
+
 def main() -> None:
     model_file, request, answer = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    ffi, lib = opened()
-    lib.llama_backend_init()
-    how = lib.llama_model_default_params()
-    how.n_gpu_layers = 0
-    model = lib.llama_model_load_from_file(model_file.encode(), how)
-    if model == ffi.NULL:
-        raise SystemExit("llama.cpp does not load the file")
-    vocabulary = lib.llama_model_get_vocab(model)
-    size = lib.llama_vocab_n_tokens(vocabulary)
-    tokens = request["tokens"]
-    options = lib.llama_context_default_params()
-    options.n_ctx = options.n_batch = options.n_ubatch = len(tokens) + request["new_tokens"] + 8
-    options.type_k = options.type_v = options.flash_attn_type = (
-        0  # float32, and no flash attention, which computes in float16
-    )
-    options.n_threads = options.n_threads_batch = 1  # its threads wait in a loop, beside other jobs for minutes
-    context = lib.llama_init_from_model(model, options)
-    logits = np.empty((len(tokens), size), dtype=np.float32)
-    batch = lib.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for place, token in enumerate(tokens):
-        batch.token[place], batch.pos[place], batch.n_seq_id[place], batch.logits[place] = token, place, 1, 1
-        batch.seq_id[place][0] = 0
-    if lib.llama_decode(context, batch):
-        raise SystemExit("llama.cpp does not decode the tokens")
-    for place in range(len(tokens)):
-        row = lib.llama_get_logits_ith(context, place)
-        logits[place] = np.frombuffer(ffi.buffer(row, size * 4), dtype=np.float32)
-    kept = lib.llama_state_seq_get_size(context, 0) / len(tokens)  # with a few bytes of bookkeeping
-    greedy, last = [], logits[-1]
-    started = time.perf_counter()
-    for step in range(request["new_tokens"]):
-        greedy.append(int(last.argmax()))
-        batch.n_tokens = 1
-        batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.logits[0] = greedy[-1], len(tokens) + step, 1, 1
-        batch.seq_id[0][0] = 0
-        if lib.llama_decode(context, batch):
-            raise SystemExit("llama.cpp does not decode a new token")
-        row = lib.llama_get_logits_ith(context, 0)
-        last = np.frombuffer(ffi.buffer(row, size * 4), dtype=np.float32).copy()
-    seconds = (time.perf_counter() - started) / request["new_tokens"]
-    found: dict[str, Any] = {"greedy": greedy, "seconds_per_token": seconds, "kv_bytes_per_token": kept}
-    if "text" in request:
-        text = request["text"].encode()
-        room = len(text) + 16
-        into = ffi.new(f"llama_token[{room}]")
-        count = lib.llama_tokenize(vocabulary, text, len(text), into, room, request.get("special", True), False)
-        found["tokens"] = [int(into[place]) for place in range(count)]
+    if "depths" in request:
+        answer.write_text(json.dumps(timed(model_file, request)))
+        return
+    found, logits = computed(model_file, request)
     np.save(answer.with_suffix(".npy"), logits)
     answer.write_text(json.dumps(found))
 

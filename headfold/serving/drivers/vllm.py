@@ -4,7 +4,8 @@
 
 REQUEST has `tokens`, `new_tokens` and `text`; ANSWER gets `logits` of every position (log-probabilities, as a .npy file beside it),
 `greedy`, the tokens of the text, and what a new token takes: seconds, and bytes of the cache (of the GiB that it divides into blocks).
-Layers with numbers of heads of their own are run by vLLM's transformers backend.
+Layers with numbers of heads of their own are run by vLLM's transformers backend. A REQUEST with `depths` is timed instead: ANSWER gets
+`seconds_at`, the seconds of a new token after so many others, in bfloat16.
 """
 
 import json
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.pop(0)  # this file has the library's name
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -20,35 +22,58 @@ import numpy as np
 from vllm import LLM, SamplingParams
 
 
-def main() -> None:
-    directory, request, answer = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    config = json.loads((Path(directory) / "config.json").read_text())
-    engine = LLM(
-        model=directory, dtype="float32", enforce_eager=True, trust_remote_code=True, max_model_len=512, max_logprobs=-1,
+def opened(directory: str, config: dict[str, Any], dtype: str, room: int) -> LLM:
+    """Return the engine with a model."""
+    return LLM(
+        model=directory, dtype=dtype, enforce_eager=True, trust_remote_code=True, max_model_len=room, max_logprobs=-1,
         model_impl="transformers" if "per_layer_config" in config else "auto", enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
-    new, size = request["new_tokens"], config["vocab_size"]
+
+
+def seconds(engine: LLM, tokens: list[int], count: int) -> float:
+    """Return what so many new tokens after others take."""
+    asked, started = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), time.perf_counter()
+    engine.generate({"prompt_token_ids": tokens}, asked, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def per_token(engine: LLM, tokens: list[int], count: int) -> float:
+    """Return the seconds of a new token, without those of the prompt."""
+    return max(seconds(engine, tokens, count) - seconds(engine, tokens, 1), 0) / (count - 1)
+
+
+def computed(directory: str, config: dict[str, Any], request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return what a request asks for, and the logits."""
+    engine, new = opened(directory, config, "float32", 512), request["new_tokens"]
     asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
     (found,) = engine.generate({"prompt_token_ids": request["tokens"]}, asked, use_tqdm=False)
     rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]
-    logits = np.full((len(rows), size), -np.inf, dtype=np.float32)
+    logits = np.full((len(rows), config["vocab_size"]), -np.inf, dtype=np.float32)
     for place, row in enumerate(rows):
-        for token, told in row.items():
-            logits[place, token] = told.logprob
-    np.save(answer.with_suffix(".npy"), logits)
-
-    def seconds(count: int) -> float:
-        """Return what so many new tokens take without log-probabilities."""
-        short, started = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), time.perf_counter()
-        engine.generate({"prompt_token_ids": request["tokens"]}, short, use_tqdm=False)
-        return time.perf_counter() - started
-
-    per_token = max(seconds(new) - seconds(1), 0) / (new - 1)
+        for token, entry in row.items():
+            logits[place, token] = entry.logprob
     cache = engine.llm_engine.vllm_config.cache_config
-    capacity = cache.num_gpu_blocks * cache.block_size
-    tokens = engine.get_tokenizer().encode(request["text"])
-    greedy = list(found.outputs[0].token_ids)
-    found = {"greedy": greedy, "tokens": tokens, "seconds_per_token": per_token, "kv_bytes_per_token": 2**30 / capacity}
+    answer = {
+        "greedy": list(found.outputs[0].token_ids),
+        "tokens": engine.get_tokenizer().encode(request["text"]),
+        "seconds_per_token": per_token(engine, request["tokens"], new),
+        "kv_bytes_per_token": 2**30 / (cache.num_gpu_blocks * cache.block_size),
+    }
+    return answer, logits
+
+
+def main() -> None:
+    directory, request, answer = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    config = json.loads((Path(directory) / "config.json").read_text())
+    if "depths" in request:
+        count = request["new_tokens"]
+        engine = opened(directory, config, "bfloat16", max(request["depths"]) + count + 8)
+        texts = {str(depth): [1 + place % 997 for place in range(max(depth, 1))] for depth in request["depths"]}
+        found = {depth: per_token(engine, tokens, count) for depth, tokens in texts.items()}
+        answer.write_text(json.dumps({"seconds_at": found}))
+        return
+    found, logits = computed(directory, config, request)
+    np.save(answer.with_suffix(".npy"), logits)
     answer.write_text(json.dumps(found))
 
 
