@@ -126,7 +126,7 @@ def test_as_many_queries_are_seen_as_asked_for(num_calls: int) -> None:
     every=st.one_of(st.just(1.0), st.floats(1, 64)),
 )
 def test_rows_lie_inside_however_they_round(length: int, offset: float, every: float) -> None:
-    rows = queries._spread(length, offset * every, every)
+    rows = queries._evenly(length, offset * every, every)
     assert max(0, math.ceil((length - offset * every) / every)) - rows.numel() in (0, 1)
     assert ((rows >= 0) & (rows < length)).all() and (rows.diff() > 0).all()
 
@@ -134,4 +134,4 @@ def test_rows_lie_inside_however_they_round(length: int, offset: float, every: f
 def test_an_offset_near_one_chooses_no_row_past_the_last() -> None:
     """In float32 182 rows from 0.9999999 on end at row 182."""
     for first in (1 - 1e-7, 1 - 2**-53):
-        assert queries._spread(182, first, 1.0).max() < 182
+        assert queries._evenly(182, first, 1.0).max() < 182

@@ -192,12 +192,12 @@ def _samples(
         for kept, (rows, part), queries in zip(found, kinds, wanted, strict=True):
             every = max(1.0, share * total * part / queries)
             first = _GOLDEN * looked_at % 1 * every  # calls too short for a row each take turns
-            chosen = _spread(len(rows), first, every)
+            chosen = _evenly(len(rows), first, every)
             kept.extend(_parts(mine, theirs, rows[chosen.to(rows.device)], heads, size, number))
     return found
 
 
-def _spread(length: int, first: float, every: float) -> Int[Tensor, " row"]:
+def _evenly(length: int, first: float, every: float) -> Int[Tensor, " row"]:
     """Return the rows below `length` that `first`, `first + every` … lie in."""
     count = max(0, ceil((length - first) / every))
     rows = (first + every * torch.arange(count, dtype=torch.float64)).long()

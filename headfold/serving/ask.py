@@ -103,13 +103,13 @@ def _distributions(python: Path) -> Mapping[str, str]:
 def ask(found: Installed, source: Path, request: Request) -> Answer | Refusal:
     """Return what an engine says to a request about a model: `source` is in the form that it reads."""
     with tempfile.TemporaryDirectory(prefix="headfold-check-") as folder:
-        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(
+        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        question.write_text(
             json.dumps({"tokens": list(request.tokens), "new_tokens": request.new_tokens, "text": request.text})
         )
         # As files, so that a child of the engine that outlives it holds no pipe open.
         with (Path(folder) / "errors").open("w+", errors="replace") as errors:
-            words = [str(found.python), str(found.engine.driver), str(source.absolute()), str(asked), str(answer)]
+            words = [str(found.python), str(found.engine.driver), str(source.absolute()), str(question), str(answer)]
             try:
                 ran = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=folder, timeout=TIMEOUT)
             except subprocess.TimeoutExpired:

@@ -22,7 +22,7 @@ class Likeness:
     num_same_greedy: int
     num_greedy: int
     same_tokens_of_text: bool | None
-    """Whether both divide the text alike; None where the engine was not asked."""
+    """Whether both divide the text alike; None where the driver does not say."""
 
     @property
     def is_same(self) -> bool:

@@ -32,8 +32,8 @@ def opened(directory: str, config: dict[str, Any], dtype: str, room: int) -> LLM
 
 def seconds(engine: LLM, tokens: list[int], count: int) -> float:
     """Return what so many new tokens after others take."""
-    asked, started = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), time.perf_counter()
-    engine.generate({"prompt_token_ids": tokens}, asked, use_tqdm=False)
+    wanted, started = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), time.perf_counter()
+    engine.generate({"prompt_token_ids": tokens}, wanted, use_tqdm=False)
     return time.perf_counter() - started
 
 
@@ -45,8 +45,8 @@ def per_token(engine: LLM, tokens: list[int], count: int) -> float:
 def computed(directory: str, config: dict[str, Any], request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return what a request asks for, and the logits."""
     engine, new = opened(directory, config, "float32", 512), request["new_tokens"]
-    asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
-    (found,) = engine.generate({"prompt_token_ids": request["tokens"]}, asked, use_tqdm=False)
+    wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
+    (found,) = engine.generate({"prompt_token_ids": request["tokens"]}, wanted, use_tqdm=False)
     rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]
     logits = np.full((len(rows), config["vocab_size"]), -np.inf, dtype=np.float32)
     for place, row in enumerate(rows):
