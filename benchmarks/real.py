@@ -263,10 +263,9 @@ def encoder(model: Path, text: Path, limit: int) -> Callable[[Path], dict[str, A
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the median of every figure over the runs; lists by element."""
-    first = runs[0]
+    """Return the median of every figure over the runs that have it; lists by element."""
     found: dict[str, Any] = {}
-    for key, value in first.items():
+    for key, value in {key: value for run in runs for key, value in run.items()}.items():
         if key == "seed":
             continue
         values = [run[key] for run in runs if key in run]

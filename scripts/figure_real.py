@@ -97,8 +97,40 @@ def speech(result: str) -> str:
     return table(header, lines)
 
 
-SMOLLM2, WHISPER = "real-smollm2-135m-instruct", "real-whisper-tiny.en"
+def retrieval(result: str) -> str:
+    """The share of digits of a passkey that a model repeats, by the length of the text around it."""
+    rows = [row for row in (_original(result), *_folds(result)) if "passkey" in row]
+    lengths = list(rows[0]["passkey"])
+    header = ["fold", *(f"{int(length):,} tokens" for length in lengths)]
+    names = {"original": "original"}
+    return table(
+        header,
+        [
+            [names.get(row["method"]) or _name(row), *(percent(row["passkey"][length]) for length in lengths)]
+            for row in rows
+        ],
+    )
+
+
+def encoder(result: str) -> str:
+    """The cosine of the embeddings of a fold to those of the original, by the number of heads."""
+    found = [row for row in load(result)["rows"] if row["method"] != "original"]
+    counts = sorted({row["kv_heads"] for row in found}, key=int, reverse=True)
+    by_name: dict[str, dict[str, Any]] = {}
+    for row in found:
+        by_name.setdefault(_name(row), {})[row["kv_heads"]] = row
+    header = ["fold", *(f"{count} K/V heads" for count in counts)]
+    cells = {
+        name: [number(row[count]["cosine"]) if count in row else "" for count in counts]
+        for name, row in by_name.items()
+    }
+    return table(header, [["original", *["1"] * len(counts)], *([name, *cells[name]] for name in by_name)])
+
+
+SMOLLM2, WHISPER, MINILM = "real-smollm2-135m-instruct", "real-whisper-tiny.en", "real-all-minilm-l6-v2"
 REAL = {
     "real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,)),
+    "real-retrieval": Block(lambda: retrieval(SMOLLM2), (SMOLLM2,)),
+    "real-encoder": Block(lambda: encoder(MINILM), (MINILM,)),
     "real-speech": Block(lambda: speech(WHISPER), (WHISPER,)),
 }
