@@ -17,16 +17,18 @@ from torch import Tensor
 
 from ...checkpoint.disk import disk_errors, require_space
 from ...checkpoint.reader import Checkpoint
-from ...checkpoint.staging import copy_side_files
+from ...checkpoint.staging import copy_side_files, disown
 from ...core.errors import UserError
+from ...core.progress import Progress, counter
+from ...ct2.comparison import difference_in_ct2
+from ...ct2.decoders import llama, phi
+from ...ct2.model import ACTIVATIONS, Model
+from ...ct2.pairs import bart, t5, whisper
+from ...ct2.tokens import forbidden, set_tokens, set_whisper, tokens_why_not, vocabulary
 from ...hf_models import open_tokenizer
 from ...runtime.load import load
 from ...runtime.remote import BASE
-from ..ct2_compare import compare
-from ..ct2_heads import stacks
-from ..ct2_pairs import bart, t5, whisper
-from ..ct2_specs import ACTIVATIONS, Model, llama, phi
-from ..ct2_tokens import forbidden, set_tokens, set_whisper, tokens_why_not, vocabulary
+from ..ct2_heads import reordered, stacks
 from ..folded import Folded, stock_config
 from ..formats import EngineFormat, Written
 from ..gguf_architectures import short_window
@@ -95,7 +97,9 @@ def _model_why_not(source: Folded, config: Any) -> str | None:
 def _rotary_why_not(source: Folded, config: Any) -> str | None:
     rope = config.rope_parameters
     if any("slots" in site for site in (source.config.get("headfold") or {}).get("sites", [])):
-        return f"expected a rotary table for the larger head_dim, got {rope['rope_type']}; fold with --head-dim-multiple 1"
+        return (
+            f"expected a rotary table for the larger head_dim, got {rope['rope_type']}; fold with --head-dim-multiple 1"
+        )
     if short_window(config) is not None:
         return "CTranslate2 lets a prompt attend beyond its sliding window; use vLLM or transformers"
     if rope["rope_type"] == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
@@ -121,12 +125,13 @@ def write(
     opened, tokenizer = load(checkpoint.path), open_tokenizer(checkpoint.path)
     config, kind = stock_config(source), KINDS[source.model_type]
     tensors = {name: _held(name, tensor, number_type or "") for name, tensor in opened.state_dict().items()}
-    model = Model(source, config, stacks(source, scaled=kind.describe is not t5), tensors)
+    heads = stacks(source, scaled=kind.describe is not t5)
+    model = Model(source.family, config, heads, reordered(tensors, heads))
     spec = kind.describe(model)
     _forbid(spec.decoder, forbidden(opened.generation_config))
     set_tokens(spec, tokenizer, vocabulary(tokenizer, config.vocab_size), config)
     if source.model_type == "whisper":
-        set_whisper(spec, opened.generation_config, model.heads["decoder.cross"])
+        set_whisper(spec, config, opened.generation_config, model.heads["decoder.cross"])
     else:
         spec.config.layer_norm_epsilon = _epsilon(config)
     spec.validate()
@@ -140,6 +145,24 @@ def write(
     progress(total, total)
     said = f"{spec.name} of CTranslate2, {number_type or 'own numbers'}: {model.said}"
     return Written(spec.name, f"{said}; {CACHE}")
+
+
+def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tuple[float, float]:
+    """Return the largest difference of logits or log probabilities from headfold's runtime, both in float32, and the tolerance.
+
+    Raises:
+        UserError: they differ by more; the output stays in `directory`.
+    """
+    advance = counter(progress, "verify", 1)
+    difference, tolerance = difference_in_ct2(load(checkpoint.path, dtype=torch.float32), directory)
+    advance(1)
+    if not difference <= tolerance:
+        disown(directory)
+        raise UserError(
+            f"{directory}: expected the logits of {checkpoint.path} within {tolerance:.2g} in CTranslate2, got a difference of "
+            f"{difference:.2g}; left there and not renamed"
+        )
+    return difference, tolerance
 
 
 def _held(name: str, tensor: Tensor, number_type: str) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from .ct2_heads import Heads
+from .model import Heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +62,12 @@ def set_tokens(spec: Any, tokenizer: "PreTrainedTokenizerBase", tokens: list[str
         spec.config.decoder_start_token = None if start is None else tokens[start]
 
 
-def set_whisper(spec: Any, generation: Any, crossing: Sequence[Heads]) -> None:
+def set_whisper(spec: Any, config: Any, generation: Any, crossing: Sequence[Heads]) -> None:
     """Set what Whisper's decoding reads: tokens that are not said, those of languages, and the heads that follow the speech."""
     spec.config.suppress_ids = list(generation.suppress_tokens or [])
     spec.config.suppress_ids_begin = list(generation.begin_suppress_tokens or [])
     spec.config.lang_ids = sorted((getattr(generation, "lang_to_id", None) or {}).values())
-    heads = crossing[0].entry.num_heads
-    later = product(range(len(crossing) // 2, len(crossing)), range(heads))
+    later = product(range(len(crossing) // 2, len(crossing)), range(config.decoder_attention_heads))
     listed = getattr(generation, "alignment_heads", None) or later
     spec.config.alignment_heads = [[layer, crossing[layer].slots.index(head)] for layer, head in listed]
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .ct2_heads import Heads
-from .ct2_specs import Model
+from .model import Heads, Model
 
 _POSITION_OFFSETS = {"bart": 2, "mbart": 2}
 """Rows of the position table before the first position."""
@@ -42,9 +41,9 @@ def t5(model: Model) -> Any:
 def _t5_layer(model: Model, layer: Any, stack: str, index: int, heads: Heads) -> None:
     """Fill self-attention and MLP."""
     at, table = f"{stack}.block.{index}.layer", "layer.0.SelfAttention.relative_attention_bias.weight"
-    own, first = (model.tensors.get(f"{stack}.block.{block}.{table}") for block in (index, 0))
+    first, own = (f"{stack}.block.{block}.{table}" for block in (0, index))
     attention = model.attention(heads, f"{at}.0.layer_norm", rms_norm=True, relative_attention_bias=True)
-    attention.relative_attention_bias = heads.table(first if own is None else own)
+    attention.relative_attention_bias = model.tensors[own if own in model.tensors else first]
     attention.relative_attention_max_distance = np.int32(model.config.relative_attention_max_distance)
     layer.self_attention = attention
     mlp = f"{at}.{1 if stack == 'encoder' else 2}"
@@ -81,7 +80,9 @@ def whisper(model: Model) -> Any:
     """Return a Whisper."""
     from ctranslate2.specs.whisper_spec import WhisperSpec
 
-    sizes = [size for name in ("encoder", "decoder") for size in (len(model.heads[f"{name}.self"]), model.num_heads(name))]
+    sizes = [
+        size for name in ("encoder", "decoder") for size in (len(model.heads[f"{name}.self"]), model.num_heads(name))
+    ]
     spec = WhisperSpec(*sizes)
     model.fill(spec.encoder, conv1="model.encoder.conv1", conv2="model.encoder.conv2")
     for name, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
