@@ -94,11 +94,13 @@ FOLDS: dict[str, dict[str, Sequence[str]]] = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_of_stacks_computes_what_the_runtime_computes(name: str, fold: str, tmp_path: Path) -> None:
     pair(name, tmp_path / "fold", FOLDS[fold])
-    exported(tmp_path)
+    said = exported(tmp_path).description
+    # No more heads than it takes: four in each of three groups.
+    assert fold != "unequal" or "decoder.self 3 of 12; decoder.cross 3, 12 of 12" in said or name == "mt5"
 
 
 @pytest.mark.parametrize("groups", [(EVEN, EVEN), (SHUFFLED, EVEN), (UNEVEN, OTHER), (EVEN, THREE), (OTHER, ONE)])
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "mistral-full", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3"])
 def test_a_decoder_computes_what_the_runtime_computes(
     name: str, groups: Sequence[Sequence[int]], tmp_path: Path
 ) -> None:
@@ -252,7 +254,7 @@ def test_a_start_that_the_user_gives_is_compared_too(tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["decoder_start_token"] is None
 
 
-@pytest.mark.parametrize("kind", ct2.NUMBER_TYPES)
+@pytest.mark.parametrize("kind", ["int8", "float16", "int8_bfloat16"])
 def test_quantised_models_are_smaller_and_load(kind: str, tmp_path: Path) -> None:
     pair("t5", tmp_path / "fold", EQUAL)
     result = export(tmp_path / "fold", tmp_path / "out", layout="ct2", quantise=kind)
@@ -305,9 +307,14 @@ def refusal(path: Path, **how: Any) -> str:
 def test_what_a_user_can_put_right_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair("t5", tmp_path / "fold", EQUAL)
     assert "expected one of float32, float16" in refusal(tmp_path, quantise="int4")
+    changed(tmp_path / "fold/config.json", lambda config: config.update(decoder_start_token_id=VOCABULARY))
+    assert "decoder_start_token_id with a token, got 61" in refusal(tmp_path)
     words(tmp_path / "fold", eos_token=None)
     changed(tmp_path / "fold/config.json", lambda config: config.update(eos_token_id=None))
     assert "a token that ends a text" in refusal(tmp_path)
+    (tmp_path / "fold/tokenizer.json").write_text("{")
+    said = refusal(tmp_path)
+    assert "the tokenizer does not load" in said and "config" not in said
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "fold" / file).unlink()
     assert "expected a tokenizer" in refusal(tmp_path)
