@@ -38,7 +38,7 @@ def tokens_why_not(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], 
         return "expected a tokenizer with a token that ends a text, got one without eos_token"
     start = getattr(config, "decoder_start_token_id", None)
     if start is not None and not (isinstance(start, int) and 0 <= start < len(tokens)):
-        return f"expected decoder_start_token_id with a token, got {start}; correct the config"
+        return f"expected decoder_start_token_id with a token, got {start!r}; correct the config"
     return None
 
 
