@@ -91,7 +91,7 @@ def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
     """
     family = family_of(dict(config), where)
     simple = len(family.attentions) == 1 and (config.get("architectures") or [""])[0].endswith("ForCausalLM")
-    return Folded(config, family, tuple(_entries(config, family)) if simple else (), where)
+    return Folded(config, family, tuple(entries_of(config, family, family.attentions[0])) if simple else (), where)
 
 
 def stock_config(source: Folded) -> "PreTrainedConfig":
@@ -126,8 +126,8 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
     return checkpoint, found
 
 
-def _entries(config: Mapping[str, Any], family: Family) -> Iterator[Entry]:
-    (attention,) = family.attentions
+def entries_of(config: Mapping[str, Any], family: Family, attention: Attention) -> Iterator[Entry]:
+    """Yield one attention of a family in every layer. Heads in slots have the head_dim of a slot."""
     listed = {site["module"]: site for site in (config.get("headfold") or {}).get("sites", [])}
     layers = config.get("per_layer_config") or {}
     if not isinstance(layers, Mapping) or not all(isinstance(own, Mapping) for own in layers.values()):
@@ -137,7 +137,8 @@ def _entries(config: Mapping[str, Any], family: Family) -> Iterator[Entry]:
         at = attention.at.format(layer=layer, model_type=config["model_type"])
         site = listed.get(at, {})
         heads, groups, head_dim = _shape(own, family, attention, site)
-        names = {role: f"{at}.{site.get(role) or getattr(attention, role)}" for role in ROLES}
+        own_names = {role: site[role] for role in "qkv" if role in site}
+        names = {role: f"{at}.{own_names.get(role) or getattr(attention, role)}" for role in ROLES}
         yield Entry(names, heads, head_dim, groups)
 
 

@@ -71,6 +71,8 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
         raise UserError(f"{checkpoint.path}: layout {name}: expected one of {listed}, got {source.model_type}")
     try:
         reason = found.why_not(checkpoint, source)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"expected a config that its class reads, got {type(error).__name__} {error}; fold again"
     if reason is not None:

@@ -115,7 +115,7 @@ APPROXIMATED = {"gelu": "GELU is computed by tanh"}
 def architecture_why_not(source: Folded, stock: Any) -> str | None:
     """Return why the architecture of a model type does not compute what a fold computes."""
     found = ARCHITECTURES[source.model_type]
-    if _window(stock) is not None:
+    if short_window(stock) is not None:
         return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
     if stock.hidden_act not in found.activations:
         return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {stock.hidden_act}"
@@ -130,7 +130,7 @@ def architecture_why_not(source: Folded, stock: Any) -> str | None:
     return _rotary_why_not(found, stock.rope_parameters) or _heads_why_not(found, source, stock)
 
 
-def _window(stock: Any) -> int | None:
+def short_window(stock: Any) -> int | None:
     """Return the sliding window that some layer has, None where no window is shorter than the model's context."""
     window = getattr(stock, "sliding_window", None)
     is_on = getattr(stock, "use_sliding_window", True) or "sliding_attention" in (
