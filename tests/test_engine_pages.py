@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import run  # noqa: F401 (a fixture)
+from test_gguf import byte_level
+from tiny import tiny_checkpoint
 
 import headfold
 from headfold.serving.ask import installed_here
@@ -25,8 +28,14 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `my-model-gqa` is a fold."""
+    """A folder in which `my-model-gqa` is a fold, and `my-t5-gqa` one of a T5."""
     folder = tmp_path_factory.mktemp("served")
+    pairs = shutil.copytree(tiny_checkpoint("t5", torch.float32), folder / "t5")
+    byte_level(pairs)
+    headfold.fold(
+        pairs, folder / "my-t5-gqa", kv_heads="1/4", merge="mean", group="contiguous", refit=False, verify=False
+    )
+    shutil.rmtree(pairs)
     headfold.fold(
         BUNDLED, folder / "my-model-gqa", kv_heads="1/4", merge="mean", group="contiguous", refit=False, verify=False
     )
@@ -59,5 +68,5 @@ def test_commands_run(page: Path, folder: Path, run, monkeypatch: pytest.MonkeyP
         else:
             assert said.code == 0, (command, said.err, said.out)
     for made in folder.iterdir():
-        if made.name != "my-model-gqa":
+        if made.name not in ("my-model-gqa", "my-t5-gqa"):
             shutil.rmtree(made) if made.is_dir() else made.unlink()
