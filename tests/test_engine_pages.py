@@ -60,7 +60,7 @@ def test_commands_run(page: Path, folder: Path, run, monkeypatch: pytest.MonkeyP
     assert ours
     for command in dict.fromkeys(ours):
         said = run(*shlex.split(command)[1:])
-        missing = re.search(r"--engine ([a-z-]+)", command)
+        missing = re.search(r"--engine ([a-z0-9-]+)", command)
         if missing and missing[1] not in installed_here():
             assert said.code == 2, command
             here = "expected a Python" if "=" in command else engine_named(missing[1]).install
