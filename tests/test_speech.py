@@ -1,17 +1,21 @@
 """Windows of speech: recordings joined, and written in every form in which a Whisper writes."""
 
 import json
+import shutil
 import wave
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from grades import assert_bitwise, assert_differs
+from safetensors.torch import load_file
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
+import headfold
 from headfold.calibration import collect, decoder_inputs
 from headfold.core.errors import UserError
 from headfold.corpus.samples import batches, draw_sample, main_input
@@ -197,3 +201,24 @@ def test_a_source_becomes_windows_in_every_form(tmp_path):
     read = joined["decoder_input_ids"].tolist()
     assert [row[0] for row in read] == [2, 2, 4, 2, 4] * 2
     assert [5 in row for row in read] == [True, False, True, True, False] * 2
+
+
+def test_heads_that_date_words_are_named_by_their_new_places(tmp_path: Path) -> None:
+    """A fold moves query heads; generation_config.json names those of cross-attention that tell when a word is said."""
+    source = shutil.copytree(tiny_checkpoint("whisper"), tmp_path / "whisper")
+    generation, named = json.loads((source / "generation_config.json").read_text()), [[1, 5], [0, 2], [1, 0]]
+    (source / "generation_config.json").write_text(json.dumps(generation | {"alignment_heads": named}))
+    how = {"merge": "first", "group": "random", "refit": False, "verify": False, "seed": 1}
+    headfold.fold(source, tmp_path / "fold", kv_heads="1/4", **how)
+    found = json.loads((tmp_path / "fold/generation_config.json").read_text())["alignment_heads"]
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "fold"))
+    assert found != named
+    for (layer, head), (same_layer, place) in zip(named, found, strict=True):
+        query = f"model.decoder.layers.{layer}.encoder_attn.q_proj.weight"
+        size = before[query].shape[0] // 8
+        theirs, ours = (t[query].unflatten(0, (-1, size)) for t in (before, after))
+        assert same_layer == layer and torch.equal(ours[place], theirs[head])
+    generation = {**generation, "alignment_heads": "all of them"}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    headfold.fold(source, tmp_path / "other", kv_heads="1/4", **how)
+    assert json.loads((tmp_path / "other/generation_config.json").read_text()) == generation

@@ -1,5 +1,6 @@
 """Write a folded checkpoint: its weights, its config, the plan and everything that lies beside the source's weights."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from ..exports.layout import choose_layout
 from ..exports.pieces import Export
 from ..exports.rounding import Unrounded
 from ..families.layout import planned_shapes, renamed
+from ..families.spec import Site
 from ..runtime.remote import auto_map, remote_files
-from ..surgery import kept_weights, read_without_kept, site_tensors
+from ..surgery import kept_weights, query_order, read_without_kept, site_tensors
 from .folded_config import folded_config
 from .layouts import write_layout
 from .source import Source
@@ -85,6 +87,7 @@ def write_fold(
         instead,
     )
     copy_side_files(checkpoint.path, target)
+    _renumber_alignment_heads(target, sites, plan)
     if "headfold" in config:  # after the side files: a source that is a fold itself brings such a file along
         config["auto_map"] = auto_map(config)
         for name, text in remote_files(config).items():
@@ -93,3 +96,18 @@ def write_fold(
     write_json(staging / "plan.json", plan.to_json())
     export = write_layout(grouped, staging, layout, partial(progress, "export")) if layout else None
     return Written(export, grouped)
+
+
+def _renumber_alignment_heads(target: Path, sites: Mapping[str, Site], plan: Plan) -> None:
+    """Write the new places of the query heads by which a Whisper dates words: pairs of a decoder layer and a head of its cross-attention.
+
+    A generation config that says them in another way is left as it is.
+    """
+    file = target / "generation_config.json"
+    try:
+        generation = json.loads(file.read_text(encoding="utf-8"))
+        named = [(sites[f"decoder.{layer}.cross"], layer, head) for layer, head in generation["alignment_heads"]]
+        found = [[layer, query_order(site, plan).index(head)] for site, layer, head in named]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return
+    write_json(file, {**generation, "alignment_heads": found})
