@@ -31,7 +31,7 @@ FLOORS = {
     3: ("families", "hf_models", "rotary_tables"),
     4: ("measure", "group", "merge", "corpus"),
     5: ("calibration", "divergence", "planning", "surgery"),
-    6: ("runtime",),
+    6: ("runtime", "graphs"),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report"),
     8: ("conversion",),
     9: ("budget", "uptraining"),

@@ -14,7 +14,7 @@ from ..conversion.layouts import compare_layouts
 from ..conversion.outputs import owned_file, refuse_existing, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
-from ..evaluate.verify import TOLERANCE
+from ..divergence import TOLERANCE
 from ..exports.card import exported_card
 from ..exports.folded import Folded, open_folded
 from ..exports.formats import EngineFormat, check_format, engine_formats
