@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 
 from ..checkpoint.disk import disk_errors, require_space
 from ..core.errors import UserError
-from ..hf_models.streamed import first_line
 from .graph import Graph
 
 LARGEST = 2 * 10**9
@@ -52,12 +52,17 @@ def _traced(graph: Graph) -> Any:
                 verbose=False,
             )
     except Exception as error:  # whatever a tracer, a translator or an optimizer raises
-        raise _refused(graph, first_line(error)) from error
-    for value in program.model.graph.inputs:
-        fixed = [axis for axis in graph.axes[value.name] if isinstance(value.shape[axis], int)]
-        if fixed:
-            raise _refused(graph, f"axis {fixed[0]} of {value.name} fixed at {value.shape[fixed[0]]}")
+        raise _refused(graph, _reason(error)) from error
     return program.model
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the innermost cause of an error says; the outer ones only say which step of the exporter failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
+    fixed = [line for line in lines if "inferred a static shape" in line]  # below a heading that names none
+    return (fixed or lines or [type(error).__name__])[0].strip()
 
 
 def _forget_sources(model: Any) -> None:

@@ -62,10 +62,10 @@ def export(
     Args:
         folded: A checkpoint directory that `headfold.fold` wrote.
         out: The directory to write, or the file where the layout is one.
-        layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer), or gguf
-            (a file for llama.cpp); by default the one that stock transformers loads.
-        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V and embeddings as q8_0) or q4_0-pure; by default the
-            checkpoint's own numbers.
+        layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer), gguf (a
+            file for llama.cpp) or onnx (graphs for onnxruntime); by default the one that stock transformers loads.
+        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V and embeddings as q8_0) or q4_0-pure, by default the
+            checkpoint's own numbers; onnx: f16, by default float32.
         force: Replace what is at `out`.
         verify: Compare the logits of the output with those of headfold's runtime.
         device: Where the logits are compared: "cpu" or "cuda".

@@ -6,6 +6,7 @@ groups: the queries of a group are rows of one matrix, and no graph has an opera
 computes in on a CPU; with `--quantise f16` they, the cache and the logits are float16.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ...graphs.graph import CACHED, Graph, graphs_of
 from ...hf_models import exceeds_memory, open_model
 from ...runtime.load import own_class
 from ...runtime.modeling_headfold import SiteConfig, own_forward
+from ..card import card_with_use
 from ..folded import Folded, without_code
 from ..formats import EngineFormat, Written
 
@@ -53,15 +55,26 @@ def write(
         progress(total * done // len(graphs), total)
         write_graph(graph, path)
     progress(total, total)
-    copy_side_files(checkpoint.path, path)
-    for code in path.glob("modeling_*.py"):  # a graph needs none
-        code.unlink()
     model_class = source.config["architectures"][0].removeprefix("PerLayer")
     numbers = str(dtype).removeprefix("torch.")
     config = without_code(source.config) | {"architectures": [model_class], "dtype": numbers}
-    write_json(path / "config.json", config)
     said = f"ONNX graphs in {numbers} for onnxruntime: {', '.join(graph.file for graph in graphs)}"
-    return Written(model_class, "; ".join(filter(None, (said, *_cached(graphs[-1], config)))))
+    description = "; ".join((said, *_cached(graphs[-1], config)))
+    _write_side_files(checkpoint.path, path, config, description)
+    return Written(model_class, description)
+
+
+def _write_side_files(source: Path, target: Path, config: Mapping[str, Any], description: str) -> None:
+    """Write config, card and plan, and copy what else lies beside the weights, but for code."""
+    copy_side_files(source, target)
+    for code in target.glob("modeling_*.py"):
+        code.unlink()
+    write_json(target / "config.json", config)
+    if (source / "plan.json").is_file():
+        shutil.copyfile(source / "plan.json", target / "plan.json")
+    if (source / "README.md").is_file():
+        card, rest = (source / "README.md").read_text(), f"all other tensors are the original's, in {config['dtype']}"
+        (target / "README.md").write_text(card_with_use(card, f"{description}.", rest))
 
 
 def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tuple[float, float]:
