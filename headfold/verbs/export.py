@@ -135,11 +135,8 @@ def _write_directory(
     """Write the directory that an engine reads, and compare it if the format can; nothing is kept of an export that was killed."""
     with staged(out, os.urandom(16).hex(), force) as staging:
         made = form.write(checkpoint, source, staging, number_type, lambda done, total: progress("write", done, total))
-        found = (
-            form.compare(checkpoint, staging, progress)
-            if verify and form.compare and number_type is None
-            else (None, None)
-        )
+        compare = form.compare if verify and number_type is None else None
+        found = compare(checkpoint, staging, progress) if compare else (None, None)
         commit(staging, out, force)
     return ExportResult(out, form.name, made.model_class, made.description, source.counts, *found)
 
