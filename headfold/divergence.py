@@ -1,4 +1,4 @@
-"""How far the output of a folded model is from the original's on the same batch, as a loss to train on."""
+"""How far the output of a model is from another's on the same batch: as a loss to train on, and as far as the same function may be."""
 
 from typing import Any
 
@@ -8,6 +8,16 @@ from torch import Tensor
 
 from .core.errors import UserError
 from .corpus.pairs import IGNORED
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
+"""Largest difference of logits, relative to their root mean square, by the dtype that both models compute in.
+
+bf16 and fp16 checkpoints are verified in float32, which represents their weights exactly, so that rounding cannot hide a wrong head.
+Fold and twin then have the same weights; only the order of sums may differ, where a product with fewer rows or an attention kernel
+for repeated heads associates otherwise. The bound is three times the change of logits when the whole attention kernel of a random
+40-layer model is exchanged (3e-5; 4e-6 on a trained one of 6 layers). In float64 the float32 norms of stock models are the limit,
+hence 1e-5. A wrong or misplaced head changes logits by about their own size.
+"""
 
 ROWS_OF = 2**24
 """Logits whose distributions are computed at once."""
@@ -126,3 +136,9 @@ def relative_error(student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
         )
     student, teacher = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher))
     return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def difference_and_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the largest difference of two outputs computed in `dtype`, and the tolerance for it, both absolute."""
+    tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
+    return (found - expected).abs().max().item(), tolerance

@@ -17,7 +17,7 @@ _FINISHED = " finished"
 
 _NEW_MARK = f"{JOB}-new"
 _WRITTEN_ANEW = {"config.json", "README.md", "plan.json"}
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 
 def open_staging(out: Path, key: str, force: bool) -> Path:

@@ -114,7 +114,7 @@ Layout = Annotated[
         help="native, padded (unequal groups), per-layer or decilm (a count per layer), "
         "another file of exports/layouts, headfold (its own "
         "runtime's), or for export alone gguf (a file for llama.cpp, "
-        "not compared) or ct2 (a directory for CTranslate2). Default: "
+        "not compared), ct2 (a directory for CTranslate2) or onnx (graphs for onnxruntime). Default: "
         "the one that stock transformers loads, if there is one.",
     ),
 ]

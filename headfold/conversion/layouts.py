@@ -9,7 +9,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import disown
 from ..core.errors import UserError
 from ..core.progress import Progress, counter
-from ..evaluate.verify import TOLERANCE
+from ..divergence import TOLERANCE
 from ..exports.folded import open_folded
 from ..exports.layout import make_export
 from ..exports.pieces import Export, write_export

@@ -15,7 +15,8 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..core.progress import Progress, counter
-from ..evaluate.verify import compared_output, difference_and_tolerance
+from ..divergence import difference_and_tolerance
+from ..evaluate.verify import compared_output
 from ..exports.card import exported_card
 from ..exports.pieces import Export
 from ..families.folded import runtime_entry

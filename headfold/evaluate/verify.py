@@ -13,21 +13,12 @@ from torch import Tensor
 
 from ..calibration import Sample, decoder_inputs, num_tokens
 from ..core.progress import Progress, counter, no_progress
+from ..divergence import TOLERANCE
 from ..hf_models import open_model, stored_dtype
 from .placement import place_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
-"""Largest difference of logits, relative to their root mean square, by the dtype that both models compute in.
-
-bf16 and fp16 checkpoints are verified in float32, which represents their weights exactly, so that rounding cannot hide a wrong head.
-Fold and twin then have the same weights; only the order of sums may differ, where a product with fewer rows or an attention kernel
-for repeated heads associates otherwise. The bound is three times the change of logits when the whole attention kernel of a random
-40-layer model is exchanged (3e-5; 4e-6 on a trained one of 6 layers). In float64 the float32 norms of stock models are the limit,
-hence 1e-5. A wrong or misplaced head changes logits by about their own size.
-"""
 
 OUTPUTS = ("logits", "logits_per_text", "prediction_logits", "start_logits", "last_hidden_state")
 """The outputs that can be compared; the first one that the model has is used."""
@@ -151,9 +142,3 @@ def _first_difference(twin: tuple[Tensor, ...], fold: tuple[Tensor, ...], relati
 def compared_output(model: "PreTrainedModel", sample: Sample) -> Tensor:
     """Return the first of `OUTPUTS` that the model has, on the CPU."""
     return model_output(model, dict(sample))[1].cpu()
-
-
-def difference_and_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the largest difference of two outputs computed in `dtype`, and the tolerance for it, both absolute."""
-    tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
-    return (found - expected).abs().max().item(), tolerance

@@ -9,12 +9,16 @@ from .pieces import UNTOUCHED, Export
 def exported_card(card: str, made: Export) -> str:
     """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout."""
     misread = misread_by(made.config)
-    warning = f"Not every reader: {misread}.\n\n" if misread else ""
-    section = f"## Use\n\n{made.description}.\n\n```python\n{_lines(made)}\n```\n\n{warning}"
-    card = card.replace(UNTOUCHED, made.unchanged)
+    warning = f"\n\nNot every reader: {misread}." if misread else ""
+    return card_with_use(card, f"{made.description}.\n\n```python\n{_lines(made)}\n```{warning}", made.unchanged)
+
+
+def card_with_use(card: str, use: str, unchanged: str) -> str:
+    """Return `card` with `use` as its section on that, and a sentence in the place of `UNTOUCHED`."""
+    card = card.replace(UNTOUCHED, unchanged)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")
-    return f"{before.rstrip()}\n\n{section}{heading.strip()}{' ' if heading else ''}{after}"
+    return f"{before.rstrip()}\n\n## Use\n\n{use}\n\n{heading.strip()}{' ' if heading else ''}{after}"
 
 
 def _lines(made: Export) -> str:

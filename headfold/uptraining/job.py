@@ -19,7 +19,8 @@ from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..evaluate.verify import compared_output, difference_and_tolerance
+from ..divergence import difference_and_tolerance
+from ..evaluate.verify import compared_output
 from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
 from ..parallel import is_main, on_main
 from ..report.card import uptrained_card

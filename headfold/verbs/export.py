@@ -15,7 +15,7 @@ from ..conversion.layouts import compare_layouts
 from ..conversion.outputs import owned_file, refuse_existing, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
-from ..evaluate.verify import TOLERANCE
+from ..divergence import TOLERANCE
 from ..exports.card import exported_card
 from ..exports.folded import Folded, open_folded
 from ..exports.formats import EngineFormat, check_format, engine_formats
@@ -64,9 +64,10 @@ def export(
         folded: A checkpoint directory that `headfold.fold` wrote.
         out: The directory to write, or the file where the layout is one.
         layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer), gguf (a
-            file for llama.cpp) or ct2 (a directory for CTranslate2); by default the one that stock transformers loads.
-        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V and embeddings as q8_0) or q4_0-pure, or ct2: int8 and
-            others; by default the checkpoint's own numbers.
+            file for llama.cpp), ct2 (a directory for CTranslate2) or onnx (graphs for onnxruntime); by default the one that stock
+            transformers loads.
+        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V and embeddings as q8_0) or q4_0-pure; ct2: int8 and
+            others; onnx: f16. By default the checkpoint's own numbers, for onnx float32.
         force: Replace what is at `out`.
         verify: Compare the logits of the output with those of headfold's runtime.
         device: Where the logits are compared: "cpu" or "cuda".

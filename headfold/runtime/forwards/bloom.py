@@ -22,7 +22,7 @@ def bloom_forward(
 
     `alibi` is (batch · head, 1, key).
     """
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=layer_past)
     context, weights = attend(

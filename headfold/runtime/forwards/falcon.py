@@ -27,7 +27,7 @@ def falcon_forward(
     if alibi is None and position_embeddings is not None:
         cos, sin = position_embeddings
         turn = partial(turn_halves, cos=cos, sin=sin)
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=layer_past, turn=turn)
     context, weights = attend(

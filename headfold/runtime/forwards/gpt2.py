@@ -18,7 +18,7 @@ def gpt2_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`GPT2Attention.forward`, self or cross, over grouped heads: return the output (batch, token, model), and the weights."""
-    batch, crosses = len(hidden_states), encoder_hidden_states is not None
+    batch, crosses = hidden_states.shape[0], encoder_hidden_states is not None
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(
         self,

@@ -19,7 +19,7 @@ def gpt_neo_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`GPTNeoSelfAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_id, cache=layer_past)
     mask = _gpt_neo_mask(self, attention_mask, query.shape[2], key.shape[2], hidden_states.dtype)

@@ -24,7 +24,7 @@ def gptj_forward(
     table = self._get_embed_positions(position_ids[:1])[0]
     sin, cos = table[position_ids].to(hidden_states.dtype).repeat_interleave(2, -1).chunk(2, -1)
     turn = partial(turn_pairs, cos=cos, sin=sin)
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = turn(project(self, "q", hidden_states, batch=batch))
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=layer_past, turn=turn)
     context, weights = attend(

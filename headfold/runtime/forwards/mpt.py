@@ -19,7 +19,7 @@ def mpt_forward(
 
     `position_bias` is (head, 1, longest context).
     """
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = project(self, "q", hidden_states, batch=batch)
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=past_key_values)
     if self.clip_qkv:

@@ -16,7 +16,7 @@ def opt_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`OPTAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
-    batch = len(hidden_states)
+    batch = hidden_states.shape[0]
     query = project(self, "q", hidden_states, batch=batch) * self.scaling
     key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=past_key_values)
     context, weights = attend(self, query, key, value, attention_mask, dropout=self.dropout, scaling=1.0, **keywords)

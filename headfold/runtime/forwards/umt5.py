@@ -17,7 +17,7 @@ def umt5_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`UMT5Attention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
-    batch, crosses = len(hidden_states), encoder_hidden_states is not None
+    batch, crosses = hidden_states.shape[0], encoder_hidden_states is not None
     past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
     # A static cache counts in place, in the very tensor that it hands out.
     past = past.clone() if isinstance(past, torch.Tensor) else past

@@ -17,7 +17,7 @@ def whisper_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`WhisperAttention.forward` over grouped heads: return the output (batch, token, model), and the weights."""
-    batch, crosses = len(hidden_states), key_value_states is not None
+    batch, crosses = hidden_states.shape[0], key_value_states is not None
     query = project(self, "q", hidden_states, batch=batch) * self.scaling
     key, value = keys_and_values(
         self,
