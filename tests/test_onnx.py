@@ -16,13 +16,13 @@ from torch import nn
 import headfold
 from headfold.core.errors import UserError
 from headfold.exports.engines import onnx as engine
+from headfold.graphs.comparison import compare_graphs
 from headfold.graphs.files import write_graph
 from headfold.graphs.graph import Graph
 from headfold.verbs.export import export
 
 SMALL: dict[str, dict[str, Any]] = {
     "bert": {"num_hidden_layers": 1},
-    "vit": {"num_hidden_layers": 1},
     "clip": {},
     "t5": {"num_layers": 1},
     "whisper": {"encoder_layers": 1, "decoder_layers": 1},
@@ -120,23 +120,15 @@ def test_each_layer_caches_the_heads_that_it_has(tmp_path: Path) -> None:
     assert "ONNX graphs in float32" in card and "old" not in card and "## Made by" in card
 
 
-@pytest.mark.parametrize(
-    ("name", "inputs", "outputs"),
-    [
-        ("bert", ["input_ids", "attention_mask", "token_type_ids"], ["logits"]),
-        ("vit", ["pixel_values"], ["logits"]),
-        (
-            "clip",
-            ["input_ids", "attention_mask", "pixel_values"],
-            ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"],
-        ),
-    ],
-)
-def test_an_encoder_is_one_graph(name: str, inputs: list[str], outputs: list[str], tmp_path: Path) -> None:
-    result = export(folded(name, tmp_path / "fold"), tmp_path / "out", layout="onnx")
+def test_a_model_of_texts_and_images_is_one_graph(tmp_path: Path) -> None:
+    """Texts and images are compared in different numbers, and texts with padding."""
+    result = export(folded("clip", tmp_path / "fold"), tmp_path / "out", layout="onnx")
     assert result.difference is not None and result.tolerance is not None and result.difference <= result.tolerance
     found = session(tmp_path / "out/model.onnx")
-    assert list(shapes(found.get_inputs())) == inputs and list(shapes(found.get_outputs())) == outputs
+    text = ["text_batch_size", "sequence_length"]
+    images = ["image_batch_size", 3, 12, 12]
+    assert shapes(found.get_inputs()) == {"input_ids": text, "attention_mask": text, "pixel_values": images}
+    assert list(shapes(found.get_outputs())) == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
 
 
 def test_a_whisper_decodes_without_a_mask(tmp_path: Path) -> None:
@@ -149,19 +141,26 @@ def test_a_whisper_decodes_without_a_mask(tmp_path: Path) -> None:
     }
 
 
-def test_a_graph_that_computes_something_else_is_not_put_in_place(
+def test_graphs_that_compute_something_else_are_found(t5: Path) -> None:
+    """A change of one weight of the decoder's cross-attention by a hundredth."""
+    model = headfold.load(t5 / "fold", dtype=torch.float32)
+    difference, tolerance = compare_graphs(model, t5 / "out", lambda count: None)
+    assert difference <= tolerance
+    with torch.no_grad():
+        model.decoder.block[0].layer[1].EncDecAttention.v.weight[0].mul_(1.01)
+    difference, tolerance = compare_graphs(model, t5 / "out", lambda count: None)
+    assert difference > tolerance
+
+
+def test_graphs_that_compute_something_else_are_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = engine.pack_queries
-
-    def wrong(model: Any) -> Any:
-        with torch.no_grad():
-            next(p for name, p in model.named_parameters() if "key.weight" in name).mul_(1.01)
-        return packed(model)
-
-    monkeypatch.setattr(engine, "pack_queries", wrong)
-    with pytest.raises(UserError, match=r"expected the outputs of .* got a difference of .* not renamed"):
+    monkeypatch.setattr(engine, "write_graph", lambda graph, path: (path / graph.file).write_bytes(b""))
+    with pytest.raises(UserError, match=r"model\.onnx: expected a graph that onnxruntime runs, got .*; export again"):
         export(folded("bert", tmp_path / "fold"), tmp_path / "out", layout="onnx")
+    monkeypatch.setattr(engine, "compare_graphs", lambda *rest: (float("nan"), 0.1))
+    with pytest.raises(UserError, match=r"within 0\.1, got a difference of nan in onnxruntime; left there and not"):
+        export(tmp_path / "fold", tmp_path / "out", layout="onnx")
     assert not (tmp_path / "out").exists()
 
 
@@ -174,7 +173,9 @@ def test_float16_is_written_if_asked(tmp_path: Path) -> None:
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     with torch.no_grad():
         expected = headfold.load(tmp_path / "fold", dtype=torch.float32)(**given).logits.numpy()
-    (found,) = session(tmp_path / "out/model.onnx").run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    graph = session(tmp_path / "out/model.onnx")
+    assert list(shapes(graph.get_inputs())) == list(given) and list(shapes(graph.get_outputs())) == ["logits"]
+    (found,) = graph.run(None, {name: tensor.numpy() for name, tensor in given.items()})
     assert found.dtype == np.float16 and 0 < np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
