@@ -16,7 +16,7 @@ from headfold.serving.ask import installed_here
 from headfold.serving.engine import Engine, all_engines, engine_named
 
 PAGES = Path(__file__).parents[1] / "docs/how-to/engines"
-BUNDLED = Path(headfold.__file__).parent / "bundled"
+FOLDS = {"llama": "my-model-gqa", "t5": "my-t5-gqa"}
 
 
 def commands(page: Path) -> list[str]:
@@ -30,15 +30,12 @@ def commands(page: Path) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `my-model-gqa` is a fold, and `my-t5-gqa` one of a T5."""
     folder = tmp_path_factory.mktemp("served")
-    pairs = shutil.copytree(tiny_checkpoint("t5", torch.float32), folder / "t5")
-    byte_level(pairs)
-    headfold.fold(
-        pairs, folder / "my-t5-gqa", kv_heads="1/4", merge="mean", group="contiguous", refit=False, verify=False
-    )
-    shutil.rmtree(pairs)
-    headfold.fold(
-        BUNDLED, folder / "my-model-gqa", kv_heads="1/4", merge="mean", group="contiguous", refit=False, verify=False
-    )
+    how = {"kv_heads": "1/4", "merge": "mean", "group": "contiguous", "refit": False, "verify": False}
+    for name, fields in (("llama", {"max_position_embeddings": 512}), ("t5", {})):
+        source = shutil.copytree(tiny_checkpoint(name, torch.float32, **fields), folder / "source")
+        byte_level(source)
+        headfold.fold(source, folder / FOLDS[name], **how)
+        shutil.rmtree(source)
     return folder
 
 
@@ -68,5 +65,5 @@ def test_commands_run(page: Path, folder: Path, run, monkeypatch: pytest.MonkeyP
         else:
             assert said.code == 0, (command, said.err, said.out)
     for made in folder.iterdir():
-        if made.name not in ("my-model-gqa", "my-t5-gqa"):
+        if made.name not in FOLDS.values():
             shutil.rmtree(made) if made.is_dir() else made.unlink()
