@@ -63,7 +63,7 @@ def test_transformers_computes_the_same(fold: Path) -> None:
     (row,) = found.rows
     assert found.is_right and row.refused is None and row.found is not None
     assert row.found.kl < 1e-9 and row.found.num_same_greedy == 3 and row.found.same_tokens_of_text
-    assert row.kv_bytes_per_token == found.kv_bytes_per_token and row.tokens_per_second
+    assert row.kv_bytes_per_token == found.kv_bytes_per_token
     assert row.serve == f"transformers serve {fold} --trust-remote-code"
 
 

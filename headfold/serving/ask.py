@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from .engine import Engine, all_engines
+from .engine import BUILDERS, Engine, all_engines
 
 TIMEOUT = 1800
 """Seconds after which an engine counts as hanging."""
@@ -40,13 +40,16 @@ class Request:
     tokens: Sequence[int]
     new_tokens: int
     text: str
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine computed. `logits` are of every position, up to a constant each."""
+    """What an engine computed. `logits` are of every position, or of the new tokens, up to a constant each."""
 
     logits: Tensor
+    of_written: bool
+    """Whether the logits are those that the new tokens were chosen by."""
     greedy: tuple[int, ...]
     tokens: tuple[int, ...] | None
     """Of the text; None where the driver does not ask its tokenizer."""
@@ -104,9 +107,9 @@ def ask(found: Installed, source: Path, request: Request) -> Answer | Refusal:
     """Return what an engine says to a request about a model: `source` is in the form that it reads."""
     with tempfile.TemporaryDirectory(prefix="headfold-check-") as folder:
         question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        question.write_text(
-            json.dumps({"tokens": list(request.tokens), "new_tokens": request.new_tokens, "text": request.text})
-        )
+        content = {"tokens": list(request.tokens), "new_tokens": request.new_tokens, "text": request.text}
+        built = {} if found.engine.builder is None else {"builder": str(BUILDERS / found.engine.builder)}
+        question.write_text(json.dumps(content | built | {"vocab_size": request.vocab_size}))
         # As files, so that a child of the engine that outlives it holds no pipe open.
         with (Path(folder) / "errors").open("w+", errors="replace") as errors:
             words = [str(found.python), str(found.engine.driver), str(source.absolute()), str(question), str(answer)]
@@ -133,6 +136,7 @@ def _answer(found: Mapping[str, Any], logits: Tensor) -> Answer:
     tokens = found.get("tokens")
     return Answer(
         logits.double(),
+        bool(found.get("of_written")),
         tuple(found["greedy"]),
         None if tokens is None else tuple(tokens),
         found.get("seconds_per_token"),

@@ -14,7 +14,7 @@ from ..core import plugins
 from ..core.errors import UserError, suggest
 from . import engines
 
-DRIVERS = Path(__file__).parent / "drivers"
+DRIVERS, BUILDERS = Path(__file__).parent / "drivers", Path(__file__).parent / "builders"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class Engine:
         number_type: what such files are to store matrices as, so that nothing is rounded; None for the checkpoint's own.
         install: the command that installs it.
         serve: returns the command that serves a path, given the config of the checkpoint.
+        builder: the file of `headfold/serving/builders` by which the engine's own builder makes a model of a checkpoint; None where it has
+            none.
         instead: the layout to export a checkpoint in that the engine does not read, by the field that its config has.
     """
 
@@ -39,6 +41,7 @@ class Engine:
     number_type: str | None = None
     install: str
     serve: Callable[[Path, Mapping[str, Any]], str]
+    builder: str | None = None
     instead: Mapping[str, str] = field(default_factory=dict)
 
     @property

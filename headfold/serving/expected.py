@@ -27,6 +27,8 @@ class Expected:
 
     request: Request
     logits: Float[Tensor, "token vocab"]
+    written_logits: Float[Tensor, "new vocab"]
+    """Those that the greedy tokens were chosen by."""
     greedy: tuple[int, ...]
     tokens: tuple[int, ...]
     """Of the whole text."""
@@ -62,5 +64,7 @@ def expected(checkpoint: Checkpoint, text: Path, num_tokens: int | None, new_tok
     continued = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
     )  # fmt: skip
+    logits = model(continued[:, :-1]).logits[0]
+    request = Request(tokens[:num_tokens], new_tokens, written, logits.shape[-1])
     greedy = tuple(continued[0, num_tokens:].tolist())
-    return Expected(Request(tokens[:num_tokens], new_tokens, written), model(ids).logits[0], greedy, tuple(tokens))
+    return Expected(request, logits[:num_tokens], logits[num_tokens - 1 :], greedy, tuple(tokens))

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from .ask import Answer
+from .expected import Expected
 
 SAME_KL = 1e-6
 """Nats per token. Engines that compute in float32 are below 1e-11; llama.cpp takes GELU from a table in float16, which costs 2e-7."""
@@ -31,22 +29,21 @@ class Likeness:
         return self.kl <= SAME_KL and self.num_same_greedy == self.num_greedy and same_text
 
 
-def likeness(
-    answer: Answer,
-    logits: Float[Tensor, "token vocab"],
-    greedy: tuple[int, ...],
-    tokens: tuple[int, ...],
-) -> Likeness:
-    """Return how far an answer is from the logits, greedy tokens and tokens of the text of headfold's runtime.
+def likeness(answer: Answer, wanted: Expected) -> Likeness:
+    """Return how far an answer is from what headfold's runtime computes.
 
-    Engines may have logits for more entries than the vocabulary has, which are left out.
+    Logits of new tokens are compared as long as both have read the same. Engines may have logits for more entries than the vocabulary
+    has, which are left out.
     """
-    ours, theirs = logits.double().log_softmax(-1), answer.logits[:, : logits.shape[-1]].log_softmax(-1)
+    same = [a == b for a, b in zip(answer.greedy, wanted.greedy, strict=False)]
+    expected = wanted.written_logits[: [*same, False].index(False) + 1] if answer.of_written else wanted.logits
+    ours = expected.double().log_softmax(-1)
+    theirs = answer.logits[: len(ours), : ours.shape[-1]].log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1)
     return Likeness(
         kl=kl.mean().item(),
         greatest_difference=(ours - theirs).abs().max().item(),
-        num_same_greedy=sum(a == b for a, b in zip(answer.greedy, greedy, strict=False)),
-        num_greedy=len(greedy),
-        same_tokens_of_text=None if answer.tokens is None else answer.tokens == tokens,
+        num_same_greedy=sum(same),
+        num_greedy=len(wanted.greedy),
+        same_tokens_of_text=None if answer.tokens is None else answer.tokens == wanted.tokens,
     )

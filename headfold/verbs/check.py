@@ -102,7 +102,7 @@ def _run(one: Installed, checkpoint: Checkpoint, source: Folded, wanted: Expecte
         one.engine,
         serve,
         one.version,
-        found=likeness(answer, wanted.logits, wanted.greedy, wanted.tokens),
+        found=likeness(answer, wanted),
         tokens_per_second=1 / per_token if per_token else None,
         kv_bytes_per_token=answer.kv_bytes_per_token,
     )
