@@ -21,5 +21,5 @@ def misread_by(config: Mapping[str, Any]) -> str:
     )
     return (
         "the rotary factors of heads with a larger head_dim are ignored, without an error, by llama.cpp's converter (convert_hf_to_gguf; "
-        f"{instead}) and by onnxruntime-genai's model builder (fold with --head-dim-multiple 1)"
+        f"{instead}) and by onnxruntime-genai's model builder (headfold check names the script that builds them)"
     )

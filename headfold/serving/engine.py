@@ -73,3 +73,8 @@ def engine_named(name: str) -> Engine:
 def brings_code(config: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint brings a file of code, which its reader has to allow."""
     return bool(config.get("auto_map"))
+
+
+def build(builder: str, words: str) -> str:
+    """Return the command that runs a builder in the environment of its engine; the script imports nothing of headfold."""
+    return f"python {BUILDERS / builder} {words}"

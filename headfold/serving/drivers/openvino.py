@@ -1,0 +1,76 @@
+"""Export a checkpoint directory for OpenVINO by optimum-intel, and run it in OpenVINO and OpenVINO GenAI.
+
+    python openvino.py DIRECTORY REQUEST.json ANSWER.json
+
+REQUEST has `tokens`, `new_tokens` and `text`, and perhaps `builder`, a script to run in place of `optimum-cli`; ANSWER gets `logits` of
+every position by the exported model (as a .npy file beside it), `greedy` as OpenVINO GenAI writes it, the tokens of the text, and
+`cache`, the K/V heads of each layer's cache.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.pop(0)  # this file has the library's name
+
+import numpy as np
+import openvino
+import openvino_genai
+
+PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def exported(directory: str, builder: str | None, out: Path) -> Path:
+    """Export the model; end with the last line of what the exporter says if it cannot."""
+    script = [builder] if builder else ["-m", "optimum.commands.optimum_cli"]
+    words = [
+        "export",
+        "openvino",
+        "--model",
+        directory,
+        "--task",
+        "text-generation-with-past",
+        "--weight-format",
+        "fp32",
+    ]
+    done = subprocess.run(
+        [sys.executable, *script, *words, "--trust-remote-code", str(out)], capture_output=True, text=True
+    )
+    if done.returncode or not (out / "openvino_model.xml").exists():
+        said = [line for line in done.stderr.splitlines() if line[:1].strip() and ("Error" in line or "Sizes" in line)]
+        raise SystemExit(" ".join(said) or done.stderr.strip().splitlines()[-1])
+    return out
+
+
+def main() -> None:
+    directory, request, answer = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    place = exported(directory, request.get("builder"), answer.with_suffix(""))
+    model = openvino.Core().read_model(place / "openvino_model.xml")
+    ids = np.array([request["tokens"]])
+    given = {
+        "input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }  # fmt: skip
+    asked = {name: given[name] for port in model.inputs for name in port.get_names()}
+    running = openvino.compile_model(model, "CPU", PRECISE).create_infer_request()
+    logits = running.infer(asked)["logits"][0]
+    states = {state.name: state.state.shape[1] for state in running.query_state()}
+    keys = {int(name.split(".")[1]): count for name, count in states.items() if name.endswith("key")}
+    pipeline = openvino_genai.LLMPipeline(str(place), "CPU", **PRECISE)
+    config = openvino_genai.GenerationConfig(max_new_tokens=request["new_tokens"], do_sample=False, ignore_eos=True)
+    written = pipeline.generate(openvino.Tensor(ids), config)
+    tokens = pipeline.get_tokenizer().encode(request["text"]).input_ids.data[0].tolist()
+    np.save(answer.with_suffix(".npy"), logits)
+    found = {
+        "greedy": list(written.tokens[0]),
+        "cache": [keys[layer] for layer in sorted(keys)],
+        "tokens": tokens,
+        "version": version("openvino-genai"),
+    }
+    answer.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
