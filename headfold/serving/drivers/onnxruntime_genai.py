@@ -3,12 +3,14 @@
     python onnxruntime_genai.py DIRECTORY REQUEST.json ANSWER.json
 
 REQUEST has `tokens`, `new_tokens` and `text`, and perhaps `builder`, a script to run in place of the engine's model builder; ANSWER gets
-`logits` of every position (as a .npy file beside it), `greedy`, the tokens of the text, and `cache`, the K/V heads of each layer's cache.
+`logits` of every position (as a .npy file beside it), `greedy`, the tokens of the text, `cache`, the K/V heads of each layer's cache, and
+what a new token takes: seconds, and bytes of the cache.
 """
 
 import json
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,15 +39,21 @@ def main() -> None:
     running = engine.Generator(model, options)
     running.append_tokens(np.array(request["tokens"], dtype=np.int32))
     logits = running.get_output("logits")[0]
-    greedy, last = [], logits[-1]
+    greedy, last, started = [], logits[-1], time.perf_counter()
     for _ in range(request["new_tokens"]):
         greedy.append(int(last.argmax()))
         running.append_tokens(np.array(greedy[-1:], dtype=np.int32))
         last = running.get_output("logits")[0, -1]
+    seconds = (time.perf_counter() - started) / request["new_tokens"]
     layers = json.loads((place / "genai_config.json").read_text())["model"]["decoder"]["num_hidden_layers"]
-    cache = [running.get_output(f"present.{layer}.key").shape[1] for layer in range(layers)]
+    shapes = [running.get_output(f"present.{layer}.key").shape for layer in range(layers)]
+    cache = [heads for _, heads, _, _ in shapes]
+    kept = sum(2 * 4 * heads * dim for _, heads, _, dim in shapes)  # K and V in float32
     np.save(answer.with_suffix(".npy"), logits)
-    found = {"greedy": greedy, "cache": cache, "version": version("onnxruntime-genai")}
+    found = {
+        "greedy": greedy, "cache": cache, "version": version("onnxruntime-genai"), "seconds_per_token": seconds,
+        "kv_bytes_per_token": kept,
+    }  # fmt: skip
     answer.write_text(json.dumps(found | {"tokens": engine.Tokenizer(model).encode(request["text"]).tolist()}))
 
 

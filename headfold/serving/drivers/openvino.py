@@ -3,13 +3,14 @@
     python openvino.py DIRECTORY REQUEST.json ANSWER.json
 
 REQUEST has `tokens`, `new_tokens` and `text`, and perhaps `builder`, a script to run in place of `optimum-cli`; ANSWER gets `logits` of
-every position by the exported model (as a .npy file beside it), `greedy` as OpenVINO GenAI writes it, the tokens of the text, and
-`cache`, the K/V heads of each layer's cache.
+every position by the exported model (as a .npy file beside it), `greedy` as OpenVINO GenAI writes it, the tokens of the text, `cache`, the
+K/V heads of each layer's cache, and what a new token takes: seconds, and bytes of the cache.
 """
 
 import json
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,14 +58,24 @@ def main() -> None:
     running = openvino.compile_model(model, "CPU", PRECISE).create_infer_request()
     logits = running.infer(asked)["logits"][0]
     states = {state.name: state.state.shape[1] for state in running.query_state()}
+    kept = sum(state.state.byte_size for state in running.query_state()) / ids.shape[1]
     keys = {int(name.split(".")[1]): count for name, count in states.items() if name.endswith("key")}
     pipeline = openvino_genai.LLMPipeline(str(place), "CPU", **PRECISE)
-    config = openvino_genai.GenerationConfig(max_new_tokens=request["new_tokens"], do_sample=False, ignore_eos=True)
-    written = pipeline.generate(openvino.Tensor(ids), config)
+
+    def continued(count: int) -> tuple[list[int], float]:
+        """Return so many greedy tokens after the text, and the seconds they took."""
+        config = openvino_genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
+        started = time.perf_counter()
+        return list(pipeline.generate(openvino.Tensor(ids), config).tokens[0]), time.perf_counter() - started
+
+    _, prompt_seconds = continued(1)
+    greedy, seconds = continued(request["new_tokens"])
     tokens = pipeline.get_tokenizer().encode(request["text"]).input_ids.data[0].tolist()
     np.save(answer.with_suffix(".npy"), logits)
     found = {
-        "greedy": list(written.tokens[0]),
+        "greedy": greedy,
+        "seconds_per_token": max(seconds - prompt_seconds, 0) / (request["new_tokens"] - 1),
+        "kv_bytes_per_token": kept,
         "cache": [keys[layer] for layer in sorted(keys)],
         "tokens": tokens,
         "version": version("openvino-genai"),
