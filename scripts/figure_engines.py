@@ -5,39 +5,59 @@ from typing import Any
 from figure_data import load
 from figure_tables import Block, number, table
 
-ENGINES = {"llama_cpp": "llama.cpp", "transformers": "transformers", "mlx": "mlx-lm", "vllm": "vLLM"}
+ENGINES = {
+    "llama_cpp": "llama.cpp", "transformers": "transformers", "mlx": "mlx-lm", "vllm": "vLLM", "openvino": "OpenVINO",
+    "onnxruntime_genai": "onnxruntime-genai", "onnxruntime": "onnxruntime", "ctranslate2": "CTranslate2", "mistralrs": "mistral.rs",
+}  # fmt: skip
 """Driver → the name of its engine."""
+READS = {
+    "llama_cpp": "by export", "onnxruntime": "by export", "ctranslate2": "by export", "gguf": "by export",
+    "headfold": "headfold's script",
+}  # fmt: skip
+"""Driver, or the end of its name, → what it reads; others read the checkpoint, by their own reader or builder."""
 NEAR, SOME = 1e-6, 64
 """The divergence and the number of greedy tokens of an engine that computes the same; llama.cpp takes GELU from a table in float16."""
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    """Return what a cell says: the divergence, and how many greedy tokens are the same."""
+    """Return what a cell says: the divergence where the engine computes the same, else what it does."""
     if row is None:
         return ""
     if "refused" in row:
-        return f"refused: {row['refused'].partition(':')[0]}"
-    right = row["kl"] < NEAR and row["same_greedy"] == SOME
-    return f"{'✓' if right else '**wrong**'} (KL {row['kl']:.0e}, {row['same_greedy']} of {SOME})"
+        return "refused"
+    if row["kl"] < NEAR and row["same_greedy"] == SOME:
+        return f"✓ {row['kl']:.0e}"
+    return f"**wrong** (KL {row['kl']:.0e}, {row['same_greedy']} of {SOME})"
 
 
 def engines() -> str:
-    """One row per fold, one column per engine."""
+    """One row per engine, one column per fold."""
     return _matrix(load("engines-pylib-llama")["rows"])
 
 
 def toys() -> str:
     """One row per random model, one column per engine."""
-    return _matrix(load("engines-toys")["rows"])
+    found = load("engines-toys")["rows"]
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    header = ["fold", *(_called(name, found) for name in names)]
+    return table(header, [[fold, *(_cell(row.get(name)) for name in names)] for fold, row in found.items()])
+
+
+def _called(name: str, found: dict[str, Any]) -> str:
+    version = next((row[name]["version"] for row in found.values() if "version" in row.get(name, {})), "")
+    return f"{ENGINES[name.partition('-')[0]]} {version}".strip()
 
 
 def _matrix(found: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
-    versions = {
-        name: next(row[name]["version"] for row in found.values() if "version" in row.get(name, {})) for name in names
-    }
-    header = ["fold", *(f"{ENGINES[name.partition('-')[0]]} {versions[name]}" for name in names)]
-    return table(header, [[fold, *(_cell(row.get(name)) for name in names)] for fold, row in found.items()])
+    names = sorted({name for row in found.values() for name in row}, key=lambda name: _called(name, found).lower())
+    lines = [
+        [
+            _called(name, found), READS.get(name) or READS.get(name.partition("-")[2], "the checkpoint"),
+            *(_cell(row.get(name)) for row in found.values()),
+        ]
+        for name in names
+    ]  # fmt: skip
+    return table(["engine", "reads", *found], lines)
 
 
 def quantised() -> str:

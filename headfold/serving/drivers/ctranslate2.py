@@ -37,7 +37,9 @@ def main() -> None:
     greedy, seconds = continued(new)
     np.save(answer.with_suffix(".npy"), logits)
     per_token = max(seconds - prompt_seconds, 0) / (new - 1)
-    answer.write_text(json.dumps({"greedy": greedy, "seconds_per_token": per_token}))
+    answer.write_text(
+        json.dumps({"greedy": greedy, "version": ctranslate2.__version__, "seconds_per_token": per_token})
+    )
 
 
 if __name__ == "__main__":

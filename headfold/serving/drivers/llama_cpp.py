@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def computed(model_file: str, request: dict[str, Any]) -> tuple[dict[str, Any], 
         last = session.logits(0)
     found = {
         "greedy": greedy,
+        "version": version("llama-cpp-py-sync"),
         "seconds_per_token": (time.perf_counter() - started) / new,
         "kv_bytes_per_token": kept,
     }

@@ -9,6 +9,7 @@ the text, and what a new token takes: seconds, and bytes of the cache.
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.pop(0)  # this file has the library's name
@@ -37,7 +38,9 @@ def main() -> None:
     seconds = (time.perf_counter() - started) / request["new_tokens"]
     np.save(answer.with_suffix(".npy"), np.array(logits.astype(mx.float32)))
     tokens = tokenizer.encode(request["text"])
-    found = {"greedy": greedy, "tokens": tokens, "seconds_per_token": seconds, "kv_bytes_per_token": kept}
+    found = {
+        "greedy": greedy, "tokens": tokens, "version": version("mlx-lm"), "seconds_per_token": seconds, "kv_bytes_per_token": kept,
+    }  # fmt: skip
     answer.write_text(json.dumps(found))
 
 

@@ -63,7 +63,13 @@ def main() -> None:
         last = session.logits(greedy[-1:])[-1]
     seconds = (time.perf_counter() - started) / request["new_tokens"]
     np.save(answer.with_suffix(".npy"), logits)
-    answer.write_text(json.dumps({"greedy": greedy, "seconds_per_token": seconds, "kv_bytes_per_token": kept}))
+    found = {
+        "greedy": greedy,
+        "version": onnxruntime.__version__,
+        "seconds_per_token": seconds,
+        "kv_bytes_per_token": kept,
+    }
+    answer.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> None:
     tokens = tokenizer(request["text"])["input_ids"]
     np.save(answer.with_suffix(".npy"), out.logits[0].float().numpy())
     found = {
-        "greedy": continued[0, ids.shape[1] :].tolist(), "tokens": tokens,
+        "greedy": continued[0, ids.shape[1] :].tolist(), "tokens": tokens, "version": transformers.__version__,
         "seconds_per_token": max(seconds - prompt_seconds, 0) / (request["new_tokens"] - 1),
         "kv_bytes_per_token": kept / ids.shape[1],
     }  # fmt: skip

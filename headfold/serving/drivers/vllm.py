@@ -19,6 +19,7 @@ sys.path.pop(0)  # this file has the library's name
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 import numpy as np
+import vllm
 from vllm import LLM, SamplingParams
 
 
@@ -55,6 +56,7 @@ def computed(directory: str, config: dict[str, Any], request: dict[str, Any]) ->
     cache = engine.llm_engine.vllm_config.cache_config
     answer = {
         "greedy": list(found.outputs[0].token_ids),
+        "version": vllm.__version__.partition("+")[0],
         "tokens": engine.get_tokenizer().encode(request["text"]),
         "seconds_per_token": per_token(engine, request["tokens"], new),
         "kv_bytes_per_token": 2**30 / (cache.num_gpu_blocks * cache.block_size),
