@@ -1,6 +1,8 @@
 """`headfold check`: engines that compute the same, something else, or nothing."""
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,10 @@ import headfold
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.serving import engine as engines
-from headfold.serving.ask import installed_here
+from headfold.serving.ask import Answer, installed, installed_here
 from headfold.serving.engine import all_engines, engine_named
 from headfold.serving.expected import expected
+from headfold.serving.likeness import likeness
 from headfold.verbs.check import check
 
 SHORT = {"tokens": 12, "new_tokens": 3}
@@ -82,7 +85,7 @@ def test_what_engines_compute_is_compared(change: str, right: bool, fold: Path, 
     )
     assert said.code == (0 if right else 1)
     assert ("SOMETHING ELSE" in said.out) != right and ("the same" in said.out) == right
-    assert ("serve with: transformers serve" in said.out) == right
+    assert ("use with: transformers serve" in said.out) == right
     assert "7 B" in said.out and " 2 " in said.out
 
 
@@ -135,8 +138,64 @@ def test_refusals_say_what_to_do(fold: Path, run) -> None:  # noqa: F811
     assert "expected 12 tokens in the first 4000 characters, got 2" in refusal(
         fold, engines=["transformers"], text=fold.parent / "short.txt"
     )
-    said = run("check", fold, "--engine", "transformers", "--engine", "transformers=/bin/python")
-    assert said.code == 2 and "expected each engine once" in said.err
+    for words in (["transformers", "transformers=/bin/python"], ["all=/bin/python"], ["vllm="]):
+        said = run("check", fold, *(word for name in words for word in ("--engine", name)))
+        assert said.code == 2 and "each engine once by NAME or NAME=PYTHON" in said.err
+    missing = fold.parent / "no.txt"
+    assert "found nothing there" in refusal(fold, engines=["transformers"], text=missing)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("logits = logits[:, :1]", "logits of shape (12, 1), not (12, 61)"),
+        ("logits = logits[None]", "logits of shape (1, 12, 61)"),
+        ("greedy = greedy * 2", "6 greedy tokens, not 3"),
+        ("greedy = None", "TypeError"),
+    ],
+)
+def test_answers_of_another_form_are_refusals(change: str, said: str, fold: Path, driver: Driver) -> None:
+    """One broken driver does not end the others' rows."""
+    answer = expected(Checkpoint.open(fold), fold.parent / "text.txt", 12, 3)
+    np.save(fold.parent / "right.npy", answer.logits.numpy())
+    driver(SAME.format(right=str(fold.parent / "right.npy"), greedy=list(answer.greedy), change=change))
+    found = check(fold, engines=["transformers"], text=fold.parent / "text.txt", **SHORT)
+    assert found.is_right is False and said in str(found.rows[0].refused)
+
+
+def test_one_wrong_position_among_many_is_found(fold: Path) -> None:
+    wanted = expected(Checkpoint.open(fold), fold.parent / "text.txt", 50, 3)
+    logits = wanted.logits.double().clone()
+    logits[7] += 0.05 * torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0))
+    answer = Answer(logits, False, wanted.greedy, None, None, None)
+    assert not likeness(answer, wanted).is_same
+    assert likeness(Answer(wanted.logits.double(), False, wanted.greedy, None, None, None), wanted).is_same
+
+
+def test_code_of_others_is_not_run_unasked(fold: Path, driver: Driver, run) -> None:  # noqa: F811
+    code = fold / "modeling_per_layer.py"
+    code.write_text(code.read_text() + "\nprint('other')\n")
+    assert "read it, then pass --trust-remote-code" in refusal(fold, engines=["transformers"])
+    assert check(fold).is_right is None
+    driver("raise ValueError('it ran')")
+    trusted = check(fold, engines=["transformers"], text=fold.parent / "text.txt", trust_remote_code=True, **SHORT)
+    assert trusted.rows[0].refused == "ValueError: it ran"
+
+
+def test_places_are_words_of_the_shell(fold: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A space, a folder that is named by a dot, and a Python that is named from here."""
+    place = fold.rename(fold.parent / "it's a fold")
+    for row in check(place).rows:
+        assert any(str(place) in word for word in shlex.split(row.serve)), row.serve
+    monkeypatch.chdir(place)
+    assert f"llama-server -m {shlex.quote(str(place) + '.gguf')}" in run("check", ".").out
+    here = os.path.relpath(sys.executable)
+    assert installed(engine_named("transformers"), Path(here)).version
+
+
+def test_without_a_run_nothing_is_said_to_be_right(fold: Path, run) -> None:  # noqa: F811
+    found = json.loads(run("check", fold, "--json").out)
+    assert found["right"] is None and found["num_tokens"] is None
 
 
 def test_other_models_are_compared_by_export() -> None:

@@ -218,7 +218,6 @@ def test_heads_that_date_words_are_named_by_their_new_places(tmp_path: Path) -> 
         size = before[query].shape[0] // 8
         theirs, ours = (t[query].unflatten(0, (-1, size)) for t in (before, after))
         assert same_layer == layer and torch.equal(ours[place], theirs[head])
-    generation = {**generation, "alignment_heads": "all of them"}
-    (source / "generation_config.json").write_text(json.dumps(generation))
+    (source / "generation_config.json").write_text(json.dumps({**generation, "alignment_heads": "all of them"}))
     headfold.fold(source, tmp_path / "other", kv_heads="1/4", **how)
     assert json.loads((tmp_path / "other/generation_config.json").read_text()) == generation

@@ -23,8 +23,8 @@ def check(
         list[str] | None,
         option(
             "--engine", panel=MEASURE, metavar="NAME[=PYTHON]",
-            help="Run the model in this engine, as this Python, or the one that PYTHON names, has it; may be repeated. all: in every "
-            "engine that this Python has. Without it nothing is run.",
+            help="Run the model in this engine. PYTHON: the Python that has the engine; default: this one. May be repeated. "
+            "all: every engine that this Python has. Without it nothing is run.",
         ),
     ] = None,
     text: Annotated[
@@ -38,6 +38,13 @@ def check(
     new_tokens: Annotated[
         int, option("--new-tokens", panel=DATA, metavar="N", min=2, help="Greedy tokens after them.")
     ] = 64,
+    trust_remote_code: Annotated[
+        bool,
+        option(
+            "--trust-remote-code", panel=MEASURE,
+            help="Let engines run code that lies beside the weights, though this version of headfold did not write it.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -52,11 +59,12 @@ def check(
 
     with ProgressReport(silent=as_json) as progress:
         found = verb.check(
-            model, engines=_engines(engine or []), text=text, tokens=tokens, new_tokens=new_tokens, progress=progress
-        )
+            model, engines=_engines(engine or []), text=text, tokens=tokens, new_tokens=new_tokens,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
     if not answered(found.to_json(), as_json):
         show_check(found)
-    if not found.is_right:
+    if found.is_right is False:
         raise typer.Exit(1)
 
 
@@ -70,9 +78,9 @@ def _engines(words: list[str]) -> dict[str, str | None]:
 
     named: dict[str, str | None] = {}
     for word in words:
-        name, _, python = word.partition("=")
-        for one in installed_here() if word == "all" else [name]:
-            if one in named and word != "all":
-                raise UserError(f"--engine {word}: expected each engine once, got {name} twice; leave one out")
-            named.setdefault(one, python or None)
-    return named
+        name, given, python = word.partition("=")
+        if name in named or (given and (name == "all" or not python)):
+            raise UserError(f"--engine {word}: expected all, or each engine once by NAME or NAME=PYTHON; write it so")
+        if word != "all":
+            named[name] = python or None
+    return named if "all" not in words else {**dict.fromkeys(installed_here()), **named}

@@ -16,9 +16,7 @@ EXAMPLES = (
 
 def export(
     folded: Annotated[Path, typer.Argument(metavar="FOLDED", help="A checkpoint that headfold fold wrote.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The checkpoint directory to write, or the file of --layout gguf.")
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write, or the file of --layout gguf.")],
     layout: Layout = None,
     quantise: Annotated[
         str | None,

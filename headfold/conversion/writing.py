@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,13 +102,17 @@ def write_fold(
 def _renumber_alignment_heads(target: Path, sites: Mapping[str, Site], plan: Plan) -> None:
     """Write the new places of the query heads by which a Whisper dates words: pairs of a decoder layer and a head of its cross-attention.
 
-    A generation config that says them in another way is left as it is.
+    What is said in another way is removed, because old places would date words wrongly and without an error.
     """
     file = target / "generation_config.json"
     try:
         generation = json.loads(file.read_text(encoding="utf-8"))
-        named = [(sites[f"decoder.{layer}.cross"], layer, head) for layer, head in generation["alignment_heads"]]
-        found = [[layer, query_order(site, plan).index(head)] for site, layer, head in named]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        named = generation.pop("alignment_heads")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return
-    write_json(file, {**generation, "alignment_heads": found})
+    if named is None:
+        return
+    with suppress(TypeError, ValueError, LookupError):
+        places = [(sites[f"decoder.{layer}.cross"], layer, head) for layer, head in named]
+        generation["alignment_heads"] = [[layer, query_order(site, plan).index(head)] for site, layer, head in places]
+    write_json(file, generation)

@@ -90,7 +90,8 @@ def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
     entries.
     """
     family = family_of(dict(config), where)
-    simple = len(family.attentions) == 1 and (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+    named = "headfold" in config or all(getattr(one, role) for one in family.attentions for role in ROLES)
+    simple = named and len(family.attentions) == 1 and (config.get("architectures") or [""])[0].endswith("ForCausalLM")
     return Folded(config, family, tuple(entries_of(config, family, family.attentions[0])) if simple else (), where)
 
 

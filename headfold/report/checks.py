@@ -1,5 +1,6 @@
 """The report of a check of serving engines."""
 
+import shlex
 from typing import Any
 
 from .tables import show_table, size
@@ -11,8 +12,8 @@ def show_check(result: Any) -> None:
         _show_runs(result)
         return
     for row in result.rows:
-        print(f"{row.engine.title}\n  install  {row.engine.install}\n  serve    {row.serve}")
-        print(f"  check    headfold check {result.model} --engine {row.engine.name}")
+        print(f"{row.engine.title}\n  install  {row.engine.install}\n  use      {row.serve}")
+        print(f"  check    headfold check {shlex.quote(str(result.model))} --engine {row.engine.name}")
 
 
 def _show_runs(result: Any) -> None:
@@ -28,7 +29,7 @@ def _show_runs(result: Any) -> None:
         elif row.found.same_tokens_of_text is False:
             print(f"{row.engine.name}: divides the text into other tokens than the tokenizer of the model")
         if row.found is not None and row.found.is_same:
-            print(f"{row.engine.name}: serve with: {row.serve}")
+            print(f"{row.engine.name}: use with: {row.serve}")
 
 
 def _cells(row: Any) -> list[str]:

@@ -9,7 +9,7 @@ def show_export(result: Any) -> None:
     if result.difference is None and result.out.is_file():
         print("not compared with headfold's runtime: run the file in its engine")
     elif result.difference is None:
-        print("not verified: the comparison with headfold's runtime was skipped")
+        print("not compared with headfold's runtime: --no-verify, or --quantise, which rounds the weights")
     else:
         found = f"differs from headfold's runtime by {result.difference:.2g} (tolerance {result.tolerance:.2g})"
         print(f"verified: the largest logit {found}")

@@ -1,13 +1,16 @@
 """Find the Python that has an engine, and run a model in the engine there."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -72,7 +75,8 @@ def installed(engine: Engine, python: Path | None = None) -> Installed:
     Raises:
         UserError: it is not installed there.
     """
-    place = python or Path(sys.executable)
+    # Not resolved: the link of a virtual environment is what makes it one.
+    place = Path(sys.executable) if python is None else python.expanduser().absolute()
     found = _distributions(place)
     version = next((found[name] for name in engine.packages if name in found), None)
     if version is None:
@@ -99,7 +103,8 @@ def _distributions(python: Path) -> Mapping[str, str]:
         ran = subprocess.run([str(python), "-c", _VERSION], capture_output=True, text=True, timeout=120)
         return dict(json.loads(ran.stdout))
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        said = f"{type(error).__name__}" if isinstance(error, ValueError) else str(error)
+        late, other = isinstance(error, subprocess.TimeoutExpired), isinstance(error, ValueError)
+        said = "no answer in two minutes" if late else "what another program prints" if other else str(error)
         raise UserError(f"{python}: expected a Python to run an engine with, got {said}; name another") from error
 
 
@@ -113,32 +118,67 @@ def ask(found: Installed, source: Path, request: Request) -> Answer | Refusal:
         # As files, so that a child of the engine that outlives it holds no pipe open.
         with (Path(folder) / "errors").open("w+", errors="replace") as errors:
             words = [str(found.python), str(found.engine.driver), str(source.absolute()), str(question), str(answer)]
-            try:
-                ran = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=folder, timeout=TIMEOUT)
-            except subprocess.TimeoutExpired:
-                return Refusal(f"no answer after {TIMEOUT // 60} minutes")
+            code = _ran(words, errors, Path(folder))
             errors.seek(0)
-            if ran.returncode or not answer.exists():
-                return Refusal(_last_line(errors.read()) or f"exit code {ran.returncode}")
-        return _answer(json.loads(answer.read_text()), torch.from_numpy(np.load(answer.with_suffix(".npy"))))
+            if code is None:
+                return Refusal(f"no answer after {TIMEOUT // 60} minutes")
+            if code or not answer.exists():
+                ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                return Refusal(_last_line(errors.read()) or ended)
+        try:
+            return _answer(answer, request)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            return Refusal(f"its driver answered something else than it was to: {type(error).__name__} {error}"[:300])
+
+
+def _ran(words: list[str], errors: IO[str], folder: Path) -> int | None:
+    """Return the exit code of a driver; None where it took too long, and what it started is ended with it."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=folder, start_new_session=True)
+    try:
+        return process.wait(TIMEOUT)
+    except BaseException as error:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
 
 
 def _last_line(text: str) -> str:
-    """Return the line of a traceback that names the error: the last one that is not indented and has a colon, else the last."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    named = [
-        line for line in lines if not line[0].isspace() and line.split(":")[0].endswith(("Error", "Exception", "Exit"))
-    ]
-    return (named or lines or [""])[-1].strip()[:300]
+    """Return the last line that names an error, with the one below it where that is indented; empty where none does."""
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    for place in range(len(lines) - 1, -1, -1):
+        head = lines[place].split(":")[0]
+        if head.split()[0] == head and head.endswith(("Error", "Exception", "Exit")):
+            below = lines[place + 1 : place + 2]
+            detail = below[0] if below and below[0][:1].isspace() else ""
+            return _printable(f"{lines[place]} {detail.strip()}")
+    # An engine that is not written in Python, or ends with words of its own.
+    words = [line for line in lines if "it/s]" not in line]
+    return _printable(words[-1]) if words else ""
 
 
-def _answer(found: Mapping[str, Any], logits: Tensor) -> Answer:
-    tokens = found.get("tokens")
+def _printable(text: str) -> str:
+    return "".join(character for character in text if character.isprintable()).strip()[:300]
+
+
+def _answer(file: Path, request: Request) -> Answer:
+    """Return what a driver wrote, checked.
+
+    Raises:
+        ValueError, TypeError, KeyError: it lacks something, or has another shape.
+    """
+    found, logits = json.loads(file.read_text()), torch.from_numpy(np.load(file.with_suffix(".npy"))).double()
+    greedy, tokens, of_written = found["greedy"], found.get("tokens"), bool(found.get("of_written"))
+    rows = request.new_tokens if of_written else len(request.tokens)
+    if logits.ndim != 2 or len(logits) < rows or logits.shape[1] < request.vocab_size:
+        raise ValueError(f"logits of shape {tuple(logits.shape)}, not ({rows}, {request.vocab_size})")
+    if len(greedy) != request.new_tokens:
+        raise ValueError(f"{len(greedy)} greedy tokens, not {request.new_tokens}")
+    seconds, kept = (
+        float(found[name]) if found.get(name) else None for name in ("seconds_per_token", "kv_bytes_per_token")
+    )
     return Answer(
-        logits.double(),
-        bool(found.get("of_written")),
-        tuple(found["greedy"]),
-        None if tokens is None else tuple(tokens),
-        found.get("seconds_per_token"),
-        found.get("kv_bytes_per_token"),
+        logits, of_written, tuple(map(int, greedy)), None if tokens is None else tuple(map(int, tokens)), seconds, kept
     )

@@ -5,6 +5,8 @@ script that runs in the engine's own environment and imports nothing of headfold
 """
 
 import functools
+import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +72,16 @@ def engine_named(name: str) -> Engine:
     return all_engines()[name]
 
 
+def quoted(path: Path) -> str:
+    """Return a path as a word of a shell command."""
+    return shlex.quote(str(path))
+
+
+def in_python(code: str, path: Path, end: str = ")") -> str:
+    """Return the command that runs a line of Python and stays there: `code`, the path as a string, `end`."""
+    return f"python -i -c {shlex.quote(code + json.dumps(str(path), ensure_ascii=False) + end)}"
+
+
 def brings_code(config: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint brings a file of code, which its reader has to allow."""
     return bool(config.get("auto_map"))
@@ -77,4 +89,4 @@ def brings_code(config: Mapping[str, Any]) -> bool:
 
 def build(builder: str, words: str) -> str:
     """Return the command that runs a builder in the environment of its engine; the script imports nothing of headfold."""
-    return f"python {BUILDERS / builder} {words}"
+    return f"python {quoted(BUILDERS / builder)} {words}"

@@ -44,13 +44,15 @@ def expected(checkpoint: Checkpoint, text: Path, num_tokens: int | None, new_tok
         UserError: the model or its tokenizer does not load, the text is shorter than `num_tokens`, or the model's context is.
     """
     context = context_length(checkpoint.config)
-    room = TOKENS if context is None else context - new_tokens
+    room = (num_tokens or TOKENS) if context is None else context - new_tokens
     if room < (num_tokens or 1):
         raise UserError(
             f"{checkpoint.path}: expected room for {num_tokens or 1} tokens and {new_tokens} new ones, got a context of {context}; choose "
             "fewer with --tokens or --new-tokens"
         )
     num_tokens = num_tokens or min(TOKENS, room)
+    if not text.exists():
+        raise UserError(f"{text}: expected a text to compute on, found nothing there; check the path")
     written = next(iter(documents(text)))[:CHARACTERS]
     tokens = open_tokenizer(checkpoint.path)(written)["input_ids"]
     if len(tokens) < num_tokens:
@@ -65,6 +67,8 @@ def expected(checkpoint: Checkpoint, text: Path, num_tokens: int | None, new_tok
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
     )  # fmt: skip
     logits = model(continued[:, :-1]).logits[0]
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{checkpoint.path}: expected finite logits, got NaN or infinity; fold again from good weights")
     request = Request(tokens[:num_tokens], new_tokens, written, logits.shape[-1])
     greedy = tuple(continued[0, num_tokens:].tolist())
     return Expected(request, logits[:num_tokens], logits[num_tokens - 1 :], greedy, tuple(tokens))

@@ -6,7 +6,10 @@ from .ask import Answer
 from .expected import Expected
 
 SAME_KL = 1e-6
-"""Nats per token. Engines that compute in float32 are below 1e-11; llama.cpp takes GELU from a table in float16, which costs 2e-7."""
+"""Nats per token, in the mean. Engines that compute in float32 are below 1e-11; a GELU from a table in float16, as in llama.cpp, costs
+2e-7."""
+MOST_KL = 1e-4
+"""Nats at any one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,8 @@ class Likeness:
 
     kl: float
     """Of the runtime's next-token distribution from the engine's, nats per token."""
+    greatest_kl: float
+    """At one token."""
     greatest_difference: float
     """Of a log-probability."""
     num_same_greedy: int
@@ -26,7 +31,8 @@ class Likeness:
     def is_same(self) -> bool:
         """Whether the engine computes the same model, and reads text as the same tokens."""
         same_text = self.same_tokens_of_text is not False
-        return self.kl <= SAME_KL and self.num_same_greedy == self.num_greedy and same_text
+        same = abs(self.kl) <= SAME_KL and self.greatest_kl <= MOST_KL
+        return same and self.num_same_greedy == self.num_greedy and same_text
 
 
 def likeness(answer: Answer, wanted: Expected) -> Likeness:
@@ -42,6 +48,7 @@ def likeness(answer: Answer, wanted: Expected) -> Likeness:
     kl = (ours.exp() * (ours - theirs)).sum(-1)
     return Likeness(
         kl=kl.mean().item(),
+        greatest_kl=kl.max().item(),
         greatest_difference=(ours - theirs).abs().max().item(),
         num_same_greedy=sum(same),
         num_greedy=len(wanted.greedy),

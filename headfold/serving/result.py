@@ -43,13 +43,15 @@ class CheckResult:
     rows: tuple[CheckRow, ...]
     kv_bytes_per_token: int
     """What its counts of heads come to, in float32."""
-    num_tokens: int
-    num_new_tokens: int
+    num_tokens: int | None
+    num_new_tokens: int | None
+    """None where nothing was run."""
 
     @property
-    def is_right(self) -> bool:
-        """Whether every engine that was run computes the same model."""
-        return all(row.version is None or (row.found is not None and row.found.is_same) for row in self.rows)
+    def is_right(self) -> bool | None:
+        """Whether every engine that was run computes the same model; None where none was."""
+        run = [row.found is not None and row.found.is_same for row in self.rows if row.version is not None]
+        return all(run) if run else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""

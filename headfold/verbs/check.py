@@ -1,5 +1,6 @@
 """Run a fold in the engines that serve it, and compare what they compute with headfold's runtime."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from ..exports.formats import check_format, engine_formats
 from ..families.cached import stored_kv_bytes_per_token
 from ..parallel import main_only
 from ..serving.ask import Installed, Refusal, ask, installed
-from ..serving.engine import Engine, all_engines, engine_named
+from ..serving.code import refuse_foreign_code
+from ..serving.engine import Engine, all_engines, engine_named, quoted
 from ..serving.expected import Expected, expected
 from ..serving.likeness import likeness
 from ..serving.result import CheckResult, CheckRow
@@ -31,6 +33,7 @@ def check(
     text: str | Path | None = None,
     tokens: int | None = None,
     new_tokens: int = NEW_TOKENS,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
     """Run a language model in serving engines, and compare their logits and greedy tokens with those of headfold's runtime.
@@ -44,16 +47,19 @@ def check(
         text: A text file to compute on; by default Python source that comes with the package.
         tokens: Tokens of the text that logits are compared on; by default 240, or what the model takes.
         new_tokens: Greedy tokens after them, at least 2.
+        trust_remote_code: Let engines run code that lies beside the weights, though headfold did not write it.
         progress: Called with (stage, done, total).
 
     Raises:
-        UserError: no language model, an unknown engine, one that is not installed, or a text that is too short.
+        UserError: no language model, an unknown engine, one that is not installed, code of another's, or a text that is too short.
     """
     path, progress = Path(model), progress or no_progress
     pythons = dict(engines) if isinstance(engines, Mapping) else dict.fromkeys(engines)
     checkpoint, source = open_folded(path)
     _refuse_others(source)
     found = [installed(engine_named(name), None if at is None else Path(at)) for name, at in pythons.items()]
+    if found and not trust_remote_code:
+        refuse_foreign_code(checkpoint)
     if found:
         advance = counter(progress, "check", 1 + len(found))
         wanted = expected(checkpoint, Path(text or TEXT), tokens, new_tokens)
@@ -64,9 +70,9 @@ def check(
             advance(1)
         tokens = len(wanted.request.tokens)
     else:
-        rows = [CheckRow(engine, _serving(engine, path, source)) for engine in all_engines().values()]
+        rows = [CheckRow(engine, _serving(engine, checkpoint, source)) for engine in all_engines().values()]
     kv_bytes = stored_kv_bytes_per_token(checkpoint.config, checkpoint.tensors, FLOAT32)
-    return CheckResult(path, tuple(rows), kv_bytes, tokens or 0, new_tokens)
+    return CheckResult(path, tuple(rows), kv_bytes, tokens, new_tokens if found else None)
 
 
 def _refuse_others(source: Folded) -> None:
@@ -78,17 +84,25 @@ def _refuse_others(source: Folded) -> None:
         )
 
 
-def _serving(engine: Engine, path: Path, source: Folded) -> str:
-    """Return the command that serves a model, after the export where the engine reads another form."""
-    if engine.reads is None:
+def _serving(engine: Engine, checkpoint: Checkpoint, source: Folded) -> str:
+    """Return the command that serves a model, after the export where the engine reads another form; or why there is none."""
+    path = Path(os.path.abspath(checkpoint.path)) if checkpoint.path.name in ("", "..") else checkpoint.path
+    layout = engine.reads or _instead(engine, checkpoint)
+    if layout is None:
         return engine.serve(path, source.config)
-    file = path.with_name(f"{path.name}{engine_formats()[engine.reads].suffix or f'-{engine.reads}'}")
-    return f"headfold export {path} {file} --layout {engine.reads} && {engine.serve(file, source.config)}"
+    form = engine_formats().get(layout)
+    out = path.with_name(f"{path.name}{form.suffix if form and form.suffix else f'-{layout}'}")
+    try:
+        if form is not None:
+            check_format(checkpoint, source, layout, out, None)
+    except UserError as error:
+        return f"not served: {error}"
+    return f"headfold export {quoted(path)} {quoted(out)} --layout {layout} && {engine.serve(out, source.config)}"
 
 
 def _run(one: Installed, checkpoint: Checkpoint, source: Folded, wanted: Expected) -> CheckRow:
     """Return what one engine makes of the model."""
-    serve = _serving(one.engine, checkpoint.path, source)
+    serve = _serving(one.engine, checkpoint, source)
     with tempfile.TemporaryDirectory(prefix="headfold-check-") as folder:
         try:
             read = _as_read(one.engine, checkpoint, source, Path(folder))
@@ -96,7 +110,7 @@ def _run(one: Installed, checkpoint: Checkpoint, source: Folded, wanted: Expecte
             return CheckRow(one.engine, serve, one.version, refused=f"cannot be written for it: {error}")
         answer = ask(one, read, wanted.request)
     if isinstance(answer, Refusal):
-        return CheckRow(one.engine, serve, one.version, refused=answer.reason + _instead(one.engine, checkpoint))
+        return CheckRow(one.engine, serve, one.version, refused=answer.reason + _advice(one.engine, checkpoint))
     per_token = answer.seconds_per_token
     return CheckRow(
         one.engine,
@@ -108,10 +122,14 @@ def _run(one: Installed, checkpoint: Checkpoint, source: Folded, wanted: Expecte
     )
 
 
-def _instead(engine: Engine, checkpoint: Checkpoint) -> str:
-    """Return what to do with a checkpoint that an engine does not read, where headfold knows."""
-    layout = next((layout for field, layout in engine.instead.items() if field in checkpoint.config), None)
-    return f"; headfold export {checkpoint.path} OUT --layout {layout} writes what it reads" if layout else ""
+def _instead(engine: Engine, checkpoint: Checkpoint) -> str | None:
+    """Return the layout to export a checkpoint in that an engine does not read; None where headfold knows none."""
+    return next((layout for field, layout in engine.instead.items() if field in checkpoint.config), None)
+
+
+def _advice(engine: Engine, checkpoint: Checkpoint) -> str:
+    layout = _instead(engine, checkpoint)
+    return f"; headfold export {quoted(checkpoint.path)} OUT --layout {layout} writes what it reads" if layout else ""
 
 
 def _as_read(engine: Engine, checkpoint: Checkpoint, source: Folded, folder: Path) -> Path:

@@ -50,7 +50,7 @@ def write(
 ) -> Written:
     """Write the graphs, the config, and the files beside the weights."""
     dtype = torch.float32 if number_type is None else NUMBER_TYPES[number_type]
-    total, graphs = checkpoint.num_bytes, graphs_of(pack_queries(_opened(checkpoint, dtype)))
+    total, graphs = checkpoint.num_bytes, graphs_of(pack_queries(_finite(_opened(checkpoint, dtype))))
     for done, graph in enumerate(graphs):
         progress(total * done // len(graphs), total)
         write_graph(graph, path)
@@ -104,6 +104,20 @@ def pack_queries(model: Any) -> Any:
         # A stock class repeats K and V where groups are equal; headfold's classes pack already.
         if groups > 1 and not isinstance(config, SiteConfig) and own_forward(type(module)) is None:
             module.config, module.num_key_value_groups = SiteConfig(config, special=True), 1
+    return model
+
+
+def _finite(model: Any) -> Any:
+    """Return the model after checking its weights.
+
+    Raises:
+        UserError: some are not finite, in the source or in the dtype that they are written in.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{name}: expected finite numbers in {weight.dtype}, got NaN or infinity; use another --quantise, or fold again"
+            )
     return model
 
 

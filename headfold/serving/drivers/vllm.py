@@ -3,7 +3,8 @@
     python vllm.py DIRECTORY REQUEST.json ANSWER.json
 
 REQUEST has `tokens`, `new_tokens` and `text`; ANSWER gets `logits` of every position (log-probabilities, as a .npy file beside it),
-`greedy`, the tokens of the text, and what a new token takes: seconds, and bytes of the cache (of the GiB that it divides into blocks).
+`greedy`, the tokens of the text, and what a new token takes: seconds, and bytes of the cache (of the GiB that it divides into blocks). Over
+a large vocabulary the logits are those of the new tokens, and `of_written` is true.
 Layers with numbers of heads of their own are run by vLLM's transformers backend. A REQUEST with `depths` is timed instead: ANSWER gets
 `seconds_at`, the seconds of a new token after so many others, in bfloat16.
 """
@@ -21,6 +22,8 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VL
 import numpy as np
 import vllm
 from vllm import LLM, SamplingParams
+
+MOST_ENTRIES = 2**20
 
 
 def opened(directory: str, config: dict[str, Any], dtype: str, room: int) -> LLM:
@@ -45,17 +48,23 @@ def per_token(engine: LLM, tokens: list[int], count: int) -> float:
 
 def computed(directory: str, config: dict[str, Any], request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return what a request asks for, and the logits."""
-    engine, new = opened(directory, config, "float32", 512), request["new_tokens"]
-    wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=-1, logprobs=-1)
+    new, size = request["new_tokens"], config["vocab_size"]
+    engine = opened(directory, config, "float32", len(request["tokens"]) + new)
+    # vLLM makes an object of every entry: those of a prompt over a large vocabulary take minutes and gigabytes.
+    of_written = size * len(request["tokens"]) > MOST_ENTRIES
+    wanted = SamplingParams(
+        temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=None if of_written else -1, logprobs=-1
+    )
     (found,) = engine.generate({"prompt_token_ids": request["tokens"]}, wanted, use_tqdm=False)
-    rows = [*found.prompt_logprobs[1:], found.outputs[0].logprobs[0]]
-    logits = np.full((len(rows), config["vocab_size"]), -np.inf, dtype=np.float32)
+    written = found.outputs[0].logprobs
+    rows = written if of_written else [*found.prompt_logprobs[1:], written[0]]
+    logits = np.full((len(rows), size), -np.inf, dtype=np.float32)
     for place, row in enumerate(rows):
-        for token, entry in row.items():
-            logits[place, token] = entry.logprob
+        logits[place, list(row)] = [entry.logprob for entry in row.values()]
     cache = engine.llm_engine.vllm_config.cache_config
     answer = {
         "greedy": list(found.outputs[0].token_ids),
+        "of_written": of_written,
         "version": vllm.__version__.partition("+")[0],
         "tokens": engine.get_tokenizer().encode(request["text"]),
         "seconds_per_token": per_token(engine, request["tokens"], new),

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine import Engine, quoted
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that serves a GGUF file."""
-    return f"llama-server -m {path}"
+    return f"llama-server -m {quoted(path)}"
 
 
 ENGINE = Engine(

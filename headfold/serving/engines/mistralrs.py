@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine import Engine, in_python
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that opens a checkpoint in Python, as the package has no server."""
-    return f"""python -i -c 'from mistralrs import Runner, Which; engine = Runner(Which.Plain("{path}"))'"""
+    return in_python("from mistralrs import Runner, Which; engine = Runner(Which.Plain(", path, "))")
 
 
 ENGINE = Engine(

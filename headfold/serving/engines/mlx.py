@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine import Engine, quoted
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that serves a checkpoint."""
-    return f"mlx_lm.server --model {path}"
+    return f"mlx_lm.server --model {quoted(path)}"
 
 
 ENGINE = Engine(

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine import Engine, in_python
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that opens a directory in Python, as onnxruntime brings no server."""
-    return f"""python -i -c 'import onnxruntime; session = onnxruntime.InferenceSession("{path}/model.onnx")'"""
+    return in_python("import onnxruntime; session = onnxruntime.InferenceSession(", path / "model.onnx")
 
 
 ENGINE = Engine(

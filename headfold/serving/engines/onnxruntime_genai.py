@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, build
+from ..engine import Engine, build, quoted
 
 BUILDER = "for_onnxruntime_genai.py"
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that builds the engine's model of a checkpoint."""
-    return build(
-        BUILDER, f"-m {path} -o {path}-genai -p fp32 -e cpu -c {path}-genai-cache --extra_options hf_remote=true"
-    )
+    out, cache = (quoted(Path(f"{path}-genai{end}")) for end in ("", "-cache"))
+    return build(BUILDER, f"-m {quoted(path)} -o {out} -p fp32 -e cpu -c {cache} --extra_options hf_remote=true")
 
 
 ENGINE = Engine(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, build
+from ..engine import Engine, build, quoted
 
 BUILDER = "for_openvino.py"
 
@@ -15,7 +15,8 @@ BUILDER = "for_openvino.py"
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that builds the engine's model of a checkpoint."""
     return build(
-        BUILDER, f"export openvino --model {path} --task text-generation-with-past --trust-remote-code {path}-openvino"
+        BUILDER,
+        f"export openvino --model {quoted(path)} --task text-generation-with-past --trust-remote-code {quoted(Path(f'{path}-openvino'))}",
     )
 
 

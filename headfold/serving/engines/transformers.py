@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, brings_code
+from ..engine import Engine, brings_code, quoted
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that serves a checkpoint."""
-    return f"transformers serve {path}{' --trust-remote-code' if brings_code(config) else ''}"
+    return f"transformers serve {quoted(path)}{' --trust-remote-code' if brings_code(config) else ''}"
 
 
 ENGINE = Engine(

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine, brings_code
+from ..engine import Engine, brings_code, quoted
 
 
 def serve(path: Path, config: Mapping[str, Any]) -> str:
     """Return the command that serves a checkpoint."""
     backend = " --model-impl transformers" if "per_layer_config" in config else ""
-    return f"vllm serve {path}{backend}{' --trust-remote-code' if brings_code(config) else ''}"
+    return f"vllm serve {quoted(path)}{backend}{' --trust-remote-code' if brings_code(config) else ''}"
 
 
 ENGINE = Engine(
