@@ -14,6 +14,7 @@ from grouped_models import (
     DIM,
     DROPOUTS,
     EVEN,
+    ONE,
     OTHER,
     PHI,
     SHUFFLED,
@@ -149,3 +150,12 @@ def test_code_beside_the_weights_stands_alone(tmp_path: Path) -> None:
         assert_tight_through_float32_norms(torch.load(place / "AutoModelForCausalLM.pt"), logits(model))
         states = model.model(tokens()).last_hidden_state
         assert_tight_through_float32_norms(torch.load(place / "AutoModel.pt"), states)
+
+
+def test_the_card_names_a_reader_of_other_text(tmp_path: Path) -> None:
+    """OpenVINO GenAI, where layers differ in their query heads; with equal groups they do not."""
+    for name, groups, named in (("unequal", (UNEVEN, OTHER), True), ("equal", (EVEN, ONE), False)):
+        grouped("llama", groups, tmp_path / name)
+        said = export(tmp_path / name, tmp_path / f"{name}-out", layout="per-layer").description
+        card = (tmp_path / f"{name}-out/README.md").read_text()
+        assert ("OpenVINO GenAI writes other text" in card) == named == ("OpenVINO GenAI" in said)

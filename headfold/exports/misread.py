@@ -9,10 +9,14 @@ from .gguf_model import MODEL_TYPES
 
 def misread_by(config: Mapping[str, Any]) -> str:
     """Return a sentence on the readers that misread a checkpoint with this config; empty where none is known."""
+    return "" if "headfold" in config else "; ".join(filter(None, (_factors(config), _query_heads(config))))
+
+
+def _factors(config: Mapping[str, Any]) -> str:
     table: Mapping[str, Any] = next(
         (config[name] for name in reversed(ROTARY_NAMES) if isinstance(config.get(name), Mapping)), {}
     )
-    if "headfold" in config or "short_factor" not in table or table["short_factor"] != table.get("long_factor"):
+    if "short_factor" not in table or table["short_factor"] != table.get("long_factor"):
         return ""
     instead = (
         "headfold export --layout gguf writes them"
@@ -22,4 +26,14 @@ def misread_by(config: Mapping[str, Any]) -> str:
     return (
         "the rotary factors of heads with a larger head_dim are ignored, without an error, by llama.cpp's converter (convert_hf_to_gguf; "
         f"{instead}) and by onnxruntime-genai's model builder (headfold check names the script that builds them)"
+    )
+
+
+def _query_heads(config: Mapping[str, Any]) -> str:
+    layers = config.get("per_layer_config")
+    if not isinstance(layers, Mapping) or not any("num_attention_heads" in own for own in layers.values()):
+        return ""
+    return (
+        "OpenVINO GenAI writes other text, without an error, where layers differ in their numbers of query heads (use another engine, or "
+        "fold with equal groups)"
     )
