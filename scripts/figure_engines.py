@@ -49,7 +49,9 @@ def _called(name: str, found: dict[str, Any]) -> str:
 
 
 def _matrix(found: dict[str, Any]) -> str:
-    names = sorted({name for row in found.values() for name in row}, key=lambda name: _called(name, found).lower())
+    names = sorted(
+        {name for row in found.values() for name in row}, key=lambda name: (_called(name, found).lower(), name)
+    )
     lines = [
         [
             _called(name, found), READS.get(name) or READS.get(name.partition("-")[2], "the checkpoint"),

@@ -36,10 +36,10 @@ def main() -> None:
     if engine.tokenize_text(prompt, True, None) != request["tokens"]:
         raise SystemExit("the text of these tokens has other tokens in mistral.rs")
     size, new = request["vocab_size"], request["new_tokens"]
-    asked = ChatCompletionRequest(
+    wanted = ChatCompletionRequest(
         prompt, "default", logprobs=True, top_logprobs=size, max_tokens=new, temperature=0.0, ignore_eos=True
     )
-    (choice,) = engine.send_chat_completion_request(asked).choices
+    (choice,) = engine.send_chat_completion_request(wanted).choices
     steps = choice.logprobs.content
     logits, greedy = np.full((len(steps), size), -np.inf, dtype=np.float32), []
     for row, step in zip(logits, steps, strict=True):

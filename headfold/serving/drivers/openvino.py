@@ -54,9 +54,9 @@ def main() -> None:
         "input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None],
         "beam_idx": np.zeros(1, dtype=np.int32),
     }  # fmt: skip
-    asked = {name: given[name] for port in model.inputs for name in port.get_names()}
+    wanted = {name: given[name] for port in model.inputs for name in port.get_names()}
     running = openvino.compile_model(model, "CPU", PRECISE).create_infer_request()
-    logits = running.infer(asked)["logits"][0]
+    logits = running.infer(wanted)["logits"][0]
     states = {state.name: state.state.shape[1] for state in running.query_state()}
     kept = sum(state.state.byte_size for state in running.query_state()) / ids.shape[1]
     keys = {int(name.split(".")[1]): count for name, count in states.items() if name.endswith("key")}
