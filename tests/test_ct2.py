@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import headfold
 from headfold.core.errors import UserError
 from headfold.exports.engines import ct2
+from headfold.exports.pieces import UNTOUCHED
 from headfold.families import family_of
 from headfold.families.spec import read_field
 from headfold.runtime.modeling_headfold import grouped_class
@@ -267,7 +268,10 @@ def test_quantised_models_are_smaller_and_load(kind: str, tmp_path: Path) -> Non
 
 def test_the_files_of_the_tokenizer_are_beside_the_model_and_no_code(tmp_path: Path) -> None:
     pair("t5", tmp_path / "fold", EQUAL)
+    (tmp_path / "fold/README.md").write_text(f"# it\n\n{UNTOUCHED}\n\n## Use\n\nold\n\n## Made by\n\nme\n")
     said = exported(tmp_path).description
+    card = (tmp_path / "out/README.md").read_text()
+    assert said in card.partition("## Use")[2] and "byte for byte" not in card
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.bin", "config.json", "shared_vocabulary.json", "tokenizer.json"} <= names
     assert not any(name.endswith(".py") for name in names)

@@ -1,6 +1,8 @@
 """The model card of an export: that of the fold, with a section on how to open the layout."""
 
 import re
+import shutil
+from pathlib import Path
 
 from .misread import misread_by
 from .pieces import UNTOUCHED, Export
@@ -19,6 +21,14 @@ def card_with_use(card: str, use: str, unchanged: str) -> str:
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")
     return f"{before.rstrip()}\n\n## Use\n\n{use}\n\n{heading.strip()}{' ' if heading else ''}{after}"
+
+
+def copy_plan_and_card(source: Path, target: Path, use: str, unchanged: str) -> None:
+    """Write the plan and the card of a fold into a directory in the format of an engine; `use` and `unchanged` as in `card_with_use`."""
+    if (source / "plan.json").is_file():
+        shutil.copyfile(source / "plan.json", target / "plan.json")
+    if (source / "README.md").is_file():
+        (target / "README.md").write_text(card_with_use((source / "README.md").read_text(), use, unchanged))
 
 
 def _lines(made: Export) -> str:

@@ -28,6 +28,7 @@ from ...ct2.tokens import forbidden, set_tokens, set_whisper, tokens_why_not, vo
 from ...hf_models import open_tokenizer
 from ...runtime.load import load
 from ...runtime.remote import BASE
+from ..card import copy_plan_and_card
 from ..ct2_heads import reordered, stacks
 from ..folded import Folded, stock_config
 from ..formats import EngineFormat, Written
@@ -143,8 +144,10 @@ def write(
     copy_side_files(checkpoint.path, path)
     (path / f"{BASE}.py").unlink(missing_ok=True)
     progress(total, total)
-    said = f"{spec.name} of CTranslate2, {number_type or 'own numbers'}: {model.said}"
-    return Written(spec.name, f"{said}; {CACHE}")
+    said = f"{spec.name} of CTranslate2, numbers {number_type or 'as in the checkpoint'}: {model.said}; {CACHE}"
+    rest = "all other tensors are the original's" if number_type is None else f"all tensors are {number_type}"
+    copy_plan_and_card(checkpoint.path, path, f"{said}.", rest)
+    return Written(spec.name, said)
 
 
 def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tuple[float, float]:

@@ -6,7 +6,6 @@ groups: the queries of a group are rows of one matrix, and no graph has an opera
 computes in on a CPU; with `--quantise f16` they, the cache and the logits are float16.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ...graphs.graph import CACHED, Graph, graphs_of
 from ...hf_models import exceeds_memory, open_model
 from ...runtime.load import own_class
 from ...runtime.modeling_headfold import SiteConfig, own_forward
-from ..card import card_with_use
+from ..card import copy_plan_and_card
 from ..folded import Folded, without_code
 from ..formats import EngineFormat, Written
 
@@ -70,11 +69,7 @@ def _write_side_files(source: Path, target: Path, config: Mapping[str, Any], des
     for code in target.glob("modeling_*.py"):
         code.unlink()
     write_json(target / "config.json", config)
-    if (source / "plan.json").is_file():
-        shutil.copyfile(source / "plan.json", target / "plan.json")
-    if (source / "README.md").is_file():
-        card, rest = (source / "README.md").read_text(), f"all other tensors are the original's, in {config['dtype']}"
-        (target / "README.md").write_text(card_with_use(card, f"{description}.", rest))
+    copy_plan_and_card(source, target, f"{description}.", f"all other tensors are the original's, in {config['dtype']}")
 
 
 def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tuple[float, float]:
