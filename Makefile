@@ -22,7 +22,7 @@ figures: install  ## write the figures of README.md and docs/ from benchmarks/re
 gpu:  ## measure the CUDA GPU of this machine into benchmarks/results/gpu.json, in at most 9 minutes
 	$(PYTHON) benchmarks/gpu.py
 
-engines: install  ## run folds in llama.cpp, vLLM, mlx-lm and other transformers, each in an environment under build/engines
+engines: install  ## run folds in the serving engines, each in an environment under build/engines
 	$(VENV)/bin/python benchmarks/engine_environments.py
 
 docs: install  ## check the figures, then build the documentation into site/
