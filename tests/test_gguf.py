@@ -317,7 +317,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     byte_level(tmp_path / "folded")
     assert "expected a file name that ends in .gguf" in refusal(tmp_path, "out")
     assert "--quantise q2: expected one of f32, bf16, f16, q8_0, q4_0, q4_0-pure" in refusal(tmp_path, quantise="q2")
-    assert "gguf with it; checkpoints keep their numbers" in refusal(tmp_path, layout=None, quantise="q8_0")
+    assert "ct2, gguf, onnx with it; checkpoints keep their numbers" in refusal(tmp_path, layout=None, quantise="q8_0")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert "pip install 'headfold[gguf]'" in refusal(tmp_path)
 
