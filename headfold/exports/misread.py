@@ -31,9 +31,13 @@ def _factors(config: Mapping[str, Any]) -> str:
 
 def _query_heads(config: Mapping[str, Any]) -> str:
     layers = config.get("per_layer_config")
-    if not isinstance(layers, Mapping) or not any("num_attention_heads" in own for own in layers.values()):
+    if not isinstance(layers, Mapping):
+        return ""
+    names = ("num_key_value_heads", "num_attention_heads")
+    shapes = {tuple({**config, **own}[name] for name in names) for own in ({}, *layers.values())}
+    if len(shapes) == len({num_kv_heads for num_kv_heads, _ in shapes}):
         return ""
     return (
-        "OpenVINO GenAI writes other text, without an error, where layers differ in their numbers of query heads (use another engine, or "
-        "fold with equal groups)"
+        "paged attention of OpenVINO GenAI on a CPU computes something else, without an error, where layers with the same number of K/V "
+        'heads differ in their query heads (open it with ATTENTION_BACKEND="SDPA")'
     )

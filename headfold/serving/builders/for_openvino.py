@@ -5,8 +5,12 @@
 The options are those of `optimum-cli`. That traces a model with an example of a cache that has as many K/V heads in all layers, and does
 not know DeciLM; here the example has the heads of each layer, and DeciLM is exported as a Llama. Written by headfold; imports nothing of
 it.
+
+In OpenVINO 2026.4 paged attention on a CPU, which OpenVINO GenAI uses by default, is wrong without an error where layers with the same
+number of K/V heads differ in their query heads: run these with `LLMPipeline(OUT, "CPU", ATTENTION_BACKEND="SDPA")`.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +19,20 @@ from optimum.exporters.openvino.model_configs import LlamaOpenVINOConfig, regist
 from optimum.utils import input_generators as examples
 
 
-def heads_of_layers(config: Any, num_layers: int) -> list[int]:
-    """Return the number of K/V heads of each layer."""
+def heads_of_layers(config: Any, num_layers: int, name: str = "num_key_value_heads") -> list[int]:
+    """Return the number of K/V heads, or of `num_attention_heads`, of each layer."""
     if hasattr(config, "block_configs"):
         groups = [block["attention"]["n_heads_in_group"] for block in config.block_configs]
-        return [config.num_attention_heads // size for size in groups]
-    listed, name = getattr(config, "per_layer_config", None) or {}, "num_key_value_heads"
+        return [config.num_attention_heads // (size if name == "num_key_value_heads" else 1) for size in groups]
+    listed = getattr(config, "per_layer_config", None) or {}
     return [listed.get(str(layer), {}).get(name, getattr(config, name)) for layer in range(num_layers)]
+
+
+def warn_of_paged_attention(config: Any, num_layers: int) -> None:
+    """Print a warning where paged attention on a CPU would be wrong."""
+    counts = heads_of_layers(config, num_layers)
+    if len({*zip(counts, heads_of_layers(config, num_layers, "num_attention_heads"), strict=True)}) > len({*counts}):
+        print('Warning: on a CPU, run this in OpenVINO GenAI with ATTENTION_BACKEND="SDPA" alone', file=sys.stderr)
 
 
 def with_heads_of_layers(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +51,8 @@ def with_config(start: Callable[..., None]) -> Callable[..., None]:
 
     def started(generator: Any, task: str, normalized_config: Any, **sizes: Any) -> None:
         start(generator, task, normalized_config, **sizes)
+        if getattr(normalized_config.config, "per_layer_config", None):
+            warn_of_paged_attention(normalized_config.config, generator.num_layers)
         generator.config = normalized_config.config
 
     return started

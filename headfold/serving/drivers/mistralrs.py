@@ -32,20 +32,26 @@ def main() -> None:
     else:
         which = Which.Plain(directory, dtype=ModelDType.F32)
     engine = Runner(which, max_seqs=1, prefix_cache_n=0, jinja_explicit=str(template))
-    prompt = engine.detokenize_text(request["tokens"], False)
-    if engine.tokenize_text(prompt, True, None) != request["tokens"]:
+    prompts = [engine.detokenize_text(request["tokens"], without_special) for without_special in (False, True)]
+    prompt = next((text for text in prompts if engine.tokenize_text(text, True, None) == request["tokens"]), None)
+    if prompt is None:
         raise SystemExit("the text of these tokens has other tokens in mistral.rs")
     size, new = request["vocab_size"], request["new_tokens"]
     wanted = ChatCompletionRequest(
         prompt, "default", logprobs=True, top_logprobs=size, max_tokens=new, temperature=0.0, ignore_eos=True
     )
-    (choice,) = engine.send_chat_completion_request(wanted).choices
+    found = engine.send_chat_completion_request(wanted)
+    if found.usage.prompt_tokens != len(request["tokens"]):
+        raise SystemExit(
+            f"expected a prompt of {len(request['tokens'])} tokens, mistral.rs read {found.usage.prompt_tokens}"
+        )
+    (choice,) = found.choices
     steps = choice.logprobs.content
     logits, greedy = np.full((len(steps), size), -np.inf, dtype=np.float32), []
     for row, step in zip(logits, steps, strict=True):
-        for found in step.top_logprobs:
-            row[found.token] = found.logprob
-        greedy += [found.token for found in step.top_logprobs if found.logprob == step.logprob][:1]
+        for each in step.top_logprobs:
+            row[each.token] = each.logprob
+        greedy += [each.token for each in step.top_logprobs if each.logprob == step.logprob][:1]
     np.save(answer.with_suffix(".npy"), logits)
     tokens = engine.tokenize_text(request["text"], True, None)
     answer.write_text(
