@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from engines import said
 from machine import describe
 from real import command
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -67,18 +66,15 @@ def folded(original: Path, work: Path, name: str) -> Path:
 
 def timed(engine: str, python: str, model: Path, work: Path, request: dict[str, Any]) -> dict[str, float]:
     """Return the seconds of a new token by depth."""
-    driver, read = PACKAGE / "serving" / "drivers" / f"{engine.replace('-', '_')}.py", model
+    read = model
     if engine == "llama-cpp":
         read = work / f"{model.name}.gguf"
         if not read.exists():
             command("export", model, read, "--layout", "gguf", "--quantise", "q8_0")
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request))
-        subprocess.run(
-            [python, driver, read, asked, answer], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        return json.loads(answer.read_text())["seconds_at"]
+    answer = said(engine.replace("-", "_"), python, read, request)
+    if "refused" in answer:
+        raise SystemExit(f"{engine}, {model.name}: {answer['refused']}")
+    return answer["seconds_at"]
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def expected(fold: Path, tokens: list[int]) -> dict[str, Any]:
 
 
 def said(driver: str, python: str, source: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Return what an engine says: logits, greedy tokens, the tokens of the text; or its refusal."""
+    """Return what an engine says: logits, greedy tokens, the tokens of the text, or the seconds that were requested; or its refusal."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
@@ -144,9 +144,8 @@ def said(driver: str, python: str, source: Path, request: dict[str, Any]) -> dic
         if done.returncode or not answer.exists():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             return {"refused": lines[-1].replace(str(source), "FOLD")[:300]}
-        return json.loads(answer.read_text()) | {
-            "logits": torch.from_numpy(np.load(answer.with_suffix(".npy"))).double()
-        }
+        found, logits = json.loads(answer.read_text()), answer.with_suffix(".npy")
+        return found | ({"logits": torch.from_numpy(np.load(logits)).double()} if logits.exists() else {})
 
 
 def compared(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

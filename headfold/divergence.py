@@ -138,7 +138,11 @@ def relative_error(student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
     return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def tolerance_of(expected: Tensor, dtype: torch.dtype) -> float:
+    """Return how much an output computed in `dtype` may differ from an expected one, absolute."""
+    return TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
+
+
 def difference_and_tolerance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """Return the largest difference of two outputs computed in `dtype`, and the tolerance for it, both absolute."""
-    tolerance = TOLERANCE[dtype] * expected.double().square().mean().sqrt().item()
-    return (found - expected).abs().max().item(), tolerance
+    return (found - expected).abs().max().item(), tolerance_of(expected, dtype)

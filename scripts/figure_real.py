@@ -7,6 +7,7 @@ from figure_data import load
 from figure_tables import Block, number, percent, table
 
 NAMES = {
+    "original": "original",
     "absorb": "absorb, no refit",
     "absorb+refit": "**absorb with refit (default)**",
     "absorb+refit+heal by block": "default, then healed block by block",
@@ -102,13 +103,9 @@ def retrieval(result: str) -> str:
     rows = [row for row in (_original(result), *_folds(result)) if "passkey" in row]
     lengths = list(rows[0]["passkey"])
     header = ["fold", *(f"{int(length):,} tokens" for length in lengths)]
-    names = {"original": "original"}
     return table(
         header,
-        [
-            [names.get(row["method"]) or _name(row), *(percent(row["passkey"][length]) for length in lengths)]
-            for row in rows
-        ],
+        [[_name(row), *(percent(row["passkey"][length]) for length in lengths)] for row in rows],
     )
 
 

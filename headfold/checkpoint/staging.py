@@ -74,10 +74,14 @@ def commit(staging: Path, out: Path, force: bool) -> None:
         _clear_up(place, force)
 
 
-def disown(staging: Path) -> None:
-    """Mark what was built as wrong: it stays for inspection, but no job resumes from it."""
+def wrong_output(staging: Path, found: str, advice: str = "") -> UserError:
+    """Return the error of an output that is not as it should be, after marking it: it stays for inspection, but no job resumes from it.
+
+    `found` says what was expected of it, and what was got.
+    """
     with disk_errors(staging):
         _mark(staging, "wrong")
+    return UserError(f"{staging}: {found}; left there and not renamed{advice}")
 
 
 def refuse_overlap(source: Path, out: Path) -> None:

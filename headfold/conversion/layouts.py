@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import disown
-from ..core.errors import UserError
+from ..checkpoint.staging import wrong_output
 from ..core.progress import Progress, counter
-from ..divergence import TOLERANCE
+from ..divergence import difference_and_tolerance
 from ..exports.folded import open_folded
 from ..exports.layout import make_export
 from ..exports.pieces import Export, write_export
@@ -55,12 +54,10 @@ def compare_layouts(
     opened = open_model(staging, dtype=dtype, device=device, model_class=own_class(made.config), overlay=overlay)
     found = opened(**inputs, use_cache=False).logits.cpu()
     advance(1)
-    difference = (found - expected).abs().max().item()
-    tolerance = TOLERANCE[dtype] * expected.double().pow(2).mean().sqrt().item()
+    difference, tolerance = difference_and_tolerance(found, expected, dtype)
     if not difference <= tolerance:
-        disown(staging)
-        raise UserError(
-            f"{staging}: expected the logits of {checkpoint.path} within {tolerance:.2g}, got a difference of {difference:.2g}; "
-            "left there and not renamed"
+        raise wrong_output(
+            staging,
+            f"expected the logits of {checkpoint.path} within {tolerance:.2g}, got a difference of {difference:.2g}",
         )
     return difference, tolerance

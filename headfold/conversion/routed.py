@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.refusals import model_class
-from ..checkpoint.staging import copy_side_files, disown, write_json
+from ..checkpoint.staging import copy_side_files, write_json, wrong_output
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.groups import Groups
@@ -106,10 +106,9 @@ def compare_routed(teacher: Teacher, staging: Path, config: Mapping[str, Any]) -
     advance(1)
     difference, tolerance = difference_and_tolerance(found, expected, dtype)
     if not difference <= tolerance:
-        disown(staging)
-        raise UserError(
-            f"{staging}: expected the outputs of the routed model within {tolerance:.2g}, got a difference of {difference:.2g}; "
-            "left there and not renamed"
+        raise wrong_output(
+            staging,
+            f"expected the outputs of the routed model within {tolerance:.2g}, got a difference of {difference:.2g}",
         )
     return difference, tolerance
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.staging import disown
+from ..checkpoint.staging import wrong_output
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus import open_corpus
@@ -65,10 +65,10 @@ def verify_fold(
     if not math.isfinite(found.tolerance):
         _refuse_not_finite(source)
     if not found.passed:
-        disown(staging)
-        raise UserError(
-            f"{staging}: expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a difference of "
-            f"{found.max_abs_difference:.2g}, first in {found.where}; left there and not renamed"
+        raise wrong_output(
+            staging,
+            f"expected the logits of the head-repeated twin within {found.tolerance:.2g}, got a difference of "
+            f"{found.max_abs_difference:.2g}, first in {found.where}",
         )
     return found
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..divergence import TOLERANCE
+from ..divergence import tolerance_of
 from ..families.context import context_length
 from .tokens import WHISPER_END, WHISPER_NO_TIMES, WHISPER_START, forbidden
 
@@ -31,7 +31,7 @@ def difference_in_ct2(model: "PreTrainedModel", directory: Path) -> tuple[float,
     ids = allowed.nonzero()[:, 0][torch.randint(int(allowed.sum()), (2, _ITEMS, length), generator=generator)]
     kind = model.config.model_type if model.config.is_encoder_decoder else "text"
     logits, difference = _KINDS.get(kind, _of_pairs)(model, directory, ids, allowed)
-    return difference, TOLERANCE[torch.float32] * logits.double().pow(2).mean().sqrt().item()
+    return difference, tolerance_of(logits, torch.float32)
 
 
 def _of_text(model: "PreTrainedModel", directory: Path, ids: Tensor, allowed: Tensor) -> tuple[Logits, float]:

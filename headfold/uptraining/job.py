@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.disk import write_errors
-from ..checkpoint.staging import commit, copy_side_files, disown, job_key, staging_of, write_json
+from ..checkpoint.staging import commit, copy_side_files, job_key, staging_of, write_json, wrong_output
 from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
@@ -275,10 +275,10 @@ class Uptraining:
         opened = open_model(staging, dtype=wide, device="cpu", model_class=own_class(dict(self.config)))
         difference, tolerance = difference_and_tolerance(compared_output(opened, sample), expected, wide)
         if not difference <= tolerance:
-            disown(staging)
-            raise UserError(
-                f"{staging}: expected the outputs of the trained model within {tolerance:.2g}, got a difference of {difference:.2g}; "
-                "left there and not renamed. Did training diverge? Try a smaller --learning-rate"
+            raise wrong_output(
+                staging,
+                f"expected the outputs of the trained model within {tolerance:.2g}, got a difference of {difference:.2g}",
+                ". Did training diverge? Try a smaller --learning-rate",
             )
         return difference, tolerance
 

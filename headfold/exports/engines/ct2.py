@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...checkpoint.disk import disk_errors, require_space
 from ...checkpoint.reader import Checkpoint
-from ...checkpoint.staging import copy_side_files, disown
+from ...checkpoint.staging import copy_side_files, wrong_output
 from ...core.errors import UserError
 from ...core.progress import Progress, counter
 from ...ct2.comparison import difference_in_ct2
@@ -160,10 +160,9 @@ def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tupl
     difference, tolerance = difference_in_ct2(load(checkpoint.path, dtype=torch.float32), directory)
     advance(1)
     if not difference <= tolerance:
-        disown(directory)
-        raise UserError(
-            f"{directory}: expected the logits of {checkpoint.path} within {tolerance:.2g} in CTranslate2, got a difference of "
-            f"{difference:.2g}; left there and not renamed"
+        raise wrong_output(
+            directory,
+            f"expected the logits of {checkpoint.path} within {tolerance:.2g} in CTranslate2, got a difference of {difference:.2g}",
         )
     return difference, tolerance
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.reader import Checkpoint
-from ...checkpoint.staging import copy_side_files, disown, write_json
+from ...checkpoint.staging import copy_side_files, write_json, wrong_output
 from ...core.errors import UserError
 from ...core.progress import Progress, counter
 from ...families import all_families
@@ -81,10 +81,9 @@ def compare(checkpoint: Checkpoint, directory: Path, progress: Progress) -> tupl
     advance = counter(progress, "verify", len(SHAPES))
     difference, tolerance = compare_graphs(_opened(checkpoint, torch.float32), directory, advance)
     if not difference <= tolerance:
-        disown(directory)
-        raise UserError(
-            f"{directory}: expected the outputs of {checkpoint.path} within {tolerance:.2g}, got a difference of {difference:.2g} in "
-            "onnxruntime; left there and not renamed"
+        raise wrong_output(
+            directory,
+            f"expected the outputs of {checkpoint.path} within {tolerance:.2g}, got a difference of {difference:.2g} in onnxruntime",
         )
     return difference, tolerance
 
