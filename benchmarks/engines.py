@@ -41,6 +41,7 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
     "llama with yarn frequencies": ("LlamaConfig", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
         "original_max_position_embeddings": 64}}),
+    "llama with linear frequencies": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
@@ -69,11 +70,15 @@ FOLDS: dict[str, tuple[str, ...]] = {
 the fold named before "as"."""
 
 
-def command(*words: object) -> None:
-    """Run headfold."""
+def command(*words: object) -> str:
+    """Run headfold, and return what it refuses."""
     done = subprocess.run([sys.executable, "-m", "headfold", *map(str, words)], capture_output=True, text=True)
+    said = done.stderr.strip()[-400:]
+    if done.returncode == 2 and words[0] == "export":
+        return said.removeprefix("headfold: ").replace(str(words[1]), "FOLD")
     if done.returncode:
-        raise SystemExit(f"headfold {' '.join(map(str, words))}: {done.stderr.strip()[-400:]}")
+        raise SystemExit(f"headfold {' '.join(map(str, words))}: {said}")
+    return ""
 
 
 def toy(work: Path, name: str) -> Path:
@@ -176,7 +181,7 @@ def compared(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    reader.add_argument("model", type=Path)
+    reader.add_argument("model", type=Path, help="with --toys headfold/bundled, whose tokenizer they have")
     reader.add_argument("--work", type=Path, required=True, help="folder of the folds")
     reader.add_argument(
         "--engine", action="append", default=[], metavar="NAME=PYTHON", help="an engine's name and its Python"
@@ -225,11 +230,12 @@ def main() -> None:
             export = EXPORTS.get(driver) or EXPORTS.get(called.partition("-")[2])
             if export and "decilm" in name:
                 continue  # its file is written from the fold
+            refused = ""
             if export:
                 layout, suffix, how = export
                 source = options.work / f"{name.replace(' ', '-')}{suffix}"
-                command("export", fold, source, "--layout", layout, *how, "--force")
-            row = compared(said(driver, python, source, request), wanted)
+                refused = command("export", fold, source, "--layout", layout, *how, "--force")
+            row = {"refused": refused} if refused else compared(said(driver, python, source, request), wanted)
             table["rows"].setdefault(name, {})[called] = row
             table |= {
                 "machine": describe(),

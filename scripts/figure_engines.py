@@ -36,11 +36,8 @@ def engines() -> str:
 
 
 def toys() -> str:
-    """One row per random model, one column per engine."""
-    found = load("engines-toys")["rows"]
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
-    header = ["fold", *(_called(name, found) for name in names)]
-    return table(header, [[fold, *(_cell(row.get(name)) for name in names)] for fold, row in found.items()])
+    """One row per engine, one column per random model."""
+    return _matrix(load("engines-toys")["rows"])
 
 
 def _called(name: str, found: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
     python for_onnxruntime_genai.py -m FOLD -o OUT -p fp32 -e cpu -c CACHE --extra_options hf_remote=true
 
 The options are those of `python -m onnxruntime_genai.models.builder`. The builder reads one number of heads for all layers, and of the
-rotary frequencies of a Llama only Llama 3's; here each layer has the heads of its own weights, and the table is the one of the model.
+rotary frequencies of a Llama only Llama 3's, and it takes OLMo's LayerNorm for an RMSNorm; here each layer has the heads of its own
+weights, the table is the one of the model, and OLMo has its norms.
 Written by headfold; imports nothing of it.
 """
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(builder.__file__).parent))
 
 from builders.base import Model  # noqa: E402
 from builders.llama import LlamaModel  # noqa: E402
+from builders.olmo import OLMoModel  # noqa: E402
 
 stock: Any = {name: getattr(Model, name) for name in ("make_model", "make_attention", "make_key_value_cache_shape")}
 stock_config = transformers.AutoConfig.from_pretrained
@@ -53,6 +55,8 @@ def make_model(model: Any, input_path: str) -> None:
     weights = model.load_weights(input_path)
     model.load_weights, model.rotary = lambda _: weights, weights.base_model.rotary_emb
     attention = [layer.self_attn for layer in weights.base_model.layers]
+    if isinstance(model, OLMoModel):
+        model.layernorm_attrs |= {"simple": False, "epsilon": 1e-5}  # as transformers has it, by no field
     model.heads = [[p.out_features // model.head_size for p in (each.q_proj, each.k_proj)] for each in attention]
     stock["make_model"](model, input_path)
 

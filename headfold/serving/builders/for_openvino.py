@@ -25,7 +25,8 @@ def heads_of_layers(config: Any, num_layers: int, name: str = "num_key_value_hea
         groups = [block["attention"]["n_heads_in_group"] for block in config.block_configs]
         return [config.num_attention_heads // (size if name == "num_key_value_heads" else 1) for size in groups]
     listed = getattr(config, "per_layer_config", None) or {}
-    return [listed.get(str(layer), {}).get(name, getattr(config, name)) for layer in range(num_layers)]
+    count = getattr(config, name, None) or config.num_attention_heads
+    return [listed.get(str(layer), {}).get(name, count) for layer in range(num_layers)]
 
 
 def warn_of_paged_attention(config: Any, num_layers: int) -> None:
@@ -65,6 +66,7 @@ class DeciLMOpenVINOConfig(LlamaOpenVINOConfig):
 
 if __name__ == "__main__":
     examples.DummyPastKeyValuesGenerator.__init__ = with_config(examples.DummyPastKeyValuesGenerator.__init__)
-    for each in (examples.MistralDummyPastKeyValuesGenerator, examples.GemmaDummyPastKeyValuesGenerator):
-        each.generate = with_heads_of_layers(each.generate)
+    for kind in ("", "Mistral", "Gemma"):
+        generator = getattr(examples, f"{kind}DummyPastKeyValuesGenerator")
+        generator.generate = with_heads_of_layers(generator.generate)
     main()
