@@ -34,10 +34,24 @@ RECORDINGS_PER_BATCH = 16
 """Batch size of sound: an encoder of 30 seconds has several times the positions of a batch of text."""
 
 
-def batches(sample: Sample, num_tokens: int | None = None) -> Iterator[Sample]:
-    """Yield items in batches of about `num_tokens` (default `TOKENS_PER_BATCH`), each padded only as far as its own items need."""
+def batches(sample: Sample) -> Iterator[Sample]:
+    """Yield items in batches of about `TOKENS_PER_BATCH`: texts of different lengths the longest first, so that little of it is padding."""
+    mask = sample.get("attention_mask")
+    if mask is None or main_input(sample) is not sample.get("input_ids") or "pixel_values" in sample:
+        yield from batches_in_order(sample, TOKENS_PER_BATCH)
+        return
+    lengths = mask.sum(1)
+    left = lengths.argsort(descending=True, stable=True)
+    while len(left):
+        many = max(1, TOKENS_PER_BATCH // max(1, int(lengths[left[0]])))
+        yield from in_batches({name: tensor[left[:many]] for name, tensor in sample.items()}, many)
+        left = left[many:]
+
+
+def batches_in_order(sample: Sample, num_tokens: int) -> Iterator[Sample]:
+    """Yield items in their own order, as many as have `num_tokens` with the padding of the sample, each padded as its batch needs."""
     tokens = sample.get("input_ids")
-    by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, (num_tokens or TOKENS_PER_BATCH) // tokens.shape[1])
+    by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, num_tokens // tokens.shape[1])
     if "input_features" in sample:
         by_tokens = min(ITEMS_PER_BATCH, RECORDINGS_PER_BATCH)
     return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
@@ -57,6 +71,11 @@ def is_packed_text(sample: Sample) -> bool:
 def total_tokens(sample: Sample) -> int:
     """Return the tokens, or items, of one pass over the sample."""
     return sum(num_tokens(batch) for batch in batches(sample))
+
+
+def mean_length(sample: Sample) -> float:
+    """Return the tokens of an item, with its padding, or 1 where it has none."""
+    return total_tokens(sample) / len(main_input(sample))
 
 
 def run(model: "PreTrainedModel", batch: Sample) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import headfold
 from headfold import calibration
-from headfold.calibration import batches, mask_of
+from headfold.calibration import batches_in_order, mask_of
 from headfold.conversion import fitted_sites as fitted_files
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
@@ -84,7 +84,7 @@ def with_fitted(heads: Heads, fitted: FittedHeads) -> Heads:
 def test_what_is_held_back_is_answered_better(name: str) -> None:
     """On the last item, which no step saw; gradients are those of every family."""
     found, _ = healed(name)
-    *_, held = batches(tiny_sample(name, NUM_ITEMS), 1)
+    *_, held = batches_in_order(tiny_sample(name, NUM_ITEMS), 1)
     for site, heads in tiny_sites(tiny_checkpoint(name)):
         before = lacking(name, site, spoilt(site, heads), held)
         assert lacking(name, site, with_fitted(heads, found[site.name]), held) < 0.9 * before

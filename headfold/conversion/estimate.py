@@ -14,7 +14,7 @@ from .teacher import MAX_CONTEXT, Teacher
 from .verification import ITEMS, WINDOW_TOKENS
 
 TEXT_TOKENS, SPEECH_TOKENS = 32, 64
-"""Assumed length of a sentence or a caption, and of the transcript of a window of speech, which is known only when it is drawn."""
+"""Assumed length of a text, such as a caption, and of the transcript of a window of speech, which is known only when it is drawn."""
 
 
 def estimated_seconds(
@@ -36,7 +36,9 @@ def estimated_seconds(
     sizes = [max(source.checkpoint.tensors[site.tensor("o")].shape) for site in source.sites]
     with suppress(Exception):
         operations |= (
-            _fitting(source, request, max(sizes), calibrates, fitted, single_pass, drawn) if request.calibration else {}
+            _fitting(teacher, request, max(sizes), calibrates, fitted, single_pass, drawn)
+            if request.calibration
+            else {}
         )
     with suppress(Exception):
         operations |= {"verify": _verifying(source)} if verifies else {}
@@ -48,7 +50,7 @@ def estimated_seconds(
 
 
 def _fitting(
-    source: Source,
+    teacher: Teacher,
     request: FoldRequest,
     hidden_size: int,
     calibrates: bool,
@@ -57,11 +59,12 @@ def _fitting(
     drawn: bool,
 ) -> dict[str, Operations]:
     """Return the operations of the stages that run the original on calibration data."""
-    data, sites = request.calibration, {site.name for site in source.sites}
+    source, data = teacher.source, request.calibration
     assert data is not None
+    sites = {site.name for site in source.sites}
     length = min(data.context or MAX_CONTEXT, context_length(source.checkpoint.config) or MAX_CONTEXT)
     assumed = {"text": length, "audio": SPEECH_TOKENS}.get(data.kind, TEXT_TOKENS)
-    length = min(length, assumed)
+    length = round(teacher.text_length or min(length, assumed))
     items = max(1, data.tokens // length) if data.kind == "text" else data.items
     width = sum(2 * site.num_kv_heads * site.head_dim for site in source.every_site)
     cached = width * length**2 / 2 if data.source == "self" else None

@@ -97,6 +97,19 @@ class Teacher:
             self._sample = on_main(partial(self._draw, config, model))
         return self._sample
 
+    def draw_texts(self) -> None:
+        """Draw texts that come one by one, so that their lengths are known. Every rank must ask for it at the same point."""
+        if self._takes_texts():
+            _ = self.sample
+
+    @property
+    def text_length(self) -> float | None:
+        """The mean length of texts that come one by one, once they are drawn; None of data whose length is known."""
+        return calibrating.mean_length(self._sample) if self._sample and self._takes_texts() else None
+
+    def _takes_texts(self) -> bool:
+        return self.config is not None and self.config.kind in ("pairs", "sentences")
+
     def _require_config(self) -> CalibrationConfig:
         assert self.config is not None, "this job was planned without calibration data"
         return self.config
@@ -198,7 +211,9 @@ class Teacher:
         Text that the model would have to write itself stays as it is. Tokens that are seen once heal better than fewer tokens seen as often
         as that takes.
         """
-        config, have = self._require_config(), calibrating.total_tokens(self.sample)
+        config = self._require_config()
+        # As healing counts them, with the padding of its batches.
+        have = sum(map(calibrating.num_tokens, calibrating.batches_in_order(self.sample, calibrating.TOKENS_PER_BATCH)))
         most = MAX_ITEM_FACTOR * have
         if config.kind == "text":
             most = MAX_TOKENS if healing.by == "model" else HEALING_BYTES // (3 * 4 * self._hidden_size())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Sample, batches, decoder_inputs, num_tokens
+from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -70,7 +70,7 @@ def distill(
             "which trains one block at a time"
         )
     student = _Student(model, sites, merged)
-    all_batches = list(batches(sample, BATCH_TOKENS))
+    all_batches = list(batches_in_order(sample, BATCH_TOKENS))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
     plan = schedule(counts, tokens, rate=None, num_checks=NUM_CHECKS, seed=seed)
     left = descent.total_tokens(counts, tokens, NUM_CHECKS, searched=True)
@@ -106,7 +106,9 @@ def distill(
 
 def total_tokens(sample: Sample, tokens: int) -> int:
     """Return the number of tokens that the model is run on, in training and in checks."""
-    return descent.total_tokens([*map(num_tokens, batches(sample, BATCH_TOKENS))], tokens, NUM_CHECKS, searched=True)
+    return descent.total_tokens(
+        [*map(num_tokens, batches_in_order(sample, BATCH_TOKENS))], tokens, NUM_CHECKS, searched=True
+    )
 
 
 def _num_positions(batch: Sample) -> int:

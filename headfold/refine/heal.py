@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..calibration import Sample, batches, num_tokens
+from ..calibration import Sample, batches_in_order, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
@@ -62,7 +62,7 @@ def tokens_per_block(sample: Sample, tokens: int) -> int:
 
 
 def _batches(sample: Sample) -> list[Sample]:
-    return list(batches(sample, BATCH_TOKENS))
+    return list(batches_in_order(sample, BATCH_TOKENS))
 
 
 def _healed(site_calls: RecordedSite, heads: Heads, *, plan: Schedule) -> FittedHeads:

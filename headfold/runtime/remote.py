@@ -23,7 +23,8 @@ def auto_map(config: Mapping[str, Any]) -> dict[str, str]:
     autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
     for name, auto in autos.items():
         mapping = getattr(auto, "_model_mapping", None)
-        stock = mapping and mapping._model_mapping.get(config["model_type"])
+        # A mapping is asked for its length where it is tested for truth, and imports every model of transformers to find it.
+        stock = mapping._model_mapping.get(config["model_type"]) if mapping is not None else None
         if stock:
             choices = [stock] if isinstance(stock, str) else stock
             saved = config["architectures"][0]
