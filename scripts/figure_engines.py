@@ -76,6 +76,22 @@ def quantised() -> str:
     return table(header, lines)
 
 
+def speed() -> str:
+    """One row per engine and fold, one column per depth: tokens a second, and how many times those of the original."""
+    found = load("engine_speed")["rows"]
+    depths = list(found[0]["seconds_at"])
+    originals = {row["engine"]: row["seconds_at"] for row in found if row["fold"] == "original"}
+    lines = []
+    for row in found:
+        cells = []
+        for depth in depths:
+            taken, before = row["seconds_at"].get(depth), originals[row["engine"]].get(depth)
+            times = "" if taken is None or row["fold"] == "original" else f" ({before / taken:.2f} ×)"
+            cells.append("" if taken is None else f"{1 / taken:.1f}{times}")
+        lines.append([ENGINES[row["engine"].replace("-", "_")], row["fold"], *cells])
+    return table(["engine", "fold", *(f"{int(depth):,} tokens before" for depth in depths)], lines)
+
+
 QUANTISED_NAMES = {
     "pylib-llama": "small Llama",
     "native": "fold of it to 2 of 8 K/V heads",
@@ -88,5 +104,6 @@ QUANTISED = ("quantised-pylib-llama", "quantised-smollm2")
 ENGINE_BLOCKS = {
     "engines": Block(engines, ("engines-pylib-llama",)),
     "engines-toys": Block(toys, ("engines-toys",)),
+    "engine-speed": Block(speed, ("engine_speed",)),
     "quantised": Block(quantised, QUANTISED),
 }
