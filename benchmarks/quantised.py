@@ -9,6 +9,7 @@ Results go to benchmarks/results/quantised-NAME.json after each row.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ def scored(logits: torch.Tensor, ids: torch.Tensor, reference: torch.Tensor) -> 
     return float(nll), float((ours.exp() * (ours - theirs)).sum(-1).mean())
 
 
+def divided(directory: Path, text: Path, windows: int, context: int) -> torch.Tensor:
+    """Return the first tokens of a text, in windows."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor(tokenizer(text.read_text()[: 8 * windows * context])["input_ids"])
+    return ids[: windows * context].view(windows, context)
+
+
+def measured(
+    python: str, file: Path, windows: torch.Tensor, exact: list[torch.Tensor], also: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Return the mean loss and divergence of a file in llama.cpp; `also` is added to the request."""
+    losses = []
+    for window, reference in zip(windows, exact, strict=True):
+        answer = said("llama_cpp", python, file, {"tokens": window.tolist(), "new_tokens": 1, **also})
+        if "refused" in answer:
+            raise SystemExit(f"{file}: {answer['refused']}")
+        losses.append(scored(answer["logits"], window, reference))
+    nll, kl = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+    return nll, kl
+
+
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     reader.add_argument("directories", type=Path, nargs="+")
@@ -41,20 +63,14 @@ def main() -> None:
     out = RESULTS / f"quantised-{options.name}.json"
     rows: list[dict[str, Any]] = []
     for directory in options.directories:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        ids = torch.tensor(tokenizer(options.text.read_text()[: 8 * options.windows * options.context])["input_ids"])
-        windows = ids[: options.windows * options.context].view(options.windows, options.context)
+        windows = divided(directory, options.text, options.windows, options.context)
         model = headfold.load(directory, dtype=torch.float32)
         with torch.no_grad():
             exact = [model(window[None]).logits[0] for window in windows]
         for number_type in ("f32", "q8_0", "q4_0", "q4_0-pure"):
             file = options.work / "quantised.gguf"
             headfold.export(directory, file, layout="gguf", quantise=number_type, force=True)
-            losses = []
-            for window, reference in zip(windows, exact, strict=True):
-                request = {"tokens": window.tolist(), "new_tokens": 0}
-                losses.append(scored(said("llama_cpp", options.python, file, request)["logits"], window, reference))
-            nll, kl = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+            nll, kl = measured(options.python, file, windows, exact, {})
             perplexity = float(torch.tensor(nll).exp())
             row = {
                 "model": directory.name,

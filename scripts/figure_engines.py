@@ -92,6 +92,36 @@ def speed() -> str:
     return table(["engine", "fold", *(f"{int(depth):,} tokens before" for depth in depths)], lines)
 
 
+def choices() -> str:
+    """One row per part that q4_0 rounds, one column per free choice; a cell has the divergence of each model."""
+    found = [load(result)["rows"] for result in CHOICES]
+    columns = list(dict.fromkeys(row["choice"] for rows in found for row in rows))
+    lines = []
+    for case, said in CHOICE_NAMES.items():
+        kls = [{row["choice"]: row["kl"] for row in rows if _case(row) == case} for rows in found]
+        cells = [" / ".join(f"{by[column]:.1e}" if column in by else "–" for by in kls) for column in columns]
+        lines.append([said, *("" if set(cell) <= {"–", " ", "/"} else cell for cell in cells)])
+    return table(["in q4_0", *columns], lines)
+
+
+def _case(row: dict[str, Any]) -> tuple[str, str, bool]:
+    return row["numbers"], row["part"], row.get("rotated_by_engine", False)
+
+
+CHOICES = ("quantised-choices-native", "quantised-choices-smollm2-unequal-healed")
+CHOICE_NAMES = {
+    ("f16", "", False): "a file of type f16 instead",
+    ("q4_0", "", False): "a file of type q4_0",
+    ("q4_0-pure", "", False): "a file of type q4_0-pure",
+    **{("f32", role, False): f"{role.upper()} alone" for role in "qkvo"},
+    ("f32", "q4_0/f16", False): "keys in the cache, not rotated",
+    ("f32", "q4_0/f16", True): "keys in the cache, rotated by llama.cpp",
+    ("f32", "f16/q4_0", False): "values in the cache, not rotated",
+    ("f32", "f16/q4_0", True): "values in the cache, rotated by llama.cpp",
+}
+"""Numbers of the file, the part that alone is in q4_0, whether llama.cpp rotates it → as the table calls it."""
+
+
 QUANTISED_NAMES = {
     "pylib-llama": "small Llama",
     "native": "fold of it to 2 of 8 K/V heads",
@@ -106,4 +136,5 @@ ENGINE_BLOCKS = {
     "engines-toys": Block(toys, ("engines-toys",)),
     "engine-speed": Block(speed, ("engine_speed",)),
     "quantised": Block(quantised, QUANTISED),
+    "quantised-choices": Block(choices, CHOICES),
 }

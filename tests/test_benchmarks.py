@@ -91,3 +91,21 @@ def test_a_command_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found and seconds > 0 and memory > 2**20
     with pytest.raises(SystemExit, match="exit code 2"):
         real.command("inspect", "no-such-model")
+
+
+def test_free_choices_leave_attention_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of Q and K in every rotary plane, and of V and O, which are all that attention reads."""
+    choices = script("quantised_choices", monkeypatch)
+    torch.manual_seed(0)
+    layer = {role: torch.randn(4 if role in "qo" else 2, 8, 32).double() for role in "qkvo"}
+    layer["inputs"] = torch.eye(32).double()
+
+    def read(layer: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        query, key, value = (choices.shared(layer[role], layer) if role in "kv" else layer[role] for role in "qkv")
+        query, key = (torch.complex(*rows.unflatten(1, (2, -1)).unbind(1)) for rows in (query, key))
+        planes = torch.einsum("hpi,hpj->hpij", query, key.conj())
+        return [torch.view_as_real(planes), torch.einsum("hdi,hdj->hij", value, layer["o"])]
+
+    for chosen, _ in choices.CHOICES.values():
+        for ours, exact in zip(read(chosen(layer)), read(layer), strict=True):
+            assert (ours - exact).abs().max() < 1e-12 * exact.abs().max()

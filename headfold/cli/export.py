@@ -25,7 +25,7 @@ def export(
             "--quantize",
             panel=OUTPUT,
             metavar="TYPE",
-            help="What --layout gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (then K, V and "
+            help="What --layout gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (then K, V, O and "
             "embeddings as q8_0) or q4_0-pure; --layout ct2: int8, float16, bfloat16 and others of CTranslate2; --layout onnx: f16. "
             "Default: the checkpoint's own, for onnx float32.",
         ),

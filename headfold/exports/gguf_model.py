@@ -24,8 +24,10 @@ PURE = "q4_0-pure"
 NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0", PURE)
 _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
-_MORE_BITS = ("attn_k.", "attn_v.", "token_embd.", "output.")
-"""Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
+_MORE_BITS = ("attn_k", "attn_v", "attn_output", "token_embd", "output")
+"""Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, the shared heads, and what
+reads their values.
+"""
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
@@ -254,7 +256,7 @@ def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: d
     if heads is not None:
         shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
     kind = number_type
-    if kind == "q4_0" and any(part in new for part in _MORE_BITS):
+    if kind == "q4_0" and new.split(".")[-2] in _MORE_BITS:
         kind = "q8_0"
     kind = "q4_0" if kind == PURE else kind
     if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:

@@ -66,7 +66,7 @@ def export(
         layout: native (one count of K/V heads, equal groups), padded (unequal groups), per-layer or decilm (a count per layer), gguf (a
             file for llama.cpp), ct2 (a directory for CTranslate2) or onnx (graphs for onnxruntime); by default the one that stock
             transformers loads.
-        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V and embeddings as q8_0) or q4_0-pure; ct2: int8 and
+        quantise: What gguf stores matrices as: f32, bf16, f16, q8_0, q4_0 (K, V, O and embeddings as q8_0) or q4_0-pure; ct2: int8 and
             others; onnx: f16. By default the checkpoint's own numbers, for onnx float32.
         force: Replace what is at `out`.
         verify: Compare the logits of the output with those of headfold's runtime.

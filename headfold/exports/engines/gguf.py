@@ -2,8 +2,8 @@
 
 The architecture is `llama`, or `deci` where the number of heads differs between layers, because llama.cpp reads numbers per layer there.
 Groups of different sizes are filled up with zero query heads to the largest of their layer. Every table of rotary frequencies but the
-plain one is written as factors per frequency (`rope_freqs`), which holds the tables of larger heads too. With `--quantise q4_0`, keys,
-values and embeddings are q8_0, as the heads that remain are read by more queries; with q4_0-pure they are q4_0 as well.
+plain one is written as factors per frequency (`rope_freqs`), which holds the tables of larger heads too. With `--quantise q4_0`, K, V,
+O and embeddings are q8_0, as the heads that remain are read by more queries; with q4_0-pure they are q4_0 as well.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@
 REQUEST has `tokens`, `new_tokens`, and perhaps `text`; ANSWER gets `logits` of every position (as a .npy file beside it), `greedy`,
 the tokens of the text, and what a new token takes: seconds, and bytes of the cache. A REQUEST with `depths` is timed instead: ANSWER gets
 `seconds_at`, the seconds of a new token after so many others, with a cache in float16 and as many threads as `threads` says.
+A REQUEST with `cache` names the number types of K and V in the cache, which are else float32.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,16 @@ def opened() -> tuple[Any, Any]:
     return get_ffi(), get_ffi().dlopen(named)
 
 
+CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+"""Number types of a cache as ggml counts them."""
+
+
 class Session:
     """A model file in llama.cpp, with a cache for one text."""
 
-    def __init__(self, model_file: str, room: int, threads: int, *, exact: bool) -> None:
+    def __init__(
+        self, model_file: str, room: int, threads: int, *, exact: bool, cache: Sequence[str] | None = None
+    ) -> None:
         self.ffi, self.lib = opened()
         self.lib.llama_backend_init()
         how = self.lib.llama_model_default_params()
@@ -54,6 +62,8 @@ class Session:
         options.n_ubatch = room if exact else min(room, 512)
         if exact:  # float32, and no flash attention, which computes in float16
             options.type_k = options.type_v = options.flash_attn_type = 0
+        if cache is not None:  # V is quantised with flash attention alone
+            options.type_k, options.type_v, options.flash_attn_type = *(CACHE_TYPES[name] for name in cache), 1
         options.n_threads = options.n_threads_batch = threads
         self.context = self.lib.llama_init_from_model(self.model, options)
         self.batch = self.lib.llama_batch_init(room, 0, 1)
@@ -88,7 +98,7 @@ def computed(model_file: str, request: dict[str, Any]) -> tuple[dict[str, Any], 
     """Return what a request asks for, and the logits."""
     tokens, new = request["tokens"], request["new_tokens"]
     # One thread: its threads wait in a loop, beside other jobs for minutes.
-    session = Session(model_file, len(tokens) + new + 8, 1, exact=True)
+    session = Session(model_file, len(tokens) + new + 8, 1, exact=True, cache=request.get("cache"))
     session.read(tokens, all_logits=True)
     logits = np.stack([session.logits(place) for place in range(len(tokens))])
     kept = session.lib.llama_state_seq_get_size(session.context, 0) / len(tokens)  # with a few bytes of bookkeeping
