@@ -57,9 +57,8 @@ def folded(original: Path, work: Path, name: str) -> Path:
         return original
     out = work / name.replace(" ", "-").replace(",", "")
     if not out.exists():
-        data = (
-            () if "mean" in FOLDS[name] else ("--calibration", str(PACKAGE / "bundled/heldout.txt"), "--tokens", "4096")
-        )
+        data = ("--calibration", str(PACKAGE / "bundled/heldout.txt"), "--tokens", "4096")
+        data = () if "contiguous" in FOLDS[name] else data
         command("fold", original, out, *FOLDS[name], *data)
     return out
 
