@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,21 @@ if TYPE_CHECKING:
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 _DIGITS = r"\p{N}"
 DIVISIONS: Mapping[tuple[str, ...], str] = {
     (GPT_2,): "gpt-2",
     (_DIGITS, GPT_2): "smollm",
     (LLAMA_3,): "llama-bpe",
     (QWEN_2,): "qwen2",
+    (BLOOM,): "bloom",
 }
 """The patterns that a text is divided by before merges → what llama.cpp calls them."""
 _IGNORE_MERGES = ("llama-bpe",)
 """Divisions with which llama.cpp takes a word that is a token as it is, without merges."""
 _SPACE = "▁"
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def tokenizer_why_not(directory: Path) -> str | None:
@@ -40,6 +45,22 @@ def tokenizer_why_not(directory: Path) -> str | None:
         return f"expected a BPE tokenizer, got {kind}"
     reason = _sentencepiece_why_not(tokenizer) if _is_sentencepiece(tokenizer) else _bytes_why_not(tokenizer)
     return reason and f"tokenizer.json: {reason}, and llama.cpp would find other tokens"
+
+
+def name_for(directory: Path) -> str:
+    """Return the name that a file gives its model: llama.cpp takes spaces after the special tokens of one called phi-3 for none."""
+    name = directory.resolve().name
+    if not _strips_spaces(_read(directory)):
+        return _PHI_3.sub("phi 3", name)
+    return name if _PHI_3.search(name) else f"phi-3 {name}"
+
+
+def _strips_spaces(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether spaces after special tokens are left out as llama.cpp does in a Phi 3."""
+    added = tokenizer.get("added_tokens") or []
+    known = {"</s>"} | {token["content"] for token in added}
+    stripped = {token["content"] for token in added if token.get("rstrip")}
+    return known >= _KEEPS_SPACE and stripped == known - _KEEPS_SPACE
 
 
 def tokenizer_note(directory: Path) -> str:
@@ -104,7 +125,7 @@ def _common_why_not(tokenizer: Mapping[str, Any]) -> str | None:
             return f"BPE has {option} here"
     for added in tokenizer.get("added_tokens") or []:
         for flag in ("lstrip", "rstrip", "single_word"):
-            if added.get(flag):
+            if added.get(flag) and not (flag == "rstrip" and _strips_spaces(tokenizer)):
                 return f"the token {added['content']} has {flag}"
     if _around(tokenizer) is None:
         return "more than one token is put before or after a text"
