@@ -21,6 +21,8 @@ class Graph:
     gated: bool = True
     """Whether the MLP has a gate, in a tensor of its own or before `ffn_up` in one."""
     scales_embeddings: bool = False
+    encodes: bool = False
+    """Whether every token attends to all, and norms come after what is added."""
     rotates: bool = True
     alibi: bool = False
     tables: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ GRAPHS = {
     "phi3": Graph(tables=("rope_factors_long", "rope_factors_short")),
     "gptneox": Graph(layer_norm=True, activation="gelu", gated=False),
     "gpt2": Graph(layer_norm=True, activation="gelu", gated=False, rotates=False),
+    "bert": Graph(layer_norm=True, activation="gelu", gated=False, rotates=False, encodes=True),
     "bloom": Graph(layer_norm=True, activation="gelu", gated=False, rotates=False, alibi=True),
 }
 ACTIVATIONS = {
@@ -140,7 +143,7 @@ class Gguf:
         scores = (q @ k.mT) * self.scale("attention.scale", q.shape[-1] ** -0.5)
         if self.graph.alibi:
             scores = scores + slopes(heads)[:, None, None] * torch.arange(x.shape[1]).double()
-        mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() | self.graph.encodes
         return self.linear(
             f"{block}.attn_output", (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
         )
@@ -164,7 +167,20 @@ class Gguf:
             activate(self.linear(f"{block}.ffn_gate", x)) * up if self.graph.gated else activate(up),
         )
 
+    def vectors(self, ids: Tensor) -> Tensor:
+        """What an encoder makes of tokens: (batch, token, model)."""
+        assert self.graph.encodes and self.field("attention.causal") is False
+        assert len(self.tensors["token_types.weight"]) == self.fields["tokenizer.ggml.token_type_count"]
+        x = self.tensors["token_embd.weight"][ids] + self.tensors["token_types.weight"][0]
+        x = self.norm("token_embd_norm", x + self.tensors["position_embd.weight"][: ids.shape[1]])
+        for layer in range(self.field("block_count")):
+            block = f"blk.{layer}"
+            x = self.norm(f"{block}.attn_output_norm", x + self.attention(layer, x))
+            x = self.norm(f"{block}.layer_output_norm", x + self.mlp(block, x))
+        return x
+
     def logits(self, ids: Tensor) -> Tensor:
+        assert not self.graph.encodes
         x = self.tensors["token_embd.weight"][ids] * self.scale("embedding_scale")
         x = x * x.shape[-1] ** 0.5 if self.graph.scales_embeddings else x
         if "position_embd.weight" in self.tensors:

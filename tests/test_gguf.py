@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.exports.gguf_tokens import BLOOM, GPT_2, LLAMA_3, QWEN_2
+from headfold.llama_cpp.tokens import BLOOM, GPT_2, LLAMA_3, QWEN_2
 from headfold.verbs.export import export
 
 LLAMA_3_TABLE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -318,7 +318,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (
             "seed_oss",
             {},
-            "bloom, got seed_oss",
+            "bert, got seed_oss",
         ),
     ],
 )

@@ -33,7 +33,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Fields with which llama.cpp computes a tiny model of a type as transformers does."""
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, OWN.get(name, {})) for name in ARCHITECTURES if name not in ("llama", "mistral", "qwen2")},
+    **{name: (name, OWN.get(name, {})) for name in ARCHITECTURES if name not in ("llama", "mistral", "qwen2", "bert")},
     "phi3 with a share of each head": ("phi3", {"partial_rotary_factor": 0.75}),
     "phi3 with factors": ("phi3", {"rope_parameters": LONG}),
     "gpt_neox one after the other": ("gpt_neox", {"hidden_act": "gelu_new", "use_parallel_residual": False}),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ROLES = ("q", "k", "v", "o", "qkv")
+_ENCODERS = ("BertModel", "BertForMaskedLM")
+"""Classes of encoders that have entries too."""
 _UNCOUNTED = ("falcon",)
 """Model types whose number of K/V heads follows from several fields of an original's config."""
 
@@ -95,13 +97,15 @@ class Folded:
 
 
 def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
-    """Return a fold given by its config alone. A model with other sites than one per layer, or without a language head, has no
-    entries.
+    """Return a fold given by its config alone. A model with other sites than one per layer, or that neither generates text nor is an
+    encoder without a task, has no entries.
     """
     family = family_of(dict(config), where)
     counted = "headfold" in config or config["model_type"] not in _UNCOUNTED
-    head = (config.get("architectures") or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
-    simple = counted and head and len(family.attentions) == 1
+    name = (config.get("architectures") or [""])[0]
+    simple = (
+        counted and (name.endswith(("ForCausalLM", "LMHeadModel")) or name in _ENCODERS) and len(family.attentions) == 1
+    )
     return Folded(config, family, tuple(entries_of(config, family, family.attentions[0])) if simple else (), where)
 
 
@@ -153,9 +157,13 @@ def entries_of(config: Mapping[str, Any], family: Family, attention: Attention) 
     for layer in range(read_field(family, config, attention.layers)):
         own = {**config, **layers.get(str(layer), {})}
         at = attention.at.format(layer=layer, model_type=config["model_type"])
-        site = listed.get(at, {})
+        core = f"{at}.{attention.core}" if attention.core else at
+        site = listed.get(core) or listed.get(core.partition(".")[2], {})
         heads, groups, head_dim = _shape(own, family, attention, site)
-        local = {role: (site.get(role) if role != "o" else "") or getattr(attention, role) for role in ROLES}
+        local = {
+            role: ("" if role == "o" or attention.core else site.get(role)) or getattr(attention, role)
+            for role in ROLES
+        }
         local["qkv"] = "" if local["q"] else local["qkv"]
         yield Entry(
             {role: f"{at}.{name}" for role, name in local.items() if name},

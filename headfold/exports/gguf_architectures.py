@@ -35,6 +35,10 @@ class Architecture:
     """The config field of the activation; a class without it has the first of `activations`."""
     transposed: tuple[str, ...] = ()
     """Last parts of the names of linears that are (in, out) on disk."""
+    encodes: bool = False
+    """Whether it has no output embedding, and every token attends to all."""
+    left_out: tuple[str, ...] = ()
+    """How the names of tensors begin that it does not read."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Config fields that must not be set, with the reason."""
     needed: Mapping[str, str] = field(default_factory=dict)
@@ -153,6 +157,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         layer_norm=True,
         any_head_dim=False,
         refused={"apply_residual_connection_post_layernorm": "adds the residual before its norm"},
+    ),
+    "bert": Architecture(
+        "bert",
+        "layer_norm_eps",
+        _GELU,
+        layer_norm=True,
+        any_head_dim=False,
+        encodes=True,
+        left_out=("pooler.", "cls."),
+        refused={"is_decoder": "attends to the text after a token too"},
     ),
 }
 """`model_type` → the architecture that computes it."""

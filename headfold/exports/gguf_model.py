@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
+from ..llama_cpp.pooling import pooling_of
+from ..llama_cpp.tokens import name_for
 from ..rotary_tables import rotary_table
 from .folded import Entry, Folded, stock_config
 from .gguf_architectures import APPROXIMATED, ARCHITECTURES, Architecture, activation, architecture_why_not
-from .gguf_tokens import name_for
 from .pieces import picked
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
 _MORE_BITS = ("attn_k.", "attn_v.", "attn_qkv.", "token_embd.", "output.")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, and the shared heads."""
-_EXACT = ("position_embd.",)
+_EXACT = ("position_embd.", "token_types.")
 """Tensors that llama.cpp itself never quantises."""
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _BLOCK = 32
@@ -115,6 +116,8 @@ class GgufModel:
     attention_factor: float
     tensors: tuple[GgufTensor, ...]
     name: str
+    pooling: str | None
+    """What makes one vector of those of the tokens, as gguf calls it."""
 
     @property
     def heads(self) -> str:
@@ -149,6 +152,11 @@ class GgufModel:
         epsilon(named if isinstance(named, float) else getattr(stock, named))
         for field, method in self.kind.scales.items():
             getattr(writer, method)(float(getattr(stock, field)))
+        if self.kind.encodes:
+            writer.add_causal_attention(False)
+            writer.add_token_type_count(stock.type_vocab_size)
+        if self.pooling:
+            writer.add_pooling_type(gguf.PoolingType[self.pooling])
         if hasattr(stock, "use_parallel_residual"):
             writer.add_parallel_residual(stock.use_parallel_residual)
         if not self.rotary_dim:
@@ -173,6 +181,10 @@ def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
     if source.family.position:
         rotary_table(source.config)
         float(stock.rope_parameters["rope_theta"])
+    kind = ARCHITECTURES[source.model_type]
+    if kind.encodes:
+        pooling_of(checkpoint.path)
+        return reason
     if reason is None and not stock.tie_word_embeddings and _HEAD not in _named(checkpoint, source):
         reason = "expected an output embedding, as it is not tied, got none"
     return reason
@@ -202,6 +214,7 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
         attention_factor=factor,
         tensors=tuple(tensors),
         name=name_for(checkpoint.path),
+        pooling=pooling_of(checkpoint.path) if kind.encodes else None,
     )
 
 
@@ -235,9 +248,12 @@ def _named(checkpoint: Checkpoint, source: Folded) -> dict[str, tuple[str, ...]]
     found: dict[str, tuple[str, ...]] = {}
     for old in (*(f"{name}.{suffix}" for suffix in ("weight", "bias") for name in joined), *checkpoint.tensors):
         module, _, suffix = old.rpartition(".")
+        inner = old.removeprefix("transformer.").removeprefix("bert.")
         if suffix not in ("weight", "bias") or old in buffers or old not in checkpoint.tensors:
             continue
-        new = joined.get(module) or names.get_name(module) or names.get_name(module.removeprefix("transformer."))
+        if inner.startswith(ARCHITECTURES[source.model_type].left_out):
+            continue
+        new = joined.get(module) or names.get_name(module) or names.get_name(inner.rpartition(".")[0])
         if new is None:
             raise UserError(f"{source.where}: layout gguf: {old}: llama.cpp's {architecture} has no such tensor")
         olds = found.get(f"{new}.{suffix}", ())
