@@ -54,6 +54,10 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", {"logit_scale": 0.3}),
     "nemotron": ("NemotronConfig", {"partial_rotary_factor": 0.5}),
     "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
+    "phi3": ("Phi3Config", {"partial_rotary_factor": 0.75}),
+    "gpt_neox without parallel residual": ("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "gpt2": ("GPT2Config", {}),
+    "bloom": ("BloomConfig", {}),
 }  # fmt: skip
 """Random models of other architectures: config class and fields."""
 FOLDS: dict[str, tuple[str, ...]] = {

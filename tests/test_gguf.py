@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grouped_models import CASES, EVEN, ONE, OTHER, SHUFFLED, THREE, UNEVEN, VOCABULARY, grouped, logits, tokens
-from reference_llama_cpp import GRAPHS, Gguf
+from reference_llama_cpp import Gguf
 from safetensors.torch import load_file, save_file
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import readable_checkpoint, tiny_checkpoint
@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.exports.gguf_architectures import ARCHITECTURES
-from headfold.exports.gguf_tokens import GPT_2, LLAMA_3, QWEN_2
+from headfold.llama_cpp.tokens import BLOOM, GPT_2, LLAMA_3, QWEN_2
 from headfold.verbs.export import export
 
 LLAMA_3_TABLE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -104,30 +103,6 @@ def test_wide_heads_are_written(budget: bool, readable: Path, tmp_path: Path) ->
     assert (found.logits(ids) - logits(model, ids)).abs().max() < 1e-5 * logits(model, ids).abs().max()
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("llama", "mistral", "qwen2")])
-def test_every_architecture_computes_what_the_runtime_computes(name: str, tmp_path: Path) -> None:
-    """As llama.cpp's graphs read the fields and tensors, which benchmarks/engines.py finds by running them."""
-    square = {"head_dim": 8, "hidden_size": 64}
-    own: dict[str, dict[str, Any]] = {
-        "starcoder2": {"sliding_window": None}, "cohere": {"attention_bias": False, **square}, "nemotron": square,
-    }  # fmt: skip
-    shutil.copytree(tiny_checkpoint(name, torch.float32, **own.get(name, {})), tmp_path / "source")
-    headfold.fold(
-        tmp_path / "source",
-        tmp_path / "folded",
-        kv_heads="1/2",
-        merge="mean",
-        group="contiguous",
-        refit=False,
-        verify=False,
-    )
-    byte_level(tmp_path / "folded")
-    export(tmp_path / "folded", tmp_path / "out.gguf", layout="gguf", quantise="f32")
-    model, found = headfold.load(tmp_path / "folded", dtype=torch.float64), Gguf(tmp_path / "out.gguf")
-    assert found.architecture == ARCHITECTURES[name].name and GRAPHS[found.architecture]
-    assert (found.logits(tokens()) - logits(model)).abs().max() < 1e-5 * logits(model).abs().max()
-
-
 def test_transformers_reads_the_same_model(tmp_path: Path) -> None:
     model, _ = written(tmp_path, "llama", (EVEN, EVEN))
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float64)
@@ -204,6 +179,7 @@ def split(pattern: str, *before: Any) -> Any:
         (split(LLAMA_3), "llama-bpe"),
         (split(QWEN_2), "qwen2"),
         (split(GPT_2), "gpt-2"),
+        (split(BLOOM), "bloom"),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), "smollm"),
     ],
 )  # fmt: skip
@@ -350,7 +326,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (
             "seed_oss",
             {},
-            "stablelm, got seed_oss",
+            "bert, got seed_oss",
         ),
     ],
 )

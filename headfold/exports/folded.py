@@ -1,7 +1,7 @@
 """A folded checkpoint as layouts read it: the attention of each layer, with its heads and groups as the config lists them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,16 @@ from ..runtime.load import read_checked_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROLES = ("q", "k", "v", "o")
+ROLES = ("q", "k", "v", "o", "qkv")
+_ENCODERS = ("BertModel", "BertForMaskedLM")
+"""Classes of encoders that have entries too."""
+_UNCOUNTED = ("falcon",)
+"""Model types whose number of K/V heads follows from several fields of an original's config."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The attention of one layer. `names` maps role to tensor name on disk without suffix; the projections are not fused."""
+    """The attention of one layer. `names` maps role to tensor name on disk without suffix: q, k, v and o, or qkv and o."""
 
     names: Mapping[str, str]
     num_heads: int
@@ -28,6 +32,8 @@ class Entry:
     """Dims of a K/V head and of its queries."""
     groups: Groups
     """Query head → K/V head."""
+    multiple: int = 1
+    """The number of slots that are one head, where it has a larger head_dim in a class that takes the source's alone."""
 
     @property
     def group_size(self) -> int:
@@ -74,6 +80,11 @@ class Folded:
         return all(entry.groups.is_even for entry in self.entries)
 
     @property
+    def is_fused(self) -> bool:
+        """Whether q, k and v of any layer are one tensor on disk."""
+        return any("qkv" in entry.names for entry in self.entries)
+
+    @property
     def has_window(self) -> bool:
         """Whether the attention of any layer has a sliding window."""
         turned_on = self.config.get("use_sliding_window", self.model_type == "mistral")
@@ -86,12 +97,15 @@ class Folded:
 
 
 def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
-    """Return a fold given by its config alone. A model with other sites than one per layer, or without a language head, has no
-    entries.
+    """Return a fold given by its config alone. A model with other sites than one per layer, or that neither generates text nor is an
+    encoder without a task, has no entries.
     """
     family = family_of(dict(config), where)
-    named = "headfold" in config or all(getattr(one, role) for one in family.attentions for role in ROLES)
-    simple = named and len(family.attentions) == 1 and (config.get("architectures") or [""])[0].endswith("ForCausalLM")
+    counted = "headfold" in config or config["model_type"] not in _UNCOUNTED
+    name = (config.get("architectures") or [""])[0]
+    simple = (
+        counted and (name.endswith(("ForCausalLM", "LMHeadModel")) or name in _ENCODERS) and len(family.attentions) == 1
+    )
     return Folded(config, family, tuple(entries_of(config, family, family.attentions[0])) if simple else (), where)
 
 
@@ -122,9 +136,16 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
     path = Path(path)
     found = folded(read_checked_config(path), f"{path}/config.json")
     checkpoint = Checkpoint.open(path)
+    if found.entries and f"{found.entries[0].names['o']}.weight" not in checkpoint.tensors:
+        found = replace(found, entries=tuple(map(_of_base_model, found.entries)))
     for entry in found.entries:
         _check_rows(entry, checkpoint, path)
     return checkpoint, found
+
+
+def _of_base_model(entry: Entry) -> Entry:
+    """Return the entry of a checkpoint whose names lack the first component, as those of GPT-2 and BLOOM do."""
+    return replace(entry, names={role: name.partition(".")[2] for role, name in entry.names.items()})
 
 
 def entries_of(config: Mapping[str, Any], family: Family, attention: Attention) -> Iterator[Entry]:
@@ -136,11 +157,21 @@ def entries_of(config: Mapping[str, Any], family: Family, attention: Attention) 
     for layer in range(read_field(family, config, attention.layers)):
         own = {**config, **layers.get(str(layer), {})}
         at = attention.at.format(layer=layer, model_type=config["model_type"])
-        site = listed.get(at, {})
+        core = f"{at}.{attention.core}" if attention.core else at
+        site = listed.get(core) or listed.get(core.partition(".")[2], {})
         heads, groups, head_dim = _shape(own, family, attention, site)
-        own_names = {role: site[role] for role in "qkv" if role in site}
-        names = {role: f"{at}.{own_names.get(role) or getattr(attention, role)}" for role in ROLES}
-        yield Entry(names, heads, head_dim, groups)
+        local = {
+            role: ("" if role == "o" or attention.core else site.get(role)) or getattr(attention, role)
+            for role in ROLES
+        }
+        local["qkv"] = "" if local["q"] else local["qkv"]
+        yield Entry(
+            {role: f"{at}.{name}" for role, name in local.items() if name},
+            heads,
+            head_dim,
+            groups,
+            site.get("slots", 1),
+        )
 
 
 def _shape(
@@ -161,10 +192,13 @@ def _check_rows(entry: Entry, checkpoint: Checkpoint, path: Path) -> None:
     """Raise a UserError where weights do not have the size that the config says."""
     rows = {"q": entry.num_heads, "k": entry.groups.num_kv_heads, "v": entry.groups.num_kv_heads}
     for role, heads in rows.items():
+        if role not in entry.names:
+            continue
         name = f"{entry.names[role]}.weight"
         found = checkpoint.tensors[name].shape[0] if name in checkpoint.tensors else "no such tensor"
-        if found != heads * entry.head_dim:
+        head_dim = entry.multiple * entry.head_dim
+        if found != heads * head_dim:
             raise UserError(
-                f"{path}: {name}: expected {heads * entry.head_dim} rows ({heads} heads of {entry.head_dim}), got {found}; "
+                f"{path}: {name}: expected {heads * head_dim} rows ({heads} heads of {head_dim}), got {found}; "
                 "was it written by headfold fold?"
             )

@@ -21,8 +21,8 @@ class Architecture:
     """The architecture with numbers of heads per layer that computes the same; empty where there is none."""
     pairs: bool = False
     """Whether rotary planes are neighbouring dims, which Q and K are reordered for, not the two halves of a head."""
-    tables: bool = False
-    """Whether factors of rotary frequencies are read."""
+    tables: tuple[str, ...] = ()
+    """The tensors that factors of rotary frequencies are read from."""
     any_head_dim: bool = True
     """Whether heads times head_dim may differ from the hidden size."""
     partial_rotary: bool = False
@@ -31,13 +31,25 @@ class Architecture:
     """Whether the output embedding is left out where it is the input's."""
     gain_offset: float = 0.0
     """What is added to the gains of norms."""
+    activation: str = "hidden_act"
+    """The config field of the activation; a class without it has the first of `activations`."""
+    transposed: tuple[str, ...] = ()
+    """Last parts of the names of linears that are (in, out) on disk."""
+    encodes: bool = False
+    """Whether it has no output embedding, and every token attends to all."""
+    left_out: tuple[str, ...] = ()
+    """How the names of tensors begin that it does not read."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Config fields that must not be set, with the reason."""
+    needed: Mapping[str, str] = field(default_factory=dict)
+    """Config fields that must not be false, with the reason."""
     scales: Mapping[str, str] = field(default_factory=dict)
     """Config fields of factors, with the method of `gguf.GGUFWriter` that writes each."""
 
 
-_LLAMA = Architecture("llama", "rms_norm_eps", ("silu",), per_layer="deci", pairs=True, tables=True)
+_LLAMA = Architecture("llama", "rms_norm_eps", ("silu",), per_layer="deci", pairs=True, tables=("rope_freqs",))
+_GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_BIASES = "needs biases"
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -60,14 +72,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ties=False,
     ),
     "starcoder2": Architecture(
-        "starcoder2", "norm_epsilon", ("gelu_pytorch_tanh",), layer_norm=True, any_head_dim=False
+        "starcoder2",
+        "norm_epsilon",
+        ("gelu_pytorch_tanh",),
+        layer_norm=True,
+        any_head_dim=False,
+        needed={"use_bias": _BIASES},
     ),
     "granite": Architecture(
         "granite",
         "rms_norm_eps",
         ("silu",),
         pairs=True,
-        tables=True,
+        tables=("rope_freqs",),
         scales={
             "attention_multiplier": "add_attention_scale",
             "embedding_multiplier": "add_embedding_scale",
@@ -104,6 +121,53 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         partial_rotary=True,
         ties=False,
     ),
+    "phi3": Architecture(
+        "phi3",
+        "rms_norm_eps",
+        ("silu",),
+        tables=("rope_factors_long", "rope_factors_short"),
+        any_head_dim=False,
+        partial_rotary=True,
+    ),
+    "gpt_neox": Architecture(
+        "gptneox",
+        "layer_norm_eps",
+        _GELU,
+        layer_norm=True,
+        any_head_dim=False,
+        partial_rotary=True,
+        ties=False,
+        needed={"attention_bias": _BIASES},
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        "layer_norm_epsilon",
+        _GELU,
+        activation="activation_function",
+        layer_norm=True,
+        any_head_dim=False,
+        transposed=("c_attn", "c_proj", "c_fc"),
+        refused={"scale_attn_by_inverse_layer_idx": "has one scale of attention for all layers"},
+        needed={"scale_attn_weights": "divides attention scores by the square root of head_dim"},
+    ),
+    "bloom": Architecture(
+        "bloom",
+        "layer_norm_epsilon",
+        ("gelu_new",),
+        layer_norm=True,
+        any_head_dim=False,
+        refused={"apply_residual_connection_post_layernorm": "adds the residual before its norm"},
+    ),
+    "bert": Architecture(
+        "bert",
+        "layer_norm_eps",
+        _GELU,
+        layer_norm=True,
+        any_head_dim=False,
+        encodes=True,
+        left_out=("pooler.", "cls."),
+        refused={"is_decoder": "attends to the text after a token too"},
+    ),
 }
 """`model_type` → the architecture that computes it."""
 
@@ -117,17 +181,25 @@ def architecture_why_not(source: Folded, stock: Any) -> str | None:
     found = ARCHITECTURES[source.model_type]
     if short_window(stock) is not None:
         return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
-    if stock.hidden_act not in found.activations:
-        return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {stock.hidden_act}"
+    used = activation(found, stock)
+    if used not in found.activations:
+        return f"llama.cpp's {found.name} has the activation {found.activations[0]} only, got {used}"
     for name, reason in found.refused.items():
         if getattr(stock, name, None):
             return f"llama.cpp's {found.name} {reason}, got {name}"
     for name in found.scales:
         if not getattr(stock, name):
             return f"llama.cpp's {found.name} takes {name} of 0 for 1; fold a model that has another"
-    if getattr(stock, "use_bias", True) is False:
-        return f"llama.cpp's {found.name} needs biases, got use_bias false"
-    return _rotary_why_not(found, stock.rope_parameters) or _heads_why_not(found, source, stock)
+    for name, reason in found.needed.items():
+        if getattr(stock, name) is False:
+            return f"llama.cpp's {found.name} {reason}, got {name} false"
+    rotary = _rotary_why_not(found, stock.rope_parameters) if source.family.position else None
+    return rotary or _heads_why_not(found, source, stock)
+
+
+def activation(found: Architecture, stock: Any) -> str:
+    """Return the activation of a model."""
+    return str(getattr(stock, found.activation, found.activations[0]))
 
 
 def short_window(stock: Any) -> int | None:
@@ -150,7 +222,11 @@ def _rotary_why_not(found: Architecture, rope: Mapping[str, Any]) -> str | None:
 
 
 def _heads_why_not(found: Architecture, source: Folded, stock: Any) -> str | None:
-    entry = source.entries[0]
+    entry, attention = source.entries[0], source.family.attentions[0]
+    if attention.alibi and any(e.slots(e.group_size) != tuple(range(e.num_heads)) for e in source.entries):
+        return "expected groups of neighbouring query heads, as the slope of a head follows from its place, got others"
+    if any(entry.multiple > 1 for entry in source.entries):
+        return "expected heads of the original's head_dim, got a multiple of it; fold with --head-dim-multiple 1"
     if len({entry.head_dim for entry in source.entries}) > 1:
         return "expected one head_dim in all layers, got several; fold with --head-dim-multiple 1"
     if not source.is_uniform and not found.per_layer:

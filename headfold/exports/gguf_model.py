@@ -1,6 +1,6 @@
 """A fold as llama.cpp reads it: the fields that describe it, and its tensors under other names, in another order and number type."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
+from ..llama_cpp.pooling import pooling_of
+from ..llama_cpp.tokens import name_for
 from ..rotary_tables import rotary_table
 from .folded import Entry, Folded, stock_config
-from .gguf_architectures import APPROXIMATED, ARCHITECTURES, Architecture, architecture_why_not
+from .gguf_architectures import APPROXIMATED, ARCHITECTURES, Architecture, activation, architecture_why_not
 from .pieces import picked
 
 if TYPE_CHECKING:
@@ -24,18 +26,20 @@ PURE = "q4_0-pure"
 NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0", PURE)
 _OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
-_MORE_BITS = ("attn_k", "attn_v", "attn_output", "token_embd", "output")
+_MORE_BITS = ("attn_k", "attn_v", "attn_qkv", "attn_output", "token_embd", "output")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, the shared heads, and what
 reads their values.
 """
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_EXACT = ("position_embd", "token_types")
+"""Tensors that llama.cpp itself never quantises."""
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor of the file: `old` is its name in the checkpoint, or `values` are its numbers.
+    """One tensor of the file: `old` are the tensors of the checkpoint that it joins by rows, or `values` are its numbers.
 
     `rows` and `columns` pick heads of `head_dim`, `inside` reorders the dims of each head, as in `pieces.Linear`.
     """
@@ -43,7 +47,9 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     number_type: str
-    old: str = ""
+    old: tuple[str, ...] = ()
+    transposed: bool = False
+    """Whether it is (in, out) in the checkpoint."""
     values: Tensor | None = None
     rows: Sequence[int] | None = None
     columns: Sequence[int] | None = None
@@ -79,14 +85,19 @@ class GgufTensor:
         """
         import gguf
 
-        tensor = checkpoint.read(self.old) if self.values is None else self.values
+        tensor = torch.cat([checkpoint.read(name) for name in self.old]) if self.values is None else self.values
+        tensor = tensor.mT if self.transposed else tensor
         tensor = picked(tensor, self.rows, self.head_dim, 0, self.inside)
         tensor = picked(tensor, self.columns, self.head_dim, 1)
         values = (tensor.float() + self.offset).contiguous().numpy()
         if not np.isfinite(values).all():
-            raise UserError(f"{self.old}: expected finite numbers, got NaN or infinity; fold again from good weights")
+            raise UserError(
+                f"{self.old[0]}: expected finite numbers, got NaN or infinity; fold again from good weights"
+            )
         if self.number_type == "f16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-            raise UserError(f"{self.old}: expected numbers that float16 holds, got {np.abs(values).max():g}; use bf16")
+            raise UserError(
+                f"{self.old[0]}: expected numbers that float16 holds, got {np.abs(values).max():g}; use bf16"
+            )
         return gguf.quants.quantize(values, self.kind)
 
 
@@ -107,13 +118,15 @@ class GgufModel:
     attention_factor: float
     tensors: tuple[GgufTensor, ...]
     name: str
+    pooling: str | None
+    """What makes one vector of those of the tokens, as gguf calls it."""
 
     @property
     def heads(self) -> str:
         """The heads of the model in words."""
         query, key = (n[0] if len(set(n)) == 1 else n for n in (self.num_heads, self.num_kv_heads))
         heads = f"{query} query heads and {key} K/V heads of {self.head_dim}"
-        return "; ".join(filter(None, (heads, APPROXIMATED.get(self.stock.hidden_act, ""))))
+        return "; ".join(filter(None, (heads, APPROXIMATED.get(activation(self.kind, self.stock), ""))))
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
         """Write all fields but those of the tokenizer."""
@@ -125,14 +138,13 @@ class GgufModel:
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[self.number_type]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_vocab_size(self.vocab_size)
-        writer.add_context_length(stock.max_position_embeddings)
+        writer.add_context_length(_context(stock))
         writer.add_embedding_length(stock.hidden_size)
         writer.add_block_count(stock.num_hidden_layers)
         # Arrays need all three: llama.cpp reads the counts of a layer together.
         arrays = self.architecture == self.kind.per_layer
-        writer.add_feed_forward_length(
-            [stock.intermediate_size] * stock.num_hidden_layers if arrays else stock.intermediate_size
-        )
+        (width,) = (tensor.shape[-1] for tensor in self.tensors if tensor.name == "blk.0.ffn_down.weight")
+        writer.add_feed_forward_length([width] * stock.num_hidden_layers if arrays else width)
         writer.add_head_count(list(self.num_heads) if arrays else self.num_heads[0])
         writer.add_head_count_kv(list(self.num_kv_heads) if arrays else self.num_kv_heads[0])
         writer.add_key_length(self.head_dim)
@@ -142,8 +154,15 @@ class GgufModel:
         epsilon(named if isinstance(named, float) else getattr(stock, named))
         for field, method in self.kind.scales.items():
             getattr(writer, method)(float(getattr(stock, field)))
+        if self.kind.encodes:
+            writer.add_causal_attention(False)
+            writer.add_token_type_count(stock.type_vocab_size)
+        if self.pooling:
+            writer.add_pooling_type(gguf.PoolingType[self.pooling])
         if hasattr(stock, "use_parallel_residual"):
             writer.add_parallel_residual(stock.use_parallel_residual)
+        if not self.rotary_dim:
+            return
         writer.add_rope_dimension_count(self.rotary_dim)
         writer.add_rope_freq_base(float(stock.rope_parameters["rope_theta"]))
         if self.attention_factor != 1:
@@ -159,11 +178,17 @@ def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
     """Return why llama.cpp cannot compute what a fold of these types computes."""
     stock = stock_config(source)
     reason = architecture_why_not(source, stock)
-    rotary_table(source.config)
-    for number in (stock.rope_parameters["rope_theta"], stock.max_position_embeddings, stock.num_hidden_layers):
+    for number in (_context(stock), stock.num_hidden_layers):
         float(number)  # raises for what is no number, before anything is written
-    if reason is None and not stock.tie_word_embeddings and _HEAD not in checkpoint.tensors:
-        reason = f"expected {_HEAD}, as the embeddings are not tied, got none"
+    if source.family.position:
+        rotary_table(source.config)
+        float(stock.rope_parameters["rope_theta"])
+    kind = ARCHITECTURES[source.model_type]
+    if kind.encodes:
+        pooling_of(checkpoint.path)
+        return reason
+    if reason is None and not stock.tie_word_embeddings and _HEAD not in _named(checkpoint, source):
+        reason = "expected an output embedding, as it is not tied, got none"
     return reason
 
 
@@ -171,16 +196,15 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
     """Return what is written of a fold, without reading a tensor but embeddings that may be tied."""
     kind, stock, entries = ARCHITECTURES[source.model_type], stock_config(source), source.entries
     sizes = [source.group_size if source.is_uniform else entry.group_size for entry in entries]
-    frequencies, factor = rotary_table(source.config)
-    architecture = kind.name if source.is_uniform else kind.per_layer
-    tensors = _tensors(checkpoint, source, architecture, sizes, stock, number_type)
+    frequencies, factor = rotary_table(source.config) if source.family.position else (torch.empty(0), 1.0)
+    tensors = _tensors(checkpoint, source, sizes, stock, number_type)
     if number_type is None:
-        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['k']}.weight"].dtype, "f32")
-    if stock.rope_parameters["rope_type"] != "default":
+        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['o']}.weight"].dtype, "f32")
+    if len(frequencies) and stock.rope_parameters["rope_type"] != "default":
         factors = _frequency_factors(frequencies, float(stock.rope_parameters["rope_theta"]))
-        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", values=factors))
+        tensors += [GgufTensor(f"{name}.weight", tuple(factors.shape), "f32", values=factors) for name in kind.tables]
     return GgufModel(
-        architecture=architecture,
+        architecture=_architecture(source),
         number_type=number_type,
         kind=kind,
         stock=stock,
@@ -188,46 +212,90 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
         num_kv_heads=source.counts,
         head_dim=entries[0].head_dim,
         rotary_dim=2 * len(frequencies),
-        vocab_size=checkpoint.tensors[_EMBEDDING].shape[0],
+        vocab_size=next(tensor.shape[0] for tensor in tensors if tensor.name == _EMBEDDING),
         attention_factor=factor,
         tensors=tuple(tensors),
-        name=checkpoint.path.resolve().name,
+        name=name_for(checkpoint.path),
+        pooling=pooling_of(checkpoint.path) if kind.encodes else None,
     )
 
 
-def _tensors(
-    checkpoint: Checkpoint, source: Folded, architecture: str, sizes: Sequence[int], stock: Any, number_type: str | None
-) -> list[GgufTensor]:
-    """Return the tensors of the checkpoint as the architecture has them; `sizes` are those of the groups of each layer."""
+def _architecture(source: Folded) -> str:
+    kind = ARCHITECTURES[source.model_type]
+    return kind.name if source.is_uniform else kind.per_layer
+
+
+def _context(stock: Any) -> Any:
+    """Return the context length; a BLOOM has no limit but that it was trained with."""
+    return getattr(stock, "max_position_embeddings", getattr(stock, "seq_length", 2048))
+
+
+def _named(checkpoint: Checkpoint, source: Folded) -> dict[str, tuple[str, ...]]:
+    """Return tensor of the architecture → tensors on disk: one, or those of q, k and v where the architecture joins them.
+
+    Raises:
+        UserError: the architecture has no place for a tensor.
+    """
     import gguf
 
-    kind = ARCHITECTURES[source.model_type]
-    (found_architecture,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(found_architecture, stock.num_hidden_layers)
-    projections = {name: (e, size) for e, size in zip(source.entries, sizes, strict=True) for name in e.names.values()}
-    found, tied = [], _is_tied(checkpoint, stock)
-    for old, info in checkpoint.tensors.items():
+    architecture = _architecture(source)
+    (key,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(key, len(source.entries))
+    joined: dict[str, str] = {}
+    if gguf.MODEL_TENSOR.ATTN_Q not in gguf.MODEL_TENSORS[key]:
+        for layer, entry in enumerate(source.entries):
+            joined |= {name: f"blk.{layer}.attn_qkv" for role in "qkv" if (name := entry.names.get(role))}
+    # Masks that old checkpoints have beside the projections.
+    buffers = {f"{entry.names['o'].rpartition('.')[0]}.bias" for entry in source.entries}
+    found: dict[str, tuple[str, ...]] = {}
+    for old in (*(f"{name}.{suffix}" for suffix in ("weight", "bias") for name in joined), *checkpoint.tensors):
         module, _, suffix = old.rpartition(".")
-        if suffix not in ("weight", "bias") or (old == _HEAD and tied):
+        inner = old.removeprefix("transformer.").removeprefix("bert.")
+        if suffix not in ("weight", "bias") or old in buffers or old not in checkpoint.tensors:
             continue
-        new = names.get_name(old, try_suffixes=(".weight", ".bias"))
+        if inner.startswith(ARCHITECTURES[source.model_type].left_out):
+            continue
+        new = joined.get(module) or names.get_name(module) or names.get_name(inner.rpartition(".")[0])
         if new is None:
             raise UserError(f"{source.where}: layout gguf: {old}: llama.cpp's {architecture} has no such tensor")
-        how = _moved(kind, module, suffix, *projections[module]) if module in projections else {}
-        if kind.gain_offset and len(info.shape) == 1 and "norm" in module and suffix == "weight":
-            how = {"offset": kind.gain_offset}
-        found.append(_tensor(new, old, info.shape, number_type or _OF_DTYPE.get(info.dtype, "f32"), how))
-    if tied and not kind.ties:
-        (embeddings,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
-        found.append(replace(embeddings, name="output.weight"))
+        olds = found.get(f"{new}.{suffix}", ())
+        found[f"{new}.{suffix}"] = olds if old in olds else (*olds, old)
     return found
 
 
-def _is_tied(checkpoint: Checkpoint, stock: Any) -> bool:
+def _tensors(
+    checkpoint: Checkpoint, source: Folded, sizes: Sequence[int], stock: Any, number_type: str | None
+) -> list[GgufTensor]:
+    """Return the tensors of the checkpoint as the architecture has them; `sizes` are those of the groups of each layer."""
+    kind, named = ARCHITECTURES[source.model_type], _named(checkpoint, source)
+    projections = {name: (e, size) for e, size in zip(source.entries, sizes, strict=True) for name in e.names.values()}
+    found, tied = [], _is_tied(checkpoint, named, stock)
+    for new, olds in named.items():
+        if new == _HEAD and tied:
+            continue
+        module, _, suffix = olds[0].rpartition(".")
+        infos = [checkpoint.tensors[old] for old in olds]
+        shape = (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
+        how = _moved(kind, source, module, suffix, *projections[module]) if module in projections else {}
+        if len(olds) > 1 and how["rows"]:  # q, before k and v
+            how["rows"] = (*how["rows"], *range(len(how["rows"]), shape[0] // how["head_dim"]))
+        if len(shape) == 2 and module.rpartition(".")[2] in kind.transposed:
+            how["transposed"], shape = True, shape[::-1]
+        if kind.gain_offset and len(shape) == 1 and "norm" in module and suffix == "weight":
+            how = {"offset": kind.gain_offset}
+        found.append(_tensor(new, olds, shape, number_type or _OF_DTYPE.get(infos[0].dtype, "f32"), how))
+    if tied and not kind.ties:
+        (embeddings,) = (tensor for tensor in found if tensor.name == _EMBEDDING)
+        found.append(replace(embeddings, name=_HEAD))
+    return found
+
+
+def _is_tied(checkpoint: Checkpoint, named: Mapping[str, tuple[str, ...]], stock: Any) -> bool:
     """Return whether the output embedding is the input's; transformers does not tie two that differ on disk."""
-    if _HEAD not in checkpoint.tensors:
+    if _HEAD not in named:
         return True
-    return bool(stock.tie_word_embeddings) and torch.equal(checkpoint.read(_HEAD), checkpoint.read(_EMBEDDING))
+    head, embeddings = (checkpoint.read(named[name][0]) for name in (_HEAD, _EMBEDDING))
+    return bool(stock.tie_word_embeddings) and torch.equal(head, embeddings)
 
 
 def _frequency_factors(frequencies: Tensor, theta: float) -> Tensor:
@@ -237,7 +305,9 @@ def _frequency_factors(frequencies: Tensor, theta: float) -> Tensor:
     return (plain / frequencies.double()).float()
 
 
-def _moved(kind: Architecture, module: str, suffix: str, entry: Entry, group_size: int) -> dict[str, Any]:
+def _moved(
+    kind: Architecture, source: Folded, module: str, suffix: str, entry: Entry, group_size: int
+) -> dict[str, Any]:
     """Return how a projection is reordered: query heads into the order of their K/V heads, rotary dims into neighbouring pairs."""
     role = next(role for role, name in entry.names.items() if name == module)
     slots: Sequence[int] | None = entry.slots(group_size)
@@ -248,10 +318,17 @@ def _moved(kind: Architecture, module: str, suffix: str, entry: Entry, group_siz
         return {"rows": slots, "inside": pairs, "head_dim": entry.head_dim}
     if role == "k":
         return {"inside": pairs, "head_dim": entry.head_dim}
+    if role == "qkv" and source.family.attentions[0].fused == "per-group":
+        count, size = entry.groups.num_kv_heads, group_size + 2
+        places = [group * size + slot for group in range(count) for slot in range(group_size)]
+        places += [group * size + slot for slot in (group_size, group_size + 1) for group in range(count)]
+        return {"rows": places, "head_dim": entry.head_dim}
     return {"columns": slots, "head_dim": entry.head_dim} if role == "o" and suffix == "weight" else {}
 
 
-def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: dict[str, Any]) -> GgufTensor:
+def _tensor(
+    new: str, olds: tuple[str, ...], shape: tuple[int, ...], number_type: str, how: dict[str, Any]
+) -> GgufTensor:
     heads, dim = how.get("rows") or how.get("columns"), how.get("head_dim", 1)
     if heads is not None:
         shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
@@ -261,4 +338,5 @@ def _tensor(new: str, old: str, shape: tuple[int, ...], number_type: str, how: d
     kind = "q4_0" if kind == PURE else kind
     if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:
         kind = "f16"
-    return GgufTensor(new, shape, "f32" if len(shape) == 1 else kind, old, **how)
+    exact = len(shape) == 1 or new.split(".")[-2] in _EXACT
+    return GgufTensor(new, shape, "f32" if exact else kind, olds, **how)

@@ -112,7 +112,7 @@ def why_not(source: Folded, name: str) -> str | None:
     layout = export_layouts().get(name)
     if layout is None:
         return f"layout is {name!r}, expected one of {', '.join(export_layouts())}"
-    if not source.entries or source.model_type not in layout.model_types:
+    if not source.entries or source.is_fused or source.model_type not in layout.model_types:
         return (
             f"layout {name}: {source.model_type} has no class for it, expected one of {', '.join(layout.model_types)}"
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ...checkpoint.disk import disk_errors, flush, require_space, temporary_beside
 from ...checkpoint.reader import Checkpoint
+from ...llama_cpp.tokens import add_tokenizer, tokenizer_note, tokenizer_why_not
 from ..folded import Folded
 from ..formats import EngineFormat, Written
 from ..gguf_model import MODEL_TYPES, NUMBER_TYPES, described, model_why_not
-from ..gguf_tokens import add_tokenizer, tokenizer_note, tokenizer_why_not
 
 
 def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
@@ -24,7 +24,7 @@ def why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
     except ImportError:
         return "the format needs gguf: pip install 'headfold[gguf]'"
     if not source.entries:
-        return "expected a model that generates text; llama.cpp's own converter writes the others"
+        return "expected a model that generates text, or a BERT without a task; llama.cpp's own converter writes the others"
     return model_why_not(checkpoint, source) or tokenizer_why_not(checkpoint.path)
 
 

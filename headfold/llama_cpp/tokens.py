@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,21 @@ if TYPE_CHECKING:
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 _DIGITS = r"\p{N}"
 DIVISIONS: Mapping[tuple[str, ...], str] = {
     (GPT_2,): "gpt-2",
     (_DIGITS, GPT_2): "smollm",
     (LLAMA_3,): "llama-bpe",
     (QWEN_2,): "qwen2",
+    (BLOOM,): "bloom",
 }
 """The patterns that a text is divided by before merges → what llama.cpp calls them."""
 _IGNORE_MERGES = ("llama-bpe",)
 """Divisions with which llama.cpp takes a word that is a token as it is, without merges."""
 _SPACE = "▁"
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def tokenizer_why_not(directory: Path) -> str | None:
@@ -36,15 +41,38 @@ def tokenizer_why_not(directory: Path) -> str | None:
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return f"expected a tokenizer that tokenizers and gguf read, got {said}; save it again with transformers"
     kind = tokenizer["model"]["type"]
-    if kind != "BPE":
-        return f"expected a BPE tokenizer, got {kind}"
-    reason = _sentencepiece_why_not(tokenizer) if _is_sentencepiece(tokenizer) else _bytes_why_not(tokenizer)
+    if kind not in ("BPE", "WordPiece"):
+        return f"expected a BPE or WordPiece tokenizer, got {kind}"
+    if kind == "WordPiece":
+        reason = _words_why_not(tokenizer)
+    else:
+        reason = _sentencepiece_why_not(tokenizer) if _is_sentencepiece(tokenizer) else _bytes_why_not(tokenizer)
     return reason and f"tokenizer.json: {reason}, and llama.cpp would find other tokens"
+
+
+def name_for(directory: Path) -> str:
+    """Return the name that a file gives its model: llama.cpp takes spaces after the special tokens of one called phi-3 for none."""
+    name = directory.resolve().name
+    if not _strips_spaces(_read(directory)):
+        return _PHI_3.sub("phi 3", name)
+    return name if _PHI_3.search(name) else f"phi-3 {name}"
+
+
+def _strips_spaces(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether spaces after special tokens are left out as llama.cpp does in a Phi 3."""
+    added = tokenizer.get("added_tokens") or []
+    known = {"</s>"} | {token["content"] for token in added}
+    stripped = {token["content"] for token in added if token.get("rstrip")}
+    return known >= _KEEPS_SPACE and stripped == known - _KEEPS_SPACE
 
 
 def tokenizer_note(directory: Path) -> str:
     """Return what llama.cpp does otherwise where special tokens stand within a text; empty where nothing."""
-    steps = _steps(_read(directory).get("pre_tokenizer"), "pretokenizers")
+    tokenizer = _read(directory)
+    if _is_words(tokenizer):
+        longest = tokenizer["model"]["max_input_chars_per_word"]
+        return f"llama.cpp finds other tokens for Korean, vowel signs of Indian scripts, and words of more than {longest} characters"
+    steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("prepend_scheme") == "first" for step in steps):
         return "llama.cpp puts a space after special tokens within a text, this tokenizer does not"
     return ""
@@ -54,21 +82,22 @@ def add_tokenizer(writer: "gguf.GGUFWriter", directory: Path, vocab_size: int) -
     """Write tokens, merges or scores, special tokens and the chat template."""
     tokenizer = _read(directory)
     tokens, types = _tokens(tokenizer, vocab_size)
-    sentencepiece = _is_sentencepiece(tokenizer)
-    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
-    writer.add_tokenizer_pre("default" if sentencepiece else str(_division(tokenizer)))
+    sentencepiece, words = _is_sentencepiece(tokenizer), _is_words(tokenizer)
+    writer.add_tokenizer_model("bert" if words else "llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if words or sentencepiece else str(_division(tokenizer)))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if sentencepiece:
         writer.add_token_scores(_scores(tokenizer, tokens))
         writer.add_add_space_prefix(_adds_space(tokenizer))
-    if not sentencepiece:
+    if not sentencepiece and not words:
         writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     special = _special(directory, vocab_size)
     # From tokenizer.json alone, as AutoTokenizer does; gguf reads other files too.
     around = _around(tokenizer) or ([], [])
     special.add_special_token = {"bos": bool(around[0]), "eos": bool(around[1])}
-    special.special_token_ids |= {kind: ids[0] for kind, ids in zip(("bos", "eos"), around, strict=True) if ids}
+    ends = ("bos", "sep" if words else "eos")
+    special.special_token_ids |= {kind: ids[0] for kind, ids in zip(ends, around, strict=True) if ids}
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -96,6 +125,31 @@ def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     return bool(model.get("byte_fallback")) and spaces and not any(step["type"] == "ByteLevel" for step in before)
 
 
+def _is_words(tokenizer: Mapping[str, Any]) -> bool:
+    return bool(tokenizer["model"]["type"] == "WordPiece")
+
+
+def _words_why_not(tokenizer: Mapping[str, Any]) -> str | None:
+    """Return why llama.cpp does not read a WordPiece tokenizer as tokenizers does."""
+    model, steps = tokenizer["model"], _steps(tokenizer.get("normalizer"), "normalizers")
+    lower = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": True, "lowercase": True}
+    as_bert = [
+        step["type"] == "BertNormalizer"
+        and {**step, "strip_accents": step["lowercase"] if step["strip_accents"] is None else step["strip_accents"]}
+        == {"type": "BertNormalizer", **lower}
+        for step in steps
+    ]
+    if as_bert != [True]:
+        return "text is not made lower case without accents, as an uncased BERT does"
+    if [step["type"] for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")] != ["BertPreTokenizer"]:
+        return "text is not divided as BERT does"
+    if model["continuing_subword_prefix"] != "##" or model["unk_token"] != "[UNK]":
+        return "parts of words are not marked by ##, or unknown ones not by [UNK]"
+    if [len(ids) for ids in _around(tokenizer) or ()] != [1, 1]:
+        return "texts are not between two special tokens"
+    return _common_why_not({**tokenizer, "model": {}})
+
+
 def _common_why_not(tokenizer: Mapping[str, Any]) -> str | None:
     """Return what llama.cpp reads in no tokenizer."""
     model = tokenizer["model"]
@@ -104,7 +158,7 @@ def _common_why_not(tokenizer: Mapping[str, Any]) -> str | None:
             return f"BPE has {option} here"
     for added in tokenizer.get("added_tokens") or []:
         for flag in ("lstrip", "rstrip", "single_word"):
-            if added.get(flag):
+            if added.get(flag) and not (flag == "rstrip" and _strips_spaces(tokenizer)):
                 return f"the token {added['content']} has {flag}"
     if _around(tokenizer) is None:
         return "more than one token is put before or after a text"
@@ -147,6 +201,8 @@ def _around(tokenizer: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
     for step in _steps(tokenizer.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
             template, ids = step["single"], step["special_tokens"]
+        elif step["type"] == "BertProcessing":
+            return [step["cls"][1]], [step["sep"][1]]
         elif step["type"] != "ByteLevel":
             return None
     place = next((place for place, piece in enumerate(template) if "Sequence" in piece), 0)
@@ -203,6 +259,8 @@ def _tokens(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], l
     types = [int(kinds.UNUSED)] * vocab_size
     model = tokenizer["model"]
     for text, number in model["vocab"].items():
+        if _is_words(tokenizer):  # marked where a word begins, not where it goes on
+            text = text[2:] if text.startswith("##") else _SPACE + text
         if number < vocab_size:
             is_byte = bool(model.get("byte_fallback")) and len(text) == 6 and text.startswith("<0x")
             tokens[number], types[number] = text, int(kinds.BYTE if is_byte else kinds.NORMAL)

@@ -1,0 +1,39 @@
+"""How a sentence encoder makes one vector of those of its tokens, as far as llama.cpp does the same."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+POOLINGS: Mapping[str, str] = {"mean": "MEAN", "cls": "CLS"}
+"""What sentence-transformers calls a pooling → what gguf calls it."""
+_OLD = {"cls_token": "cls", "mean_tokens": "mean"}
+
+
+def pooling_of(directory: Path) -> str | None:
+    """Return the pooling of a sentence-transformers directory as gguf calls it, None where there is no such directory.
+
+    Raises:
+        ValueError: llama.cpp has no such pooling, or nothing that does what comes after it.
+    """
+    if not (directory / "modules.json").is_file():
+        return None
+    steps = json.loads((directory / "modules.json").read_text())
+    kinds = {step["type"].rpartition(".")[2]: step["path"] for step in steps}
+    others = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
+    if others or "Pooling" not in kinds:
+        raise ValueError(f"modules.json: expected a transformer and its pooling, got {', '.join(kinds)}")
+    named = _named(json.loads((directory / kinds["Pooling"] / "config.json").read_text()))
+    if len(named) != 1 or named[0] not in POOLINGS:
+        raise ValueError(f"expected a pooling among {', '.join(POOLINGS)}, got {' and '.join(named) or 'none'}")
+    return POOLINGS[named[0]]
+
+
+def _named(config: Mapping[str, Any]) -> list[str]:
+    """Return the poolings that a config names, one field each in its older form."""
+    named = config.get("pooling_mode")
+    if named is not None:
+        return [named] if isinstance(named, str) else list(named)
+    prefix = "pooling_mode_"
+    set_ = [field.removeprefix(prefix) for field, value in config.items() if field.startswith(prefix) and value]
+    return [_OLD.get(name, name) for name in set_]
