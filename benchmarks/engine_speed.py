@@ -5,7 +5,7 @@
 The model is one of random weights, of Llama's class, in a shape whose cache matters: 32 heads of 64. It is folded to fewer K/V heads,
 to groups of different sizes, and to heads of twice the head_dim. llama.cpp computes from Q8_0 weights with a cache in float16, vLLM in
 bfloat16, both with as many threads as there are cores. Models take turns; a figure is the median over rounds. Keep the machine idle.
-Results go to benchmarks/results/engine_speed.json after each run.
+Results go to benchmarks/results/engine_speed.json after each run; a run with the same settings adds rounds to those that are there.
 """
 
 import argparse
@@ -91,7 +91,10 @@ def main() -> None:
     request = {"depths": depths, "new_tokens": options.new_tokens, "threads": os.cpu_count()}
     chosen = options.folds.split(";") if options.folds else list(FOLDS)
     models = {name: folded(original, options.work, name) for name in chosen}
-    out, found = RESULTS / "engine_speed.json", {}
+    out, settings = RESULTS / "engine_speed.json", {"layers": options.layers, **request}
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    kept = earlier["rows"] if earlier.get("settings") == settings else []
+    found: dict[tuple[str, str], list[dict[str, float]]] = {(row["engine"], row["fold"]): row["runs"] for row in kept}
     for _ in range(options.rounds):
         for named in options.engine:
             engine, _, python = named.partition("=")
@@ -105,7 +108,6 @@ def main() -> None:
                     }
                     for (engine, name), runs in found.items()
                 ]  # fmt: skip
-                settings = {"layers": options.layers, **request}
                 out.write_text(json.dumps({"machine": describe(), "settings": settings, "rows": rows}, indent=1) + "\n")
                 print(engine, name, seconds, flush=True)
 

@@ -92,6 +92,28 @@ def speed() -> str:
     return table(["engine", "fold", *(f"{int(depth):,} tokens before" for depth in depths)], lines)
 
 
+def formats() -> str:
+    """One row per model and number of K/V heads, one column per layout."""
+    found = load("formats")["rows"]
+    layouts = {row["layout"]: f"{ENGINES[FORMATS[row['layout']]]} {row['version']}, `{row['layout']}`" for row in found}
+    cells = {(row["model"], row["kv_heads"], row["layout"]): _format_cell(row) for row in found}
+    lines = [
+        [FORMAT_NAMES[model], {"1/2": "half of the K/V heads", "1": "one K/V head"}[count], *(cells[model, count, one] for one in layouts)]
+        for model, count in dict.fromkeys((row["model"], row["kv_heads"]) for row in found)
+    ]  # fmt: skip
+    return table(["model", "folded to", *layouts.values()], lines)
+
+
+def _format_cell(row: dict[str, Any]) -> str:
+    return "refused" if "refused" in row else f"✓ {row['difference']:.0e}"
+
+
+FORMATS = {"ct2": "ctranslate2", "onnx": "onnxruntime"}
+FORMAT_NAMES = {
+    "multi30k-t5": "T5", "whisper-tiny.en": "whisper-tiny.en", "cifar10-vit": "ViT", "all-minilm-l6-v2": "all-MiniLM-L6-v2",
+}  # fmt: skip
+
+
 def choices() -> str:
     """One row per part that q4_0 rounds, one column per free choice; a cell has the divergence of each model."""
     found = [load(result)["rows"] for result in CHOICES]
@@ -134,6 +156,7 @@ QUANTISED = ("quantised-pylib-llama", "quantised-smollm2")
 ENGINE_BLOCKS = {
     "engines": Block(engines, ("engines-pylib-llama",)),
     "engines-toys": Block(toys, ("engines-toys",)),
+    "formats": Block(formats, ("formats",)),
     "engine-speed": Block(speed, ("engine_speed",)),
     "quantised": Block(quantised, QUANTISED),
     "quantised-choices": Block(choices, CHOICES),

@@ -26,6 +26,10 @@ from ..hf_models import check_device, dtype_named
 from ..parallel import main_only
 
 
+EXACT = "float32"
+"""The number type whose output is compared, as one without a number type is: others round."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportResult:
     """What an export wrote. `difference` and `tolerance` are of logits, absolute; None where they were not compared."""
@@ -126,7 +130,7 @@ def _write_format(
     else:
         with staged(out, os.urandom(16).hex(), force) as staging:
             made = form.write(checkpoint, source, staging, number_type, advance)
-            if verify and form.compare and number_type is None:
+            if verify and form.compare and number_type in (None, EXACT):
                 difference = form.compare(checkpoint, staging, progress)
             commit(staging, out, force)
     return ExportResult(out, form.name, made.model_class, made.description, source.counts, *difference)
