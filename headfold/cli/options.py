@@ -35,8 +35,8 @@ HeadDimMultiple = Annotated[
         "--head-dim-multiple",
         panel=HOW,
         metavar="N|auto",
-        help="Multiply head_dim by N and divide the number of K/V heads by N: the same cache, a smaller loss, W_q and W_o N times larger. "
-        "auto: the largest head_dim up to 256.",
+        help="Multiply head_dim by N and divide the number of K/V heads by N: the same cache, a smaller loss, W_q and W_o N times larger, "
+        "and on a CPU a slower decode than with usual heads of that cache. auto: the largest head_dim up to 256.",
     ),
 ]
 HeadWidth = Annotated[str | None, typer.Option("--head-width", hidden=True, help="Former name of --head-dim-multiple.")]

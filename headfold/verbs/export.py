@@ -25,7 +25,6 @@ from ..exports.pieces import Export, write_export
 from ..hf_models import check_device, dtype_named
 from ..parallel import main_only
 
-
 EXACT = "float32"
 """The number type whose output is compared, as one without a number type is: others round."""
 
