@@ -5,7 +5,8 @@
 The model is one of random weights, of Llama's class, in a shape whose cache matters: 32 heads of 64. It is folded to fewer K/V heads,
 to groups of different sizes, and to heads of twice the head_dim. llama.cpp computes from Q8_0 weights with a cache in float16, vLLM in
 bfloat16, both with as many threads as there are cores. Models take turns; a figure is the median over rounds. Keep the machine idle.
-Results go to benchmarks/results/engine_speed.json after each run; a run with the same settings adds rounds to those that are there.
+Results go to benchmarks/results/engine_speed.json after each run; a run with the same settings on the same machine adds rounds to those
+that are there.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def main() -> None:
     models = {name: folded(original, options.work, name) for name in chosen}
     out, settings = RESULTS / "engine_speed.json", {"layers": options.layers, **request}
     earlier = json.loads(out.read_text()) if out.exists() else {}
-    kept = earlier["rows"] if earlier.get("settings") == settings else []
+    same = (earlier.get("settings"), earlier.get("machine")) == (settings, describe())
+    kept = earlier["rows"] if same else []
     found: dict[tuple[str, str], list[dict[str, float]]] = {(row["engine"], row["fold"]): row["runs"] for row in kept}
     for _ in range(options.rounds):
         for named in options.engine:

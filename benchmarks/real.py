@@ -1,6 +1,6 @@
 """Measure folds of published models as a user makes them, by the command line: quality, seconds, memory and bytes.
 
-    python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm,python] [--rows NAME,…] [--seeds 0,1,2] [--data DIR]
+    python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm,python] [--rows "NAME;…"] [--seeds 0,1,2] [--data DIR]
 
 MODELS is the folder that `scripts/real_models.py` made (`python`: that `scripts/train_large.py` made), `--data` the folder of WikiText-2
 and of the recordings. Every fold is a process of its own; its peak memory is what the system reports of it, a GPU's not included. Folds
@@ -281,7 +281,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def measured(bench: Bench, name: str, rows: tuple[Row, ...], options: argparse.Namespace) -> None:
     """Measure the rows and seeds that are not there yet, and write the table after each run."""
     out = options.out / f"real-{name}{'-cuda' if torch.cuda.is_available() else ''}.json"
-    wanted = [row for row in rows if not options.rows or row[0] in options.rows.split(",")]
+    wanted = [row for row in rows if not options.rows or row[0] in options.rows.split(";")]
     for seed in map(int, options.seeds.split(",")):
         for row in (("original", "", ()), *wanted):
             method, kv_heads, _ = row
@@ -327,7 +327,7 @@ def main() -> None:
     reader.add_argument("--work", type=Path, required=True, help="folder of statistics and folds")
     reader.add_argument("--data", type=Path, default=DATA, help="folder with wikitext2, speech and dialogsum")
     reader.add_argument("--models", default="smollm2,whisper,minilm", help="models (python too), separated by commas")
-    reader.add_argument("--rows", default="", help="rows, separated by commas (default: all)")
+    reader.add_argument("--rows", default="", help="rows, separated by ; (default: all)")
     reader.add_argument("--seeds", default="0,1,2", help="seeds of calibration and training, separated by commas")
     reader.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
     reader.add_argument("--passkey", action="store_true", help="measure passkey retrieval of language models too")

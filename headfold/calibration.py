@@ -36,11 +36,10 @@ RECORDINGS_PER_BATCH = 16
 
 def batches(sample: Sample) -> Iterator[Sample]:
     """Yield items in batches of about `TOKENS_PER_BATCH`: texts of different lengths the longest first, so that little of it is padding."""
-    mask = sample.get("attention_mask")
-    if mask is None or main_input(sample) is not sample.get("input_ids") or "pixel_values" in sample:
+    if "attention_mask" not in sample or main_input(sample) is not sample.get("input_ids") or "pixel_values" in sample:
         yield from batches_in_order(sample, TOKENS_PER_BATCH)
         return
-    lengths = mask.sum(1)
+    lengths = text_lengths(sample)
     left = lengths.argsort(descending=True, stable=True)
     while len(left):
         many = max(1, TOKENS_PER_BATCH // max(1, int(lengths[left[0]])))
@@ -73,9 +72,10 @@ def total_tokens(sample: Sample) -> int:
     return sum(num_tokens(batch) for batch in batches(sample))
 
 
-def mean_length(sample: Sample) -> float:
-    """Return the tokens of an item, with its padding, or 1 where it has none."""
-    return total_tokens(sample) / len(main_input(sample))
+def text_lengths(sample: Sample) -> Tensor:
+    """Return the tokens of each text; of a pair those of the longer one."""
+    lengths, labels = sample["attention_mask"].sum(1), sample.get("labels")
+    return lengths if labels is None or labels.ndim != 2 else torch.maximum(lengths, (labels != IGNORED).sum(1))
 
 
 def run(model: "PreTrainedModel", batch: Sample) -> Any:

@@ -11,9 +11,10 @@ from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import readable_checkpoint
 
 import headfold
-from headfold.calibration import TOKENS_PER_BATCH, batches, batches_in_order, mean_length, num_tokens, total_tokens
+from headfold.calibration import TOKENS_PER_BATCH, batches, batches_in_order, num_tokens, text_lengths, total_tokens
 from headfold.conversion import estimate
 from headfold.conversion.estimate import item_operations as counted
+from headfold.conversion.fold_job import FoldJob
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=300)
 
@@ -41,7 +42,17 @@ def test_little_of_them_is_padding() -> None:
     sample = texts(lengths)
     assert sum(lengths) <= total_tokens(sample) < 1.1 * sum(lengths)
     assert sum(map(num_tokens, batches_in_order(sample, TOKENS_PER_BATCH))) > 1.5 * sum(lengths)
-    assert mean_length(sample) == total_tokens(sample) / len(lengths)
+
+
+def test_a_long_answer_to_a_short_text_counts() -> None:
+    """A batch is bounded in the decoder, too, and a pair is as long as the longer of its texts."""
+    inputs, answers = [2, 300, 5, 4], [256, 3, 7, 1]
+    labels = torch.where(torch.arange(256) < torch.tensor(answers)[:, None], 1, -100)
+    sample = texts(inputs) | {"labels": labels}
+    assert text_lengths(sample).tolist() == [256, 300, 7, 4]
+    many = {name: tensor.repeat(40, 1) for name, tensor in sample.items()}
+    for batch in batches(many):
+        assert max(batch["labels"].numel(), batch["input_ids"].numel()) <= TOKENS_PER_BATCH
 
 
 def test_windows_of_text_keep_their_order() -> None:
@@ -67,3 +78,21 @@ def test_a_fold_is_estimated_by_the_length_of_its_texts(
     source = readable_checkpoint(tmp_path / "bert", tokenizer, "bert")
     headfold.fold(source, tmp_path / "fold", kv_heads=1, calibration=str(text), items=16, verify=False)
     assert lengths == [len(tokenizer(" ".join(words * ["a"]))["input_ids"])]
+
+
+def test_a_run_that_has_calibrated_needs_its_data_no_more(
+    tmp_path: Path,
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The texts lie beside the statistics."""
+    text = tmp_path / "texts.txt"
+    text.write_text(16 * "a b c d\n")
+    source, out = readable_checkpoint(tmp_path / "bert", tokenizer, "bert"), tmp_path / "fold"
+    how: dict[str, Any] = {"kv_heads": 1, "calibration": str(text), "items": 16, "verify": False}
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(FoldJob, "planned", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        headfold.fold(source, out, **how)
+    text.unlink()
+    headfold.fold(source, out, **how)
+    assert (out / "config.json").exists()

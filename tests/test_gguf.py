@@ -289,7 +289,7 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "folded/tokenizer.json").write_text(text)
         assert "expected a tokenizer that tokenizers and gguf read" in refusal(tmp_path)
     byte_level(tmp_path / "folded", split(r"\d+"))
-    assert "llama.cpp knows no tokenizer that divides text in this way" in refusal(tmp_path)
+    assert "headfold knows no tokenizer of llama.cpp that divides text in this way" in refusal(tmp_path)
     byte_level(tmp_path / "folded")
     assert "expected a file name that ends in .gguf" in refusal(tmp_path, "out")
     assert "--quantise q2: expected one of f32, bf16, f16, q8_0, q4_0, q4_0-pure" in refusal(tmp_path, quantise="q2")

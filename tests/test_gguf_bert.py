@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from reference_llama_cpp import Gguf
+from safetensors.torch import load_file, save_file
 from test_gguf import changed, refusal
 from test_gguf_families import fold_of, llama_cpp
 from tiny import tiny_checkpoint, tiny_tokens
@@ -100,9 +101,36 @@ def test_the_pooling_of_a_sentence_encoder(mode: str, number: int, tmp_path: Pat
     assert Gguf(tmp_path / "new.gguf").field("pooling_type") == number
 
 
+def test_norms_under_their_first_names(tmp_path: Path) -> None:
+    """gamma and beta, as the first BERTs have them."""
+    fold = bert(tmp_path)
+    export(fold, tmp_path / "new.gguf", layout="gguf", quantise="f32")
+    tensors = load_file(fold / "model.safetensors")
+    renamed = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for name, t in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, fold / "model.safetensors", {"format": "pt"})
+    export(fold, tmp_path / "old.gguf", layout="gguf", quantise="f32")
+    new, old = Gguf(tmp_path / "new.gguf").tensors, Gguf(tmp_path / "old.gguf").tensors
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    assert (
+        "without its head over words"
+        in export(bert(tmp_path, base=False), tmp_path / "out.gguf", layout="gguf").description
+    )
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "pooling": (lambda fold: sentence_encoder(fold, "max_tokens"), "expected a pooling among mean, cls, got max_tokens"),
+    "pooling": (lambda fold: sentence_encoder(fold, "max_tokens"), "among mean, cls for llama.cpp, got max_tokens; use headfold"),
     "dense": (lambda fold: sentence_encoder(fold, "mean_tokens", "Dense"), "expected a transformer and its pooling"),
+    "nothing": (lambda fold: (fold / "modules.json").write_text("[]"), "and its pooling, got nothing; use"),
+    "head": (
+        lambda fold: changed(fold / "config.json", lambda c: c.update(architectures=["BertLMHeadModel"])),
+        "has no head over words",
+    ),
     "decoder": (lambda fold: changed(fold / "config.json", lambda c: c.update(is_decoder=True)), "got is_decoder"),
     "cased": (
         lambda fold: changed(fold / "tokenizer.json", lambda t: t["normalizer"].update(lowercase=False)),

@@ -200,6 +200,28 @@ def test_heads_of_a_larger_head_dim_are_refused(tmp_path: Path) -> None:
     assert "fold with --head-dim-multiple 1" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["h.1.attn.c_proj.bias", "h.0.mlp.c_fc.weight", "wte.weight", "h.1.ln_1.weight"])
+def test_a_missing_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    """llama.cpp may take a layer without a norm or a bias for one that has none."""
+    fold = fold_of(source_of("gpt2", tmp_path / "source"), tmp_path / "folded")
+    shutil.rmtree(tmp_path / "source")
+    tensors = load_file(fold / "model.safetensors")
+    del tensors[f"transformer.{name}"]
+    save_file(tensors, fold / "model.safetensors", {"format": "pt"})
+    assert "expected a tensor for" in refusal(tmp_path)
+    save_file(tensors | {"transformer.wte.qzeros": torch.zeros(1)}, fold / "model.safetensors", {"format": "pt"})
+    assert "has no such tensor" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n_positions": -1}, {"n_head": 0}, {"n_layer": None}, {"n_embd": "x"}, {"n_head": 1.5}], ids=str
+)
+def test_odd_numbers_are_refused_in_one_line(fields: dict[str, Any], tmp_path: Path) -> None:
+    source = source_of("gpt2", tmp_path / "folded")
+    changed(source / "config.json", lambda config: config.update(fields))
+    assert "\n" not in refusal(tmp_path)
+
+
 def llama_cpp() -> Path:
     """A Python that has llama.cpp: this one, or that which LLAMA_CPP_PYTHON names."""
     python = Path(os.environ.get("LLAMA_CPP_PYTHON", sys.executable))

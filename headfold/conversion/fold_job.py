@@ -85,6 +85,15 @@ class FoldJob:
         inside = sum(self.seconds.values()) - before
         self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
 
+    def draw_texts(self, teacher: Teacher) -> None:
+        """Draw texts that come one by one, so that their lengths are known, unless an earlier run has; all ranks together."""
+        if not teacher.takes_texts():
+            return
+        with self.timed("calibrate"):
+            path = self.work / _STATISTICS
+            teacher.use_sample(on_main_only(lambda: StatsFile(path) if path.exists() else None))
+            _ = teacher.sample
+
     def estimate(
         self, teacher: Teacher, request: FoldRequest, given: StatsFile | None, verifies: bool, *, single_pass: bool
     ) -> str:

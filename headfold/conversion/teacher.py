@@ -97,17 +97,14 @@ class Teacher:
             self._sample = on_main(partial(self._draw, config, model))
         return self._sample
 
-    def draw_texts(self) -> None:
-        """Draw texts that come one by one, so that their lengths are known. Every rank must ask for it at the same point."""
-        if self._takes_texts():
-            _ = self.sample
-
     @property
     def text_length(self) -> float | None:
         """The mean length of texts that come one by one, once they are drawn; None of data whose length is known."""
-        return calibrating.mean_length(self._sample) if self._sample and self._takes_texts() else None
+        lengths = calibrating.text_lengths(self._sample) if self._sample and self.takes_texts() else None
+        return None if lengths is None else float(lengths.double().mean())
 
-    def _takes_texts(self) -> bool:
+    def takes_texts(self) -> bool:
+        """Return whether the data are texts that come one by one."""
         return self.config is not None and self.config.kind in ("pairs", "sentences")
 
     def _require_config(self) -> CalibrationConfig:

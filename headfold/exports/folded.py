@@ -106,7 +106,13 @@ def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
     simple = (
         counted and (name.endswith(("ForCausalLM", "LMHeadModel")) or name in _ENCODERS) and len(family.attentions) == 1
     )
-    return Folded(config, family, tuple(entries_of(config, family, family.attentions[0])) if simple else (), where)
+    try:
+        entries = tuple(entries_of(config, family, family.attentions[0])) if simple else ()
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{where}: expected numbers of layers, heads and dims that its class reads, got {_first_line(error)}; fold again"
+        ) from error
+    return Folded(config, family, entries, where)
 
 
 def stock_config(source: Folded) -> "PreTrainedConfig":
@@ -118,8 +124,12 @@ def stock_config(source: Folded) -> "PreTrainedConfig":
     try:
         return getattr(transformers, name).config_class.from_dict(config)
     except Exception as error:  # whatever its own checks raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        said = _first_line(error)
         raise UserError(f"{source.where}: expected a config that transformers reads, got {said}; fold again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip().splitlines()[0][:200]
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,8 +146,9 @@ def open_folded(path: str | Path) -> tuple[Checkpoint, Folded]:
     path = Path(path)
     found = folded(read_checked_config(path), f"{path}/config.json")
     checkpoint = Checkpoint.open(path)
-    if found.entries and f"{found.entries[0].names['o']}.weight" not in checkpoint.tensors:
-        found = replace(found, entries=tuple(map(_of_base_model, found.entries)))
+    bare = tuple(map(_of_base_model, found.entries))
+    if bare and f"{bare[0].names['o']}.weight" in checkpoint.tensors:
+        found = replace(found, entries=bare)
     for entry in found.entries:
         _check_rows(entry, checkpoint, path)
     return checkpoint, found

@@ -73,7 +73,7 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
         reason = found.why_not(checkpoint, source)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = f"expected a config that its class reads, got {type(error).__name__} {error}; fold again"
     if reason is not None:
         raise UserError(f"{checkpoint.path}: layout {name}: {reason}")

@@ -179,6 +179,8 @@ APPROXIMATED = {"gelu": "GELU is computed by tanh"}
 def architecture_why_not(source: Folded, stock: Any) -> str | None:
     """Return why the architecture of a model type does not compute what a fold computes."""
     found = ARCHITECTURES[source.model_type]
+    if found.encodes and source.config["architectures"][0].endswith("LMHeadModel"):
+        return f"llama.cpp's {found.name} has no head over words; export a BertModel or a BertForMaskedLM"
     if short_window(stock) is not None:
         return f"llama.cpp runs {source.model_type} without its sliding window; use vLLM or transformers"
     used = activation(found, stock)

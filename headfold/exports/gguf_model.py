@@ -32,6 +32,12 @@ reads their values.
 """
 _EXACT = ("position_embd", "token_types")
 """Tensors that llama.cpp itself never quantises."""
+_ESSENTIAL = {"attn_output.weight", "ffn_up.weight", "ffn_down.weight"}
+"""Tensors that every layer of every architecture has."""
+_OLD_SUFFIXES = {"gamma": "weight", "beta": "bias"}
+"""What the last part of names was called in checkpoints of the first BERTs."""
+_BUFFERS = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")
+"""Last parts of the names of what some checkpoints hold beside weights."""
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0: a row holds a whole number of such blocks, else it is f16."""
@@ -126,7 +132,10 @@ class GgufModel:
         """The heads of the model in words."""
         query, key = (n[0] if len(set(n)) == 1 else n for n in (self.num_heads, self.num_kv_heads))
         heads = f"{query} query heads and {key} K/V heads of {self.head_dim}"
-        return "; ".join(filter(None, (heads, APPROXIMATED.get(activation(self.kind, self.stock), ""))))
+        left_out = (
+            "without its head over words" if self.kind.encodes and self.stock.architectures != ["BertModel"] else ""
+        )
+        return "; ".join(filter(None, (heads, left_out, APPROXIMATED.get(activation(self.kind, self.stock), ""))))
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
         """Write all fields but those of the tokenizer."""
@@ -143,8 +152,8 @@ class GgufModel:
         writer.add_block_count(stock.num_hidden_layers)
         # Arrays need all three: llama.cpp reads the counts of a layer together.
         arrays = self.architecture == self.kind.per_layer
-        (width,) = (tensor.shape[-1] for tensor in self.tensors if tensor.name == "blk.0.ffn_down.weight")
-        writer.add_feed_forward_length([width] * stock.num_hidden_layers if arrays else width)
+        (mlp_size,) = (tensor.shape[-1] for tensor in self.tensors if tensor.name == "blk.0.ffn_down.weight")
+        writer.add_feed_forward_length([mlp_size] * stock.num_hidden_layers if arrays else mlp_size)
         writer.add_head_count(list(self.num_heads) if arrays else self.num_heads[0])
         writer.add_head_count_kv(list(self.num_kv_heads) if arrays else self.num_kv_heads[0])
         writer.add_key_length(self.head_dim)
@@ -178,8 +187,9 @@ def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
     """Return why llama.cpp cannot compute what a fold of these types computes."""
     stock = stock_config(source)
     reason = architecture_why_not(source, stock)
-    for number in (_context(stock), stock.num_hidden_layers):
-        float(number)  # raises for what is no number, before anything is written
+    for number in (_context(stock), stock.num_hidden_layers, stock.hidden_size):
+        if not isinstance(number, int) or number < 1:
+            return f"expected context, layers and hidden size above 0, got {number}"
     if source.family.position:
         rotary_table(source.config)
         float(stock.rope_parameters["rope_theta"])
@@ -250,17 +260,28 @@ def _named(checkpoint: Checkpoint, source: Folded) -> dict[str, tuple[str, ...]]
     found: dict[str, tuple[str, ...]] = {}
     for old in (*(f"{name}.{suffix}" for suffix in ("weight", "bias") for name in joined), *checkpoint.tensors):
         module, _, suffix = old.rpartition(".")
+        suffix = _OLD_SUFFIXES.get(suffix, suffix)
         inner = old.removeprefix("transformer.").removeprefix("bert.")
-        if suffix not in ("weight", "bias") or old in buffers or old not in checkpoint.tensors:
+        if suffix in _BUFFERS or old in buffers or old not in checkpoint.tensors:
             continue
         if inner.startswith(ARCHITECTURES[source.model_type].left_out):
             continue
         new = joined.get(module) or names.get_name(module) or names.get_name(inner.rpartition(".")[0])
-        if new is None:
+        if new is None or suffix not in ("weight", "bias"):
             raise UserError(f"{source.where}: layout gguf: {old}: llama.cpp's {architecture} has no such tensor")
         olds = found.get(f"{new}.{suffix}", ())
         found[f"{new}.{suffix}"] = olds if old in olds else (*olds, old)
+    _refuse_gaps(found, source)
     return found
+
+
+def _refuse_gaps(found: Mapping[str, Any], source: Folded) -> None:
+    """Raise a UserError where a layer lacks a tensor that others have, or all of them one that each model has."""
+    everywhere = {name.split(".", 2)[2] for name in found if name.startswith("blk.")} | _ESSENTIAL
+    needed = [f"blk.{layer}.{part}" for layer in range(len(source.entries)) for part in sorted(everywhere)]
+    for name in (_EMBEDDING, *needed):
+        if name not in found:
+            raise UserError(f"{source.where}: layout gguf: expected a tensor for {name}, got none; fold again")
 
 
 def _tensors(

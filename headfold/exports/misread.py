@@ -7,28 +7,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..families.old_names import ROTARY_NAMES
-from .gguf_model import MODEL_TYPES
+from .gguf_architectures import ARCHITECTURES
 
 _GENAI = "onnxruntime-genai's model builder (headfold check names the script that builds it rightly)"
 
 
 def misread_by(config: Mapping[str, Any]) -> str:
     """Return a sentence on the readers that misread a checkpoint with this config; empty where none is known."""
-    return "" if "headfold" in config else "; ".join(filter(None, (say(config) for say in _SAYINGS)))
+    return "" if "headfold" in config else "; ".join(filter(None, (warning(config) for warning in _WARNINGS)))
 
 
-def _table(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the config says of rotary frequencies."""
-    return next((config[name] for name in reversed(ROTARY_NAMES) if isinstance(config.get(name), Mapping)), {})
+def _tables(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what the config says of rotary frequencies: one table, or those of the types of layers."""
+    found = [config[name] for name in ROTARY_NAMES if isinstance(config.get(name), Mapping)]
+    return [*found, *(own for table in found for own in table.values() if isinstance(own, Mapping))]
 
 
 def _factors(config: Mapping[str, Any]) -> str:
-    table = _table(config)
-    if "short_factor" not in table or table["short_factor"] != table.get("long_factor"):
+    if not any(
+        "short_factor" in table and table["short_factor"] == table.get("long_factor") for table in _tables(config)
+    ):
         return ""
     instead = (
         "headfold export --layout gguf writes them"
-        if config.get("model_type") in MODEL_TYPES
+        if (found := ARCHITECTURES.get(str(config.get("model_type")))) and found.tables and found.any_head_dim
         else "use vLLM or transformers"
     )
     return (
@@ -38,15 +40,18 @@ def _factors(config: Mapping[str, Any]) -> str:
 
 
 def _frequencies(config: Mapping[str, Any]) -> str:
-    found, kind = [], _table(config).get("rope_type")
-    if kind in ("linear", "yarn"):
-        found = [f"rotary frequencies of type {kind} are ignored, without an error, by {_GENAI}"]
-    if kind == "yarn":
+    kinds = {table.get("rope_type") or table.get("type") for table in _tables(config)}
+    found = [
+        f"rotary frequencies of type {kind} are ignored, without an error, by {_GENAI}"
+        for kind in ("linear", "yarn")
+        if kind in kinds
+    ]
+    if "yarn" in kinds:
         found += [
             "the attention factor of yarn is ignored, without an error, by mistral.rs in a GGUF file (use llama.cpp)"
         ]
-    if kind == "llama3":
-        found = [
+    if "llama3" in kinds:
+        found += [
             "rotary frequencies of type llama3 differ slightly, without an error, in what CTranslate2's own converter writes (headfold "
             "export --layout ct2 writes them as they are)"
         ]
@@ -58,7 +63,9 @@ def _query_heads(config: Mapping[str, Any]) -> str:
     if not isinstance(layers, Mapping):
         return ""
     names = ("num_key_value_heads", "num_attention_heads")
-    shapes = {tuple({**config, **own}[name] for name in names) for own in ({}, *layers.values())}
+    numbers = range(config.get("num_hidden_layers") or 0)
+    listed = [{**config, **(layers.get(str(layer)) or {})} for layer in numbers]
+    shapes = {tuple(own.get(name) for name in names) for own in listed}
     if len(shapes) == len({num_kv_heads for num_kv_heads, _ in shapes}):
         return ""
     return (
@@ -87,4 +94,4 @@ def _norms(config: Mapping[str, Any]) -> str:
     return f"LayerNorm is computed as RMSNorm, without an error, by {_GENAI}"
 
 
-_SAYINGS: tuple[Callable[[Mapping[str, Any]], str], ...] = (_factors, _frequencies, _query_heads, _biases, _norms)
+_WARNINGS: tuple[Callable[[Mapping[str, Any]], str], ...] = (_factors, _frequencies, _query_heads, _biases, _norms)

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import UserError
+
 POOLINGS: Mapping[str, str] = {"mean": "MEAN", "cls": "CLS"}
 """What sentence-transformers calls a pooling → what gguf calls it."""
+_INSTEAD = "use headfold export --layout onnx"
 _OLD = {"cls_token": "cls", "mean_tokens": "mean"}
 
 
@@ -14,7 +17,7 @@ def pooling_of(directory: Path) -> str | None:
     """Return the pooling of a sentence-transformers directory as gguf calls it, None where there is no such directory.
 
     Raises:
-        ValueError: llama.cpp has no such pooling, or nothing that does what comes after it.
+        UserError: llama.cpp has no such pooling, or nothing that does what comes after it.
     """
     if not (directory / "modules.json").is_file():
         return None
@@ -22,10 +25,14 @@ def pooling_of(directory: Path) -> str | None:
     kinds = {step["type"].rpartition(".")[2]: step["path"] for step in steps}
     others = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
     if others or "Pooling" not in kinds:
-        raise ValueError(f"modules.json: expected a transformer and its pooling, got {', '.join(kinds)}")
+        got = ", ".join(kinds) or "nothing"
+        raise UserError(f"{directory}/modules.json: expected a transformer and its pooling, got {got}; {_INSTEAD}")
     named = _named(json.loads((directory / kinds["Pooling"] / "config.json").read_text()))
     if len(named) != 1 or named[0] not in POOLINGS:
-        raise ValueError(f"expected a pooling among {', '.join(POOLINGS)}, got {' and '.join(named) or 'none'}")
+        got = " and ".join(named) or "none"
+        raise UserError(
+            f"{directory}: expected a pooling among {', '.join(POOLINGS)} for llama.cpp, got {got}; {_INSTEAD}"
+        )
     return POOLINGS[named[0]]
 
 

@@ -169,7 +169,7 @@ def _bytes_why_not(tokenizer: Mapping[str, Any]) -> str | None:
     """Return why llama.cpp does not read a byte-level tokenizer as tokenizers does."""
     division = _division(tokenizer)
     if division is None:
-        return "llama.cpp knows no tokenizer that divides text in this way"
+        return "headfold knows no tokenizer of llama.cpp that divides text in this way"
     if any(step["type"] != "NFC" for step in _steps(tokenizer.get("normalizer"), "normalizers")):
         return "text is normalized before it is divided"
     if bool(tokenizer["model"].get("ignore_merges")) != (division in _IGNORE_MERGES):

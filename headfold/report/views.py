@@ -46,7 +46,8 @@ def _cache_rows(found: Any) -> list[list[str]]:
     context = [] if found.context is None else [["context", f"{found.context:,} tokens"]]
     per_token = found.kv_bytes_per_token
     bytes_rows = [["K/V cache per token", size(per_token)], cache_row(found.context, per_token)]
-    return [*context, *bytes_rows, ["fastest in engines", found.fastest_in_engines]]
+    fastest = [["fastest in engines", found.fastest_in_engines]] if found.fastest_in_engines else []
+    return [*context, *bytes_rows, *fastest]
 
 
 def show_predicted_errors(sites: Sequence[SiteForecast], basis: str, to: TextIO | None = None) -> None:

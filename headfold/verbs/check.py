@@ -80,7 +80,7 @@ def _refuse_others(source: Folded) -> None:
     if not str(named[0]).endswith(("ForCausalLM", "LMHeadModel")):
         raise UserError(
             f"{source.where}: expected a language model, which engines are compared on by its next tokens, got {named[0]}; headfold "
-            "export compares what it writes for others"
+            "export --layout onnx and ct2 compare what they write for others"
         )
 
 

@@ -21,8 +21,8 @@ from ..group import swap
 from ..group.costs import absorb
 from ..parallel import main_only
 
-FASTEST = "equal groups with the model's own head_dim"
-"""The form of a fold that engines serve fastest and most of them read, as benchmarks/engine_speed.py and engines.py find."""
+FASTEST = "heads of the model's own head_dim"
+"""What engines serve faster than heads of a multiple of it with the same cache, as benchmarks/engine_speed.py finds."""
 SHARES = (2, 4, 8)
 """Errors are predicted for a half, a quarter and an eighth of the K/V heads."""
 MAX_SEARCHED = 12
@@ -59,8 +59,8 @@ class Inspection:
     """Whether the model caches K and V: it generates token by token."""
     kv_bytes_per_token: int
     kv_bytes_32k: int
-    fastest_in_engines: str
-    """The form of a fold that engines serve fastest."""
+    fastest_in_engines: str | None
+    """The form of a fold that engines serve fastest; None where that was not measured, in models that do not continue a text."""
     basis: str
     """What the predictions rest on."""
     sites: list[SiteInspection]
@@ -106,7 +106,7 @@ def inspect(model: str | Path, *, stats: str | Path | None = None, progress: Pro
         caches=kind_of(config) in ("text", "pairs", "audio"),
         kv_bytes_per_token=per_token,
         kv_bytes_32k=per_token * 32_768,
-        fastest_in_engines=FASTEST,
+        fastest_in_engines=FASTEST if kind_of(config) == "text" else None,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
         sites=sites,
     )
