@@ -109,8 +109,14 @@ def _both(
     def both(batch: Sample) -> tuple[Tensor, Tensor]:
         return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
 
+    places: Tensor | None = None
+    if isinstance(sample, dict) and "attention_mask" in sample and "pixel_values" not in sample:
+        order = sample["attention_mask"].sum(1).argsort()  # texts of about the same length have little padding together
+        sample, places = {name: tensor[order] for name, tensor in sample.items()}, order.argsort()
     found = run_on_items(sample, batch_size, both, progress, "embed")
     ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))
+    if places is not None:
+        ours, theirs = ours[places], theirs[places]
     if ours.shape != theirs.shape:
         raise UserError(f"expected embeddings of the reference's size {theirs.shape[1]}, got {ours.shape[1]}")
     return ours, theirs
