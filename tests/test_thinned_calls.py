@@ -1,11 +1,16 @@
 """Fits of images and sound see a part of their many positions."""
 
+from typing import Any
+
 import pytest
 import torch
 from grades import assert_tight_through_float32_norms
 from test_refit import site_calls
 from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 
+from headfold.calibration import run
+from headfold.core.fitted import FittedHeads
+from headfold.refine import blocks, fitting
 from headfold.refine.recorded import RecordedSite
 from headfold.refine.refit import refit
 
@@ -55,3 +60,34 @@ def test_fits_of_text_see_all_of_it(name: str, thinned: list[str], monkeypatch: 
         query_steps=0,
     )
     assert kept == set(thinned)
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_what_a_fit_would_not_see_is_not_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the same heads from fewer passes of the model."""
+    monkeypatch.setattr("headfold.calibration.ITEMS_PER_BATCH", 1)
+    monkeypatch.setattr("headfold.calibration.RECORDINGS_PER_BATCH", 1)
+    monkeypatch.setattr("headfold.refine.refit.MOST_POSITIONS", 1)
+    monkeypatch.setattr(fitting, "PORTION_BYTES", 1)  # as large data are: one site at a time
+    directory, sample = tiny_checkpoint(name), tiny_sample(name, 9)
+    sites = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
+    runs: list[int] = []
+
+    def fitted() -> dict[str, FittedHeads]:
+        runs.append(0)
+        return refit(
+            stock_model(directory), [site for site, _ in sites.values()], lambda site: sites[site.name][1], sample
+        )
+
+    def counted(*arguments: Any) -> Any:
+        runs[-1] += 1
+        return run(*arguments)
+
+    monkeypatch.setattr(blocks, "run", counted)
+    few = fitted()
+    monkeypatch.setattr(fitting, "_step", lambda *_: 1)
+    all_of_it = fitted()
+    assert runs[0] < runs[1]
+    for site, found in few.items():
+        for field in ("v", "o"):
+            assert torch.equal(getattr(found, field), getattr(all_of_it[site], field))

@@ -4,6 +4,7 @@ Every block is fitted alone, on the original's own inputs. Healing each block al
 the original's residual stream, gains little, and makes each block wait for the one before.
 """
 
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from ..calibration import Sample, is_packed_text, mask_of, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
+from ..corpus.samples import main_input
 from ..families.spec import Site
 from ..hf_models.streamed import input_device
 from ..parallel import share, world_size
@@ -33,11 +35,16 @@ Watch = Callable[[Site], AbstractContextManager[Callable[[Sample], object]]]
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A function that improves merged heads, the number of tokens it runs through a block for that, and whether it leaves Q and K."""
+    """A function that improves merged heads, the number of tokens it runs through a block for that, and whether it leaves Q and K.
+
+    `most` gives the positions per dim from which it keeps every second call of a site, or every third … (`RecordedSite.thin`), None
+    where it keeps all: one process need not record the others.
+    """
 
     solve: Callable[[RecordedSite, Heads], FittedHeads]
     tokens: int
     fixes_attention: bool = False
+    most: Callable[[Site], int | None] = lambda site: None
 
 
 @torch.no_grad()
@@ -67,7 +74,8 @@ def fit(
     """
     found: dict[str, FittedHeads] = {}
     numbers = share(len(batches))
-    for site, recorded in _recorded(model, sites, [batches[number] for number in numbers], watch):
+    own_batches = [batches[number] for number in numbers]
+    for site, recorded, step in _recorded(model, sites, own_batches, watch, solver.most):
         left = solver.tokens
         if site.name in skip:
             progress(left)
@@ -90,8 +98,8 @@ def fit(
             on_replay,
             model,
             head_dim_multiple,
-            numbers,
-            len(batches),
+            numbers[::step],
+            range(len(batches))[::step],
             fixes_attention=solver.fixes_attention,
         )
         fields = solver.solve(site_calls, heads).to("cpu", torch.float32)
@@ -110,11 +118,15 @@ def runs_by_block(sites: list[Site], sample: Sample) -> bool:
 
 
 def _recorded(
-    model: "PreTrainedModel", sites: list[Site], batches: list[Sample], watch: Watch | None
-) -> Iterator[tuple[Site, list[RecordedCall]]]:
-    """Yield every site with all the calls that its attention received."""
+    model: "PreTrainedModel",
+    sites: list[Site],
+    batches: list[Sample],
+    watch: Watch | None,
+    most: Callable[[Site], int | None],
+) -> Iterator[tuple[Site, list[RecordedCall], int]]:
+    """Yield every site with the calls that its attention received of all batches, or of every second, or third …, and that number."""
     if not batches:
-        yield from ((site, []) for site in sites)
+        yield from ((site, [], 1) for site in sites)
         return
     if runs_by_block(sites, batches[0]):
         watch = watch or (lambda site: nullcontext(lambda batch: None))
@@ -124,20 +136,31 @@ def _recorded(
                 for number, batch in enumerate(batches):
                     tell(batch)
                     calls.append(RecordedCall(*visit(number), None))
-            yield block.site, calls
+            yield block.site, calls, 1
         return
     assert watch is None, "only a model that runs block by block can be watched"
     first = {site.name: one for site, one in _calls(model, sites, batches[0])}
-    portions = list(_portions(sites, {name: one.storages() for name, one in first.items()}, len(batches)))
+    steps = {site.name: _step(first[site.name], batches, most(site)) for site in sites}
+    portions = list(_portions(sites, {name: one.storages() for name, one in first.items()}, len(batches), steps))
     # The first calls of other portions would take memory until it is their turn.
     first = {site.name: first[site.name] for site in portions[0]}
     for portion in portions:
         recorded = {site.name: [first.pop(site.name)] if first else [] for site in portion}
-        for batch in batches[1 if portion is portions[0] else 0 :]:
+        step = steps[portion[0].name]
+        for batch in batches[::step][1 if portion is portions[0] else 0 :]:
             for site, one in _calls(model, portion, batch):
                 recorded[site.name].append(one)
         for site in portion:
-            yield site, recorded.pop(site.name)
+            yield site, recorded.pop(site.name), step
+
+
+def _step(first: RecordedCall, batches: list[Sample], most: int | None) -> int:
+    """Return 1 if all batches are to be recorded, 2 if every second one is …, from the call of the first of them."""
+    if most is None or first.mask is not None or world_size() > 1:
+        return 1
+    items = [len(main_input(batch)) for batch in batches]
+    *positions, size = first.output.shape
+    return max(1, int(math.prod(positions) / items[0] * sum(items) / (most * size)))
 
 
 def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterator[tuple[Site, RecordedCall]]:
@@ -145,13 +168,18 @@ def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterat
         yield site, RecordedCall(call, output, mask_of(site, batch, output, queries=True))
 
 
-def _portions(sites: list[Site], storages: Mapping[str, dict[int, int]], num_batches: int) -> Iterator[list[Site]]:
-    """Yield as many sites at a time, but at least one, as fit into `PORTION_BYTES`, judged by what the calls of the first batch hold."""
+def _portions(
+    sites: list[Site], storages: Mapping[str, dict[int, int]], num_batches: int, steps: Mapping[str, int]
+) -> Iterator[list[Site]]:
+    """Yield as many sites of one step at a time, but at least one, as fit into `PORTION_BYTES`, judged by what the calls of the first
+    batch hold.
+    """
     portion: list[Site] = []
     held: dict[int, int] = {}
     for site in sites:
-        both = held | storages[site.name]
-        if portion and sum(both.values()) * num_batches > PORTION_BYTES:
+        both, step = held | storages[site.name], steps[site.name]
+        full = sum(both.values()) * math.ceil(num_batches / step) > PORTION_BYTES
+        if portion and (full or step != steps[portion[0].name]):
             yield portion
             portion, both = [], storages[site.name]
         portion, held = [*portion, site], both

@@ -79,8 +79,8 @@ class RecordedSite:
     The heads to replay are grouped and in standard order; the stock module runs their head-repeated twin, so gradients of shared
     heads are summed over the queries that read them; heads with a larger head_dim run slot by slot. `order` is the standard order:
     new position → query head of the original; a position bias among the arguments of a call (T5's, made in the first layer of a
-    stack) is reordered by it. `numbers` are those of the calls recorded here; all ranks have `total`
-    calls, whose numbers are `all_numbers`. `on_replay` is called with the number of each replayed call. A solver that leaves Q and K
+    stack) is reordered by it. `numbers` are those of the calls recorded here, `all_numbers` those of
+    all ranks. `on_replay` is called with the number of each replayed call. A solver that leaves Q and K
     as they are says so by `fixes_attention`: the attention weights of a call are then computed once (`fixed_attention.py`) where the
     class allows it, and gradients reach V alone.
     """
@@ -95,13 +95,13 @@ class RecordedSite:
         model: "PreTrainedModel | None" = None,
         head_dim_multiple: int = 1,
         numbers: range | None = None,
-        total: int | None = None,
+        all_numbers: range | None = None,
         *,
         fixes_attention: bool = False,
     ) -> None:
         self.site, self._on_replay = site, on_replay
         self.numbers: Sequence[int] = range(len(recorded)) if numbers is None else numbers
-        self.all_numbers = range(len(recorded) if total is None else total)
+        self.all_numbers = range(len(recorded)) if all_numbers is None else all_numbers
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
         self.order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
         self._module = twin(attention, site, {})

@@ -57,7 +57,12 @@ def refit(
     """
     thins = partial(_sees_frames, sample)
     solve = partial(_fitted, ridge=ridge, value_steps=value_steps, query_steps=query_steps, thins=thins)
-    solver = Solver(solve, tokens_per_block(sample, value_steps), fixes_attention=True)
+    solver = Solver(
+        solve,
+        tokens_per_block(sample, value_steps),
+        fixes_attention=True,
+        most=lambda site: MOST_POSITIONS if thins(site) else None,
+    )
     return fit(model, sites, merged, list(batches(sample)), solver, **how)
 
 
