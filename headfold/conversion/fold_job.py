@@ -85,9 +85,12 @@ class FoldJob:
         inside = sum(self.seconds.values()) - before
         self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
 
-    def draw_texts(self, teacher: Teacher) -> None:
-        """Draw texts that come one by one, so that their lengths are known, unless an earlier run has; all ranks together."""
-        if not teacher.takes_texts():
+    def draw_texts(self, teacher: Teacher, request: FoldRequest, given: StatsFile | None) -> None:
+        """Draw texts that come one by one, so that their lengths are known, unless an earlier run has or none are needed; all ranks
+        together.
+        """
+        fits = request.settings["refit"] or request.settings["heal"]
+        if not teacher.takes_texts() or not on_main(lambda: fits or (request.statistics and given is None)):
             return
         with self.timed("calibrate"):
             path = self.work / _STATISTICS

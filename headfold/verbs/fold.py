@@ -115,7 +115,7 @@ def fold(
         teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
         if not data.names_data:
             teacher.use_sample(given)
-        job.draw_texts(teacher)
+        job.draw_texts(teacher, request, given)
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)
