@@ -150,10 +150,11 @@ QUANTISED_NAMES = {
     "twice-the-head_dim": "the same cache as one head of twice the head_dim",
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct",
     "smollm2-default": "default fold of it to 1 of 3 K/V heads",
+    "smollm2-per-layer": "fold of it to 3 and 1 K/V heads in turns, without refit",
     "smollm2-unequal-healed": "fold of it to 2 of 3 K/V heads, groups of different sizes, healed",
 }
 """Directory of a measurement → as the table calls it."""
-QUANTISED = ("quantised-pylib-llama", "quantised-smollm2", "quantised-smollm2-default")
+QUANTISED = ("quantised-pylib-llama", "quantised-smollm2", "quantised-smollm2-default", "quantised-smollm2-per-layer")
 ENGINE_BLOCKS = {
     "engines": Block(engines, ("engines-pylib-llama",)),
     "engines-toys": Block(toys, ("engines-toys",)),
