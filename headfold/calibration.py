@@ -36,7 +36,7 @@ RECORDINGS_PER_BATCH = 16
 
 def batches(sample: Sample) -> Iterator[Sample]:
     """Yield items in batches of about `TOKENS_PER_BATCH`: texts of different lengths the longest first, so that little of it is padding."""
-    if "attention_mask" not in sample or main_input(sample) is not sample.get("input_ids") or "pixel_values" in sample:
+    if not is_padded_text(sample):
         yield from batches_in_order(sample, TOKENS_PER_BATCH)
         return
     lengths = text_lengths(sample)
@@ -65,6 +65,12 @@ def num_tokens(batch: Sample) -> int:
 def is_packed_text(sample: Sample) -> bool:
     """Return whether a sample is packed text: full windows, which need no mask."""
     return sample.keys() == {"input_ids"}
+
+
+def is_padded_text(sample: Sample) -> bool:
+    """Return whether a sample is texts of different lengths, and nothing beside them but labels."""
+    reads_text = "attention_mask" in sample and main_input(sample) is sample.get("input_ids")
+    return reads_text and "pixel_values" not in sample
 
 
 def total_tokens(sample: Sample) -> int:

@@ -268,7 +268,7 @@ def test_plan_card_and_the_command_line(
     assert (out / "plan.json").read_bytes() == (tmp_path / "folded" / "plan.json").read_bytes()
     assert (out / "tokenizer.json").is_file()
     text = (out / "README.md").read_text()
-    assert "\nold\n" not in text and "PhiForCausalLM" in text and "trust_remote_code" not in text
+    assert "outdated" not in text and "PhiForCausalLM" in text and "trust_remote_code" not in text
     assert text.index("# tiny") < text.index("## Use") < text.index("## Made by") and text.count("## Use") == 1
     assert type(headfold.load(out)).__name__ == "PhiForCausalLM"
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..calibration import is_padded_text, text_lengths
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import Sample, batches
@@ -110,8 +111,8 @@ def _both(
         return embed(model, batch, pooling=pooling), embed(reference, batch, pooling=pooling)
 
     places: Tensor | None = None
-    if isinstance(sample, dict) and "attention_mask" in sample and "pixel_values" not in sample:
-        order = sample["attention_mask"].sum(1).argsort()  # texts of about the same length have little padding together
+    if isinstance(sample, dict) and is_padded_text(sample):
+        order = text_lengths(sample).argsort()  # texts of about the same length have little padding together
         sample, places = {name: tensor[order] for name, tensor in sample.items()}, order.argsort()
     found = run_on_items(sample, batch_size, both, progress, "embed")
     ours, theirs = (normalize(torch.cat(one), dim=1) for one in zip(*found, strict=True))

@@ -20,7 +20,7 @@ from ..families.spec import Site
 from ..hf_models.streamed import input_device
 from ..parallel import share, world_size
 from .blocks import recorded_calls, walk
-from .recorded import RecordedCall, RecordedSite
+from .recorded import RecordedCall, RecordedSite, thinned_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +160,7 @@ def _step(first: RecordedCall, batches: list[Sample], most: int | None) -> int:
         return 1
     items = [len(main_input(batch)) for batch in batches]
     *positions, size = first.output.shape
-    return max(1, int(math.prod(positions) / items[0] * sum(items) / (most * size)))
+    return thinned_by(math.prod(positions) / items[0] * sum(items), most * size)
 
 
 def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterator[tuple[Site, RecordedCall]]:

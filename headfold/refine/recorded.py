@@ -73,6 +73,11 @@ class _Unread(nn.Module):
         return inputs.new_zeros(*inputs.shape[:-1], self._size)
 
 
+def thinned_by(queries: float, positions: float) -> int:
+    """Return how many times more queries there are than `positions`: one in so many calls is enough."""
+    return max(1, int(queries / positions))
+
+
 class RecordedSite:
     """One site of the original with its recorded calls, which can be replayed with other heads.
 
@@ -193,7 +198,7 @@ class RecordedSite:
 
         The number has no factor in common with that of the ranks, so that these, which take calls in turns, keep as many each.
         """
-        times = max(1, int(self.total_queries(device) / positions))
+        times = thinned_by(self.total_queries(device), positions)
         while gcd(times, world_size()) > 1:
             times -= 1
         self.all_numbers = self.all_numbers[::times]
