@@ -96,7 +96,9 @@ def grouped(name: str, groups: Sequence[Sequence[int]], path: Path, dtype: torch
     model.config.auto_map = auto_map(model.config.to_dict())
     model.save_pretrained(path)
     assert (path / f"{BASE}.py").is_file()
-    (path / "README.md").write_text("---\nlicense: mit\n---\n\n# tiny\n\nsmall\n\n## Use\n\noutdated\n\n## Made by\n\nme\n")
+    (path / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# tiny\n\nsmall\n\n## Use\n\noutdated\n\n## Made by\n\nme\n"
+    )
     (path / "tokenizer.json").write_text("{}")
     return model
 
