@@ -1,9 +1,10 @@
 # `make test` and `make demo` need Python 3.11 or newer and this directory, nothing else.
 PYTHON ?= python3
 VENV := .venv
+MINUTES ?= 10
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: test demo lint docs figures gpu engines install help
+.PHONY: test demo lint docs figures fuzz gpu engines install help
 
 test: install  ## run the tests (the default)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist worksteal
@@ -18,6 +19,9 @@ lint: install  ## ruff check, ruff format --check, mypy
 
 figures: install  ## write the figures of README.md and docs/ from benchmarks/results/
 	$(VENV)/bin/python scripts/figures.py
+
+fuzz: install  ## run corrupted inputs, kills, races and full disks against the command line for MINUTES=10
+	cd tests && $(abspath $(VENV))/bin/python -m hostile --minutes $(MINUTES)
 
 gpu:  ## measure the CUDA GPU of this machine into benchmarks/results/gpu.json, in at most 9 minutes
 	$(PYTHON) benchmarks/gpu.py

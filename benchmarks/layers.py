@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig
 
 RESULTS = Path(__file__).parent / "results"
 BUNDLED = Path(__file__).parents[1] / "headfold" / "bundled"
-SHAPES = {"1b": (2048, 32, 5632, 22), "7b": (4096, 32, 11008, 32), "13b": (5120, 40, 13824, 40)}
+SHAPES = {
+    "1b": (2048, 32, 5632, 22), "7b": (4096, 32, 11008, 32), "13b": (5120, 40, 13824, 40), "70b": (8192, 64, 28672, 80),
+}  # fmt: skip
 """Hidden size, heads, hidden size of the MLP, and layers of the real model."""
 VOCABULARY = 32000
 

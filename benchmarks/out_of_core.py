@@ -1,0 +1,135 @@
+"""Fold layers of a 70B shape, more than memory holds: seconds per layer, peak anonymous memory, and a kill in the middle.
+
+    python benchmarks/out_of_core.py --work DIR [--shape 70b] [--layers 4,8] [--tokens 2048]
+
+Writes checkpoints of random weights in bfloat16 with so many layers (2 GB each at 70B, and as much for the folds), measures statistics of
+them, and folds each to 8 K/V heads by mean pooling and by `absorb`, the latter verified. The larger one is then folded again by `absorb`,
+killed when half of its bytes are written, and folded once more: the two results are compared. Pages of files that the system caches are
+no memory of the process, so anonymous memory is what is counted. Results go to benchmarks/results/out_of_core.json.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layers import BUNDLED, SHAPES, write_model
+from machine import describe
+
+RESULTS = Path(__file__).parent / "results"
+MEAN = ("--merge", "mean", "--group", "contiguous", "--no-refit", "--no-verify")
+PAUSE = 0.05
+"""Seconds between two looks at a running process."""
+
+
+def watched(words: tuple[Any, ...], stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], float, int]:
+    """Run `headfold` with these words; return its JSON, its seconds and its peak of anonymous memory in bytes.
+
+    Where `stop` says so, the process is killed, and there is no JSON.
+    """
+    started, peak = time.monotonic(), 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headfold", *map(str, words), "--json"], stdout=subprocess.PIPE, text=True
+    )
+    killed = False
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = re.search(r"RssAnon:\s+(\d+) kB", status)
+        peak = max(peak, 1024 * int(found[1]) if found else 0)
+        if stop():
+            process.kill()
+            killed = True
+        time.sleep(PAUSE)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    if process.returncode and not killed:
+        raise SystemExit(f"headfold {' '.join(map(str, words))}: exit code {process.returncode}")
+    return {} if killed else json.loads(text), time.monotonic() - started, peak
+
+
+def written(folder: Path) -> int:
+    """Return the bytes on the disk below a folder."""
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    reader.add_argument("--work", type=Path, required=True, help="folder with room for twice the layers")
+    reader.add_argument("--shape", default="70b", choices=SHAPES)
+    reader.add_argument("--layers", default="4,8", help="two numbers of layers")
+    reader.add_argument("--tokens", type=int, default=2048, help="calibration tokens")
+    options = reader.parse_args()
+    few, more = map(int, options.layers.split(","))
+    runs: dict[str, dict[int, Any]] = {"calibrate": {}, "mean": {}, "absorb": {}}
+    for layers in (few, more):
+        source, stats, made = (
+            options.work / f"{layers}-layers",
+            options.work / "stats.safetensors",
+            options.work / "folded",
+        )
+        for leftover in (source, made, options.work / "folded.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_model(source, options.shape, layers, 4096)
+        data = ("--calibration", BUNDLED / "heldout.txt", "--tokens", options.tokens, "--context", 1024)
+        absorb = ("--no-refit", "--stats", stats)
+        jobs: dict[str, tuple[Any, ...]] = {
+            "calibrate": ("calibrate", source, stats, *data, "--force"),
+            "mean": ("fold", source, made, "--kv-heads", 8, *MEAN),
+            "absorb": ("fold", source, made, "--kv-heads", 8, *absorb),
+        }
+        for name, words in jobs.items():
+            found, seconds, peak = watched(words)
+            runs[name][layers] = {
+                "seconds": round(seconds, 1),
+                "stages": found.get("seconds"),
+                "peak_anonymous_bytes": peak,
+            }
+            print(layers, name, runs[name][layers], flush=True)
+            whole = digests(made) if name == "absorb" else {}
+            size = written(made)
+            if name == "mean" or (name == "absorb" and layers == few):
+                shutil.rmtree(made)
+        if layers == more:
+            shutil.rmtree(made)
+            _, until, _ = watched(
+                jobs["absorb"], lambda size=size, made=made: written(made.with_name("folded.partial")) > size / 2
+            )  # type: ignore[misc]
+            found, seconds, peak = watched(jobs["absorb"])
+            kill = {
+                "killed_after_seconds": round(until, 1), "seconds_of_the_rest": round(seconds, 1), "same_bytes": digests(made) == whole,
+                "stages": found["seconds"],
+            }  # fmt: skip
+            shutil.rmtree(made)
+        shutil.rmtree(source)
+        stats.unlink()
+    hidden, heads, inner, whole_layers = SHAPES[options.shape]
+    row = {
+        "shape": options.shape, "hidden": hidden, "heads": heads, "inner": inner, "layers": whole_layers, "tokens": options.tokens,
+        "attention_bytes": 8 * hidden * hidden, "block_bytes": 8 * hidden * hidden + 6 * hidden * inner,
+        "seconds_per_layer": {
+            name: round((found[more]["seconds"] - found[few]["seconds"]) / (more - few), 1) for name, found in runs.items()
+        },
+        "kill": kill, "runs": runs,
+    }  # fmt: skip
+    (RESULTS / "out_of_core.json").write_text(json.dumps({"machine": describe(), **row}, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

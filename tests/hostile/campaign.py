@@ -1,0 +1,150 @@
+"""A campaign: cases by number, each wholly drawn from the seed and its number, spread over processes, and counted."""
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from . import disasters
+from .disasters import Undisturbed
+from .judging import essence, finding, state_of
+from .running import run
+from .scenarios import SCENARIOS, WORDS, Scenario, options
+from .sources import copied, made
+
+_SHARES = (("input", 92), ("kill", 5), ("race", 1), ("full disk", 1), ("interrupt", 1))
+"""Of a hundred cases."""
+_DISASTERS = {
+    "kill": disasters.kill, "race": disasters.race, "full disk": disasters.full_disk, "interrupt": disasters.interrupt,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What happened: `ended` is done, refused or, of disasters, held; `wrong` says what must not be."""
+
+    number: int
+    group: str
+    kind: str
+    verb: str
+    what: str
+    words: str
+    ended: str
+    wrong: str
+    seconds: float
+
+
+class Campaign:
+    """Runs cases on sources in `root`, in a folder `work` of its own."""
+
+    def __init__(self, root: Path, work: Path, seed: int) -> None:
+        self._root, self._work, self._seed = root, work, seed
+        self._undisturbed = Undisturbed(root, work / "undisturbed")
+        self._references: dict[tuple[str, ...], Any] = {}
+
+    def case(self, number: int) -> Case:
+        """Run the case of that number."""
+        random, started = Random(f"{self._seed}/{number}"), time.monotonic()
+        group = group_of(number)
+        if group == "input":
+            scenario, what, words, ended, wrong = self._input(random)
+            kind, verb = scenario.kind if words == scenario.words else "options", scenario.verb
+        else:
+            job, what, wrong = _DISASTERS[group](self._root, self._work / "case", self._undisturbed, random)
+            kind, verb, words = group, job.words[0], job.words
+            ended = "ended before" if what.endswith("ended before") else "held"
+        seconds = time.monotonic() - started
+        shutil.rmtree(self._work / "case", ignore_errors=True)
+        return Case(number, group, kind, verb, what, " ".join(words), ended, wrong, round(seconds, 2))
+
+    def _input(self, random: Random) -> tuple[Scenario, str, tuple[str, ...], str, str]:
+        if random.random() < 0.12:
+            scenario = random.choice(WORDS)
+            what, words = options(scenario.words, random)
+        else:
+            scenario = random.choice(SCENARIOS)
+            what, words = "", scenario.words
+        with copied(self._root, self._work / "case", scenario.needs) as folder:
+            if words == scenario.words:
+                file = folder / scenario.spoilt
+                what, changed = scenario.mutate(file.read_bytes(), random)
+                what = f"{scenario.spoilt}: {what}"
+                file.write_bytes(changed)
+            before = state_of(folder)
+            outcome = run([*words, "--json"], folder)
+            out = _place(scenario, words)
+            wrong = finding(outcome, before, state_of(folder), out)
+            if not wrong and ": same" in what and words == scenario.words:
+                wrong = self._of_same(scenario, outcome.code, folder)
+            if wrong:
+                wrong = f"{wrong} | {outcome.err[-300:]}"
+        return (
+            scenario,
+            what.encode("utf-8", "backslashreplace").decode(),
+            words,
+            "refused" if outcome.code else "done",
+            wrong,
+        )
+
+    def _of_same(self, scenario: Scenario, code: int, folder: Path) -> str:
+        """Return what differs after a change that must not matter."""
+        if code:
+            return "refused what is the same"
+        if not scenario.out:
+            return ""
+        return "" if essence(folder / scenario.out) == self._reference(scenario) else "another output of the same input"
+
+    def _reference(self, scenario: Scenario) -> Any:
+        if scenario.words not in self._references:
+            with copied(self._root, self._work / "reference", scenario.needs) as folder:
+                made(run([*scenario.words, "--json"], folder), scenario.words)
+                self._references[scenario.words] = essence(folder / scenario.out)
+        return self._references[scenario.words]
+
+
+def group_of(number: int) -> str:
+    """Return the group of a case."""
+    place = number % 100
+    for group, share in _SHARES:
+        if place < share:
+            return group
+        place -= share
+    raise AssertionError
+
+
+def numbers(group: str | None, first: int, step: int) -> Iterator[int]:
+    """Yield the numbers of cases from `first` on, of one group or of all."""
+    number = first
+    while True:
+        if group is None or group_of(number) == group:
+            yield number
+        number += step
+
+
+def counted(cases: list[Case]) -> dict[str, Any]:
+    """Return the counts by class, and the findings."""
+    table = Counter((case.group, case.verb, case.kind, "wrong" if case.wrong else case.ended) for case in cases)
+    rows = [
+        {"group": group, "verb": verb, "kind": kind, "ended": ended, "cases": count}
+        for (group, verb, kind, ended), count in sorted(table.items())
+    ]
+    groups = Counter(case.group for case in cases)
+    return {
+        "cases": dict(sorted(groups.items())),
+        "findings": [asdict(case) for case in cases if case.wrong],
+        "slowest_seconds": max((case.seconds for case in cases), default=0.0),
+        "rows": rows,
+    }
+
+
+def _place(scenario: Scenario, words: tuple[str, ...]) -> str:
+    """Return the output's place in words whose arguments may be others: what stands where `out` stood."""
+    if scenario.out in words or scenario.out not in scenario.words:
+        return scenario.out
+    at = scenario.words.index(scenario.out)
+    return os.path.normpath(words[at]) if at < len(words) else scenario.out

@@ -1,0 +1,124 @@
+"""What a command may leave behind: one line for an error, whole outputs or none, everything else as it was."""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .running import Outcome
+
+State = Mapping[str, tuple[int, int, int]]
+PLANTED = Path("/tmp/headfold-owned")
+"""What a card would write if its tags were obeyed."""
+_TIMES = re.compile(r"second|time|date|duration|peak|memory|speed|per_s|elapsed|fingerprint|created")
+"""Fields of JSON files that tell of a run rather than of its result."""
+_LEFT = re.compile(r"left there|resume|run the same command again")
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return size, time and mode of every file below a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        found[str(path.relative_to(folder))] = (
+            (0, 0, status.st_mode) if path.is_dir() else (status.st_size, status.st_mtime_ns, status.st_mode)
+        )
+    return found
+
+
+def finding(outcome: Outcome, before: State, after: State, out: str) -> str:
+    """Return what is wrong with how a command ended; an empty text if nothing is."""
+    if outcome.hung:
+        return f"hang {_last(outcome.err)}"
+    if outcome.code < 0:
+        return f"signal {-outcome.code}"
+    if "Traceback (most recent call last)" in outcome.err:
+        return f"traceback {_last(outcome.err)}"
+    if outcome.code not in (0, 2):
+        return f"exit code {outcome.code}"
+    if PLANTED.exists():
+        return "code of the input was run"
+    return _of_files(outcome, before, after, out) or (
+        _of_refusal(outcome) if outcome.code else _of_success(outcome, after, out)
+    )
+
+
+def _of_files(outcome: Outcome, before: State, after: State, out: str) -> str:
+    changed = [name for name in before if after.get(name) != before[name] and not _within(name, out)]
+    # A file that appears changes no entry of `before` but the directory, whose time is not looked at.
+    if changed:
+        return f"changed {changed[0]}"
+    new = [name for name in after if name not in before and not _within(name, out)]
+    if outcome.code == 0:
+        new = [name for name in new if not name.endswith((".sensitivity.json", "sensitivity.json"))]
+    left = [name for name in new if not (name.startswith(f"{out}.partial") and out and _LEFT.search(outcome.err))]
+    return f"left {left[0]}" if left else ""
+
+
+def _of_refusal(outcome: Outcome) -> str:
+    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    if len(lines) != 1:
+        return f"{len(lines)} lines"
+    if not lines[0].startswith("headfold"):
+        return "line of another"
+    return "line of 1,000 characters" if len(lines[0]) > 1000 else ""
+
+
+def _of_success(outcome: Outcome, after: State, out: str) -> str:
+    if out and out not in after:
+        return "no output"
+    try:
+        json.loads(outcome.out)
+    except ValueError:
+        return "no JSON value"
+    return ""
+
+
+def essence(place: Path) -> Any:
+    """Return what an output says: tensors by their bytes and JSON without what tells of the run."""
+    if place.is_dir():
+        return {
+            str(path.relative_to(place)): essence(path)
+            for path in sorted(place.rglob("*"))
+            if path.is_file() and path.name != "README.md"
+        }
+    data = place.read_bytes()
+    if place.suffix == ".safetensors":
+        return _tensors(data)
+    if place.suffix == ".json":
+        return _without_times(json.loads(data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tensors(data: bytes) -> dict[str, str]:
+    length = struct.unpack("<Q", data[:8])[0]
+    entries = json.loads(data[8 : 8 + length])
+    entries.pop("__metadata__", None)
+    rest = data[8 + length :]
+    return {
+        name: f"{entry['dtype']} {entry['shape']} {hashlib.sha256(rest[slice(*entry['data_offsets'])]).hexdigest()}"
+        for name, entry in entries.items()
+    }
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if not _TIMES.search(key)}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def _within(name: str, out: str) -> bool:
+    return bool(out) and (name == out or name.startswith(f"{out}/"))
+
+
+def _last(err: str) -> str:
+    """Return where and with what a traceback ends, so that equal ones are counted together."""
+    frames = re.findall(r'File "[^"]*/(headfold/[^"]+)", line (\d+)', err)
+    if "most recent call first" in err:
+        frames = frames[::-1]
+    where = "{}:{}".format(*frames[-1]) if frames else "outside"
+    said = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Warning|Iteration)\b.*", err, re.MULTILINE)
+    return f"{where} {said[-1][:120] if said else ''}"
