@@ -1,5 +1,6 @@
 """Text sources give their documents, all of them, in order or by seed; windows are what the tokenizer makes of them."""
 
+import copy
 import json
 import sysconfig
 from pathlib import Path
@@ -201,6 +202,13 @@ def test_sampling_follows_the_model(writer):
     windows = sample_windows(writer, 3, 10, temperature=1e-6)
     assert len(set(windows[:, 0].tolist())) > 1  # random first tokens where there is no bos
     assert torch.equal(writer(input_ids=windows).logits[:, :-1].argmax(-1), windows[:, 1:])
+
+
+def test_a_model_whose_logits_are_not_finite_writes_nothing(writer):
+    broken = copy.deepcopy(writer)
+    broken.lm_head.weight.data[5] = torch.inf
+    with pytest.raises(UserError, match="finite logits"):
+        sample_windows(broken, 3, 10)
 
 
 def test_after_an_end_of_text_comes_the_next_beginning(writer):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..core.errors import UserError
+
 
 @torch.no_grad()
 def sample_windows(
@@ -27,6 +29,9 @@ def sample_windows(
     checkpoint's generation config says. An end of text does not end a window: `eos` is followed by `bos` and the next text. The
     same seed, batch size and device give the same windows; the global random state is not changed. `progress` is called with the
     number of tokens of each step.
+
+    Raises:
+        UserError: logits are not finite.
     """
     device = next(iter(model.parameters())).device
     # A streamed model's weights are "meta" between its passes and its inputs are moved for it, so the CPU draws.
@@ -56,6 +61,11 @@ def _sample(
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         chances = (output.logits[:, -1].to(device).float() / temperature).softmax(-1)
+        if not chances.isfinite().all():
+            raise UserError(
+                "calibration self: expected finite logits of the next token, got others, so the model cannot write text; "
+                "are its weights damaged?"
+            )
         drawn = torch.multinomial(chances, 1, generator=generator)
         if bos is not None and eos is not None and bos != eos:
             drawn = torch.where(token == eos, bos, drawn)

@@ -12,13 +12,16 @@ from typing import Any
 
 from . import disasters
 from .disasters import Undisturbed
-from .judging import essence, finding, state_of
+from .judging import PLANTED, essence, finding, state_of
+from .mutators import Mutator, entry
 from .running import run
 from .scenarios import SCENARIOS, WORDS, Scenario, options
 from .sources import copied, made
 
 _SHARES = (("input", 92), ("kill", 5), ("race", 1), ("full disk", 1), ("interrupt", 1))
 """Of a hundred cases."""
+OPTIONS, ENTRIES = 0.12, 0.05
+"""Shares of inputs whose options are corrupted, and of those with no file in the place of a file."""
 _DISASTERS = {
     "kill": disasters.kill, "race": disasters.race, "full disk": disasters.full_disk, "interrupt": disasters.interrupt,
 }  # fmt: skip
@@ -52,8 +55,7 @@ class Campaign:
         random, started = Random(f"{self._seed}/{number}"), time.monotonic()
         group = group_of(number)
         if group == "input":
-            scenario, what, words, ended, wrong = self._input(random)
-            kind, verb = scenario.kind if words == scenario.words else "options", scenario.verb
+            kind, verb, what, words, ended, wrong = self._input(random)
         else:
             job, what, wrong = _DISASTERS[group](self._root, self._work / "case", self._undisturbed, random)
             kind, verb, words = group, job.words[0], job.words
@@ -62,34 +64,29 @@ class Campaign:
         shutil.rmtree(self._work / "case", ignore_errors=True)
         return Case(number, group, kind, verb, what, " ".join(words), ended, wrong, round(seconds, 2))
 
-    def _input(self, random: Random) -> tuple[Scenario, str, tuple[str, ...], str, str]:
-        if random.random() < 0.12:
+    def _input(self, random: Random) -> tuple[str, str, str, tuple[str, ...], str, str]:
+        """Return kind, verb, what was changed, the command, how it ended and what is wrong."""
+        scenario, share = random.choice(SCENARIOS), random.random()
+        if share < OPTIONS:
             scenario = random.choice(WORDS)
             what, words = options(scenario.words, random)
+            kind = "options"
         else:
-            scenario = random.choice(SCENARIOS)
-            what, words = "", scenario.words
+            mutate, words, what = (entry if share < OPTIONS + ENTRIES else scenario.mutate), scenario.words, ""
+            kind = mutate.__name__
         with copied(self._root, self._work / "case", scenario.needs) as folder:
-            if words == scenario.words:
-                file = folder / scenario.spoilt
-                what, changed = scenario.mutate(file.read_bytes(), random)
-                what = f"{scenario.spoilt}: {what}"
-                file.write_bytes(changed)
+            if kind != "options":
+                what = _spoil(folder, scenario.spoilt, mutate, random)
             before = state_of(folder)
             outcome = run([*words, "--json"], folder)
-            out = _place(scenario, words)
-            wrong = finding(outcome, before, state_of(folder), out)
-            if not wrong and ": same" in what and words == scenario.words:
+            wrong = finding(outcome, before, state_of(folder), _place(scenario, words))
+            if not wrong and ": same" in what:
                 wrong = self._of_same(scenario, outcome.code, folder)
             if wrong:
                 wrong = f"{wrong} | {outcome.err[-300:]}"
-        return (
-            scenario,
-            what.encode("utf-8", "backslashreplace").decode(),
-            words,
-            "refused" if outcome.code else "done",
-            wrong,
-        )
+        PLANTED.unlink(missing_ok=True)
+        what = what.encode("utf-8", "backslashreplace").decode()
+        return kind, scenario.verb, what, words, "refused" if outcome.code else "done", wrong
 
     def _of_same(self, scenario: Scenario, code: int, folder: Path) -> str:
         """Return what differs after a change that must not matter."""
@@ -148,3 +145,13 @@ def _place(scenario: Scenario, words: tuple[str, ...]) -> str:
         return scenario.out
     at = scenario.words.index(scenario.out)
     return os.path.normpath(words[at]) if at < len(words) else scenario.out
+
+
+def _spoil(folder: Path, name: str, mutate: Mutator, random: Random) -> str:
+    """Corrupt a file; return what was done to it."""
+    files = sorted(path for path in folder.glob(name) if path.is_file())
+    file = random.choice(files)
+    what, change = mutate(file.read_bytes(), random)
+    file.unlink()
+    file.write_bytes(change) if isinstance(change, bytes) else change(file)
+    return f"{file.relative_to(folder)}: {what}"

@@ -39,7 +39,7 @@ JOBS = (
     _job(f"{_FOLD} {_HEAL} --heal-by model {_TEXT}", "out"),
     _job(f"{_FOLD} {_HEAL} --heal-by block {_TEXT}", "out"),
     _job(f"fold sharded out --kv-heads 2 {_TEXT}", "out"),
-    _job("fold sharded out --kv-heads 2 --merge mean --no-refit", "out"),
+    _job("fold sharded out --kv-heads 2 --merge mean --group contiguous --no-refit", "out"),
     _job(f"{_FOLD} --group swap:unequal=true --layout padded {_TEXT}", "out"),
     _job(f"{_FOLD} --force {_TEXT}", "out", old="layered"),
     _job(f"fold t5 out --kv-heads 2 {_PAIRS}", "out"),
@@ -59,7 +59,7 @@ JOBS = (
     _job(f"route folded out --route kdgqa {_TEXT}", "out"),
 )
 RACES = tuple(job for job in JOBS if not job.old)
-_RIVAL = _job("fold llama out --kv-heads 4 --merge mean --no-refit", "out")
+_RIVAL = _job("fold llama out --kv-heads 4 --merge mean --group contiguous --no-refit", "out")
 
 
 class Undisturbed:

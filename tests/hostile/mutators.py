@@ -1,17 +1,24 @@
-"""Corruptions by kind of file: each takes the bytes of a whole file and a random source, and returns other bytes with a name.
+"""Corruptions by kind of file: each takes the bytes of a whole file and a random source, and returns a name with other bytes, or with a
+function that fills the emptied place.
 
 A name that begins with `same` is of a change that must not matter: the command ends as with the whole file.
 """
 
 import gzip
+import io
 import json
 import math
+import os
+import pickle
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
-Corruption = tuple[str, bytes]
+import torch
+
+Corruption = tuple[str, bytes | Callable[[Path], None]]
 Mutator = Callable[[bytes, Random], Corruption]
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 2.5, 1e308, -1e308, math.nan, math.inf, 10**12, 2**31, 2**63, 10**30, -(2**63))
@@ -205,6 +212,43 @@ def flipped(data: bytes, random: Random) -> Corruption:
     for _ in range(random.choice((1, 1, 2, 8, 64))):
         changed[random.randrange(len(changed))] = random.randrange(256)
     return "bytes", bytes(changed)
+
+
+def entry(data: bytes, random: Random) -> Corruption:
+    """Put something else than a file into its place."""
+
+    def link(to: str) -> Callable[[Path], None]:
+        return lambda path: path.symlink_to(to)
+
+    return random.choice((
+        ("nothing", lambda path: None), ("directory", Path.mkdir), ("pipe", os.mkfifo), ("link to a device", link("/dev/zero")),
+        ("link to nothing", link("/dev/null")), ("link to itself", lambda path: path.symlink_to(path.name)), 
+        ("dangling link", link("gone")),
+        ("link to a system file", link("/etc/passwd")), ("link to the terminal", link("/dev/tty")), ("link to a directory", link(".")),
+    ))  # fmt: skip
+
+
+class _Planted:
+    """What runs a command where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/headfold-owned",)
+
+
+def planted(data: bytes, random: Random) -> Corruption:
+    """Replace a file of an unfinished run by one that runs code where it is unpickled, or change its bytes."""
+    if random.random() < 0.5:
+        return flipped(data, random)
+    as_torch = io.BytesIO()
+    torch.save({"model": _Planted(), "step": _Planted()}, as_torch)
+    return random.choice(
+        (
+            ("pickle", pickle.dumps(_Planted())),
+            ("torch file", as_torch.getvalue()),
+            ("empty", b""),
+            _cut(data or b"\0", random),
+        )
+    )
 
 
 def _cut(data: bytes, random: Random) -> Corruption:

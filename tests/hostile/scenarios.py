@@ -6,7 +6,7 @@ from random import Random
 
 from . import mutators
 from .mutators import VALUES, Mutator
-from .sources import ITEMS, NAMES, PAIRS, SMALL
+from .sources import ITEMS, NAMES, PAIRS, SMALL, UNFINISHED
 
 TEXT = ("--calibration", "text.txt", *SMALL)
 LIMIT = ("--text", "text.txt", "--limit", "128", "--context", "32")
@@ -17,7 +17,8 @@ TRAIN = ("--steps", "2", "--batch", "2", "--context", "16")
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A command on copies of some sources, `out` being what it writes; `spoilt` is the file that is corrupted, by `mutate`."""
+    """A command on copies of some sources, `out` being what it writes; `spoilt` is the file that is corrupted, by `mutate`; a star stands
+    for any file of a directory."""
 
     words: tuple[str, ...]
     needs: tuple[str, ...]
@@ -29,11 +30,6 @@ class Scenario:
     def verb(self) -> str:
         return self.words[0]
 
-    @property
-    def kind(self) -> str:
-        """Return what kind of file is corrupted, for the report."""
-        return "options" if not self.spoilt else self.mutate.__name__
-
 
 _SHORT = {
     "FOLD": "fold llama out --kv-heads 2",
@@ -41,15 +37,16 @@ _SHORT = {
     "PLAN": "plan llama made.json --stats stats.safetensors",
     "TRAIN": f"out {' '.join(TRAIN)}",
     **{name: " ".join(words) for name, words in (
-        ("TEXT", TEXT), ("PAIRS", PAIRS), ("LIMIT", LIMIT), ("SENTENCES", SENTENCES), ("IMAGES", IMAGES), ("SMALL", SMALL),
+        ("UNFINISHED", UNFINISHED), ("TEXT", TEXT), ("PAIRS", PAIRS), ("LIMIT", LIMIT), ("SENTENCES", SENTENCES),
+        ("IMAGES", IMAGES), ("SMALL", SMALL),
     )},
 }  # fmt: skip
 _TABLE = """
 4 FOLD TEXT < llama
 6 FOLD TEXT < llama/model.safetensors:numbers
 2 FOLD TEXT < text.txt llama/generation_config.json
-4 FOLD --merge mean --no-refit --no-verify < llama/config.json llama/model.safetensors
-2 fold sharded out --kv-heads 1 --merge mean --no-refit < sharded
+4 FOLD --merge mean --group contiguous --no-refit --no-verify < llama/config.json llama/model.safetensors
+2 fold sharded out --kv-heads 1 --merge mean --group contiguous --no-refit < sharded
 1 fold sharded out --kv-heads 1 TEXT < sharded
 5 fold llama out --plan plan.json TEXT < plan.json
 3 fold llama out --plan plan.json --stats stats.safetensors --no-refit < plan.json stats.safetensors
@@ -83,18 +80,20 @@ _TABLE = """
 1 uptrain folded TRAIN --data text.txt < folded text.txt
 1 uptrain folded TRAIN --data text.txt --distill llama < llama/config.json
 1 uptrain folded-t5 TRAIN --data pairs.jsonl --columns source,target < folded-t5/config.json pairs.jsonl
+4 uptrain folded trained UNFINISHED < trained.partial/*
+4 fold llama healed --kv-heads 2 --heal --heal-tokens 64 TEXT < healed.partial/*
 1 compare llama --kv-heads 2 --methods mean --out rows --limit 64 --text text.txt TEXT < llama/config.json llama/model.safetensors
 1 frontier llama points --measure 0 --stats stats.safetensors --sensitivity sensitivity.json < sensitivity.json stats.safetensors
 1 bench --shape llama --layers 1 --batch 1 --context 8 --new-tokens 2 --rounds 1 < llama/config.json
 """
 """How often a command is drawn, the command, and the files that are corrupted for it, each with its way unless its name says it; a model
-stands for the files that a fold reads of it. A command needs the sources that it names."""
+stands for the files that a fold reads of it, a star for those of an unfinished run. A command needs the sources that it names."""
 _WAYS: dict[str, Mutator] = {
     "json": mutators.json_file, "safetensors": mutators.header, "jsonl": mutators.lines, "md": mutators.card, "txt": mutators.text,
     "csv": mutators.text, "en": mutators.text, "de": mutators.text, "gz": mutators.packed, "parquet": mutators.packed,
-    "png": mutators.packed, "numbers": mutators.numbers,
+    "png": mutators.packed, "numbers": mutators.numbers, "*": mutators.planted,
 }  # fmt: skip
-_OUTPUTS = ("out", "made.safetensors", "made.json", "out.gguf", "rows", "points")
+_OUTPUTS = ("out", "made.safetensors", "made.json", "out.gguf", "rows", "points", "trained", "healed")
 
 
 def _all() -> Iterator[Scenario]:
@@ -103,10 +102,10 @@ def _all() -> Iterator[Scenario]:
         times, *words = " ".join(_SHORT.get(word, word) for word in command.split(" ")).split(" ")
         out = next((word for word in words if word in _OUTPUTS), "")
         named = [part for word in words for part in word.split(",")]
-        needs = tuple(sorted({part for part in named if part in NAMES}))
+        needs = tuple(sorted({part for part in [*named, f"{out}.partial"] if part in NAMES}))
         for file in (file for name in files.split(" ") for file in _files(name)):
             name, _, way = file.partition(":")
-            mutate = _WAYS[way or name.rpartition(".")[2]]
+            mutate = _WAYS[way or ("*" if name.endswith("*") else name.rpartition(".")[2])]
             yield from [Scenario(tuple(words), needs, name, mutate, out)] * int(times)
 
 

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import VOCABULARY, tiny_checkpoint
+from tiny import tiny_checkpoint
 
+from . import traps
 from .running import Outcome, run
 
-LETTERS = "\n etaoinshrdlcumwfgypbvkjxqz.,()=_:'0123456789\"[]-#+*/"
+VOCABULARY = 260
+"""Four special tokens and all bytes."""
 LINE = "the quick brown fox jumps over the lazy dog, and then again.\n"
 CARD = "---\nlicense: apache-2.0\ntags:\n- tiny\nlanguage: en\n---\n# A tiny model\n\nIt is random.\n"
+UNFINISHED = ("--steps", "3", "--batch", "2", "--context", "16", "--save-every", "1", "--data", "text.txt")
 SMALL = ("--tokens", "256", "--context", "32")
 MODELS = ("llama", "gpt2", "t5", "bert", "vit")
 NAMES = frozenset({
     *MODELS, "sharded", "folded", "layered", "folded-t5", "stats.safetensors", "plan.json", "sensitivity.json", "text.txt", "lines.jsonl",
-    "pairs.jsonl", "pairs.csv", "pairs.parquet", "pairs.en", "pairs.de", "pairs.en.gz", "pairs.de.gz", "images",
+    "pairs.jsonl", "pairs.csv", "pairs.parquet", "pairs.en", "pairs.de", "pairs.en.gz", "pairs.de.gz", "images", "trained.partial",
+    "healed.partial",
 })  # fmt: skip
 """What `make` writes and commands read."""
 ITEMS = ("--items", "8")
@@ -44,6 +48,34 @@ def make(root: Path) -> None:
     )  # fmt: skip
     for words in commands:
         made(run(words, root, limit=300), words)
+    _break_off(root, "trained", ("uptrain", "folded", "trained", *UNFINISHED))
+    _break_off(
+        root,
+        "healed",
+        (
+            "fold",
+            "llama",
+            "healed",
+            "--kv-heads",
+            "2",
+            "--heal",
+            "--heal-tokens",
+            "64",
+            "--calibration",
+            "text.txt",
+            *SMALL,
+        ),
+    )
+
+
+def _break_off(root: Path, out: str, words: tuple[str, ...]) -> None:
+    """Leave the unfinished directory of a command, which is killed at three quarters of its events."""
+    counted = root.with_name("events")
+    made(run(words, root, before=traps.counting(root, counted), limit=300), words)
+    shutil.rmtree(root / out)
+    run(words, root, before=traps.at(root, int(counted.read_text()) * 3 // 4, traps.killed))
+    counted.unlink()
+    (root / f".{out}.headfold-lock").unlink(missing_ok=True)
 
 
 def made(outcome: Outcome, words: tuple[Any, ...]) -> None:
@@ -94,19 +126,20 @@ def _write_tables(root: Path, rows: list[dict[str, str]]) -> None:
 def _write_model(root: Path, name: str) -> None:
     import transformers
 
-    words = {letter: index for index, letter in enumerate(["<pad>", "<s>", "</s>", *LETTERS][:VOCABULARY])}
-    shutil.copytree(tiny_checkpoint(name, torch.float32), root / name)
+    sizes = {} if name == "vit" else {"vocab_size": VOCABULARY}
+    shutil.copytree(tiny_checkpoint(name, torch.float32, **sizes), root / name)
     (root / name / "README.md").write_text(CARD)
     (root / name / "LICENSE").write_text("none\n")
     if name == "vit":
-        size = {"height": 12, "width": 12}
-        transformers.ViTImageProcessor(size=size).save_pretrained(root / name)
+        transformers.ViTImageProcessor(size={"height": 12, "width": 12}).save_pretrained(root / name)
         return
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    marks = {"unk_token": "<pad>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "*"}
+    letters = ["<pad>", "<s>", "</s>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(root / name)
 
 
