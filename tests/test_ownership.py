@@ -24,7 +24,7 @@ import headfold
 from headfold import parallel
 from headfold.checkpoint import staging
 from headfold.checkpoint.ownership import Claim, claim, lock_beside, lock_inside
-from headfold.conversion.outputs import owned_directory, staged
+from headfold.conversion.outputs import owned_directory, owned_file, staged
 from headfold.core.errors import AlreadyFinished, UserError
 from headfold.verbs import fold as verb
 
@@ -281,3 +281,12 @@ def test_statistics_and_plans_leave_the_users_files_alone(run: Any, model: Path,
     assert run("plan", model, tmp_path / "y.json", "--kv-heads", 2, "--stats", tmp_path / "x").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.partial", "y.json", "y.json.partial"]
     assert {(tmp_path / name).read_text() for name in ("x.partial", "y.json.partial")} == {"mine"}
+
+
+def test_a_lock_that_a_kill_left_beside_a_whole_file_is_removed_by_the_run_that_is_refused(tmp_path: Path) -> None:
+    file, lock = tmp_path / "out.gguf", tmp_path / ".out.gguf.headfold-lock"
+    file.write_text("whole")
+    lock.write_text("")
+    with pytest.raises(UserError, match="--force"), owned_file(file, force=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]

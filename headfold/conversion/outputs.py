@@ -54,13 +54,15 @@ def owned_directory(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned_file(path: Path) -> Iterator[None]:
+def owned_file(path: Path, force: bool) -> Iterator[None]:
     """Own an output file while it is written.
 
     Raises:
-        UserError: another run writes it.
+        UserError: another run writes it; else as `refuse_existing`.
     """
+    # Refused under the lock, so that one that a kill left behind is taken over and removed even where the file is whole.
     with _owned(path, lock_beside(path)):
+        refuse_existing(path, force)
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
-from ..conversion.outputs import owned_file, refuse_existing, staged
+from ..conversion.outputs import owned_file, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..divergence import TOLERANCE
@@ -123,8 +123,7 @@ def _write_format(
     advance = partial(progress, "write")
     difference: tuple[float, float] | tuple[None, None] = (None, None)
     if form.suffix:
-        refuse_existing(out, force)
-        with owned_file(out):
+        with owned_file(out, force):
             made = form.write(checkpoint, source, out, number_type, advance)
     else:
         with staged(out, os.urandom(16).hex(), force) as staging:
