@@ -10,9 +10,15 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from . import running
-from .campaign import Campaign, Case, counted, numbers
-from .sources import make
+# Read when torch and transformers are imported, which the modules below do.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+from . import running  # noqa: E402
+from .campaign import Campaign, Case, counted, numbers  # noqa: E402
+from .sources import make  # noqa: E402
+
+MEMORY = Path("/dev/shm")
+"""Where Linux keeps files in memory: waiting for a disk would take most of the time."""
 
 
 def main() -> int:
@@ -31,7 +37,8 @@ def main() -> int:
     reader.add_argument("--out", type=Path, help="file to write the report to")
     asked = reader.parse_args()
     running.prepare()
-    with tempfile.TemporaryDirectory(prefix="headfold-hostile-") as temporary:
+    kept = MEMORY if os.access(MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="headfold-hostile-", dir=kept) as temporary:
         work = (asked.work or Path(temporary)).resolve()
         if not (work / "sources").exists():
             make(work / "sources")
