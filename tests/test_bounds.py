@@ -182,7 +182,7 @@ def test_images_are_processed_before_too_many_are_held(tmp_path: Path, monkeypat
 
 def test_an_image_that_another_program_would_decode_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    refused(lambda: pictures(tmp_path), "page.png", "unreadable image")
+    refused(lambda: pictures(tmp_path), "page.png", "not an image that pillow reads")
 
 
 def wav(frames: int, rate: int = 16_000, channels: int = 1, width: int = 2, claimed: int | None = None) -> bytes:

@@ -357,3 +357,18 @@ def test_what_is_written_has_the_users_permissions(umask: int, tmp_path: Path) -
         assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
     finally:
         os.umask(before)
+
+
+def test_a_directory_that_only_another_user_may_rename_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "out").mkdir()
+    assert staging.open_staging(shared / "out", "key", False)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    for force in (False, True):
+        with pytest.raises(UserError) as error:
+            staging.open_staging(shared / "out", "key", force)
+        one_line(error, shared / "out", "another user's")

@@ -207,10 +207,20 @@ def _refuse_taken(place: Path, out: Path, force: bool) -> None:
         )
     if os.path.lexists(place) and not place.is_dir():
         raise UserError(f"{out}: expected a directory to write or nothing, got a file; choose another output place")
+    if place.is_dir() and _cannot_be_replaced(place):
+        raise UserError(
+            f"{out}: expected nothing there or a directory of your own, got another user's; choose another output place"
+        )
     if place.is_dir() and any(place.iterdir()) and not force:
         raise UserError(
             f"{out}: expected nothing there, got a directory with contents; choose another or pass --force to replace it"
         )
+
+
+def _cannot_be_replaced(place: Path) -> bool:
+    """Return whether a directory is another user's in a place such as /tmp, where each may rename their own alone."""
+    parent, user = place.parent.stat(), os.geteuid()
+    return bool(parent.st_mode & stat.S_ISVTX) and user not in (0, parent.st_uid, place.stat().st_uid)
 
 
 def _adopt(staging: Path, key: str) -> None:
