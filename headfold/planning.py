@@ -1,5 +1,6 @@
 """Make a plan: group the K/V heads of every site and predict the error of folding them. No model is run here."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from .merge import parse_merge
 from .threads import one_thread
 
 Read = Callable[[str], Tensor]
+_NUMBER = re.compile(r"[0-9]{1,15}(/[0-9]{1,15})?|[0-9]{0,15}\.[0-9]{1,15}")
 LARGE = 2048
 """Hidden size above which Gram matrices are computed in float32: each has many terms, and only sums of errors are wanted."""
 SMALL = 1024
@@ -36,16 +38,13 @@ PREDICTION_STATISTICS = frozenset({"second", "scatter"})
 
 
 def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False) -> int:
-    """Return the count of K/V heads that `4` or `1/2` (of the source's `num_kv_heads`) means.
+    """Return the count of K/V heads that `4`, or `1/2` or `50%` (of the source's `num_kv_heads`), means.
 
     Raises:
         UserError: not a number, or a count that does not divide the source's K/V heads where groups must be equal.
     """
-    try:
-        value = Fraction(str(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--kv-heads {text}: expected a count such as 4 or a fraction such as 1/2") from error
-    if "/" in str(text) or value.denominator != 1:
+    value = number_or_share("--kv-heads", str(text), "a count such as 4 or a share such as 1/2 or 50%")
+    if set("/%") & set(str(text)) or value.denominator != 1:
         value *= num_kv_heads
     if value.denominator != 1 or value < 1:
         choices = ", ".join(map(str, divisors(num_kv_heads)))
@@ -53,6 +52,22 @@ def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False)
     if not unequal or value > num_kv_heads:
         check_group_count(f"--kv-heads {text}", num_kv_heads, int(value))
     return int(value)
+
+
+def number_or_share(option: str, text: str, expected: str) -> Fraction:
+    """Return the value of `4`, `1/2`, `0.5` or `50%`.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    digits, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        if not _NUMBER.fullmatch(digits):  # Fraction takes exponents too, and would write out their zeros
+            raise ValueError("not a number")
+        value = Fraction(digits)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{option} {text}: expected {expected}") from error
+    return value / 100 if percent else value
 
 
 def divisors(num_heads: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The command line end to end on a tiny model, and what it says to those who ask for the impossible."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -257,9 +258,68 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
-def test_usage_errors_are_typers_own(run) -> None:
-    ran = run("fold", "a", "b", "--kv-hed", 4)
-    assert ran.code == 2 and "--kv-heads" in ran.err and "Traceback" not in ran.err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("fold", "a", "b", "--kv-hed", 4),
+            "headfold fold: No such option: --kv-hed",
+        ),
+        (("fold", "a"), "headfold fold: Missing argument 'OUT'; see headfold fold --help"),
+        (("fold", "a", "b", "--seed", "x"), "headfold fold: Invalid value for '--seed': "),
+        (("fold", "a", "b", "--tokens", 0), "headfold fold: Invalid value for '--tokens': "),
+        (("folt",), "headfold: No such command 'folt'"),
+        (("--nope",), "headfold: No such option: --nope; see headfold --help"),
+    ],
+)
+def test_usage_errors_are_one_line(run, words: tuple[object, ...], said: str) -> None:
+    ran = run(*words)
+    assert ran.code == 2 and ran.out == "" and ran.err.count("\n") == 1 and ran.err.startswith(said), ran.err
+
+
+def test_without_words_there_is_help(run) -> None:
+    ran = run()
+    assert ran.code == 2 and "calibrate" in ran.out + ran.err
+
+
+def test_a_share_is_written_in_any_form(run, model: Path, tmp_path: Path) -> None:
+    words = ("--merge", "mean", "--group", "contiguous")
+    counts = []
+    for number, share in enumerate(("1/4", "25%", "0.25", "2")):
+        ran = run("plan", model, tmp_path / f"{number}.json", "--kv-heads", share, *words)
+        assert ran.code == 0, ran.err
+        counts.append(json.loads((tmp_path / f"{number}.json").read_text())["sites"])
+    assert counts[1:] == counts[:1] * 3
+    for wrong in ("1e999999999", "0%", "%", "-1/2", "1/0", "9" * 5000, "30%"):
+        refused(run("plan", model, tmp_path / "no.json", f"--kv-heads={wrong}", *words), "--kv-heads")
+
+
+def test_what_names_no_file_is_refused(run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty source is not the working directory, and not the default either; a FIFO or a device is not waited for."""
+    monkeypatch.chdir(model.parent)
+    os.mkfifo(tmp_path / "fifo")
+    out = tmp_path / "out"
+    for source in ("", tmp_path / "fifo", "/dev/zero", "hub:", "hub:../../x"):
+        refused(run("calibrate", model, tmp_path / "s", "--calibration", source), str(source) or "empty")
+        refused(run("eval", model, "--text", source), str(source) or "empty")
+        refused(run("fold", model, out, "--kv-heads", 4, "--calibration", source), str(source) or "empty")
+    for file in ("", tmp_path / "fifo", "/dev/zero"):
+        refused(run("inspect", model, "--stats", file), str(file) or ".")
+        refused(run("fold", model, out, "--kv-heads", 4, "--stats", file), str(file) or ".")
+        refused(run("fold", model, out, "--plan", file), str(file) or ".")
+        refused(run("inspect", file), str(file) or "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo"]
+
+
+def test_pictures_and_traces_overwrite_nothing(run, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    mine = tmp_path / "mine.png"
+    mine.write_text("keep")
+    refused(run("bench", model, "--plot", mine), "--force")
+    refused(run("bench", model, "--profile", tmp_path), "--force")
+    refused(run("uptrain", model, tmp_path / "out", "--steps", 1, "--plot", mine), "--force")
+    refused(run("compare", model, "--kv-heads", 4, "--plot", mine), "--force")
+    assert mine.read_text() == "keep"
 
 
 def test_an_interrupt_is_one_line(run, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from .. import planning
 from ..conversion.source import Source
@@ -129,10 +128,7 @@ class BudgetRequest:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--kv-budget {text}: expected a share such as 25% or 1/4") from error
+    value = float(planning.number_or_share("--kv-budget", text, "a share such as 25% or 1/4"))
     if not 0 < value <= 1:
         raise UserError(f"--kv-budget {text}: expected more than 0 and at most 100 %")
     return value

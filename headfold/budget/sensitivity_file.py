@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
+from ..core.files import regular_file
 
 FORMAT = "headfold-sensitivity-3"
 
@@ -23,6 +24,7 @@ def read_sensitivities(path: Path, about: Mapping[str, Any]) -> dict[str, dict[i
     """
     if not path.exists():
         return {}
+    regular_file(path, "a file of sensitivities")
     try:
         found = json.loads(path.read_text())
         # A file written before --dtype was recorded has no dtype, which is what None stands for.

@@ -19,6 +19,7 @@ _REASONS = {
     errno.EACCES: "no permission to write here",
     errno.EPERM: "no permission to write here",
     errno.EEXIST: "a file is in the way",
+    errno.EISDIR: "a directory is in the way",
     errno.ENOTDIR: "part of the path is a file, not a directory",
     errno.ELOOP: "a symbolic link is in the way",
     errno.ENAMETOOLONG: "the name is too long for this file system",
@@ -80,6 +81,29 @@ def sizes(num_bytes: int) -> str:
 def temporary_beside(path: Path) -> Path:
     """Return the file that is written before it replaces `path`; its name is no user's, so nothing of theirs is overwritten."""
     return path.with_name(f".{path.name}.headfold-partial")
+
+
+@contextmanager
+def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
+    """Yield the place of a new file, empty so far, that replaces `path` when the body has written it; an error leaves `path` as it was.
+
+    Raises:
+        UserError: the place is full or cannot be written to.
+    """
+    temporary = temporary_beside(path)
+    with disk_errors(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Removed and created, never opened: in a directory that others share, a link may have been put there.
+            temporary.unlink(missing_ok=True)
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
+            flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

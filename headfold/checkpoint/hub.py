@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..core.errors import UserError, suggest
+from .entries import check_entries
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["*/*", "consolidated*", "adapter_model*"]
@@ -22,12 +23,13 @@ def resolve(model: str) -> Path:
     """Return the directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json and tokenizer files only).
 
     Raises:
-        UserError: neither a directory nor a hub id that can be downloaded.
+        UserError: neither a directory nor a hub id that can be downloaded; a directory that leads elsewhere (`check_entries`).
     """
     if not model.strip():
         raise UserError("model: expected a checkpoint directory or a hub id, got an empty name; pass one")
     path = Path(model).expanduser()
     if path.is_dir():
+        check_entries(path)
         return path
     if path.exists():
         raise UserError(
@@ -54,7 +56,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        found = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:
         # Whatever the hub or the network does, the user can only check the name, the connection and the rights.
         reason = (
@@ -64,3 +66,5 @@ def _download(repository: str) -> Path:
             f"{repository}: neither a directory here nor a hub model that can be fetched ({reason}); "
             "check the name, the network and your access"
         ) from error
+    check_entries(found)
+    return found

@@ -40,6 +40,20 @@ def has_contents(directory: Path) -> bool:
     return directory.exists() and any(entry.name != _NAME for entry in directory.iterdir())
 
 
+def refuse_contents(directory: Path, force: bool) -> None:
+    """Refuse to write beside files that the user did not give up, or where a directory is none.
+
+    Raises:
+        UserError: a file is there, or a directory with contents without `force`.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: expected a directory to write to or nothing, got a file; choose another")
+    if has_contents(directory) and not force:
+        raise UserError(
+            f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """An output place that this process owns until `release`, or until it ends."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from .headers import Header, TensorInfo, read_header
 from .hub import resolve
-from .refusals import check_finite, refuse_classes, refuse_packed, refuse_remote_code, refuse_source
+from .refusals import check_finite, refuse_classes, refuse_kernels, refuse_packed, refuse_remote_code, refuse_source
 from .transfer import raw_bytes, read_into
 
 __all__ = ["INDEX", "Checkpoint", "TensorInfo", "check_finite", "refuse_remote_code", "resolve"]
@@ -56,6 +56,7 @@ class Checkpoint:
         refuse_source(path)
         config = _read_json(path / "config.json")
         refuse_classes(path, config)
+        refuse_kernels(config, f"{path}/config.json")
         index = None if (path / SINGLE).exists() else _read_index(path)
         shards = (SINGLE,) if index is None else tuple(sorted(set(index["weight_map"].values())))
         headers = {shard: read_header(path / shard) for shard in shards}

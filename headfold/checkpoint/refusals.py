@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import SourceError, UserError
+from .entries import check_entries
 from .headers import TensorInfo
 
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -18,7 +20,7 @@ def refuse_source(path: Path) -> None:
     """Refuse a directory whose file names show that it is not a checkpoint that headfold reads.
 
     Raises:
-        UserError: no directory, an empty one, an adapter, no config.json, no safetensors weights.
+        UserError: no directory, an empty one, an adapter, no config.json, no safetensors weights; else as `check_entries`.
     """
     if not path.is_dir():
         raise UserError(
@@ -37,6 +39,7 @@ def refuse_source(path: Path) -> None:
         raise UserError(f"{path}: no config.json; expected a checkpoint as transformers saves it; check the path")
     if not weights:
         raise UserError(f"{path}: {_why_no_weights(names)}")
+    check_entries(path)
 
 
 def _why_no_weights(names: set[str]) -> str:
@@ -64,6 +67,22 @@ def refuse_classes(path: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{path / 'config.json'}: architectures: expected a list of class names of transformers, got {named!r:.60}; correct the config"
         )
+
+
+def refuse_kernels(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that names a repository of the hub as its attention or experts: transformers would fetch code and run it.
+
+    Raises:
+        UserError: names the field.
+    """
+    for key, value in config.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if key.strip("_").startswith(_IMPLEMENTATIONS) and any("/" in str(name) for name in named):
+            raise UserError(
+                f"{where}: {key}: expected an implementation of transformers, got {value!r:.60}, code of the hub; remove the field"
+            )
+        if isinstance(value, dict):
+            refuse_kernels(value, where)
 
 
 def model_class(config: Mapping[str, Any], where: str) -> str:
@@ -131,12 +150,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinity, which would spread through every mean and decomposition.
 
     Raises:
-        UserError: names the tensor and the number of such elements.
+        SourceError: names the tensor and the number of such elements.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
-        raise UserError(
+        raise SourceError(
             f"{name}: {bad} of {tensor.numel()} elements are NaN or infinite; expected finite weights; repair the source"
         )

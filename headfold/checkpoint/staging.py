@@ -4,18 +4,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import AlreadyFinished, UserError
-from .disk import disk_errors, flush, temporary_beside
+from .disk import disk_errors, flush, replacing
+from .entries import module_directories
 
 JOB = ".headfold-job"
 _FINISHED = " finished"
 """Ends the mark of a job whose output is whole, from before the renaming until the mark is removed."""
 
 _NEW_MARK = f"{JOB}-new"
+_PIECE = 2**20
+"""Bytes that are copied at a time."""
 _WRITTEN_ANEW = {"config.json", "README.md", "plan.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
@@ -27,12 +31,15 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
 
     Raises:
         AlreadyFinished: an earlier run of the same job was killed while it moved its whole output; it lies in its place now.
-        UserError: `out` is a file or a link, or has contents and `force` is not given; `OUT.partial` was not made by headfold; the
-            place cannot be written to.
+        UserError: `out` is a file or a link, or has contents and `force` is not given; `OUT.partial` was not made by headfold, or others
+            may have written to it; the place cannot be written to.
     """
     place, staging = _absolute(out), staging_of(out)
     with disk_errors(out):
         _undo_half_commit(place)
+        for earlier in (staging, place):
+            if (earlier / JOB).is_file() and not earlier.is_symlink():
+                _refuse_strangers(earlier)
         _finish_commit(place, staging, out, key, force)
         _refuse_taken(place, out, force)
         if staging.is_symlink() or (os.path.lexists(staging) and not staging.is_dir()):
@@ -62,8 +69,12 @@ def commit(staging: Path, out: Path, force: bool) -> None:
     place = _absolute(out)
     with disk_errors(out):
         _refuse_taken(place, out, force)
+        mode = (staging / JOB).stat().st_mode
         for entry in staging.iterdir():
             if entry.is_file():
+                entry.chmod(
+                    mode
+                )  # by the umask, as the mark was made: safetensors writes files that only their owner can read
                 flush(entry)
         _mark(staging, _job_of(staging).removesuffix(_FINISHED) + _FINISHED)
         aside = _aside(place)
@@ -106,37 +117,39 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     names = sorted(entry.name for entry in Path(source).iterdir() if entry.is_file() and _is_side_file(entry.name))
     names += [
         f"{module}/{file.name}"
-        for module in _modules(source)
+        for module in module_directories(source)
         for file in sorted((source / module).iterdir())
         if file.is_file()
     ]
-    with disk_errors(target):
-        for name in names:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(Path(source) / name, target / name)
+    for name in names:
+        _copy(Path(source) / name, target / name)
     return names
 
 
-def _modules(source: Path) -> list[str]:
-    """Return the directories that `modules.json` lists after the model itself; a list that cannot be read lists none."""
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; an error names the side on which it happened."""
+    with disk_errors(target):
+        target.parent.mkdir(exist_ok=True)
+        with target.open("wb") as written:
+            for piece in _pieces(source):
+                written.write(piece)
+
+
+def _pieces(source: Path) -> Iterator[bytes]:
     try:
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        paths = {str(module["path"]) for module in listed}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return []
-    # A name of one part, so that nothing outside the checkpoint is read.
-    inside = [path for path in paths if path and path == Path(path).name and not path.startswith(".")]
-    return sorted(path for path in inside if (source / path).is_dir() and not (source / path).is_symlink())
+        with source.open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise UserError(
+            f"{source}: cannot be read ({error.strerror}), but belongs to the output; mend or remove it"
+        ) from error
 
 
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` to `path` in one step: the file is never incomplete."""
-    temporary = temporary_beside(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        flush(temporary)
-        temporary.replace(path)
 
 
 def _is_side_file(name: str) -> bool:
@@ -194,10 +207,20 @@ def _refuse_taken(place: Path, out: Path, force: bool) -> None:
         )
     if os.path.lexists(place) and not place.is_dir():
         raise UserError(f"{out}: expected a directory to write or nothing, got a file; choose another output place")
+    if place.is_dir() and _cannot_be_replaced(place):
+        raise UserError(
+            f"{out}: expected nothing there or a directory of your own, got another user's; choose another output place"
+        )
     if place.is_dir() and any(place.iterdir()) and not force:
         raise UserError(
             f"{out}: expected nothing there, got a directory with contents; choose another or pass --force to replace it"
         )
+
+
+def _cannot_be_replaced(place: Path) -> bool:
+    """Return whether a directory is another user's in a place such as /tmp, where each may rename their own alone."""
+    parent, user = place.parent.stat(), os.geteuid()
+    return bool(parent.st_mode & stat.S_ISVTX) and user not in (0, parent.st_uid, place.stat().st_uid)
 
 
 def _adopt(staging: Path, key: str) -> None:
@@ -226,6 +249,27 @@ def _mark(staging: Path, text: str) -> None:
     new.write_text(text)
     flush(new)
     new.replace(staging / JOB)
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Refuse to go on from files in a directory of another user, or in one that every user may write to.
+
+    Raises:
+        UserError: as said.
+    """
+    # What a new file looks like here: some file systems show one owner and one mode for all files.
+    probe = directory / _NEW_MARK
+    probe.unlink(missing_ok=True)
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    ours, found = probe.stat(), directory.stat()
+    probe.unlink()
+    open_to_all = found.st_mode & stat.S_IWOTH and not ours.st_mode & stat.S_IWOTH
+    if found.st_uid != ours.st_uid or open_to_all:
+        whose = "one that every user may write to" if open_to_all else "another user's"
+        raise UserError(
+            f"{directory}: expected your own directory of an earlier run to go on from, got {whose}; remove it, or choose another output "
+            "place"
+        )
 
 
 def _not_ours(staging: Path) -> UserError:

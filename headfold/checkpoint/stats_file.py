@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import regular_file
 from ..core.stats import SiteStats
-from .disk import disk_errors, flush, require_space, temporary_beside
+from .disk import replacing, require_space
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, number of tokens per site."""
@@ -40,22 +41,15 @@ def write_stats(
     if sum(t.nbytes for t in kept.values()) <= SAMPLE_BYTES:
         tensors |= {f"{_SAMPLE}{name}": t.contiguous() for name, t in kept.items()}
     counts = {site: stats.count for site, stats in sites.items()}
-    temporary = temporary_beside(path)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with disk_errors(path, size):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, size) as temporary:
         require_space(path.parent, size)
-        # Opened here first, because the library reports errors of the disk as its own type.
-        temporary.write_bytes(b"")
         try:
             save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})
-        except SafetensorError as error:
-            temporary.unlink(missing_ok=True)
+        except SafetensorError as error:  # the library reports errors of the disk as its own type
             raise UserError(
                 f"{path}: statistics of {size} bytes cannot be written: {error}; make room or choose another place"
             ) from error
-        flush(temporary)
-        temporary.replace(path)
 
 
 class StatsFile(Mapping[str, SiteStats]):
@@ -77,12 +71,14 @@ class StatsFile(Mapping[str, SiteStats]):
 
     def _added(self, path: Path) -> dict[str, str]:
         """Add a file and return its metadata."""
+        regular_file(path, "statistics that headfold calibrate wrote")
         try:
             with safe_open(path, "pt") as file:
                 everything, keys = file.metadata() or {}, list(file.keys())
         except (OSError, SafetensorError) as error:
-            reason = "no such file" if not path.exists() else f"not a safetensors file ({error})"
-            raise UserError(f"{path}: expected statistics, got {reason}; make them with headfold calibrate") from error
+            raise UserError(
+                f"{path}: expected statistics, got not a safetensors file ({error}); make them with headfold calibrate"
+            ) from error
         if _COUNTS not in everything:
             raise UserError(f"{path}: expected statistics, got other tensors; make them with headfold calibrate")
         self._file_of |= dict.fromkeys(keys, path)

@@ -87,6 +87,18 @@ _add(MEASURE, frontier.frontier, frontier.EXAMPLES)
 _add(MEASURE, bench.bench, bench.EXAMPLES)
 
 
+_UsageErrors: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Words that the command line does not know. Typer has the class from click or, of late, a copy of its own."""
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with the words of a command, in a line."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "headfold"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    return f"{command}: {said}; see {command} --help"
+
+
 def _one_line(error: UserError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -98,17 +110,20 @@ def main() -> None:
     """Run the command line: what a user can cause ends as one line on stderr and exit code 2, an interrupt as one line and 130."""
     threads.prepare()
     try:
-        app(prog_name="headfold")
-    except SystemExit as leaving:
-        if leaving.code == 130 and is_main():
-            print("headfold: interrupted", file=sys.stderr)
-        raise
+        code = app(prog_name="headfold", standalone_mode=False)
+    except _UsageErrors as error:
+        if is_main() and type(error).__name__ != "NoArgsIsHelpError":  # it has printed the help
+            print(_usage(error), file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         if "--debug" in sys.argv[1:]:
             raise
         if is_main():
             print(f"headfold: {_one_line(error)}", file=sys.stderr)
         sys.exit(0 if isinstance(error, AlreadyFinished) else 2)
+    if code == 130 and is_main():
+        print("headfold: interrupted", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DATA, HOW, MEASURE, OUTPUT, WHERE, Debug, Device, Json, option
+from .options import DATA, HOW, MEASURE, OUTPUT, WHERE, Debug, Device, Force, Json, option
 from .output import answered, counts, given
 
 EXAMPLES = (
@@ -72,6 +72,7 @@ def bench(
         Path | None,
         option("--plot", panel=OUTPUT, metavar="FILE.png", help="Draw time against K/V heads, or the context."),
     ] = None,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -79,6 +80,7 @@ def bench(
 
     Times every new token inside generate, of folds and of their originals, with headfold's attention and with that of stock
     transformers, alternating within one run. Reports which decoding kernel was chosen on this machine, and why."""
+    from ..conversion.outputs import refuse_existing
     from ..parallel import is_main
     from ..report import timings
     from ..report.plot import require_plot
@@ -87,6 +89,7 @@ def bench(
 
     if plot is not None:
         require_plot(plot)
+        refuse_existing(plot, force)
     chosen = given(
         contexts=context and counts("--context", context),
         kv_heads=kv_heads and counts("--kv-heads", kv_heads),
@@ -95,7 +98,7 @@ def bench(
     with ProgressReport(silent=as_json) as progress:
         found = verb.bench(
             models or (), attentions=[name.strip() for name in attention.split(",")], batches=counts("--batch", batch),
-            new_tokens=new_tokens, rounds=rounds, padded=padded, skip_prefill=skip_prefill, progress=progress, **chosen,
+            new_tokens=new_tokens, rounds=rounds, padded=padded, skip_prefill=skip_prefill, force=force, progress=progress, **chosen,
         )  # fmt: skip
     if not answered(found.to_json(), as_json):
         timings.show_bench(found)

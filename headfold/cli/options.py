@@ -22,7 +22,10 @@ StatsFile = Annotated[
 KvHeads = Annotated[
     str | None,
     option(
-        "--kv-heads", panel=WHAT, metavar="N", help="K/V heads to keep: a count (4) or a share of the model's (1/2)."
+        "--kv-heads",
+        panel=WHAT,
+        metavar="N",
+        help="K/V heads to keep: a count (4) or a share of the model's (1/2, 50%).",
     ),
 ]
 Encoder = Annotated[

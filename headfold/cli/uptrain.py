@@ -121,6 +121,7 @@ def uptrain(
 
     OUT is a checkpoint of the same form as FOLDED. After a kill, the same command resumes from OUT.partial. Several processes are
     started by torchrun or accelerate launch."""
+    from ..conversion.outputs import refuse_existing
     from ..report import views
     from ..report.plot import draw_curve, require_plot
     from ..report.progress import ProgressReport
@@ -128,6 +129,7 @@ def uptrain(
 
     if plot is not None:
         require_plot(plot)
+        refuse_existing(plot, force)
     chosen = given(
         distill=distill, steps=steps, tokens=tokens, alpha=alpha, pretraining_tokens=pretraining_tokens, data=data,
         columns=names(columns), context=context, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule, warmup=warmup,

@@ -90,7 +90,7 @@ class CalibrationConfig:
             )
         return cls(
             kind,
-            request.source or DEFAULT_SOURCE,
+            DEFAULT_SOURCE if request.source is None else request.source,
             request.tokens or DEFAULT_TOKENS,
             request.items or DEFAULT_ITEMS.get(kind, 0),
             request.columns,

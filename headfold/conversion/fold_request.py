@@ -9,12 +9,14 @@ from typing import Any
 from .. import planning
 from ..checkpoint.refusals import model_class
 from ..checkpoint.stats_file import StatsFile
-from ..core.plan import Plan
+from ..core.groups import Groups
+from ..core.plan import Plan, SitePlan
 from ..refine.refit import VALUE_STEPS
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
 from .healing import Healing
 from .source import Source
+from .writing import choose_fold_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,12 @@ def resolve_fold(
     heal_by: str | None,
     data: CalibrationRequest,
     stats: StatsFile | None,
+    layout: str | None = None,
 ) -> FoldRequest:
     """Check the options of a fold against the source and fill in the defaults.
 
     Raises:
-        UserError: a count, method or plan that does not suit the source, or a config that does not say of what class it is.
+        UserError: a count, method, plan or layout that does not suit the source, or a config that does not say of what class it is.
     """
     ready = None if plan is None else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
@@ -85,6 +88,8 @@ def resolve_fold(
     calibration = None
     if needed or refit or heal or data.source is not None or CalibrationRequest.recorded(recorded):
         calibration = CalibrationConfig.resolve(source, data, recorded)
+    if layout is not None and (expected := ready or _equal_groups(source, kv_heads, group, multiple)):
+        choose_fold_layout(source, expected, layout)
     healing = Healing()
     if heal:
         assert calibration is not None
@@ -108,3 +113,16 @@ def resolve_fold(
         healing,
         settings,
     )
+
+
+def _equal_groups(source: Source, kv_heads: str | int | None, group: str, head_dim_multiple: int) -> Plan | None:
+    """Return a plan whose groups have the sizes of those that will be found; None where the sizes are to be found too."""
+    grouping = planning.parse_group(group)
+    if kv_heads is None or grouping.unequal or head_dim_multiple > 1:
+        return None
+    counts = zip(source.sites, planning.counts_of(source.sites, kv_heads, grouping), strict=True)
+    sites = {
+        site.name: SitePlan(Groups.contiguous(site.num_kv_heads, count), "mean", site.head_dim)
+        for site, count in counts
+    }
+    return Plan(sites, "contiguous", "", 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.ownership import claim, lock_beside, lock_inside
 from ..checkpoint.staging import JOB, open_staging, staging_of
-from ..core.errors import UserError
+from ..core.errors import SourceError, UserError
 from ..parallel import is_main, on_main, on_main_only
 
 
@@ -82,6 +82,10 @@ def removed_if_empty(staging: Path) -> Iterator[None]:
     """Remove a staging directory that holds nothing to resume from if the body is left by any exception, Ctrl-C too. Only rank 0 does."""
     try:
         yield
+    except SourceError:
+        if is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
     except BaseException:
         if is_main():
             _remove_if_empty(staging)

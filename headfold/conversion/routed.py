@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.entries import read_card
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.refusals import model_class
 from ..checkpoint.staging import copy_side_files, write_json, wrong_output
@@ -80,8 +81,7 @@ def write_routed(checkpoint: Checkpoint, staging: Path, config: dict[str, Any], 
         (staging / name).write_text(text)
     write_json(staging / "config.json", config)
     write_json(staging / "plan.json", plan.to_json())
-    path = checkpoint.path / "README.md"
-    card = path.read_text() if path.is_file() else ""
+    card = read_card(checkpoint.path)
     if card and "headfold" not in checkpoint.config:
         card = exported_card(card, Export("headfold", config, (), SAID, remote_files(config)))
     sizes = {name: site.groups.sizes for name, site in plan.sites.items()}

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """An error that the user can mend. The command line prints it as one line and exits with code 2."""
 
 
+class SourceError(UserError):
+    """An error of the original itself, with which the same job never succeeds: nothing is kept to go on from."""
+
+
 class AlreadyFinished(UserError):
     """Nothing is left to do: an earlier run of the same job was killed after its output was whole. The command line exits with code 0."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import UserError
+from .files import regular_file
 from .groups import Groups
 from .heads import KeyFreedom
 from .predict import SiteError
@@ -111,10 +112,10 @@ class Plan:
         """Read a plan.json.
 
         Raises:
-            UserError: the file is not JSON, or not a plan of this version.
+            UserError: there is no such file, it is not JSON, or not a plan of this version.
         """
         try:
-            return cls.from_json(json.loads(path.read_text()), str(path))
+            return cls.from_json(json.loads(regular_file(path, "a plan").read_text()), str(path))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}: expected JSON, got something else ({error}); make a plan with headfold plan"

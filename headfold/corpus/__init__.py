@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..core.errors import UserError, suggest
 from . import hub, jsonl, parquet, stdlib, text
+from .bounds import check_source
 
 SOURCES = "a text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], hub:NAME[:CONFIG][:SPLIT][:COLUMN], stdlib or self"
 """The sources of text that a user may name, for help texts and messages."""
@@ -30,6 +31,7 @@ def open_corpus(source: str, *, seed: int | None = None) -> Corpus:
     Raises:
         UserError: there is no such source; the possible ones are listed.
     """
+    check_source(source)
     if source == "stdlib":
         return Corpus("stdlib", stdlib.documents(seed))
     if source.startswith("hub:"):

@@ -2,7 +2,8 @@
 
 import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,18 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from .pairs import IGNORED, padded
-from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, value
+from .rows import TABLES, Row, Stream, Table, file_of, is_table, open_rows, require, value
+from .text import read_text
 
 COLUMNS = ("audio", "file")
 TRANSCRIPTS = ("text", "sentence", "transcription")
 COMPRESSED = (".flac", ".ogg", ".opus", ".mp3")
 """Endings of files that soundfile reads; wav files are read without it."""
+MOST_FRAMES, LONGEST, HIGHEST_RATE, MOST_CHANNELS = 2**29, 6 * 60 * 60, 2**20, 64
+"""Bounds of a recording: instants of sampling, seconds, instants per second and channels. Of compressed silence a small file may hold any
+length."""
+PIECE = 2**22
+"""Instants that are decoded at once."""
 Sounds = list[tuple[Float[np.ndarray, " _"], int]]
 """Mono samples in [-1, 1], and samples per second, of each item."""
 
@@ -93,7 +100,7 @@ def _open(source: str) -> Table | Stream:
     written = all(file.with_suffix(".txt").is_file() for file in files)
 
     def row(file: Path) -> Row:
-        text = {"text": file.with_suffix(".txt").read_text(encoding="utf-8").strip()} if written else {}
+        text = {"text": read_text(file.with_suffix(".txt")).strip()} if written else {}
         return {"audio": {"path": str(file)}} | text
 
     columns = ("audio", "text") if written else ("audio",)
@@ -116,25 +123,34 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
     entry = found if isinstance(found, Mapping) else {"path": found}
     data, path = entry.get("bytes"), entry.get("path")
     if entry.get("array") is not None:
-        return np.asarray(entry["array"], np.float32), int(entry["sampling_rate"])
+        try:
+            samples, rate = np.asarray(entry["array"], np.float32).reshape(-1), int(entry["sampling_rate"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{where}: expected an array of samples and its sampling_rate ({error})") from error
+        _check_length(len(samples), 1, rate, where)
+        return samples, rate
     file: io.BytesIO | str
     if isinstance(data, bytes):
         file = io.BytesIO(data)
     elif isinstance(path, str):
-        file = str(path if Path(path).exists() else folder / path)
+        file = str(file_of(path, folder, where))
     else:
         raise UserError(f"{where}: expected audio or its path, got {type(found).__name__}; name another column")
     if not isinstance(data, bytes) and Path(str(path)).suffix.lower() in COMPRESSED:
         return _decompressed(file, f"{where}: {path}")
     if isinstance(data, bytes) and data[:4] != b"RIFF":
         return _decompressed(file, f"{where}: {path or 'an item'}")
+    item = f"{where}: {path or 'an item'}"
     try:
         with wave.open(file) as opened:
             sample_bytes, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
-            frames = opened.readframes(opened.getnframes())
+            _check_length(opened.getnframes(), channels, rate, item)
+            if sample_bytes > 4:
+                raise wave.Error(f"samples of {sample_bytes} bytes")
+            pieces = iter(partial(opened.readframes, PIECE), b"")
+            return _mono((_samples(piece, sample_bytes, channels) for piece in pieces), item), rate
     except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{where}: {path or 'an item'}: expected uncompressed wav ({error}); convert it") from error
-    return _samples(frames, sample_bytes).reshape(-1, channels).mean(1), rate
+        raise UserError(f"{item}: expected uncompressed wav ({error}); convert it") from error
 
 
 def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:
@@ -143,20 +159,50 @@ def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray,
     except ImportError as error:
         raise UserError(f"{where}: needs soundfile: pip install 'headfold[audio]', or convert it to wav") from error
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(file) as opened:
+            _check_length(opened.frames, opened.channels, opened.samplerate, where)
+            # No more than was checked: a stream may go on after the length that its header gives.
+            pieces = opened.blocks(PIECE, frames=opened.frames, dtype="float32", always_2d=True)
+            return _mono(pieces, where), opened.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"{where}: expected sound ({error}); convert it to wav") from error
-    return samples.mean(1), rate
 
 
-def _samples(frames: bytes, sample_bytes: int) -> Float[np.ndarray, " sample"]:
-    """Convert PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, to [-1, 1]."""
+def _mono(pieces: Iterator[Float[np.ndarray, "_ channel"]], where: str) -> Float[np.ndarray, " sample"]:
+    """Return the mean of the channels of all pieces together.
+
+    Raises:
+        UserError: there is no sample.
+    """
+    means = [piece.mean(1) for piece in pieces if len(piece)]
+    if not means:
+        raise UserError(f"{where}: expected sound, got a recording of no length; remove it")
+    return np.concatenate(means)
+
+
+def _check_length(frames: int, channels: int, rate: int, where: str) -> None:
+    """Refuse a recording beyond the bounds.
+
+    Raises:
+        UserError: as said.
+    """
+    longest = min(MOST_FRAMES, LONGEST * rate)
+    if not (1 <= rate <= HIGHEST_RATE and 1 <= channels <= MOST_CHANNELS and 0 <= frames <= longest):
+        raise UserError(
+            f"{where}: expected sound of at most {LONGEST // 3600} hours, {MOST_FRAMES} samples and {HIGHEST_RATE} of them per second, got "
+            f"{frames} samples of {channels} channels, {rate} per second; cut or convert it"
+        )
+
+
+def _samples(frames: bytes, sample_bytes: int, channels: int) -> Float[np.ndarray, "_ channel"]:
+    """Convert PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, to [-1, 1]; a frame that was cut at the end is left out."""
+    frames = frames[: len(frames) // (sample_bytes * channels) * sample_bytes * channels]
     if sample_bytes == 1:
-        return (np.frombuffer(frames, np.uint8).astype(np.float32) - 128) / 128
+        return ((np.frombuffer(frames, np.uint8).astype(np.float32) - 128) / 128).reshape(-1, channels)
     octets = np.frombuffer(frames, np.uint8).reshape(-1, sample_bytes)
     wide = np.zeros((len(octets), 4), np.uint8)
     wide[:, 4 - sample_bytes :] = octets
-    return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
+    return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32).reshape(-1, channels)
 
 
 def encode_audio(

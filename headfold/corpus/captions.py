@@ -42,8 +42,8 @@ def read_captions(
     )
     texts, pixels = [], []
     for block in images.in_blocks(drawn, source):
-        decoded = [images.decoded(value(row, names[0]), where, "RGB", source) for row in block]
-        pixels.append(images.processed(decoded, processor, source))
+        found = (images.decoded(value(row, names[0]), where, "RGB", source) for row in block)
+        pixels.append(images.processed(found, processor, source))
         texts += [value(row, names[1]) for row in block]
     return {**encode_sentences(texts, tokenizer, context), "pixel_values": torch.cat(pixels)}
 

@@ -1,10 +1,14 @@
 """A dataset of the Hugging Face hub, streamed: `hub:NAME[:CONFIG][:SPLIT][:COLUMN]` or `org/name`."""
 
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
 
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""A repository of the hub, with or without its owner."""
 SHUFFLE_BUFFER = 2_000
 """Documents that are held in memory to draw at random from a stream; its shards are shuffled too."""
 
@@ -26,8 +30,13 @@ def open_stream(name: str, config: str | None, split: str) -> Any:
     """Return the streamed rows of a split, as `datasets` opens them.
 
     Raises:
-        UserError: `datasets` is not installed, the hub cannot be reached, or it has no such dataset or split.
+        UserError: no name that a dataset can have, `datasets` is not installed, the hub cannot be reached, or it has no such dataset or
+            split.
     """
+    if not (
+        _NAME.fullmatch(name) or (name and Path(name).is_dir())
+    ):  # `datasets` takes an empty one for the working directory
+        raise UserError(f"hub:{name}: expected a dataset such as org/name; write hub:NAME[:CONFIG][:SPLIT][:COLUMN]")
     try:
         import datasets
     except ImportError as error:

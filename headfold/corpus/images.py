@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UserError
-from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, value
+from .rows import TABLES, Row, Stream, Table, file_of, is_table, open_rows, require, value
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 COLUMNS = ("image", "img")
 LABELS = ("label", "labels")
 BLOCK = 64
-"""Images that are decoded at once: the processor's output replaces them before the next ones are read."""
+"""Images in a block, which the processor's output replaces before the next ones are read."""
+MOST_PIXELS = 2**27
+"""Pixels of an image; a small file may hold any number. Images of so many together are processed before others are decoded."""
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that pillow decodes by itself; it would start another program for others, such as EPS."""
 
 
 def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
@@ -79,8 +84,8 @@ def image_blocks(
     drawn = rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None)
     mode = "RGB" if num_channels == 3 else "L"
     for block in in_blocks(drawn, source):
-        images = [decoded(value(row, names[0]), where, mode, rows.name) for row in block]
-        sample = {"pixel_values": processed(images, processor, rows.name)}
+        found = (decoded(value(row, names[0]), where, mode, rows.name) for row in block)
+        sample = {"pixel_values": processed(found, processor, rows.name)}
         labels = [label_id(value(row, names[1]), label2id or {}, rows.name) for row in block] if names[1:] else []
         yield sample | ({"labels": torch.tensor(labels)} if labels else {})
 
@@ -112,22 +117,38 @@ def decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
     if isinstance(data, bytes):
         file = io.BytesIO(data)
     elif isinstance(path, str):
-        file = Path(path) if Path(path).exists() else folder / path
+        file = file_of(path, folder, where)
     else:
         raise UserError(
             f"{where}: expected an encoded image or its path, got {type(found).__name__}; name another column"
         )
     try:
-        with Image.open(file) as image:
-            return image.convert(mode)
-    except (OSError, ValueError, SyntaxError) as error:  # pillow's types for a bad header, a cut file, a bad PNG chunk
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels, expected at most {MOST_PIXELS} in all")
+                return image.convert(mode)
+    # Pillow's types for a bad header, a cut file, a bad PNG chunk, and for even larger images.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         what = f": {path}" if isinstance(path, str) else ""
-        reason = "not an image that pillow reads" if isinstance(data, bytes) else str(error)
+        reason = "not an image that pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise UserError(f"{where}{what}: unreadable image ({reason}); remove it or name another column") from error
 
 
-def processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
-    """Return images as the model takes them, in float32."""
+def processed(images: Iterator[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
+    """Return images as the model takes them, in float32; no more of them are in memory than have `MOST_PIXELS`, and one."""
+    done: list[Tensor] = []
+    waiting: list[Any] = []
+    for image in images:
+        waiting.append(image)
+        if sum(one.width * one.height for one in waiting) > MOST_PIXELS:
+            done.append(_processed(waiting, processor, where))
+            waiting = []
+    return torch.cat([*done, *([_processed(waiting, processor, where)] if waiting else [])])
+
+
+def _processed(images: list[Any], processor: Any, where: str) -> Float[Tensor, "image channel height width"]:
     try:
         return processor(images=images, return_tensors="pt")["pixel_values"].float()
     except ValueError as error:

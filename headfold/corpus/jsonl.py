@@ -1,18 +1,25 @@
 """JSON lines: one object per line; its field `text` (or another, `file.jsonl:column`) is a document."""
 
+import io
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.errors import UserError
+from ..core.files import regular_file
+from .bounds import BoundedLines
 
 
 def line_starts(path: Path) -> list[int]:
-    """Return the byte offset of every line that is not blank."""
+    """Return the byte offset of every line that is not blank.
+
+    Raises:
+        UserError: not a regular file, or a line that is too long.
+    """
     starts, at = [], 0
-    with path.open("rb") as file:
-        for line in file:
+    with regular_file(path, "JSON lines").open("rb") as file:
+        for line in io.BufferedReader(BoundedLines(file, path)):
             if line.strip():
                 starts.append(at)
             at += len(line)

@@ -86,7 +86,15 @@ def encode_pairs(
 
 
 def padded(sequences: Sequence[Sequence[int]], padding: int) -> Int[Tensor, "item token"]:
-    """Return sequences of token ids as rows of one length, padded at their ends."""
+    """Return sequences of token ids as rows of one length, padded at their ends.
+
+    Raises:
+        UserError: one has no token, so that its row would be padding alone.
+    """
+    if empty := [number for number, ids in enumerate(sequences, 1) if not ids]:
+        raise UserError(
+            f"data: expected texts with at least one token each, got one without, number {empty[0]} of {len(sequences)}; remove such texts"
+        )
     rows = torch.full((len(sequences), max(map(len, sequences))), padding, dtype=torch.long)
     for row, ids in zip(rows, sequences, strict=True):
         row[: len(ids)] = torch.tensor(ids, dtype=torch.long)

@@ -2,23 +2,21 @@
 
 import itertools
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from . import hub
+from ..core.files import regular_file
+from . import hub, parquet
+from .bounds import check_source, drawn_order
 from .jsonl import line_starts
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
 TABLES = "FILE.jsonl, FILE.parquet, a folder of either, a folder that datasets saved, or hub:NAME[:CONFIG][:SPLIT]"
 """The sources with columns that a user may name."""
-
-SLICE = 256
-"""Rows of a parquet row group that are converted to Python objects at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +38,13 @@ class Table:
         if seed is None:
             yield from itertools.islice(filter(usable, self.take(range(self.count), columns)), num_items)
             return
-        order, at, missing = list(range(self.count)), 0, self.count if num_items is None else num_items
-        random.Random(seed).shuffle(order)
-        while missing > 0 and at < self.count:
-            chosen = order[at : at + missing]
+        order, missing = drawn_order(self.count, seed), self.count if num_items is None else num_items
+        while chosen := list(itertools.islice(order, missing)):
             ascending = sorted(chosen)
             taken = dict(zip(ascending, self.take(ascending, columns), strict=True))
             for row in filter(usable, map(taken.__getitem__, chosen)):
                 missing -= 1
                 yield row
-            at += len(chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +72,18 @@ def value(row: Row, column: str) -> Any:
     return value(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
+def file_of(path: str, folder: Path, where: str) -> Path:
+    """Return the file that a row names, as it is or relative to the folder of its table.
+
+    Raises:
+        UserError: there is no such file, or it is not a regular one.
+    """
+    try:
+        return regular_file(Path(path) if Path(path).exists() else folder / path, "the file that a row names")
+    except (UserError, ValueError) as error:  # ValueError: a null character
+        raise UserError(f"{where}: {error}") from error
+
+
 def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
     """Return the columns, after checking that the rows have all of them.
 
@@ -91,7 +98,12 @@ def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_table(source: str) -> bool:
-    """Return whether `open_rows` reads the source: by its name, or because a folder contains tables."""
+    """Return whether `open_rows` reads the source: by its name, or because a folder contains tables.
+
+    Raises:
+        UserError: it has no name, or is neither a file nor a folder.
+    """
+    check_source(source)
     path = Path(source)
     return source.startswith("hub:") or path.suffix in SUFFIXES or bool(path.is_dir() and _shards(path))
 
@@ -104,6 +116,7 @@ def open_rows(source: str) -> Table | Stream:
     """
     if source.startswith("hub:"):
         return _streamed(source)
+    check_source(source)
     path = Path(source)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder; expected {TABLES}")
@@ -161,28 +174,16 @@ def _record(line: bytes, where: str) -> Row:
 
 
 def _parquet(path: Path) -> Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'headfold[data]'") from error
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: expected a parquet file ({str(error).splitlines()[0]})") from error
-    sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    ends = list(itertools.accumulate(sizes))
+    with parquet.opened(path) as file:
+        names, ends = tuple(file.schema_arrow.names), list(itertools.accumulate(parquet.row_counts(file, path)))
 
     def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
         heads = list(dict.fromkeys(column.partition(".")[0] for column in columns))
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.opened(path) as file:
             for index, here in _by_part(numbers, ends):
-                table = file.read_row_group(index, columns=heads).take(pyarrow.array(here))
-                for at in range(0, len(here), SLICE):
-                    yield from table.slice(at, SLICE).to_pylist()
+                yield from parquet.rows(file, index, heads, here, path)
 
-    names = tuple(pyarrow.parquet.read_schema(path).names)
-    return Table(str(path), names, metadata.num_rows, take)
+    return Table(str(path), names, ends[-1] if ends else 0, take)
 
 
 def _by_part(numbers: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -217,7 +218,12 @@ def _saved(path: Path) -> Table:
         raise UserError(
             f"{path}: reading this folder needs the datasets library; pip install 'headfold[data]'"
         ) from error
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # of arrow, of json, and its own
+        raise UserError(
+            f"{path}: datasets does not read this folder ({hub.first_line(error)}); save it again"
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         raise UserError(f"{path}: a folder of splits; name one of {', '.join(str(path / split) for split in data)}")
     data = _encoded(data)

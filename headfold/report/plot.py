@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.disk import replacing
 from ..core.errors import UserError
 from .tables import size
 
@@ -45,10 +46,10 @@ def save(axes: "Axes", path: Path) -> None:
 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", color="0.92")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = axes.figure
     assert isinstance(figure, Figure)
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."))
 
 
 def draw_curve(path: Path, curve: Sequence[Mapping[str, float]], title: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.entries import check_entries
+from ..checkpoint.refusals import refuse_kernels
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
@@ -98,16 +100,18 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
     """Return the config of a checkpoint directory after checking that the fold is finished and that plan and config agree.
 
     Raises:
-        UserError: there is no checkpoint, it is unfinished, or config and plan disagree.
+        UserError: there is no checkpoint, it is unfinished, it leads elsewhere (`check_entries`), or config and plan disagree.
     """
     if directory.name.endswith(".partial"):
         raise UserError(f"{directory}: an unfinished fold; run the same headfold fold again to continue it")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: expected a checkpoint directory, found no config.json there; check the path")
+    check_entries(directory)
     try:
         config = json.loads((directory / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{directory}/config.json: expected JSON ({error}); is the file whole?") from error
+    refuse_kernels(config, f"{directory}/config.json")
     sites = _listed_sites(config, directory)
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")

@@ -49,6 +49,7 @@ class Distillation:
         ]
         disable_dropout(student)
         self._outputs: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+        self._compares = False
         missing = [path for path in teacher_outputs if path not in dict(teacher.named_modules())]
         if missing:
             raise UserError(f"--distill: expected the model that this was folded from, got one without {missing[0]}")
@@ -70,7 +71,8 @@ class Distillation:
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if torch._C._current_graph_task_id() == -1:  # not in the recomputation of gradient checkpointing
+            # Neither where a teacher writes text, nor in the recomputation of gradient checkpointing.
+            if self._compares and torch._C._current_graph_task_id() == -1:
                 self._outputs[name].append(output)
 
         return record
@@ -92,9 +94,13 @@ class Distillation:
             given["decoder_input_ids"] = decoder_inputs(self.teacher, inputs["labels"])
         for found in self._outputs.values():
             found.clear()
-        with torch.no_grad():
-            teacher_output = self.teacher(**given)
-        student_output = model(**given)
+        self._compares = True
+        try:
+            with torch.no_grad():
+                teacher_output = self.teacher(**given)
+            student_output = model(**given)
+        finally:
+            self._compares = False
         divergence = output_error(student_output, teacher_output, labels, given.get("attention_mask"))
         sites = torch.stack(self._site_errors(label_mask(labels), given.get("attention_mask")))
         parts = {"kl": divergence.detach(), "site_error": sites.mean().detach()}

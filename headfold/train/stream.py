@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from ..core.errors import UserError
 from ..corpus import open_corpus
 from ..corpus.samples import batches, draw_sample, image_sample_blocks
+from ..corpus.windows import draw_windows
 
 Item = dict[str, Tensor]
 LABELLED = ("text", "pairs", "images", "sentences")
@@ -27,9 +28,21 @@ class Stream(IterableDataset[Item]):
     """
 
     def __init__(
-        self, kind: str, source: str, path: Path, tokenizer: Any, context: int, seed: int, columns: Sequence[str] = ()
+        self,
+        kind: str,
+        source: str,
+        path: Path,
+        tokenizer: Any,
+        context: int,
+        seed: int,
+        columns: Sequence[str] = (),
+        *,
+        writer: Any = None,
+        written_tokens: int = 0,
     ) -> None:
         """`path` is the model's directory, which holds its tokenizer or processor; `tokenizer` is given for text only, else None.
+
+        `writer` is the model that writes the source `self`, other `written_tokens` in every epoch.
 
         Raises:
             UserError: a kind of data that cannot be trained on, or text that the model would have to write itself.
@@ -37,11 +50,14 @@ class Stream(IterableDataset[Item]):
         super().__init__()
         if kind not in LABELLED:
             raise UserError(f"uptrain: models of {kind} cannot be trained yet, expected one of {', '.join(LABELLED)}")
-        if source == "self":
-            raise UserError("--data self: a model cannot be trained on text that it writes itself; name another source")
+        if source == "self" and writer is None:
+            raise UserError(
+                "--data self: a model cannot be trained on text that it writes itself; name another source, or give --distill ORIGINAL"
+            )
         self.kind, self.source, self.path, self.tokenizer = kind, source, path, tokenizer
         self.context, self.seed, self.columns = context, seed, columns
         self._sample: Item | None = None
+        self._writer, self._written_tokens = writer, written_tokens
 
     def __iter__(self) -> Iterator[Item]:
         epoch = 0
@@ -70,6 +86,10 @@ class Stream(IterableDataset[Item]):
         """Yield windows of concatenated documents, each with the tokenizer's special tokens; the remainder at the end of an epoch is
         dropped.
         """
+        if self.source == "self":
+            for window in self._written(seed):
+                yield {"input_ids": window, "labels": window}
+            return
         ids: list[int] = []
         for document in open_corpus(self.source, seed=seed).documents:
             ids += self.tokenizer(document, verbose=False)["input_ids"]
@@ -77,6 +97,22 @@ class Stream(IterableDataset[Item]):
                 window = torch.tensor(ids[at : at + self.context])
                 yield {"input_ids": window, "labels": window}
             ids = ids[len(ids) // self.context * self.context :]
+
+    def _written(self, seed: int) -> Tensor:
+        """Return the windows that the writer writes by this seed; those of the first epoch, which is begun several times, once."""
+        if seed == self.seed and self._sample is not None:
+            return self._sample["input_ids"]
+        windows = draw_windows(
+            "self",
+            tokenizer=self.tokenizer,
+            model=self._writer,
+            num_tokens=self._written_tokens,
+            context=self.context,
+            seed=seed,
+        )
+        if seed == self.seed:
+            self._sample = {"input_ids": windows}
+        return windows
 
     def _drawn(self, seed: int) -> Iterator[Item]:
         """Yield all items in a random order given by the seed."""

@@ -3,16 +3,19 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..checkpoint.disk import flush, write_errors
 from ..core.errors import UserError
@@ -120,6 +123,29 @@ class Uptrainer(Trainer):
 
         self.remove_callback(PrinterCallback)
 
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **rest: Any) -> Any:
+        """Train, from the state of a checkpoint where one is named.
+
+        Raises:
+            UserError: the checkpoint is broken.
+        """
+        if resume_from_checkpoint is not None:
+            with _broken(resume_from_checkpoint):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+        return super().train(resume_from_checkpoint, *arguments, **rest)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _broken(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _broken(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _broken(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -199,6 +225,30 @@ class Uptrainer(Trainer):
         on_all(refuse)
 
 
+@contextmanager
+def _broken(checkpoint: str | None) -> Iterator[None]:
+    """Report files of a checkpoint that cannot be read, and pickles of more than tensors, which torch refuses to open."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        PickleError,
+        SafetensorError,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{checkpoint}: expected a whole checkpoint to resume from, got a broken one ({reason}); remove it to go on from an earlier one"
+        ) from error
+
+
 class MarkComplete(TrainerCallback):
     """Marks checkpoints that are complete, so that a run never resumes from one that was interrupted while it was written."""
 
@@ -215,7 +265,7 @@ class MarkComplete(TrainerCallback):
 def last_complete_checkpoint(directory: Path) -> Path | None:
     """Return the newest complete checkpoint, and delete incomplete ones."""
     found: dict[int, Path] = {}
-    for path in directory.glob("checkpoint-*"):
+    for path in directory.glob("checkpoint-[0-9]*"):
         if (path / COMPLETE_MARK).exists():
             found[int(path.name.rpartition("-")[2])] = path
         else:

@@ -122,7 +122,7 @@ def resolve_uptrain(
         )
     return UptrainConfig(
         train=_one_of("--train", train, SCOPES),
-        data=_data(data, plan),
+        data=_data(data, plan, distills=teacher is not None),
         columns=tuple(columns),
         context=_context(context, config),
         teacher=teacher,
@@ -164,11 +164,13 @@ def resolve_training(
     return training
 
 
-def _data(requested: str | None, plan: Plan) -> str:
-    source = requested or plan.calibration.get("source", "self")
-    if source == "self":
+def _data(requested: str | None, plan: Plan, *, distills: bool) -> str:
+    """Return the source of the data; text that a model writes itself teaches it nothing, but what its teacher writes does."""
+    source = plan.calibration.get("source", "self") if requested is None else requested
+    if source == "self" and not distills:
         raise UserError(
-            "uptrain: expected data to train on, got none or text that a model writes itself; give --data SOURCE"
+            "uptrain: expected data to train on, got none or text that a model writes itself; give --data SOURCE, or --distill ORIGINAL, "
+            "which writes its own"
         )
     return source
 

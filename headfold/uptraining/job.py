@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.disk import write_errors
+from ..checkpoint.entries import read_card
 from ..checkpoint.staging import commit, copy_side_files, job_key, staging_of, write_json, wrong_output
+from ..conversion.calibration_config import DEFAULT_TOKENS, CalibrationRequest
 from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
@@ -128,10 +130,16 @@ class Uptraining:
             UserError: a model or data that does not open, or that the model cannot be trained on.
         """
         load_everywhere()
-        stream = self._stream()
+        writer = self._teacher() if self.request.data == "self" else None
+        stream = self._stream(writer)
         first = next(iter(stream))
         model = self._open(self.folded, self.config)
-        distillation = self._distillation(model, first)
+        teacher = writer or self._teacher()
+        distillation = None if teacher is None else self._distillation(teacher, model)
+        if distillation is None and self.kind in ("sentences", "images") and "labels" not in first:
+            raise UserError(
+                f"{self.request.data}: expected labels to train on, found none; name their column, or give --distill ORIGINAL"
+            )
         model = self._with_trained_parameters(model)
         self._try_one_item(model, distillation, first)
         if self.request.tensorboard is not None:
@@ -156,11 +164,19 @@ class Uptraining:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{self.request.data}: {self.folded.name} cannot be trained on this: {reason}") from error
 
-    def _stream(self) -> Stream:
+    def _stream(self, writer: "PreTrainedModel | None") -> Stream:
         tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
-        request = self.request
+        request, calibration = self.request, CalibrationRequest.recorded(self.plan.calibration)
         return Stream(
-            self.kind, request.data, self.folded, tokenizer, request.context, self.training.seed, request.columns
+            self.kind,
+            request.data,
+            self.folded,
+            tokenizer,
+            request.context,
+            self.training.seed,
+            request.columns,
+            writer=writer,
+            written_tokens=(calibration and calibration.tokens) or DEFAULT_TOKENS,
         )
 
     def _open(self, directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
@@ -168,22 +184,22 @@ class Uptraining:
         dtype = dtype or torch.promote_types(stored_dtype(directory), torch.float32)
         return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(dict(config)))
 
-    def _distillation(self, model: "PreTrainedModel", first: Item) -> Distillation | None:
+    def _teacher(self) -> "PreTrainedModel | None":
         place = self.request.teacher
-        if place is not None:
-            outputs = [site.output for site in places.find_sites(model)]
-            dtype = stored_dtype(place) if self.training.bf16 else None  # the teacher takes no steps
-            teacher = self._open(place, json.loads((place / "config.json").read_text()), dtype)
-            theirs = self._outputs_of(teacher, outputs, place)
-            return Distillation(teacher, model, outputs, self.request.site_weight, teacher_outputs=theirs)
-        if self.kind in ("sentences", "images") and "labels" not in first:
-            raise UserError(
-                f"{self.request.data}: expected labels to train on, found none; name their column, or give --distill ORIGINAL"
-            )
-        return None
+        if place is None:
+            return None
+        dtype = stored_dtype(place) if self.training.bf16 else None  # the teacher takes no steps
+        return self._open(place, json.loads((place / "config.json").read_text()), dtype)
 
-    def _outputs_of(self, teacher: "PreTrainedModel", outputs: Sequence[str], place: Path) -> Sequence[str]:
+    def _distillation(self, teacher: "PreTrainedModel", model: "PreTrainedModel") -> Distillation:
+        outputs = [site.output for site in places.find_sites(model)]
+        theirs = self._outputs_of(teacher, outputs)
+        return Distillation(teacher, model, outputs, self.request.site_weight, teacher_outputs=theirs)
+
+    def _outputs_of(self, teacher: "PreTrainedModel", outputs: Sequence[str]) -> Sequence[str]:
         """Return the teacher's output projections in the order of `outputs`; they differ where a fold has another class (GPT-J as Phi)."""
+        place = self.request.teacher
+        assert place is not None
         source = None if {*outputs} <= dict(teacher.named_modules()).keys() else open_source(place)
         if source is None or source.checkpoint.fingerprint() != self.plan.source:
             return outputs
@@ -288,8 +304,7 @@ class Uptraining:
         for name in ("teacher", "original", "data"):  # a record goes where the weights go
             record[name] = Path(record[name]).name if record[name] and Path(record[name]).exists() else record[name]
         write_json(self.staging / RECORD, record)
-        card = self.folded / "README.md"
-        text = uptrained_card(card.read_text() if card.is_file() else "", self.folded.name, self._card_facts(result))
+        text = uptrained_card(read_card(self.folded), self.folded.name, self._card_facts(result))
         (self.staging / "README.md").write_text(text)
         shutil.rmtree(self.work)
         commit(self.staging, self.out, force)

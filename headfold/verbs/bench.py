@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.ownership import refuse_contents
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..hf_models import check_device, dtype_named, processor_flags
@@ -49,6 +50,7 @@ def bench(
     padded: bool = False,
     skip_prefill: bool = False,
     profile: Path | None = None,
+    force: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -71,13 +73,16 @@ def bench(
         padded: Pad half of the samples on the left.
         skip_prefill: Fill the cache with arbitrary numbers instead of reading the prompt.
         profile: A directory for a trace of each case; the rows then say where time goes.
+        force: Write the traces beside other files, and over those of the same names.
         device: "cpu" or "cuda".
         progress: Called with (stage, done, total).
 
     Raises:
-        UserError: nothing to time, a model that does not generate, or a setting that it or this machine cannot hold.
+        UserError: nothing to time, a model that does not generate, a setting that it or this machine cannot hold, or files in the way.
     """
     progress, device, kind = progress or no_progress, check_device(device), dtype_named(dtype)
+    if profile is not None:
+        refuse_contents(Path(profile), force)
     cases = [
         *opened_models(models, attentions, kind, device),
         *random_models(shape, kv_heads, layers, attentions, kind or torch.bfloat16, device),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..checkpoint.disk import replacing
 from ..checkpoint.hub import resolve
 from ..conversion.outputs import refuse_existing
 from ..core.errors import UserError
@@ -32,7 +33,8 @@ def detect(
     if out is not None:
         if found.family is None:
             raise UserError(f"{model}: no literal to write to {out}: {found.reason}")
-        Path(out).write_text(found.source)
+        with replacing(Path(out)) as temporary:
+            temporary.write_text(found.source)
     return found
 
 

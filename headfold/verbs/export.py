@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.entries import read_card
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
@@ -146,6 +147,5 @@ def _nothing_to_export(source: Folded) -> str:
 def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> None:
     if (checkpoint.path / "plan.json").is_file():
         shutil.copyfile(checkpoint.path / "plan.json", staging / "plan.json")
-    if (checkpoint.path / "README.md").is_file():
-        card = (checkpoint.path / "README.md").read_text()
+    if card := read_card(checkpoint.path):
         (staging / "README.md").write_text(exported_card(card, made))

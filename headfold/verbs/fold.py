@@ -106,7 +106,7 @@ def fold(
     data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
-        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given,
+        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
     ))  # fmt: skip
     source = replace(source, encoder=request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))

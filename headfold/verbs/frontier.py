@@ -11,12 +11,11 @@ from ..budget.curves import CurveRequest, loss_curves, require_statistics, teach
 from ..budget.frontier import Point, front_points, rank_correlation, site_rank_correlation, undominated
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
-from ..checkpoint.ownership import has_contents
+from ..checkpoint.ownership import refuse_contents
 from ..checkpoint.staging import write_json
 from ..conversion.head_dims import possible_multiples
 from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
-from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..hf_models import check_device, dtype_named
@@ -97,7 +96,7 @@ def frontier(
     place, compute_dtype = check_device(device), dtype_named(dtype)
     require_plot(directory / "frontier.png", "headfold frontier")
     with owned_directory(directory):
-        on_main(lambda: _refuse_contents(directory, force))
+        on_main(lambda: refuse_contents(directory, force))
         source = on_all(lambda: open_source(model, encoder))
         given = on_main_only(lambda: open_stats(stats, source))
         multiples = possible_multiples(source, head_dim_multiple, group, merge)
@@ -122,13 +121,6 @@ def frontier(
         title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
         on_main(lambda: _write(directory, result, {point.plan: plan for point, plan in found}, title))
     return result
-
-
-def _refuse_contents(directory: Path, force: bool) -> None:
-    if has_contents(directory) and not force:
-        raise UserError(
-            f"{directory}: expected nothing there, got files; choose another or pass --force to replace them"
-        )
 
 
 def _write(directory: Path, result: Frontier, plans: dict[str, Plan], title: str) -> None:

@@ -120,8 +120,8 @@ def uptrain(
         return Uptraining(place, Path(out), config, kind, plan, request, how, settings, where)
 
     run = on_all(resolved)
-    ready = on_all(run.prepare)
     with run.opened(resume, force):
+        ready = on_all(run.prepare)
         last = on_all(run.last_checkpoint)
         per_step = run.training.batch * ready.tokens_per_item
         telling = ReportProgress(

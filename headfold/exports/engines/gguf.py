@@ -9,7 +9,7 @@ O and embeddings are q8_0, as the heads that remain are read by more queries; wi
 from collections.abc import Callable
 from pathlib import Path
 
-from ...checkpoint.disk import disk_errors, flush, require_space, temporary_beside
+from ...checkpoint.disk import replacing, require_space
 from ...checkpoint.reader import Checkpoint
 from ...llama_cpp.tokens import add_tokenizer, tokenizer_note, tokenizer_why_not
 from ..folded import Folded
@@ -36,9 +36,7 @@ def write(
 
     model = described(checkpoint, source, number_type)
     total, done = sum(tensor.num_bytes for tensor in model.tensors), 0
-    temporary = temporary_beside(path)
-    with disk_errors(path, total):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, total) as temporary:
         require_space(path.parent, total)
         writer = gguf.GGUFWriter(temporary, model.architecture)
         try:
@@ -53,12 +51,8 @@ def write(
                 writer.write_tensor_data(tensor.numbers(checkpoint))
                 done += tensor.num_bytes
                 progress(done, total)
-            writer.close()
-            flush(temporary)
-            temporary.replace(path)
         finally:
             writer.close()
-            temporary.unlink(missing_ok=True)
     said = f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}"
     return Written(model.architecture, "; ".join(filter(None, (said, tokenizer_note(checkpoint.path)))))
 

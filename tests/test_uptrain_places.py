@@ -1,0 +1,93 @@
+"""Training a fold on from checkpoints that lie on disk, and from text that the original writes."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import one_line
+from test_corpus import tokenizer  # noqa: F401 (a fixture)
+from test_uptrain import BASELINE, SHORT, Stopped, folded, original, text  # noqa: F401 (fixtures)
+
+import headfold
+from headfold.core.errors import UserError
+from headfold.verbs.uptrain import uptrain
+
+# ruff: noqa: F811
+
+
+class Code:
+    """An object whose pickle runs code when it is opened."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.fixture(scope="module")
+def killed(folded: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The staging directory that a killed run leaves."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(folded, out, data=text, **SHORT, callbacks=[Stopped(3)])
+    return out.with_name("out.partial")
+
+
+@pytest.fixture
+def stopped(killed: Path, tmp_path: Path) -> Path:
+    """The checkpoint in a copy of it, from which a run that writes to `tmp_path / "out"` goes on."""
+    shutil.copytree(killed, tmp_path / "out.partial")
+    (found,) = (tmp_path / "out.partial" / ".headfold-work").glob("checkpoint-*")
+    return found
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_runs_no_code(
+    name: str, stopped: Path, folded: Path, text: str, tmp_path: Path
+) -> None:
+    for planted in (name, "training_args.bin"):  # the latter is never opened
+        assert (stopped / planted).is_file()
+        (stopped / planted).write_bytes(pickle.dumps(Code(tmp_path / "ran"), protocol=2))
+    with pytest.raises(UserError) as error:
+        uptrain(folded, tmp_path / "out", data=text, **SHORT)
+    one_line(error, stopped, "remove it")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", b"{"),
+        ("trainer_state.json", b"[1]"),
+        ("model.safetensors", b""),
+        ("optimizer.pt", bytes(100)),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(
+    name: str, content: bytes, stopped: Path, folded: Path, text: str, tmp_path: Path
+) -> None:
+    (stopped / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        uptrain(folded, tmp_path / "out", data=text, **SHORT)
+    one_line(error, stopped, "remove it to go on from an earlier one")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fold_learns_from_text_that_its_original_writes(original: Path, folded: Path, tmp_path: Path) -> None:
+    """As it was calibrated; other text in every epoch, and after a kill the same as without."""
+    out = tmp_path / "fold"
+    headfold.fold(original, out, kv_heads=2, tokens=64, context=16, verify=False)
+    how: dict[str, Any] = dict(distill=original, **SHORT)
+    calm = uptrain(out, tmp_path / "calm", **how)
+    assert calm.data == "self" and len({entry["kl"] for entry in calm.curve}) == 6
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(out, tmp_path / "out", **how, callbacks=[Stopped(5)])
+    again = uptrain(out, tmp_path / "out", **how)
+    assert again.resumed_at == 4 and again.curve == calm.curve
+    for refused in (dict(data="self"), dict()):
+        with pytest.raises(UserError, match="--distill ORIGINAL"):
+            uptrain(out, tmp_path / "no", **refused, **SHORT)
