@@ -10,13 +10,15 @@ from typing import Any
 
 from ..core.errors import AlreadyFinished, UserError
 from .disk import disk_errors, flush, temporary_beside
+from .modules import read_modules
 
 JOB = ".headfold-job"
 _FINISHED = " finished"
 """Ends the mark of a job whose output is whole, from before the renaming until the mark is removed."""
 
 _NEW_MARK = f"{JOB}-new"
-_WRITTEN_ANEW = {"config.json", "README.md", "plan.json"}
+CARD = "README.md"
+_WRITTEN_ANEW = {"config.json", CARD, "plan.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 
@@ -97,6 +99,17 @@ def refuse_overlap(source: Path, out: Path) -> None:
         )
 
 
+def read_card(directory: Path) -> str:
+    """Return the model card of a checkpoint, bytes that are not UTF-8 replaced; empty where there is none."""
+    card = directory / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+
+
+def write_card(directory: Path, card: str) -> None:
+    """Write the model card of a checkpoint; what is quoted in it of others may have half surrogate pairs, which become `?`."""
+    (directory / CARD).write_text(card, encoding="utf-8", errors="replace")
+
+
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copy the files beside the weights (tokenizer, generation config, chat template, licence …); return their names.
 
@@ -120,11 +133,9 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 def _modules(source: Path) -> list[str]:
     """Return the directories that `modules.json` lists after the model itself; a list that cannot be read lists none."""
     try:
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        paths = {str(module["path"]) for module in listed}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        paths = {module.directory for module in read_modules(source)}
+    except (OSError, UserError):
         return []
-    # A name of one part, so that nothing outside the checkpoint is read.
     inside = [path for path in paths if path and path == Path(path).name and not path.startswith(".")]
     return sorted(path for path in inside if (source / path).is_dir() and not (source / path).is_symlink())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.refusals import model_class
-from ..checkpoint.staging import copy_side_files, write_json, wrong_output
+from ..checkpoint.staging import copy_side_files, read_card, write_card, write_json, wrong_output
 from ..checkpoint.writer import output_bytes, rewrite
 from ..core.errors import UserError
 from ..core.groups import Groups
@@ -80,12 +80,11 @@ def write_routed(checkpoint: Checkpoint, staging: Path, config: dict[str, Any], 
         (staging / name).write_text(text)
     write_json(staging / "config.json", config)
     write_json(staging / "plan.json", plan.to_json())
-    path = checkpoint.path / "README.md"
-    card = path.read_text() if path.is_file() else ""
+    card = read_card(checkpoint.path)
     if card and "headfold" not in checkpoint.config:
         card = exported_card(card, Export("headfold", config, (), SAID, remote_files(config)))
     sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
-    (staging / "README.md").write_text(routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
+    write_card(staging, routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
 
 
 def compare_routed(teacher: Teacher, staging: Path, config: Mapping[str, Any]) -> tuple[float, float]:

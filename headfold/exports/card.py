@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+from ..checkpoint.staging import read_card, write_card
 from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
@@ -27,8 +28,8 @@ def copy_plan_and_card(source: Path, target: Path, use: str, unchanged: str) -> 
     """Write the plan and the card of a fold into a directory in the format of an engine; `use` and `unchanged` as in `card_with_use`."""
     if (source / "plan.json").is_file():
         shutil.copyfile(source / "plan.json", target / "plan.json")
-    if (source / "README.md").is_file():
-        (target / "README.md").write_text(card_with_use((source / "README.md").read_text(), use, unchanged))
+    if card := read_card(source):
+        write_card(target, card_with_use(card, use, unchanged))
 
 
 def _lines(made: Export) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import commit, refuse_overlap
+from ..checkpoint.staging import commit, read_card, refuse_overlap, write_card
 from ..conversion.layouts import compare_layouts
 from ..conversion.outputs import owned_file, refuse_existing, staged
 from ..core.errors import UserError
@@ -147,6 +147,5 @@ def _nothing_to_export(source: Folded) -> str:
 def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> None:
     if (checkpoint.path / "plan.json").is_file():
         shutil.copyfile(checkpoint.path / "plan.json", staging / "plan.json")
-    if (checkpoint.path / "README.md").is_file():
-        card = (checkpoint.path / "README.md").read_text()
-        (staging / "README.md").write_text(exported_card(card, made))
+    if card := read_card(checkpoint.path):
+        write_card(staging, exported_card(card, made))
