@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .core.errors import UserError
+from .hf_models.building import open_config
+
 
 def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
     """Return the config fields of a table `head_dim_multiple` times as large: plane p has the source's frequency p // head_dim_multiple.
@@ -47,19 +50,26 @@ def rotary_table(config: Mapping[str, Any]) -> tuple[Float[Tensor, " plane"], fl
 
 def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
     """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
+    opened = open_config(config, "config.json")
     try:
-        return tuple(_frequencies(_read(config), None)[0].tolist())
+        found = _frequencies(_standardised(opened), None)[0]
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
         return ()
+    if not (torch.isfinite(found).all() and (found >= 0).all()):
+        raise UserError(
+            "config.json: expected rotary parameters that give finite frequencies, got others; correct the config"
+        )
+    return tuple(found.tolist())
 
 
 def _read(config: Mapping[str, Any]) -> Any:
     """Return the config as its class reads it, with rotary parameters in their present form."""
-    from transformers import CONFIG_MAPPING
+    return _standardised(open_config(config, "config.json"))
 
-    source = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    source.standardize_rope_params()
-    return source
+
+def _standardised(opened: Any) -> Any:
+    opened.standardize_rope_params()
+    return opened
 
 
 def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane"], float]:

@@ -1,6 +1,7 @@
 """Small checkpoints of four sites without a model behind them, and a fold that halves their K and V."""
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -94,6 +95,16 @@ def cut(keep: Callable[[int], int]) -> Callable[[Path], None]:
         (path / SHARDS[0]).write_bytes(data[: keep(len(data))])
 
     return apply
+
+
+def spoil_header(file: Path, change: Callable[[dict], object]) -> None:
+    """Change the header of a safetensors file, and nothing of its data."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
 def one_line(error: pytest.ExceptionInfo[UserError], *words: object) -> None:

@@ -189,7 +189,7 @@ def test_models_that_write_no_text_from_text_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [("{", "expected JSON"), ("{}", "architectures"), ('{"architectures": ["Strange"]}', "Strange")],
+    [("{", "not valid JSON"), ("{}", "architectures"), ('{"architectures": ["Strange"]}', "Strange")],
 )
 def test_a_shape_that_is_none_is_refused(run, tmp_path: Path, config: str, said: str) -> None:  # noqa: F811
     (tmp_path / "config.json").write_text(config)

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FLOATS, SHARDS, by_layer, cut, one_line, save, weights
+from checkpoints import FLOATS, SHARDS, by_layer, cut, one_line, save, spoil_header, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,15 +79,7 @@ def _index(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def _header(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def apply(path: Path) -> None:
-        data = (path / SHARDS[0]).read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.loads(data[8 : 8 + length])
-        change(header)
-        text = json.dumps(header).encode()
-        (path / SHARDS[0]).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-    return apply
+    return lambda path: spoil_header(path / SHARDS[0], change)
 
 
 def _bytes_at(offset: int, junk: bytes) -> Callable[[Path], None]:

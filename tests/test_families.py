@@ -294,11 +294,3 @@ def test_folding_changes_one_number_of_the_config() -> None:
     assert folded_config(family_of(config), config, sites, counts) == with_old_names(config) | {
         "num_key_value_heads": 2
     }
-
-
-def test_a_damaged_number_of_layers_is_refused_at_once() -> None:
-    config = TINY["llama"]().to_dict() | {"num_hidden_layers": 10**12}
-    with pytest.raises(
-        UserError, match=r"num_hidden_layers: expected no more layers than the checkpoint has tensors \(0\)"
-    ):
-        sites(family_of(config), config, {})

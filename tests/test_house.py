@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     1: ("core",),
     2: ("checkpoint", "parallel", "threads"),
-    3: ("families", "hf_models", "rotary_tables"),
-    4: ("measure", "group", "merge", "corpus"),
+    3: ("families", "hf_models"),
+    4: ("measure", "group", "merge", "corpus", "rotary_tables"),
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("runtime", "ct2", "graphs", "llama_cpp"),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving"),

@@ -306,7 +306,7 @@ REFUSALS = [
     ("pairs", "rows.jsonl", ("text", "number"), "column 'number' holds int, expected text"),
     ("pairs", "rows.jsonl", ("text",), "pairs need two columns, got text"),
     ("pairs", "empty.jsonl", (), "expected rows, found none"),
-    ("pairs", "bad.jsonl", (), "expected one JSON object per line"),
+    ("pairs", "bad.jsonl", (), "write one JSON object per line"),
     ("pairs", "text.txt,longer.txt", (), "expected files with the same number of lines"),
     ("pairs", "text.txt,nothing.txt", (), "nothing.txt: expected text with one item per line, got no such file"),
     ("sentences", "rows.jsonl", ("caption",), "expected columns caption, found text, number"),

@@ -1,6 +1,5 @@
 """Measured sensitivities of sites on disk: loss increases by site and count, with what they were measured on."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
-from ..core.files import regular_file
+from ..core.json_input import read_object
 
 FORMAT = "headfold-sensitivity-3"
 
@@ -24,9 +23,8 @@ def read_sensitivities(path: Path, about: Mapping[str, Any]) -> dict[str, dict[i
     """
     if not path.exists():
         return {}
-    regular_file(path, "a file of sensitivities")
     try:
-        found = json.loads(path.read_text())
+        found = read_object(path)
         # A file written before --dtype was recorded has no dtype, which is what None stands for.
         same = found["format"] == FORMAT and all(found.get(name) == value for name, value in about.items())
         measured = {name: {int(n): float(x) for n, x in row.items()} for name, row in found["loss_increase"].items()}

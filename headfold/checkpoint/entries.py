@@ -1,14 +1,14 @@
 """What a checkpoint directory may contain: regular files of its own, so that opening or copying it reads nothing else of the machine."""
 
-import json
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import kind_of_file
+from ..core.json_input import read_list
+from .modules import MODULES
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TEMPLATES = "additional_chat_templates"
@@ -47,17 +47,10 @@ def module_directories(directory: Path) -> list[str]:
     return sorted(path for path in inside if (directory / path).is_dir() and not (directory / path).is_symlink())
 
 
-def read_card(directory: Path) -> str:
-    """Return the text of README.md, an empty one where there is none. It may be anyone's, so bytes that are not UTF-8 are replaced."""
-    path = directory / "README.md"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
 def _listed_modules(directory: Path) -> list[str]:
     try:
-        listed: list[dict[str, Any]] = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
-        return [str(module["path"]) for module in listed]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return [str(module["path"]) for module in read_list(directory / MODULES)]
+    except (OSError, UserError, TypeError, KeyError):
         return []
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..core.errors import UserError
+from ..core.json_input import parse_object
 from .disk import sizes
 
 DTYPES = {
@@ -63,15 +65,11 @@ def read_header(path: Path) -> Header:
         if _PREFIX.size + length > size:
             raise _truncated(path, _PREFIX.size + length, size, "for the header alone")
         text = file.read(length)
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", None)
-        tensors = {name: _entry(path, name, entry, _PREFIX.size + length) for name, entry in entries.items()}
-    except UserError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _corrupt(path, f"it is not a table of tensors ({type(error).__name__})") from error
+    entries = parse_object(text, f"{path}: corrupt safetensors header")
+    metadata = entries.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, _PREFIX.size + length) for name, entry in entries.items()}
     _check_layout(path, tensors.values(), _PREFIX.size + length, size)
+    _check_by_library(path)
     return Header(tensors, metadata)
 
 
@@ -93,19 +91,38 @@ def num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _corrupt(path, f"{name} lacks its dtype, shape or data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _corrupt(path, f"{name} has a dtype, shape or data_offsets of another type than the format's")
+    start, end = offsets
     if code not in DTYPES:
         raise UserError(
-            f"{path}: {name} has dtype {code}; expected unquantised weights (BF16, F16, F32 or F64); "
+            f"{path}: {name} has dtype {code:.20}; expected unquantised weights (BF16, F16, F32 or F64); "
             "start from the checkpoint before quantisation"
         )
     if end - start != num_bytes(DTYPES[code], shape):
         raise _corrupt(
             path,
-            f"{name}, {code} of shape {list(shape)}, has {end - start} bytes, expected {num_bytes(DTYPES[code], shape)}",
+            f"{name}, {code} of shape {shape}, has {end - start} bytes, expected {num_bytes(DTYPES[code], shape)}",
         )
-    return TensorInfo(DTYPES[code], shape, path.name, base + start, base + end)
+    return TensorInfo(DTYPES[code], tuple(shape), path.name, base + start, base + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Return whether a value is a list of whole numbers that are not negative; true and 2.0 are none."""
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _check_by_library(path: Path) -> None:
+    """Check that safetensors itself opens the file, so that nothing is written that only this reader takes; no data are read."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise _corrupt(path, f"safetensors refuses it ({error})") from error
 
 
 def _check_layout(path: Path, tensors: Iterable[TensorInfo], base: int, size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.json_input import read_object
 from .disk import disk_errors
 
 _NAME = ".headfold-lock"
@@ -199,10 +200,10 @@ def _start_of(pid: int) -> str | None:
 def _read(lock: Path) -> dict[str, Any]:
     """Return who owns a place; nothing where the file does not say."""
     try:
-        record = json.loads(lock.read_text())
+        record = read_object(lock)
         whole = {"host", "started", "since"} <= record.keys() and isinstance(record.get("pid"), int)
         return record if whole else {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return {}
 
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.json_input import read_object
+from .config import CONFIG, check_layers, read_config
 from .headers import Header, TensorInfo, read_header
 from .hub import resolve
-from .refusals import check_finite, refuse_classes, refuse_kernels, refuse_packed, refuse_remote_code, refuse_source
+from .refusals import WEIGHTS, check_finite, refuse_packed, refuse_remote_code, refuse_source
 from .transfer import raw_bytes, read_into
 
 __all__ = ["INDEX", "Checkpoint", "TensorInfo", "check_finite", "refuse_remote_code", "resolve"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = WEIGHTS
 
 _EDGE = 4096
 """Bytes of each end of a tensor that enter the fingerprint: one page."""
@@ -49,20 +50,18 @@ class Checkpoint:
 
         Raises:
             UserError: not a directory; no or unreadable config.json; no safetensors; missing, truncated or corrupt shards; an
-                index that does not match them; quantised weights; an adapter without its model;
-                `architectures` that are no names.
+                index that does not match them; quantised weights; an adapter without its model; more layers than tensors.
         """
         path = Path(path)
         refuse_source(path)
-        config = _read_json(path / "config.json")
-        refuse_classes(path, config)
-        refuse_kernels(config, f"{path}/config.json")
+        config = read_config(path)
         index = None if (path / SINGLE).exists() else _read_index(path)
         shards = (SINGLE,) if index is None else tuple(sorted(set(index["weight_map"].values())))
         headers = {shard: read_header(path / shard) for shard in shards}
         _refuse_mismatch(path, headers, index)
         tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
         refuse_packed(path, config, tensors)
+        check_layers(config, len(tensors), str(path / CONFIG))
         return cls(path, config, tensors, shards, {shard: header.metadata for shard, header in headers.items()}, index)
 
     def read(self, name: str) -> Tensor:
@@ -112,23 +111,18 @@ def _edges(descriptor: int, info: TensorInfo) -> Iterator[bytes]:
     yield os.pread(descriptor, min(_EDGE, info.end - info.start), max(info.start, info.end - _EDGE))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}; download or copy it again") from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(parsed).__name__}; download or copy it again")
-    return parsed
-
-
 def _read_index(path: Path) -> dict[str, Any]:
     """Return the index of a sharded checkpoint, after checking that every shard it names is present beside it."""
-    index = _read_json(path / INDEX)
+    index = read_object(path / INDEX)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(
             f"{path / INDEX}: expected a weight_map from tensor names to shard files, got none; download it again"
+        )
+    facts = index.get("metadata")
+    if not isinstance(facts, dict | None) or type((facts or {}).get("total_parameters", 0)) is not int:
+        raise UserError(
+            f"{path / INDEX}: expected metadata with whole numbers of bytes and parameters, got {facts!r:.60}; download it again"
         )
     outside = sorted(shard for shard in set(names.values()) if Path(shard).name != shard)
     if outside:

@@ -12,7 +12,8 @@ from ..core.errors import SourceError, UserError
 from .entries import check_entries
 from .headers import TensorInfo
 
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""The weights of a checkpoint: one file, or the index of several."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -29,7 +30,7 @@ def refuse_source(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
     if not names:
         raise UserError(f"{path}: the directory is empty; expected config.json and safetensors weights; check the path")
-    weights = names & {"model.safetensors", "model.safetensors.index.json"}
+    weights = names & {*WEIGHTS}
     if "adapter_config.json" in names and not weights:
         raise UserError(
             f"{path}: an adapter without its model; expected full weights; merge it into its base first "
@@ -56,35 +57,6 @@ def _why_no_weights(names: set[str]) -> str:
     return f"{expected}, got no weights; download the checkpoint again"
 
 
-def refuse_classes(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a config whose `architectures` is not a list of class names; it may be absent, null or empty.
-
-    Raises:
-        UserError: it is something else.
-    """
-    named = config.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise UserError(
-            f"{path / 'config.json'}: architectures: expected a list of class names of transformers, got {named!r:.60}; correct the config"
-        )
-
-
-def refuse_kernels(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config that names a repository of the hub as its attention or experts: transformers would fetch code and run it.
-
-    Raises:
-        UserError: names the field.
-    """
-    for key, value in config.items():
-        named = value.values() if isinstance(value, dict) else [value]
-        if key.strip("_").startswith(_IMPLEMENTATIONS) and any("/" in str(name) for name in named):
-            raise UserError(
-                f"{where}: {key}: expected an implementation of transformers, got {value!r:.60}, code of the hub; remove the field"
-            )
-        if isinstance(value, dict):
-            refuse_kernels(value, where)
-
-
 def model_class(config: Mapping[str, Any], where: str) -> str:
     """Return the name of the class that saved the weights.
 
@@ -101,11 +73,16 @@ def model_class(config: Mapping[str, Any], where: str) -> str:
 
 
 def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse quantised weights: heads of a packed matrix cannot be averaged.
+    """Refuse quantised weights, as heads of a packed matrix cannot be averaged, and other weights than those that are read here.
 
     Raises:
-        UserError: a quantisation config, or matrices of integers that are named as weights.
+        UserError: a quantisation config, matrices of integers that are named as weights, or another file that the config names.
     """
+    if (named := config.get("transformers_weights")) not in (None, *WEIGHTS):
+        raise UserError(
+            f"{path / 'config.json'}: transformers_weights: expected no other weights than {WEIGHTS[0]}, got {named!r:.60}; "
+            "remove the field"
+        )
     for method in _quantisations(config):
         raise UserError(
             f"{path / 'config.json'}: quantised ({method}); expected bf16, fp16, fp32 or fp64; start from the original"

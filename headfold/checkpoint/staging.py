@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import AlreadyFinished, UserError
+from .cards import CARD
 from .disk import disk_errors, flush, replacing
 from .entries import module_directories
 
@@ -20,7 +21,7 @@ _FINISHED = " finished"
 _NEW_MARK = f"{JOB}-new"
 _PIECE = 2**20
 """Bytes that are copied at a time."""
-_WRITTEN_ANEW = {"config.json", "README.md", "plan.json"}
+_WRITTEN_ANEW = {"config.json", CARD, "plan.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.files import regular_file
+from ..core.json_input import parse_object
 from ..core.stats import SiteStats
 from .disk import replacing, require_space
 
@@ -18,6 +19,7 @@ _COUNTS = "headfold.counts"
 """Metadata key: JSON, number of tokens per site."""
 _SAMPLE = "sample/"
 """Prefix of the names of the calibration data."""
+_ANEW = "run headfold calibrate again"
 SAMPLE_BYTES = 2**28
 """Larger calibration data is not stored with its statistics, but drawn again."""
 
@@ -81,8 +83,14 @@ class StatsFile(Mapping[str, SiteStats]):
             ) from error
         if _COUNTS not in everything:
             raise UserError(f"{path}: expected statistics, got other tensors; make them with headfold calibrate")
+        counts = parse_object(everything[_COUNTS].encode(), f"{path}: counts of tokens", _ANEW)
+        for site, count in counts.items():
+            if type(count) is not int or not 1 <= count < 2**63:
+                raise UserError(f"{path}: {site}: expected a positive count of tokens, got {count!r:.60}; {_ANEW}")
+            if lacking := [name for name in ("second", "scatter") if f"{site}/{name}" not in keys]:
+                raise UserError(f"{path}: {site}: expected the statistic {lacking[0]}, got none; {_ANEW}")
         self._file_of |= dict.fromkeys(keys, path)
-        self._counts |= json.loads(everything[_COUNTS])
+        self._counts |= counts
         # The library keeps no order, and a plan that quotes this must come out the same every time.
         return {key: value for key, value in sorted(everything.items()) if key != _COUNTS}
 
@@ -96,7 +104,20 @@ class StatsFile(Mapping[str, SiteStats]):
             key.removeprefix(f"{site}/"): file for key, file in self._file_of.items() if key.rpartition("/")[0] == site
         }
         with safe_open(next(iter(found.values()), self.path), "pt") as file:
-            return SiteStats({name: file.get_tensor(f"{site}/{name}") for name in found}, self._counts[site])
+            sums = {name: file.get_tensor(f"{site}/{name}") for name in found}
+        for name, total in sums.items():
+            if not (total.is_floating_point() and total.isfinite().all() and _may_be_sums(name, total)):
+                raise UserError(
+                    f"{self.path}: {site}/{name}: expected finite sums of squares, got other numbers; {_ANEW}"
+                )
+        return SiteStats(sums, self._counts[site])
+
+    def shape(self, site: str, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a statistic of a site, None if it was not measured there; nothing else is read."""
+        if not self.holds(site, name):
+            return None
+        with safe_open(self._file_of[f"{site}/{name}"], "pt") as file:
+            return tuple(file.get_slice(f"{site}/{name}").get_shape())
 
     def sample(self) -> dict[str, Tensor] | None:
         """Return the calibration data, if it was stored."""
@@ -128,6 +149,14 @@ class StatsFile(Mapping[str, SiteStats]):
 
     def __len__(self) -> int:
         return len(self._counts)
+
+
+def _may_be_sums(name: str, total: Tensor) -> bool:
+    """Return whether numbers can be what they are called: a second moment has no negative diagonal and was measured somewhere."""
+    if name == "attended":
+        return bool((total >= 0).all())
+    squares = total.diagonal() if total.ndim == 2 else total.new_tensor([-1.0])
+    return bool((squares >= 0).all()) and (name == "scatter" or float(squares[-1]) > 0)
 
 
 def add_stats(a: StatsFile, b: StatsFile) -> dict[str, SiteStats]:

@@ -1,8 +1,9 @@
 """headfold on the command line: words to verbs, results to reports, and nothing else."""
 
 import inspect as inspection
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -106,10 +107,24 @@ def _one_line(error: UserError | OSError) -> str:
     return " ".join(str(error).split())
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse words that are no text, which could be neither printed nor written to a card.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{os.fsencode(word)!r}: expected a name in UTF-8, got other bytes; rename it") from error
+
+
 def main() -> None:
     """Run the command line: what a user can cause ends as one line on stderr and exit code 2, an interrupt as one line and 130."""
     threads.prepare()
     try:
+        _check_words(sys.argv[1:])
         code = app(prog_name="headfold", standalone_mode=False)
     except _UsageErrors as error:
         if is_main() and type(error).__name__ != "NoArgsIsHelpError":  # it has printed the help

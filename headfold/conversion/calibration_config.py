@@ -32,14 +32,17 @@ class CalibrationRequest:
 
     @classmethod
     def recorded(cls, facts: Mapping[str, str]) -> "CalibrationRequest | None":
-        """Return the request that draws the data again which the metadata of statistics or a plan record; None where they name none."""
+        """Return the request that draws the data again which the metadata of statistics or a plan record; None where they name none.
+
+        Raises:
+            UserError: a number among them is none.
+        """
         if not facts.keys() >= {"source", "seed", "tokens"}:
             return None
         is_text = facts.get("kind", "text") == "text"
-        amount, columns = int(facts["tokens"]), tuple(filter(None, facts.get("columns", "").split(",")))
-        return cls(
-            facts["source"], amount, amount, columns, int(facts["context"]) if is_text else None, int(facts["seed"])
-        )
+        amount, columns = _recorded(facts, "tokens", 1), tuple(filter(None, facts.get("columns", "").split(",")))
+        context = _recorded(facts, "context", 1) if is_text else None
+        return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0))
 
     def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":
         """Return the request for the data of an earlier one, in the amount and context of this one where it names them."""
@@ -54,6 +57,17 @@ class CalibrationRequest:
     def names_data(self) -> bool:
         """Whether the request names data of its own, rather than what was used before."""
         return (self.source, self.tokens, self.items, self.context) != (None, None, None, None)
+
+
+def _recorded(facts: Mapping[str, str], name: str, least: int) -> int:
+    """Return a number among the facts of calibration data that statistics or a plan record."""
+    text = facts.get(name, "nothing")
+    if not (text.isdecimal() and len(text) < 20 and int(text) >= least):
+        raise UserError(
+            f"calibration data recorded in the statistics or the plan: {name}: expected a whole number from {least} on, got "
+            f"{text:.40}; name the data with --calibration, or calibrate again"
+        )
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)

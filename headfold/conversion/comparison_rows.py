@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.ownership import has_contents
 from ..checkpoint.staging import write_json
 from ..core.errors import UserError
+from ..core.json_input import read_object
 from ..evaluate import classification, embedding
 from ..evaluate.data import DataEvaluation
 from ..evaluate.perplexity import Evaluation
@@ -77,13 +78,10 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
         (directory / STATISTICS).unlink(missing_ok=True)  # of unknown origin
         return []
     try:
-        found = json.loads(file.read_text())
+        found = read_object(file)
         same = found["settings"] == json.loads(json.dumps(settings, default=str))
-        rows = [MethodRow(**row) for row in found["rows"]]
-        numbers = [n for row in rows for n in (row.num_kv_heads, row.value, row.loss_increase, row.seconds)]
-        if not all(isinstance(number, float | int) for number in numbers):
-            raise TypeError("a row without its numbers")
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [_row(row) for row in found["rows"]]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         if not force:
             raise UserError(
                 f"{file}: expected rows of this version of headfold; choose another --out, or --force to start over"
@@ -97,6 +95,20 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
         )
     (directory / STATISTICS).unlink(missing_ok=True)
     return []
+
+
+def _row(listed: Mapping[str, Any]) -> MethodRow:
+    """Return a row as it was written.
+
+    Raises:
+        TypeError: it has other fields, or a field has another type.
+    """
+    for name, value in listed.items():
+        expected: Any = str if name in ("method", "metric") else float | int
+        optional = name in ("original", "kl", "peak_bytes") and value is None
+        if not optional and (isinstance(value, bool) or not isinstance(value, expected)):
+            raise TypeError(f"{name} of another type")
+    return MethodRow(**listed)
 
 
 def file_digest(name: str | None) -> str | None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import planning
-from ..checkpoint.refusals import model_class
 from ..checkpoint.stats_file import StatsFile
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
+from ..hf_models import check_model
 from ..refine.refit import VALUE_STEPS
+from ..runtime.load import own_class
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .head_dims import largest_multiple, possible_multiples
 from .healing import Healing
@@ -70,7 +71,7 @@ def resolve_fold(
     """
     ready = None if plan is None else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
-    model_class(source.checkpoint.config, f"{source.name}/config.json")  # before anything is measured
+    check_model(source.checkpoint, own_class(source.checkpoint.config))  # before anything is measured
     if ready is None:
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))

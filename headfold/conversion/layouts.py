@@ -8,6 +8,7 @@ import torch
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import wrong_output
 from ..core.progress import Progress, counter
+from ..corpus.samples import random_sample
 from ..divergence import difference_and_tolerance
 from ..exports.folded import open_folded
 from ..exports.layout import make_export
@@ -15,7 +16,7 @@ from ..exports.pieces import Export, write_export
 from ..exports.rounding import Unrounded
 from ..hf_models import open_model, stored_dtype
 from ..runtime.load import own_class
-from .verification import random_sample
+from .verification import ITEMS
 
 
 def write_layout(folded: Path, target: Path, layout: str, progress: Callable[[int, int], None]) -> Export:
@@ -42,7 +43,7 @@ def compare_layouts(
     Raises:
         UserError: they differ by more; the output stays in `staging`.
     """
-    sample = random_sample("sentences", checkpoint.config)
+    sample = random_sample("sentences", checkpoint.config, ITEMS)
     advance = counter(progress, "verify", 2)
     dtype = torch.promote_types(dtype or stored_dtype(checkpoint.path), torch.float32)
     inputs = {name: tensor.to(device) for name, tensor in sample.items()}

@@ -1,11 +1,11 @@
 """The facts on a fold's card: how it was made, its serving costs, its predicted error."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import read_config
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..core.stats import NARROW
@@ -48,7 +48,7 @@ def card_facts(
         for name, site in planned.items()
         if site.error and site.energy
     }
-    counts, config = plan.num_kv_heads.values(), _config_in(staging)
+    counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
         family=source.checkpoint.config["model_type"],
@@ -106,8 +106,7 @@ def _data_options(data: Mapping[str, Any]) -> list[str]:
 
 
 def _config_in(staging: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((staging / "config.json").read_text())
-    return config
+    return read_config(staging)
 
 
 def _grouped_class(config: Mapping[str, Any]) -> str:
@@ -142,7 +141,7 @@ def notes_on(
         notes.append(
             f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {group}"
         )
-    config = _config_in(staging)
+    config = read_config(staging)
     if "headfold" in config:
         notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
     if misread := misread_by(config):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.entries import read_card
+from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.refusals import model_class
 from ..checkpoint.staging import copy_side_files, write_json, wrong_output
@@ -85,7 +85,7 @@ def write_routed(checkpoint: Checkpoint, staging: Path, config: dict[str, Any], 
     if card and "headfold" not in checkpoint.config:
         card = exported_card(card, Export("headfold", config, (), SAID, remote_files(config)))
     sizes = {name: site.groups.sizes for name, site in plan.sites.items()}
-    (staging / "README.md").write_text(routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
+    write_card(staging, routed_card(card, checkpoint.path.name, plan.group, sizes, plan.calibration))
 
 
 def compare_routed(teacher: Teacher, staging: Path, config: Mapping[str, Any]) -> tuple[float, float]:

@@ -16,9 +16,10 @@ from ..core.plan import Plan
 from ..families import cached, family_of, is_known
 from ..families.context import context_length
 from ..families.folded import kv_heads_by_layer
-from ..families.layout import check_shapes
+from ..families.layout import check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
+from ..hf_models.building import open_config
 from ..rotary_tables import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -88,6 +89,7 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
+    open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
         raise UserError(
             f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
@@ -109,6 +111,14 @@ def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
     stats = StatsFile(Path(path))
     if stats.metadata.get("model") not in (None, source.checkpoint.fingerprint()):
         raise UserError(f"{path}: statistics of another model than {source.name}; run headfold calibrate on this one")
+    for site in source.every_site:
+        for name, expected in shapes_of_statistics(
+            site, lambda tensor: source.checkpoint.tensors[tensor].shape
+        ).items():
+            if (got := stats.shape(site.name, name)) not in (None, expected):
+                raise UserError(
+                    f"{path}: {site.name}/{name}: expected the shape {expected}, got {got}; run headfold calibrate again"
+                )
     return stats
 
 
@@ -138,7 +148,7 @@ def _attention_span(config: Mapping[str, Any], layer: int) -> int:
 
 def _refuse_uneven_folds(config: Mapping[str, Any], where: str) -> None:
     """Refuse a fold whose K/V heads are not described by one count: its original can be folded further, it cannot."""
-    listed = config["headfold"].get("sites", []) if isinstance(config.get("headfold"), dict) else []
+    listed = (config.get("headfold") or {}).get("sites", [])
     known = is_known(config.get("model_type")) and family_of(dict(config), where).attentions
     stock_gqa = listed and known and any(attention.kv_heads for attention in known)
     if (

@@ -21,6 +21,7 @@ from ..core.progress import Progress, counter, no_progress
 from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample
 from ..corpus.windows import draw_windows
+from ..corpus.windows import fingerprint as fingerprint_of
 from ..families.context import context_length
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
@@ -80,8 +81,12 @@ class Teacher:
         return open_finite(name, checkpoint, dtype, self.device)
 
     def use_sample(self, stats: StatsFile | None) -> None:
-        """Take the calibration data that lies beside earlier statistics, if it is there. `stats` matters on rank 0 alone."""
-        self._sample = on_main(lambda: None if stats is None else stats.sample()) or self._sample
+        """Take the calibration data that lies beside earlier statistics, if it is there. `stats` matters on rank 0 alone.
+
+        Raises:
+            UserError: it is not the data that the statistics were measured on.
+        """
+        self._sample = on_main(lambda: None if stats is None else _sample_of(stats)) or self._sample
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -260,6 +265,15 @@ class Teacher:
             model, self.source.sites, merge, self.sample, order=order, skip=done, keep=keep,
             progress=counter(self.progress, stage, tokens * len(sites)),
         )  # fmt: skip
+
+
+def _sample_of(stats: StatsFile) -> Mapping[str, Tensor] | None:
+    sample = stats.sample()
+    if sample is not None and fingerprint_of(sample) != stats.metadata.get("fingerprint"):
+        raise UserError(
+            f"{stats.path}: expected the calibration data that its fingerprint names, got other data; run headfold calibrate again"
+        )
+    return sample
 
 
 def open_finite(name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> "PreTrainedModel":

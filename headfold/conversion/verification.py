@@ -1,19 +1,18 @@
 """Compare a fold with its head-repeated twin on a little data, real where there is any."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.config import read_config
 from ..checkpoint.staging import wrong_output
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus import open_corpus
-from ..corpus.samples import kind_of
+from ..corpus.samples import kind_of, random_sample, random_tokens
 from ..corpus.windows import token_windows
 from ..evaluate.verify import Verification, compare_with_twin
 from ..families.context import context_length
@@ -49,7 +48,7 @@ def verify_fold(
             "not verified: heads with a head_dim multiple are compared with their twin in memory, and this model is larger than that"
         )
         return None
-    config = json.loads((staging / "config.json").read_text())
+    config = read_config(staging)
     found = compare_with_twin(
         source.checkpoint.path,
         staging,
@@ -88,7 +87,7 @@ def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> M
     if teacher.config is not None:
         return {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}
     notes.append("no calibration data: verified on random inputs")
-    return random_sample(kind, config)
+    return random_sample(kind, config, ITEMS)
 
 
 def _windows(source: Source, notes: list[str]) -> Tensor:
@@ -98,30 +97,5 @@ def _windows(source: Source, notes: list[str]) -> Tensor:
         tokenizer = open_tokenizer(source.checkpoint.path)
     except UserError:
         notes.append("no tokenizer beside the checkpoint: verified on random tokens")
-        return _random_tokens(config, 2, length)
+        return random_tokens(config, 2, length)
     return token_windows(open_corpus("stdlib", seed=0).documents, tokenizer, 2 * length, length, 0)
-
-
-def random_sample(kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return random inputs of the shapes that a model of this kind and config takes."""
-    generator = torch.Generator().manual_seed(0)
-    if kind == "captions":
-        texts, pictures = (
-            random_sample(k, config[f"{n}_config"]) for k, n in (("sentences", "text"), ("images", "vision"))
-        )
-        return {**texts, **pictures}
-    if kind == "images":
-        size = config.get("image_size", 224)
-        shape = (ITEMS, config.get("num_channels", 3), *((size, size) if isinstance(size, int) else size))
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-    if kind == "audio":
-        frames = 2 * config.get("max_source_positions", 1500)
-        features = torch.randn((ITEMS, config.get("num_mel_bins", 80), frames), generator=generator)
-        return {"input_features": features, "labels": _random_tokens(config, ITEMS, 16)}
-    tokens = _random_tokens(config, ITEMS, min(32, context_length(config) or 32))
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return inputs if kind == "sentences" else {**inputs, "labels": _random_tokens(config, ITEMS, 24)}
-
-
-def _random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
-    return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,5 @@
 """Write a folded checkpoint: its weights, its config, the plan and everything that lies beside the source's weights."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from torch import Tensor
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import copy_side_files, write_json
 from ..checkpoint.writer import output_bytes, rewrite
+from ..core.errors import UserError
 from ..core.fitted import FittedHeads
+from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..core.progress import Progress, counter
 from ..core.stats import SiteStats
@@ -106,9 +107,9 @@ def _renumber_alignment_heads(target: Path, sites: Mapping[str, Site], plan: Pla
     """
     file = target / "generation_config.json"
     try:
-        generation = json.loads(file.read_text(encoding="utf-8"))
+        generation = read_object(file)
         named = generation.pop("alignment_heads")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (OSError, UserError, KeyError):
         return
     if named is None:
         return

@@ -13,9 +13,9 @@ class Groups:
     group_of_head: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert self.group_of_head and set(self.group_of_head) == set(range(max(self.group_of_head) + 1)), (
-            self.group_of_head
-        )
+        # Of as many labels as there are: the range up to a damaged one could take all memory.
+        labels = set(self.group_of_head)
+        assert labels and labels == set(range(len(labels))), self.group_of_head
 
     @classmethod
     def of(cls, labels: Sequence[int]) -> "Groups":

@@ -1,15 +1,15 @@
 """The plan, a file of its own: which K/V heads share one, how they are merged, and the predicted errors."""
 
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from .errors import UserError
-from .files import regular_file
 from .groups import Groups
 from .heads import KeyFreedom
+from .json_input import read_object
 from .predict import SiteError
 
 FORMAT = "headfold-plan-1"
@@ -99,10 +99,17 @@ class Plan:
         """
         try:
             if data["format"] != FORMAT:
-                raise UserError(f"{where}: expected the format {FORMAT!r}, got {data['format']!r}; make the plan again")
+                raise UserError(
+                    f"{where}: expected the format {FORMAT!r}, got {data['format']!r:.60}; make the plan again"
+                )
             sites = {name: _site_plan(row) for name, row in data["sites"].items()}
-            return cls(sites, data["group"], data["source"], data["seed"], dict(data["calibration"].items()))
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            facts = dict(data["calibration"].items())
+            if not all(isinstance(text, str) for text in (data["group"], data["source"], *facts, *facts.values())):
+                raise TypeError("group, source and the facts of the calibration must be texts")
+            if type(data["seed"]) is not int:
+                raise TypeError("seed must be an integer")
+            return cls(sites, data["group"], data["source"], data["seed"], facts)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: expected a headfold plan, got something else ({error!r}); make one with headfold plan"
             ) from error
@@ -114,12 +121,7 @@ class Plan:
         Raises:
             UserError: there is no such file, it is not JSON, or not a plan of this version.
         """
-        try:
-            return cls.from_json(json.loads(regular_file(path, "a plan").read_text()), str(path))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: expected JSON, got something else ({error}); make a plan with headfold plan"
-            ) from error
+        return cls.from_json(read_object(path, "make a plan with headfold plan"), str(path))
 
     def check_source(self, fingerprint: str, sites: Sequence[PlannedSite], where: str = "plan.json") -> None:
         """Refuse to apply the plan to a checkpoint that it was not made for, or to sites that cannot be folded so.
@@ -175,12 +177,18 @@ def _refusal(planned: SitePlan, site: PlannedSite, of_stack: Groups) -> str | No
 
 def _site_plan(row: Mapping[str, Any]) -> SitePlan:
     error, energy = (_site_error(row[name]) for name in ("error", "energy"))
+    if energy is not None and min(energy.key, energy.value) <= 0:
+        raise TypeError("the energy of K and V, which errors are divided by, must be positive")
     if not isinstance(row["merge"], str) or type(row["head_dim"]) is not int:
         raise TypeError("merge must be a string and head_dim an integer")
-    return SitePlan(Groups(tuple(row["kv_of_source_head"])), row["merge"], row["head_dim"], error, energy)
+    labels = row["kv_of_source_head"]
+    whole = isinstance(labels, list) and labels and all(type(label) is int for label in labels)
+    if not whole or {*labels} != {*range(len({*labels}))}:
+        raise TypeError("kv_of_source_head must be a list that names every new K/V head from 0 on")
+    return SitePlan(Groups(tuple(labels)), row["merge"], row["head_dim"], error, energy)
 
 
 def _site_error(row: Mapping[str, Any] | None) -> SiteError | None:
-    if row and not all(isinstance(number, float | int) for number in row.values()):
-        raise TypeError("errors must be numbers")
+    if row and not all(type(number) in (float, int) and math.isfinite(number) for number in row.values()):
+        raise TypeError("errors must be finite numbers")
     return SiteError(**row) if row else None

@@ -166,9 +166,9 @@ def label_id(label: Any, label2id: Mapping[str, int], where: str) -> int:
     """
     if isinstance(label, int):
         return label
-    if label in label2id:
-        return label2id[label]
+    if isinstance(label, str) and type(number := label2id.get(label)) is int:
+        return number
     known = ", ".join(list(label2id)[:5])
     raise UserError(
-        f"{where}: expected classes of the model ({known} …), got the label {label!r}; give numbers or names of its config"
+        f"{where}: expected classes of the model ({known} …), got the label {label!r:.60}; give numbers or names of its config"
     )

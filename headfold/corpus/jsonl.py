@@ -1,13 +1,14 @@
 """JSON lines: one object per line; its field `text` (or another, `file.jsonl:column`) is a document."""
 
 import io
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import regular_file
+from ..core.json_input import parse_object
 from .bounds import BoundedLines
 
 
@@ -42,11 +43,19 @@ def documents(path: Path, column: str = "text", seed: int | None = None) -> Iter
 
 
 def _text(line: bytes, column: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: expected one JSON object per line, got {line[:40]!r} ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get(column), str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: expected text under {column!r}, got {found}; name the column as FILE.jsonl:COLUMN")
-    return record[column]
+    found = record(line, where)
+    if not isinstance(found.get(column), str):
+        names = ", ".join(found)
+        raise UserError(
+            f"{where}: expected text under {column!r}, got {names:.200}; name the column as FILE.jsonl:COLUMN"
+        )
+    return found[column]
+
+
+def record(line: bytes, where: str) -> dict[str, Any]:
+    """Return the object in a line; `where` names it in messages.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    return parse_object(line, where, "write one JSON object per line")

@@ -1,7 +1,6 @@
 """Sources with columns, read row by row: in their own order, or drawn by a seed from the whole source."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..core.errors import UserError
 from ..core.files import regular_file
 from . import hub, parquet
 from .bounds import check_source, drawn_order
-from .jsonl import line_starts
+from .jsonl import line_starts, record
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
@@ -157,20 +156,10 @@ def _jsonl(path: Path) -> Table:
         with path.open("rb") as file:
             for number in numbers:
                 file.seek(starts[number])
-                yield _record(file.readline(), f"{path}: line at byte {starts[number]}")
+                yield record(file.readline(), f"{path}: line at byte {starts[number]}")
 
     columns = tuple(next(take([0], ()))) if starts else ()
     return Table(str(path), columns, len(starts), take)
-
-
-def _record(line: bytes, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: expected one JSON object per line, got {line[:40]!r} ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; write one object per line")
-    return record
 
 
 def _parquet(path: Path) -> Table:

@@ -1,6 +1,5 @@
 """Inputs of a model for calibration and evaluation, for every kind of model, in batches."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.config import check_fields, read_config
 from ..core.errors import UserError
+from ..core.json_input import read_object
+from ..families.context import context_length
 from ..hf_models import open_processor, open_tokenizer
 from .audio import encode_audio, read_audio
 from .captions import read_captions
@@ -144,18 +146,22 @@ def _label_ids(labels: Sequence[Any], path: Path, source: str) -> Tensor:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    return json.loads((path / "config.json").read_text())
+    return read_config(path)
 
 
 def _generation(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def _decoder_start(path: Path) -> int | None:
     """Return the token that the decoder starts from, which transformers 5 may leave to the generation config."""
     named = _config(path).get("decoder_start_token_id")
-    return _generation(path).get("decoder_start_token_id") if named is None else named
+    if named is not None:
+        return named
+    stated = _generation(path)
+    check_fields(stated, f"{path}/generation_config.json")
+    return stated.get("decoder_start_token_id")
 
 
 def _written(path: Path, tokenizer: Any) -> Written:
@@ -197,3 +203,27 @@ def _trimmed(batch: Sample) -> Sample:
 def _extent(is_real: Tensor) -> int:
     """Return the number of columns up to the last one that is not padding in some row; at least one, since no model takes none."""
     return max(1, int(is_real.any(0).nonzero().max().item()) + 1) if is_real.any() else 1
+
+
+def random_sample(kind: str, config: Mapping[str, Any], num_items: int) -> Sample:
+    """Return random inputs of the shapes that a model of this kind and config takes."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "captions":
+        texts = random_sample("sentences", config["text_config"], num_items)
+        return {**texts, **random_sample("images", config["vision_config"], num_items)}
+    if kind == "images":
+        size = config.get("image_size") or 224
+        shape = (num_items, config.get("num_channels") or 3, *((size, size) if isinstance(size, int) else size))
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    if kind == "audio":
+        frames = 2 * (config.get("max_source_positions") or 1500)
+        features = torch.randn((num_items, config.get("num_mel_bins") or 80, frames), generator=generator)
+        return {"input_features": features, "labels": random_tokens(config, num_items, 16)}
+    tokens = random_tokens(config, num_items, min(32, context_length(config) or 32))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return inputs if kind == "sentences" else {**inputs, "labels": random_tokens(config, num_items, 24)}
+
+
+def random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
+    """Return random tokens of a model's vocabulary."""
+    return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))

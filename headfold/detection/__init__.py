@@ -4,12 +4,12 @@ The projections are found on a toy model, every transformation that may leave it
 resulting literal must pass all laws of a family.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import CONFIG, read_config
 from ..core.errors import UserError, suggest
 from ..core.progress import Progress, no_progress
 from ..families.spec import Family
@@ -112,8 +112,7 @@ def architecture_of(model: str | Path) -> Architecture:
     """
     from transformers import CONFIG_MAPPING
 
-    file = Path(model) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = read_config(Path(model)) if (Path(model) / CONFIG).is_file() else {}
     model_type = str(config.get("model_type", model))
     if model_type not in CONFIG_MAPPING:
         raise UserError(

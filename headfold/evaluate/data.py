@@ -1,6 +1,5 @@
 """Measure a checkpoint on data of its own kind, alone or beside the one that it was folded from."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.config import read_config
 from ..core.errors import UserError, suggest
+from ..core.json_input import read_object
 from ..core.progress import Progress
 from ..corpus.pairs import read_pairs
 from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
@@ -81,7 +82,7 @@ class OpenedModels:
         Raises:
             UserError: a checkpoint does not open, or the request names no source.
         """
-        config = json.loads((directory / "config.json").read_text())
+        config = read_config(directory)
         check_source(request.source, kind_of(config), directory)
         assert request.source is not None
         dtype = request.dtype or torch.promote_types(stored_dtype(directory), torch.float32)
@@ -182,17 +183,27 @@ def check_source(source: str | None, kind: str, model: str | Path) -> None:
         )
 
 
+def _max_seq_length(file: Path) -> int:
+    """Return the tokens that sentence-transformers truncates texts to."""
+    length = read_object(file).get("max_seq_length") or MAX_CONTEXT
+    if type(length) is not int or length < 1:
+        raise UserError(
+            f"{file}: max_seq_length: expected a positive whole number, got {length!r:.60}; correct the file"
+        )
+    return length
+
+
 def default_context(directory: Path, config: Mapping[str, Any]) -> int:
     """Return the tokens that a text may have: what the config and sentence-transformers allow, at most `MAX_CONTEXT`."""
     limits = [context_length(config) or MAX_CONTEXT]
     file = directory / "sentence_bert_config.json"
-    limits += [json.loads(file.read_text()).get("max_seq_length") or MAX_CONTEXT] if file.is_file() else []
+    limits += [_max_seq_length(file)] if file.is_file() else []
     return min([MAX_CONTEXT, *limits])
 
 
 def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
     """Open a checkpoint with its grouped class where it has one, else with stock transformers."""
-    config = json.loads((directory / "config.json").read_text())
+    config = read_config(directory)
     return open_model(directory, dtype=dtype, device=device, model_class=own_class(config))
 
 

@@ -1,6 +1,5 @@
 """How close an encoder's embeddings stay to those of the model it was folded from."""
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..calibration import is_padded_text, text_lengths
+from ..checkpoint.modules import MODULES, read_modules, read_pooling
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import Sample, batches
@@ -164,16 +164,16 @@ def pooling_of(path: Path) -> str | None:
     Raises:
         UserError: the pooling is not supported, or there are several.
     """
-    if not (path / "modules.json").is_file():
+    if not (path / MODULES).is_file():
         return None
-    modules = json.loads((path / "modules.json").read_text())
-    folder = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
+    folder = next((module.directory for module in read_modules(path) if module.kind.endswith("Pooling")), None)
     if folder is None:
         return None
     file = path / folder / "config.json"
-    config = json.loads(file.read_text())
-    if config.get("pooling_mode") in POOLINGS:
-        return config["pooling_mode"]
+    config = read_pooling(file)
+    named = config.get("pooling_mode")
+    if isinstance(named, str) and named in POOLINGS:
+        return named
     enabled = [key for key, flag in config.items() if key.startswith("pooling_mode_") and flag is True]
     found = [name for name, key in POOLINGS.items() if enabled == [key]]
     if not found:

@@ -1,6 +1,5 @@
 """Models on tasks of lm-evaluation-harness: one, beside its original, or several with intervals of their differences."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import read_config
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus.samples import kind_of
@@ -125,7 +125,7 @@ def _measure(
 ) -> list[list[TaskUnits]]:
     """Run the tasks on one model after another; tasks are read once."""
     for model, directory in zip(models, directories, strict=True):
-        kind = kind_of(json.loads((directory / "config.json").read_text()))
+        kind = kind_of(read_config(directory))
         if kind not in KINDS:
             raise UserError(
                 f"--task: expected a model of text, got {model}, a model of {kind}; give --text SOURCE instead"

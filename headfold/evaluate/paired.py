@@ -1,6 +1,5 @@
 """Paired comparison of several models on the same data: what each reaches, and whether its difference to the first is more than chance."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import read_config
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus.samples import kind_of
@@ -143,7 +143,7 @@ def _one_kind(models: Sequence[str | Path], directories: Sequence[Path]) -> str:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())
+    return read_config(directory)
 
 
 def _language_models(

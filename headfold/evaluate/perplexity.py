@@ -1,6 +1,5 @@
 """Loss and perplexity of a language model on a text, alone or beside the model it was folded from."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from ..checkpoint.config import read_config
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..core.progress import Progress, counter, no_progress
@@ -48,6 +48,14 @@ Windows = Int[Tensor, "window context"] | Sequence[Int[Tensor, " _position"]]
 """Windows of one length, or of several (an axis that begins with _ may differ from item to item)."""
 
 
+def _exp(nll: float) -> float:
+    """Return the perplexity of a loss; infinity where no float is as large."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class LossComparison:
     """Losses in nats per token over all predicted tokens; the `reference` fields, `kl` and `top1_agreement` are None without a
@@ -68,11 +76,11 @@ class LossComparison:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return _exp(self.nll)
 
     @property
     def reference_perplexity(self) -> float | None:
-        return None if self.reference_nll is None else math.exp(self.reference_nll)
+        return None if self.reference_nll is None else _exp(self.reference_nll)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +164,7 @@ def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "P
     Raises:
         UserError: it does not open, or has no language-model head.
     """
-    config = json.loads((Path(path) / "config.json").read_text())
+    config = read_config(Path(path))
     model = open_model(path, dtype=dtype, device=device, model_class=own_class(config))
     if model.get_output_embeddings() is None:
         name = type(model).__name__

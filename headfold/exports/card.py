@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..checkpoint.entries import read_card
+from ..checkpoint.cards import read_card, write_card
 from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
@@ -29,7 +29,7 @@ def copy_plan_and_card(source: Path, target: Path, use: str, unchanged: str) -> 
     if (source / "plan.json").is_file():
         shutil.copyfile(source / "plan.json", target / "plan.json")
     if card := read_card(source):
-        (target / "README.md").write_text(card_with_use(card, use, unchanged), encoding="utf-8")
+        write_card(target, card_with_use(card, use, unchanged))
 
 
 def _lines(made: Export) -> str:

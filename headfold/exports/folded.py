@@ -10,6 +10,7 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from ..families import family_of
 from ..families.spec import Attention, Family, read_field
+from ..hf_models.building import one_line, open_config
 from ..runtime.load import read_checked_config
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
         entries = tuple(entries_of(config, family, family.attentions[0])) if simple else ()
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"{where}: expected numbers of layers, heads and dims that its class reads, got {_first_line(error)}; fold again"
+            f"{where}: expected numbers of layers, heads and dims that its class reads, got {one_line(error)}; fold again"
         ) from error
     return Folded(config, family, entries, where)
 
@@ -121,15 +122,7 @@ def stock_config(source: Folded) -> "PreTrainedConfig":
 
     name = source.config["architectures"][0].removeprefix("PerLayer")
     config = {field: value for field, value in without_code(source.config).items() if field != "per_layer_config"}
-    try:
-        return getattr(transformers, name).config_class.from_dict(config)
-    except Exception as error:  # whatever its own checks raise
-        said = _first_line(error)
-        raise UserError(f"{source.where}: expected a config that transformers reads, got {said}; fold again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip().splitlines()[0][:200]
+    return open_config(config, source.where, getattr(transformers, name).config_class)
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,8 +156,6 @@ def entries_of(config: Mapping[str, Any], family: Family, attention: Attention) 
     """Yield one attention of a family in every layer. Heads in slots have the head_dim of a slot."""
     listed = {site["module"]: site for site in (config.get("headfold") or {}).get("sites", [])}
     layers = config.get("per_layer_config") or {}
-    if not isinstance(layers, Mapping) or not all(isinstance(own, Mapping) for own in layers.values()):
-        raise UserError("config.json: expected per_layer_config with fields by layer, got something else; fold again")
     for layer in range(read_field(family, config, attention.layers)):
         own = {**config, **layers.get(str(layer), {})}
         at = attention.at.format(layer=layer, model_type=config["model_type"])

@@ -8,6 +8,10 @@ from typing import Any
 
 from .spec import Site
 
+_PATCHES = {"image_size": 224, "patch_size": 16}
+"""What image models are told of their input, and the sizes that their classes assume."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
@@ -46,8 +50,8 @@ def arithmetic(
         queries[site.name], logits[site.name] = own, keys * site.num_heads
         causal = kind in ("text", "pairs", "audio") and not (site.reads_encoder or site.optional)
         products[site.name] = 4 * own * keys * site.num_heads * site.head_dim / (2 if causal else 1)
-    num_experts = next((config[n] for n in ("num_local_experts", "num_experts", "n_routed_experts") if n in config), 1)
-    sent = config.get("num_experts_per_tok", num_experts) / num_experts
+    num_experts = next((n for name in _EXPERTS if (n := config.get(name))), 1)
+    sent = (config.get("num_experts_per_tok") or num_experts) / num_experts
     matrices = {n: info.shape for n, info in tensors.items() if len(info.shape) > 1 and not n.endswith("bias")}
     rows = {name: n for site in read.values() for name, n in site.items()}
     inside = {name: rows.get(name, stacks[stack]) for name in matrices if (stack := _stack(name)) in stacks}
@@ -62,11 +66,18 @@ def _stack(name: str) -> str:
     return name[: found.start()] if (found := re.search(r"(^|\.)\d+\.", name)) else name
 
 
+def _pair(config: Mapping[str, Any], name: str, usual: int) -> tuple[int, int]:
+    """Return height and width, which a config gives as one number where they are equal."""
+    size = config.get(name) or usual
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def _positions(site: Site, config: Mapping[str, Any], kind: str, length: int) -> int:
     """Return the positions of an item in the stack of the site: frames, patches and the class token, or tokens."""
     if kind == "audio" and site.optional:
         return config.get("max_source_positions", 1500)
     if kind == "images" or site.stack == "vision":
         vision = config.get("vision_config") or config
-        return (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        (height, width), (rows, columns) = (_pair(vision, name, usual) for name, usual in _PATCHES.items())
+        return (height // rows) * (width // columns) + 1
     return length

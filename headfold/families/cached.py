@@ -51,7 +51,8 @@ def stored_kv_bytes_per_token(config: Mapping[str, Any], tensors: Mapping[str, A
     counts, listed = kv_heads_by_layer(config), (config.get("headfold") or {}).get("sites") or []
     family = next((one for one in all_families().values() if config.get("model_type") in one.model_types), None)
     if counts is not None:
-        return sum(kv_bytes(count, config["head_dim"], itemsize) for count in counts)
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        return sum(kv_bytes(count, head_dim, itemsize) for count in counts)
     if family is not None and family.attentions:
         folded = {site["module"]: site for site in listed}
         made = [_as_listed(site, folded.get(site.core)) for site in sites(family, config, tensors)]

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
+from ..core.distances import NUM_BINS
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.heads import Heads
@@ -181,6 +182,11 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     Raises:
         UserError: names the tensor, both shapes, and what to do.
     """
+    for role in ("q", "k", "v", "qkv", "o"):
+        if role in site.weights and len(shape := shape_of(site.tensor(role))) != 2:
+            raise UserError(
+                f"{where}: {site.tensor(role)} has shape {tuple(shape)}, expected a matrix; correct the checkpoint"
+            )
     expected = planned_shapes(site, site.num_kv_heads, shape_of)
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
@@ -191,3 +197,13 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
                 f"{where}: {name} has shape {tuple(shape_of(name))}, expected {shape} from {site.num_heads} query "
                 f"heads, {site.num_kv_heads} K/V heads of size {site.head_dim}; correct the config or the checkpoint"
             )
+
+
+def shapes_of_statistics(site: Site, shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the statistics of a site have (`core.stats.SiteStats`)."""
+    inputs = {
+        role: shape_of(site.tensor("qkv" if "qkv" in site.weights else role))[0 if site.transposed else 1]
+        for role in "qk"
+    }
+    square = {"second": inputs["k"] + 1, "scatter": inputs["k"], "query_second": inputs["q"] + 1}
+    return {**{name: (size, size) for name, size in square.items()}, "attended": (site.num_kv_heads, NUM_BINS)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..divergence import difference_and_tolerance
 from ..families.context import context_length
-from ..hf_models.streamed import first_line
+from ..hf_models.building import one_line
 from .graph import CACHED, DECODER, DECODER_WITH_PAST, ENCODER, answers, encoder_masks
 from .inputs import model_inputs, random_tokens
 
@@ -58,7 +58,7 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # each of its own type, without a common one
         raise UserError(
-            f"{path}: expected a graph that onnxruntime runs, got {first_line(error)}; export again with another version of it"
+            f"{path}: expected a graph that onnxruntime runs, got {one_line(error)}; export again with another version of it"
         ) from error
 
 

@@ -15,7 +15,8 @@ from ..checkpoint.reader import Checkpoint, refuse_remote_code
 from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 from ..parallel import num_local_processes
-from .streamed import first_line, name_on_disk, open_streamed, refuse_missing
+from .building import check_size, check_token_ids, library_errors, name_on_disk
+from .streamed import open_streamed, refuse_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,11 +164,8 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if not any((Path(path) / name).exists() for name in files):
         raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # half a dozen types, by what is missing
-        raise UserError(f"{path}: the tokenizer does not load: {first_line(error)}") from error
+    with library_errors(path, "the tokenizer does not load"), quiet():
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def open_processor(kind: str, path: str | Path) -> Any:
@@ -181,11 +179,8 @@ def open_processor(kind: str, path: str | Path) -> Any:
     if not any((Path(path) / name).is_file() for name in PROCESSORS):
         raise UserError(f"{path}: expected the model's processor (preprocessor_config.json), found none; copy it there")
     auto, options = (AutoImageProcessor, {"backend": "pil"}) if kind == "images" else (AutoFeatureExtractor, {})
-    try:
-        with quiet():
-            return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # half a dozen types, by what is wrong with it
-        raise UserError(f"{path}: the processor does not load: {first_line(error)}") from error
+    with library_errors(path, "the processor does not load"), quiet():
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
 
 
 def open_model(
@@ -211,16 +206,30 @@ def open_model(
     """
     checkpoint = Checkpoint.open(Path(path))
     dtype = dtype or compute_dtype(_main_dtype(checkpoint), device)[0]
+    auto = check_model(checkpoint, model_class)
     model: Any
     with quiet():
         if exceeds_memory(checkpoint, dtype, device, memory_limit):
-            auto = model_class or _auto_class(checkpoint)
             model = open_streamed(auto, checkpoint, dtype, device, overlay or {}, **_experts(dtype))
         else:
-            model = _whole(checkpoint, dtype, overlay or {}, renamed or {}, model_class)
+            model = _whole(auto, checkpoint, dtype, overlay or {}, renamed or {})
             model = model.to(device)
     _name_decoder_start(model)
+    _return_usual_outputs(model)
+    check_token_ids(model, checkpoint.path)
     return model.eval().requires_grad_(False)
+
+
+def check_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
+    """Return the class that opens a checkpoint, `model_class` or the one that its config names, once it has been built without weights.
+
+    Raises:
+        UserError: there is none, transformers refuses the config, or the model is much larger than its checkpoint.
+    """
+    with quiet():
+        auto = model_class or _auto_class(checkpoint)
+        check_size(auto, checkpoint)
+    return auto
 
 
 def _name_decoder_start(model: Any) -> None:
@@ -230,6 +239,13 @@ def _name_decoder_start(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         named = getattr(generation, "decoder_start_token_id", None)
         config.decoder_start_token_id = config.pad_token_id if named is None else named
+
+
+def _return_usual_outputs(model: Any) -> None:
+    """Let forward return its outputs by name, and no others than usual, whatever the checkpoint's config wants of it."""
+    for name, usual in (("return_dict", True), ("output_hidden_states", False), ("output_attentions", False)):
+        if hasattr(model.config, name):
+            setattr(model.config, name, usual)
 
 
 def exceeds_memory(
@@ -300,11 +316,11 @@ def _experts(dtype: torch.dtype) -> dict[str, str]:
 
 
 def _whole(
-    checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor], renamed: Mapping[str, str], chosen: Any
+    auto: Any, checkpoint: Checkpoint, dtype: torch.dtype, overlay: Mapping[str, Tensor], renamed: Mapping[str, str]
 ) -> "PreTrainedModel":
     """Load with transformers itself, as any user would, then copy the overlay in."""
-    auto, path = chosen or _auto_class(checkpoint), checkpoint.path
-    try:
+    path = checkpoint.path
+    with library_errors(path, "transformers does not load this checkpoint"):
         model, info = auto.from_pretrained(
             path,
             dtype=dtype,
@@ -314,8 +330,6 @@ def _whole(
             ignore_mismatched_sizes=True,  # its own refusal names no tensor; ours follows
             **_experts(dtype),
         )
-    except Exception as error:  # a config can be wrong in more ways than transformers has types for
-        raise UserError(f"{path}: transformers does not load this checkpoint: {first_line(error)}") from error
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{path}: {name}: expected shape {tuple(expected)} by the config, got {tuple(found)}; "

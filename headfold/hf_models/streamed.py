@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
+from .building import build_model, name_on_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,20 +25,14 @@ def open_streamed(
     """Build a model of the class `auto` on the meta device with real buffers, whose modules fetch their weights as they run.
 
     Raises:
-        UserError: an architecture that this transformers lacks, or tensors missing from the checkpoint.
+        UserError: transformers does not build the model, or tensors are missing from the checkpoint.
     """
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
-    from transformers import AutoConfig
 
     path = checkpoint.path
-    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = make(config, dtype=dtype, **options)
-    except Exception as error:
-        raise UserError(f"{path}: transformers does not know this architecture: {first_line(error)}") from error
+    with init_empty_weights(include_buffers=False):
+        model = build_model(auto, checkpoint, dtype=dtype, **options)
     model.eval()
     weights = vars(model)[_WEIGHTS] = _Weights(model, checkpoint, dtype, torch.device(device), overlay)
     refuse_missing(path, [name for name, on_disk in weights.names.items() if on_disk is None], _REGROUPED)
@@ -114,19 +109,6 @@ class _Weights(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
-    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    twins = [source for target, source in tied.items() if target == parameter]
-    twins += [target for target, source in tied.items() if source == parameter]
-    prefix = f"{model.base_model_prefix}."
-    for name in (parameter, *twins):
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in checkpoint.tensors:
-                return candidate
-    return None
-
-
 _REGROUPED = "; if it is complete, transformers regroups its tensors on loading, and it must fit into memory whole"
 
 
@@ -141,8 +123,3 @@ def refuse_missing(path: Path, missing: list[str], hint: str = "; is it complete
         raise UserError(
             f"{path}: the model needs tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}{hint}"
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of a library says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

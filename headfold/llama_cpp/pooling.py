@@ -1,10 +1,10 @@
 """How a sentence encoder makes one vector of those of its tokens, as far as llama.cpp does the same."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.modules import MODULES, read_modules, read_pooling
 from ..core.errors import UserError
 
 POOLINGS: Mapping[str, str] = {"mean": "MEAN", "cls": "CLS"}
@@ -19,15 +19,14 @@ def pooling_of(directory: Path) -> str | None:
     Raises:
         UserError: llama.cpp has no such pooling, or nothing that does what comes after it.
     """
-    if not (directory / "modules.json").is_file():
+    if not (directory / MODULES).is_file():
         return None
-    steps = json.loads((directory / "modules.json").read_text())
-    kinds = {step["type"].rpartition(".")[2]: step["path"] for step in steps}
+    kinds = {module.kind: module.directory for module in read_modules(directory)}
     others = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
     if others or "Pooling" not in kinds:
         got = ", ".join(kinds) or "nothing"
         raise UserError(f"{directory}/modules.json: expected a transformer and its pooling, got {got}; {_INSTEAD}")
-    named = _named(json.loads((directory / kinds["Pooling"] / "config.json").read_text()))
+    named = _named(read_pooling(directory / kinds["Pooling"] / "config.json"))
     if len(named) != 1 or named[0] not in POOLINGS:
         got = " and ".join(named) or "none"
         raise UserError(

@@ -1,21 +1,21 @@
 """Opens what `fold` wrote, after checking that the directory is complete and consistent."""
 
 import importlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.config import read_config
 from ..checkpoint.entries import check_entries
-from ..checkpoint.refusals import refuse_kernels
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.folded import kv_heads_by_layer
 from ..families.spec import Family, read_field
 from ..hf_models import quiet
+from ..hf_models.building import library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,14 +34,10 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
     """
     directory = Path(directory)
     config = read_checked_config(directory)
-    try:
-        with quiet():
-            model = _model_class(config).from_pretrained(
-                directory, **{"dtype": "auto", "local_files_only": True, **keywords}
-            )
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{directory}: transformers does not load this checkpoint: {line}") from error
+    with library_errors(directory, "transformers does not load this checkpoint"), quiet():
+        model = _model_class(config).from_pretrained(
+            directory, **{"dtype": "auto", "local_files_only": True, **keywords}
+        )
     return _decoding_fast(model, keep_attention="attn_implementation" in keywords)
 
 
@@ -107,11 +103,7 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: expected a checkpoint directory, found no config.json there; check the path")
     check_entries(directory)
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{directory}/config.json: expected JSON ({error}); is the file whole?") from error
-    refuse_kernels(config, f"{directory}/config.json")
+    config = read_config(directory)
     sites = _listed_sites(config, directory)
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")
@@ -127,12 +119,8 @@ def _listed_sites(config: Mapping[str, Any], directory: Path) -> list[Mapping[st
     """Return the grouped sites listed in a config; none for a stock class."""
     if "headfold" not in config:
         return []
-    listed = config["headfold"].get("sites") if isinstance(config["headfold"], dict) else None
-    needed = {"module", "q", "k", "v", "heads", "kv_heads", "head_dim"}
-    if not listed or not all(isinstance(site, dict) and needed <= site.keys() for site in listed):
-        raise UserError(
-            f"{directory}: config.json: headfold: expected a list of sites, each with {', '.join(sorted(needed))}; fold again"
-        )
+    if not (listed := (config["headfold"] or {}).get("sites")):
+        raise UserError(f"{directory}/config.json: headfold: expected a list of sites, got none; fold again")
     return listed
 
 

@@ -3,7 +3,6 @@
 Sizes are those of the published configs.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.config import read_config_file
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..families import family_of
 from ..families.folded import folded_config
 from ..families.spec import sites
 from ..hf_models import available_memory, named_class, quiet
+from ..hf_models.building import library_errors, open_config
 from ..runtime.load import own_class
 
 if TYPE_CHECKING:
@@ -93,10 +94,7 @@ def shape_config(shape: str, *, layers: int | None = None) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: expected JSON, got something else ({error}); is the file whole?") from error
+    config = read_config_file(file)
     if own_class(config) is None:
         named_class(config, str(file))
     return config
@@ -126,7 +124,7 @@ def random_model(
     if like is None:
         _require_memory(model_class, config, dtype, device, where)
     with quiet(), no_init_weights(), torch.device(device):
-        made = model_class._from_config(model_class.config_class.from_dict(config), dtype=dtype)
+        made = model_class._from_config(open_config(config, where, model_class.config_class), dtype=dtype)
     known = {} if like is None else dict(like.named_parameters())
     for path, module in made.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -141,7 +139,7 @@ def random_model(
 
 def _require_memory(model_class: Any, config: Mapping[str, Any], dtype: torch.dtype, device: str, where: str) -> None:
     with quiet(), torch.device("meta"):
-        sizes = [p.numel() for p in model_class(model_class.config_class.from_dict(dict(config))).parameters()]
+        sizes = [p.numel() for p in _built(model_class, config, where).parameters()]
     needed, free = sum(sizes) * dtype.itemsize, available_memory(device)
     if needed > free:
         raise UserError(
@@ -182,4 +180,10 @@ def _tensors(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
     model_class = getattr(transformers, config["architectures"][0])
     with quiet(), torch.device("meta"):
-        return model_class(model_class.config_class.from_dict(dict(config))).state_dict()
+        return _built(model_class, config, where).state_dict()
+
+
+def _built(model_class: Any, config: Mapping[str, Any], where: str) -> Any:
+    opened = open_config(config, where, model_class.config_class)
+    with library_errors(where, "transformers cannot build this model", "correct config.json"):
+        return model_class(opened)

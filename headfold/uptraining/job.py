@@ -1,7 +1,6 @@
 """One uptraining in its staging directory: the models it opens, the checkpoint it resumes from, the checkpoint it leaves."""
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.cards import read_card, write_card
+from ..checkpoint.config import read_config
 from ..checkpoint.disk import write_errors
-from ..checkpoint.entries import read_card
 from ..checkpoint.staging import commit, copy_side_files, job_key, staging_of, write_json, wrong_output
 from ..conversion.calibration_config import DEFAULT_TOKENS, CalibrationRequest
 from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
+from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..divergence import difference_and_tolerance
 from ..evaluate.verify import compared_output
@@ -189,7 +190,7 @@ class Uptraining:
         if place is None:
             return None
         dtype = stored_dtype(place) if self.training.bf16 else None  # the teacher takes no steps
-        return self._open(place, json.loads((place / "config.json").read_text()), dtype)
+        return self._open(place, read_config(place), dtype)
 
     def _distillation(self, teacher: "PreTrainedModel", model: "PreTrainedModel") -> Distillation:
         outputs = [site.output for site in places.find_sites(model)]
@@ -285,7 +286,7 @@ class Uptraining:
             trained.save_pretrained(staging, state_dict=state)
         copy_side_files(self.folded, staging)
         for name in ("config.json", "plan.json"):
-            write_json(staging / name, json.loads((self.folded / name).read_text()))
+            write_json(staging / name, read_object(self.folded / name))
         sample = collate(list(islice(stream, VERIFIED_ITEMS)))
         expected = compared_output(trained, sample)
         opened = open_model(staging, dtype=wide, device="cpu", model_class=own_class(dict(self.config)))
@@ -304,8 +305,7 @@ class Uptraining:
         for name in ("teacher", "original", "data"):  # a record goes where the weights go
             record[name] = Path(record[name]).name if record[name] and Path(record[name]).exists() else record[name]
         write_json(self.staging / RECORD, record)
-        text = uptrained_card(read_card(self.folded), self.folded.name, self._card_facts(result))
-        (self.staging / "README.md").write_text(text)
+        write_card(self.staging, uptrained_card(read_card(self.folded), self.folded.name, self._card_facts(result)))
         shutil.rmtree(self.work)
         commit(self.staging, self.out, force)
 

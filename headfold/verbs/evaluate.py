@@ -1,11 +1,11 @@
 """Measure a model on data of its kind or on tasks: alone, beside its reference, or several on the same data."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import read_config
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
@@ -108,7 +108,7 @@ def evaluate(
         return compare_on_data(models, directories, original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
     directory, original = directories[0], directories[1] if reference is not None else None
-    kind = kind_of(json.loads((directory / "config.json").read_text()))
+    kind = kind_of(read_config(directory))
     check_metric(metric, kind, model)
     if kind != "text":
         return evaluate_on_data(model, directory, reference, original, data, progress)

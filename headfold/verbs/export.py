@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.entries import read_card
+from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion.layouts import compare_layouts
@@ -148,4 +148,4 @@ def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> 
     if (checkpoint.path / "plan.json").is_file():
         shutil.copyfile(checkpoint.path / "plan.json", staging / "plan.json")
     if card := read_card(checkpoint.path):
-        (staging / "README.md").write_text(exported_card(card, made))
+        write_card(staging, exported_card(card, made))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..checkpoint.cards import write_card
 from ..checkpoint.staging import commit, refuse_overlap
 from ..conversion import single_pass
 from ..conversion.calibration_config import CalibrationRequest
@@ -151,7 +152,7 @@ def fold(
                 source, out, job.staging, made, settings, costs, fitting, measured_on, verification, times
             )
             card = model_card(source.checkpoint.path, facts)
-            (job.staging / "README.md").write_text(exported_card(card, written.export) if written.export else card)
+            write_card(job.staging, exported_card(card, written.export) if written.export else card)
             shutil.rmtree(job.work)
             commit(job.staging, out, force)
             return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)

@@ -1,6 +1,5 @@
 """Find the loss increase of each size of the K/V cache: the Pareto front of bytes against loss, with a plan per point."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,8 @@ from ..checkpoint.staging import write_json
 from ..conversion.head_dims import possible_multiples
 from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
+from ..core.errors import UserError
+from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..hf_models import check_device, dtype_named
@@ -135,7 +136,7 @@ def _write(directory: Path, result: Frontier, plans: dict[str, Plan], title: str
 def _plans_of(earlier: Path) -> list[str]:
     """Return the file names of the plans that an earlier frontier.json lists; everything else there is the user's."""
     try:
-        names = [str(point["plan"]) for point in json.loads(earlier.read_text())["points"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [str(point["plan"]) for point in read_object(earlier)["points"]]
+    except (OSError, UserError, KeyError, TypeError):
         return []
     return [name for name in names if re.fullmatch(r"plan-\d+[a-z0-9-]*\.json", name)]

@@ -1,0 +1,16 @@
+"""The card of a model, README.md: anyone may have written it."""
+
+from pathlib import Path
+
+CARD = "README.md"
+
+
+def read_card(directory: Path) -> str:
+    """Return the model card of a checkpoint, bytes that are not UTF-8 replaced; empty where there is none."""
+    card = directory / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+
+
+def write_card(directory: Path, card: str) -> None:
+    """Write the model card of a checkpoint; what is quoted in it of others may have half surrogate pairs, which become `?`."""
+    (directory / CARD).write_text(card, encoding="utf-8", errors="replace")

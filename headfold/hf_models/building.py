@@ -1,0 +1,131 @@
+"""The only place where transformers builds configs and models: whatever it says against one becomes one line."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.reader import Checkpoint
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_LONGEST = 300
+"""Characters of what a library says that a line quotes."""
+_MORE = 2
+"""A model may be so many times as large as its checkpoint (tied or derived weights) …"""
+_MORE_ELEMENTS = 2**26
+"""… and have so many numbers besides: masks of attention that some classes keep."""
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error of a library says, in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:_LONGEST]
+
+
+@contextmanager
+def library_errors(where: str | Path, what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library raises into a `UserError`: `where`, `what` does not work, what the library says, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged files fail in more ways than libraries have types for
+        raise UserError(f"{where}: {what}: {one_line(error)}{advice and f'; {advice}'}") from error
+
+
+def open_config(config: Mapping[str, Any], where: str, config_class: Any = None) -> "PreTrainedConfig":
+    """Return a config as its class in transformers reads it; `config_class` where it is not that of its `model_type`.
+
+    Raises:
+        UserError: transformers has no such class, or the class refuses the config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    with library_errors(
+        where, "transformers cannot build this config", "correct config.json, or save the checkpoint again"
+    ):
+        return (config_class or CONFIG_MAPPING[config["model_type"]]).from_dict(dict(config))
+
+
+def build_model(auto: Any, checkpoint: Checkpoint, **options: Any) -> "PreTrainedModel":
+    """Return a model of the class `auto` with weights as that initialises them, on the device and with the initialisation of the context.
+
+    Raises:
+        UserError: transformers refuses the config, or the model is larger than its checkpoint.
+    """
+    where = f"{checkpoint.path}/config.json"
+    config = open_config(checkpoint.config, where, getattr(auto, "config_class", None))
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+    with library_errors(
+        checkpoint.path, "transformers cannot build this model", "correct config.json, or save the checkpoint again"
+    ):
+        return make(config, **options)
+
+
+def check_size(auto: Any, checkpoint: Checkpoint) -> None:
+    """Check that a model is as large as its checkpoint, before memory is taken for it.
+
+    A damaged size in the config would otherwise be filled with random numbers until the memory is full.
+
+    Raises:
+        UserError: a tensor has another shape by the config than in the checkpoint, or the model is much larger.
+    """
+    with torch.device("meta"):
+        model = build_model(auto, checkpoint)
+    parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, parameter in model.named_parameters():
+        info = checkpoint.tensors.get(name_on_disk(name, model, checkpoint) or "")
+        # The same sizes in another order are what transformers turns round on loading.
+        if info is not None and sorted(info.shape) != sorted(parameter.shape):
+            raise UserError(
+                f"{checkpoint.path}: {name}: expected shape {tuple(parameter.shape)} by the config, got {info.shape}; "
+                "correct the config or the checkpoint"
+            )
+    needed, stored = sum(part.numel() for part in parts.values()), checkpoint.num_parameters
+    if needed > _MORE * stored + _MORE_ELEMENTS:
+        name = max(parts, key=lambda part: parts[part].numel())
+        raise UserError(
+            f"{checkpoint.path}: expected a model about as large as its checkpoint of {stored} numbers, got one of {needed} by the "
+            f"config, most of them in {name}, {tuple(parts[name].shape)}; correct the config or the checkpoint"
+        )
+
+
+def name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
+    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    twins = [source for target, source in tied.items() if target == parameter]
+    twins += [target for target, source in tied.items() if source == parameter]
+    prefix = f"{model.base_model_prefix}."
+    for name in (parameter, *twins):
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in checkpoint.tensors:
+                return candidate
+    return None
+
+
+def check_token_ids(model: "PreTrainedModel", path: Path) -> None:
+    """Let the model refuse tokens that its embedding has no row for, wherever they come from: its tokenizer is that of another model."""
+    num_tokens = getattr(model.config.get_text_config(), "vocab_size", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == num_tokens and "position" not in name:
+            module.register_forward_pre_hook(partial(_check_ids, path))
+
+
+def _check_ids(path: Path, table: Any, inputs: tuple[Any, ...]) -> None:
+    ids = inputs[0]
+    # A graph is traced without this; on a GPU the one token of a step of decoding, which the model made itself, is not waited for.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or ids.is_meta
+    if traced or (ids.is_cuda and ids.shape[-1] == 1) or not ids.numel():
+        return
+    least, greatest = (int(number) for number in torch.aminmax(ids))
+    if least < 0 or greatest >= table.num_embeddings:
+        raise UserError(
+            f"{path}: expected tokens from 0 to {table.num_embeddings - 1}, the rows of its embedding, got {least} to {greatest}; "
+            "the tokenizer is that of another model: copy the model's own there"
+        )
