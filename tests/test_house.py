@@ -31,7 +31,7 @@ FLOORS = {
     3: ("families", "hf_models"),
     4: ("measure", "group", "merge", "corpus", "rotary_tables"),
     5: ("calibration", "divergence", "planning", "surgery"),
-    6: ("runtime", "ct2", "graphs", "llama_cpp"),
+    6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving"),
     8: ("conversion",),
     9: ("budget", "uptraining"),

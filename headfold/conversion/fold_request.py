@@ -10,11 +10,11 @@ from .. import planning
 from ..checkpoint.stats_file import StatsFile
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
+from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_model
 from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
 from .calibration_config import CalibrationConfig, CalibrationRequest
-from .head_dims import largest_multiple, possible_multiples
 from .healing import Healing
 from .source import Source
 from .writing import choose_fold_layout
@@ -76,8 +76,8 @@ def resolve_fold(
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))
         needed = planning.statistics_needed(group, merge)
-        multiples = possible_multiples(source, head_dim_multiple, group, merge)
-        multiple = largest_multiple(source, multiples, kv_heads, group)
+        multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
+        multiple = largest_multiple(source.sites, multiples, kv_heads, group)
     else:
         # With the encoder's sites if the plan has any of them, else without.
         encoder = any(site.optional and site.name in ready.sites for site in source.every_site)

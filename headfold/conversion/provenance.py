@@ -105,10 +105,6 @@ def _data_options(data: Mapping[str, Any]) -> list[str]:
     return words + ([f"--context {data['context']}"] if data["context"] else [])
 
 
-def _config_in(staging: Path) -> dict[str, Any]:
-    return read_config(staging)
-
-
 def _grouped_class(config: Mapping[str, Any]) -> str:
     """Return the auto class for the source's own task, where the output brings code along; else an empty string."""
     name = f".Grouped{next(iter(config.get('architectures') or ['']))}"

@@ -12,13 +12,13 @@ from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
 from ..checkpoint.ownership import refuse_contents
 from ..checkpoint.staging import write_json
-from ..conversion.head_dims import possible_multiples
 from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
+from ..head_dims import possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..planning import parse_group
@@ -100,7 +100,7 @@ def frontier(
         on_main(lambda: refuse_contents(directory, force))
         source = on_all(lambda: open_source(model, encoder))
         given = on_main_only(lambda: open_stats(stats, source))
-        multiples = possible_multiples(source, head_dim_multiple, group, merge)
+        multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
         on_main(lambda: require_statistics(given))
         budget = BudgetRequest(allowed=tuple(allowed), tp=tp, unequal=parse_group(group).unequal)
         replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)

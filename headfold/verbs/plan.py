@@ -11,7 +11,6 @@ from ..budget.sensitivity_file import path_of_multiple, sensitivity_path
 from ..checkpoint.staging import write_json
 from ..checkpoint.stats_file import StatsFile
 from ..conversion.folded_config import folded_config, refuse_counts_per_layer
-from ..conversion.head_dims import largest_multiple, possible_multiples
 from ..conversion.outputs import refuse_existing
 from ..conversion.plans import plan_uniform
 from ..conversion.source import open_source, open_stats
@@ -19,6 +18,7 @@ from ..conversion.teacher import Teacher
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
+from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..planning import parse_group
@@ -100,9 +100,9 @@ def plan(
     place, compute_dtype = check_device(device), dtype_named(dtype)
     source, progress = on_all(lambda: open_source(model, encoder)), progress or no_progress
     given_stats = on_main_only(lambda: open_stats(stats, source))
-    multiples = possible_multiples(source, head_dim_multiple, group, merge)
+    multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
     if kv_heads is not None:
-        multiple = largest_multiple(source, multiples, kv_heads, group)
+        multiple = largest_multiple(source.sites, multiples, kv_heads, group)
         made = on_main(
             lambda: plan_uniform(source, kv_heads, group, merge, given_stats, seed, progress, multiple, workers)
         )
