@@ -85,7 +85,7 @@ _FIELDS: Mapping[str, _Kind] = {
     "architectures": _NAMES,
     **dict.fromkeys(
         ("text_config", "vision_config", "attn_config", "rope_scaling", "rope_parameters", "auto_map", "headfold", "label2id",
-         "per_layer_config"), _OBJECT,
+         "per_layer_config", "fusion_config"), _OBJECT,
     ),
     **dict.fromkeys(_LAYER_COUNTS, _LAYERS),
     **dict.fromkeys(
@@ -107,7 +107,11 @@ _FIELDS: Mapping[str, _Kind] = {
     "pad_token_id": _whole(-1, MOST),
     "decoder_start_token_id": _OR_NONE,
     **dict.fromkeys(("is_encoder_decoder", "use_sliding_window", "output_hidden_states", "output_attentions", "return_dict"), _FLAG),
-    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), _SHARE),
+    **dict.fromkeys(
+        ("partial_rotary_factor", "rotary_pct", "dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "dropout_rate",
+         "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout", "hidden_dropout_prob",
+         "attention_probs_dropout_prob", "classifier_dropout"), _SHARE,
+    ),
     **dict.fromkeys(("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _POSITIVE),
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "attention_multiplier", "query_pre_attn_scalar"), _POSITIVE),
     **dict.fromkeys(

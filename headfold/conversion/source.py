@@ -16,7 +16,7 @@ from ..core.plan import Plan
 from ..families import cached, family_of, is_known
 from ..families.context import context_length
 from ..families.folded import kv_heads_by_layer
-from ..families.layout import check_shapes, shapes_of_statistics
+from ..families.layout import check_dtypes, check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
 from ..hf_models.building import open_config
@@ -97,6 +97,7 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
+        check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
     return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
 
 

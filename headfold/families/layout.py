@@ -191,6 +191,18 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
     }
+    inputs = _inputs(site, shape_of)
+    same = {"k": inputs["k"], "v": inputs["k"], **({} if site.reads_encoder else {"q": inputs["k"]})}
+    if site.input_norm is not None and tuple(found := shape_of(site.input_norm)) != (inputs["q"],):
+        raise UserError(
+            f"{where}: {site.input_norm} has shape {tuple(found)}, expected {(inputs['q'],)}; correct the checkpoint"
+        )
+    for role, expected_inputs in same.items():
+        if inputs[role] != expected_inputs:
+            raise UserError(
+                f"{where}: {site.tensor(role)} has {inputs[role]} inputs, expected {expected_inputs} as {site.tensor('k')}; "
+                "correct the checkpoint"
+            )
     for name, shape in expected.items():
         if tuple(shape_of(name)) != shape:
             raise UserError(
@@ -201,9 +213,29 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
 
 def shapes_of_statistics(site: Site, shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes that the statistics of a site have (`core.stats.SiteStats`)."""
-    inputs = {
-        role: shape_of(site.tensor("qkv" if "qkv" in site.weights else role))[0 if site.transposed else 1]
-        for role in "qk"
-    }
+    inputs = _inputs(site, shape_of)
     square = {"second": inputs["k"] + 1, "scatter": inputs["k"], "query_second": inputs["q"] + 1}
     return {**{name: (size, size) for name, size in square.items()}, "attended": (site.num_kv_heads, NUM_BINS)}
+
+
+def _inputs(site: Site, shape_of: Callable[[str], tuple[int, ...]]) -> dict[str, int]:
+    """Return the number of inputs of the projections that make queries, keys and values."""
+    axis = 0 if site.transposed else 1
+    return {role: shape_of(site.tensor("qkv" if "qkv" in site.weights else role))[axis] for role in "qkv"}
+
+
+def check_dtypes(site: Site, dtype_of: Callable[[str], torch.dtype], where: str) -> None:
+    """Check that the tensors of a site which a fold writes anew have one dtype, of real numbers.
+
+    Raises:
+        UserError: names the tensor and the dtypes.
+    """
+    names = [site.tensor(role) for role in ("q", "k", "v", "qkv", "o") if role in site.weights]
+    names += [f"{site.weights[role]}.bias" for role in sorted(site.biases)]
+    expected = dtype_of(site.tensor("o"))
+    for name in names:
+        if (found := dtype_of(name)) != expected or not found.is_floating_point:
+            raise UserError(
+                f"{where}: {name}: expected one dtype of real numbers for all of {site.name}, got "
+                f"{str(found).removeprefix('torch.')} beside {str(expected).removeprefix('torch.')}; convert the checkpoint to one dtype"
+            )

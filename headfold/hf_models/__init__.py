@@ -16,7 +16,7 @@ from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 from ..parallel import num_local_processes
 from .building import check_size, check_token_ids, library_errors, name_on_disk
-from .streamed import open_streamed, refuse_missing
+from .streamed import open_streamed, refuse_missing, refuse_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -340,7 +340,7 @@ def _whole(
         renamed.get(name) or name_on_disk(name, model, checkpoint): parameter
         for name, parameter in model.named_parameters()
     }
-    assert overlay.keys() <= names.keys(), sorted(overlay.keys() - names.keys())
+    refuse_unused(path, sorted(overlay.keys() - names.keys()))
     with torch.no_grad():
         for name in overlay:
             parameter = names[name]

@@ -87,7 +87,7 @@ class _Weights(Mapping[str, Tensor]):
         parameters = model.named_parameters(remove_duplicate=False)
         self.names = {name: name_on_disk(name, model, checkpoint) for name, _ in parameters}
         self._checkpoint, self._dtype, self._device, self._overlay = checkpoint, dtype, device, overlay
-        assert overlay.keys() <= set(self.names.values()), sorted(overlay.keys() - set(self.names.values()))
+        refuse_unused(checkpoint.path, sorted(overlay.keys() - set(self.names.values())))
 
     def __getitem__(self, name: str) -> Tensor:
         if self.held is None:
@@ -107,6 +107,20 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def refuse_unused(path: Path, unused: list[str]) -> None:
+    """Refuse a checkpoint whose attention has tensors, such as biases, that its model does not read by the config.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise UserError(
+            f"{path}: the checkpoint has tensors that the model does not take by its config: {', '.join(unused[:3])}{more}; "
+            "correct the config"
+        )
 
 
 _REGROUPED = "; if it is complete, transformers regroups its tensors on loading, and it must fit into memory whole"

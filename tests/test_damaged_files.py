@@ -1,0 +1,168 @@
+"""Damaged plans, statistics and tokenizers end in one line and exit code 2, before anything is built from them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_border import WORDS, refused  # noqa: F401 (a fixture)
+from test_corpus import tokenizer  # noqa: F401 (a fixture)
+from tiny import readable_checkpoint, tiny_checkpoint
+from torch import Tensor
+
+import headfold
+from headfold.core.errors import UserError
+from headfold.evaluate import embedding
+from headfold.llama_cpp import pooling
+
+# ruff: noqa: F811 - fixtures are arguments
+
+
+def _plan_site(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda plan: plan["sites"]["layers.1.self"].update(fields)
+
+
+PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a head of 10**9": _plan_site(kv_of_source_head=[0, 0, 0, 0, 0, 0, 0, 10**9]),
+    "a negative head": _plan_site(kv_of_source_head=[0, 0, 0, 0, 0, 0, 0, -1]),
+    "a group without heads": _plan_site(kv_of_source_head=[0, 0, 0, 0, 0, 0, 0, 2]),
+    "heads that are true": _plan_site(kv_of_source_head=[False, False, False, False, True, True, True, True]),
+    "heads that are texts": _plan_site(kv_of_source_head=["0"] * 8),
+    "heads of another count": _plan_site(kv_of_source_head=[0] * 10_000),
+    "no heads": _plan_site(kv_of_source_head=[]),
+    "heads in an object": _plan_site(kv_of_source_head={"0": 1}),
+    "no energy": _plan_site(error={"key": 0, "value": 0}, energy={"key": 0, "value": 1}),
+    "an error that is not finite": _plan_site(error={"key": float("nan"), "value": 0}),
+    "an error that is a text": _plan_site(error={"key": "x", "value": 0}),
+    "a large head_dim": _plan_site(head_dim=10**12),
+    "a head_dim that is none": _plan_site(head_dim=True),
+    "a merge that is none": _plan_site(merge="no-such"),
+    "a merge of another type": _plan_site(merge=3),
+    "another format": lambda plan: plan.update(format=[1]),
+    "no sites": lambda plan: plan.update(sites={}),
+    "a list of sites": lambda plan: plan.update(sites=[]),
+    "a seed that is a text": lambda plan: plan.update(seed="x"),
+    "facts of another type": lambda plan: plan.update(calibration={"tokens": 3}),
+    "facts that are no numbers": lambda plan: plan.update(calibration={"source": "self", "tokens": "x", "seed": "0"}),
+    "facts that lack the context": lambda plan: plan.update(calibration={"source": "self", "tokens": "9", "seed": "0"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PLANS.values(), ids=[*PLANS])
+def test_a_damaged_plan_is_refused_before_anything_is_written(
+    refused: Callable[..., str], plan_of_llama: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    plan = json.loads(plan_of_llama.read_text())
+    change(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    line = refused(
+        "fold",
+        tiny_checkpoint("llama", torch.float32),
+        tmp_path / "out",
+        "--plan",
+        tmp_path / "plan.json",
+        "--no-refit",
+    )
+    assert "plan" in line or "--merge" in line or "no-such" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.fixture(scope="module")
+def plan_of_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    headfold.plan(tiny_checkpoint("llama", torch.float32), out, kv_heads=2, group="contiguous", merge="mean")
+    return out
+
+
+def _tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor], dict[str, str]], object]:
+    return lambda tensors, metadata: tensors.update({name: change(tensors[name])})
+
+
+def _counts(value: Any) -> Callable[[dict[str, Tensor], dict[str, str]], object]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        counts = json.loads(metadata["headfold.counts"])
+        metadata["headfold.counts"] = (
+            value if isinstance(value, str) else json.dumps({**counts, "layers.1.self": value})
+        )
+
+    return change
+
+
+def _fact(**fields: str) -> Callable[[dict[str, Tensor], dict[str, str]], object]:
+    return lambda tensors, metadata: metadata.update(fields)
+
+
+SECOND, SCATTER, ATTENDED = (f"layers.1.self/{name}" for name in ("second", "scatter", "attended"))
+STATS: dict[str, Callable[[dict[str, Tensor], dict[str, str]], object]] = {
+    **{f"a count of {value}": _counts(value) for value in (-1, 0, 2.5, True, None, 2**63)},
+    "counts that are a list": _counts("[1]"),
+    "counts that are no JSON": _counts("{"),
+    "counts nested deep": _counts("[" * 100_000),
+    "no second moment": lambda tensors, metadata: tensors.pop(SECOND),
+    "a second moment that is not finite": _tensor(SECOND, lambda total: total * torch.nan),
+    "a second moment below zero": _tensor(SECOND, lambda total: -total),
+    "a second moment of integers": _tensor(SECOND, lambda total: total.long()),
+    "a second moment of another shape": _tensor(SECOND, lambda total: total[:-1].contiguous()),
+    "a vector": _tensor(SCATTER, lambda total: total[0].contiguous()),
+    "a mass of attention below zero": _tensor(ATTENDED, lambda total: -1 - total),
+    "a mass of attention of another shape": _tensor(ATTENDED, lambda total: total[:1].contiguous()),
+    "another sample": _tensor("sample/input_ids", lambda ids: ids + 1),
+    "tokens that are no number": lambda tensors, metadata: (tensors.pop("sample/input_ids"), metadata.update(tokens="x")),
+    "no context": lambda tensors, metadata: (tensors.pop("sample/input_ids"), metadata.pop("context")),
+    "a seed that is no number": lambda tensors, metadata: (tensors.pop("sample/input_ids"), metadata.update(seed="-1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STATS.values(), ids=[*STATS])
+def test_damaged_statistics_are_refused(
+    refused: Callable[..., str], measured: tuple[Path, Path], tmp_path: Path, change: Callable[[Any, Any], object]
+) -> None:
+    model, stats = measured
+    with safe_open(stats, "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(stats)
+    change(tensors, metadata)
+    save_file(tensors, tmp_path / "stats.safetensors", metadata)
+    line = refused("fold", model, tmp_path / "out", "--kv-heads", 2, "--stats", tmp_path / "stats.safetensors")
+    assert "stats" in line or "statistics" in line
+
+
+@pytest.fixture(scope="module")
+def measured(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model and its statistics."""
+    place = tmp_path_factory.mktemp("measured")
+    model = readable_checkpoint(place / "model", tokenizer)
+    (place / "text.txt").write_text("the quick brown fox\n" * 200)
+    headfold.calibrate(model, place / "stats.safetensors", calibration=str(place / "text.txt"), tokens=256, context=32)
+    return model, place / "stats.safetensors"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["{}", "[3]", '[{"type": "Pooling"}]', '[{"type": "Pooling", "path": "../x"}]', '[{"type": 1, "path": ""}]', "["],
+)
+def test_damaged_steps_of_a_sentence_encoder_are_refused(tmp_path: Path, modules: str) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    for read in (embedding.pooling_of, pooling.pooling_of):
+        with pytest.raises(UserError, match=r"modules\.json"):
+            read(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    refused: Callable[..., str], measured: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(measured[0], tmp_path / "model"))
+    for file in tiny_checkpoint("llama", torch.float32, vocab_size=9).iterdir():
+        shutil.copy(file, model)
+    text = measured[0].parent / "text.txt"
+    for words in (
+        ("calibrate", model, tmp_path / "stats", "--calibration", text, "--tokens", 64, "--context", 16),
+        ("eval", model, "--text", text, "--context", 16),
+        ("fold", model, tmp_path / "out", *WORDS),
+    ):
+        assert "expected tokens from 0 to 8, the rows of its embedding" in refused(*words)
