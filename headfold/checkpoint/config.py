@@ -15,6 +15,8 @@ from ..core.json_input import read_object
 
 CONFIG = "config.json"
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_WITHOUT_FIELDS = {"label2id", *_IMPLEMENTATIONS, *(f"_{name}" for name in _IMPLEMENTATIONS)}
+"""Objects whose keys are names of labels or of parts."""
 MOST_LAYERS = 2**16
 """As `MOST_HEADS`: more than any model has, few enough to loop over."""
 MOST = 2**31 - 1
@@ -202,7 +204,7 @@ def _check(part: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) -> N
         kind = kinds.get(name)
         if kind is not None and value is not None and not kind.holds(value):
             raise _unexpected(f"{where}: {name}", kind, value)
-        if isinstance(value, Mapping) and name != "label2id":
+        if isinstance(value, Mapping) and name not in _WITHOUT_FIELDS:
             _check(value, kinds, where)
 
 
