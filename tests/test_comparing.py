@@ -10,6 +10,7 @@ from owners import refused_while_owned
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 
+from headfold.budget import points
 from headfold.checkpoint.ownership import lock_inside
 from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.comparison_methods import METHODS
@@ -133,3 +134,24 @@ def test_a_directory_that_another_frontier_owns_is_refused(model: Path, stats: P
         refused_while_owned(lambda how=force: frontier(model, out, stats=stats, force=how), out, lock_inside(out))
     frontier(model, out, stats=stats, measured=1, refit=False)
     assert (out / "frontier.json").exists() and not lock_inside(out).exists()
+
+
+def test_a_frontier_that_was_killed_while_it_was_written_is_made_by_the_same_command(
+    run, model: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = tmp_path / "front"
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(points, "plot_frontier", killed)
+    words = ("frontier", model, front, "--stats", stats, "--no-refit", "--measure")
+    assert run(*words, 1).code == 130 and (front / "frontier.json").is_file()
+    monkeypatch.undo()
+    (front / "plan-99.json").write_text("mine")
+    monkeypatch.setattr(points, "plot_frontier", lambda path, *_, **__: path.touch())
+    assert run(*words, 0).code == 0
+    assert run(*words, 0).code == 2  # finished, so that it is not replaced unasked
+    names = {point["plan"] for point in json.loads((front / "frontier.json").read_text())["points"]}
+    rest = {"frontier.json", "frontier.png", "sensitivity.json", "plan-99.json"}
+    assert {path.name for path in front.iterdir()} == names | rest

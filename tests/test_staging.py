@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from headfold.checkpoint import staging
 from headfold.checkpoint.disk import replacing, temporary_beside
 from headfold.checkpoint.stats_file import write_stats
-from headfold.conversion.outputs import removed_if_empty
-from headfold.core.errors import AlreadyFinished, UserError
+from headfold.conversion.outputs import removed_on_error
+from headfold.core.errors import AlreadyFinished, SourceError, UserError
 
 
 def test_staging_on_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +104,10 @@ def test_a_replacing_commit_killed_anywhere_leaves_the_old_or_the_new(
         with pytest.raises(UserError, match="--force"):
             staging.open_staging(out, "key", False)
         assert (out / "file").read_text() == "old"
-        with pytest.raises(AlreadyFinished):  # the new one was whole: what is left is to put it in its place
-            finish(out, force=True, text="made twice")
-    else:
-        finish(out, force=True)
+    with pytest.raises(
+        AlreadyFinished
+    ):  # the new one was whole: what is left is to put it in its place, and to remove the old one
+        finish(out, force=True, text="made twice")
     assert (out / "file").read_text() == "new" and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -210,13 +210,28 @@ def test_write_json_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytes
 def test_what_holds_nothing_does_not_stay_behind(tmp_path: Path, kind: type[BaseException], holds: str) -> None:
     """Whatever the reason; files that another run resumes from stay."""
     place = staging.open_staging(tmp_path / "out", "key", False)
-    with pytest.raises(kind), removed_if_empty(place):
+    with pytest.raises(kind), removed_on_error(place):
         if holds != "nothing":
             (place / "work").mkdir()
         if holds == "a file":
             (place / "work" / "stats").write_text("measured")
         raise kind
     assert place.exists() == (holds == "a file")
+
+
+def test_who_has_an_error_is_told_what_is_kept(tmp_path: Path) -> None:
+    def broken(error: UserError, *, resumes: bool = True) -> str:
+        place = staging.open_staging(tmp_path / "out", "key", False)
+        with pytest.raises(type(error)) as raised, removed_on_error(place, resumes=resumes):
+            (place / "stats").write_text("measured")
+            raise error
+        return f"{raised.value}, {sorted(path.name for path in tmp_path.iterdir())}"
+
+    kept = f"{tmp_path / 'out.partial'} keeps what is done, and the same command goes on from there"
+    assert broken(UserError("disk full")) == f"disk full; {kept}, ['out.partial']"
+    assert broken(UserError(f"{tmp_path / 'out.partial'}: wrong")).endswith("wrong, ['out.partial']")
+    assert broken(SourceError("NaN")) == "NaN, []"
+    assert broken(UserError("disk full"), resumes=False) == "disk full, []"
 
 
 @pytest.mark.parametrize("force", [False, True])

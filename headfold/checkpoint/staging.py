@@ -193,12 +193,12 @@ def _finish_commit(place: Path, staging: Path, out: Path, key: str, force: bool)
 
 
 def _clear_up(place: Path, force: bool) -> None:
-    # The mark is removed after the renaming, so that a kill between the two never leaves a directory that the next run refuses as not
-    # made by headfold: it finds the mark here.
-    (place / JOB).unlink()
+    # The mark is removed last, so that whatever happens before never leaves a directory that the next run refuses as not made by
+    # headfold: it finds the mark here.
     flush(place.parent)
     if force:
         _remove(_aside(place))
+    (place / JOB).unlink()
 
 
 def _refuse_taken(place: Path, out: Path, force: bool) -> None:

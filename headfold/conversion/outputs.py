@@ -1,5 +1,6 @@
 """Own an output while it is written, refuse what is in the way, and remove what an error left empty."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,15 +25,17 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, key: str, force: bool) -> Iterator[Path]:
-    """Own `out` and yield the directory in which a job builds it, as `open_staging` finds it; it is removed if an error leaves it empty.
+def staged(out: Path, key: str | None, force: bool) -> Iterator[Path]:
+    """Own `out` and yield the directory in which a job builds it, as `open_staging` finds it, or as a kill of another run of it left it.
+
+    After an error it stays if the same job can go on from it; a job without a `key` never does.
 
     Raises:
         UserError: another run writes to `out`; else as `open_staging`.
     """
     with _owned(out, lock_beside(out)):
-        staging = on_main(lambda: open_staging(out, key, force))
-        with removed_if_empty(staging):
+        staging = on_main(lambda: open_staging(out, key or os.urandom(16).hex(), force))
+        with removed_on_error(staging, resumes=key is not None):
             yield staging
 
 
@@ -78,24 +81,32 @@ def _owned(out: Path, lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def removed_if_empty(staging: Path) -> Iterator[None]:
-    """Remove a staging directory that holds nothing to resume from if the body is left by any exception, Ctrl-C too. Only rank 0 does."""
+def removed_on_error(staging: Path, *, resumes: bool = True) -> Iterator[None]:
+    """Remove a staging directory from which no run can go on if the body is left by any exception, Ctrl-C too. Only rank 0 does.
+
+    That is one without files, one of a job that never resumes, and one of an original with which the job never succeeds. Otherwise a
+    `UserError` says that the directory stays; an output that is wrong says so itself.
+    """
     try:
         yield
-    except SourceError:
-        if is_main():
-            shutil.rmtree(staging, ignore_errors=True)
+    except UserError as error:
+        if not is_main() or str(staging) in str(error):
+            raise
+        _remove(staging, everything=not resumes or isinstance(error, SourceError))
+        if staging.is_dir():
+            said = f"{error}; {staging} keeps what is done, and the same command goes on from there"
+            raise type(error)(said) from error
         raise
     except BaseException:
         if is_main():
-            _remove_if_empty(staging)
+            _remove(staging, everything=not resumes)
         raise
 
 
-def _remove_if_empty(staging: Path) -> None:
-    """Remove a staging directory without files other than the mark of its job."""
-    if staging.is_dir() and not any(path.is_file() and path.name != JOB for path in staging.rglob("*")):
-        shutil.rmtree(staging)
+def _remove(staging: Path, *, everything: bool) -> None:
+    """Remove a staging directory, or else one without files other than the mark of its job."""
+    if everything or not any(path.is_file() and path.name != JOB for path in staging.rglob("*")):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def remove_output(out: Path) -> None:

@@ -1,7 +1,6 @@
 """Write a fold again in another layout: the same function in a form that other classes or engines read."""
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +126,7 @@ def _write_format(
         with owned_file(out, force):
             made = form.write(checkpoint, source, out, number_type, advance)
     else:
-        with staged(out, os.urandom(16).hex(), force) as staging:
+        with staged(out, None, force) as staging:
             made = form.write(checkpoint, source, staging, number_type, advance)
             if verify and form.compare and number_type in (None, EXACT):
                 difference = form.compare(checkpoint, staging, progress)

@@ -1,6 +1,5 @@
 """Find the loss increase of each size of the K/V cache: the Pareto front of bytes against loss, with a plan per point."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,21 +7,19 @@ from typing import Any
 
 from ..budget.curves import CurveRequest, loss_curves, require_statistics, teacher_of_statistics
 from ..budget.frontier import Point, front_points, rank_correlation, site_rank_correlation, undominated
+from ..budget.points import is_unfinished, unfinished, write_points
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
 from ..checkpoint.ownership import refuse_contents
-from ..checkpoint.staging import write_json
 from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
-from ..core.errors import UserError
-from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..head_dims import possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..planning import parse_group
-from ..report.plot import plot_frontier, require_plot
+from ..report.plot import require_plot
 
 NUM_MEASURED = 5
 
@@ -97,7 +94,8 @@ def frontier(
     place, compute_dtype = check_device(device), dtype_named(dtype)
     require_plot(directory / "frontier.png", "headfold frontier")
     with owned_directory(directory):
-        on_main(lambda: refuse_contents(directory, force))
+        if not is_unfinished(directory):
+            on_main(lambda: refuse_contents(directory, force))
         source = on_all(lambda: open_source(model, encoder))
         given = on_main_only(lambda: open_stats(stats, source))
         multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
@@ -106,37 +104,24 @@ def frontier(
         replace(budget, head_dim_multiple=multiples[0]).check_reachable(source)
         teacher = teacher_of_statistics(source, given, place, compute_dtype, progress)
         request = CurveRequest(group, merge, refit, seed, workers)
-        found: list[tuple[Point, Plan]] = []
-        correlation: float | None = None
-        for multiple in multiples:
-            at_multiple, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
-            if not first and not at_multiple.is_reachable(source):
-                continue
-            path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
-            curves = loss_curves(teacher, at_multiple, request, given, path)
-            correlation = site_rank_correlation(curves) if first else correlation
-            found += front_points(teacher, at_multiple, curves, given, measured, uniform=first)
-        points = undominated([point for point, _ in found])
-        both = [(point.predicted, point.measured) for point in points if point.measured is not None]
-        result = Frontier(points, rank_correlation(both), correlation, str(directory))
-        title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
-        on_main(lambda: _write(directory, result, {point.plan: plan for point, plan in found}, title))
+        with unfinished(directory):
+            found: list[tuple[Point, Plan]] = []
+            correlation: float | None = None
+            for multiple in multiples:
+                at_multiple, first = replace(budget, head_dim_multiple=multiple), multiple == multiples[0]
+                if not first and not at_multiple.is_reachable(source):
+                    continue
+                path = path_of_multiple(Path(sensitivity or directory / "sensitivity.json"), multiple)
+                curves = loss_curves(teacher, at_multiple, request, given, path)
+                correlation = site_rank_correlation(curves) if first else correlation
+                found += front_points(teacher, at_multiple, curves, given, measured, uniform=first)
+            points = undominated([point for point, _ in found])
+            both = [(point.predicted, point.measured) for point in points if point.measured is not None]
+            result = Frontier(points, rank_correlation(both), correlation, str(directory))
+            title = f"{Path(str(model)).name}, {group}, {merge}{'' if refit else ', no refit'}"
+            on_main(
+                lambda: write_points(
+                    directory, result.to_json(), points, {point.plan: plan for point, plan in found}, title
+                )
+            )
     return result
-
-
-def _write(directory: Path, result: Frontier, plans: dict[str, Plan], title: str) -> None:
-    for left in _plans_of(directory / "frontier.json"):  # of an earlier frontier, which --force gave up
-        (directory / left).unlink(missing_ok=True)
-    for point in result.points:
-        write_json(directory / point.plan, plans[point.plan].to_json())
-    write_json(directory / "frontier.json", result.to_json())
-    plot_frontier(directory / "frontier.png", result.points, title=title)
-
-
-def _plans_of(earlier: Path) -> list[str]:
-    """Return the file names of the plans that an earlier frontier.json lists; everything else there is the user's."""
-    try:
-        names = [str(point["plan"]) for point in read_object(earlier)["points"]]
-    except (OSError, UserError, KeyError, TypeError):
-        return []
-    return [name for name in names if re.fullmatch(r"plan-\d+[a-z0-9-]*\.json", name)]

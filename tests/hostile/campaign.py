@@ -79,7 +79,7 @@ class Campaign:
                 what = _spoil(folder, scenario.spoilt, mutate, random)
             before = state_of(folder)
             outcome = run([*words, "--json"], folder)
-            wrong = finding(outcome, before, state_of(folder), _place(scenario, words))
+            wrong = finding(outcome, before, state_of(folder), _place(scenario, words), words)
             if not wrong and ": same" in what:
                 wrong = self._of_same(scenario, outcome.code, folder)
             if wrong:

@@ -230,10 +230,10 @@ def _left(root: Path, folder: Path, job: Job, undisturbed: Undisturbed) -> str:
 def _again(folder: Path, job: Job, undisturbed: Undisturbed, before: Any) -> str:
     """Run the job again and return what is wrong with the end."""
     place = folder / job.out
-    was_whole = place.is_file()
+    was_whole = place.exists() and not (place / ".headfold-job").exists() and essence(place) == undisturbed[job][0]
     second = run([*job.words, "--json"], folder)
     if second.code == 2 and was_whole and "--force" in second.err:
-        second = Outcome(0, "{}", "", second.seconds)  # the file was whole, and is not replaced unasked
+        second = Outcome(0, "{}", "", second.seconds)  # the run was at its very end, and nothing is replaced unasked
     after = state_of(folder)
     wrong = finding(second, before, after, job.out)
     if wrong and not (wrong == "no JSON value" and "nothing is left to do" in second.err):

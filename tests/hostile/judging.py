@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from .running import Outcome
 State = Mapping[str, tuple[int, int, int]]
 PLANTED = Path("/tmp/headfold-owned")
 """What a card would write if its tags were obeyed."""
-_TIMES = re.compile(r"second|time|date|duration|peak|memory|speed|per_s|elapsed|fingerprint|created")
+_TIMES = re.compile("second|time|date|duration|peak|memory|speed|per_s|elapsed|fingerprint|created|resumed_at")
 """Fields of JSON files that tell of a run rather than of its result."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 """It depends on the order of a header too, which does not matter."""
-_LEFT = re.compile(r"left there|resume|run the same command again")
+_LEFT = re.compile("left there|keeps what is done")
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -31,8 +31,8 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def finding(outcome: Outcome, before: State, after: State, out: str) -> str:
-    """Return what is wrong with how a command ended; an empty text if nothing is."""
+def finding(outcome: Outcome, before: State, after: State, out: str, named: Sequence[str] = ()) -> str:
+    """Return what is wrong with how a command ended; an empty text if nothing is. It may write files that it is told to by name."""
     if outcome.hung:
         return f"hang {_last(outcome.err)}"
     if outcome.code < 0:
@@ -43,12 +43,12 @@ def finding(outcome: Outcome, before: State, after: State, out: str) -> str:
         return f"exit code {outcome.code}"
     if PLANTED.exists():
         return "code of the input was run"
-    return _of_files(outcome, before, after, out) or (
+    return _of_files(outcome, before, after, out, named) or (
         _of_refusal(outcome) if outcome.code else _of_success(outcome, after, out)
     )
 
 
-def _of_files(outcome: Outcome, before: State, after: State, out: str) -> str:
+def _of_files(outcome: Outcome, before: State, after: State, out: str, named: Sequence[str]) -> str:
     unfinished = f"{out}.partial"  # may lie there before, and is then the command's own
     changed = [
         name
@@ -63,7 +63,7 @@ def _of_files(outcome: Outcome, before: State, after: State, out: str) -> str:
     if unfinished in before and unfinished in after:
         new = [name for name in new if not _within(name, unfinished)]
     if outcome.code == 0:
-        new = [name for name in new if not name.endswith((".sensitivity.json", "sensitivity.json"))]
+        new = [name for name in new if not name.endswith("sensitivity.json") and name not in named]
     left = [name for name in new if not (name.startswith(f"{out}.partial") and out and _LEFT.search(outcome.err))]
     return f"left {left[0]}" if left else ""
 
