@@ -367,9 +367,11 @@ def test_what_is_written_has_the_users_permissions(umask: int, tmp_path: Path) -
         staging.write_json(place / "file.json", {})
         write_stats(place / "stats", {}, {})
         save_file({"x": torch.ones(1)}, place / "model.safetensors")
+        write_stats(tmp_path / "stats", {}, {"x": "y"}, {"x": torch.ones(1)})
         staging.commit(place, tmp_path / "out", False)
         assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
-        assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+        files = [tmp_path / "stats", *(tmp_path / "out").iterdir()]
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
     finally:
         os.umask(before)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import one_line
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_uptrain import BASELINE, SHORT, Stopped, folded, original, text  # noqa: F401 (fixtures)
 
 import headfold
 from headfold.core.errors import UserError
+from headfold.train.distillation import Distillation
+from headfold.train.sites import find_sites
 from headfold.verbs.uptrain import uptrain
 
 # ruff: noqa: F811
@@ -75,6 +78,17 @@ def test_a_broken_checkpoint_is_one_line(
         uptrain(folded, tmp_path / "out", data=text, **SHORT)
     one_line(error, stopped, "remove it to go on from an earlier one")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_teacher_does_alone_is_not_kept(original: Path, folded: Path) -> None:
+    """The outputs of its sites while it writes text would fill the memory."""
+    teacher, student = headfold.load(original), headfold.load(folded)
+    distillation = Distillation(teacher, student, [site.output for site in find_sites(student)])
+    tokens = torch.arange(9)[None]
+    teacher(tokens)
+    assert not any(distillation._outputs.values())
+    distillation(student, {"input_ids": tokens})
+    assert {len(found) for found in distillation._outputs.values()} == {2}
 
 
 def test_a_fold_learns_from_text_that_its_original_writes(original: Path, folded: Path, tmp_path: Path) -> None:

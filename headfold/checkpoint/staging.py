@@ -73,9 +73,8 @@ def commit(staging: Path, out: Path, force: bool) -> None:
         mode = (staging / JOB).stat().st_mode
         for entry in staging.iterdir():
             if entry.is_file():
-                entry.chmod(
-                    mode
-                )  # by the umask, as the mark was made: safetensors writes files that only their owner can read
+                # By the umask, as the mark was made: safetensors writes files that only their owner can read.
+                entry.chmod(mode)
                 flush(entry)
         _mark(staging, _job_of(staging).removesuffix(_FINISHED) + _FINISHED)
         aside = _aside(place)

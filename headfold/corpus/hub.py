@@ -33,9 +33,8 @@ def open_stream(name: str, config: str | None, split: str) -> Any:
         UserError: no name that a dataset can have, `datasets` is not installed, the hub cannot be reached, or it has no such dataset or
             split.
     """
-    if not (
-        _NAME.fullmatch(name) or (name and Path(name).is_dir())
-    ):  # `datasets` takes an empty one for the working directory
+    # `datasets` takes an empty name for the working directory, and looks for others among its paths too.
+    if not (_NAME.fullmatch(name) or (name and Path(name).is_dir())):
         raise UserError(f"hub:{name}: expected a dataset such as org/name; write hub:NAME[:CONFIG][:SPLIT][:COLUMN]")
     try:
         import datasets
