@@ -270,3 +270,16 @@ def test_damaged_facts_of_an_index_are_refused(tmp_path: Path, metadata: Any) ->
 def test_a_loss_beyond_every_float_has_an_infinite_perplexity() -> None:
     scores = LossComparison(1, 800.0, (800.0,), 1.0, reference_nll=709.0)
     assert scores.perplexity == math.inf and scores.reference_perplexity == math.exp(709)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA")]
+)
+def test_too_little_memory_is_said_in_one_line(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(model: str) -> None:
+        raise error
+
+    monkeypatch.setattr("headfold.verbs.inspect.open_source", fail)
+    assert "out of memory" in refused("inspect", tiny_checkpoint("llama", torch.float32))

@@ -19,8 +19,8 @@ from headfold.core.stats import SiteStats
 def stats(seed: int) -> dict[str, SiteStats]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"second": (5, 5), "scatter": (4, 4)}
-    drawn = [{n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in shapes.items()} for _ in range(3)]
-    return {f"layers.{site}.self": SiteStats(tensors, 10 * site + seed) for site, tensors in enumerate(drawn)}
+    drawn = [{n: torch.rand(s, dtype=torch.float64, generator=generator) for n, s in shapes.items()} for _ in range(3)]
+    return {f"layers.{site}.self": SiteStats(tensors, 10 * site + seed + 1) for site, tensors in enumerate(drawn)}
 
 
 def test_statistics_come_back_bitwise_and_add(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_statistics_on_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pyt
 
 def test_calibration_tokens_travel_with_the_statistics(tmp_path: Path) -> None:
     windows = torch.arange(12).view(3, 4)
-    sites = {"a": SiteStats({"second": torch.eye(3, dtype=torch.float64)}, 5)}
+    sites = {"a": SiteStats({name: torch.eye(3, dtype=torch.float64) for name in ("second", "scatter")}, 5)}
     write_stats(tmp_path / "with.safetensors", sites, {}, {"input_ids": windows})
     write_stats(tmp_path / "without.safetensors", sites, {})
     found = StatsFile(tmp_path / "with.safetensors")

@@ -100,7 +100,15 @@ def _usage(error: Any) -> str:
     return f"{command}: {said}; see {command} --help"
 
 
-def _one_line(error: UserError | OSError) -> str:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate memory: on a GPU it says so by a type of its own, on a CPU by its words alone."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _one_line(error: UserError | OSError | MemoryError | RuntimeError) -> str:
+    if isinstance(error, MemoryError | RuntimeError):
+        said = " ".join(str(error).split())[:200]
+        return f"out of memory{said and f' ({said})'}; give less data or a shorter context, or use a larger machine"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
@@ -130,7 +138,9 @@ def main() -> None:
         if is_main() and type(error).__name__ != "NoArgsIsHelpError":  # it has printed the help
             print(_usage(error), file=sys.stderr)
         sys.exit(2)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
         if "--debug" in sys.argv[1:]:
             raise
         if is_main():
