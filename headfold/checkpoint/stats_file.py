@@ -54,6 +54,10 @@ def write_stats(
             ) from error
 
 
+_MOST = 1e100
+"""More than sums of squares of float32 numbers come to."""
+
+
 class StatsFile(Mapping[str, SiteStats]):
     """The statistics of a file by site, each read when it is requested; `metadata` describes what they were measured on.
 
@@ -152,7 +156,12 @@ class StatsFile(Mapping[str, SiteStats]):
 
 
 def _may_be_sums(name: str, total: Tensor) -> bool:
-    """Return whether numbers can be what they are called: a second moment has no negative diagonal and was measured somewhere."""
+    """Return whether numbers can be what they are called: a second moment has no negative diagonal and was measured somewhere.
+
+    Weights are multiplied with them, and the products squared, so they have to leave room for that.
+    """
+    if float(total.abs().max()) > _MOST:
+        return False
     if name == "attended":
         return bool((total >= 0).all())
     squares = total.diagonal() if total.ndim == 2 else total.new_tensor([-1.0])

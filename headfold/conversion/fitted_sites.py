@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint.disk import disk_errors, flush, require_space
+from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 
 
@@ -40,6 +41,7 @@ class FittedSites(Mapping[str, FittedHeads]):
     def facts(self) -> dict[str, str]:
         """The facts of the data that the sites were fitted on, the same for all sites; empty if no site is fitted."""
         for site in self:
+            self[site]  # a damaged file is named
             with safe_open(self._path(site), "pt") as file:
                 return dict(sorted((file.metadata() or {}).items()))
         return {}
@@ -48,8 +50,16 @@ class FittedSites(Mapping[str, FittedHeads]):
         if site not in self:
             raise KeyError(site)
         if self._last is None or self._last[0] != site:
-            self._last = (site, FittedHeads.from_tensors(load_file(self._path(site))))
+            self._last = (site, self._read(site))
         return self._last[1]
+
+    def _read(self, site: str) -> FittedHeads:
+        try:
+            return FittedHeads.from_tensors(load_file(self._path(site)))
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"{self._path(site)}: expected the fitted heads of an earlier run, got a damaged file; remove it, and they are fitted again"
+            ) from error
 
     def __contains__(self, site: object) -> bool:
         return self._path(str(site)).exists()

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,37 @@ from ..checkpoint.reader import Checkpoint, refuse_remote_code
 from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 from ..parallel import num_local_processes
-from .building import check_size, check_token_ids, library_errors, name_on_disk
+from .building import check_size, check_token_ids, library_errors, name_on_disk, quiet
+from .readers import PROCESSORS, open_processor, open_tokenizer
 from .streamed import open_streamed, refuse_missing, refuse_unused
 
+__all__ = [
+    "DTYPES",
+    "MEMORY_SHARE",
+    "PROCESSORS",
+    "PRODUCT",
+    "available_memory",
+    "check_device",
+    "check_model",
+    "compute_dtype",
+    "default_device",
+    "dtype_named",
+    "exceeds_memory",
+    "named_class",
+    "open_model",
+    "open_processor",
+    "open_tokenizer",
+    "processor_flags",
+    "product_seconds",
+    "quiet",
+    "stored_dtype",
+]
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PRODUCT = 512, 1024, 1024
 """Rows, inner and outer size of the matrix product that decides whether a dtype is worth computing in."""
-
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files of a directory that describe how images or sound become inputs; one of them is there."""
 
 MEMORY_SHARE = 0.6
 """Share of the available memory that a whole model may take; the rest is for activations and the caller."""
@@ -135,52 +155,6 @@ def available_memory(device: str = "cpu") -> int:
         limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         free = min(free, max(limit, 0))
     return free
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and loading messages of transformers, and restore its settings afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """Open the tokenizer of a checkpoint directory.
-
-    Raises:
-        UserError: there is none, or it needs code of its own.
-    """
-    from transformers import AutoTokenizer
-
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-    if not any((Path(path) / name).exists() for name in files):
-        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
-    with library_errors(path, "the tokenizer does not load"), quiet():
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def open_processor(kind: str, path: str | Path) -> Any:
-    """Open the image processor ("images", on pillow and numpy) or feature extractor ("audio") of a checkpoint directory.
-
-    Raises:
-        UserError: there is none, or it does not load.
-    """
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
-
-    if not any((Path(path) / name).is_file() for name in PROCESSORS):
-        raise UserError(f"{path}: expected the model's processor (preprocessor_config.json), found none; copy it there")
-    auto, options = (AutoImageProcessor, {"backend": "pil"}) if kind == "images" else (AutoFeatureExtractor, {})
-    with library_errors(path, "the processor does not load"), quiet():
-        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
 
 
 def open_model(

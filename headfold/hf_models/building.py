@@ -29,6 +29,22 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and loading messages of transformers, and restore its settings afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def library_errors(where: str | Path, what: str, advice: str = "") -> Iterator[None]:
     """Turn whatever a library raises into a `UserError`: `where`, `what` does not work, what the library says, what to do."""
     try:

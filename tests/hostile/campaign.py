@@ -78,7 +78,7 @@ class Campaign:
             if kind != "options":
                 what = _spoil(folder, scenario.spoilt, mutate, random)
             before = state_of(folder)
-            outcome = run([*words, "--json"], folder)
+            outcome = run([words[0], "--json", *words[1:]], folder)
             wrong = finding(outcome, before, state_of(folder), _place(scenario, words), words)
             if not wrong and ": same" in what:
                 wrong = self._of_same(scenario, outcome.code, folder)
@@ -99,7 +99,7 @@ class Campaign:
     def _reference(self, scenario: Scenario) -> Any:
         if scenario.words not in self._references:
             with copied(self._root, self._work / "reference", scenario.needs) as folder:
-                made(run([*scenario.words, "--json"], folder), scenario.words)
+                made(run([scenario.words[0], "--json", *scenario.words[1:]], folder), scenario.words)
                 self._references[scenario.words] = essence(folder / scenario.out)
         return self._references[scenario.words]
 

@@ -208,7 +208,7 @@ def _without_staging(state: dict[str, Any], job: Job) -> dict[str, Any]:
     return {
         name: what
         for name, what in state.items()
-        if not name.startswith((f"{job.out}.partial", f"{job.out}.sensitivity"))
+        if not name.startswith((f"{job.out}.partial", f"{job.out.removesuffix('.json')}.sensitivity"))
     }
 
 

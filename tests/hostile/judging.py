@@ -44,7 +44,7 @@ def finding(outcome: Outcome, before: State, after: State, out: str, named: Sequ
     if PLANTED.exists():
         return "code of the input was run"
     return _of_files(outcome, before, after, out, named) or (
-        _of_refusal(outcome) if outcome.code else _of_success(outcome, after, out)
+        _of_refusal(outcome, named) if outcome.code else _of_success(outcome, after, out)
     )
 
 
@@ -68,13 +68,14 @@ def _of_files(outcome: Outcome, before: State, after: State, out: str, named: Se
     return f"left {left[0]}" if left else ""
 
 
-def _of_refusal(outcome: Outcome) -> str:
+def _of_refusal(outcome: Outcome, named: Sequence[str]) -> str:
     lines = [line for line in outcome.err.splitlines() if line.strip()]
     if len(lines) != 1:
         return f"{len(lines)} lines"
     if not lines[0].startswith("headfold"):
         return "line of another"
-    return "line of 1,000 characters" if len(lines[0]) > 1000 else ""
+    # What the user wrote may be quoted, however long it is.
+    return "long line" if len(lines[0]) > 1000 + 2 * max(map(len, named), default=0) else ""
 
 
 def _of_success(outcome: Outcome, after: State, out: str) -> str:

@@ -80,8 +80,8 @@ _TABLE = """
 1 uptrain folded TRAIN --data text.txt < folded text.txt
 1 uptrain folded TRAIN --data text.txt --distill llama < llama/config.json
 1 uptrain folded-t5 TRAIN --data pairs.jsonl --columns source,target < folded-t5/config.json pairs.jsonl
-4 uptrain folded trained UNFINISHED < trained.partial/*
-4 fold llama healed --kv-heads 2 --heal --heal-tokens 64 TEXT < healed.partial/*
+4 uptrain folded trained UNFINISHED < trained.partial/**/*
+4 fold llama healed --kv-heads 2 --heal --heal-tokens 64 TEXT < healed.partial/**/*
 1 compare llama --kv-heads 2 --methods mean --out rows --limit 64 --text text.txt TEXT < llama/config.json llama/model.safetensors
 1 frontier llama points --measure 0 --stats stats.safetensors --sensitivity sensitivity.json < sensitivity.json stats.safetensors
 1 bench --shape llama --layers 1 --batch 1 --context 8 --new-tokens 2 --rounds 1 < llama/config.json

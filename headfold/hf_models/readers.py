@@ -1,0 +1,104 @@
+"""Open what stands before a model: its tokenizer, image processor or feature extractor, checked against what the model takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.config import read_config
+from ..core.errors import UserError
+from ..core.json_input import read_object
+from .building import library_errors, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files of a directory that describe how images or sound become inputs; one of them is there."""
+
+MOST_TOKENS = 2**24
+"""More than any vocabulary has; the tokenizers library makes a list as long as the greatest id, and ends the process where it cannot."""
+_ONE_SIZE = {"vit", "deit", "clip", "clip_vision_model"}
+"""Models that take images of one size; others interpolate their positions."""
+
+
+def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """Open the tokenizer of a checkpoint directory.
+
+    Raises:
+        UserError: there is none, it does not load, or it has ids that no vocabulary has.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((Path(path) / name).exists() for name in files):
+        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
+    _check_ids(Path(path) / "tokenizer.json")
+    with library_errors(path, "the tokenizer does not load"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise UserError(
+            f"{path}/tokenizer_config.json: model_max_length: expected a positive number, got {longest!r:.60}; correct the file"
+        )
+    return tokenizer
+
+
+def open_processor(kind: str, path: str | Path) -> Any:
+    """Open the image processor ("images", on pillow and numpy) or feature extractor ("audio") of a checkpoint directory.
+
+    Raises:
+        UserError: there is none, it does not load, or it makes other sizes than the model takes.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    if not any((Path(path) / name).is_file() for name in PROCESSORS):
+        raise UserError(f"{path}: expected the model's processor (preprocessor_config.json), found none; copy it there")
+    auto, options = (AutoImageProcessor, {"backend": "pil"}) if kind == "images" else (AutoFeatureExtractor, {})
+    with library_errors(path, "the processor does not load"), quiet():
+        processor = auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
+    made, taken = _sizes(kind, processor, read_config(Path(path)), path)
+    if made != taken:
+        raise UserError(
+            f"{path}/preprocessor_config.json: expected inputs of the model's size {taken}, got {made}; copy the model's own file there"
+        )
+    return processor
+
+
+def _check_ids(file: Path) -> None:
+    """Check the ids in a tokenizer.json, if there is one.
+
+    Raises:
+        UserError: an id is no whole number below `MOST_TOKENS`.
+    """
+    if not file.is_file():
+        return
+    found = read_object(file)
+    model, added = found.get("model"), found.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(words.values()) if isinstance(words, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    for number in ids:
+        if type(number) is not int or not 0 <= number < MOST_TOKENS:
+            raise UserError(
+                f"{file}: expected ids of tokens from 0 to {MOST_TOKENS - 1}, got {number!r:.60}; copy the model's own file there"
+            )
+
+
+def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Path) -> tuple[Any, Any]:
+    """Return the size of inputs that a processor makes and the one that its model takes; twice nothing where any size will do."""
+    if kind == "audio":
+        frames = config.get("max_source_positions")
+        made = getattr(processor, "feature_size", None), getattr(processor, "nb_max_frames", None)
+        return (made, (config.get("num_mel_bins"), 2 * frames)) if frames else (None, None)
+    part = config.get("vision_config") or config
+    if config.get("model_type") not in _ONE_SIZE or not part.get("image_size"):
+        return None, None
+    try:
+        from PIL import Image
+    except ImportError:  # refused in words where images are decoded
+        return None, None
+    blank = Image.new("RGB" if part.get("num_channels", 3) == 3 else "L", (16, 16))
+    with library_errors(path, "the processor does not work"), quiet():
+        shape = processor(images=[blank], return_tensors="pt")["pixel_values"].shape
+    size = part["image_size"]
+    return tuple(shape[-2:]), (size, size) if isinstance(size, int) else tuple(size)
