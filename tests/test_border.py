@@ -21,8 +21,8 @@ from torch import Tensor
 
 import headfold
 from headfold import cli
+from headfold.checkpoint.cards import read_card
 from headfold.checkpoint.reader import INDEX, Checkpoint
-from headfold.checkpoint.staging import read_card
 from headfold.core.errors import UserError
 from headfold.core.json_input import MAX_DEPTH, parse, read_list, read_object
 from headfold.evaluate.perplexity import LossComparison

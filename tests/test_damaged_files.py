@@ -1,6 +1,7 @@
 """Damaged plans, statistics and tokenizers end in one line and exit code 2, before anything is built from them."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,15 @@ from test_border import WORDS, refused  # noqa: F401 (a fixture)
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import readable_checkpoint, tiny_checkpoint
 from torch import Tensor
+from transformers import ViTImageProcessor, WhisperFeatureExtractor
 
 import headfold
+from headfold.conversion.fitted_sites import FittedSites
 from headfold.core.errors import UserError
+from headfold.core.fitted import FittedHeads
 from headfold.evaluate import embedding
-from headfold.llama_cpp import pooling
+from headfold.hf_models import open_processor, open_tokenizer
+from headfold.llama_cpp import pooling, tokens
 
 # ruff: noqa: F811 - fixtures are arguments
 
@@ -105,6 +110,7 @@ STATS: dict[str, Callable[[dict[str, Tensor], dict[str, str]], object]] = {
     "counts nested deep": _counts("[" * 100_000),
     "no second moment": lambda tensors, metadata: tensors.pop(SECOND),
     "a second moment that is not finite": _tensor(SECOND, lambda total: total * torch.nan),
+    "a second moment too large to multiply": _tensor(SECOND, lambda total: total.double() * 1e200),
     "a second moment below zero": _tensor(SECOND, lambda total: -total),
     "a second moment of integers": _tensor(SECOND, lambda total: total.long()),
     "a second moment of another shape": _tensor(SECOND, lambda total: total[:-1].contiguous()),
@@ -166,3 +172,60 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
         ("fold", model, tmp_path / "out", *WORDS),
     ):
         assert "expected tokens from 0 to 8, the rows of its embedding" in refused(*words)
+
+
+@pytest.mark.parametrize("number", [2**31, 10**12, -1, 2.5, "8", None])
+def test_ids_that_no_vocabulary_has_are_refused(number: object, measured: tuple[Path, Path], tmp_path: Path) -> None:
+    """The tokenizers library takes memory for all ids up to the greatest one."""
+    file = Path(shutil.copytree(measured[0], tmp_path / "model")) / "tokenizer.json"
+    found = json.loads(file.read_text())
+    for part in ("vocab", "added"):
+        changed = json.loads(json.dumps(found))
+        if part == "vocab":
+            changed["model"]["vocab"][next(iter(changed["model"]["vocab"]))] = number
+        else:
+            changed["added_tokens"] = [{"id": number, "content": "x"}]
+        file.write_text(json.dumps(changed))
+        for read in (open_tokenizer, tokens._read):
+            with pytest.raises(UserError, match=rf"tokenizer.json: expected ids .* got {number!r}"):
+                read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("longest", ["8", 0, -1, True, [3]])
+def test_a_longest_text_that_is_no_number_is_refused(
+    longest: object, measured: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(measured[0], tmp_path / "model")) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: model_max_length|tokenizer does not load"):
+        open_tokenizer(tmp_path / "model")
+
+
+def test_a_processor_of_another_size_than_the_models_is_refused(tmp_path: Path) -> None:
+    for name, processor, size in (
+        ("vit", ViTImageProcessor(size={"height": 14, "width": 12}), "(12, 12), got (14, 12)"),
+        ("dinov2", ViTImageProcessor(size={"height": 14, "width": 12}), ""),
+        ("whisper", WhisperFeatureExtractor(feature_size=7), "(6, 22), got (7, 3000)"),
+    ):
+        place = Path(shutil.copytree(tiny_checkpoint(name, torch.float32), tmp_path / name))
+        processor.save_pretrained(place)
+        kind = "audio" if name == "whisper" else "images"
+        if size:
+            with pytest.raises(UserError, match=re.escape(f"of the model's size {size}")):
+                open_processor(kind, place)
+        else:  # its positions are interpolated
+            open_processor(kind, place)
+
+
+def test_damaged_heads_of_an_earlier_run_are_named(tmp_path: Path) -> None:
+    sites = FittedSites(tmp_path / "fitted")
+    sites.put("layers.0.self", FittedHeads(o=torch.zeros(2, 3, 4)), {"model": "x"})
+    file = tmp_path / "fitted" / "layers.0.self.safetensors"
+    for data in (file.read_bytes()[:-1], b""):
+        file.write_bytes(data)
+        with pytest.raises(
+            UserError, match=r"layers\.0\.self\.safetensors: expected the fitted heads of an earlier run"
+        ):
+            FittedSites(tmp_path / "fitted")["layers.0.self"]
+        with pytest.raises(UserError, match="expected the fitted heads"):
+            FittedSites(tmp_path / "fitted").facts  # noqa: B018

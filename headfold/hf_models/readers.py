@@ -32,7 +32,7 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if not any((Path(path) / name).exists() for name in files):
         raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
-    _check_ids(Path(path) / "tokenizer.json")
+    check_ids(Path(path) / "tokenizer.json")
     with library_errors(path, "the tokenizer does not load"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     longest = tokenizer.model_max_length
@@ -41,6 +41,26 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
             f"{path}/tokenizer_config.json: model_max_length: expected a positive number, got {longest!r:.60}; correct the file"
         )
     return tokenizer
+
+
+def check_ids(file: Path) -> None:
+    """Check the ids in a tokenizer.json, if there is one.
+
+    Raises:
+        UserError: an id is no whole number below `MOST_TOKENS`.
+    """
+    if not file.is_file():
+        return
+    found = read_object(file)
+    model, added = found.get("model"), found.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(words.values()) if isinstance(words, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    for number in ids:
+        if type(number) is not int or not 0 <= number < MOST_TOKENS:
+            raise UserError(
+                f"{file}: expected ids of tokens from 0 to {MOST_TOKENS - 1}, got {number!r:.60}; copy the model's own file there"
+            )
 
 
 def open_processor(kind: str, path: str | Path) -> Any:
@@ -62,26 +82,6 @@ def open_processor(kind: str, path: str | Path) -> Any:
             f"{path}/preprocessor_config.json: expected inputs of the model's size {taken}, got {made}; copy the model's own file there"
         )
     return processor
-
-
-def _check_ids(file: Path) -> None:
-    """Check the ids in a tokenizer.json, if there is one.
-
-    Raises:
-        UserError: an id is no whole number below `MOST_TOKENS`.
-    """
-    if not file.is_file():
-        return
-    found = read_object(file)
-    model, added = found.get("model"), found.get("added_tokens")
-    words = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(words.values()) if isinstance(words, dict) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    for number in ids:
-        if type(number) is not int or not 0 <= number < MOST_TOKENS:
-            raise UserError(
-                f"{file}: expected ids of tokens from 0 to {MOST_TOKENS - 1}, got {number!r:.60}; copy the model's own file there"
-            )
 
 
 def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Path) -> tuple[Any, Any]:

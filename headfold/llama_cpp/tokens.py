@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..hf_models.readers import check_ids
+
 if TYPE_CHECKING:
     import gguf
 
@@ -105,6 +107,7 @@ def _read(directory: Path) -> dict[str, Any]:
     """Return the contents of tokenizer.json in the form that tokenizers writes it, whatever form they had."""
     from tokenizers import Tokenizer
 
+    check_ids(directory / "tokenizer.json")
     found: dict[str, Any] = json.loads(Tokenizer.from_file(str(directory / "tokenizer.json")).to_str())
     return found
 
