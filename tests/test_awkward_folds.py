@@ -67,7 +67,7 @@ def test_a_plan_makes_its_folder(source: Path, tmp_path: Path) -> None:
 def test_a_model_type_that_is_no_name_is_refused(source: Path) -> None:
     config = source / "config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": ["llama"]'))
-    with pytest.raises(UserError, match="unknown model_type"):
+    with pytest.raises(UserError, match="model_type: expected a text"):
         headfold.inspect(source)
 
 

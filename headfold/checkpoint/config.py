@@ -59,10 +59,13 @@ def _are_repeated(value: Any) -> bool:
     return all(isinstance(pair, list) and len(pair) == 2 and _LAYERS.holds(pair[1]) for pair in pairs)
 
 
+_PIXELS = _count(2**14)
 _LAYERS, _HEADS, _SIZE, _OR_NONE = _count(MOST_LAYERS), _count(MOST_HEADS), _count(MOST), _whole(0, MOST)
 _SHAPE = _Kind(
-    f"a positive whole number up to {MOST}, or a pair of them",
-    lambda value: _SIZE.holds(value) or (isinstance(value, list) and len(value) == 2 and all(map(_SIZE.holds, value))),
+    f"a positive whole number up to {2**14}, or a pair of them",
+    lambda value: (
+        _PIXELS.holds(value) or (isinstance(value, list) and len(value) == 2 and all(map(_PIXELS.holds, value)))
+    ),
 )
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))
 _NAMES = _Kind("a list of class names of transformers", _texts)

@@ -41,7 +41,7 @@ class FittedSites(Mapping[str, FittedHeads]):
     def facts(self) -> dict[str, str]:
         """The facts of the data that the sites were fitted on, the same for all sites; empty if no site is fitted."""
         for site in self:
-            self[site]  # a damaged file is named
+            self[site]  # a corrupt file is named
             with safe_open(self._path(site), "pt") as file:
                 return dict(sorted((file.metadata() or {}).items()))
         return {}
@@ -58,7 +58,7 @@ class FittedSites(Mapping[str, FittedHeads]):
             return FittedHeads.from_tensors(load_file(self._path(site)))
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise UserError(
-                f"{self._path(site)}: expected the fitted heads of an earlier run, got a damaged file; remove it, and they are fitted again"
+                f"{self._path(site)}: expected the fitted heads of an earlier run, got a corrupt file; remove it, and they are fitted again"
             ) from error
 
     def __contains__(self, site: object) -> bool:

@@ -13,7 +13,7 @@ class Groups:
     group_of_head: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        # Of as many labels as there are: the range up to a damaged one could take all memory.
+        # Of as many labels as there are: the range up to a corrupt one could take all memory.
         labels = set(self.group_of_head)
         assert labels and labels == set(range(len(labels))), self.group_of_head
 

@@ -13,6 +13,7 @@ from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..families.context import context_length
 from ..hf_models import open_processor, open_tokenizer
+from ..hf_models.readers import image_size_of
 from .audio import encode_audio, read_audio
 from .captions import read_captions
 from .images import image_blocks, label_id
@@ -129,7 +130,8 @@ def image_sample_blocks(
         UserError: as `draw_sample`.
     """
     config = _config(path)
-    return image_blocks(
+    size = image_size_of(config)
+    blocks = image_blocks(
         source,
         open_processor("images", path),
         columns=columns,
@@ -138,6 +140,13 @@ def image_sample_blocks(
         label2id=config.get("label2id"),
         num_channels=config.get("num_channels", 3),
     )
+    for block in blocks:
+        height, width = block["pixel_values"].shape[-2:]
+        if size not in (None, (height, width)):  # a processor may leave sizes as they are
+            raise UserError(
+                f"{source}: expected images of {size[1]}x{size[0]} pixels, which the model takes, got {width}x{height}; resize them"
+            )
+        yield block
 
 
 def _label_ids(labels: Sequence[Any], path: Path, source: str) -> Tensor:

@@ -64,7 +64,7 @@ def _sample(
         if not chances.isfinite().all():
             raise UserError(
                 "calibration self: expected finite logits of the next token, got others, so the model cannot write text; "
-                "are its weights damaged?"
+                "are its weights good?"
             )
         drawn = torch.multinomial(chances, 1, generator=generator)
         if bos is not None and eos is not None and bos != eos:

@@ -51,7 +51,7 @@ def library_errors(where: str | Path, what: str, advice: str = "") -> Iterator[N
         yield
     except UserError:
         raise
-    except Exception as error:  # damaged files fail in more ways than libraries have types for
+    except Exception as error:  # corrupt files fail in more ways than libraries have types for
         raise UserError(f"{where}: {what}: {one_line(error)}{advice and f'; {advice}'}") from error
 
 
@@ -87,7 +87,7 @@ def build_model(auto: Any, checkpoint: Checkpoint, **options: Any) -> "PreTraine
 def check_size(auto: Any, checkpoint: Checkpoint) -> None:
     """Check that a model is as large as its checkpoint, before memory is taken for it.
 
-    A damaged size in the config would otherwise be filled with random numbers until the memory is full.
+    A wrong size in the config would otherwise be filled with random numbers until the memory is full.
 
     Raises:
         UserError: a tensor has another shape by the config than in the checkpoint, or the model is much larger.

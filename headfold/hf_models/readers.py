@@ -43,6 +43,14 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def image_size_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return height and width of the images that a model takes; None where it interpolates its positions to any size."""
+    size = (config.get("vision_config") or config).get("image_size")
+    if config.get("model_type") not in _ONE_SIZE or not size:
+        return None
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def check_ids(file: Path) -> None:
     """Check the ids in a tokenizer.json, if there is one.
 
@@ -90,15 +98,16 @@ def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Pat
         frames = config.get("max_source_positions")
         made = getattr(processor, "feature_size", None), getattr(processor, "nb_max_frames", None)
         return (made, (config.get("num_mel_bins"), 2 * frames)) if frames else (None, None)
-    part = config.get("vision_config") or config
-    if config.get("model_type") not in _ONE_SIZE or not part.get("image_size"):
+    size = image_size_of(config)
+    if size is None:
         return None, None
     try:
         from PIL import Image
     except ImportError:  # refused in words where images are decoded
         return None, None
-    blank = Image.new("RGB" if part.get("num_channels", 3) == 3 else "L", (16, 16))
+    # Of the model's own size, as a processor may leave sizes as they are.
+    channels = (config.get("vision_config") or config).get("num_channels", 3)
+    blank = Image.new("RGB" if channels == 3 else "L", size[::-1])
     with library_errors(path, "the processor does not work"), quiet():
         shape = processor(images=[blank], return_tensors="pt")["pixel_values"].shape
-    size = part["image_size"]
-    return tuple(shape[-2:]), (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(shape[-2:]), size

@@ -117,6 +117,7 @@ def _child(words: list[str], folder: Path, printed: tuple[Path, Path], before: C
     code = 70  # an error of the harness itself
     try:
         os.setpgid(0, 0)
+        atexit._clear()  # what the parent has to remove at its end is not the child's
         for file, descriptor in zip(printed, (1, 2), strict=True):
             opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, descriptor)
