@@ -23,7 +23,7 @@ import headfold
 from headfold import cli
 from headfold.checkpoint.cards import read_card
 from headfold.checkpoint.reader import INDEX, Checkpoint
-from headfold.core.errors import UserError
+from headfold.core.errors import UserError, suggest
 from headfold.core.json_input import MAX_DEPTH, parse, read_list, read_object
 from headfold.evaluate.perplexity import LossComparison
 
@@ -283,3 +283,10 @@ def test_too_little_memory_is_said_in_one_line(
 
     monkeypatch.setattr("headfold.verbs.inspect.open_source", fail)
     assert "out of memory" in refused("inspect", tiny_checkpoint("llama", torch.float32))
+
+
+def test_a_line_lists_no_more_names_than_can_be_read() -> None:
+    names = [f"name-{number:03d}" for number in range(100)]
+    assert suggest("zzz", names[:3]) == "choose one of name-000, name-001, name-002"
+    assert suggest("zzz", names).endswith(", name-029 and 70 more")
+    assert suggest("name-04", names).startswith("did you mean name-04")

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 30
+"""Names that a line lists at most."""
+
 
 class UserError(ValueError):
     """An error that the user can mend. The command line prints it as one line and exits with code 2."""
@@ -17,7 +20,10 @@ class AlreadyFinished(UserError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean …?` with the nearest known names, or a list of all of them if none is near."""
+    """Return `did you mean …?` with the nearest known names, or a list of them if none is near, of all if they are not too many."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"choose one of {', '.join(names[:_LISTED])}{more}"
