@@ -11,10 +11,10 @@ from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 
 from headfold.budget import points
-from headfold.checkpoint.ownership import lock_inside
+from headfold.checkpoint.ownership import has_contents, lock_inside
 from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.comparison_methods import METHODS
-from headfold.conversion.comparison_rows import STATISTICS
+from headfold.conversion.comparison_rows import STATISTICS, earlier_rows
 from headfold.core.errors import UserError
 from headfold.verbs import compare as comparing
 from headfold.verbs.compare import compare
@@ -155,3 +155,10 @@ def test_a_frontier_that_was_killed_while_it_was_written_is_made_by_the_same_com
     names = {point["plan"] for point in json.loads((front / "frontier.json").read_text())["points"]}
     rest = {"frontier.json", "frontier.png", "sensitivity.json", "plan-99.json"}
     assert {path.name for path in front.iterdir()} == names | rest
+
+
+def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".compare.json.headfold-partial").write_text("{")
+    assert not has_contents(tmp_path) and earlier_rows(tmp_path, {}, force=False) == []
+    (tmp_path / "compare.json.headfold-partial").write_text("mine")
+    assert has_contents(tmp_path)

@@ -25,6 +25,8 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long for this file system",
 }
 
+_TEMPORARY = ".headfold-partial"
+
 
 @contextmanager
 def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
@@ -80,7 +82,12 @@ def sizes(num_bytes: int) -> str:
 
 def temporary_beside(path: Path) -> Path:
     """Return the file that is written before it replaces `path`; its name is no user's, so nothing of theirs is overwritten."""
-    return path.with_name(f".{path.name}.headfold-partial")
+    return path.with_name(f".{path.name}{_TEMPORARY}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file is one of those, which a kill may have left."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
 @contextmanager

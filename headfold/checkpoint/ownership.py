@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.json_input import read_object
-from .disk import disk_errors
+from .disk import disk_errors, is_temporary
 
 _NAME = ".headfold-lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -37,8 +37,8 @@ def lock_inside(directory: Path) -> Path:
 
 
 def has_contents(directory: Path) -> bool:
-    """Return whether a directory has entries other than the lock."""
-    return directory.exists() and any(entry.name != _NAME for entry in directory.iterdir())
+    """Return whether a directory has entries other than the lock and what a kill left of a file that was being written."""
+    return directory.exists() and any(entry.name != _NAME and not is_temporary(entry) for entry in directory.iterdir())
 
 
 def refuse_contents(directory: Path, force: bool) -> None:
