@@ -182,7 +182,7 @@ def test_frequencies_come_from_the_config() -> None:
 
 def test_distances_halve_what_a_real_model_loses(tmp_path: Path) -> None:
     """At a quarter of the K/V heads, without refit."""
-    headfold.calibrate(BUNDLED, tmp_path / "stats.safetensors", tokens=8192, calibration="stdlib")
+    headfold.calibrate(BUNDLED, tmp_path / "stats.safetensors", tokens=4096, calibration="stdlib")
     rises = {}
     for merge in ("absorb", "absorb:distances=false"):
         headfold.fold(
@@ -194,6 +194,6 @@ def test_distances_halve_what_a_real_model_loses(tmp_path: Path) -> None:
             force=True,
             stats=tmp_path / "stats.safetensors",
         )
-        found = headfold.eval(tmp_path / "out", reference=BUNDLED, limit=8192)
+        found = headfold.eval(tmp_path / "out", reference=BUNDLED, limit=4096)
         rises[merge] = found.nll - found.reference_nll
     assert 0 < rises["absorb"] < 0.5 * rises["absorb:distances=false"]
