@@ -103,10 +103,11 @@ def test_the_default_fold_is_made_of_any_finite_weights(
     assert all(tensor.isfinite().all() for tensor in load_file(made.out / "model.safetensors").values())
 
 
-def test_inspect_names_weights_that_are_not_finite(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "input_layernorm"])
+def test_inspect_names_weights_that_are_not_finite(name: str, tokenizer: Any, tmp_path: Path) -> None:
     source = readable_checkpoint(tmp_path / "source", tokenizer)
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
+    tensors[f"model.layers.1.{name}.weight"].view(-1)[0] = torch.nan
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model.layers.1.self_attn.k_proj.weight: 1 of \d+ elements are NaN"):
+    with pytest.raises(UserError, match=rf"model.layers.1.{name}.weight: 1 of \d+ elements are NaN"):
         headfold.inspect(source)

@@ -142,4 +142,4 @@ def _grouping(moments: Moments, num_heads: int, num_kv_heads: int) -> Groups:
 def _stats_from_gains(source: Source, site: Site, hidden_size: int) -> SiteStats:
     if site.input_norm is None:
         return SiteStats.isotropic(hidden_size)
-    return SiteStats.from_gains(source.checkpoint.read(site.input_norm).to(torch.float64) + site.norm_gain_offset)
+    return SiteStats.from_gains(source.read_finite(site.input_norm).to(torch.float64) + site.norm_gain_offset)

@@ -101,7 +101,17 @@ def essence(place: Path) -> Any:
         return _tensors(data)
     if place.suffix == ".json":
         return _without_times(json.loads(data))
-    return hashlib.sha256(data).hexdigest()
+    return _gguf(place) if place.suffix == ".gguf" else hashlib.sha256(data).hexdigest()
+
+
+def _gguf(place: Path) -> dict[str, str]:
+    """Return fields and tensors by their names; the tensors lie in the order of the fold's header."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(place)
+    fields = {name: b"".join(bytes(part) for part in field.parts[2:]) for name, field in reader.fields.items()}
+    tensors = {tensor.name: bytes(tensor.data) for tensor in reader.tensors}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in (fields | tensors).items()}
 
 
 def _tensors(data: bytes) -> dict[str, str]:
