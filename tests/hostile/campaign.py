@@ -51,7 +51,14 @@ class Campaign:
         self._references: dict[tuple[str, ...], Any] = {}
 
     def case(self, number: int) -> Case:
-        """Run the case of that number."""
+        """Run the case of that number; an error of the campaign itself is a finding too."""
+        try:
+            return self._case(number)
+        except Exception as error:  # noqa: BLE001 - the other cases are still to be run
+            shutil.rmtree(self._work / "case", ignore_errors=True)
+            return Case(number, group_of(number), "campaign", "", "", "", "", f"campaign: {error!r}", 0.0)
+
+    def _case(self, number: int) -> Case:
         random, started = Random(f"{self._seed}/{number}"), time.monotonic()
         group = group_of(number)
         if group == "input":

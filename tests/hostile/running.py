@@ -91,9 +91,10 @@ class Running:
             os.killpg(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        out, err = (file.read_text(errors="replace") for file in self.printed)
+        # A kill may come before there are files.
+        out, err = (file.read_text(errors="replace") if file.exists() else "" for file in self.printed)
         for file in self.printed:
-            file.unlink()
+            file.unlink(missing_ok=True)
         return Outcome(code, out, err, time.monotonic() - self.started, hung=not ready and kill_after is None)
 
 
