@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grades import assert_bitwise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_border import WORDS, refused  # noqa: F401 (a fixture)
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import ViTImageProcessor, WhisperFeatureExtractor
 
 import headfold
+from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.fitted_sites import FittedSites
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
@@ -136,6 +138,17 @@ def test_damaged_statistics_are_refused(
     save_file(tensors, tmp_path / "stats.safetensors", metadata)
     line = refused("fold", model, tmp_path / "out", "--kv-heads", 2, "--stats", tmp_path / "stats.safetensors")
     assert "stats" in line or "statistics" in line
+
+
+def test_a_scatter_may_be_below_zero_by_rounding(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    """As that of texts of one token, which is a difference of equal sums."""
+    stats = tmp_path / "stats.safetensors"
+    with safe_open(measured[1], "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(measured[1])
+    tensors[SCATTER] = torch.full_like(tensors[SCATTER], -1e-9)
+    save_file(tensors, stats, metadata)
+    assert_bitwise(StatsFile(stats)["layers.1.self"].tensors["scatter"], tensors[SCATTER])
 
 
 @pytest.fixture(scope="module")

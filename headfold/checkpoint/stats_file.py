@@ -158,14 +158,17 @@ class StatsFile(Mapping[str, SiteStats]):
 def _may_be_sums(name: str, total: Tensor) -> bool:
     """Return whether numbers can be what they are called: a second moment has no negative diagonal and was measured somewhere.
 
-    Weights are multiplied with them, and the products squared, so they have to leave room for that.
+    A scatter is a difference of sums, whose rounding can leave any sign where texts are short. Weights are multiplied with the sums,
+    and the products squared, so they have to leave room for that.
     """
     if float(total.abs().max()) > _MOST:
         return False
     if name == "attended":
         return bool((total >= 0).all())
-    squares = total.diagonal() if total.ndim == 2 else total.new_tensor([-1.0])
-    return bool((squares >= 0).all()) and (name == "scatter" or float(squares[-1]) > 0)
+    if total.ndim != 2 or name == "scatter":
+        return total.ndim == 2
+    squares = total.diagonal()
+    return bool((squares >= 0).all()) and float(squares[-1]) > 0
 
 
 def add_stats(a: StatsFile, b: StatsFile) -> dict[str, SiteStats]:
