@@ -110,7 +110,7 @@ COUNTS = (10**12, 0, -1, 2.5, True, "8", [], float("nan"))
 FIELDS = [
     *(("llama", name, value) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size") for value in COUNTS),
     *(("llama", name, 10**12) for name in ("head_dim", "num_key_value_heads", "intermediate_size", "vocab_size", "num_labels")),
-    *(("llama", "sliding_window", value) for value in (10**12, -1, 2.5, "8")),
+    *(("llama", "sliding_window", value) for value in (10**12, -2, 2.5, "8")),
     *(("llama", "max_position_embeddings", value) for value in (10**12, -1, 2.5, True, "8", [])),
     *(("llama", "intermediate_size", value) for value in (2**31 - 1, 0, None)),
     *(("llama", "rope_parameters", value) for value in ([1], "x", {"rope_theta": 0, "rope_type": "default"})),

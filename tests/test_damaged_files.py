@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_border import WORDS, refused  # noqa: F401 (a fixture)
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from tiny import readable_checkpoint, tiny_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import ViTImageProcessor, WhisperFeatureExtractor
 
@@ -23,6 +25,7 @@ from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.fitted_sites import FittedSites
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
+from headfold.corpus import jsonl
 from headfold.evaluate import embedding
 from headfold.hf_models import open_processor, open_tokenizer
 from headfold.llama_cpp import pooling, tokens
@@ -242,3 +245,27 @@ def test_damaged_heads_of_an_earlier_run_are_named(tmp_path: Path) -> None:
             FittedSites(tmp_path / "fitted")["layers.0.self"]
         with pytest.raises(UserError, match="expected the fitted heads"):
             FittedSites(tmp_path / "fitted").facts  # noqa: B018
+
+
+def test_a_tokenizer_whose_unknown_token_is_none_is_refused(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    """It loads, and fails at the first text that has it."""
+    model = Path(shutil.copytree(measured[0], tmp_path / "model"))
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))
+    words.save(str(model / "tokenizer.json"))
+    with pytest.raises(UserError, match="the tokenizer refuses a text: .*is its unknown token in its vocabulary"):
+        open_tokenizer(model)
+
+
+def test_half_a_surrogate_pair_in_data_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"text": "half \\ud83d", "meta": "\\udc00"}\n')
+    assert [*jsonl.documents(tmp_path / "lines.jsonl")] == ["half ?"]
+
+
+def test_a_class_that_transformers_lacks_is_folded_where_nothing_is_run(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint("llama", torch.float32), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForRewardModel"]}))
+    how: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
+    headfold.fold(model, tmp_path / "out", **how, verify=False)
+    with pytest.raises(UserError, match="LlamaForRewardModel"):
+        headfold.fold(model, tmp_path / "other", **how)

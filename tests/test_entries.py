@@ -90,6 +90,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a module's file from outside": (_module_file, "leads out of its directory"),
     "a linked module": (_module_link, "modules inside"),
     "a module outside": (_modules("../model/../.."), "modules inside"),
+    "a module whose path has a null character": (_modules("a\0b"), "modules inside"),
     "a module by an absolute path": (_modules("/etc"), "modules inside"),
     "an adapter": (_adapter, "an adapter beside them"),
 }

@@ -43,6 +43,7 @@ def test_a_slice_of_the_campaign_finds_nothing() -> None:
         (Outcome(2, "", "x: y\n", 1), "line of another"),
         (Outcome(2, "", "", 1), "0 lines"),
         (Outcome(0, "nothing", "", 1), "no JSON value"),
+        (Outcome(0, '{"loss": NaN}', "", 1), "no JSON value"),
         (Outcome(1, "", "", 1), "exit code 1"),
         (Outcome(-signal.SIGSEGV, "", "", 1), "signal 11"),
         (Outcome(-9, "", "", 60, hung=True), "hang"),
@@ -61,6 +62,7 @@ def test_the_judge_on_how_a_command_ended(outcome: Outcome, wrong: str) -> None:
         (2, lambda path: (path / "model").write_text("other"), "changed model"),
         (2, lambda path: (path / "model").unlink(), "changed model"),
         (2, lambda path: (path / "out.partial").mkdir(), "left out.partial"),
+        (2, lambda path: (path / "out").mkdir(), "refused, but wrote out"),
         (0, lambda path: ((path / "out").mkdir(), (path / "new").write_text("")), "left new"),
     ],
 )

@@ -227,7 +227,7 @@ def test_who_has_an_error_is_told_what_is_kept(tmp_path: Path) -> None:
             raise error
         return f"{raised.value}, {sorted(path.name for path in tmp_path.iterdir())}"
 
-    kept = f"{tmp_path / 'out.partial'} keeps what is done, and the same command goes on from there"
+    kept = f"what was done until then is kept in {tmp_path / 'out.partial'}"
     assert broken(UserError("disk full")) == f"disk full; {kept}, ['out.partial']"
     assert broken(UserError(f"{tmp_path / 'out.partial'}: wrong")).endswith("wrong, ['out.partial']")
     assert broken(SourceError("NaN")) == "NaN, []"

@@ -16,6 +16,7 @@ import headfold
 from headfold.core.errors import UserError
 from headfold.train.distillation import Distillation
 from headfold.train.sites import find_sites
+from headfold.train.trainer import COMPLETE_MARK
 from headfold.verbs.uptrain import uptrain
 
 # ruff: noqa: F811
@@ -52,6 +53,7 @@ def stopped(killed: Path, tmp_path: Path) -> Path:
 def test_a_pickle_in_a_checkpoint_runs_no_code(
     name: str, stopped: Path, folded: Path, text: str, tmp_path: Path
 ) -> None:
+    (stopped / COMPLETE_MARK).write_bytes(b"")  # who plants a file can change what says how it was
     for planted in (name, "training_args.bin"):  # the latter is never opened
         assert (stopped / planted).is_file()
         (stopped / planted).write_bytes(pickle.dumps(Code(tmp_path / "ran"), protocol=2))
@@ -73,11 +75,39 @@ def test_a_pickle_in_a_checkpoint_runs_no_code(
 def test_a_broken_checkpoint_is_one_line(
     name: str, content: bytes, stopped: Path, folded: Path, text: str, tmp_path: Path
 ) -> None:
+    (stopped / COMPLETE_MARK).write_bytes(b"")
     (stopped / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         uptrain(folded, tmp_path / "out", data=text, **SHORT)
     one_line(error, stopped, "remove it to go on from an earlier one")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "more"])
+def test_a_checkpoint_that_has_changed_is_refused(
+    name: str, stopped: Path, folded: Path, text: str, tmp_path: Path
+) -> None:
+    """It loads, and training would go on from another state."""
+    file = stopped / name
+    data = file.read_bytes() if file.exists() else b""
+    file.write_bytes(
+        data.replace(b'"global_step": 2', b'"global_step": 1') if name.endswith("json") else data[:-9] + bytes(9)
+    )
+    with pytest.raises(UserError) as error:
+        uptrain(folded, tmp_path / "out", data=text, **SHORT)
+    one_line(error, stopped, name, "remove it to go on from an earlier one")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [(dict(data="no-such-file.txt"), "no-such-file"), (dict(learning_rate=1e-5, resume=True), "leave --resume out")],
+)
+def test_a_request_that_is_refused_leaves_an_unfinished_training_alone(
+    changed: dict[str, Any], words: str, stopped: Path, folded: Path, text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        uptrain(folded, tmp_path / "out", **{"data": text, **SHORT, **changed})
+    assert uptrain(folded, tmp_path / "out", data=text, **SHORT).resumed_at == 2
 
 
 def test_what_a_teacher_does_alone_is_not_kept(original: Path, folded: Path) -> None:

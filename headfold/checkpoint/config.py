@@ -59,6 +59,7 @@ def _are_repeated(value: Any) -> bool:
     return all(isinstance(pair, list) and len(pair) == 2 and _LAYERS.holds(pair[1]) for pair in pairs)
 
 
+_CORRECT = "correct the config, or use a model of an architecture that headfold reads"
 _PIXELS = _count(2**14)
 _LAYERS, _HEADS, _SIZE, _OR_NONE = _count(MOST_LAYERS), _count(MOST_HEADS), _count(MOST), _whole(0, MOST)
 _SHAPE = _Kind(
@@ -92,7 +93,7 @@ _FIELDS: Mapping[str, _Kind] = {
         ("text_config", "vision_config", "attn_config", "rope_scaling", "rope_parameters", "auto_map", "headfold", "label2id",
          "per_layer_config", "fusion_config"), _OBJECT,
     ),
-    **dict.fromkeys(_LAYER_COUNTS, _LAYERS),
+    **dict.fromkeys(_LAYER_COUNTS, _LAYERS), "num_decoder_layers": _whole(0, MOST_LAYERS),
     **dict.fromkeys(
         ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
          "num_key_value_heads", "num_kv_heads"), _HEADS,
@@ -103,13 +104,14 @@ _FIELDS: Mapping[str, _Kind] = {
     ),
     **dict.fromkeys(("image_size", "patch_size"), _SHAPE),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "sliding_window", "rotary_dim"),
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "rotary_dim"),
         _OR_NONE,
     ),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"), _whole(0, MOST_EXPERTS)),
-    "num_labels": _count(MOST_LABELS),
+    "sliding_window": _whole(-1, MOST),
+    "num_labels": _whole(0, MOST_LABELS),
     "attention_types": _Kind("a list of kinds of layers, each with a count", _are_repeated),
-    "pad_token_id": _whole(-1, MOST),
+    "pad_token_id": _whole(-100, MOST),
     "decoder_start_token_id": _OR_NONE,
     **dict.fromkeys(("is_encoder_decoder", "use_sliding_window", "output_hidden_states", "output_attentions", "return_dict"), _FLAG),
     **dict.fromkeys(
@@ -246,5 +248,10 @@ def _refuse_kernels(config: Mapping[str, Any], where: str) -> None:
             _refuse_kernels(value, where)
 
 
-def _unexpected(where: str, kind: _Kind, value: Any, advice: str = "correct the config") -> UserError:
+def _unexpected(
+    where: str,
+    kind: _Kind,
+    value: Any,
+    advice: str = _CORRECT,
+) -> UserError:
     return UserError(f"{where}: expected {kind.expected}, got {value!r:.60}; {advice}")

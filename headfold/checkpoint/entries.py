@@ -30,7 +30,7 @@ def check_entries(directory: Path) -> None:
         _check_entry(entry, directory)
     _refuse_adapter(directory)
     for path in _listed_modules(directory):
-        if not _is_inside(directory / path, directory):
+        if "\0" in path or not _is_inside(directory / path, directory):
             raise UserError(
                 f"{directory / 'modules.json'}: expected modules inside the directory, got {path!r}; correct the file"
             )
@@ -44,6 +44,7 @@ def module_directories(directory: Path) -> list[str]:
     """Return the directories that `modules.json` lists after the model itself; a list that cannot be read lists none."""
     # A name of one part, so that nothing outside the checkpoint is read.
     inside = {path for path in _listed_modules(directory) if path and path == Path(path).name and path[0] != "."}
+    inside = {path for path in inside if "\0" not in path}
     return sorted(path for path in inside if (directory / path).is_dir() and not (directory / path).is_symlink())
 
 

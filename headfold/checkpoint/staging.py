@@ -50,6 +50,25 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
     return staging
 
 
+def check_place(out: Path, force: bool) -> None:
+    """Check that `open_staging` would not refuse the output, before anything of an earlier run is touched.
+
+    Raises:
+        UserError: `out` is a file or a link, or has contents and `force` is not given.
+    """
+    place = _absolute(out)
+    with disk_errors(out):
+        if not place.is_symlink() and _job_of(place).endswith(_FINISHED):
+            return  # what a kill left of a commit, which is looked at when the job is known
+        _refuse_taken(place, out, force)
+
+
+def is_of_job(out: Path, key: str) -> bool:
+    """Return whether `OUT.partial` holds what an earlier run of the same job left."""
+    staging = staging_of(out)
+    return not staging.is_symlink() and _job_of(staging) == key
+
+
 def staging_of(out: Path) -> Path:
     """Return the directory in which `out` is built."""
     place = _absolute(out)

@@ -11,7 +11,7 @@ from ..checkpoint.stats_file import StatsFile
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..head_dims import largest_multiple, possible_multiples
-from ..hf_models import check_model
+from ..hf_models import check_known_model
 from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
 from .calibration_config import CalibrationConfig, CalibrationRequest
@@ -71,7 +71,7 @@ def resolve_fold(
     """
     ready = None if plan is None else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
-    check_model(source.checkpoint, own_class(source.checkpoint.config))  # before anything is measured
+    check_known_model(source.checkpoint, own_class(source.checkpoint.config))  # before anything is measured
     if ready is None:
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))

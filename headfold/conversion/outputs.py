@@ -94,7 +94,7 @@ def removed_on_error(staging: Path, *, resumes: bool = True) -> Iterator[None]:
             raise
         _remove(staging, everything=not resumes or isinstance(error, SourceError))
         if staging.is_dir():
-            said = f"{error}; {staging} keeps what is done, and the same command goes on from there"
+            said = f"{error}; what was done until then is kept in {staging}"
             raise type(error)(said) from error
         raise
     except BaseException:

@@ -15,7 +15,6 @@ MAX_DEPTH = 64
 MAX_DIGITS = 40
 """More than `model_max_length` has in published tokenizers; such an integer can still become a float."""
 AGAIN = "download or copy it again"
-_OPENING = re.compile(rb"[\[{]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -50,17 +49,17 @@ def read_value(path: Path, advice: str = AGAIN) -> Any:
         return parse(file.read(MAX_BYTES), str(path), advice)
 
 
-def parse_object(text: bytes, where: str, advice: str = AGAIN) -> dict[str, Any]:
+def parse_object(text: bytes, where: str, advice: str = AGAIN, *, is_data: bool = False) -> dict[str, Any]:
     """Return the JSON object that a text holds; `where` names it in messages.
 
     Raises:
         UserError: it is no JSON object, or beyond the bounds of `parse`.
     """
-    return _of_type(parse(text, where, advice), dict, "object", where, advice)
+    return _of_type(parse(text, where, advice, is_data=is_data), dict, "object", where, advice)
 
 
-def parse(text: bytes, where: str, advice: str = AGAIN) -> Any:
-    """Return the JSON value that a text holds.
+def parse(text: bytes, where: str, advice: str = AGAIN, *, is_data: bool = False) -> Any:
+    """Return the JSON value that a text holds; in data, which is not written again, half a surrogate pair becomes `?`.
 
     Raises:
         UserError: it is not JSON in UTF-8; it is nested more than `MAX_DEPTH` deep; an integer has more than `MAX_DIGITS` digits;
@@ -71,9 +70,11 @@ def parse(text: bytes, where: str, advice: str = AGAIN) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: not valid JSON: {reason}; {advice}") from error
-    if sum(1 for _ in _OPENING.finditer(text)) > MAX_DEPTH and _is_deep(value):
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deep(value):
         raise UserError(f"{where}: not valid JSON: nested more than {MAX_DEPTH} deep; {advice}")
     if _SURROGATE.search(text):
+        if is_data:
+            return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -58,4 +58,4 @@ def record(line: bytes, where: str) -> dict[str, Any]:
     Raises:
         UserError: it is no JSON object.
     """
-    return parse_object(line, where, "write one JSON object per line")
+    return parse_object(line, where, "write one JSON object per line", is_data=True)

@@ -178,6 +178,12 @@ def _written(path: Path, tokenizer: Any) -> Written:
     generation, vocabulary = _generation(path), tokenizer.get_vocab()
     after = generation.get("prev_sot_token_id", vocabulary.get("<|startofprev|>"))
     no_times = generation.get("no_timestamps_token_id", vocabulary.get("<|notimestamps|>"))
+    for name, number in (("prev_sot_token_id", after), ("no_timestamps_token_id", no_times)):
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokenizer)):
+            raise UserError(
+                f"{path}/generation_config.json: {name}: expected a token of the vocabulary of {len(tokenizer)}, got {number!r:.60}; "
+                "correct the file"
+            )
     language = str(generation.get("language") or "en").strip("<|>")
     prompt = (vocabulary.get(f"<|{language}|>"), vocabulary.get("<|transcribe|>"))
     multilingual = generation.get("is_multilingual") and None not in prompt

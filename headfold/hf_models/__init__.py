@@ -26,6 +26,7 @@ __all__ = [
     "PRODUCT",
     "available_memory",
     "check_device",
+    "check_known_model",
     "check_model",
     "compute_dtype",
     "default_device",
@@ -194,16 +195,29 @@ def open_model(
     return model.eval().requires_grad_(False)
 
 
-def check_model(checkpoint: Checkpoint, model_class: Any = None) -> Any:
-    """Return the class that opens a checkpoint, `model_class` or the one that its config names, once it has been built without weights.
+def check_model(checkpoint: Checkpoint, own_class: Any = None) -> Any:
+    """Return the class that opens a checkpoint, `own_class` or the one that its config names, once it has been built without weights.
 
     Raises:
         UserError: there is none, transformers refuses the config, or the model is much larger than its checkpoint.
     """
     with quiet():
-        auto = model_class or _auto_class(checkpoint)
+        auto = own_class or _auto_class(checkpoint)
         check_size(auto, checkpoint)
     return auto
+
+
+def check_known_model(checkpoint: Checkpoint, own_class: Any = None) -> None:
+    """Do the same for a class that transformers has. One that it lacks, of a classifier on a known body, can be folded but not run.
+
+    Raises:
+        UserError: as `check_model`; the config names no class at all.
+    """
+    import transformers
+
+    name = model_class(checkpoint.config, f"{checkpoint.path}/config.json")
+    if own_class is not None or hasattr(transformers, name):
+        check_model(checkpoint, own_class)
 
 
 def _name_decoder_start(model: Any) -> None:

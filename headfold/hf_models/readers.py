@@ -17,6 +17,8 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 MOST_TOKENS = 2**24
 """More than any vocabulary has; the tokenizers library makes a list as long as the greatest id, and ends the process where it cannot."""
+_STRANGE = "\u0378 \U0001f9ea"
+"""A text with letters that hardly any vocabulary has."""
 _ONE_SIZE = {"vit", "deit", "clip", "clip_vision_model"}
 """Models that take images of one size; others interpolate their positions."""
 
@@ -40,6 +42,8 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"{path}/tokenizer_config.json: model_max_length: expected a positive number, got {longest!r:.60}; correct the file"
         )
+    with library_errors(path, "the tokenizer refuses a text", "is its unknown token in its vocabulary?"), quiet():
+        tokenizer(_STRANGE)
     return tokenizer
 
 
@@ -95,9 +99,16 @@ def open_processor(kind: str, path: str | Path) -> Any:
 def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Path) -> tuple[Any, Any]:
     """Return the size of inputs that a processor makes and the one that its model takes; twice nothing where any size will do."""
     if kind == "audio":
-        frames = config.get("max_source_positions")
-        made = getattr(processor, "feature_size", None), getattr(processor, "nb_max_frames", None)
-        return (made, (config.get("num_mel_bins"), 2 * frames)) if frames else (None, None)
+        rate = getattr(processor, "sampling_rate", None)
+        if type(rate) is not int or rate < 1:
+            raise UserError(
+                f"{path}/preprocessor_config.json: sampling_rate: expected a positive whole number, got {rate!r:.60}; correct the file"
+            )
+        with library_errors(path, "the processor does not work"), quiet():
+            shape = processor([0.0] * 400, sampling_rate=rate, return_tensors="pt")["input_features"].shape
+        bands, positions = config.get("num_mel_bins"), config.get("max_source_positions")
+        taken = bands or shape[1], 2 * positions if positions else shape[2]
+        return tuple(shape[1:]), taken
     size = image_size_of(config)
     if size is None:
         return None, None

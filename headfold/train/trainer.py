@@ -1,5 +1,6 @@
 """A transformers Trainer for folded models: its objective, checkpoints that are complete or ignored, and progress reports."""
 
+import hashlib
 import math
 import shutil
 import time
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..checkpoint.disk import flush, write_errors
+from ..checkpoint.staging import write_json
 from ..core.errors import UserError
+from ..core.json_input import read_object
 from ..corpus.pairs import IGNORED
 from ..parallel import on_all
 from .distillation import Distillation
@@ -258,19 +261,49 @@ class MarkComplete(TrainerCallback):
             directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             for entry in directory.rglob("*"):
                 flush(entry)
-            (directory / COMPLETE_MARK).touch()
+            write_json(directory / COMPLETE_MARK, _digests(directory))
             flush(directory)
 
 
 def last_complete_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint, and delete incomplete ones."""
+    """Return the newest complete checkpoint, and delete incomplete ones.
+
+    Raises:
+        UserError: its files are no more as they were written.
+    """
     found: dict[int, Path] = {}
     for path in directory.glob("checkpoint-[0-9]*"):
         if (path / COMPLETE_MARK).exists():
             found[int(path.name.rpartition("-")[2])] = path
         else:
             shutil.rmtree(path)
-    return found[max(found)] if found else None
+    if not found:
+        return None
+    newest = found[max(found)]
+    _check_contents(newest)
+    return newest
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != COMPLETE_MARK:
+            with path.open("rb") as file:
+                found[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_contents(directory: Path) -> None:
+    """Refuse a checkpoint whose files have changed since: training would go on from another state, and nobody would see it."""
+    mark = directory / COMPLETE_MARK
+    if not mark.stat().st_size:  # an earlier version wrote it
+        return
+    written, there = read_object(mark), _digests(directory)
+    if changed := sorted(name for name in {*written, *there} if written.get(name) != there.get(name)):
+        raise UserError(
+            f"{directory}: expected the files that training wrote, got another {changed[0]}; remove it to go on from an earlier one"
+        )
 
 
 class AlreadyTrained(Exception):

@@ -15,7 +15,7 @@ import torch
 from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.config import read_config
 from ..checkpoint.disk import write_errors
-from ..checkpoint.staging import commit, copy_side_files, job_key, staging_of, write_json, wrong_output
+from ..checkpoint.staging import commit, copy_side_files, is_of_job, job_key, staging_of, write_json, wrong_output
 from ..conversion.calibration_config import DEFAULT_TOKENS, CalibrationRequest
 from ..conversion.outputs import staged
 from ..conversion.source import open_source
@@ -230,11 +230,15 @@ class Uptraining:
         Raises:
             UserError: something else is in the way, another run writes there, or there is nothing to resume.
         """
-        with staged(self.out, job_key(self.settings), force):
+        key = job_key(self.settings)
+        none = f"{self.out}: expected an unfinished run of these settings to resume, found none; leave --resume out"
+        if resume and on_main(
+            lambda: not is_of_job(self.out, key)
+        ):  # before what lies there is taken for another job's
+            raise UserError(none)
+        with staged(self.out, key, force):
             if resume and on_main(lambda: self._last_checkpoint() is None):
-                raise UserError(
-                    f"{self.out}: expected an unfinished run of these settings to resume, found none; leave --resume out"
-                )
+                raise UserError(none)
             yield
 
     def _last_checkpoint(self) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.staging import check_place
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
@@ -120,8 +121,9 @@ def uptrain(
         return Uptraining(place, Path(out), config, kind, plan, request, how, settings, where)
 
     run = on_all(resolved)
+    on_main(lambda: check_place(run.out, force))
+    ready = on_all(run.prepare)  # a request that is refused touches nothing that an earlier run has left
     with run.opened(resume, force):
-        ready = on_all(run.prepare)
         last = on_all(run.last_checkpoint)
         per_step = run.training.batch * ready.tokens_per_item
         telling = ReportProgress(

@@ -13,11 +13,13 @@ from .running import Outcome
 State = Mapping[str, tuple[int, int, int]]
 PLANTED = Path("/tmp/headfold-owned")
 """What a card would write if its tags were obeyed."""
-_TIMES = re.compile("second|time|date|duration|peak|memory|speed|per_s|elapsed|fingerprint|created|resumed_at")
+GROWING = {"rows", "points"}
+"""Outputs that are filled where they lie: a command that is interrupted leaves what it has measured."""
+_TIMES = re.compile(r"(.*_)?seconds(_.*)?|.*_per_second|peak_bytes|resumed_at|estimated.*")
 """Fields of JSON files that tell of a run rather than of its result."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 """It depends on the order of a header too, which does not matter."""
-_LEFT = re.compile("left there|keeps what is done")
+_LEFT = re.compile("left there|is kept in")
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -64,6 +66,10 @@ def _of_files(outcome: Outcome, before: State, after: State, out: str, named: Se
         new = [name for name in new if not _within(name, unfinished)]
     if outcome.code == 0:
         new = [name for name in new if not name.endswith("sensitivity.json") and name not in named]
+    if outcome.code and out not in GROWING:
+        for name in {*before, *after}:
+            if _within(name, out) and before.get(name) != after.get(name):
+                return f"refused, but wrote {name}"
     left = [name for name in new if not (name.startswith(f"{out}.partial") and out and _LEFT.search(outcome.err))]
     return f"left {left[0]}" if left else ""
 
@@ -82,10 +88,14 @@ def _of_success(outcome: Outcome, after: State, out: str) -> str:
     if out and out not in after:
         return "no output"
     try:
-        json.loads(outcome.out)
+        json.loads(outcome.out, parse_constant=_refuse)
     except ValueError:
         return "no JSON value"
     return ""
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def essence(place: Path) -> Any:
@@ -127,7 +137,7 @@ def _tensors(data: bytes) -> dict[str, str]:
 
 def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if not _TIMES.search(key)}
+        return {key: _without_times(item) for key, item in value.items() if not _TIMES.fullmatch(key)}
     if isinstance(value, list):
         return [_without_times(item) for item in value]
     return "a digest" if isinstance(value, str) and _DIGEST.fullmatch(value) else value
