@@ -32,15 +32,15 @@ def campaign(out: Path, *words: str) -> dict[str, Any]:
 def repeated(report: dict[str, Any]) -> dict[str, Any]:
     """Return the report with its findings repeated: each counts as it ends now."""
     rows = {tuple(row[key] for key in ("group", "verb", "kind", "ended")): row["cases"] for row in report["rows"]}
-    findings = []
+    numbers = ",".join(str(found["number"]) for found in report["findings"])
     with tempfile.TemporaryDirectory() as folder:
-        for found in report["findings"]:
-            now = campaign(Path(folder) / "case.json", f"--only={found['number']}", f"--seed={report['seed']}")
-            one = now["rows"][0]
-            rows[found["group"], found["verb"], found["kind"], "wrong"] -= 1
-            key = one["group"], one["verb"], one["kind"], one["ended"]
-            rows[key] = rows.get(key, 0) + 1
-            findings += now["findings"]
+        now = campaign(Path(folder) / "cases.json", f"--only={numbers}", f"--seed={report['seed']}")
+    for found in report["findings"]:
+        rows[found["group"], found["verb"], found["kind"], "wrong"] -= 1
+    for row in now["rows"]:
+        key = row["group"], row["verb"], row["kind"], row["ended"]
+        rows[key] = rows.get(key, 0) + row["cases"]
+    findings = now["findings"]
     listed = [
         {"group": group, "verb": verb, "kind": kind, "ended": ended, "cases": count}
         for (group, verb, kind, ended), count in sorted(rows.items())

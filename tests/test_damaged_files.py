@@ -26,7 +26,9 @@ from headfold.conversion.fitted_sites import FittedSites
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
 from headfold.corpus import jsonl
+from headfold.corpus.samples import random_tokens
 from headfold.evaluate import embedding
+from headfold.exports.pieces import picked
 from headfold.hf_models import open_processor, open_tokenizer
 from headfold.llama_cpp import pooling, tokens
 
@@ -269,3 +271,11 @@ def test_a_class_that_transformers_lacks_is_folded_where_nothing_is_run(tmp_path
     headfold.fold(model, tmp_path / "out", **how, verify=False)
     with pytest.raises(UserError, match="LlamaForRewardModel"):
         headfold.fold(model, tmp_path / "other", **how)
+
+
+def test_sizes_that_the_config_and_the_tensors_do_not_share_are_refused() -> None:
+    with pytest.raises(UserError, match="4 blocks of 3"):
+        picked(torch.zeros(6, 2), [0, 3, 4], 3, 0)
+    assert picked(torch.ones(6, 2), [0, 2], 3, 0).sum() == 6  # one past the last is zeros
+    with pytest.raises(UserError, match="expected vocab_size, got none"):
+        random_tokens({}, 1, 2)

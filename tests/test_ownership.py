@@ -290,3 +290,13 @@ def test_a_lock_that_a_kill_left_beside_a_whole_file_is_removed_by_the_run_that_
     with pytest.raises(UserError, match="--force"), owned_file(file, force=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_a_disk_too_full_for_the_lock_leaves_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        own(out)
+    assert not lock_beside(out).exists()

@@ -28,6 +28,11 @@ _REASONS = {
 _TEMPORARY = ".headfold-partial"
 
 
+def reason(error: OSError) -> str:
+    """Return what an error means that only writing can have; an empty text for others."""
+    return _REASONS[error.errno] if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else ""
+
+
 @contextmanager
 def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Turn an error of the user's disk into a `UserError` that names `path` and the bytes needed."""

@@ -131,8 +131,12 @@ def _is_locked(out: Path, lock: Path, descriptor: int) -> bool:
 
 def _kept(owned: Claim) -> Claim:
     assert owned.descriptor is not None
-    os.ftruncate(owned.descriptor, 0)
-    os.pwrite(owned.descriptor, json.dumps(owned.record).encode(), 0)
+    try:
+        os.ftruncate(owned.descriptor, 0)
+        os.pwrite(owned.descriptor, json.dumps(owned.record).encode(), 0)
+    except OSError:  # a full disk
+        owned.lock.unlink(missing_ok=True)
+        raise
     _close_in_children()
     _held.add(owned.descriptor)
     return owned

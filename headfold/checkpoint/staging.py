@@ -141,11 +141,11 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         if file.is_file()
     ]
     for name in names:
-        _copy(Path(source) / name, target / name)
+        copy_file(Path(source) / name, target / name)
     return names
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """Copy a file; an error names the side on which it happened."""
     with disk_errors(target):
         target.parent.mkdir(exist_ok=True)

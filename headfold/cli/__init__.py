@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import threads
+from ..checkpoint.disk import reason
 from ..core.errors import AlreadyFinished, UserError
 from ..parallel import is_main
 from . import (
@@ -111,7 +112,7 @@ def _one_line(error: UserError | OSError | MemoryError | RuntimeError) -> str:
         return f"out of memory{said and f' ({said})'}; give less data or a shorter context, or use a larger machine"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return f"{where}{reason(error) or error.strerror}"
     return " ".join(str(error).split())
 
 

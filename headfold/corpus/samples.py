@@ -241,4 +241,6 @@ def random_sample(kind: str, config: Mapping[str, Any], num_items: int) -> Sampl
 
 def random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
     """Return random tokens of a model's vocabulary."""
+    if not config.get("vocab_size"):
+        raise UserError("config.json: expected vocab_size, got none; correct the config")
     return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))

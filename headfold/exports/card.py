@@ -1,10 +1,10 @@
 """The model card of an export: that of the fold, with a section on how to open the layout."""
 
 import re
-import shutil
 from pathlib import Path
 
 from ..checkpoint.cards import read_card, write_card
+from ..checkpoint.staging import copy_file
 from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
@@ -27,7 +27,7 @@ def card_with_use(card: str, use: str, unchanged: str) -> str:
 def copy_plan_and_card(source: Path, target: Path, use: str, unchanged: str) -> None:
     """Write the plan and the card of a fold into a directory in the format of an engine; `use` and `unchanged` as in `card_with_use`."""
     if (source / "plan.json").is_file():
-        shutil.copyfile(source / "plan.json", target / "plan.json")
+        copy_file(source / "plan.json", target / "plan.json")
     if card := read_card(source):
         write_card(target, card_with_use(card, use, unchanged))
 

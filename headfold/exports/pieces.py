@@ -111,6 +111,10 @@ def picked(
     if order is None and inside is None:
         return tensor
     blocks = tensor.unflatten(axis, (-1, block))
+    if order is not None and max(order) > blocks.shape[axis]:
+        raise UserError(
+            f"config.json: expected a tensor with {max(order)} blocks of {block} got shape {tuple(tensor.shape)}; correct it"
+        )
     if order is not None:
         blocks = torch.cat([blocks, torch.zeros_like(blocks.narrow(axis, 0, 1))], axis)
         blocks = blocks.index_select(axis, torch.tensor(order))

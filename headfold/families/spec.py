@@ -335,5 +335,9 @@ def _num_kv_heads(
     info = tensors.get(f"{weights.get('qkv', weights.get('k'))}.weight")
     if info is None:
         return num_heads
+    if len(info.shape) != 2:
+        raise UserError(
+            f"{weights.get('qkv', weights.get('k'))}.weight: expected a matrix, got shape {info.shape}; download the checkpoint again"
+        )
     rows = info.shape[1 if attention.transposed else 0] // head_dim
     return max(1, (rows - num_heads) // 2 if "qkv" in weights else rows)

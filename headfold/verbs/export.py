@@ -1,7 +1,6 @@
 """Write a fold again in another layout: the same function in a form that other classes or engines read."""
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import commit, refuse_overlap
+from ..checkpoint.staging import commit, copy_file, refuse_overlap
 from ..conversion.layouts import compare_layouts
 from ..conversion.outputs import owned_file, staged
 from ..core.errors import UserError
@@ -145,6 +144,6 @@ def _nothing_to_export(source: Folded) -> str:
 
 def _copy_plan_and_card(checkpoint: Checkpoint, made: Export, staging: Path) -> None:
     if (checkpoint.path / "plan.json").is_file():
-        shutil.copyfile(checkpoint.path / "plan.json", staging / "plan.json")
+        copy_file(checkpoint.path / "plan.json", staging / "plan.json")
     if card := read_card(checkpoint.path):
         write_card(staging, exported_card(card, made))

@@ -31,7 +31,7 @@ def main() -> int:
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument("--first", type=int, default=0, help="number of the first case")
     reader.add_argument("--group", help="input, kill, race, full disk or interrupt alone")
-    reader.add_argument("--only", type=int, help="run this case alone and keep its folder")
+    reader.add_argument("--only", help="run these cases alone: numbers, with commas between them")
     reader.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     reader.add_argument("--work", type=Path, help="folder to work in; the default is a temporary one")
     reader.add_argument("--out", type=Path, help="file to write the report to")
@@ -56,7 +56,8 @@ def main() -> int:
 
 
 def _only(work: Path, asked: argparse.Namespace) -> list[Case]:
-    return [Campaign(work / "sources", work / "only", asked.seed).case(asked.only)]
+    campaign = Campaign(work / "sources", work / "only", asked.seed)
+    return [campaign.case(int(number)) for number in asked.only.split(",")]
 
 
 def _spread(work: Path, asked: argparse.Namespace) -> list[Case]:
