@@ -56,7 +56,7 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
         )
     if config.get("auto_map"):
         return (
-            f"model_type {model_type!r} runs its own code (auto_map), which headfold does not support; "
+            f"model_type {model_type!r:.60} runs its own code (auto_map), which headfold does not support; "
             f"if its attention is that of a known family, convert it to that; {suggest(str(model_type), known)}"
         )
-    return f"unknown model_type {model_type!r}; {suggest(str(model_type), known)}"
+    return f"unknown model_type {model_type!r:.60}; {suggest(str(model_type), known)}"

@@ -61,7 +61,7 @@ def _of_files(outcome: Outcome, before: State, after: State, out: str, named: Se
         changed = [name for name in changed if not name.endswith("sensitivity.json")]
     if changed:
         return f"changed {changed[0]}"
-    new = [name for name in after if name not in before and not _within(name, out)]
+    new = [name for name in after if name not in before and not _within(name, out) and not out.startswith(f"{name}/")]
     if unfinished in before and unfinished in after:
         new = [name for name in new if not _within(name, unfinished)]
     if outcome.code == 0:
