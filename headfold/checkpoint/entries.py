@@ -10,7 +10,8 @@ from ..core.files import kind_of_file
 from ..core.json_input import read_list
 from .modules import MODULES
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""The weights of a checkpoint: one file, or the index of several."""
 _TEMPLATES = "additional_chat_templates"
 """Directory from which transformers reads chat templates."""
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
@@ -32,7 +33,7 @@ def check_entries(directory: Path) -> None:
     for path in _listed_modules(directory):
         if "\0" in path or not _is_inside(directory / path, directory):
             raise UserError(
-                f"{directory / 'modules.json'}: expected modules inside the directory, got {path!r}; correct the file"
+                f"{directory / MODULES}: expected modules inside the directory, got {path!r}; correct the file"
             )
         for entry in _visible(directory / path) if path else ():
             _check_entry(entry, directory)
@@ -43,8 +44,8 @@ def check_entries(directory: Path) -> None:
 def module_directories(directory: Path) -> list[str]:
     """Return the directories that `modules.json` lists after the model itself; a list that cannot be read lists none."""
     # A name of one part, so that nothing outside the checkpoint is read.
-    inside = {path for path in _listed_modules(directory) if path and path == Path(path).name and path[0] != "."}
-    inside = {path for path in inside if "\0" not in path}
+    listed = (path for path in _listed_modules(directory) if "\0" not in path)
+    inside = {path for path in listed if path and path == Path(path).name and path[0] != "."}
     return sorted(path for path in inside if (directory / path).is_dir() and not (directory / path).is_symlink())
 
 
@@ -95,7 +96,7 @@ def _is_blob(entry: Path, directory: Path) -> bool:
 def _refuse_adapter(directory: Path) -> None:
     """Refuse full weights with an adapter beside them, which transformers would apply to them unasked."""
     config = directory / "adapter_config.json"
-    if config.exists() and any((directory / name).exists() for name in _WEIGHTS):
+    if config.exists() and any((directory / name).exists() for name in WEIGHTS):
         raise UserError(
             f"{config}: expected full weights alone, got an adapter beside them, which transformers would apply; merge it into the model "
             "(peft: merge_and_unload, then save_pretrained), or move adapter_config.json away to use the weights without it"

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import UserError, listed
 from ..core.json_input import read_object
 from .config import CONFIG, check_layers, read_config
+from .entries import WEIGHTS
 from .headers import Header, TensorInfo, read_header
 from .hub import resolve
-from .refusals import WEIGHTS, check_finite, refuse_packed, refuse_remote_code, refuse_source
+from .refusals import check_finite, refuse_packed, refuse_remote_code, refuse_source
 from .transfer import raw_bytes, read_into
 
 __all__ = ["INDEX", "Checkpoint", "TensorInfo", "check_finite", "refuse_remote_code", "resolve"]
@@ -144,8 +145,6 @@ def _refuse_mismatch(path: Path, headers: Mapping[str, Header], index: dict[str,
 
 def _refuse_absent(path: Path, what: str, absent: list[str]) -> None:
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        listed = ", ".join(sorted(absent)[:3])
         raise UserError(
-            f"{path / INDEX}: names {what} that are missing: {listed}{more}; download or copy the checkpoint again"
+            f"{path / INDEX}: names {what} that are missing: {listed(sorted(absent))}; download or copy the checkpoint again"
         )

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import SourceError, UserError
-from .entries import check_entries
+from .entries import WEIGHTS, check_entries
 from .headers import TensorInfo
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""The weights of a checkpoint: one file, or the index of several."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 

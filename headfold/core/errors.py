@@ -1,7 +1,7 @@
 """Errors addressed to users: one line that says where, what was expected, what was found and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LISTED = 30
 """Names that a line lists at most."""
@@ -25,5 +25,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"choose one of {', '.join(names[:_LISTED])}{more}"
+    return f"choose one of {listed(names, _LISTED)}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, with the number of the others: `a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint
-from ..core.errors import UserError
+from ..core.errors import UserError, listed
 from .building import build_model, name_on_disk
 
 if TYPE_CHECKING:
@@ -116,9 +116,8 @@ def refuse_unused(path: Path, unused: list[str]) -> None:
         UserError: names the first of them.
     """
     if unused:
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise UserError(
-            f"{path}: the checkpoint has tensors that the model does not take by its config: {', '.join(unused[:3])}{more}; "
+            f"{path}: the checkpoint has tensors that the model does not take by its config: {listed(unused)}; "
             "correct the config"
         )
 
@@ -133,7 +132,4 @@ def refuse_missing(path: Path, missing: list[str], hint: str = "; is it complete
         UserError: names the first of them.
     """
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{path}: the model needs tensors that the checkpoint lacks: {', '.join(missing[:3])}{more}{hint}"
-        )
+        raise UserError(f"{path}: the model needs tensors that the checkpoint lacks: {listed(missing)}{hint}")
