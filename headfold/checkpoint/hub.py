@@ -1,6 +1,7 @@
 """The directory of a model that the user names by a path or a hub id."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError, suggest
@@ -19,12 +20,26 @@ _REASONS = {
 """What the errors of the hub client mean, by class name, so that the client is imported only when it is used."""
 
 
-def resolve(model: str) -> Path:
+@dataclass(frozen=True, slots=True)
+class NamedDirectory:
+    """A checkpoint directory of a model that is called otherwise in messages and on cards."""
+
+    path: Path
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def resolve(model: object) -> Path:
     """Return the directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json and tokenizer files only).
 
     Raises:
         UserError: neither a directory nor a hub id that can be downloaded; a directory that leads elsewhere (`check_entries`).
     """
+    if isinstance(model, NamedDirectory):
+        return model.path
+    model = str(model)
     if not model.strip():
         raise UserError("model: expected a checkpoint directory or a hub id, got an empty name; pass one")
     path = Path(model).expanduser()
@@ -38,6 +53,20 @@ def resolve(model: str) -> Path:
     if _is_path(model):
         raise UserError(f"{model}: no such directory{_neighbour(path)}; check the path")
     return _download(model)
+
+
+def cached(repository: str, revision: str | None = None) -> Path | None:
+    """Return the snapshot of a hub id that an earlier download left here, of which files may be missing; None where there is none."""
+    if _is_path(repository):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        check_entries(found)
+    except Exception:  # no such snapshot, or no name of one
+        return None
+    return found
 
 
 def _is_path(model: str) -> bool:
@@ -59,12 +88,15 @@ def _download(repository: str) -> Path:
         found = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:
         # Whatever the hub or the network does, the user can only check the name, the connection and the rights.
-        reason = (
-            _REASONS.get(type(error).__name__) or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        )
         raise UserError(
-            f"{repository}: neither a directory here nor a hub model that can be fetched ({reason}); "
+            f"{repository}: neither a directory here nor a hub model that can be fetched ({reason_of(error)}); "
             "check the name, the network and your access"
         ) from error
     check_entries(found)
     return found
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of the hub client means, in a few words."""
+    said = str(error).strip().partition(chr(10))[0]
+    return _REASONS.get(type(error).__name__) or f"{type(error).__name__}: {said}"

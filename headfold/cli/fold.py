@@ -8,6 +8,7 @@ import typer
 from ..core.errors import UserError
 from .options import (
     HOW,
+    OUTPUT,
     WHAT,
     Calibration,
     Columns,
@@ -83,6 +84,14 @@ def fold(
     dtype: Dtype = None,
     layout: Layout = None,
     verify: Verify = True,
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            "--push-to-hub", panel=OUTPUT, metavar="REPO",
+            help="Upload OUT to this repository on the hub at the end, with your token (hf auth login). A new one is public, unless the "
+            "account's or organisation's default is private.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -101,7 +110,7 @@ def fold(
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple,
-        heal_tokens=heal_tokens, heal_by=heal_by,
+        heal_tokens=heal_tokens, heal_by=heal_by, push_to_hub=push_to_hub,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(

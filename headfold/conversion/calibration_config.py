@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..corpus.bounds import FROM_PYTHON
 from ..corpus.samples import kind_of, main_input
 from ..corpus.windows import fingerprint
 from .source import Source
@@ -29,6 +30,8 @@ class CalibrationRequest:
     columns: tuple[str, ...] = ()
     context: int | None = None
     seed: int = 0
+    kind: str | None = None
+    """Kind of data where a program gave them; by default what the model takes."""
 
     @classmethod
     def recorded(cls, facts: Mapping[str, str]) -> "CalibrationRequest | None":
@@ -42,7 +45,8 @@ class CalibrationRequest:
         is_text = facts.get("kind", "text") == "text"
         amount, columns = _recorded(facts, "tokens", 1), tuple(filter(None, facts.get("columns", "").split(",")))
         context = _recorded(facts, "context", 1) if is_text else None
-        return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0))
+        kind = "texts" if facts.get("kind") == "texts" else None
+        return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0), kind)
 
     def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":
         """Return the request for the data of an earlier one, in the amount and context of this one where it names them."""
@@ -75,7 +79,7 @@ class CalibrationConfig:
     """Calibration data before any of it is read. `tokens` counts packed text, `items` everything else."""
 
     kind: str
-    """Kind of data (`headfold.corpus.samples.kind_of`)."""
+    """Kind of data (`headfold.corpus.samples.kind_of`), or "texts" for texts of a language model that come one by one."""
     source: str
     tokens: int
     items: int
@@ -96,7 +100,7 @@ class CalibrationConfig:
         """
         if request.source is None and (earlier := CalibrationRequest.recorded(recorded or {})):
             request = request.with_data_of(earlier)
-        kind = kind_of(opened.checkpoint.config)
+        kind = request.kind or kind_of(opened.checkpoint.config)
         if request.source is None and kind != "text":
             raise UserError(
                 f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, and only a "
@@ -111,6 +115,11 @@ class CalibrationConfig:
             request.context,
             request.seed,
         )
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is no more of the data than what was drawn: the model wrote them, or a program gave them."""
+        return self.source == DEFAULT_SOURCE or self.source.startswith(FROM_PYTHON)
 
     def facts(self, sample: Mapping[str, Tensor]) -> dict[str, str]:
         """Return what describes the data in files and cards: enough to draw the same again."""

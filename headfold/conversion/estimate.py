@@ -3,14 +3,14 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 
-from ..corpus.samples import kind_of
+from ..corpus.samples import kind_of, window_length
 from ..families.arithmetic import Arithmetic, arithmetic
 from ..families.context import context_length
 from ..hf_models import compute_dtype
 from ..timing.stages import CalibrationPass, Operations, fitting_operations, planning_operations, seconds_of
 from .fold_request import FoldRequest
 from .source import Source
-from .teacher import MAX_CONTEXT, Teacher
+from .teacher import Teacher
 from .verification import ITEMS, WINDOW_TOKENS
 
 TEXT_TOKENS, SPEECH_TOKENS = 32, 64
@@ -62,7 +62,7 @@ def _fitting(
     source, data = teacher.source, request.calibration
     assert data is not None
     sites = {site.name for site in source.sites}
-    length = min(data.context or MAX_CONTEXT, context_length(source.checkpoint.config) or MAX_CONTEXT)
+    length = window_length(source.checkpoint.config, data.context)
     assumed = {"text": length, "audio": SPEECH_TOKENS}.get(data.kind, TEXT_TOKENS)
     length = round(teacher.text_length or min(length, assumed))
     items = max(1, data.tokens // length) if data.kind == "text" else data.items

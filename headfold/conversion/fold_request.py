@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import planning
 from ..checkpoint.stats_file import StatsFile
+from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
 from ..head_dims import largest_multiple, possible_multiples
@@ -52,7 +53,7 @@ def resolve_fold(
     source: Source,
     *,
     kv_heads: str | int | None,
-    plan: str | Path | None,
+    plan: str | Path | Plan | None,
     head_dim_multiple: str | int,
     group: str,
     merge: str,
@@ -67,9 +68,14 @@ def resolve_fold(
     """Check the options of a fold against the source and fill in the defaults.
 
     Raises:
-        UserError: a count, method, plan or layout that does not suit the source, or a config that does not say of what class it is.
+        UserError: a count, method, plan or layout that does not suit the source, or a config that does not say of what class it is;
+            options that exclude each other.
     """
-    ready = None if plan is None else Plan.load(Path(plan))
+    if (kv_heads is None) == (plan is None):
+        raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
+    if not heal and (heal_tokens is not None or heal_by is not None):
+        raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
+    ready = plan if isinstance(plan, Plan | None) else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
     check_known_model(source.checkpoint, own_class(source.checkpoint.config))  # before anything is measured
     if ready is None:
@@ -82,7 +88,7 @@ def resolve_fold(
         # With the encoder's sites if the plan has any of them, else without.
         encoder = any(site.optional and site.name in ready.sites for site in source.every_site)
         source = replace(source, encoder=encoder)
-        ready.check_source(source.checkpoint.fingerprint(), source.sites, str(plan))
+        ready.check_source(source.checkpoint.fingerprint(), source.sites, "plan" if plan is ready else str(plan))
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needed = planning.statistics_needed("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
@@ -102,18 +108,8 @@ def resolve_fold(
         "data": calibration and asdict(calibration), "encoder": encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
-    return FoldRequest(
-        ready,
-        "" if kv_heads is None else kv_heads,
-        group,
-        merge,
-        multiple,
-        encoder,
-        needed,
-        calibration,
-        healing,
-        settings,
-    )
+    count = "" if kv_heads is None else kv_heads
+    return FoldRequest(ready, count, group, merge, multiple, encoder, needed, calibration, healing, settings)
 
 
 def _equal_groups(source: Source, kv_heads: str | int | None, group: str, head_dim_multiple: int) -> Plan | None:

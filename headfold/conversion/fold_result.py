@@ -15,7 +15,10 @@ from .source import Source
 class FoldResult:
     """The result of a fold: the output, its costs, and what was measured on the way."""
 
-    out: Path
+    out: Path | None
+    """The directory that was written; None where the fold is in memory."""
+    base_model: str
+    """Name of the model as the user wrote it."""
     family: str
     num_heads: int
     num_kv_heads_before: int
@@ -54,6 +57,7 @@ class FoldResult:
         counts = plan.num_kv_heads.values()
         return cls(
             out=out,
+            base_model=source.name,
             family=source.checkpoint.config["model_type"],
             num_heads=max(site.num_heads for site in source.sites),
             num_kv_heads_before=source.num_kv_heads,
@@ -77,7 +81,13 @@ class FoldResult:
         costs: dict[str, Any] = {"before": asdict(self.before), "after": asdict(self.after)}
         costs |= {"kv_bytes_before": self.kv_bytes_before, "kv_bytes_after": self.kv_bytes_after}
         verification = None if self.verification is None else asdict(self.verification)
-        return {**facts, **costs, "out": str(self.out), "plan": self.plan.to_json(), "verification": verification}
+        return {
+            **facts,
+            **costs,
+            "out": self.out and str(self.out),
+            "plan": self.plan.to_json(),
+            "verification": verification,
+        }
 
     @property
     def kv_bytes_before(self) -> int:

@@ -36,7 +36,7 @@ class Healing:
             UserError: an unknown `by`.
         """
         if by is None:
-            by = "model" if kind == "text" and num_parameters >= _LARGE else "block"
+            by = "model" if kind in ("text", "texts") and num_parameters >= _LARGE else "block"
         if by not in _DEFAULTS:
             raise UserError(f"--heal-by {by}: expected one of {', '.join(_DEFAULTS)}")
         default, items = _DEFAULTS[by]

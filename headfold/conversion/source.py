@@ -77,15 +77,15 @@ class Source:
         return cached.kv_bytes_per_token(self.every_site, self.dtype.itemsize, plan)
 
 
-def open_source(model: str | Path, encoder: bool = False) -> Source:
-    """Open a directory or hub id: its config and the headers of its weights; no weights are read.
+def open_source(model: object, encoder: bool = False) -> Source:
+    """Open a directory or hub id, or a `NamedDirectory`: its config and the headers of its weights; no weights are read.
 
     An architecture without a family literal is detected by experiments on a toy model of its config. `encoder` as in `Source`.
 
     Raises:
         UserError: whatever makes folding impossible, in one line.
     """
-    checkpoint = Checkpoint.open(resolve(str(model)))
+    checkpoint = Checkpoint.open(resolve(model))
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)

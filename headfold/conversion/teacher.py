@@ -19,10 +19,9 @@ from ..core.heads import Heads
 from ..core.plan import Plan
 from ..core.progress import Progress, counter, no_progress
 from ..core.stats import SiteStats
-from ..corpus.samples import draw_sample
+from ..corpus.samples import draw_sample, window_length
 from ..corpus.windows import draw_windows
 from ..corpus.windows import fingerprint as fingerprint_of
-from ..families.context import context_length
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
@@ -44,8 +43,6 @@ MAX_TOKENS = 2**24
 """Tokens that the model is healed on at most before they are repeated: their text is held in memory."""
 MAX_ITEM_FACTOR = 4
 """Healing draws at most this many times the calibration items."""
-MAX_CONTEXT = 1024
-"""Longest calibration window; shorter where the model's own context is."""
 
 
 @dataclass(slots=True)
@@ -59,6 +56,8 @@ class Teacher:
     dtype: torch.dtype | None = None
     """dtype that the model computes in; by default the fastest that holds the weights (`hf_models.compute_dtype`)."""
     progress: Progress = no_progress
+    given: Mapping[str, Tensor] | None = None
+    """The calibration data, where a program gave them."""
     notes: list[str] = field(default_factory=list)
     _model: Any = None
     _sample: Mapping[str, Tensor] | None = None
@@ -95,6 +94,7 @@ class Teacher:
     @property
     def sample(self) -> Mapping[str, Tensor]:
         """The calibration data, drawn once, on rank 0. Every rank must ask for it at the same point."""
+        self._sample = self._sample or self.given
         if self._sample is None:
             config = self._require_config()
             writes_text = config.kind == "text" and config.source == "self"
@@ -110,14 +110,14 @@ class Teacher:
 
     def takes_texts(self) -> bool:
         """Return whether the data are texts that come one by one."""
-        return self.config is not None and self.config.kind in ("pairs", "sentences")
+        return self.config is not None and self.config.kind in ("pairs", "sentences", "texts")
 
     def _require_config(self) -> CalibrationConfig:
         assert self.config is not None, "this job was planned without calibration data"
         return self.config
 
     def _draw(self, config: CalibrationConfig, model: "PreTrainedModel | None") -> dict[str, Tensor]:
-        path, context = self.source.checkpoint.path, self._window_length(config)
+        path, context = self.source.checkpoint.path, window_length(self.source.checkpoint.config, config.context)
         if config.kind != "text":
             return draw_sample(
                 config.kind, config.source, path=path, num_items=config.items, context=context, seed=config.seed,
@@ -129,12 +129,6 @@ class Teacher:
         )  # fmt: skip
         self.progress("sample", config.tokens, config.tokens)
         return {"input_ids": windows}
-
-    def _window_length(self, config: CalibrationConfig) -> int:
-        limit = context_length(self.source.checkpoint.config) or MAX_CONTEXT
-        if config.context is not None and config.context > limit:
-            raise UserError(f"--context {config.context}: the model's own context is {limit}; choose at most that")
-        return config.context or min(limit, MAX_CONTEXT)
 
     def write_statistics(self, path: Path, statistics: frozenset[str] | None = None) -> dict[str, str]:
         """Measure `statistics` (default: all) of every site, write them to the file `path` and return its metadata."""
@@ -210,8 +204,8 @@ class Teacher:
     def _with_more_data(self, healing: Healing) -> "Teacher":
         """Return a teacher with as much more data of the same source as healing uses and memory holds.
 
-        Text that the model would have to write itself stays as it is. Tokens that are seen once heal better than fewer tokens seen as often
-        as that takes.
+        Text that the model would have to write itself, and data that a program gave, stay as they are. Tokens that are seen once heal
+        better than fewer tokens seen as often as that takes.
         """
         config = self._require_config()
         # As healing counts them, with the padding of its batches.
@@ -220,7 +214,7 @@ class Teacher:
         if config.kind == "text":
             most = MAX_TOKENS if healing.by == "model" else HEALING_BYTES // (3 * 4 * self._hidden_size())
         factor = min(healing.tokens, most) / have
-        if config.source == "self" or factor <= 1:
+        if config.is_written or factor <= 1:
             return self
         more = replace(config, tokens=round(factor * have), items=math.ceil(factor * config.items))
         return replace(self, config=more, _model=self.model, _sample=None, notes=[])

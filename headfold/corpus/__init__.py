@@ -1,12 +1,13 @@
 """Floor 4: data for calibration and evaluation. One page per source or kind of data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError, suggest
 from . import hub, jsonl, parquet, stdlib, text
 from .bounds import check_source
+from .rows import Table
 
 SOURCES = "a text file or folder, FILE.jsonl[:COLUMN], FILE.parquet[:COLUMN], hub:NAME[:CONFIG][:SPLIT][:COLUMN], stdlib or self"
 """The sources of text that a user may name, for help texts and messages."""
@@ -22,15 +23,17 @@ class Corpus:
     documents: Iterator[str]
 
 
-def open_corpus(source: str, *, seed: int | None = None) -> Corpus:
+def open_corpus(source: str | Table, *, seed: int | None = None, columns: Sequence[str] = ()) -> Corpus:
     """Return the documents of a source, in their own order or, with a seed, in an order drawn from it. Documents are read on
-    demand.
+    demand. `columns` names the column of rows that were given.
 
     `self` is not a corpus: its text is sampled from a model (`corpus.self.sample_windows`).
 
     Raises:
         UserError: there is no such source; the possible ones are listed.
     """
+    if isinstance(source, Table):
+        return Corpus(source.name, source.documents(columns, seed))
     check_source(source)
     if source == "stdlib":
         return Corpus("stdlib", stdlib.documents(seed))

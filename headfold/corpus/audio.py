@@ -31,7 +31,7 @@ Sounds = list[tuple[Float[np.ndarray, " _"], int]]
 
 
 def read_audio(
-    source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
+    source: str | Table, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> tuple[Sounds, list[str] | None]:
     """Return the sound of each item, and the transcripts if every item has one.
 
@@ -62,7 +62,7 @@ class Recordings(NamedTuple):
 
 
 def draw_recordings(
-    source: str, columns: Sequence[str], num_items: int | None, seed: int | None, *, written: bool = False
+    source: str | Table, columns: Sequence[str], num_items: int | None, seed: int | None, *, written: bool = False
 ) -> Recordings | None:
     """Return the recordings of a source that `read_audio` would read, or of those that are `written` (have a transcript); None if there is
     none.
@@ -83,13 +83,13 @@ def draw_recordings(
         return None
     texts = [value(row, names[1]) for row in drawn] if names[1:] else []
     all_written = texts and all(isinstance(text, str) for text in texts)
-    return Recordings(drawn, names, Path(source).parent, rows.name, texts if all_written else None)
+    return Recordings(drawn, names, Path(str(source)).parent, rows.name, texts if all_written else None)
 
 
-def _open(source: str) -> Table | Stream:
-    path = Path(source)
-    if is_table(source):
+def _open(source: str | Table) -> Table | Stream:
+    if isinstance(source, Table) or is_table(source):
         return open_rows(source)
+    path = Path(source)
     endings = (".wav", *COMPRESSED)
     candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in candidates if file.suffix.lower() in endings and file.is_file()]

@@ -24,9 +24,12 @@ DECOMPRESSED = 200, 2**24
 """A compressed text may be so many times as long as its file, and so many bytes more. Text is rarely compressed to a tenth; gzip can
 write 1,000 equal bytes in one."""
 
+FROM_PYTHON = "python:"
+"""Begins the name of data that a Python program hands over, in files and on cards."""
+
 
 def check_source(source: str) -> None:
-    """Refuse a source of data that has no name, or whose name is that of a FIFO, a device or a socket.
+    """Refuse a source of data that has no name, or whose name is that of a FIFO, a device, a socket, or data that only a program had.
 
     Raises:
         UserError: as said.
@@ -34,6 +37,11 @@ def check_source(source: str) -> None:
     if not source.strip():
         raise UserError(
             "data: expected the name of a source, got an empty one; give a file, a folder or another source"
+        )
+    if source.startswith(FROM_PYTHON):
+        raise UserError(
+            f"{source}: data of a Python program, which are not kept with statistics or a plan; pass the same again as calibration, "
+            "or write them to a file"
         )
     try:
         mode = os.stat(source).st_mode

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from . import images
-from .pairs import text_of
-from .rows import TABLES, Stream, Table, is_table, open_rows, require, value
+from .rows import TABLES, Stream, Table, is_table, open_rows, require, text_of, value
 from .sentences import encode_sentences
 
 COLUMNS = ("text", "caption", "sentence")
 
 
 def read_captions(
-    source: str,
+    source: str | Table,
     processor: Any,
     tokenizer: Any,
     context: int,
@@ -33,17 +32,20 @@ def read_captions(
     """
     if not is_table(source):
         raise UserError(f"{source}: expected images with a text each; give {TABLES}")
-    rows, where = open_rows(source), Path(source).parent
+    rows, where = open_rows(source), Path(str(source)).parent
     names = require(rows, columns) if columns else _columns(rows)
     if len(names) != 2:
         raise UserError(f"{source}: expected two columns, got {', '.join(names)}; name them with --columns IMAGE,TEXT")
     drawn = rows.draw(
-        names, num_items, seed, lambda r: value(r, names[0]) is not None and bool(text_of(r, names[1], source).strip())
+        names,
+        num_items,
+        seed,
+        lambda r: value(r, names[0]) is not None and bool(text_of(r, names[1], rows.name).strip()),
     )
     texts, pixels = [], []
-    for block in images.in_blocks(drawn, source):
-        found = (images.decoded(value(row, names[0]), where, "RGB", source) for row in block)
-        pixels.append(images.processed(found, processor, source))
+    for block in images.in_blocks(drawn, rows.name):
+        found = (images.decoded(value(row, names[0]), where, "RGB", rows.name) for row in block)
+        pixels.append(images.processed(found, processor, rows.name))
         texts += [value(row, names[1]) for row in block]
     return {**encode_sentences(texts, tokenizer, context), "pixel_values": torch.cat(pixels)}
 

@@ -25,16 +25,16 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that pillow decodes by itself; it would start another program for others, such as EPS."""
 
 
-def _open(source: str, label2id: Mapping[str, int]) -> Table | Stream:
+def _open(source: str | Table, label2id: Mapping[str, int]) -> Table | Stream:
     """Return the rows of a source of images, not decoded yet. If all folders are named like labels, an image's folder is its
     label.
 
     Raises:
         UserError: there is no such source, or no image in it.
     """
-    path = Path(source)
-    if is_table(source):
+    if isinstance(source, Table) or is_table(source):
         return open_rows(source)
+    path = Path(source)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder; expected a folder of images, {TABLES}")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else []
@@ -63,7 +63,7 @@ def _columns(rows: Table | Stream, named: Sequence[str]) -> tuple[str, ...]:
 
 
 def image_blocks(
-    source: str,
+    source: str | Table,
     processor: Any,
     *,
     columns: Sequence[str] = (),
@@ -80,10 +80,10 @@ def image_blocks(
         UserError: an unreadable or empty source, a missing column, an image that cannot be decoded, an unknown label.
     """
     rows = _open(source, label2id or {})
-    names, where = _columns(rows, columns), Path(source).parent
+    names, where = _columns(rows, columns), Path(str(source)).parent
     drawn = rows.draw(names, num_items, seed, lambda row: value(row, names[0]) is not None)
     mode = "RGB" if num_channels == 3 else "L"
-    for block in in_blocks(drawn, source):
+    for block in in_blocks(drawn, rows.name):
         found = (decoded(value(row, names[0]), where, mode, rows.name) for row in block)
         sample = {"pixel_values": processed(found, processor, rows.name)}
         labels = [label_id(value(row, names[1]), label2id or {}, rows.name) for row in block] if names[1:] else []
@@ -105,12 +105,14 @@ def in_blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
 
 
 def decoded(found: Any, folder: Path, mode: str, where: str) -> Any:
-    """Return the image that a row contains: its bytes, a mapping with `bytes` or `path`, or a path (relative to the source's
-    folder)."""
+    """Return the image that a row contains: pillow's own, its bytes, a mapping with `bytes` or `path`, or a path (relative to the
+    source's folder)."""
     try:
         from PIL import Image
     except ImportError as error:
         raise UserError(f"{where}: reading images needs pillow; pip install 'headfold[images]'") from error
+    if isinstance(found, Image.Image):
+        return found.convert(mode)
     entry = found if isinstance(found, Mapping) else {"bytes" if isinstance(found, bytes) else "path": found}
     data, path = entry.get("bytes"), entry.get("path")
     file: io.BytesIO | Path

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from .lines import parallel_lines
-from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, value
+from .rows import TABLES, Row, Stream, Table, is_table, open_rows, require, text_of, value
 
 COLUMNS = ("source", "target")
 PAIRS = f"SOURCE.txt,TARGET.txt (line by line, .gz allowed) or {TABLES}"
@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 def read_pairs(
-    source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
+    source: str | Table, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> list[tuple[str, str]]:
     """Return pairs of (input, expected output): the first `num_items` of the source or, with a seed, as many drawn from all of
     it.
@@ -44,27 +44,15 @@ def read_pairs(
     return pairs
 
 
-def _open(source: str, columns: Sequence[str]) -> Table | Stream:
+def _open(source: str | Table, columns: Sequence[str]) -> Table | Stream:
+    if isinstance(source, Table):
+        return source
     first, comma, second = source.partition(",")
     if comma and not Path(source).exists():
         return parallel_lines([Path(first), Path(second)], columns)
     if not is_table(source) and Path(source).is_file():
         raise UserError(f"{source}: an encoder-decoder needs pairs of text, got one file of text; give {PAIRS}")
     return open_rows(source)
-
-
-def text_of(row: Row, column: str, where: str) -> str:
-    """Return the text under a column, empty if it is null.
-
-    Raises:
-        UserError: it is not text.
-    """
-    found = value(row, column)
-    if found is not None and not isinstance(found, str):
-        raise UserError(
-            f"{where}: column {column!r} holds {type(found).__name__}, expected text; name another by --columns"
-        )
-    return found or ""
 
 
 def encode_pairs(

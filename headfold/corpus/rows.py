@@ -27,6 +27,20 @@ class Table:
     count: int
     take: Callable[[Sequence[int], Sequence[str]], Iterator[Row]]
 
+    def __str__(self) -> str:
+        return self.name
+
+    def documents(self, columns: Sequence[str], seed: int | None) -> Iterator[str]:
+        """Yield the text under the first of the columns (by default `text`), in order or, with a seed, in one drawn from it; rows are read
+        one by one.
+
+        Raises:
+            UserError: a missing column, or one that holds something else.
+        """
+        name, *_ = require(self, tuple(columns) or ("text",))
+        for number in range(self.count) if seed is None else drawn_order(self.count, seed):
+            yield text_of(next(iter(self.take([number], [name]))), name, self.name)
+
     def draw(
         self, columns: Sequence[str], num_items: int | None, seed: int | None, usable: Callable[[Row], bool]
     ) -> Iterator[Row]:
@@ -71,6 +85,20 @@ def value(row: Row, column: str) -> Any:
     return value(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
+def text_of(row: Row, column: str, where: str) -> str:
+    """Return the text under a column, empty if it is null.
+
+    Raises:
+        UserError: it is not text.
+    """
+    found = value(row, column)
+    if found is not None and not isinstance(found, str):
+        raise UserError(
+            f"{where}: column {column!r} holds {type(found).__name__}, expected text; name another by --columns"
+        )
+    return found or ""
+
+
 def file_of(path: str, folder: Path, where: str) -> Path:
     """Return the file that a row names, as it is or relative to the folder of its table.
 
@@ -96,23 +124,27 @@ def require(rows: Table | Stream, columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def is_table(source: str) -> bool:
+def is_table(source: str | Table) -> bool:
     """Return whether `open_rows` reads the source: by its name, or because a folder contains tables.
 
     Raises:
         UserError: it has no name, or is neither a file nor a folder.
     """
+    if isinstance(source, Table):
+        return True
     check_source(source)
     path = Path(source)
     return source.startswith("hub:") or path.suffix in SUFFIXES or bool(path.is_dir() and _shards(path))
 
 
-def open_rows(source: str) -> Table | Stream:
-    """Return the rows of a source; only what is needed to count them is read.
+def open_rows(source: str | Table) -> Table | Stream:
+    """Return the rows of a source, or those that were given; only what is needed to count them is read.
 
     Raises:
         UserError: there is nothing there, it is empty, or it is not a table.
     """
+    if isinstance(source, Table):
+        return source
     if source.startswith("hub:"):
         return _streamed(source)
     check_source(source)
@@ -215,7 +247,7 @@ def _saved(path: Path) -> Table:
         ) from error
     if isinstance(data, datasets.DatasetDict):
         raise UserError(f"{path}: a folder of splits; name one of {', '.join(str(path / split) for split in data)}")
-    data = _encoded(data)
+    data = encoded(data)
 
     def take(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
         del columns
@@ -224,7 +256,7 @@ def _saved(path: Path) -> Table:
     return Table(str(path), tuple(data.column_names), len(data), take)
 
 
-def _encoded(data: Any) -> Any:
+def encoded(data: Any) -> Any:
     """Return a dataset of `datasets` that returns images and audio as bytes and path, not decoded."""
     import datasets
 
@@ -236,7 +268,7 @@ def _encoded(data: Any) -> Any:
 
 def _streamed(source: str) -> Stream:
     name, config, split = (source.removeprefix("hub:").split(":") + [""] * 2)[:3]
-    stream = _encoded(hub.open_stream(name, config or None, split or "train"))
+    stream = encoded(hub.open_stream(name, config or None, split or "train"))
 
     def begin(seed: int | None) -> Iterator[Row]:
         chosen = stream if seed is None else stream.shuffle(seed=seed, buffer_size=hub.SHUFFLE_BUFFER)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .audio import encode_audio, read_audio
 from .captions import read_captions
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
+from .rows import Table
 from .sentences import encode_sentences, read_sentences
 from .speech import Written, encode_windows, read_windows
 from .windows import draw_windows
@@ -25,6 +27,20 @@ from .windows import draw_windows
 Sample = dict[str, Tensor]
 """Keyword arguments of the model's forward, batch first, all items padded to one length."""
 
+
+@dataclass(frozen=True, slots=True)
+class NamedSample:
+    """A sample that a program gave, with a name for messages and results."""
+
+    name: str
+    tensors: Sample
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MAX_CONTEXT = 1024
+"""Longest calibration window; shorter where the model's own context is."""
 _SPEECH = re.compile(r"whisper|speech_to_text")
 _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
@@ -58,9 +74,21 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return "sentences" if encodes or _ENCODER.search(family) else "text"
 
 
+def window_length(config: Mapping[str, Any], context: int | None) -> int:
+    """Return the tokens of a calibration window, or where texts are cut.
+
+    Raises:
+        UserError: more are named than the model takes.
+    """
+    limit = context_length(config) or MAX_CONTEXT
+    if context is not None and context > limit:
+        raise UserError(f"--context {context}: the model's own context is {limit}; choose at most that")
+    return context or min(limit, MAX_CONTEXT)
+
+
 def draw_sample(
     kind: str,
-    source: str,
+    source: str | Table,
     *,
     path: Path,
     num_items: int | None,
@@ -116,13 +144,13 @@ def draw_sample(
     num_tokens = num_items * context
     return {
         "input_ids": draw_windows(
-            source, tokenizer=tokenizer, model=None, num_tokens=num_tokens, context=context, seed=seed
+            source, tokenizer=tokenizer, model=None, num_tokens=num_tokens, context=context, seed=seed, columns=columns
         )
     }
 
 
 def image_sample_blocks(
-    source: str, *, path: Path, num_items: int | None, seed: int | None, columns: Sequence[str] = ()
+    source: str | Table, *, path: Path, num_items: int | None, seed: int | None, columns: Sequence[str] = ()
 ) -> Iterator[Sample]:
     """Yield the images of `draw_sample` one block at a time, so that no more than that is in memory.
 
@@ -149,9 +177,9 @@ def image_sample_blocks(
         yield block
 
 
-def _label_ids(labels: Sequence[Any], path: Path, source: str) -> Tensor:
+def _label_ids(labels: Sequence[Any], path: Path, source: str | Table) -> Tensor:
     label2id = _config(path).get("label2id") or {}
-    return torch.tensor([label_id(label, label2id, source) for label in labels])
+    return torch.tensor([label_id(label, label2id, str(source)) for label in labels])
 
 
 def _config(path: Path) -> dict[str, Any]:

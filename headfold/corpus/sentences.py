@@ -11,13 +11,13 @@ from torch import Tensor
 from ..core.errors import UserError
 from . import _split_column, open_corpus
 from .lines import parallel_lines
-from .pairs import padded, text_of
-from .rows import Stream, Table, concatenated, is_table, open_rows, require, value
+from .pairs import padded
+from .rows import Stream, Table, concatenated, is_table, open_rows, require, text_of, value
 from .text import text_files
 
 
 def read_sentences(
-    source: str, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
+    source: str | Table, columns: Sequence[str] = (), num_items: int | None = None, seed: int | None = None
 ) -> tuple[list[str], list[Any] | None]:
     """Return sentences, and their labels if a second column is named: the first ones of the source, or drawn by seed from all of
     it.
@@ -43,7 +43,9 @@ def read_sentences(
     return [value(row, names[0]) for row in drawn], labels
 
 
-def _open(source: str, columns: Sequence[str]) -> tuple[Table | Stream, tuple[str, ...]]:
+def _open(source: str | Table, columns: Sequence[str]) -> tuple[Table | Stream, tuple[str, ...]]:
+    if isinstance(source, Table):
+        return source, require(source, tuple(columns) or ("text",))
     path, column = _split_column(source)
     names = tuple(columns) or (column or "text",)
     if is_table(str(path) if column else source):

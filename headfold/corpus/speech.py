@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from .audio import Recordings, draw_recordings, resampled
 from .pairs import IGNORED, padded
+from .rows import Table
 
 MOST_JOINED = 8
 """Recordings that may be joined into one window."""
@@ -53,7 +54,7 @@ class Written(NamedTuple):
 
 
 def read_windows(
-    source: str,
+    source: str | Table,
     columns: Sequence[str],
     num_items: int,
     seed: int,

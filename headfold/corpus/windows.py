@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from . import open_corpus
+from .rows import Table
 from .self import sample_windows
 
 POOL = 32
@@ -92,22 +93,24 @@ def _excerpted(pool: list[str], tokenizer: Any, num_windows: int, context: int, 
 
 
 def draw_windows(
-    source: str,
+    source: str | Table,
     *,
     tokenizer: Any,
     model: nn.Module | None,
     num_tokens: int,
     context: int,
     seed: int,
+    columns: Sequence[str] = (),
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "window context"]:
-    """Return calibration windows from any source, including `self` (which alone needs `model`).
+    """Return calibration windows from any source, including `self` (which alone needs `model`). `columns` as in `open_corpus`.
 
     Raises:
         UserError: an unknown or unreadable source, or less text than one window.
     """
     if source != "self":
-        return token_windows(open_corpus(source, seed=seed).documents, tokenizer, num_tokens, context, seed, source)
+        corpus = open_corpus(source, seed=seed, columns=columns)
+        return token_windows(corpus.documents, tokenizer, num_tokens, context, seed, corpus.name)
     assert model is not None
     # Where the tokenizer adds no <s> to a text, a window begins in the middle of one, as other sources' windows do. Measured:
     # forcing <s> moves the second moments three times as far from those of real text as a random first token does.

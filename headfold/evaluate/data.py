@@ -11,8 +11,10 @@ from ..checkpoint.config import read_config
 from ..core.errors import UserError, suggest
 from ..core.json_input import read_object
 from ..core.progress import Progress
+from ..corpus.images import BLOCK
 from ..corpus.pairs import read_pairs
-from ..corpus.samples import Sample, draw_sample, image_sample_blocks, kind_of
+from ..corpus.rows import Table
+from ..corpus.samples import NamedSample, Sample, batches, draw_sample, image_sample_blocks, kind_of
 from ..families.context import context_length
 from ..hf_models import open_model, open_tokenizer, stored_dtype
 from ..parallel import each_from_main, on_main
@@ -31,7 +33,7 @@ MAX_CONTEXT = 512
 class DataRequest:
     """The data to measure on and the settings; None stands for a default."""
 
-    source: str | None
+    source: str | Table | NamedSample | None
     columns: Sequence[str] = ()
     context: int | None = None
     limit: int | None = None
@@ -71,7 +73,7 @@ class OpenedModels:
     reference: "PreTrainedModel | None"
     reference_directory: Path | None
     request: DataRequest
-    source: str
+    source: str | Table | NamedSample
     context: int
     progress: Progress
 
@@ -112,25 +114,37 @@ class OpenedModels:
 
     def sample(self, kind: str) -> Sample:
         """Return the whole source, or its first items; rank 0 reads it."""
+        if isinstance(source := self.source, NamedSample):
+            return source.tensors
         return on_main(lambda: draw_sample(
-            kind, self.source, path=self.directory, num_items=self.request.limit, context=self.context, seed=None,
+            kind, source, path=self.directory, num_items=self.request.limit, context=self.context, seed=None,
             columns=self.request.columns,
         ))  # fmt: skip
 
     def image_blocks(self) -> Iterator[Sample]:
         """Yield the whole source, or as many items drawn from all of it: files tend to be sorted by class."""
+        if isinstance(source := self.source, NamedSample):
+            return batches(source.tensors, BLOCK)
         limit = self.request.limit
         seed = None if limit is None else 0
         return each_from_main(lambda: image_sample_blocks(
-            self.source, path=self.directory, num_items=limit, seed=seed, columns=self.request.columns
+            source, path=self.directory, num_items=limit, seed=seed, columns=self.request.columns
         ))  # fmt: skip
 
     def pairs(self) -> tuple[Any, Any, dict[str, Any]]:
-        """Return the pairs of text, the tokenizer, and how outputs are written."""
+        """Return the pairs of text, the tokenizer, and how outputs are written.
+
+        Raises:
+            UserError: the source is no text, but tokens.
+        """
         request = self.request
+        if isinstance(source := self.source, NamedSample):
+            raise UserError(
+                f"{source}: expected pairs of text, whose outputs can be compared, got tokens; give rows of text"
+            )
         how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
         how |= {"context": self.context, "reference": self.reference, "progress": self.progress}
-        pairs = on_main(lambda: read_pairs(self.source, request.columns, request.limit))
+        pairs = on_main(lambda: read_pairs(source, request.columns, request.limit))
         return pairs, open_tokenizer(self.directory), how
 
 
@@ -154,7 +168,7 @@ def evaluate_on_data(
     kind = kind_of(opened.config)
     dtype = str(opened.model.dtype).removeprefix("torch.")
     reference_name = None if reference_name is None else str(reference_name)
-    return DataEvaluation(kind, str(name), reference_name, opened.source, dtype, _MEASURES[kind](opened))
+    return DataEvaluation(kind, str(name), reference_name, str(opened.source), dtype, _MEASURES[kind](opened))
 
 
 def check_metric(metric: str | None, kind: str, model: str | Path) -> None:
@@ -171,7 +185,7 @@ def check_metric(metric: str | None, kind: str, model: str | Path) -> None:
         )
 
 
-def check_source(source: str | None, kind: str, model: str | Path) -> None:
+def check_source(source: object, kind: str, model: str | Path) -> None:
     """Refuse to measure without data: only plain text is bundled.
 
     Raises:
@@ -208,6 +222,8 @@ def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel"
 
 
 def _pairs(opened: OpenedModels) -> translation.Translation:
+    if isinstance(opened.source, NamedSample):
+        return _audio(opened)  # the loss alone, as for sound
     pairs, tokenizer, how = opened.pairs()
     return translation.evaluate_translation(opened.model, pairs, tokenizer, **how)
 

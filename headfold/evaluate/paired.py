@@ -14,7 +14,6 @@ from ..core.progress import Progress
 from ..corpus.samples import kind_of
 from ..families.context import context_length
 from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
-from ..parallel import on_main
 from . import classification, embedding, perplexity, translation
 from .bootstrap import LEVEL, Difference, Resampled, differences
 from .data import DataRequest, OpenedModels, check_metric
@@ -153,18 +152,18 @@ def _language_models(
     first, *others = directories
     dtypes = [compute_dtype(stored_dtype(path), request.device)[0] for path in directories]
     dtype = request.dtype or reduce(torch.promote_types, dtypes)
-    source, tokens = on_main(lambda: perplexity.read_tokens(first, request.source, request.limit))
+    read = perplexity.ReadText.of(first, request.source, request.limit)
     for other in (*others, *([] if reference_directory is None else [reference_directory])):
-        _check_tokens(first, other, tokens, request)
+        _check_tokens(first, other, read, request)
     longest = perplexity.MAX_CONTEXT
     context = request.context or min(min(context_length(_config(path)) or longest, longest) for path in directories)
-    windows = perplexity.split_windows(tokens, context)
+    windows = read.windows(context)
     reference = None if reference_directory is None else open_language_model(reference_directory, dtype, request.device)
     measured: list[Sequence[Resampled]] = []
     for number, directory in enumerate(directories, 1):
         model = open_language_model(directory, dtype, request.device)
         measured.append(perplexity.losses_per_window(model, reference, windows, progress=_of_model(progress, number)))
-    return f"{source}, context {context}", measured
+    return f"{read.name}, context {context}", measured
 
 
 def _of_model(progress: Progress, number: int) -> Progress:
@@ -172,10 +171,10 @@ def _of_model(progress: Progress, number: int) -> Progress:
     return lambda stage, done, total: progress(f"{stage} {number}", done, total)
 
 
-def _check_tokens(first: Path, other: Path, tokens: torch.Tensor, request: DataRequest) -> None:
+def _check_tokens(first: Path, other: Path, read: perplexity.ReadText, request: DataRequest) -> None:
     """Refuse models that split the text into different tokens: their losses per token do not compare."""
-    _, found = on_main(lambda: perplexity.read_tokens(other, request.source, request.limit))
-    if not torch.equal(found, tokens):
+    found = perplexity.ReadText.of(other, request.source, request.limit)
+    if read.tokens is not None and found.tokens is not None and not torch.equal(found.tokens, read.tokens):
         raise UserError(
             f"{other}: expected the tokens of {first}, got others: losses per token of two vocabularies do not compare; use models of "
             "one tokenizer, or --task"

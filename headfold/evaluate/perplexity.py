@@ -19,6 +19,8 @@ from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..core.progress import Progress, counter, no_progress
 from ..corpus import open_corpus
+from ..corpus.rows import Table
+from ..corpus.samples import NamedSample
 from ..corpus.windows import token_stream
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.context import context_length
@@ -102,7 +104,7 @@ class Evaluation(LossComparison):
 def evaluate_perplexity(
     model_dir: str | Path,
     reference_dir: str | Path | None = None,
-    text: str | None = None,
+    text: str | Table | NamedSample | None = None,
     *,
     context: int | None = None,
     batch_size: int | None = None,
@@ -113,15 +115,15 @@ def evaluate_perplexity(
 ) -> Evaluation:
     """Measure a checkpoint on the whole of a text, in order, in one pass together with its reference.
 
-    `text` is any source of `headfold.corpus` (default: the bundled held-out text). Windows of `context` tokens (default: the
-    model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early. `dtype` is what both models
+    `text` is any source of `headfold.corpus`, rows of text, or tokens (default: the bundled held-out text). Windows of `context`
+    tokens (default: the model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early. `dtype` is what both models
     compute in (default: `compute_dtype` of the checkpoint's).
 
     Raises:
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of
             fewer than two tokens.
     """
-    source, tokens = on_main(lambda: read_tokens(model_dir, text, max_tokens))
+    read = ReadText.of(model_dir, text, max_tokens)
     stored = stored_dtype(model_dir)
     dtype = dtype or compute_dtype(stored, device)[0]
     model = open_language_model(model_dir, dtype, device)
@@ -130,13 +132,13 @@ def evaluate_perplexity(
     if reference is not None and reference_dir is not None:
         reference_bytes = _kv_bytes_per_token(reference, reference_dir)
     context = context or default_context(model.config)
-    windows = split_windows(tokens, context)
+    windows = read.windows(context)
     scores = compare_models(model, reference, windows, batch_size=batch_size, progress=progress)
     return Evaluation(
         **{field.name: getattr(scores, field.name) for field in fields(scores)},
         model=str(model_dir),
         reference=None if reference_dir is None else str(reference_dir),
-        text=source,
+        text=read.name,
         context=context,
         num_windows=len(windows),
         dtype=str(dtype).removeprefix("torch."),
@@ -145,7 +147,32 @@ def evaluate_perplexity(
     )
 
 
-def read_tokens(model_dir: str | Path, text: str | None, max_tokens: int | None) -> tuple[str, Int[Tensor, " token"]]:
+@dataclass(frozen=True, slots=True)
+class ReadText:
+    """A text as tokens, to be cut into windows, or texts that were tokens before and are windows as they are."""
+
+    name: str
+    tokens: Int[Tensor, " token"] | None
+    rows: Windows = ()
+
+    @classmethod
+    def of(cls, model_dir: str | Path, text: str | Table | NamedSample | None, max_tokens: int | None) -> "ReadText":
+        """Read a text on rank 0.
+
+        Raises:
+            UserError: as `read_tokens`; of texts that are tokens none has two.
+        """
+        if isinstance(text, NamedSample):
+            return cls(text.name, None, _given_windows(text))
+        return cls(*on_main(lambda: read_tokens(model_dir, text, max_tokens)))
+
+    def windows(self, context: int) -> Windows:
+        return self.rows if self.tokens is None else split_windows(self.tokens, context)
+
+
+def read_tokens(
+    model_dir: str | Path, text: str | Table | None, max_tokens: int | None
+) -> tuple[str, Int[Tensor, " token"]]:
     """Return the name of a text and its first tokens by the model's tokenizer.
 
     Raises:
@@ -174,7 +201,21 @@ def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "P
     return model
 
 
-def _text(source: str | None) -> tuple[str, Iterator[str]]:
+def _given_windows(given: NamedSample) -> Windows:
+    """Return each text as a window, those of one length together."""
+    ids, mask = given.tensors["input_ids"], given.tensors.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    windows = [
+        row[:length] for row, length in sorted(zip(ids, lengths, strict=True), key=lambda pair: pair[1]) if length > 1
+    ]
+    if not windows:
+        raise UserError(
+            f"{given}: gives no text of at least 2 tokens, one to be predicted from the other; give longer ones"
+        )
+    return windows
+
+
+def _text(source: str | Table | None) -> tuple[str, Iterator[str]]:
     """Return the name and documents of a source; of the bundled text where none is named."""
     if source is not None:
         corpus = open_corpus(source)

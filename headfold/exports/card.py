@@ -9,8 +9,12 @@ from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
 
-def exported_card(card: str, made: Export) -> str:
-    """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout."""
+def exported_card(card: str, made: Export | None) -> str:
+    """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout. Without an
+    export it is the fold's own.
+    """
+    if made is None:
+        return card
     misread = misread_by(made.config)
     warning = f"\n\nNot every reader: {misread}." if misread else ""
     return card_with_use(card, f"{made.description}.\n\n```python\n{_lines(made)}\n```{warning}", made.unchanged)

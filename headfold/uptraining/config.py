@@ -11,9 +11,9 @@ import torch
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import refuse_overlap
-from ..conversion.teacher import MAX_CONTEXT
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..corpus.samples import MAX_CONTEXT
 from ..families.context import context_length
 from ..parallel import num_processes
 from ..runtime.load import read_checked_config

@@ -1,18 +1,23 @@
 """Measure the statistics of attention inputs once, for any number of plans and folds."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
+from ..conversion.calibration_config import CalibrationConfig
 from ..conversion.outputs import refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, on_main, spmd
+from ..in_memory.data import calibration_data
+from ..in_memory.models import takes_models
+from ..parallel import on_all, on_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,12 @@ class CalibrationResult:
         return {**asdict(self), "path": str(self.path), "tokens_per_second": round(self.tokens / self.seconds, 1)}
 
 
-@spmd
+@takes_models("model")
 def calibrate(
-    model: str | Path,
+    model: "str | Path | PreTrainedModel",
     stats: str | Path,
     *,
-    calibration: str | None = None,
+    calibration: str | Iterable[Any] | None = None,
     tokens: int | None = None,
     items: int | None = None,
     columns: Sequence[str] = (),
@@ -47,6 +52,7 @@ def calibrate(
     force: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> CalibrationResult:
     """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
@@ -54,10 +60,11 @@ def calibrate(
     Files of several runs add up (`headfold.checkpoint.stats_file.add_stats`).
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a hub id, or a model of transformers in memory.
         stats: The file to write.
         calibration: A source of `headfold.corpus` that suits the model: text for a language model, pairs for an encoder-decoder,
-            sentences, images or sound. By default a language model writes its own text.
+            sentences, images or sound; or the data themselves: texts, rows, a `datasets.Dataset`, or batches as a DataLoader gives them
+            (`headfold.in_memory.given`). By default a language model writes its own text.
         tokens: Calibration tokens of a language model; by default `DEFAULT_TOKENS` of `conversion.calibration_config`.
         items: Calibration items of other models; by default `DEFAULT_ITEMS` there.
         columns: Columns of a table.
@@ -66,6 +73,7 @@ def calibrate(
         force: Replace the file.
         device: "cpu" or "cuda".
         dtype: What the model computes in, such as "float32"; by default the fastest dtype that holds its weights.
+        tokenizer: That of a model in memory, or its processor; by default what lies beside the files that it was opened from.
         progress: Called with (stage, done, total).
 
     Raises:
@@ -74,9 +82,9 @@ def calibrate(
     path, compute_dtype = Path(stats), dtype_named(dtype)
     on_main(lambda: refuse_existing(path, force))
     source = on_all(lambda: open_source(model))
-    data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
+    data, given, notes = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     config = CalibrationConfig.resolve(source, data)
-    teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress)
+    teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress, given, notes)
     started = time.monotonic()
     metadata = teacher.write_statistics(path)
     seconds = time.monotonic() - started

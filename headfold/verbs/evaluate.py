@@ -1,9 +1,9 @@
 """Measure a model on data of its kind or on tasks: alone, beside its reference, or several on the same data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import read_config
 from ..checkpoint.hub import resolve
@@ -17,7 +17,12 @@ from ..evaluate.harness import TaskEvaluation, TaskRequest, compare_on_tasks, ev
 from ..evaluate.paired import PairedComparison, compare_on_data
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, spmd
+from ..in_memory.data import evaluation_data
+from ..in_memory.models import takes_models
+from ..parallel import on_all, on_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TASK_OPTIONS = ("num_fewshot", "include_path")
 """Options that only tasks have."""
@@ -27,13 +32,13 @@ INTERVAL_OPTIONS = ("resamples", "seed")
 """Options that only comparisons and tasks have."""
 
 
-@spmd
+@takes_models("model", "compare", "reference")
 def evaluate(
-    model: str | Path,
+    model: "str | Path | PreTrainedModel",
     *,
-    compare: Sequence[str | Path] = (),
-    reference: str | Path | None = None,
-    text: str | None = None,
+    compare: "Sequence[str | Path | PreTrainedModel]" = (),
+    reference: "str | Path | PreTrainedModel | None" = None,
+    text: str | Iterable[Any] | None = None,
     metric: str | None = None,
     columns: Sequence[str] | None = None,
     context: int | None = None,
@@ -47,6 +52,7 @@ def evaluate(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Evaluation | DataEvaluation | TaskEvaluation | PairedComparison:
     """Measure `model` on data of its kind or on a task of lm-evaluation-harness.
@@ -55,10 +61,11 @@ def evaluate(
     classifier by accuracy; any other encoder by the likeness of its embeddings to the reference's, which it needs.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a hub id, or a model of transformers in memory, as `compare` and `reference` may be.
         compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
         reference: The original that KL, agreement and likeness are relative to.
-        text: A source of `headfold.corpus` that suits the model; by default, for language models alone, the bundled held-out text.
+        text: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default, for language
+            models alone, the bundled held-out text.
         metric: "bleu" or "rouge", for what an encoder-decoder writes.
         columns: Columns of a table.
         context: Tokens per window, or where texts are cut.
@@ -72,6 +79,7 @@ def evaluate(
         seed: Seed of these draws.
         device: "cpu" or "cuda".
         dtype: What the models compute in, such as "float32".
+        tokenizer: That of models in memory, or their processor; by default what lies beside the files that they were opened from.
         progress: Called with (stage, done, total).
 
     Raises:
@@ -79,17 +87,17 @@ def evaluate(
     """
     given = {name: value for name, value in locals().items() if name in _EXCLUSIVE and value is not None}
     progress, where, compute_dtype = progress or no_progress, check_device(device), dtype_named(dtype)
-    if text == "self":
+    if isinstance(text, str) and text == "self":
         raise UserError(
             "--text self: expected a text that was there before; only calibration can use what a model writes"
         )
     interval = (RESAMPLES if resamples is None else resamples, seed or 0)
-    models = [model, *compare] if compare else [model] if reference is None else [model, reference]
+    models: list[Any] = [model, *compare] if compare else [model] if reference is None else [model, reference]
     if task is None:
         _refuse(given, TASK_OPTIONS, "without --task NAME")
     else:
         _refuse(given, DATA_OPTIONS, "beside --task")
-    directories = on_all(lambda: [resolve(str(each)) for each in models])
+    directories = on_all(lambda: [resolve(each) for each in models])
     if task is not None:
         if compare and reference is not None:
             raise UserError(
@@ -99,29 +107,26 @@ def evaluate(
         tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
         run = compare_on_tasks if compare else evaluate_tasks
         return run(models, directories, tasks, *interval, progress)
+    measured_on = on_main(lambda: evaluation_data(directories[0], text, limit, context, columns or ()))
     data = DataRequest(
-        text, columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        measured_on,
+        columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         where, compute_dtype,
     )  # fmt: skip
     if compare:
-        original = None if reference is None else resolve(str(reference))
+        original = None if reference is None else resolve(reference)
         return compare_on_data(models, directories, original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
     directory, original = directories[0], directories[1] if reference is not None else None
     kind = kind_of(read_config(directory))
-    check_metric(metric, kind, model)
+    named = str(model), None if reference is None else str(reference)
+    check_metric(metric, kind, named[0])
     if kind != "text":
-        return evaluate_on_data(model, directory, reference, original, data, progress)
-    return perplexity.evaluate_perplexity(
-        directory,
-        original,
-        text,
-        context=context,
-        max_tokens=limit,
-        device=where,
-        dtype=compute_dtype,
-        progress=progress,
-    )
+        return evaluate_on_data(named[0], directory, named[1], original, data, progress)
+    found = perplexity.evaluate_perplexity(
+        directory, original, measured_on, context=context, max_tokens=limit, device=where, dtype=compute_dtype, progress=progress
+    )  # fmt: skip
+    return replace(found, model=named[0], reference=named[1])
 
 
 _EXCLUSIVE = frozenset((*TASK_OPTIONS, *DATA_OPTIONS, *INTERVAL_OPTIONS))

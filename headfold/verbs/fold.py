@@ -1,14 +1,15 @@
 """Fold a model end to end: calibrate, plan, refit, heal, write, verify, and only then rename the output into its place."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.cards import write_card
 from ..checkpoint.staging import commit, refuse_overlap
+from ..checkpoint.upload import check_upload, upload
 from ..conversion import single_pass
-from ..conversion.calibration_config import CalibrationRequest
 from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
@@ -20,21 +21,23 @@ from ..conversion.teacher import Teacher
 from ..conversion.twin import Twin
 from ..conversion.verification import verification_sample, verify_fold
 from ..conversion.writing import choose_fold_layout, write_fold
-from ..core.errors import UserError
+from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..exports.card import exported_card
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, on_main, on_main_only, spmd
+from ..in_memory.data import calibration_data
+from ..in_memory.models import folds_in_memory
+from ..parallel import on_all, on_main, on_main_only
 from ..report.card import model_card
 
 
-@spmd
+@folds_in_memory
 def fold(
-    model: str | Path,
+    model: Any,
     out: str | Path,
     *,
     kv_heads: str | int | None = None,
-    plan: str | Path | None = None,
+    plan: str | Path | Plan | None = None,
     head_dim_multiple: str | int = 1,
     group: str = "swap",
     merge: str = "absorb",
@@ -42,7 +45,7 @@ def fold(
     heal: bool = False,
     heal_tokens: int | None = None,
     heal_by: str | None = None,
-    calibration: str | None = None,
+    calibration: str | Iterable[Any] | None = None,
     tokens: int | None = None,
     items: int | None = None,
     columns: Sequence[str] = (),
@@ -53,33 +56,34 @@ def fold(
     seed: int = 0,
     force: bool = False,
     verify: bool = True,
+    push_to_hub: str | None = None,
+    tokenizer: Any = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> FoldResult:
-    """Write `model` again as `out` with fewer K/V heads.
+    """Write `model` again as `out` with fewer K/V heads, or return a grouped model for a model in memory.
 
     The output is a checkpoint directory, a stock one where the architecture allows it, with plan.json and a card. It grows as
     `OUT.partial` and is renamed when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock
     transformers. After a kill the same call resumes and writes the same bytes, but for the times on the card.
 
     Args:
-        model: A checkpoint directory or a hub id.
-        out: The directory to write.
+        model: A checkpoint directory, a hub id, or a `PreTrainedModel`, which is not changed.
+        out: The directory to write. Without it, a model in memory is returned as `headfold.load` opens it, with the dtype and devices of
+            `model`; its `headfold` is the `FoldResult`.
         kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
-        plan: A file that `headfold.plan` wrote, instead of `kv_heads`.
+        plan: A plan or its file, made by `headfold.plan`, instead of `kv_heads`.
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
-        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data, repeated where there are fewer;
-            all sites together by the output of the "model", or each "block" alone, in the memory of one (`heal_by`; by default "model"
-            for language models of 2^26 parameters or more, "block" for all others).
-        calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
-            refit and healing use the same data.
-        tokens, items: Calibration tokens of a language model, calibration items of other models.
-        columns: Columns of a table of calibration data.
+        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data: all sites together by the output of
+            the "model", or each "block" alone (`heal_by`; by default "model" for language models of 2^26 parameters or more).
+        calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
+            or `plan` were measured on. Statistics, refit and healing use the same data.
+        tokens, items, columns: Calibration tokens of a language model, items of other models, and columns of a table.
         context: Length of calibration windows, or where calibration texts are cut.
         encoder: Fold the encoder of an encoder-decoder too.
         stats: A file that `headfold.calibrate` wrote.
@@ -87,24 +91,21 @@ def fold(
         seed: Seed of everything drawn at random.
         force: Replace what is at `out`, once the new directory is complete.
         verify: Open the output and compare its logits with the twin's.
-        device: Where the original runs: "cpu" or "cuda".
-        dtype: What the original computes in, such as "float32"; by default the fastest dtype that holds its weights.
-        progress: Called with (stage, done, total).
-        say: Called with lines to print.
+        push_to_hub: The repository on the hub that the output is uploaded to at the end (`--push-to-hub`).
+        tokenizer: The tokenizer or processor of a model in memory; by default what lies beside the files that it was opened from.
+        device, dtype: Where the original runs, and what it computes in, such as "cuda" and "float32"; by default the fastest.
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
-        UserError: a model that cannot be folded, a file that cannot be read or written, or a fold that differs from its twin.
+        UserError: options that exclude each other, a model that cannot be folded, data or files that cannot be used, a wrong fold.
     """
-    if (kv_heads is None) == (plan is None):
-        raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
-    if not heal and (heal_tokens is not None or heal_by is not None):
-        raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
     source = on_all(lambda: open_source(model, encoder))
     refuse_overlap(source.checkpoint.path, out)
+    on_main(lambda: check_upload(push_to_hub))
     given = on_main_only(lambda: open_stats(stats, source))
-    data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
+    data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
         heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
@@ -113,9 +114,8 @@ def fold(
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     with FoldJob.opened(out, settings, force) as job:
-        teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
-        if not data.names_data:
-            teacher.use_sample(given)
+        teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)
+        teacher.use_sample(None if data.names_data else given)
         job.draw_texts(teacher, request, given)
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
@@ -151,10 +151,10 @@ def fold(
             facts = card_facts(
                 source, out, job.staging, made, settings, costs, fitting, measured_on, verification, times
             )
-            card = model_card(source.checkpoint.path, facts)
-            write_card(job.staging, exported_card(card, written.export) if written.export else card)
+            write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
             shutil.rmtree(job.work)
             commit(job.staging, out, force)
+            notes += [upload(out, push_to_hub)] if push_to_hub else []
             return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)
 
         return on_main(write)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..budget.allocation import total
 from ..budget.curves import CurveRequest, loss_curves, require_statistics, teacher_of_statistics
@@ -20,13 +21,17 @@ from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_device, dtype_named
-from ..parallel import on_all, on_main, on_main_only, spmd
+from ..in_memory.models import takes_models
+from ..parallel import on_all, on_main, on_main_only
 from ..planning import parse_group
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-@spmd
+
+@takes_models("model")
 def plan(
-    model: str | Path,
+    model: "str | Path | PreTrainedModel",
     out: str | Path | None = None,
     *,
     kv_heads: str | int | None = None,
@@ -48,6 +53,7 @@ def plan(
     force: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan of a fold, and write it to `out` if one is given.
@@ -56,7 +62,7 @@ def plan(
     runs on a part of its calibration data with each site folded alone, which puts the loss increases of all sites on one scale.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a hub id, or a model of transformers in memory.
         out: The file to write.
         kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
         kv_budget: Share of the source's K/V bytes to keep, such as "25%".
@@ -78,6 +84,7 @@ def plan(
         force: Replace `out`.
         device: Where sensitivities are measured: "cpu" or "cuda".
         dtype: What the original computes in, such as "float32".
+        tokenizer: That of a model in memory; by default what lies beside the files that it was opened from.
         progress: Called with (stage, done, total).
 
     Raises:
@@ -111,7 +118,7 @@ def plan(
         on_main(lambda: require_statistics(given_stats))
         teacher = teacher_of_statistics(source, given_stats, place, compute_dtype, progress)
         request = CurveRequest(group, merge, refit, seed, workers)
-        path = Path(sensitivity or sensitivity_path(Path(out or source.checkpoint.path.name)))
+        path = Path(sensitivity or sensitivity_path(Path(out or Path(source.name).name)))
         made = _best_within_budget(teacher, budget, multiples, request, given_stats, path)
     folded_config(source, made)  # refuses what could not be written
     if out is not None:

@@ -1,0 +1,1 @@
+"""Floor 9: models and data that a Python program has in memory, for the verbs, which read and write directories."""

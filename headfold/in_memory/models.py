@@ -1,0 +1,231 @@
+"""Models in memory: written to a directory as long as a verb runs, and a fold opened as the model was that it was made of."""
+
+import inspect
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
+
+from ..checkpoint.cards import CARD
+from ..checkpoint.config import CONFIG
+from ..checkpoint.disk import disk_errors, sizes
+from ..checkpoint.hub import NamedDirectory, cached
+from ..checkpoint.staging import copy_file, copy_side_files
+from ..conversion.fold_result import FoldResult
+from ..core.errors import UserError
+from ..hf_models.building import library_errors, quiet
+from ..parallel import is_main, on_all, on_main, spmd
+from ..runtime.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SAVED = ("dtype", "architectures")
+"""Fields of a model's config that saving it sets."""
+_OWN_CHOICE = (None, "sdpa", "headfold")
+"""Attention implementations that say nothing of what the user prefers: transformers' default, and ours."""
+
+
+@runtime_checkable
+class FoldVerb(Protocol):
+    """`fold`, whose result depends on what it is given."""
+
+    @overload
+    def __call__(self, model: str | Path, out: str | Path, **options: Any) -> FoldResult: ...
+    @overload
+    def __call__(self, model: "PreTrainedModel", out: str | Path, **options: Any) -> FoldResult: ...
+    @overload
+    def __call__(self, model: "PreTrainedModel", out: None = None, **options: Any) -> "PreTrainedModel": ...
+
+
+def folds_in_memory(verb: Callable[..., FoldResult]) -> FoldVerb:
+    """Decorate `fold`, so that it takes a model in memory too, and without `out` returns the grouped model, which holds the
+    `FoldResult` under the name `headfold`. All launched processes run it together.
+    """
+
+    @wraps(verb)
+    def run(model: Any, out: str | Path | None = None, **options: Any) -> Any:
+        if not _is_given(model):
+            if out is None:
+                raise UserError(
+                    f"fold {model}: expected an output directory, got none; give one, as a fold of a directory is a directory"
+                )
+            _refuse_tokenizer(options)
+            return verb(model, out, **options)
+        if out is None and options.get("push_to_hub") is not None:
+            raise UserError(
+                "fold: push_to_hub uploads the directory that is written; give out as well, or call push_to_hub of the result"
+            )
+        if out is None and "disk" in _device_map(model).values():
+            raise UserError("fold: a model of which a part lies on disk cannot be returned the same way; give out")
+        with _place() as place:
+            (written,) = _written([model], place, options, copies=1 if out is not None else 2)
+            result = verb(written, place / "fold" if out is None else out, **options)
+            if out is not None:
+                return result
+            folded: Any = on_all(lambda: _opened_like(model, place / "fold"))
+            folded.headfold = replace(result, out=None)
+            return folded
+
+    return cast(FoldVerb, spmd(run))
+
+
+def takes_models(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a verb, so that its arguments of these names may be models in memory, or sequences with some."""
+
+    def decorated(verb: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(verb)
+
+        @wraps(verb)
+        def run(*arguments: P.args, **keywords: P.kwargs) -> T:
+            options = signature.bind(*arguments, **keywords).arguments
+            found = [each for name in names for each in _listed(options.get(name)) if _is_given(each)]
+            if not found:
+                _refuse_tokenizer(options)
+                return verb(*arguments, **keywords)
+            with _place() as place:
+                known = dict(zip(map(id, found), _written(found, place, options), strict=True))
+                for name in names:
+                    value = options.get(name)
+                    if isinstance(value, list | tuple):
+                        options[name] = [known.get(id(each), each) for each in value]
+                    elif value is not None:
+                        options[name] = known.get(id(value), value)
+                call: Callable[..., T] = verb
+                return call(**options)
+
+        return spmd(run)
+
+    return decorated
+
+
+def _is_given(model: Any) -> bool:
+    """Return whether something that is to be a model is an object, not the name of one."""
+    return not isinstance(model, str | os.PathLike | NamedDirectory)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _refuse_tokenizer(options: Mapping[str, Any]) -> None:
+    if options.get("tokenizer") is not None:
+        raise UserError(
+            "tokenizer: expected none beside a directory, which holds its own, got one; save it there (tokenizer.save_pretrained)"
+        )
+
+
+@contextmanager
+def _place() -> Iterator[Path]:
+    """Return a context with a temporary directory, which rank 0 removes; errors call what lies in it by the names of the models."""
+    place = on_main(lambda: Path(tempfile.mkdtemp(prefix="headfold-")))
+    try:
+        yield place
+    except UserError as error:
+        said = str(error).replace(f"{place}{os.sep}", "")
+        raise type(error)(said) from error
+    finally:
+        if is_main():
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _written(models: Sequence[Any], place: Path, options: dict[str, Any], copies: int = 1) -> list[NamedDirectory]:
+    """Write models with what belongs to them, and let the verb run where the first lies; the disk must hold `copies` of each."""
+    device = getattr(models[0], "device", None)
+    if options.get("device") is None and device is not None and device.type != "meta":
+        options["device"] = str(device)
+    tokenizer = options.pop("tokenizer", None)
+    numbered = enumerate(models)
+    return on_main(lambda: [_write(model, tokenizer, place / f"model-{number}", copies) for number, model in numbered])
+
+
+def _write(model: Any, tokenizer: Any, directory: Path, copies: int) -> NamedDirectory:
+    """Write a model as transformers saves it, with the tokenizer or, without one, the files beside the model that it was opened from.
+
+    Raises:
+        UserError: it is no whole model of transformers, cannot be saved, or there is no room for it.
+    """
+    _check(model)
+    name = _name(model)
+    _require_room(model, directory, copies)
+    before = {field: getattr(model.config, field, None) for field in _SAVED}
+    with disk_errors(directory), library_errors(name, "transformers does not save this model"), quiet():
+        directory.mkdir()
+        if tokenizer is None and (beside := _opened_from(model)) is not None:
+            copy_side_files(beside, directory)
+            if (beside / CARD).is_file():  # its licence is that of the fold
+                copy_file(beside / CARD, directory / CARD)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a part of the model may have to be read from disk
+                model.save_pretrained(directory)
+        finally:
+            for field, value in before.items():
+                setattr(model.config, field, value)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    return NamedDirectory(directory, name)
+
+
+def _check(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model: expected a checkpoint directory, a hub id or a PreTrainedModel of transformers, got {type(model).__name__}; pass the "
+            "model inside it (model.module, model._orig_mod, or model.merge_and_unload() of an adapter)"
+        )
+    adapted = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+    if adapted or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{_name(model)}: expected a model without adapters, got one with some in it; merge them first (merge_and_unload of peft)"
+        )
+
+
+def _name(model: Any) -> str:
+    """Return the name of the directory or hub id that a model was opened from, of a fold in memory that of its original."""
+    folded = getattr(model, "headfold", None)
+    return model.config._name_or_path or (folded.base_model if isinstance(folded, FoldResult) else type(model).__name__)
+
+
+def _opened_from(model: Any) -> Path | None:
+    """Return the directory of the files beside the model that this one was opened from, if it is still here."""
+    path = Path(_name(model)).expanduser()
+    if path.is_dir():
+        return path if (path / CONFIG).is_file() else None
+    return cached(_name(model), getattr(model.config, "_commit_hash", None))
+
+
+def _require_room(model: Any, directory: Path, copies: int) -> None:
+    needed = copies * sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(directory.parent).free
+    if free < needed:
+        raise UserError(
+            f"{directory.parent.parent}: the disk is too full: expected room for {sizes(needed)}, got {sizes(free)} free; let TMPDIR name "
+            "a place with more, or pass the directory of the model"
+        )
+
+
+def _device_map(model: Any) -> dict[str, Any]:
+    return dict(getattr(model, "hf_device_map", None) or {})
+
+
+def _opened_like(model: Any, directory: Path) -> "PreTrainedModel":
+    """Open a fold in the dtype, on the devices and with the attention implementation of a model."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    keywords: dict[str, Any] = {} if attention in _OWN_CHOICE else {"attn_implementation": attention}
+    if devices := _device_map(model):
+        keywords["device_map"] = devices
+    folded: Any = load(directory, dtype=model.dtype, **keywords)
+    # No name of another model, which tools such as peft would record as what their files belong to.
+    folded.config._name_or_path = folded.name_or_path = ""
+    return folded if devices else folded.to(model.device)
