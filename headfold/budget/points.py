@@ -11,7 +11,7 @@ from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..parallel import is_main
-from ..report.plot import plot_frontier
+from ..reports.plot import plot_frontier
 from .frontier import Point
 
 _UNFINISHED = ".headfold-unfinished"

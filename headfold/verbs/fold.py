@@ -25,7 +25,7 @@ from ..core.progress import Progress, no_progress
 from ..exports.card import exported_card
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
-from ..report.card import model_card
+from ..reports.card import model_card
 
 
 @spmd

@@ -19,7 +19,7 @@ from ..head_dims import possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..planning import parse_group
-from ..report.plot import require_plot
+from ..reports.plot import require_plot
 
 NUM_MEASURED = 5
 
