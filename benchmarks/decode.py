@@ -29,7 +29,7 @@ from machine import describe
 
 import headfold
 from headfold.hf_models import default_device
-from headfold.report.timings import plot_bench, show_bench
+from headfold.reports.timings import plot_bench, show_bench
 from headfold.runtime import decoding
 from headfold.runtime.cache import generate_in_place
 from headfold.timing.generation import Setting, generate

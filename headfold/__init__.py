@@ -1,8 +1,8 @@
 """headfold: fold a checkpoint's key/value heads. The same model with a smaller KV cache.
 
 The public functions are the verbs of the command line, under the same names and with the same words: `fold`, `calibrate`, `plan`,
-`inspect`, `eval`, `export`, `check`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `detect`, `methods`, `demo`; and `load`, which
-opens what `fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
+`inspect`, `eval`, `export`, `check`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `report`, `detect`, `methods`, `demo`; and `load`,
+which opens what `fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
 `attn_implementation="headfold"`.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .verbs.inspect import inspect
     from .verbs.methods import methods
     from .verbs.plan import plan
+    from .verbs.report import report
     from .verbs.route import route
     from .verbs.uptrain import uptrain
 
@@ -44,6 +45,7 @@ _VERBS = (
     "inspect",
     "methods",
     "plan",
+    "report",
     "route",
     "uptrain",
 )
@@ -70,6 +72,7 @@ __all__ = [
     "load",
     "methods",
     "plan",
+    "report",
     "route",
     "uptrain",
 ]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import headfold
-from headfold.report.plot import plot_perplexity
-from headfold.report.progress import ProgressReport
-from headfold.report.tables import percent, show_table, size
+from headfold.reports.plot import plot_perplexity
+from headfold.reports.progress import ProgressReport
+from headfold.reports.tables import percent, show_table, size
 
 BUNDLED = Path(headfold.__file__).parent / "bundled"
 KV_HEADS = ("1/2", "1/4")

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.report import timings
+from headfold.reports import timings
 from headfold.runtime.cache import GrowingLayer
 from headfold.timing import breakdown, generation, machine, shapes
 from headfold.timing.generation import Setting

@@ -22,7 +22,7 @@ from headfold.conversion.estimate import estimated_seconds, item_operations
 from headfold.conversion.fold_request import resolve_fold
 from headfold.conversion.source import open_source
 from headfold.conversion.teacher import Teacher
-from headfold.report.tables import estimate
+from headfold.reports.tables import estimate
 from headfold.timing import machine, stages
 
 NOTHING: dict[str, Any] = {"refit": set(), "heal": set()}

@@ -358,7 +358,7 @@ def test_eval_refuses_data_of_another_kind(head, family, text, message, saved, t
 
 
 def test_view_shows_what_was_measured(capsys):
-    from headfold.report.evaluations import show_scores
+    from headfold.reports.evaluations import show_scores
 
     measured = classification.Classification(num_items=1234, accuracy=0.5, cross_entropy=1.25, seconds=1.0)
     show_scores(DataEvaluation("images", "folded", None, "pictures", "float32", measured))

@@ -26,7 +26,7 @@ from headfold.exports.folded import folded
 from headfold.exports.layout import choose_layout, export_layouts, make_export, query_heads
 from headfold.exports.pieces import UNTOUCHED
 from headfold.exports.rounding import Unrounded
-from headfold.report import card
+from headfold.reports import card
 from headfold.runtime import load
 from headfold.verbs.export import export
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from headfold.report import progress, views
-from headfold.report.progress import ProgressReport, clock
+from headfold.reports import progress, views
+from headfold.reports.progress import ProgressReport, clock
 
 
 class Terminal(io.StringIO):

@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, TrainingArguments
 import headfold
 from headfold.checkpoint.ownership import lock_beside
 from headfold.core.errors import UserError
-from headfold.report.card import uptrained_card
+from headfold.reports.card import uptrained_card
 from headfold.train.distillation import Distillation
 from headfold.train.trainer import TrainingConfig, training_arguments
 from headfold.verbs.uptrain import uptrain

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,37 @@ from ..checkpoint.staging import write_json
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..core.plan import Plan
+from ..core.records import record
 from ..parallel import is_main
-from ..report.plot import plot_frontier
+from ..reports.plot import plot_frontier
 from .frontier import Point
+from .sensitivity_file import Sensitivities, read_sensitivities
 
 _UNFINISHED = ".headfold-unfinished"
 """Lies in the directory until all is written, and lists the plans that may be there: the same command may be run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What frontier.json says, as `headfold frontier` returned it."""
+
+    points: list[Point]
+    rank_correlation: float | None
+    site_rank_correlation: float | None
+
+
+def read_front(directory: Path) -> tuple[list[Point], float | None, float | None, Sensitivities]:
+    """Return the points of a finished frontier, its two rank correlations, and the sensitivities that were measured there.
+
+    Raises:
+        UserError: a file there is not of this version.
+    """
+    file, advice = directory / "frontier.json", "name a folder that this version of headfold frontier wrote"
+    found = record(_Facts, read_object(file, advice), str(file), advice)
+    if any(point.kv_bytes_per_token < 1 for point in found.points):
+        raise UserError(f"{file}: expected points of positive bytes, got others; {advice}")
+    measured = read_sensitivities(directory / "sensitivity.json", {})
+    return found.points, found.rank_correlation, found.site_rank_correlation, measured
 
 
 def is_unfinished(directory: Path) -> bool:

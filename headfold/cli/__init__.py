@@ -26,6 +26,7 @@ from . import (
     inspect,
     methods,
     plan,
+    report,
     route,
     uptrain,
 )
@@ -87,6 +88,7 @@ _add(MEASURE, evaluate.evaluate, evaluate.EXAMPLES, name="eval")
 _add(MEASURE, compare.compare, compare.EXAMPLES)
 _add(MEASURE, frontier.frontier, frontier.EXAMPLES)
 _add(MEASURE, bench.bench, bench.EXAMPLES)
+_add(MEASURE, report.report, report.EXAMPLES)
 
 
 _UsageErrors: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

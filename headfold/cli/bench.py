@@ -82,9 +82,9 @@ def bench(
     transformers, alternating within one run. Reports which decoding kernel was chosen on this machine, and why."""
     from ..conversion.outputs import refuse_existing
     from ..parallel import is_main
-    from ..report import timings
-    from ..report.plot import require_plot
-    from ..report.progress import ProgressReport
+    from ..reports import timings
+    from ..reports.plot import require_plot
+    from ..reports.progress import ProgressReport
     from ..verbs import bench as verb
 
     if plot is not None:

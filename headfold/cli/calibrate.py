@@ -30,8 +30,8 @@ def calibrate(
     debug: Debug = False,
 ) -> None:
     """Measure the statistics that plans and folds need, once for any number of them."""
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import calibrate as verb
 
     chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)

@@ -53,8 +53,8 @@ def check(
     Compares their logits and greedy tokens, in float32, with those of headfold's runtime, and shows their speed and the size of their
     caches. Without --engine it lists the engines: how each is installed, and the command that serves the fold. The exit code is 1
     where an engine refuses the fold or computes something else."""
-    from ..report.checks import show_check
-    from ..report.progress import ProgressReport
+    from ..reports.checks import show_check
+    from ..reports.progress import ProgressReport
     from ..verbs import check as verb
 
     with ProgressReport(silent=as_json) as progress:

@@ -80,9 +80,9 @@ def compare(
     Calibrates once, folds MODEL by every method to every count of K/V heads, measures each beside the original, and prints one table.
     Rows that were computed before are kept: run the same command again to resume."""
     from ..conversion.outputs import refuse_existing
-    from ..report import comparisons
-    from ..report.plot import require_plot
-    from ..report.progress import ProgressReport
+    from ..reports import comparisons
+    from ..reports.plot import require_plot
+    from ..reports.progress import ProgressReport
     from ..verbs import compare as verb
 
     if kv_heads is None:

@@ -26,8 +26,8 @@ def demo(
 
     Folds a small language model that is part of this package to half of its K/V heads, and measures both on held-out text: under a minute,
     and nothing else is needed."""
-    from ..report.demo import show_demo
-    from ..report.progress import ProgressReport
+    from ..reports.demo import show_demo
+    from ..reports.progress import ProgressReport
     from ..verbs import demo as verb
 
     with ProgressReport(silent=as_json) as progress:

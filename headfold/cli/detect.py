@@ -30,8 +30,8 @@ def detect(
 
     A toy model with random weights is built from the config. Its projections are found, every freedom of K, V and the order of heads
     is tried on it, and the resulting family literal must pass all family laws."""
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import detect as verb
 
     with ProgressReport(silent=as_json) as progress:

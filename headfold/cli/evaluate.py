@@ -94,8 +94,8 @@ def evaluate(
     from ..evaluate.data import DataEvaluation
     from ..evaluate.harness import TaskEvaluation
     from ..evaluate.paired import PairedComparison
-    from ..report import evaluations
-    from ..report.progress import ProgressReport
+    from ..reports import evaluations
+    from ..reports.progress import ProgressReport
     from ..verbs import evaluate as verb
 
     chosen = given(

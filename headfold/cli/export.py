@@ -40,8 +40,8 @@ def export(
     """Rewrite a fold in another layout; it computes the same function.
 
     Layouts are checkpoint forms that stock classes or engines read: see --layout."""
-    from ..report.exports import show_export
-    from ..report.progress import ProgressReport
+    from ..reports.exports import show_export
+    from ..reports.progress import ProgressReport
     from ..verbs import export as verb
 
     with ProgressReport(silent=as_json) as progress:

@@ -103,8 +103,8 @@ def fold(
     the weights."""
     head_dim_multiple = renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple)
     _check(kv_heads, plan, group, merge, head_dim_multiple)
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import fold as verb
 
     chosen = given(

@@ -64,8 +64,8 @@ def frontier(
 
     Writes the Pareto front of K/V bytes against loss: frontier.json, a plan for every point (for headfold fold --plan), and a
     picture."""
-    from ..report import comparisons
-    from ..report.progress import ProgressReport
+    from ..reports import comparisons
+    from ..reports.progress import ProgressReport
     from ..verbs import frontier as verb
 
     chosen = given(

@@ -11,8 +11,8 @@ def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug:
 
     Below the facts it shows the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
     elsewhere."""
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import inspect as verb
 
     with ProgressReport(silent=as_json) as progress:

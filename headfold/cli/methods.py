@@ -19,7 +19,7 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """List the methods and export layouts, or show the page of one."""
-    from ..report import views
+    from ..reports import views
     from ..verbs import methods as verb
 
     pages = verb.methods(name)

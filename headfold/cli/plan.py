@@ -89,8 +89,8 @@ def plan(
     size and any count may be used."""
     from ..conversion.serving_cost import serving_cost
     from ..conversion.source import open_source
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import plan as verb
 
     head_dim_multiple = renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple)

@@ -37,8 +37,8 @@ def route(
 
     The route measures the keys on calibration data and fixes which query heads read which K/V head: groups of different sizes, the same
     weights and cache. OUT is opened again and compared with the routed model."""
-    from ..report import views
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.progress import ProgressReport
     from ..verbs import route as verb
 
     chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)

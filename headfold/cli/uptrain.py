@@ -122,9 +122,9 @@ def uptrain(
     OUT is a checkpoint of the same form as FOLDED. After a kill, the same command resumes from OUT.partial. Several processes are
     started by torchrun or accelerate launch."""
     from ..conversion.outputs import refuse_existing
-    from ..report import views
-    from ..report.plot import draw_curve, require_plot
-    from ..report.progress import ProgressReport
+    from ..reports import views
+    from ..reports.plot import draw_curve, require_plot
+    from ..reports.progress import ProgressReport
     from ..verbs import uptrain as verb
 
     if plot is not None:

@@ -52,6 +52,8 @@ class MethodComparison:
     rows: list[MethodRow]
     skipped: dict[str, str]
     """Method and count → why it could not be folded."""
+    page: str
+    """A line on the page that was written beside the rows, or why there is none."""
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the machine-readable form, as --json prints it."""
@@ -80,7 +82,7 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
     try:
         found = read_object(file)
         same = found["settings"] == json.loads(json.dumps(settings, default=str))
-        rows = [_row(row) for row in found["rows"]]
+        rows = [method_row(row) for row in found["rows"]]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         if not force:
             raise UserError(
@@ -97,7 +99,7 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
     return []
 
 
-def _row(listed: Mapping[str, Any]) -> MethodRow:
+def method_row(listed: Mapping[str, Any]) -> MethodRow:
     """Return a row as it was written.
 
     Raises:

@@ -15,7 +15,7 @@ from ..core.stats import SiteStats
 from ..families.spec import Site
 from ..parallel import on_main, on_main_only
 from ..refine.fitting import Watch
-from ..report.tables import estimate
+from ..reports.tables import estimate
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest

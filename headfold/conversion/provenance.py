@@ -12,8 +12,8 @@ from ..core.stats import NARROW
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
 from ..families.spec import Site
-from ..report import tables
-from ..report.card import CardFacts
+from ..reports import tables
+from ..reports.card import CardFacts
 from .healing import Healing
 from .serving_cost import ServingCost
 from .source import Source

@@ -23,7 +23,7 @@ from ..exports.pieces import Export
 from ..families.folded import runtime_entry
 from ..families.spec import Family
 from ..hf_models import exceeds_memory, open_model, stored_dtype
-from ..report.card import routed_card
+from ..reports.card import routed_card
 from ..runtime.load import own_class, read_checked_config
 from ..runtime.remote import auto_map, remote_files
 from .source import Source, open_source

@@ -26,7 +26,7 @@ from ..divergence import difference_and_tolerance
 from ..evaluate.verify import compared_output
 from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
 from ..parallel import is_main, on_main
-from ..report.card import uptrained_card
+from ..reports.card import uptrained_card
 from ..runtime.load import own_class
 from ..train import sites as places
 from ..train import wgqa

@@ -26,6 +26,7 @@ from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
+from ..pages.writing import methods_page
 from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..timing.machine import peak_memory
 from .calibrate import calibrate
@@ -150,8 +151,9 @@ def compare(
                 name, count, cost.kv_bytes_per_token, *scored(found), seconds, peak.num_bytes, cost.weight_bytes, cost.flops_per_token
             )  # fmt: skip
             on_main(lambda: write_rows(directory, settings, list(rows.values())))
+        page = on_main(lambda: methods_page(directory))
     progress("compare", len(wanted), len(wanted))
     if skipped and not rows:
         raise UserError(f"compare: no method could be folded; {next(iter(skipped))}: {next(iter(skipped.values()))}")
     chosen = [rows[pair] for pair in dict.fromkeys(wanted) if pair in rows]
-    return MethodComparison(str(model), text or "the bundled text", str(directory), chosen, skipped)
+    return MethodComparison(str(model), text or "the bundled text", str(directory), chosen, skipped, page)

@@ -28,7 +28,7 @@ from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
 from ..in_memory.models import folds_in_memory
 from ..parallel import on_all, on_main, on_main_only
-from ..report.card import model_card
+from ..reports.card import model_card
 
 
 @folds_in_memory

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..budget.curves import CurveRequest, loss_curves, require_statistics, teacher_of_statistics
 from ..budget.frontier import Point, front_points, rank_correlation, site_rank_correlation, undominated
-from ..budget.points import is_unfinished, unfinished, write_points
+from ..budget.points import is_unfinished, read_front, unfinished, write_points
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
 from ..checkpoint.ownership import refuse_contents
@@ -17,9 +17,11 @@ from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..head_dims import possible_multiples
 from ..hf_models import check_device, dtype_named
+from ..pages.contents import Front
+from ..pages.writing import front_page
 from ..parallel import on_all, on_main, on_main_only, spmd
 from ..planning import parse_group
-from ..report.plot import require_plot
+from ..reports.plot import require_plot
 
 NUM_MEASURED = 5
 
@@ -34,10 +36,12 @@ class Frontier:
     site_rank_correlation: float | None
     """Spearman's, of predicted relative errors and measured loss increases of single sites."""
     directory: str
+    page: str = ""
+    """A line on the page that was written beside the points, or why there is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "page"}
 
 
 @spmd
@@ -62,7 +66,7 @@ def frontier(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Frontier:
-    """Write frontier.json, frontier.png and a plan per point into the directory `out`.
+    """Write frontier.json, frontier.png, a page (report.html) and a plan per point into the directory `out`.
 
     The points are the best allocations of several budgets, and for comparison one count everywhere. `headfold fold --plan` makes any of
     them.
@@ -124,4 +128,6 @@ def frontier(
                     directory, result.to_json(), points, {point.plan: plan for point, plan in found}, title
                 )
             )
-    return result
+        name = directory.resolve().name
+        page = on_main(lambda: front_page(directory, lambda: Front(name, str(directory), *read_front(directory))))
+    return replace(result, page=page)

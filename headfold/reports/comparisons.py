@@ -32,6 +32,7 @@ def show_frontier(found: Any) -> None:
         if correlation is not None:
             print(f"rank correlation of {what}: {correlation:.2f}")
     print(f"wrote {found.directory}: headfold fold MODEL OUT --plan {found.directory}/plan-….json makes a point")
+    print(found.page)
 
 
 def show_comparison(found: Any) -> None:
@@ -77,6 +78,7 @@ def show_comparison(found: Any) -> None:
             f"difference to the original{original}; *: the best at that count; rows in {found.directory}/compare.json"
         )
         print("weights and FLOPs are those of attention; FLOPs per token of a prompt of 2,048 tokens")
+    print(found.page)
     for what, reason in found.skipped.items():
         print(f"skipped: {what}: {reason}")
 

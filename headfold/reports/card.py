@@ -23,7 +23,7 @@ class CardFacts:
     base_model: str
     family: str
     num_heads: str
-    """Like `num_kv_heads_before`, a number or a range as text (`report.tables.count_range`)."""
+    """Like `num_kv_heads_before`, a number or a range as text (`reports.tables.count_range`)."""
     num_kv_heads_before: str
     num_kv_heads_after: int
     num_kv_heads_least: int

@@ -5,7 +5,7 @@ from typing import Any
 from .tables import percent, show_table, size
 
 HEADER = ["metric", "model", "value", "difference", "interval", "p", ""]
-_MEASURES = (
+MEASURES = (
     ("NLL (nats per target token)", "{:.4f}", "nll"),
     ("BLEU", "{:.2f}", "bleu"),
     ("ROUGE-1", "{:.2f}", "rouge1"),
@@ -26,7 +26,7 @@ _MEASURES = (
 def show_scores(found: Any) -> None:
     """Print the scores of a model on data that is not plain text, beside those of its reference."""
     rows = []
-    for label, form, field in _MEASURES:
+    for label, form, field in MEASURES:
         if getattr(found.measured, field, None) is not None:
             beside = getattr(found.measured, f"reference_{field}", None)
             rows.append([label, *_numbers(form, getattr(found.measured, field), beside)])

@@ -1,0 +1,93 @@
+"""Vega-Lite specifications of the charts. Colours come from the stylesheet, so that they follow light and dark."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+BYTES_OF_CACHE = "K/V cache per token"
+_SIZES = (
+    "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? format(datum.value / 1024, '.3~r') + ' KiB' : \
+format(datum.value / 1048576, '.3~r') + ' MiB'"
+)
+"""Bytes in binary units, as the tables have them."""
+
+
+def spec(description: str, rows: Sequence[Row], *, height: int = 300, **parts: Any) -> dict[str, Any]:
+    """Return a specification with its data, as wide as the page."""
+    clean = [{name: finite(value) for name, value in row.items()} for row in rows]
+    return {
+        "description": description,
+        "width": "container",
+        "height": height,
+        "data": {"values": clean},
+        **parts,
+    }
+
+
+def finite(value: Any) -> Any:
+    """Return a value, None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cache_axis() -> dict[str, Any]:
+    """Return the x axis of K/V bytes, each of which doubles."""
+    return {
+        "field": "bytes",
+        "type": "quantitative",
+        "title": BYTES_OF_CACHE,
+        "scale": {"type": "log", "base": 2, "nice": False, "padding": 20},
+        "axis": {"labelExpr": _SIZES, "grid": False, "tickCount": 6},
+    }
+
+
+def site_axis() -> dict[str, Any]:
+    """Return the x axis of sites by their number."""
+    title = "site, in the order of the forward pass"
+    return {"field": "at", "type": "quantitative", "title": title, "axis": {"tickMinStep": 1, "grid": False}}
+
+
+def loss_axis(title: str, field: str = "drawn") -> dict[str, Any]:
+    """Return the logarithmic y axis of a loss."""
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "scale": {"type": "log", "nice": False, "padding": 12},
+        "axis": {"tickCount": 6, "format": "~g"},
+    }
+
+
+def drawn(losses: Sequence[float]) -> list[float]:
+    """Return losses as a logarithmic axis can have them: those of zero and less at half of the least that is more."""
+    positive = [loss for loss in losses if loss > 0]
+    floor = min(positive) / 2 if positive else 1e-6
+    return [loss if loss > 0 else floor for loss in losses]
+
+
+def colour(field: str, title: str, order: Sequence[str]) -> dict[str, Any]:
+    """Return the colour of a series, whose legend stands above the chart in rows."""
+    return {
+        "field": field,
+        "type": "nominal",
+        "title": title,
+        "sort": list(order),
+        "scale": {"domain": list(order)},
+        "legend": {"orient": "top", "columns": {"signal": "max(1, floor(width / 170))"}, "labelLimit": 150},
+    }
+
+
+def picked(field: str) -> dict[str, Any]:
+    """Return a selection by a click on the legend."""
+    return {"name": "picked", "select": {"type": "point", "fields": [field]}, "bind": "legend"}
+
+
+PICKED_OPACITY = {"condition": {"param": "picked", "value": 1}, "value": 0.12}
+
+
+def tooltip(*fields: tuple[str, str, str]) -> list[dict[str, str]]:
+    """Return what is shown of a mark under the pointer: field, title, and the number's format or an empty text."""
+    return [
+        {"field": field, "title": title, **({"format": form, "type": "quantitative"} if form else {"type": "nominal"})}
+        for field, title, form in fields
+    ]
