@@ -1,6 +1,6 @@
 """headfold: fold a checkpoint's key/value heads. The same model with a smaller KV cache.
 
-The public functions are the verbs of the command line, under the same names and with the same words: `fold`, `calibrate`, `plan`,
+The public functions are the verbs of the command line, under the same names and with the same words: `fold`, `run`, `calibrate`, `plan`,
 `inspect`, `eval`, `export`, `check`, `route`, `uptrain`, `compare`, `frontier`, `bench`, `report`, `detect`, `methods`, `demo`; and `load`,
 which opens what `fold` wrote. Importing the package loads nothing heavy. It does one thing: transformers models may then be opened with
 `attn_implementation="headfold"`.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .verbs.plan import plan
     from .verbs.report import report
     from .verbs.route import route
+    from .verbs.run import run
     from .verbs.uptrain import uptrain
 
     __version__: str
@@ -47,6 +48,7 @@ _VERBS = (
     "plan",
     "report",
     "route",
+    "run",
     "uptrain",
 )
 _HOMES = {
@@ -74,6 +76,7 @@ __all__ = [
     "plan",
     "report",
     "route",
+    "run",
     "uptrain",
 ]
 

@@ -31,13 +31,13 @@ MODULES = sorted((ROOT / "headfold").rglob("*.py"))
 OLD_NAMES = re.compile(
     r"""(?:^|_)(?:wish(?:es)?|asked|prices?|original_run|told|gone|alike|everyone|heard|dress(?:ed)?|wear(?:s|ing)?|clothes|turning
     |disguised?|reading_without|reads_queries|rigid|free_width|head_widths?|wide_heads?|max_rise|spread(?:ing)?|tasking|contrasts?
-    |prob(?:e|es|ed|ing)|recipes?|leaders?|followers?|damaged?|attentions)(?:_|$)""",
+    |prob(?:e|es|ed|ing)|leaders?|followers?|damaged?|attentions)(?:_|$)""",
     re.VERBOSE,
 )
 """Words that the glossary replaced, in an identifier written in snake case."""
 OLD_TERMS = re.compile(
     r"""\b(?:OriginalRun|original\ run|wish(?:es)?|everyone|wearing|clothes|disguised?|rigid|free\ width|contrasts?|prob(?:es?|ed|ing)
-    |recipes?|leaders?|followers?|damaged?|(?:wide|narrow)\ heads?|heads?[ ]widths?|width\ of\ (?:a|the)\ heads?|max[ -]rise|tasking)\b""",
+    |leaders?|followers?|damaged?|(?:wide|narrow)\ heads?|heads?[ ]widths?|width\ of\ (?:a|the)\ heads?|max[ -]rise|tasking)\b""",
     re.VERBOSE | re.IGNORECASE,
 )
 """The same in documentation, docstrings, comments and messages, without what plain English uses in other senses (asked, gone …)."""
@@ -301,11 +301,11 @@ def test_the_package_uses_the_words_of_the_glossary(path: Path) -> None:
 
 def test_old_words_are_found() -> None:
     source = """class OriginalRun:
-    'A recipe.'
+    'A follower.'
     def dress(self, heads_alike): return f"probe {self} of wide heads"  # by the leader
     """
     assert old_names(source) == {"OriginalRun", "dress", "heads_alike"}
-    assert old_terms(source) == ["recipe", "probe", "wide heads", "leader"]
+    assert old_terms(source) == ["follower", "probe", "wide heads", "leader"]
 
 
 def test_allowed_words_are_used() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import headfold
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SECONDS = 240
@@ -49,6 +51,19 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert PRINTED[name] in ran.stdout
+
+
+def test_the_recipe_compares_three_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vl_convert", reason="the page has charts: pip install 'headfold[report]'")
+    recipe = EXAMPLES / "three_methods.yaml"
+    few = recipe.read_text().replace("8192", "1024")
+    (tmp_path / "few.yaml").write_text(few)
+    monkeypatch.chdir(ROOT)
+    found = headfold.run(tmp_path / "few.yaml", tmp_path / "out")
+    by_name = {row.name: row.value for row in found.rows}
+    assert list(by_name) == ["default", "procrustes", "mean"]
+    assert by_name["default"] < by_name["procrustes"] < by_name["mean"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
 UNDER_LAWS = """

@@ -29,7 +29,7 @@ FLOORS = {
     1: ("core",),
     2: ("checkpoint", "parallel", "threads"),
     3: ("families", "hf_models"),
-    4: ("measure", "group", "merge", "corpus", "rotary_tables"),
+    4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables"),
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "reports", "serving"),
@@ -49,14 +49,14 @@ RUNS_MODELS = {"hf_models", "rotary_tables", "calibration"} | {
 }
 """Rooms that may import transformers."""
 MAX_FILE_LINES, MAX_ROOM_LINES, MAX_VERB_LINES = 400, 2600, 160
-VERBS_THAT_CALL_OTHERS = {"compare", "demo", "report"}
+VERBS_THAT_CALL_OTHERS = {"compare", "demo", "report", "run"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 SOURCES = sorted(
     path for folder in ("headfold", "tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 )
 VERBS = (
     "demo", "inspect", "methods", "detect", "calibrate", "plan", "fold", "export", "check", "route", "uptrain", "eval", "compare",
-    "frontier", "bench", "report",
+    "frontier", "bench", "report", "run",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ _FINISHED = " finished"
 _NEW_MARK = f"{JOB}-new"
 _PIECE = 2**20
 """Bytes that are copied at a time."""
-_WRITTEN_ANEW = {"config.json", CARD, "plan.json"}
+_WRITTEN_ANEW = {"config.json", CARD, "plan.json", "headfold.yaml"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 

@@ -28,6 +28,7 @@ from . import (
     plan,
     report,
     route,
+    run,
     uptrain,
 )
 
@@ -80,6 +81,7 @@ _add(FIRST, detect.probe, detect.EXAMPLES, name="probe", hidden=True)  # the for
 _add(FOLD, calibrate.calibrate, calibrate.EXAMPLES)
 _add(FOLD, plan.plan, plan.EXAMPLES)
 _add(FOLD, fold.fold, fold.EXAMPLES)
+_add(FOLD, run.run, run.EXAMPLES)
 _add(AFTER, export.export, export.EXAMPLES)
 _add(AFTER, check.check, check.EXAMPLES)
 _add(AFTER, route.route, route.EXAMPLES)

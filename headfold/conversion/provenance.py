@@ -12,6 +12,8 @@ from ..core.stats import NARROW
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
 from ..families.spec import Site
+from ..recipes.recipe import NAME as RECIPE
+from ..recipes.recipe import recipe_text
 from ..reports import tables
 from ..reports.card import CardFacts
 from .healing import Healing
@@ -77,32 +79,52 @@ def card_facts(
     )  # fmt: skip
 
 
+def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `headfold.fold` that make the fold again; `settings` are those of its job. Files have their usual names."""
+    chosen: dict[str, Any]
+    if settings["plan"]:
+        chosen = {"plan": "plan.json"}
+    else:
+        count, multiple = settings["kv_heads"], settings["head_dim_multiple"]
+        chosen = {"kv_heads": int(count) if count.isdecimal() else count}
+        chosen |= {"head_dim_multiple": multiple} if multiple > 1 else {}
+        chosen |= {"group": settings["group"], "merge": settings["merge"]}
+    chosen["refit"] = bool(settings["refit"])
+    if settings["heal"]:
+        chosen |= {"heal": True, "heal_by": settings["heal_by"], "heal_tokens": settings["heal"]}
+    if settings["data"]:
+        # Data that statistics or a plan record have a seed of their own, which goes with their name.
+        is_recorded = bool(settings["plan"] or settings["stats"]) and settings["data"]["seed"] != settings["seed"]
+        chosen |= _data_options(settings["data"], is_recorded)
+    chosen |= {"encoder": True} if settings["encoder"] else {}
+    chosen |= {"stats": "stats.safetensors"} if settings["stats"] else {}
+    chosen |= {name: settings[name] for name in ("layout", "dtype") if settings.get(name)}
+    return {**chosen, "seed": settings["seed"]}
+
+
 def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
     """Return the command line that makes the fold again; `settings` are those of its job. A directory is named by its last part."""
     words = ["headfold fold", Path(source).name if Path(source).exists() else source, out]
-    if settings["plan"]:
-        words += ["--plan plan.json"]
-    else:
-        multiple = settings["head_dim_multiple"]
-        words += [f"--kv-heads {settings['kv_heads']}"]
-        words += [f"--head-dim-multiple {multiple}"] if multiple > 1 else []
-        words += [f"--group {settings['group']}", f"--merge {settings['merge']}"]
-    words += ["--refit" if settings["refit"] else "--no-refit"]
-    words += [f"--heal --heal-by {settings['heal_by']} --heal-tokens {settings['heal']}"] if settings["heal"] else []
-    words += _data_options(settings["data"]) if settings["data"] else []
-    words += ["--encoder"] if settings["encoder"] else []
-    words += ["--stats stats.safetensors"] if settings["stats"] else []
-    words += [f"--layout {settings['layout']}"] if settings["layout"] else []
-    words += [f"--dtype {settings['dtype']}"] if settings.get("dtype") else []
-    words += [f"--seed {settings['seed']}"]
+    for name, value in fold_options(settings).items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words.append(f"--{option} {','.join(value) if isinstance(value, list) else value}")
     return " ".join(words)
 
 
-def _data_options(data: Mapping[str, Any]) -> list[str]:
-    amount = f"--tokens {data['tokens']}" if data["kind"] == "text" else f"--items {data['items']}"
-    words = [f"--calibration {data['source']}", amount]
-    words += [f"--columns {','.join(data['columns'])}"] if data["columns"] else []
-    return words + ([f"--context {data['context']}"] if data["context"] else [])
+def write_recipe(staging: Path, source: Source, settings: Mapping[str, Any]) -> None:
+    """Write the recipe of a fold beside its weights."""
+    text = recipe_text(source.name, settings["source"], settings["version"], fold_options(settings))
+    (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
+
+
+def _data_options(data: Mapping[str, Any], is_recorded: bool) -> dict[str, Any]:
+    named = {} if is_recorded else {"calibration": data["source"]}
+    amount = {"tokens": data["tokens"]} if data["kind"] == "text" else {"items": data["items"]}
+    columns = {"columns": [*data["columns"]]} if data["columns"] and not is_recorded else {}
+    return {**named, **amount, **columns, **({"context": data["context"]} if data["context"] else {})}
 
 
 def _grouped_class(config: Mapping[str, Any]) -> str:

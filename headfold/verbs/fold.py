@@ -14,7 +14,7 @@ from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
 from ..conversion.plans import sites_with_assumed_distances
-from ..conversion.provenance import Fitting, card_facts, notes_on
+from ..conversion.provenance import Fitting, card_facts, notes_on, write_recipe
 from ..conversion.serving_cost import serving_cost
 from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
@@ -152,6 +152,7 @@ def fold(
                 source, out, job.staging, made, settings, costs, fitting, measured_on, verification, times
             )
             write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
+            write_recipe(job.staging, source, settings)
             shutil.rmtree(job.work)
             commit(job.staging, out, force)
             notes += [upload(out, push_to_hub)] if push_to_hub else []

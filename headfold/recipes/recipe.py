@@ -1,0 +1,186 @@
+"""What a recipe says: a model, how it is folded, once or several ways, and what is done with the folds."""
+
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from ..core.errors import UserError, suggest
+from .yaml_input import Entry, read_mapping
+
+NAME = "headfold.yaml"
+"""Name of the recipe that lies beside every fold."""
+_PARTS = ("headfold", "model", "source", "every", "fold", "folds", "eval", "report")
+_OF_A_RUN = ("model", "out", "reference", "compare", "force", "progress", "say", "tokenizer")
+"""Options of a verb that a recipe gives elsewhere, or cannot give."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldStep:
+    """One fold of a recipe."""
+
+    name: str
+    """Name of its directory; empty where the fold is the whole output."""
+    options: Mapping[str, Any]
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe that has been read and checked."""
+
+    path: Path
+    model: str
+    folds: tuple[FoldStep, ...]
+    version: str = ""
+    """The version of headfold that wrote it; empty for one that was written by hand."""
+    source: str = ""
+    """Fingerprint that the model must have; empty for any."""
+    evaluation: Mapping[str, Any] | None = None
+    """Options of the evaluation of every fold beside the model; None where there is none."""
+    evaluation_line: int = 0
+    report: bool = False
+    report_line: int = 0
+    model_line: int = 0
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the output is one fold."""
+        return len(self.folds) == 1 and not self.folds[0].name
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the output, as JSON."""
+        return {
+            "model": self.model,
+            "source": self.source,
+            "folds": {step.name: dict(step.options) for step in self.folds},
+            "eval": None if self.evaluation is None else dict(self.evaluation),
+            "report": self.report,
+        }
+
+
+def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., Any]) -> Recipe:
+    """Return the recipe in a YAML file. The options that it may give are those of the functions `fold` and `evaluate`.
+
+    Raises:
+        UserError: with the line, an unknown or a missing name, or a value of another type than the option has.
+    """
+    entries = read_mapping(path)
+    _refuse_unknown(path, entries, _PARTS, "a recipe has no such part")
+    if "model" not in entries:
+        raise UserError(f"{path}: model: expected a checkpoint directory or a hub id, got none; add model: my-model")
+    if ("fold" in entries) == ("folds" in entries):
+        got = "both" if "fold" in entries else "neither"
+        raise UserError(
+            f"{path}: expected either fold, with options, or folds, with a name before the options of each, got {got}; give one"
+        )
+    texts = {
+        name: _typed(path, name, entries[name], str) for name in ("headfold", "model", "source") if name in entries
+    }
+    known = _options(fold)
+    shared = _checked(path, "every", entries["every"], known) if "every" in entries else {}
+    if "fold" in entries:
+        steps = [_step(path, "", entries["fold"], shared, known)]
+    else:
+        named = _typed(path, "folds", entries["folds"], dict)
+        steps = [_step(path, name, entry, shared, known) for name, entry in named.items()]
+    if not steps:
+        raise UserError(
+            f"{path}:{entries['folds'].line}: folds: expected a fold, such as half: {{kv_heads: 1/2}}, got none"
+        )
+    for name in ("eval", "report"):
+        if name in entries and "fold" in entries:
+            raise UserError(
+                f"{path}:{entries[name].line}: {name}: expected folds with names, beside which it can lie, got one fold; write "
+                "folds: with a name before the options"
+            )
+    lines = {name: entries[name].line if name in entries else 0 for name in ("eval", "report", "model")}
+    return Recipe(
+        path, texts["model"], tuple(steps), texts.get("headfold", ""), texts.get("source", ""),
+        _checked(path, "eval", entries["eval"], _options(evaluate)) if "eval" in entries else None, lines["eval"],
+        _typed(path, "report", entries["report"], bool) if "report" in entries else False, lines["report"], lines["model"],
+    )  # fmt: skip
+
+
+def _step(
+    path: Path, name: str, entry: Entry, shared: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
+) -> FoldStep:
+    if name and (Path(name).name != name or name.startswith(".")):
+        raise UserError(f"{path}:{entry.line}: {name}: expected a name for a directory, got a path; leave out the rest")
+    own = _checked(path, name or "fold", entry, known)
+    # One of the two says how many heads there are, so a fold that has one does not take the other from all.
+    counts = {"kv_heads", "plan"}
+    taken = {key: value for key, value in shared.items() if not (key in counts and counts & own.keys())}
+    return FoldStep(name, {**taken, **own}, entry.line)
+
+
+def _options(verb: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {name: one for name, one in inspect.signature(verb).parameters.items() if name not in _OF_A_RUN}
+
+
+def _checked(path: Path, what: str, entry: Entry, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Return options by name; one that is given as None is as if it were not there."""
+    entries = {} if entry.value is None else _typed(path, what, entry, dict)
+    _refuse_unknown(path, entries, known, f"no such option of {what}")
+    found = {}
+    for name, one in entries.items():
+        if one.value is not None:
+            _refuse_type(path, name, one, known[name].annotation)
+            found[name] = one.value
+    return found
+
+
+def _refuse_unknown(path: Path, entries: Mapping[str, Entry], known: Collection[str], said: str) -> None:
+    for name, entry in entries.items():
+        if name not in known:
+            raise UserError(f"{path}:{entry.line}: {name}: {said}; {suggest(name, known)}")
+
+
+def _typed(path: Path, name: str, entry: Entry, expected: type) -> Any:
+    words = {str: "text", bool: "true or false", dict: "a mapping of options"}
+    if not isinstance(entry.value, expected):
+        raise UserError(
+            f"{path}:{entry.line}: {name}: expected {words[expected]}, got {_shown(entry.value)}; correct it"
+        )
+    return entry.value
+
+
+def _refuse_type(path: Path, name: str, entry: Entry, annotation: Any) -> None:
+    """Refuse a value that the option cannot take by its annotation.
+
+    Raises:
+        UserError: names the line, and the types that it takes.
+    """
+    kinds = _kinds(annotation)
+    if type(entry.value) not in kinds and not (type(entry.value) is int and float in kinds):
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+        expected = " or ".join(words[kind] for kind in words if kind in kinds)
+        raise UserError(f"{path}:{entry.line}: {name}: expected {expected}, got {_shown(entry.value)}; correct it")
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """Return the types of plain values that an annotation allows."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {kind for one in get_args(annotation) for kind in _kinds(one)}
+    if annotation is Path:
+        return {str}
+    if annotation in (str, int, float, bool):
+        return {annotation}
+    return {list} if get_origin(annotation) is not None else set()
+
+
+def _shown(value: Any) -> str:
+    return "a mapping" if isinstance(value, dict) else "nothing" if value is None else f"{value!r:.60}"
+
+
+def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any]) -> str:
+    """Return the recipe of one fold: `headfold run` makes the same bytes of it."""
+    import yaml
+
+    # A path of this machine says nothing elsewhere, and a card has none either.
+    name = Path(model).name if Path(model).is_absolute() else model
+    parts = {"headfold": version, "model": name, "source": source, "fold": dict(options)}
+    written = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=1000)
+    return f"# headfold run {NAME} OUT repeats this fold.\n{written}"

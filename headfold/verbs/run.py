@@ -1,0 +1,171 @@
+"""Run a recipe: fold a model once or several ways, measure the folds beside it, and write a page on them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.staging import refuse_overlap, write_json
+from ..conversion.comparison_rows import scored
+from ..conversion.outputs import owned_directory
+from ..conversion.source import open_source
+from ..core.errors import UserError
+from ..core.progress import Progress
+from ..evaluate.data import DataEvaluation
+from ..evaluate.perplexity import Evaluation
+from ..pages.page import require_charts
+from ..parallel import on_all, on_main
+from ..planning import statistics_needed
+from ..recipes.recipe import FoldStep, Recipe, read_recipe
+from ..recipes.steps import FoldFacts, Steps
+from .evaluate import evaluate, facts
+from .fold import fold
+from .report import report
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One fold of a recipe, and how it was measured beside the model; without an evaluation that is left out."""
+
+    name: str
+    """Name of its directory; empty where the fold is the whole output."""
+    fold: FoldFacts
+    metric: str | None = None
+    value: float | None = None
+    original: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a recipe made."""
+
+    out: Path
+    rows: list[Row]
+    report: Path | None = None
+    """The page on all folds."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the machine-readable form, as --json prints it."""
+        return {**asdict(self), "out": str(self.out), "report": self.report and str(self.report)}
+
+
+def run(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    force: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Do what a recipe says: the `headfold.yaml` of a fold, which makes that fold again, or one that was written by hand.
+
+    A recipe with `fold` writes one checkpoint directory. One with `folds` writes a directory for each below `out`, an evaluation of each
+    (`eval`), and a page on all (`report`); after a kill the same call goes on with what is missing.
+
+    Args:
+        recipe: A file of YAML.
+        out: The directory to write.
+        model: The model to fold, instead of the one that the recipe names.
+        force: Replace what is at `out`.
+        device: Where models run: "cpu" or "cuda".
+        progress: Called with (stage, done, total).
+        say: Called with lines to print.
+
+    Raises:
+        UserError: a recipe that cannot be read, with the line; a model of which it was not made; else as `headfold.fold`.
+    """
+    read, out = on_main(lambda: read_recipe(Path(recipe), fold, evaluate)), Path(out)
+    name = read.model if model is None else str(model)
+    with _at(read, read.model_line if model is None else 0):
+        source = on_all(lambda: open_source(name))
+        if read.source not in ("", source.checkpoint.fingerprint()):
+            raise UserError(
+                f"{name}: expected the model that the recipe was made of, got another; pass it with --model"
+            )
+        refuse_overlap(source.checkpoint.path, out)
+    if read.version not in ("", version("headfold")):
+        say(
+            f"note: {read.path} was written by headfold {read.version}; this is {version('headfold')}, whose folds may differ"
+        )
+    _check(read)
+    how: dict[str, Any] = {"device": device, "progress": progress}
+    if read.is_single:
+        return RunResult(out, [Row("", _fold(read, read.folds[0], name, out, {**how, "say": say}, force))])
+    with owned_directory(out):
+        steps = on_main(lambda: Steps.opened(out, {**read.facts(), "model": source.checkpoint.fingerprint()}, force))
+        for number, step in enumerate(read.folds):
+            if step.name not in steps.done:
+                say(f"{step.name}: fold {number + 1} of {len(read.folds)}")
+                ours = force or step.name in steps.begun
+                steps = on_main(partial(steps.begin, step.name))
+                made = _fold(read, step, name, out / step.name, {**how, "say": say}, ours)
+                steps = on_main(partial(steps.finish, step.name, made))
+        rows = [Row(step.name, steps.done[step.name]) for step in read.folds]
+        if read.evaluation is not None:
+            rows = [_measured(read, row, out, name, how) for row in rows]
+        page = out / PAGE if read.report else None
+        if page is not None:
+            shown = [out / row.name for row in rows] + [out / _file(row) for row in rows if row.metric]
+            with _at(read, read.report_line):
+                report(shown, out=page, original=name, force=True, device=device, progress=progress)
+    return RunResult(out, rows, page)
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse before the first fold what a later one, or the page, would end with."""
+    for step in recipe.folds:
+        with _at(recipe, step.line, step.name):
+            named = [name for name in ("kv_heads", "plan") if name in step.options]
+            if len(named) != 1:
+                raise UserError(f"expected either kv_heads or plan, got {'both' if named else 'neither'}; give one")
+            statistics_needed(step.options.get("group", "swap"), step.options.get("merge", "absorb"))
+    if recipe.report:
+        with _at(recipe, recipe.report_line):
+            require_charts()
+
+
+def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[str, Any], force: bool) -> FoldFacts:
+    """Fold as a step says."""
+    options = {**how, **step.options}
+    if (plan := step.options.get("plan")) and (beside := recipe.path.parent / plan).is_file():
+        options["plan"] = beside  # a fold keeps the plan that it was made by
+    with _at(recipe, step.line, step.name):
+        found = fold(model, out, force=force, **options)
+    return FoldFacts(
+        found.num_kv_heads_least, found.num_kv_heads_after, found.kv_bytes_before, found.kv_bytes_after,
+        round(sum(found.seconds.values()), 1), found.notes,
+    )  # fmt: skip
+
+
+def _measured(recipe: Recipe, row: Row, out: Path, model: str, how: Mapping[str, Any]) -> Row:
+    """Measure a fold beside the model, and write what `headfold eval --json` prints."""
+    with _at(recipe, recipe.evaluation_line, row.name):
+        found = evaluate(out / row.name, reference=model, **{**how, **(recipe.evaluation or {})})
+        if not isinstance(found, Evaluation | DataEvaluation):
+            raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
+    on_main(lambda: write_json(out / _file(row), facts(found)))
+    metric, value, original, _, kl = scored(found)
+    return replace(row, metric=metric, value=value, original=original, kl=kl)
+
+
+def _file(row: Row) -> str:
+    """Return the name of the file with the evaluation of a fold."""
+    return f"{row.name}.eval.json"
+
+
+@contextmanager
+def _at(recipe: Recipe, line: int, name: str = "") -> Iterator[None]:
+    """Return a context in which errors begin with the place in the recipe."""
+    try:
+        yield
+    except UserError as error:
+        where = f"{recipe.path}:{line}: " if line else ""
+        raise type(error)(f"{where}{name and f'{name}: '}{error}") from error
