@@ -18,6 +18,7 @@ from ..checkpoint.disk import disk_errors, sizes
 from ..checkpoint.hub import NamedDirectory, cached
 from ..checkpoint.staging import copy_file, copy_side_files
 from ..conversion.fold_result import FoldResult
+from ..conversion.outputs import KEPT
 from ..core.errors import UserError
 from ..hf_models.building import library_errors, quiet
 from ..parallel import is_main, on_all, on_main, spmd
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 _SAVED = ("dtype", "architectures")
 """Fields of a model's config that saving it sets."""
+_FOLD_OF = "fold of "
 _OWN_CHOICE = (None, "sdpa", "headfold")
 """Attention implementations that say nothing of what the user prefers: transformers' default, and ours."""
 
@@ -131,8 +133,8 @@ def _place() -> Iterator[Path]:
     try:
         yield place
     except UserError as error:
-        said = str(error).replace(f"{place}{os.sep}", "")
-        raise type(error)(said) from error
+        said, _, _ = str(error).partition(f"{KEPT}{place}")  # nothing of it is kept
+        raise type(error)(said.replace(f"{place}{os.sep}", "")) from error
     finally:
         if is_main():
             shutil.rmtree(place, ignore_errors=True)
@@ -192,17 +194,19 @@ def _check(model: Any) -> None:
 
 
 def _name(model: Any) -> str:
-    """Return the name of the directory or hub id that a model was opened from, of a fold in memory that of its original."""
+    """Return the name of the directory or hub id that a model was opened from; a fold in memory has that of its original."""
     folded = getattr(model, "headfold", None)
-    return model.config._name_or_path or (folded.base_model if isinstance(folded, FoldResult) else type(model).__name__)
+    made = f"{_FOLD_OF}{folded.base_model}" if isinstance(folded, FoldResult) else type(model).__name__
+    return model.config._name_or_path or made
 
 
 def _opened_from(model: Any) -> Path | None:
     """Return the directory of the files beside the model that this one was opened from, if it is still here."""
-    path = Path(_name(model)).expanduser()
+    name = _name(model).rpartition(_FOLD_OF)[2]
+    path = Path(name).expanduser()
     if path.is_dir():
         return path if (path / CONFIG).is_file() else None
-    return cached(_name(model), getattr(model.config, "_commit_hash", None))
+    return cached(name, getattr(model.config, "_commit_hash", None))
 
 
 def _require_room(model: Any, directory: Path, copies: int) -> None:
