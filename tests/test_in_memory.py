@@ -153,7 +153,7 @@ def test_steps_in_memory(tmp_path: Path, readable: Path, tokenizer: PreTrainedTo
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in TEXTS[:4]))
     expected = headfold.eval(out, reference=readable, text=str(tmp_path / "text.jsonl"), context=32)
     assert beside.kl == expected.kl and beside.nll == expected.nll and beside.num_tokens == expected.num_tokens
-    assert (beside.text, beside.model, beside.reference) == ("python:list", f"fold of {readable}", str(readable))
+    assert (beside.text, beside.model, beside.reference) == ("python:list", "fold of readable", str(readable))
     rows = [{"input_ids": tokenizer(one)["input_ids"][:20]} for one in TEXTS[:3]]
     assert headfold.eval(folded, reference=model, text=rows).num_tokens == 3 * 19
     ranked = headfold.eval(model, compare=[folded], text=rows, resamples=100)

@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 _SAVED = ("dtype", "architectures")
 """Fields of a model's config that saving it sets."""
-_FOLD_OF = "fold of "
 _OWN_CHOICE = (None, "sdpa", "headfold")
 """Attention implementations that say nothing of what the user prefers: transformers' default, and ours."""
 
@@ -75,7 +74,7 @@ def folds_in_memory(verb: Callable[..., FoldResult]) -> FoldVerb:
             if out is not None:
                 return result
             folded: Any = on_all(lambda: _opened_like(model, place / "fold"))
-            folded.headfold = replace(result, out=None)
+            folded.headfold = replace(result, out=None, base_model=_origin(model))
             return folded
 
     return cast(FoldVerb, spmd(run))
@@ -194,19 +193,23 @@ def _check(model: Any) -> None:
 
 
 def _name(model: Any) -> str:
-    """Return the name of the directory or hub id that a model was opened from; a fold in memory has that of its original."""
+    """Return the name of a model: that of the directory or hub id that it was opened from, if there is one."""
+    origin = _origin(model)
+    return origin if model.config._name_or_path or not hasattr(model, "headfold") else f"fold of {Path(origin).name}"
+
+
+def _origin(model: Any) -> str:
+    """Return the directory or hub id that a model was opened from, or the original of a fold in memory; else the name of its class."""
     folded = getattr(model, "headfold", None)
-    made = f"{_FOLD_OF}{folded.base_model}" if isinstance(folded, FoldResult) else type(model).__name__
-    return model.config._name_or_path or made
+    return model.config._name_or_path or (folded.base_model if isinstance(folded, FoldResult) else type(model).__name__)
 
 
 def _opened_from(model: Any) -> Path | None:
     """Return the directory of the files beside the model that this one was opened from, if it is still here."""
-    name = _name(model).rpartition(_FOLD_OF)[2]
-    path = Path(name).expanduser()
+    path = Path(_origin(model)).expanduser()
     if path.is_dir():
         return path if (path / CONFIG).is_file() else None
-    return cached(name, getattr(model.config, "_commit_hash", None))
+    return cached(_origin(model), getattr(model.config, "_commit_hash", None))
 
 
 def _require_room(model: Any, directory: Path, copies: int) -> None:
