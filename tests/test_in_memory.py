@@ -234,6 +234,10 @@ def test_errors_name_the_model_and_not_its_temporary_place() -> None:
     with pytest.raises(UserError) as lacking:
         headfold.calibrate(model, "stats.safetensors", calibration=["text"])
     one_line(lacking, f"{tiny_checkpoint('llama', torch.float32)}: expected a tokenizer", "pass tokenizer=")
+    model.config.quantization_config = {"quant_method": "mine"}
+    with pytest.raises(UserError) as quantised:
+        headfold.fold(model, kv_heads=2, **PLAIN)
+    one_line(quantised, f"{tiny_checkpoint('llama', torch.float32)}/config.json: quantised (mine)")
     assert all(words not in f"{error.value}{lacking.value}" for words in (f"temporary{os.sep}", "kept", ".partial"))
 
 
