@@ -225,9 +225,13 @@ def test_rows_in_memory_give_what_their_file_gives(tmp_path: Path, model: Path) 
     rows = [{"source": source, "target": target, "text": source} for source, target in pairs]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    for kind, forms in {"pairs": (pairs, rows), "sentences": ([source for source, _ in pairs], rows)}.items():
+    table = datasets.Dataset.from_list(rows)
+    for kind, forms in {
+        "pairs": (pairs, rows),
+        "sentences": ([source for source, _ in pairs], rows, table["text"]),
+    }.items():
         expected = drawn(kind, str(file), model)
-        for form in (*forms, datasets.Dataset.from_list(rows)):
+        for form in (*forms, table):
             assert same(drawn(kind, read_given(form, need(kind)), model), expected)
     named = read_given(rows, need("sentences"), ("target",))
     assert same(drawn("sentences", named, model, ("target",)), drawn("sentences", str(file), model, ("target",)))
