@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import latex2mathml.converter
 import typer
@@ -137,10 +137,7 @@ def api() -> str:
 
 def _records_in(function: Callable[..., Any]) -> Iterator[str]:
     """The dataclasses of this package that a function returns."""
-    try:
-        returned = get_type_hints(function).get("return")
-    except NameError:
-        return
+    returned = inspect.unwrap(function).__annotations__.get("return")
     waiting = [returned]
     while waiting:
         found = waiting.pop(0)

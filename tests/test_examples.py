@@ -16,6 +16,7 @@ SECONDS = 240
 """An idle core takes less than a tenth of it."""
 PRINTED = {
     "fold_and_eval.py": "perplexity of the original",
+    "in_memory.py": "K/V heads 8 before, 4 after",
     "budget.py": "layers.4.self",
     "custom_merge.py": "largest",
     "fold_bundled.ipynb": "verified: True",

@@ -28,7 +28,7 @@ def check_upload(repository: str | None) -> None:
 
 
 def upload(directory: Path, repository: str) -> str:
-    """Upload a directory as one commit and return a line that says where it is.
+    """Upload a directory and return a line that says where it is.
 
     A repository that does not exist is made with the visibility that the account or organisation has by default, as
     `transformers.PreTrainedModel.push_to_hub` makes it.

@@ -11,6 +11,9 @@ from ..checkpoint.staging import JOB, open_staging, staging_of
 from ..core.errors import SourceError, UserError
 from ..parallel import is_main, on_main, on_main_only
 
+KEPT = "; what was done until then is kept in "
+"""Ends an error after which the same job goes on from its staging directory, whose name follows."""
+
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Refuse to overwrite a file that the user did not give up.
@@ -94,7 +97,7 @@ def removed_on_error(staging: Path, *, resumes: bool = True) -> Iterator[None]:
             raise
         _remove(staging, everything=not resumes or isinstance(error, SourceError))
         if staging.is_dir():
-            said = f"{error}; what was done until then is kept in {staging}"
+            said = f"{error}{KEPT}{staging}"
             raise type(error)(said) from error
         raise
     except BaseException:

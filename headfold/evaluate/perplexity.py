@@ -116,8 +116,8 @@ def evaluate_perplexity(
     """Measure a checkpoint on the whole of a text, in order, in one pass together with its reference.
 
     `text` is any source of `headfold.corpus`, rows of text, or tokens (default: the bundled held-out text). Windows of `context`
-    tokens (default: the model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early. `dtype` is what both models
-    compute in (default: `compute_dtype` of the checkpoint's).
+    tokens (default: the model's own, at most `MAX_CONTEXT`) do not overlap; the last may be shorter. `max_tokens` stops early.
+    `dtype` is what both models compute in (default: `compute_dtype` of the checkpoint's).
 
     Raises:
         UserError: a checkpoint, tokenizer or text that cannot be read, a model without a language-model head, or a text of

@@ -33,7 +33,9 @@ def open_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if not any((Path(path) / name).exists() for name in files):
-        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, tokenizer.model …), found none; copy it there")
+        raise UserError(
+            f"{path}: expected a tokenizer (tokenizer.json …), found none; copy it there, or pass tokenizer= beside a model in memory"
+        )
     check_ids(Path(path) / "tokenizer.json")
     with library_errors(path, "the tokenizer does not load"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

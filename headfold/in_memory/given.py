@@ -56,7 +56,7 @@ def _opened(data: Any, name: str) -> Any:
         raise UserError(
             f"{name}: expected {_FORMS}, got a data frame; give frame.to_dict('records') or Dataset.from_pandas(frame)"
         )
-    if _of_datasets(data):
+    if _of_datasets(data) and hasattr(data, "cast_column"):  # a column of one has no types of its own
         return encoded(data)
     return data.tolist() if hasattr(data, "tolist") else data  # numpy's arrays, and columns of pandas
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -108,7 +108,7 @@ def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sam
         tensors = {key: tensor[None] for key, tensor in tensors.items()}
     if tensors[main].ndim != MAIN[main] or not tensors[main].numel():
         raise UserError(
-            f"{where}: {main}: expected {MAIN[main]} axes, the first of items, got the shape {tuple(tensors[main].shape)}; correct the batch"
+            f"{where}: {main}: expected {MAIN[main]} axes, the first of items, got the shape {tuple(tensors[main].shape)}; correct it"
         )
     for key, tensor in tensors.items():
         if not tensor.ndim or len(tensor) != len(tensors[main]):
@@ -132,6 +132,8 @@ def _texts(tensors: Sample, need: Need, where: str) -> Sample:
     if "input_ids" not in tensors:
         return {}
     ids = tensors["input_ids"]
+    if ids.ndim != 2:
+        raise UserError(f"{where}: input_ids: expected items of tokens, got the shape {tuple(ids.shape)}; correct it")
     mask = _mask(tensors.get("attention_mask"), ids, where)
     _check_tokens(ids[mask], need, f"{where}: input_ids")
     # Positions are counted from the first token on, so what stands before it would move them.
@@ -159,7 +161,7 @@ def _mask(mask: Tensor | None, ids: Tensor, where: str) -> Bool[Tensor, "item to
     return found
 
 
-def _check_tokens(ids: Int[Tensor, " token"], need: Need, where: str) -> None:
+def _check_tokens(ids: Tensor, need: Need, where: str) -> None:
     if ids.is_floating_point() or ids.is_complex():
         raise UserError(f"{where}: expected whole numbers, got {ids.dtype}; give the ids of tokens")
     most = need.vocabulary

@@ -7,8 +7,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import wraps
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
@@ -18,6 +18,7 @@ from ..checkpoint.disk import disk_errors, sizes
 from ..checkpoint.hub import NamedDirectory, cached
 from ..checkpoint.staging import copy_file, copy_side_files
 from ..conversion.fold_result import FoldResult
+from ..conversion.outputs import KEPT
 from ..core.errors import UserError
 from ..hf_models.building import library_errors, quiet
 from ..parallel import is_main, on_all, on_main, spmd
@@ -69,11 +70,11 @@ def folds_in_memory(verb: Callable[..., FoldResult]) -> FoldVerb:
             raise UserError("fold: a model of which a part lies on disk cannot be returned the same way; give out")
         with _place() as place:
             (written,) = _written([model], place, options, copies=1 if out is not None else 2)
-            result = verb(written, place / "fold" if out is None else out, **options)
+            result = verb(written, place.path / "fold" if out is None else out, **options)
             if out is not None:
                 return result
-            folded: Any = on_all(lambda: _opened_like(model, place / "fold"))
-            folded.headfold = replace(result, out=None)
+            folded: Any = on_all(lambda: _opened_like(model, place.path / "fold"))
+            folded.headfold = replace(result, out=None, base_model=_origin(model))
             return folded
 
     return cast(FoldVerb, spmd(run))
@@ -124,28 +125,40 @@ def _refuse_tokenizer(options: Mapping[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A temporary directory, and the models that were written to it."""
+
+    path: Path
+    written: list[NamedDirectory] = field(default_factory=list)
+
+
 @contextmanager
-def _place() -> Iterator[Path]:
+def _place() -> Iterator[_Place]:
     """Return a context with a temporary directory, which rank 0 removes; errors call what lies in it by the names of the models."""
-    place = on_main(lambda: Path(tempfile.mkdtemp(prefix="headfold-")))
+    place = _Place(on_main(lambda: Path(tempfile.mkdtemp(prefix="headfold-"))))
     try:
         yield place
     except UserError as error:
-        said = str(error).replace(f"{place}{os.sep}", "")
-        raise type(error)(said) from error
+        said, _, _ = str(error).partition(f"{KEPT}{place.path}")  # nothing of it is kept
+        for model in place.written:
+            said = said.replace(str(model.path), model.name)
+        raise type(error)(said.replace(f"{place.path}{os.sep}", "")) from error
     finally:
         if is_main():
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place.path, ignore_errors=True)
 
 
-def _written(models: Sequence[Any], place: Path, options: dict[str, Any], copies: int = 1) -> list[NamedDirectory]:
+def _written(models: Sequence[Any], place: _Place, options: dict[str, Any], copies: int = 1) -> list[NamedDirectory]:
     """Write models with what belongs to them, and let the verb run where the first lies; the disk must hold `copies` of each."""
     device = getattr(models[0], "device", None)
     if options.get("device") is None and device is not None and device.type != "meta":
         options["device"] = str(device)
     tokenizer = options.pop("tokenizer", None)
-    numbered = enumerate(models)
-    return on_main(lambda: [_write(model, tokenizer, place / f"model-{number}", copies) for number, model in numbered])
+    for number, model in enumerate(models):
+        directory = place.path / f"model-{number}"
+        place.written.append(on_main(partial(_write, model, tokenizer, directory, copies)))
+    return place.written
 
 
 def _write(model: Any, tokenizer: Any, directory: Path, copies: int) -> NamedDirectory:
@@ -157,7 +170,7 @@ def _write(model: Any, tokenizer: Any, directory: Path, copies: int) -> NamedDir
     _check(model)
     name = _name(model)
     _require_room(model, directory, copies)
-    before = {field: getattr(model.config, field, None) for field in _SAVED}
+    before = {key: getattr(model.config, key, None) for key in _SAVED}
     with disk_errors(directory), library_errors(name, "transformers does not save this model"), quiet():
         directory.mkdir()
         if tokenizer is None and (beside := _opened_from(model)) is not None:
@@ -169,8 +182,8 @@ def _write(model: Any, tokenizer: Any, directory: Path, copies: int) -> NamedDir
                 warnings.simplefilter("ignore")  # a part of the model may have to be read from disk
                 model.save_pretrained(directory)
         finally:
-            for field, value in before.items():
-                setattr(model.config, field, value)
+            for key, value in before.items():
+                setattr(model.config, key, value)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     return NamedDirectory(directory, name)
@@ -192,17 +205,23 @@ def _check(model: Any) -> None:
 
 
 def _name(model: Any) -> str:
-    """Return the name of the directory or hub id that a model was opened from, of a fold in memory that of its original."""
+    """Return the name of a model: that of the directory or hub id that it was opened from, if there is one."""
+    origin = _origin(model)
+    return origin if model.config._name_or_path or not hasattr(model, "headfold") else f"fold of {Path(origin).name}"
+
+
+def _origin(model: Any) -> str:
+    """Return the directory or hub id that a model was opened from, or the original of a fold in memory; else the name of its class."""
     folded = getattr(model, "headfold", None)
     return model.config._name_or_path or (folded.base_model if isinstance(folded, FoldResult) else type(model).__name__)
 
 
 def _opened_from(model: Any) -> Path | None:
     """Return the directory of the files beside the model that this one was opened from, if it is still here."""
-    path = Path(_name(model)).expanduser()
+    path = Path(_origin(model)).expanduser()
     if path.is_dir():
         return path if (path / CONFIG).is_file() else None
-    return cached(_name(model), getattr(model.config, "_commit_hash", None))
+    return cached(_origin(model), getattr(model.config, "_commit_hash", None))
 
 
 def _require_room(model: Any, directory: Path, copies: int) -> None:
@@ -228,4 +247,4 @@ def _opened_like(model: Any, directory: Path) -> "PreTrainedModel":
     folded: Any = load(directory, dtype=model.dtype, **keywords)
     # No name of another model, which tools such as peft would record as what their files belong to.
     folded.config._name_or_path = folded.name_or_path = ""
-    return folded if devices else folded.to(model.device)
+    return folded if devices or model.device.type == "meta" else folded.to(model.device)

@@ -106,7 +106,7 @@ def evaluate(
         names = [task] if isinstance(task, str) else list(task)
         tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
         run = compare_on_tasks if compare else evaluate_tasks
-        return run(models, directories, tasks, *interval, progress)
+        return run([*map(str, models)], directories, tasks, *interval, progress)
     measured_on = on_main(lambda: evaluation_data(directories[0], text, limit, context, columns or ()))
     data = DataRequest(
         measured_on,
@@ -115,7 +115,7 @@ def evaluate(
     )  # fmt: skip
     if compare:
         original = None if reference is None else resolve(reference)
-        return compare_on_data(models, directories, original, data, *interval, progress)
+        return compare_on_data([*map(str, models)], directories, original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
     directory, original = directories[0], directories[1] if reference is not None else None
     kind = kind_of(read_config(directory))

@@ -34,7 +34,7 @@ from ..reports.card import model_card
 @folds_in_memory
 def fold(
     model: Any,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     kv_heads: str | int | None = None,
     plan: str | Path | Plan | None = None,
@@ -65,9 +65,8 @@ def fold(
 ) -> FoldResult:
     """Write `model` again as `out` with fewer K/V heads, or return a grouped model for a model in memory.
 
-    The output is a checkpoint directory, a stock one where the architecture allows it, with plan.json and a card. It grows as
-    `OUT.partial` and is renamed when it is complete and, unless `verify=False`, equal to its head-repeated twin under stock
-    transformers. After a kill the same call resumes and writes the same bytes, but for the times on the card.
+    The output has plan.json and a card, and is a stock checkpoint where the architecture allows it. It grows as `OUT.partial`, and is
+    renamed once it equals its head-repeated twin under stock transformers. After a kill the same call resumes to the same bytes.
 
     Args:
         model: A checkpoint directory, a hub id, or a `PreTrainedModel`, which is not changed.
@@ -99,6 +98,7 @@ def fold(
     Raises:
         UserError: options that exclude each other, a model that cannot be folded, data or files that cannot be used, a wrong fold.
     """
+    assert out is not None  # `folds_in_memory` names one
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
     source = on_all(lambda: open_source(model, encoder))

@@ -1,0 +1,115 @@
+"""Uploads to the hub, against a server here that speaks the part of its protocol that the client of the hub uses."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import one_line
+from test_cli import run
+from tiny import tiny_checkpoint
+
+import headfold
+from headfold.core.errors import UserError
+
+__all__ = ["run"]
+REPOSITORY = "someone/folded"
+PLAIN: dict[str, Any] = {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Keeps what is committed to it; `refuses` gives the path whose requests it refuses, and the status."""
+
+    files: dict[str, bytes]
+    created: list[dict[str, Any]]
+    refuses: tuple[str, int] | None
+
+    def do_GET(self) -> None:
+        self._answer({"name": "someone", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.startswith("/api/repos/create"):
+            self.created.append(json.loads(body))
+            self._answer({"url": f"http://{self.headers['Host']}/{REPOSITORY}"})
+        elif "/preupload/" in self.path:
+            named = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]})
+        else:
+            assert self.path.startswith(f"/api/models/{REPOSITORY}/commit/main")
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self._answer({"commitUrl": f"http://{self.headers['Host']}/{REPOSITORY}/commit/1", "commitOid": "1"})
+
+    def _answer(self, found: dict[str, Any]) -> None:
+        refused = self.refuses is not None and self.refuses[0] in self.path
+        text = json.dumps({"error": "no rights"} if refused else found).encode()
+        self.send_response(self.refuses[1] if refused and self.refuses else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *words: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    class Fresh(Hub):
+        files, created, refuses = {}, [], None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {"ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("HF_TOKEN", "hf_for_tests")
+    yield Fresh
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_fold_is_uploaded_as_it_was_written(hub: type[Hub], run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Every file of it, once it is verified, to a repository of the account's own visibility."""
+    out = tmp_path / "out"
+    ran = run("fold", str(tiny_checkpoint("llama", torch.float32)), str(out), "--kv-heads", "2", "--merge", "mean", "--group", "contiguous",
+              "--no-refit", "--push-to-hub", REPOSITORY)  # fmt: skip
+    assert hub.files == {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert {"config.json", "model.safetensors", "plan.json", "README.md"} <= hub.files.keys()
+    assert [(made["name"], "private" in made) for made in hub.created] == [("folded", False)]
+    assert f"/{REPOSITORY}" in ran.out and "uploaded to http" in ran.out
+
+
+@pytest.mark.parametrize(("path", "written"), [("whoami", False), ("repos/create", True), ("commit", True)])
+def test_a_refusal_is_one_line_and_keeps_the_output(hub: type[Hub], tmp_path: Path, path: str, written: bool) -> None:
+    """Who the hub does not know is refused before any work; what it refuses later, the directory outlives."""
+    hub.refuses = path, 401 if path == "whoami" else 403
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as error:
+        headfold.fold(tiny_checkpoint("llama", torch.float32), out, push_to_hub=REPOSITORY, **PLAIN)
+    one_line(error, f"--push-to-hub {REPOSITORY}", "was not uploaded" if written else "your token")
+    assert (out / "config.json").exists() == written and not (tmp_path / "out.partial").exists()
+    assert not written or headfold.load(out).config.num_key_value_heads == 2
+
+
+def test_a_name_that_is_none_is_refused_at_once(hub: type[Hub], tmp_path: Path) -> None:
+    for name in ("a/b/c", "", "some one/x"):
+        with pytest.raises(UserError) as error:
+            headfold.fold(tiny_checkpoint("llama", torch.float32), tmp_path / "out", push_to_hub=name, **PLAIN)
+        one_line(error, f"--push-to-hub {name}", "check the name")
+    assert not hub.created and not (tmp_path / "out").exists()
+
+
+def test_without_a_network_it_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert huggingface_hub.constants.HF_HUB_OFFLINE  # as in all other tests
+    with pytest.raises(UserError) as error:
+        headfold.fold(tiny_checkpoint("llama", torch.float32), tmp_path / "out", push_to_hub=REPOSITORY, **PLAIN)
+    one_line(error, f"--push-to-hub {REPOSITORY}", "hf auth login")
+    assert not (tmp_path / "out").exists()
