@@ -40,7 +40,21 @@ BENCH = BenchResult(
     "float32", "cpu", 1, ["avx2"], 2e10, 8, 3, False, False, [], ["a note"],
 )  # fmt: skip
 CLASSES = DataEvaluation(
-    "images", "a", "b", "folder", "float32", Classification(10, 0.5, 1.25, 2.0, 0.75, 1.0, 0.125, 0.5)
+    "images",
+    "a",
+    "b",
+    "folder",
+    "float32",
+    Classification(
+        num_items=10,
+        accuracy=0.5,
+        cross_entropy=1.25,
+        seconds=2.0,
+        reference_accuracy=0.75,
+        reference_cross_entropy=1.0,
+        kl=0.125,
+        agreement=0.5,
+    ),
 )
 
 

@@ -1,6 +1,6 @@
 """Bytes and speed before and after: serving costs, weights on disk, and what bench and check measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -25,16 +25,14 @@ def section(contents: Contents) -> Section | None:
         drawn[f"speed-{number}"] = _speed(found)
     for check in checks:
         parts += _check(check)
-    if contents.folds and not benches:
-        named = " ".join([*_originals(contents.folds), *(fold.name for fold in contents.folds)])
+    writers = [fold for fold in contents.folds if fold.kind == "text"]
+    if writers and not benches:
+        originals = dict.fromkeys(contents.original_of(fold) for fold in writers)
+        named = " ".join([*originals, *(fold.word for fold in writers)])
         parts.append(
             not_measured("Speed was not measured; this measures it:", f"headfold bench {named} --json > bench.json")
         )
     return Section("Bytes and speed", parts, drawn) if parts else None
-
-
-def _originals(folds: Iterable[Fold]) -> list[str]:
-    return list(dict.fromkeys(fold.base_model or "ORIGINAL" for fold in folds))
 
 
 def _costs(fold: Fold, contents: Contents) -> Markup:
@@ -71,7 +69,8 @@ def _bench(found: BenchResult, number: int) -> list[Markup]:
         "model, attention", "K/V heads", "context", "batch", "tokens/s", "new token", "first token", "K/V cache", "peak",
         "of bandwidth",
     )  # fmt: skip
-    where = f"{found.device}, {found.threads} threads, {found.dtype}; medians over {found.rounds} rounds of {found.new_tokens} new tokens"
+    threads = "thread" if found.threads == 1 else "threads"
+    where = f"{found.device}, {found.threads} {threads}, {found.dtype}; medians over {found.rounds} rounds of {found.new_tokens} new tokens"
     return [
         chart(f"speed-{number}", "New tokens per second", table("Decoding", header, rows)),
         paragraph(where, "note"),
@@ -94,7 +93,7 @@ def _speed(found: BenchResult) -> dict[str, Any]:
     encoding: dict[str, Any] = {
         "y": {"field": "model", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 150}},
         "x": {"field": "tokens", "type": "quantitative", "title": "new tokens per second"},
-        "color": {"field": "model", "type": "nominal", "sort": names, "scale": {"domain": names}, "legend": None},
+        "color": charts.colour("setting", "setting", list(dict.fromkeys(row["setting"] for row in rows))),
         "tooltip": charts.tooltip(
             ("model", "model", ""), ("setting", "setting", ""), ("tokens", "tokens/s", ".3~r"),
             ("cache", "K/V cache", ""),

@@ -29,8 +29,7 @@ def section(contents: Contents) -> Section | None:
     for fold in contents.folds:
         if fold.name not in _measured(contents.results):
             data = "" if fold.kind == "text" else " --text DATA"
-            reference = fold.base_model or "ORIGINAL"
-            command = f"headfold eval {fold.name} --reference {reference}{data} --json > eval.json"
+            command = f"headfold eval {fold.word} --reference {contents.original_of(fold)}{data} --json > eval.json"
             parts.append(not_measured(f"The loss of {fold.name} was not measured; this measures it:", command))
     for number, methods in enumerate(contents.tables):
         parts += _methods(methods, f"methods-{number}")
@@ -38,7 +37,8 @@ def section(contents: Contents) -> Section | None:
             drawn[f"methods-{number}"] = _methods_chart(methods)
     for number, front in enumerate(contents.fronts):
         parts += _front(front, f"front-{number}")
-        drawn[f"front-{number}"] = _front_chart(front)
+        if front.points:
+            drawn[f"front-{number}"] = _front_chart(front)
     return Section("Loss", parts, drawn) if parts else None
 
 
@@ -180,8 +180,8 @@ def _methods_chart(methods: MethodTable) -> dict[str, Any]:
         params=[charts.picked("method")],
         mark={"type": "line", "point": {"size": 55}, "strokeWidth": 2},
         encoding={
-            "x": charts.cache_axis(),
-            "y": charts.loss_axis(_loss_title(methods)),
+            "x": charts.cache_axis(row.kv_bytes_per_token for row in methods.rows),
+            "y": charts.loss_axis(_loss_title(methods), places),
             "color": charts.colour("method", "method", order),
             "opacity": charts.PICKED_OPACITY,
             "tooltip": charts.tooltip(
@@ -248,8 +248,8 @@ def _front_chart(front: Front) -> dict[str, Any]:
         ("heads", "K/V heads by layer", ""), ("plan", "plan", ""),
     )  # fmt: skip
     encoding = {
-        "x": charts.cache_axis(),
-        "y": charts.loss_axis("loss increase (KL to the original, nats)"),
+        "x": charts.cache_axis(point.kv_bytes_per_token for point in front.points),
+        "y": charts.loss_axis("loss increase (KL to the original, nats)", places),
         "color": charts.colour("kind", "lines: predicted; points: measured", kinds),
         "opacity": charts.PICKED_OPACITY,
         "tooltip": shown,

@@ -29,7 +29,8 @@ def section(contents: Contents) -> Section | None:
     models = [fold for fold in contents.folds if fold.kind == "text"]
     if not models:
         return None
-    command = f"headfold eval {models[0].name} --reference {models[0].base_model or 'ORIGINAL'} --json > eval.json"
+    first = models[0]
+    command = f"headfold eval {first.word} --reference {contents.original_of(first)} --json > eval.json"
     lines: list[Markup] = [not_measured("The loss by position was not measured; this measures it:", command)]
     return Section("By position", lines, {})
 

@@ -31,13 +31,13 @@ def section(contents: Contents) -> Section | None:
 
 
 def _sample(sample: TextSample, number: int) -> list[Markup]:
-    original = Markup('<div class="text"><h4>original</h4><p class="written">{}</p></div>').format(
+    original = Markup('<div class="text"><h4>original</h4><p class="written" tabindex="0">{}</p></div>').format(
         "".join(sample.original)
     )
     folds = [_written(name, one, len(sample.original)) for name, one in sample.folds.items()]
     return [
         subheading(f"Sample {number}"),
-        Markup('<p class="written prompt">{}</p>').format(sample.prompt),
+        Markup('<p class="written prompt" tabindex="0">{}</p>').format(sample.prompt),
         Markup('<div class="texts">{}{}</div>').format(original, Markup("").join(folds)),
     ]
 
@@ -52,7 +52,7 @@ def _written(name: str, found: Continuation, num_tokens: int) -> Markup:
     if parting:
         text += Markup('<mark>{}</mark><span class="after">{}</span>').format(_visible(parting), after)
     how = f"parts at token {found.num_same + 1}" if parting or found.num_same < num_tokens else "writes the same"
-    return Markup('<div class="text"><h4>{}</h4><p class="written">{}</p>{}{}</div>').format(
+    return Markup('<div class="text"><h4>{}</h4><p class="written" tabindex="0">{}</p>{}{}</div>').format(
         name,
         text,
         paragraph(

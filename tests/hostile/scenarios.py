@@ -84,6 +84,7 @@ _TABLE = """
 4 fold llama healed --kv-heads 2 --heal --heal-tokens 64 TEXT < healed.partial/**/*
 1 compare llama --kv-heads 2 --methods mean --out rows --limit 64 --text text.txt TEXT < llama/config.json llama/model.safetensors
 1 frontier llama points --measure 0 --stats stats.safetensors --sensitivity sensitivity.json < sensitivity.json stats.safetensors
+2 report folded --out page.html < folded/plan.json folded/README.md folded/config.json
 1 bench --shape llama --layers 1 --batch 1 --context 8 --new-tokens 2 --rounds 1 < llama/config.json
 """
 """How often a command is drawn, the command, and the files that are corrupted for it, each with its way unless its name says it; a model
@@ -93,7 +94,7 @@ _WAYS: dict[str, Mutator] = {
     "csv": mutators.text, "en": mutators.text, "de": mutators.text, "gz": mutators.packed, "parquet": mutators.packed,
     "png": mutators.packed, "numbers": mutators.numbers, "*": mutators.planted,
 }  # fmt: skip
-_OUTPUTS = ("out", "made.safetensors", "made.json", "out.gguf", "rows", "points", "trained", "healed")
+_OUTPUTS = ("out", "made.safetensors", "made.json", "out.gguf", "rows", "points", "trained", "healed", "page.html")
 
 
 def _all() -> Iterator[Scenario]:
