@@ -44,9 +44,9 @@ def write_page(folder: Path) -> Path:
     fold, compared, evaluation = folder / "my-model-gqa", folder / "my-model.compare", folder / "eval.json"
     stats = folder / "stats.safetensors"
     headfold.calibrate(original, stats, calibration="stdlib", tokens=16_384)
-    headfold.fold(original, fold, kv_heads="1/2", stats=stats)
-    methods = ("mean", "procrustes", "absorb", "absorb+refit")
-    headfold.compare(original, ["4", "2", "1"], methods=methods, stats=stats, limit=8192, out=compared)
+    headfold.fold(original, fold, kv_heads="1/2", stats=stats, verify=False)
+    methods = ("mean", "procrustes", "absorb")
+    headfold.compare(original, ["4", "2", "1"], methods=methods, stats=stats, limit=4096, out=compared)
     found = headfold.eval(fold, reference=original, limit=8192)
     evaluation.write_text(json.dumps(facts(found)))
     headfold.report([fold, compared, evaluation], original=original, out=folder / "report.html")

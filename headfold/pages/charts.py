@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
-MOST_TICKS = 8
+MOST_TICKS, MOST_ROWS = 8, 5000
+LEAST, MOST = 1e-9, 1e9
+"""Between which a loss is drawn."""
 BYTES_OF_CACHE = "K/V cache per token"
 _SIZES = (
     "datum.value < 1024 ? datum.value + ' B' : datum.value < 1048576 ? format(datum.value / 1024, '.3~r') + ' KiB' : \
@@ -16,7 +18,7 @@ format(datum.value / 1048576, '.3~r') + ' MiB'"
 
 def spec(description: str, rows: Sequence[Row], *, height: int = 300, **parts: Any) -> dict[str, Any]:
     """Return a specification with its data, as wide as the page."""
-    clean = [{name: finite(value) for name, value in row.items()} for row in rows]
+    clean = [{name: finite(value) for name, value in row.items()} for row in rows[:MOST_ROWS]]
     return {
         "description": description,
         "width": "container",
@@ -65,10 +67,12 @@ def loss_axis(title: str, drawn_at: Sequence[float]) -> dict[str, Any]:
 
 
 def drawn(losses: Sequence[float]) -> list[float]:
-    """Return losses as a logarithmic axis can have them: those of zero and less at half of the least that is more."""
+    """Return losses as a logarithmic axis can have them: those of zero and less at half of the least that is more, and all in bounds
+    that a loss has.
+    """
     positive = [loss for loss in losses if loss > 0]
-    floor = min(positive) / 2 if positive else 1e-6
-    return [loss if loss > 0 else floor for loss in losses]
+    floor = max(min(positive) / 2, LEAST) if positive else LEAST
+    return [min(max(loss, floor), MOST) for loss in losses]
 
 
 def colour(field: str, title: str, order: Sequence[str]) -> dict[str, Any]:

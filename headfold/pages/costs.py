@@ -13,6 +13,9 @@ from .elements import Section, chart, not_measured, paragraph, subheading, table
 from .results import EngineCheck
 from .summary import kv_heads
 
+MOST_PIXELS = 3000
+"""Height of a chart."""
+
 
 def section(contents: Contents) -> Section | None:
     """Return the section; None where there is neither a fold nor a measurement of speed."""
@@ -101,7 +104,7 @@ def _speed(found: BenchResult) -> dict[str, Any]:
     }  # fmt: skip
     if len(settings) > 1:
         encoding["yOffset"] = {"field": "setting", "type": "nominal"}
-    height = 30 + 26 * len(names) * len(settings)
+    height = min(30 + 26 * len(names) * len(settings), MOST_PIXELS)
     bar = {"type": "bar", "cornerRadiusEnd": 3}
     return charts.spec("New tokens per second of each model", rows, height=height, mark=bar, encoding=encoding)
 

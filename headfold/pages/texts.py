@@ -43,10 +43,11 @@ def _sample(sample: TextSample, number: int) -> list[Markup]:
 
 
 def _written(name: str, found: Continuation, num_tokens: int) -> Markup:
+    end = found.num_same + 1
+    while end < len(found.pieces) and not "".join(found.pieces[found.num_same : end]):
+        end += 1  # the beginning of a letter that several tokens make
     same, parting, after = (
-        "".join(found.pieces[: found.num_same]),
-        "".join(found.pieces[found.num_same : found.num_same + 1]),
-        "".join(found.pieces[found.num_same + 1 :]),
+        "".join(found.pieces[part]) for part in (slice(found.num_same), slice(found.num_same, end), slice(end, None))
     )
     text = Markup("{}").format(same)
     if parting:

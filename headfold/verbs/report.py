@@ -40,7 +40,7 @@ class Report:
 
 @main_only
 def report(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     out: str | Path = NAME,
     original: str | Path | None = None,
@@ -54,7 +54,7 @@ def report(
 
     Args:
         paths: Directories that `headfold.fold`, `headfold.compare` or `headfold.frontier` wrote, and files with what the command line
-            printed with --json: an evaluation, a benchmark, a check of engines.
+            printed with --json: an evaluation, a benchmark, a check of engines. A single one may be given alone.
         out: The file to write.
         original: The checkpoint that the folds were made of, a directory or a hub id; with it the page has samples of text.
         prompts: What the samples continue; by default three beginnings of texts.
@@ -69,7 +69,7 @@ def report(
     """
     out, progress, place = Path(out), progress or no_progress, check_device(device)
     require_charts()
-    named = [Path(path) for path in paths]
+    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not named:
         raise UserError("report: expected a fold, or a folder of headfold compare or frontier, got nothing; name one")
     kinds = [(path, kind_of_path(path)) for path in named]
