@@ -26,10 +26,10 @@ from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.evaluate.perplexity import open_language_model
 from headfold.hf_models import open_tokenizer
-from headfold.pages import contents, grouping, writing
+from headfold.pages import contents, costs, grouping, summary, writing
 from headfold.pages.cards import card_of
 from headfold.pages.continuations import PROMPTS, _greedy
-from headfold.pages.folds import open_fold
+from headfold.pages.folds import open_fold, open_original
 from headfold.pages.page import require_charts
 from headfold.verbs.frontier import Frontier
 
@@ -108,6 +108,22 @@ def test_what_was_not_measured_is_said_with_a_command_that_exists(page, fold: Pa
     verbs = Counter(command.split()[1] for command in found.absent)
     assert verbs.keys() == {"bench", "eval", "frontier"}
     assert all(parses(command.partition(" > ")[0]) for command in found.absent), found.absent
+
+
+def test_a_fold_without_its_card_is_counted_with_the_original(model: Path, fold: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(fold, bare)
+    (bare / "README.md").unlink()
+    opened = open_fold(bare, "bare")
+    alone = contents.Contents(folds=[opened])
+    assert "not recorded: the card is gone" in "".join(summary.section(alone).parts)
+    assert "not recorded: give --original DIR" in "".join(costs.section(alone).parts)
+    original = open_original(str(model), [opened])
+    before, after = original.costs["bare"]
+    assert after.kv_bytes_per_token == opened.kv_bytes_per_token < before.kv_bytes_per_token
+    shown = "".join(costs.section(contents.Contents(folds=[opened], original=original)).parts)
+    assert all(row[1] in shown and row[2] in shown for row in card_of(fold).table)
+    assert f"headfold bench {model} {bare} --json" in shown
 
 
 def test_the_picture_colours_each_query_head_by_its_kv_head(fold: Path) -> None:

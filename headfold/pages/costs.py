@@ -10,7 +10,7 @@ from ..timing.cases import BenchResult
 from . import charts
 from .contents import Contents, Fold
 from .elements import Section, chart, not_measured, paragraph, subheading, table
-from .results import EngineCheck
+from .results import EngineCheck, labels
 from .summary import kv_heads
 
 MOST_PIXELS = 3000
@@ -27,7 +27,7 @@ def section(contents: Contents) -> Section | None:
         parts += _bench(found, number)
         drawn[f"speed-{number}"] = _speed(found)
     for check in checks:
-        parts += _check(check)
+        parts += _check(check, labels(contents.results)[check.model])
     writers = [fold for fold in contents.folds if fold.kind == "text"]
     if writers and not benches:
         originals = dict.fromkeys(contents.original_of(fold) for fold in writers)
@@ -92,11 +92,11 @@ def _speed(found: BenchResult) -> dict[str, Any]:
         }
         for row in found.rows
     ]
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(str(row["model"]) for row in rows))
     encoding: dict[str, Any] = {
         "y": {"field": "model", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 150}},
         "x": {"field": "tokens", "type": "quantitative", "title": "new tokens per second"},
-        "color": charts.colour("setting", "setting", list(dict.fromkeys(row["setting"] for row in rows))),
+        "color": charts.colour("setting", "setting", list(dict.fromkeys(str(row["setting"]) for row in rows))),
         "tooltip": charts.tooltip(
             ("model", "model", ""), ("setting", "setting", ""), ("tokens", "tokens/s", ".3~r"),
             ("cache", "K/V cache", ""),
@@ -109,7 +109,7 @@ def _speed(found: BenchResult) -> dict[str, Any]:
     return charts.spec("New tokens per second of each model", rows, height=height, mark=bar, encoding=encoding)
 
 
-def _check(found: EngineCheck) -> list[Markup]:
+def _check(found: EngineCheck, called: str) -> list[Markup]:
     run = [row for row in found.rows if row.version is not None]
     if not run:
         return []
@@ -124,4 +124,4 @@ def _check(found: EngineCheck) -> list[Markup]:
         for row in run
     ]
     header = ("engine", "computes", "KL to headfold's runtime, nats", "tokens/s", "K/V per token")
-    return [subheading(f"{found.model} in engines"), table("Run in engines, in float32", header, rows)]
+    return [subheading(f"{called} in engines"), table("Run in engines, in float32", header, rows)]

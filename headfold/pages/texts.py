@@ -51,7 +51,7 @@ def _written(name: str, found: Continuation, num_tokens: int) -> Markup:
     )
     text = Markup("{}").format(same)
     if parting:
-        text += Markup('<mark>{}</mark><span class="after">{}</span>').format(_visible(parting), after)
+        text += Markup('<mark>{}</mark><span class="after">{}</span>').format(_visible(parting), _visible(after))
     how = f"parts at token {found.num_same + 1}" if parting or found.num_same < num_tokens else "writes the same"
     return Markup('<div class="text"><h4>{}</h4><p class="written" tabindex="0">{}</p>{}{}</div>').format(
         name,

@@ -77,7 +77,7 @@ def report(
     if prompts and original is None:
         raise UserError("--prompt: expected --original DIR beside it, as both models continue a prompt; give it")
     with owned_file(out, force):
-        advance = counter(progress, "read", len(kinds) + 1)
+        advance = counter(progress, "read", len(kinds))
         folds, tables, fronts, results = [], [], [], []
         for path, kind in kinds:
             match kind:
@@ -93,17 +93,14 @@ def report(
         if original is not None and not folds:
             raise UserError(f"--original {original}: expected a fold of it among what is reported, got none; name one")
         opened = None if original is None else open_original(str(original), folds)
-        advance(1)
         samples, reason = _samples(opened, folds, prompts or PROMPTS, new_tokens, place, progress)
         contents = Contents(
             folds, opened, tables, fronts, results, samples, reason, {fold.name: _served(fold) for fold in folds}
         )
         names = [name_of(path) for path, kind in kinds if kind != "result"] or [path.name for path in named]
         size = write_page(out, contents, titled(names))
-    by_kind = {
-        kind: [name_of(path) for path, each in kinds if each == kind] for kind in ("fold", "comparison", "frontier")
-    }
-    return Report(out, size, *by_kind.values(), results=len(results), samples=len(samples))
+    shown = [[one.name for one in listed] for listed in (folds, tables, fronts)]
+    return Report(out, size, *shown, len(results), len(samples))
 
 
 def _samples(
