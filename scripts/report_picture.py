@@ -1,4 +1,4 @@
-"""Draw docs/assets/report.png: the first screen of the report on a fold of the bundled model, as Chromium shows it.
+"""Draw docs/assets/report.png: the section on the loss of a report on a fold of the bundled model, as Chromium shows it.
 
     python scripts/report_picture.py
 
@@ -19,7 +19,7 @@ from headfold.verbs.evaluate import facts
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "assets" / "report.png"
-WIDTH, HEIGHT, COLOURS = 1200, 1250, 64
+WIDTH, HEIGHT, COLOURS = 1200, 838, 64
 
 
 def main() -> None:
