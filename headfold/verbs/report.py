@@ -99,8 +99,15 @@ def report(
         )
         names = [name_of(path) for path, kind in kinds if kind != "result"] or [path.name for path in named]
         size = write_page(out, contents, titled(names))
-    shown = [[one.name for one in listed] for listed in (folds, tables, fronts)]
-    return Report(out, size, *shown, len(results), len(samples))
+    return Report(
+        out,
+        size,
+        [fold.name for fold in folds],
+        [table.name for table in tables],
+        [front.name for front in fronts],
+        len(results),
+        len(samples),
+    )
 
 
 def _samples(
