@@ -40,7 +40,7 @@ def repeated(report: dict[str, Any]) -> dict[str, Any]:
     for row in now["rows"]:
         key = row["group"], row["verb"], row["kind"], row["ended"]
         rows[key] = rows.get(key, 0) + row["cases"]
-    if now["list"] != report["list"]:
+    if now["list"] != report.get("list"):
         sys.exit(
             "robustness: the list of scenarios has changed since the campaign, and its numbers mean other cases; run it anew"
         )
