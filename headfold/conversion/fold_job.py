@@ -45,14 +45,8 @@ class FoldJob:
     @classmethod
     @contextmanager
     def opened(
-        cls,
-        out: Path,
-        settings: Mapping[str, Any],
-        force: bool,
-        teacher: Teacher,
-        request: FoldRequest,
-        given: StatsFile | None,
-    ) -> Iterator["FoldJob"]:
+        cls, out: Path, settings: Mapping[str, Any], force: bool, teacher: Teacher, request: FoldRequest, given: StatsFile | None
+    ) -> Iterator["FoldJob"]:  # fmt: skip
         """Own `OUT.partial`, empty or as an earlier run of the same settings left it; it is removed if an error leaves it empty.
 
         Raises:

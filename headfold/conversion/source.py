@@ -98,9 +98,8 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    return Source(
-        str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config, where), encoder, detected
-    )
+    sites = _with_plane_frequencies(sites, checkpoint.config, where)
+    return Source(str(model), checkpoint, family, sites, encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
