@@ -212,7 +212,9 @@ def test_every_frequency_stands_multiple_times_in_the_table_to_the_last_bit(kind
                   max_position_embeddings=256)  # fmt: skip
     config = fields | {"rope_parameters": dict(TABLES[kind])}
     source = AutoConfig.for_model(**config)
-    large = AutoConfig.for_model(**fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, multiple))
+    large = AutoConfig.for_model(
+        **fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, "config.json", multiple)
+    )
     for length in (1, 256):  # a longrope has two tables, and all others one
         (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(large, length)
         # One unit in the last place: not every number is a quotient of two floats.

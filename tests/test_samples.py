@@ -299,6 +299,20 @@ def test_sound_becomes_features_and_labels(model, tmp_path):
     )
 
 
+def test_recordings_without_words_are_none_for_a_model_that_writes(tmp_path):
+    """Its decoder would have nothing to read; the extractor's warnings of bands without a frequency are not for users."""
+    with pytest.warns(UserWarning, match="mel filter"):
+        WhisperFeatureExtractor(feature_size=60, n_fft=40, chunk_length=1).save_pretrained(tmp_path / "whisper")
+    (tmp_path / "sounds").mkdir()
+    write_sound(tmp_path / "sounds" / "a.wav", 16000, 2, 1)
+    config, place = tmp_path / "whisper" / "config.json", {"path": tmp_path / "whisper", "context": 4, "seed": None}
+    config.write_text('{"model_type": "whisper", "is_encoder_decoder": true}')
+    with pytest.raises(UserError, match=r"sounds: expected a transcript of every recording.*write NAME\.txt"):
+        draw_sample("audio", str(tmp_path / "sounds"), num_items=2, **place)
+    config.write_text('{"model_type": "whisper"}')
+    assert draw_sample("audio", str(tmp_path / "sounds"), num_items=2, **place).keys() == {"input_features"}
+
+
 REFUSALS = [
     ("pairs", "text.txt", (), "an encoder-decoder needs pairs of text, got one file of text"),
     ("pairs", "missing.jsonl", (), "no such file or folder; expected FILE.jsonl"),

@@ -98,7 +98,8 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
+    sites = _with_plane_frequencies(sites, checkpoint.config, where)
+    return Source(str(model), checkpoint, family, sites, encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
@@ -123,11 +124,11 @@ def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
     return stats
 
 
-def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
+def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any], where: str) -> list[Site]:
     """Return the sites with the frequencies of their RoPE planes, where the config has one table for all of them."""
     if not any(site.key_freedom.rotary_dim for site in sites):
         return sites
-    found = plane_frequencies(config)
+    found = plane_frequencies(config, where)
     return [
         replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
         if site.key_freedom.rotary_dim == 2 * len(found) > 0

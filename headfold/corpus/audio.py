@@ -149,8 +149,14 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
                 raise wave.Error(f"samples of {sample_bytes} bytes")
             pieces = iter(partial(opened.readframes, PIECE), b"")
             return _mono((_samples(piece, sample_bytes, channels) for piece in pieces), item), rate
-    except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{item}: expected uncompressed wav ({error}); convert it") from error
+    except (
+        wave.Error,
+        EOFError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a part that is longer than what it lies in
+        said = str(error) or "its parts do not fit into each other"
+        raise UserError(f"{item}: expected uncompressed wav ({said}); convert it") from error
 
 
 def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:

@@ -112,11 +112,10 @@ def fold(
     source = replace(source, encoder=request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
-    with FoldJob.opened(out, settings, force) as job:
-        teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
-        if not data.names_data:
-            teacher.use_sample(given)
-        job.draw_texts(teacher, request, given)
+    teacher = Teacher(source, request.calibration, place, compute_dtype, progress)
+    if not data.names_data:
+        teacher.use_sample(given)
+    with FoldJob.opened(out, settings, force, teacher, request, given) as job:
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)
