@@ -84,18 +84,31 @@ def _measure_by_block(
     """Call `keep` with the statistics of one site after another. `earlier` returns those that a site was kept with, on rank 0 alone."""
     observer = Observer(model, statistics)
     for portion in _portions(model, sites[0], list(batches(sample))):
-        own = [batch["input_ids"] for number, batch in enumerate(portion) if falls_here(number)]
-        for block, visit in walk(model, sites, own):
-            name = block.site.name
-            if (sums := earlier(name)) is not None:
-                observer.add(name, sums)
-            with observer.watching([block.site]):
-                for number, batch in enumerate(portion):
-                    if falls_here(number):
-                        observer.batch = batch
-                        visit(number // world_size())
-                    progress(num_tokens(batch))
-            keep(name, observer.take()[name])
+        _measure_portion(model, sites, portion, observer, earlier, keep, progress)
+
+
+def _measure_portion(
+    model: "PreTrainedModel",
+    sites: list[Site],
+    portion: list[Sample],
+    observer: Observer,
+    earlier: Callable[[str], SiteStats | None],
+    keep: Callable[[str, SiteStats], None],
+    progress: Callable[[int], None],
+) -> None:
+    """Run every block on this rank's share of some batches and add what its site sees to what was kept before."""
+    own = [batch["input_ids"] for number, batch in enumerate(portion) if falls_here(number)]
+    for block, visit in walk(model, sites, own):
+        name = block.site.name
+        if (sums := earlier(name)) is not None:
+            observer.add(name, sums)
+        with observer.watching([block.site]):
+            for number, batch in enumerate(portion):
+                if falls_here(number):
+                    observer.batch = batch
+                    visit(number // world_size())
+                progress(num_tokens(batch))
+        keep(name, observer.take()[name])
 
 
 def _portions(model: "PreTrainedModel", site: Site, every_batch: list[Sample]) -> Iterator[list[Sample]]:
