@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import calibration as calibrating
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.stats_file import StatsFile, write_stats
+from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -26,7 +26,7 @@ from ..families.context import context_length
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
-from ..refine import distill, heal, refit
+from ..refine import distill, heal, measuring, refit
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..surgery import kept_weights, query_order, site_heads
@@ -138,11 +138,11 @@ class Teacher:
 
     def write_statistics(self, path: Path, statistics: frozenset[str] | None = None) -> dict[str, str]:
         """Measure `statistics` (default: all) of every site, write them to the file `path` and return its metadata."""
-        sample, model = self.sample, self.model
-        advance = counter(self.progress, "calibrate", calibrating.total_tokens(sample))
-        sums = calibrating.collect(model, self.source.every_site, sample, advance, statistics)
-        metadata = self.statistics_metadata()
-        on_main(lambda: write_stats(path, sums, metadata, sample))
+        sample, model, metadata = self.sample, self.model, self.statistics_metadata()
+        tensors, counted = self.source.checkpoint.tensors, partial(counter, self.progress, "calibrate")
+        measuring.write_statistics(
+            path, model, self.source.every_site, sample, metadata, lambda name: tensors[name].shape, statistics, counted
+        )
         return metadata
 
     def statistics_metadata(self) -> dict[str, str]:

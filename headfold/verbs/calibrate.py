@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
-from ..conversion.outputs import refuse_existing
+from ..conversion.outputs import owned_file, refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress
@@ -69,7 +69,7 @@ def calibrate(
         progress: Called with (stage, done, total).
 
     Raises:
-        UserError: a source that cannot be folded or read, or a file in the way without `force`.
+        UserError: a source that cannot be folded or read, a file in the way without `force`, or another run that writes it.
     """
     path, compute_dtype = Path(stats), dtype_named(dtype)
     on_main(lambda: refuse_existing(path, force))
@@ -78,7 +78,8 @@ def calibrate(
     config = CalibrationConfig.resolve(source, data)
     teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress)
     started = time.monotonic()
-    metadata = teacher.write_statistics(path)
+    with owned_file(path, force):
+        metadata = teacher.write_statistics(path)
     seconds = time.monotonic() - started
     found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, teacher.notes)
     return CalibrationResult(path, config.source, *found)
