@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
+from kinds import KINDS
 from test_cli import model, run  # noqa: F401
 from tiny import (
     FLOAT32_NORMS,
     FOREIGN,
-    TINY,
     answer_of,
     stock_logits,
     stock_model,
@@ -55,7 +55,7 @@ def takes_multiples(name: str) -> bool:
     return name != "clip" and not any(head_dim_refusal(site, MULTIPLE) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
-TAKEN = sorted(name for name in [*TINY, *FOREIGN] if takes_multiples(name))
+TAKEN = sorted(name for name in KINDS if takes_multiples(name))
 FREE = [name for name in TAKEN if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
 SLOTTED = [name for name in TAKEN if name not in FREE]
 
