@@ -34,7 +34,7 @@ FLOORS = {
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
     7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving"),
     8: ("conversion",),
-    9: ("budget", "uptraining"),
+    9: ("advice", "budget", "uptraining"),
     10: ("verbs",),
     11: ("cli",),
     12: ("__main__",),
