@@ -1,17 +1,23 @@
 """Measure what little calibration costs: by the number of tokens, by the length of windows, and by the kind of text.
 
     python benchmarks/calibration_amount.py [MODEL] [--prose FILE] [--seeds 3] [--rows tokens|windows|kinds …]
+    python benchmarks/calibration_amount.py --texts FILE… --models MODEL…
 
 Loss increase at 2 of 8 K/V heads on held-out text of the bundled model, with and without a refit, and how far each text is from the
-model's own (`headfold.adequacy`). Results go to benchmarks/results/calibration_amount.json after each row, so an interrupted run resumes.
+model's own (`headfold.adequacy`). With `--texts` only that is measured, of further models on Python, these texts and random letters.
+Results go to benchmarks/results/calibration_amount.json after each row, so an interrupted run resumes.
 """
 
 import argparse
 import json
+import random
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from machine import describe
 from quality import Bench, Row
 from torch import Tensor
@@ -19,6 +25,8 @@ from torch import Tensor
 import headfold
 from headfold.adequacy.surprise import surprise
 from headfold.core.stats import SiteStats
+from headfold.corpus.windows import draw_windows
+from headfold.hf_models import open_model, open_tokenizer
 
 BUNDLED = Path(headfold.__file__).parent / "bundled"
 RESULTS = Path(__file__).parent / "results" / "calibration_amount.json"
@@ -61,6 +69,22 @@ class Amounts(Bench):
             self.context = evaluated
 
 
+def surprises(models: list[str], texts: list[str]) -> Iterator[dict]:
+    """Yield how far texts are from what models write."""
+    with tempfile.TemporaryDirectory() as folder:
+        noise, generator = Path(folder) / "letters.txt", random.Random(0)
+        noise.write_text("".join(generator.choice("qxzjkwv ßøæþ") for _ in range(60_000)))
+        for path in models:
+            model, tokenizer = open_model(path, dtype=torch.float32), open_tokenizer(path)
+            for source in ("stdlib", *texts, str(noise)):
+                windows = draw_windows(source, tokenizer=tokenizer, model=model, num_tokens=2048, context=256, seed=0)
+                found = surprise(model, windows)
+                yield {
+                    "rows": "texts", "model": Path(path).name, "name": Path(source).stem, "perplexity": found.perplexity,
+                    "expected_perplexity": found.expected_perplexity, "excess": found.excess,
+                }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(BUNDLED))
@@ -69,7 +93,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=["tokens", "windows", "kinds"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before a row after so many")
+    parser.add_argument("--texts", nargs="*", default=[])
+    parser.add_argument("--models", nargs="*", default=[])
     options = parser.parse_args()
+    if options.texts:
+        found = json.loads(options.out.read_text())
+        kept = [row for row in found["rows"] if row["rows"] != "texts"]
+        found["rows"] = kept + list(surprises(options.models, options.texts))
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        return
     started = time.monotonic()
     bench = Amounts(options.model, [BUNDLED / "heldout.txt"], CONTEXT, WINDOWS)
     found = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
