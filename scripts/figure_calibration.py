@@ -44,7 +44,33 @@ def kinds() -> str:
     )
 
 
+TEXTS = {
+    "stdlib": "Python",
+    "valid": "Wikipedia (WikiText-2)",
+    "input": "Shakespeare",
+    "letters": "letters drawn at random",
+}
+
+
+def surprises() -> str:
+    """How far texts are from what models write, by model."""
+    return table(
+        ["model", "text", "perplexity", "expected", "loss beyond the expected one (nats)"],
+        [
+            [
+                row["model"],
+                TEXTS[row["name"]],
+                number(row["perplexity"]),
+                number(row["expected_perplexity"]),
+                number(row["excess"]),
+            ]
+            for row in rows(RESULTS, rows="texts")
+        ],
+    )
+
+
 CALIBRATION = {
+    "calibration-surprises": Block(surprises, (RESULTS,)),
     "calibration-amounts": Block(amounts, (RESULTS,)),
     "calibration-windows": Block(windows, (RESULTS,)),
     "calibration-kinds": Block(kinds, (RESULTS,)),

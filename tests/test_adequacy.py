@@ -1,7 +1,6 @@
 """A fold says how far its calibration data reach: their amount, the length of their windows, and whether the model knows such text."""
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +43,23 @@ def test_text_that_a_model_writes_does_not_surprise_it() -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A text of no words, which the bundled model, trained on Python, does not know."""
-    generator, path = random.Random(0), tmp_path_factory.mktemp("text") / "noise.txt"
-    path.write_text("".join(generator.choice("qxzjkwv ßøæþ") for _ in range(60_000)))
+    """A text of tokens that the bundled model does not expect one after the other."""
+    tokenizer, path = AutoTokenizer.from_pretrained(BUNDLED), tmp_path_factory.mktemp("text") / "random.txt"
+    ids = torch.randint(len(tokenizer), (8000,), generator=torch.Generator().manual_seed(0))
+    path.write_text(tokenizer.decode(ids))
     return str(path)
 
 
 def test_text_of_another_kind_is_named(foreign: str, tmp_path: Path) -> None:
     """When it is calibrated on, when a fold is made of that, and on its card; own text is not."""
     stats = tmp_path / "stats.safetensors"
-    result = headfold.calibrate(BUNDLED, stats, calibration=foreign, tokens=4096)
+    result = headfold.calibrate(BUNDLED, stats, calibration=foreign, tokens=1024)
     kind = "calibration text is of another kind than the model's own: its perplexity there is"
     assert sum(note.startswith(kind) for note in result.notes) == 1
     fold = headfold.fold(BUNDLED, tmp_path / "out", kv_heads=2, stats=stats, refit=False, verify=False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert any(note.startswith(kind) for note in fold.notes) and f"- Note: {kind}" in card
-    own = headfold.calibrate(BUNDLED, tmp_path / "own", calibration=str(BUNDLED / "heldout.txt"), tokens=4096)
+    own = headfold.calibrate(BUNDLED, tmp_path / "own", calibration=str(BUNDLED / "heldout.txt"), tokens=1024)
     assert not any(note.startswith(kind) for note in own.notes)
     recorded = StatsFile(tmp_path / "own").metadata
     assert float(recorded["perplexity"]) > 1 and float(recorded["expected_perplexity"]) > 1
@@ -76,14 +76,14 @@ def test_short_windows_are_named(tmp_path: Path) -> None:
 
 
 def test_the_card_counts_positions_per_parameter(tmp_path: Path) -> None:
-    """By hand for the bundled model at 2 K/V heads: 2,048 positions for 8 x 24 numbers of W_o and 2 x 24 of W_v for each output dim."""
+    """By hand for the bundled model at 2 K/V heads: 1,024 positions for 8 x 24 numbers of W_o and 2 x 24 of W_v for each output dim."""
     result = headfold.fold(
-        BUNDLED, tmp_path / "out", kv_heads=2, calibration=str(BUNDLED / "heldout.txt"), tokens=2048, verify=False
+        BUNDLED, tmp_path / "out", kv_heads=2, calibration=str(BUNDLED / "heldout.txt"), tokens=1024, verify=False
     )
     card = (tmp_path / "out" / "README.md").read_text()
     reach = next(line for line in card.splitlines() if line.startswith("- Calibration reaches: "))
-    assert f"{2048 / 192:.1f} positions per input dim" in reach and "windows of 512 tokens of a context of 512" in reach
-    assert f"; {2048 / (192 + 48):.1f} per refitted parameter of an output dim" in reach and "; perplexity " in reach
+    assert f"{1024 / 192:.1f} positions per input dim" in reach and "windows of 512 tokens of a context of 512" in reach
+    assert f"; {1024 / (192 + 48):.1f} per refitted parameter of an output dim" in reach and "; perplexity " in reach
     assert any("calibration is narrow" in note and "--no-refit" in note for note in result.notes)
 
 
