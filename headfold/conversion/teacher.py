@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import calibration as calibrating
+from ..adequacy.surprise import surprise
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
@@ -62,6 +63,7 @@ class Teacher:
     notes: list[str] = field(default_factory=list)
     _model: Any = None
     _sample: Mapping[str, Tensor] | None = None
+    _facts: dict[str, str] | None = None
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -149,9 +151,16 @@ class Teacher:
         """Return what a file of statistics says of the model and of the calibration data."""
         return {"model": self.source.checkpoint.fingerprint(), **self.facts()}
 
-    def facts(self) -> dict[str, str]:
-        """Return what describes the calibration data in files and cards."""
+    def data_facts(self) -> dict[str, str]:
+        """Return what describes the calibration data: enough to draw the same again."""
         return self._require_config().facts(self.sample)
+
+    def facts(self) -> dict[str, str]:
+        """Return the same as files and cards record it, text with how the original takes it. Every rank must ask at the same point."""
+        if self._facts is None:
+            facts, sample, model = self.data_facts(), self.sample, self.model
+            self._facts = on_main(lambda: facts | _surprise(model, sample))
+        return self._facts
 
     def refit(
         self,
@@ -223,7 +232,7 @@ class Teacher:
         if config.source == "self" or factor <= 1:
             return self
         more = replace(config, tokens=round(factor * have), items=math.ceil(factor * config.items))
-        return replace(self, config=more, _model=self.model, _sample=None, notes=[])
+        return replace(self, config=more, _model=self.model, _sample=None, _facts=None, notes=[])
 
     def _hidden_size(self) -> int:
         tensors = self.source.checkpoint.tensors
@@ -265,6 +274,11 @@ class Teacher:
             model, self.source.sites, merge, self.sample, order=order, skip=done, keep=keep,
             progress=counter(self.progress, stage, tokens * len(sites)),
         )  # fmt: skip
+
+
+def _surprise(model: "PreTrainedModel", sample: Mapping[str, Tensor]) -> dict[str, str]:
+    writes = calibrating.is_packed_text(sample) and model.get_output_embeddings() is not None
+    return surprise(model, sample["input_ids"]).facts() if writes else {}
 
 
 def _sample_of(stats: StatsFile) -> Mapping[str, Tensor] | None:

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adequacy.reach import reach_of_text
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
 from ..conversion.outputs import owned_file, refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress
+from ..families.context import context_length
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, spmd
 
@@ -81,5 +83,6 @@ def calibrate(
     with owned_file(path, force):
         metadata = teacher.write_statistics(path)
     seconds = time.monotonic() - started
-    found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, teacher.notes)
+    notes = teacher.notes + reach_of_text(metadata, context_length(source.checkpoint.config)).notes()
+    found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, notes)
     return CalibrationResult(path, config.source, *found)

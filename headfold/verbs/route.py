@@ -126,4 +126,4 @@ def _settled(teacher: Teacher, method: Any, seed: int) -> Plan:
             advance(calibrating.num_tokens(batch))
 
     routing.freeze(model, batches())
-    return routing.frozen_plan(model, teacher.source.checkpoint.fingerprint(), teacher.facts())
+    return routing.frozen_plan(model, teacher.source.checkpoint.fingerprint(), teacher.data_facts())
