@@ -1,4 +1,4 @@
-"""Tables of the hostile campaign."""
+"""Tables of the hostile campaign and of folds larger than memory."""
 
 from collections import Counter
 from typing import Any
@@ -57,8 +57,26 @@ def disasters() -> str:
     return table(["verb", "kills", "races", "full disks", "interrupts", "anything lost or half-written"], lines)
 
 
+def out_of_core() -> str:
+    facts = load("out_of_core")
+    lines = []
+    for name, runs in facts["runs"].items():
+        for layers, run in runs.items():
+            lines.append([
+                name, layers, f"{run['seconds']:.0f}", f"{facts['seconds_per_layer'][name]:.1f}",
+                f"{run['peak_anonymous_bytes'] / 2**30:.2f} GiB",
+            ])  # fmt: skip
+    said = (
+        f"Hidden size {facts['hidden']:,}, {facts['heads']} heads of {facts['hidden'] // facts['heads']}, bfloat16: a block has "
+        f"{facts['block_bytes'] / 2**30:.2f} GiB, its attention {facts['attention_bytes'] / 2**30:.2f} GiB. "
+        f"Statistics of {facts['tokens']:,} tokens."
+    )
+    return f"{said}\n\n{table(['job', 'layers', 'seconds', 'seconds of a further layer', 'peak of anonymous memory'], lines)}"
+
+
 HOSTILE = {
     "hostile-kinds": Block(kinds, ("robustness",)),
     "hostile-verbs": Block(verbs, ("robustness",)),
     "hostile-disasters": Block(disasters, ("robustness",)),
+    "out-of-core": Block(out_of_core, ("out_of_core",)),
 }

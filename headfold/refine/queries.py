@@ -77,8 +77,8 @@ class _Attention:
     """The queries of a site as linear functions of W_q, and the original's attention for them."""
 
     freedom: KeyFreedom
-    order: Int[Tensor, " head"]
-    """New position → query head of the original."""
+    order: Int[Tensor, " head"] | None
+    """New position → query head of the original; None where no head moves, which saves a copy of its weights."""
 
     def turned(self, z: Queries, at: _Sampled, *, back: bool = False) -> Queries:
         """Apply the position of the queries, or its adjoint."""
@@ -102,11 +102,8 @@ class _Attention:
 
     def target(self, at: _Sampled) -> Logits:
         """Return the original's attention."""
-        return (
-            _logits(at.target_query, at.target_key, at.scaling, at.target_hidden)
-            .softmax(-1)
-            .index_select(1, self.order)
-        )
+        weights = _logits(at.target_query, at.target_key, at.scaling, at.target_hidden).softmax(-1)
+        return weights if self.order is None else weights.index_select(1, self.order)
 
 
 def _logits(query: Queries, key: Tensor, scaling: float, hidden: Tensor | None = None) -> Logits:
@@ -139,7 +136,9 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
         return None
     size = heads.q.shape[2] if {"q", "qkv"} & set(site_calls.site.biases) else heads.q.shape[2] - 1
     start = heads.q[..., :size]
-    attention = _Attention(heads.key_freedom, site_calls.order.to(start.device))
+    order = site_calls.order.to(start.device)
+    moves = bool((order != torch.arange(len(order), device=order.device)).any())
+    attention = _Attention(heads.key_freedom, order if moves else None)
     slope, curvature, search = _samples(site_calls, heads, size)
     if any(_total(len(some), start.device) == 0 for some in (slope, curvature, search)):
         return None  # all calls are too short to leave queries out

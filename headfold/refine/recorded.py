@@ -1,7 +1,7 @@
 """Runs other heads in an attention block: the stock module, replayed on the calls that the original received."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,6 +60,10 @@ class AttentionInputs(NamedTuple):
     inputs: Float[Tensor, "batch token model"]
     counted: Bool[Tensor, "batch token"] | None
     """Which queries are not padding."""
+
+
+class _Reached(Exception):
+    """Raised where a replay has computed what it was for."""
 
 
 class _Unread(nn.Module):
@@ -162,28 +166,49 @@ class RecordedSite:
     def run(self, heads: Heads, number: int) -> Replay:
         """Replay the call of that number with other heads, in float32 or better, as sums in half precision would hide a ridge."""
         _, target, mask = self._recorded[number]
-        args, kwargs = self._reordered_call(number)
-        if self._fixed is not None:
-            self._fixed.number = number
         found: list[Tensor] = []
         hooks = [
             self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
             self._output.register_forward_hook(lambda module, inputs, output: found.extend((inputs[0], output))),
         ]
         try:
-            with self._skipped(number) as skipped:
-                tensors = {name: t for name, t in self._tensors(heads).items() if not name.startswith(skipped)}
-                torch.func.functional_call(self._module, tensors, args, kwargs)
+            self._call(heads, number)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._on_replay(number)
         value_inputs, inputs, output = found
         kept = None if mask is None else mask.flatten()
         inputs, output, target = (_rows(t, kept) for t in (inputs, output, target))
         # Keys' padding is left out where they are the queries' own; elsewhere it weighs little in a preconditioner.
         same = value_inputs.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
         return Replay(inputs, output, target, _rows(value_inputs, kept if same else None))
+
+    def output_inputs(self, heads: Heads, number: int) -> Float[Tensor, "position head_times_dim"]:
+        """Return the inputs of the output projection, as `run` does; nothing after them is computed."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            found.append(inputs[0])
+            raise _Reached
+
+        hook = self._output.register_forward_pre_hook(stop)
+        try:
+            with suppress(_Reached):
+                self._call(heads, number)
+        finally:
+            hook.remove()
+        mask = self._recorded[number].mask
+        return _rows(found[0], None if mask is None else mask.flatten())
+
+    def _call(self, heads: Heads, number: int) -> None:
+        """Run the module on the call of that number with other heads."""
+        args, kwargs = self._reordered_call(number)
+        if self._fixed is not None:
+            self._fixed.number = number
+        self._on_replay(number)
+        with self._skipped(number) as skipped:
+            tensors = {name: t for name, t in self._tensors(heads).items() if not name.startswith(skipped)}
+            torch.func.functional_call(self._module, tensors, args, kwargs)
 
     def _reordered_call(self, number: int) -> Call:
         """Return the call of that number for heads in standard order."""

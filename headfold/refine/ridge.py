@@ -21,16 +21,25 @@ from .recorded import RecordedSite
 @torch.no_grad()
 def refit_output(site_calls: RecordedSite, heads: Heads, ridge: float) -> Heads:
     """Return the heads with a new `o`, and a new `o_bias` where the site has one."""
-    size, model = heads.o[..., 0].numel() + 1, heads.o.shape[-1]
-    gram, cross = (torch.zeros(size, n, dtype=torch.float64, device=heads.o.device) for n in (size, model))
+    weights = _weights(heads).double()
+    size, model = weights.shape
+    gram, cross = (torch.zeros(size, n, dtype=torch.float64, device=weights.device) for n in (size, model))
     for number in site_calls.numbers:
-        replay = site_calls.run(heads, number)
-        a = torch.cat([replay.inputs, replay.inputs.new_ones(len(replay.inputs), 1)], 1)
+        inputs = site_calls.output_inputs(heads, number)
+        a = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         gram += self_product(a).double()
-        cross += (a.T @ (replay.target - replay.output)).double()
-    step = _solved(all_reduce(gram), all_reduce(cross), ridge, intercept=heads.o_bias is not None).to(heads.o)
+        cross += (a.T @ site_calls.target(number)).double()
+    gram, cross = all_reduce(gram), all_reduce(cross)
+    cross -= gram @ weights  # Σ a ŷᵀ, without another product for every position
+    step = _solved(gram, cross, ridge, intercept=heads.o_bias is not None).to(heads.o)
     o = heads.o + step[:-1].reshape(heads.o.shape)
     return replace(heads, o=o, o_bias=None if heads.o_bias is None else heads.o_bias + step[-1])
+
+
+def _weights(heads: Heads) -> Float[Tensor, "n_plus_1 model"]:
+    """Return [W_o; b_o], with zeros for a bias that is not there."""
+    bias = heads.o.new_zeros(heads.o.shape[-1]) if heads.o_bias is None else heads.o_bias
+    return torch.cat([heads.o.flatten(0, -2), bias[None]])
 
 
 def _solved(
