@@ -5,7 +5,7 @@
 
 Of a hundred cases 92 are inputs, 5 kills, and a race, a full disk and an interrupt one each. Results go to
 benchmarks/results/robustness.json, findings among them. `--again` repeats the findings, after they were mended, and keeps what they were
-under `mended`.
+under `mended`, where those of earlier campaigns stay. The number of a case has a meaning for one list of scenarios, whose digest is `list`.
 """
 
 import argparse
@@ -40,6 +40,10 @@ def repeated(report: dict[str, Any]) -> dict[str, Any]:
     for row in now["rows"]:
         key = row["group"], row["verb"], row["kind"], row["ended"]
         rows[key] = rows.get(key, 0) + row["cases"]
+    if now["list"] != report.get("list"):
+        sys.exit(
+            "robustness: the list of scenarios has changed since the campaign, and its numbers mean other cases; run it anew"
+        )
     findings = now["findings"]
     listed = [
         {"group": group, "verb": verb, "kind": kind, "ended": ended, "cases": count}
@@ -47,7 +51,8 @@ def repeated(report: dict[str, Any]) -> dict[str, Any]:
         if count
     ]
     still = {found["number"] for found in findings}
-    mended = report.get("mended", []) + [found for found in report["findings"] if found["number"] not in still]
+    gone = [found | {"list": report["list"]} for found in report["findings"] if found["number"] not in still]
+    mended = report.get("mended", []) + gone
     return report | {"rows": listed, "findings": findings, "mended": mended}
 
 
@@ -62,7 +67,8 @@ def main() -> None:
         report = repeated(json.loads(OUT.read_text()))
     else:
         words = [f"--{name}={getattr(options, name)}" for name in ("cases", "minutes", "seed")]
-        report = {"machine": describe(), "seeds": [options.seed], **campaign(OUT, *words)}
+        mended = json.loads(OUT.read_text()).get("mended", []) if OUT.exists() else []
+        report = {"machine": describe(), "seeds": [options.seed], **campaign(OUT, *words), "mended": mended}
     OUT.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -162,9 +162,13 @@ class Observer:
             seen = second_moment.observe(x, mask_of(site, self.batch, x, queries=queries))
             count = int(seen["second"][-1, -1])
             found = SiteStats({"query_second": seen["second"]}, 0) if queries else SiteStats(seen, count)
-            _add(self._sums, site.name, found)
+            self.add(site.name, found)
 
         return observe
+
+    def add(self, name: str, seen: SiteStats) -> None:
+        """Add sums to those of a site, such as earlier ones, which this takes over."""
+        _add(self._sums, name, seen)
 
     def take(self) -> dict[str, SiteStats]:
         """Return the sums of every site observed since the last call, over all processes, which must ask at the same point.
@@ -287,7 +291,7 @@ def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
     old = sums.get(name, SiteStats({}, 0))
     for key, tensor in seen.tensors.items():
         if key in old.tensors:
-            old.tensors[key].add_(tensor)
+            old.tensors[key].add_(tensor.to(old.tensors[key].device))
     sums[name] = SiteStats({**seen.tensors, **old.tensors}, old.count + seen.count)
 
 

@@ -1,7 +1,8 @@
 """Rotary tables for heads with a larger head_dim: every frequency of the source's table repeated, in the form of transformers'
 `longrope`.
 
-longrope divides each frequency θ^(-2p/dim) of a head by a factor, so any table can be expressed (docs/absorb.md, section 7).
+longrope divides each frequency θ^(-2p/dim) of a head by a factor, so any table can be expressed (docs/absorb.md, section 7). `where` names
+the config in messages.
 """
 
 import math
@@ -16,7 +17,7 @@ from .core.errors import UserError
 from .hf_models.building import open_config
 
 
-def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict[str, Any]:
+def table_of_multiple(config: Mapping[str, Any], where: str, head_dim_multiple: int) -> dict[str, Any]:
     """Return the config fields of a table `head_dim_multiple` times as large: plane p has the source's frequency p // head_dim_multiple.
 
     The table is the same at every context length, except for a source that uses longrope: it keeps its two tables.
@@ -24,7 +25,7 @@ def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict
     Raises:
         KeyError: the source's table changes with the context, or per layer (`families.spec.has_one_table`).
     """
-    source = _read(config)
+    source = _read(config, where)
     rope = dict(source.rope_parameters)
     longest = source.max_position_embeddings
     trained = rope.get("original_max_position_embeddings", longest) if rope["rope_type"] == "longrope" else longest
@@ -43,28 +44,28 @@ def table_of_multiple(config: Mapping[str, Any], head_dim_multiple: int) -> dict
     return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
 
 
-def rotary_table(config: Mapping[str, Any]) -> tuple[Float[Tensor, " plane"], float]:
+def rotary_table(config: Mapping[str, Any], where: str) -> tuple[Float[Tensor, " plane"], float]:
     """Return radians per token of every plane at a length that the model was trained on, and the factor of cosine and sine."""
-    return _frequencies(_read(config), None)
+    return _frequencies(_read(config, where), None)
 
 
-def plane_frequencies(config: Mapping[str, Any]) -> tuple[float, ...]:
+def plane_frequencies(config: Mapping[str, Any], where: str) -> tuple[float, ...]:
     """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
-    opened = open_config(config, "config.json")
+    opened = open_config(config, where)
     try:
         found = _frequencies(_standardised(opened), None)[0]
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
         return ()
     if not (torch.isfinite(found).all() and (found >= 0).all()):
         raise UserError(
-            "config.json: expected rotary parameters that give finite frequencies, got others; correct the config"
+            f"{where}: expected rotary parameters that give finite frequencies, got others; correct the config"
         )
     return tuple(found.tolist())
 
 
-def _read(config: Mapping[str, Any]) -> Any:
+def _read(config: Mapping[str, Any], where: str) -> Any:
     """Return the config as its class reads it, with rotary parameters in their present form."""
-    return _standardised(open_config(config, "config.json"))
+    return _standardised(open_config(config, where))
 
 
 def _standardised(opened: Any) -> Any:

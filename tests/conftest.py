@@ -10,6 +10,7 @@ import transformers.modeling_utils  # noqa: F401 - what a module under the hook 
 
 jaxtyping.install_import_hook("headfold", "typechecking.check")
 
+import rounds  # noqa: E402, F401 - few of them, in this process
 from tiny import FLOAT32_NORMS, TINY, stock_logits, stock_model, tiny_checkpoint, tiny_tokens  # noqa: E402
 
 __all__ = ["FLOAT32_NORMS", "TINY", "stock_logits", "stock_model", "tiny_checkpoint", "tiny_tokens"]

@@ -1,7 +1,7 @@
 """Reads what a source text of headfold imports, in whatever form it is written; `test_house.py` holds it against the floor plan."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import headfold
@@ -28,7 +28,11 @@ def module_name(path: Path) -> Name:
 def imported_by(text: str, module: Name, *, is_package: bool = False) -> set[Name]:
     """The same for a text that is the module of this name. A public name of the package counts as the module that it lives in."""
     tree, package = ast.parse(text), module if is_package else module[:-1]
-    spelled = [name for node in ast.walk(tree) for name in (*_statements(node, package), *_calls(node, tree, module, package))]  # fmt: skip
+    constants = _constants(tree) | {"__name__": ".".join(module), "__package__": ".".join(package)}
+    loaders = {"import_module", "__import__", *_other_names_of_import_module(tree)}
+    nodes = list(ast.walk(tree))
+    spelled = [name for node in nodes for name in _statements(node, package)]
+    spelled += [name for node in nodes for name in _calls(node, loaders, constants, package)]
     return {home for name in spelled for home in _homes(name)}
 
 
@@ -44,16 +48,14 @@ def _statements(node: ast.AST, package: Name) -> Iterator[Name]:
         yield from ((*base, alias.name) for alias in node.names)
 
 
-def _calls(node: ast.AST, tree: ast.Module, module: Name, package: Name) -> Iterator[Name]:
+def _calls(node: ast.AST, loaders: Set[str], constants: Mapping[str, str], package: Name) -> Iterator[Name]:
     """What `import_module` and `__import__` are called with, as far as it stands in the text."""
     if not isinstance(node, ast.Call) or not node.args:
         return
     function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-    if function not in {"import_module", "__import__", *_other_names_of_import_module(tree)}:
+    if function not in loaders:
         return
-    text = _known_text(
-        node.args[0], _constants(tree) | {"__name__": ".".join(module), "__package__": ".".join(package)}
-    )
+    text = _known_text(node.args[0], constants)
     level = len(text) - len(text.lstrip("."))
     base = package[: len(package) - level + 1] if level else ()
     name = (*base, *(part for part in text.split(".") if part))
@@ -77,7 +79,7 @@ def _constants(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def _known_text(node: ast.expr, constants: dict[str, str]) -> str:
+def _known_text(node: ast.expr, constants: Mapping[str, str]) -> str:
     """The text of a string, a named one, or an f-string up to the first part of the dotted name that is not known."""
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     known = ""

@@ -200,10 +200,9 @@ def wav(frames: int, rate: int = 16_000, channels: int = 1, width: int = 2, clai
     ("data", "message"),
     [
         (wav(0), "no length"),
-        (wav(10, claimed=2**32 - 2), "at most 6 hours"),
         (wav(10, rate=2**31 - 1), "at most 6 hours"),
         (wav(10, channels=1000), "1000 channels"),
-        (b"RIFF" + wav(10)[4:20], "uncompressed wav"),
+        (b"RIFF" + wav(10)[4:20], "expected sound"),
     ],
 )
 def test_sound_of_absurd_length_is_refused(data: bytes, message: str, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import headfold
 from headfold import planning
 from headfold.budget.allocation import CountOption, allocate, allocate_qcqa, pareto_front, total
 from headfold.budget.curves import interpolated_loss, measured_counts
-from headfold.budget.request import BudgetRequest, _share, _size
+from headfold.budget.request import BudgetRequest, _share
 from headfold.conversion.folded_config import folded_config as config_of
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
+from headfold.core.sizes import parse_size
 from headfold.evaluate.sensitivity import Divergence, measure_sites_alone, replaced_parameters
 from headfold.families.spec import Site
 
@@ -108,13 +109,13 @@ def test_loss_between_measured_counts_follows_the_prediction() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("40KiB", 40960), ("65536", 65536), ("1.5 kB", 1500), ("2MiB", 2 << 20)])
 def test_sizes(text: str, size: float) -> None:
-    assert _size(text) == size
+    assert parse_size("--kv-bytes", text, "bytes per token such as 40KiB") == size
 
 
 @pytest.mark.parametrize("text", ["", "many", "-3", "0", "4 apples", "1.2.3"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="--kv-bytes"):
-        _size(text)
+        parse_size("--kv-bytes", text, "bytes per token such as 40KiB")
 
 
 def test_shares() -> None:
@@ -343,6 +344,8 @@ def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Pa
 def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tmp_path: Path) -> None:
     shown = run("frontier", model, tmp_path / "front", "--stats", stats, "--measure", 3)
     assert shown.code == 0 and "rank correlation" in shown.out, shown.err
+    page = tmp_path / "front" / "report.html"
+    assert f"wrote {page}" in shown.out if page.exists() else "pip install 'headfold[report]'" in shown.out
     found = json.loads((tmp_path / "front" / "frontier.json").read_text())
     for point in found["points"]:
         plan = Plan.load(tmp_path / "front" / point["plan"])

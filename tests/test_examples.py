@@ -2,11 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from tiny import tiny_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 import headfold
 
@@ -19,9 +27,34 @@ PRINTED = {
     "in_memory.py": "K/V heads 8 before, 4 after",
     "budget.py": "layers.4.self",
     "custom_merge.py": "largest",
+    "speech_folder.py": "loss per token of what is said",
     "fold_bundled.ipynb": "verified: True",
 }
 """Example → a part of its output."""
+
+
+def speech(folder: Path) -> list[str]:
+    """A tiny Whisper that takes seconds of sound and knows three words, a folder of flac files, and a place for the fold."""
+    soundfile = pytest.importorskip("soundfile")
+    model = shutil.copytree(
+        tiny_checkpoint("whisper", torch.float32, num_mel_bins=10, max_source_positions=50), folder / "whisper"
+    )
+    WhisperFeatureExtractor(feature_size=10, chunk_length=1).save_pretrained(model)
+    spelling = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(["?", "<s>", "</s>", "a", "b", "c"])}, "?")
+    )
+    spelling.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=spelling, unk_token="?", eos_token="</s>").save_pretrained(model)
+    (folder / "sounds").mkdir()
+    for number in range(12):
+        tone = np.sin(np.arange(6000) * (number + 3) / 40) / 2
+        soundfile.write(folder / "sounds" / f"{number}.flac", tone, 16_000)
+        (folder / "sounds" / f"{number}.txt").write_text("a b c b"[number % 3 :])
+    return [str(model), str(folder / "sounds"), str(folder / "fold"), "--items", "6"]
+
+
+ARGUMENTS = {"speech_folder.py": speech}
+"""Example → what makes its arguments in a folder."""
 
 
 def source(path: Path) -> str:
@@ -40,7 +73,9 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     path = EXAMPLES / name
-    words = [str(path)] if path.suffix == ".py" else ["-c", source(path)]
+    words = (
+        [str(path), *ARGUMENTS.get(name, lambda folder: [])(tmp_path)] if path.suffix == ".py" else ["-c", source(path)]
+    )
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, *words],

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
+from kinds import KINDS
 from test_cli import model, run  # noqa: F401
 from tiny import (
     FLOAT32_NORMS,
     FOREIGN,
-    TINY,
     answer_of,
     stock_logits,
     stock_model,
@@ -55,7 +55,7 @@ def takes_multiples(name: str) -> bool:
     return name != "clip" and not any(head_dim_refusal(site, MULTIPLE) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
-TAKEN = sorted(name for name in [*TINY, *FOREIGN] if takes_multiples(name))
+TAKEN = sorted(name for name in KINDS if takes_multiples(name))
 FREE = [name for name in TAKEN if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
 SLOTTED = [name for name in TAKEN if name not in FREE]
 
@@ -212,7 +212,9 @@ def test_every_frequency_stands_multiple_times_in_the_table_to_the_last_bit(kind
                   max_position_embeddings=256)  # fmt: skip
     config = fields | {"rope_parameters": dict(TABLES[kind])}
     source = AutoConfig.for_model(**config)
-    large = AutoConfig.for_model(**fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, multiple))
+    large = AutoConfig.for_model(
+        **fields | {"head_dim": 16 * multiple}, **table_of_multiple(config, "config.json", multiple)
+    )
     for length in (1, 256):  # a longrope has two tables, and all others one
         (before, scaling), (after, new_scaling) = frequencies(source, length), frequencies(large, length)
         # One unit in the last place: not every number is a quotient of two floats.

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs
+from kinds import KINDS
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_refit import energy
-from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from torch import Tensor
 
 import headfold
@@ -29,7 +30,6 @@ from headfold.refine.blocks import recorded_calls
 from headfold.refine.heal import heal, tokens_per_block
 from headfold.refine.recorded import RecordedCall, RecordedSite
 
-NAMES = sorted({*TINY, *FOREIGN})
 NUM_ITEMS = 16
 
 
@@ -84,7 +84,7 @@ def with_fitted(heads: Heads, fitted: FittedHeads) -> Heads:
     return fitted.to("cpu", torch.float64).onto(heads)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_what_is_held_back_is_answered_better(name: str) -> None:
     """On the last item, which no step saw; gradients are those of every family."""
     found, _ = healed(name)
@@ -94,7 +94,7 @@ def test_what_is_held_back_is_answered_better(name: str) -> None:
         assert lacking(name, site, with_fitted(heads, found[site.name]), held) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_only_what_the_checkpoint_has_room_for_changes(name: str) -> None:
     found, _ = healed(name)
     for site, heads in tiny_sites(tiny_checkpoint(name)):

@@ -25,8 +25,8 @@ CONFIG = json.dumps({"model_type": "llama", "rope_parameters": {"rope_theta": 1e
 
 
 def test_a_slice_of_the_campaign_finds_nothing() -> None:
-    """Four corrupted inputs, five kills, a race, a full disk and an interrupt."""
-    words = ("--first", "88", "--cases", "12", "--processes", "1", "--minutes", "4", "--seed", "1")
+    """Four corrupted inputs, five kills, one of them of a rank of two, a race, a full disk and an interrupt."""
+    words = ("--first", "88", "--cases", "12", "--processes", "1", "--minutes", "4", "--seed", "1760")
     ran = subprocess.run(
         [sys.executable, "-m", "hostile", *words], cwd=Path(__file__).parent, capture_output=True, text=True
     )

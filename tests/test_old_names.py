@@ -54,7 +54,7 @@ def test_a_larger_table_replaces_what_either_name_said(legacy: bool) -> None:
     if legacy:
         del source["rope_parameters"]
     kept = {field: value for field, value in source.items() if field not in ROTARY_NAMES}
-    wide = with_old_names({**kept, **table_of_multiple(source, 2)})
+    wide = with_old_names({**kept, **table_of_multiple(source, "config.json", 2)})
     assert rotary(wide)["rope_type"] == "longrope" and rotary(wide)["rope_theta"] == 5e5
     assert rotary({**wide, "rope_parameters": None}) == rotary(wide)
 

@@ -21,15 +21,17 @@ import headfold
 from headfold.budget.frontier import Point
 from headfold.checkpoint.staging import write_json
 from headfold.conversion.comparison_rows import MethodRow, write_rows
+from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.evaluate.perplexity import open_language_model
 from headfold.hf_models import open_tokenizer
-from headfold.pages import contents, grouping, writing
+from headfold.pages import contents, costs, grouping, summary, writing
 from headfold.pages.cards import card_of
 from headfold.pages.continuations import PROMPTS, _greedy
-from headfold.pages.folds import open_fold
+from headfold.pages.folds import open_fold, open_original
 from headfold.pages.page import require_charts
+from headfold.verbs.frontier import Frontier
 
 pytest.importorskip("vl_convert", reason="charts need vl-convert-python: pip install 'headfold[report]'")
 HOSTILE = "<img src=x onerror=alert(1)> & \"</script><script>alert(2)</script>'"
@@ -108,6 +110,22 @@ def test_what_was_not_measured_is_said_with_a_command_that_exists(page, fold: Pa
     assert all(parses(command.partition(" > ")[0]) for command in found.absent), found.absent
 
 
+def test_a_fold_without_its_card_is_counted_with_the_original(model: Path, fold: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(fold, bare)
+    (bare / "README.md").unlink()
+    opened = open_fold(bare, "bare")
+    alone = contents.Contents(folds=[opened])
+    assert "not recorded: the card is gone" in "".join(summary.section(alone).parts)
+    assert "not recorded: give --original DIR" in "".join(costs.section(alone).parts)
+    original = open_original(str(model), [opened])
+    before, after = original.costs["bare"]
+    assert after.kv_bytes_per_token == opened.kv_bytes_per_token < before.kv_bytes_per_token
+    shown = "".join(costs.section(contents.Contents(folds=[opened], original=original)).parts)
+    assert all(row[1] in shown and row[2] in shown for row in card_of(fold).table)
+    assert f"headfold bench {model} {bare} --json" in shown
+
+
 def test_the_picture_colours_each_query_head_by_its_kv_head(fold: Path) -> None:
     row = grouping._shared(Groups((0, 1, 0, 1)), 2)
     assert row == (0, 0, 1, 1, 0, 0, 1, 1) and grouping._members(row) == [(0, [0, 1, 4, 5]), (1, [2, 3, 6, 7])]
@@ -137,9 +155,11 @@ def test_samples_are_what_the_models_write(page, model: Path, fold: Path, tmp_pa
     headfold.fold(model, same, kv_heads="100%", merge="mean", group="contiguous", refit=False, verify=False)
     words = ("--original", model, "--prompt", "the quick", "--new-tokens", 8)
     found = page(same, fold, *words)
-    assert "writes the same; after the original's own words it chooses the same token 8 of 8 times" in found.text
+    assert re.search(
+        r"writes the same; after the original's own words it chooses the same token (\d) of \1 times", found.text
+    )
     assert "Sample 1" in found.text and "Sample 2" not in found.text
-    parts = re.findall(r"parts at token (\d+); .* the same token (\d) of 8", found.text)
+    parts = re.findall(r"parts at token (\d+); .* the same token \d+ of \d+ times", found.text)
     marks = [tag for tag, _ in found.elements if tag == "mark"]
     assert len(parts) == len(marks) <= 1
 
@@ -158,11 +178,13 @@ def test_whatever_stands_in_a_file_is_text(page, model: Path, fold: Path, tmp_pa
     rows = tmp_path / "rows"
     rows.mkdir()
     write_rows(rows, {}, [replace(ROW, method=HOSTILE)])
-    found = page(directory, rows, tmp_path / "paired.json", "--original", model, "--prompt", HOSTILE, "--new-tokens", 2)
+    found = page(
+        directory, rows, tmp_path / "paired.json", "--original", model, "--prompt", "<script>a", "--new-tokens", 2
+    )
     names = Counter(tag for tag, _ in found.elements)
     assert (names["script"], names["img"], names["b"], names["iframe"]) == (2, 0, 0, 0)
     assert not any(name.startswith("on") for _, attrs in found.elements for name in attrs)
-    assert found.text.count(HOSTILE) >= 7
+    assert found.text.count(HOSTILE) >= 7 and "<script>a" in found.text
     assert found.charts["methods-0"]["data"]["values"][0]["method"] == HOSTILE
 
 
@@ -194,7 +216,7 @@ def comparison(directory: Path, rows: list[MethodRow]) -> Path:
 
 def frontier(directory: Path, points: list[Point]) -> Path:
     directory.mkdir()
-    facts = headfold.verbs.frontier.Frontier(points, float("nan"), 0.5, str(directory)).to_json()
+    facts = Frontier(points, float("nan"), 0.5, str(directory)).to_json()
     write_json(directory / "frontier.json", facts)
     measured = {"layers.0.self": {"2": 0.125, "4": 0.0}}
     write_json(directory / "sensitivity.json", {"format": "headfold-sensitivity-3", "loss_increase": measured})
@@ -228,7 +250,7 @@ def test_without_the_extra_a_line_says_how_to_install_it(run, fold: Path, tmp_pa
     ran = run("report", fold, "--out", tmp_path / "p.html")
     assert ran.code == 2 and "pip install 'headfold[report]'" in ran.err and len(ran.err.splitlines()) == 1
     assert not (tmp_path / "p.html").exists()
-    with pytest.raises(headfold.core.errors.UserError):
+    with pytest.raises(UserError):
         require_charts()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from headfold.cli.output import _finite
+from headfold.conversion.comparison_rows import MethodRow
 from headfold.core.errors import UserError
 from headfold.core.records import record
 from headfold.evaluate.classification import Classification
@@ -15,9 +16,10 @@ from headfold.evaluate.data import DataEvaluation
 from headfold.evaluate.harness import TaskEvaluation, TaskRow
 from headfold.evaluate.paired import PairedComparison, PairedRow
 from headfold.evaluate.perplexity import Evaluation
-from headfold.pages import costs, losses, positions
-from headfold.pages.contents import Contents
-from headfold.pages.results import DataResult, EngineCheck, EngineRow, Paired, read_result
+from headfold.pages import charts, costs, losses, positions
+from headfold.pages.contents import Contents, MethodTable
+from headfold.pages.elements import as_script
+from headfold.pages.results import DataResult, EngineCheck, EngineRow, Paired, labels, read_result
 from headfold.serving.engine import all_engines
 from headfold.serving.result import CheckResult, CheckRow
 from headfold.timing.cases import BenchResult, BenchRow
@@ -40,7 +42,21 @@ BENCH = BenchResult(
     "float32", "cpu", 1, ["avx2"], 2e10, 8, 3, False, False, [], ["a note"],
 )  # fmt: skip
 CLASSES = DataEvaluation(
-    "images", "a", "b", "folder", "float32", Classification(10, 0.5, 1.25, 2.0, 0.75, 1.0, 0.125, 0.5)
+    "images",
+    "a",
+    "b",
+    "folder",
+    "float32",
+    Classification(
+        num_items=10,
+        accuracy=0.5,
+        cross_entropy=1.25,
+        seconds=2.0,
+        reference_accuracy=0.75,
+        reference_cross_entropy=1.0,
+        kl=0.125,
+        agreement=0.5,
+    ),
 )
 
 
@@ -160,3 +176,20 @@ def test_a_record_names_a_missing_field() -> None:
         record(_Outer, {"count": 1, "inner": []}, "f.json", "do this")
     with pytest.raises(UserError, match=r"^f\.json: expected an object, got list; do this$"):
         record(_Outer, [], "f.json", "do this")
+
+
+def test_models_are_called_by_as_little_as_tells_them_apart() -> None:
+    one, two = (Evaluation(**{**asdict(EVALUATION), "model": f"{place}/half", "reference": "a/tiny"}) for place in "ab")
+    assert labels([one]) == {"a/half": "half", "a/tiny": "tiny"}
+    assert labels([one, two, BENCH]) == {"a/half": "a/half", "b/half": "b/half", "a/tiny": "tiny"}
+
+
+def test_numbers_that_no_loss_has_are_drawn_within_bounds() -> None:
+    rows = [
+        MethodRow("m", 1, 8, "nll", 1.0, None, loss, None, 1.0, None, 1, 1) for loss in (5e-324, 1e308, -1e308, 0.0)
+    ]
+    section = losses.section(Contents(tables=[MethodTable("rows", rows)]))
+    assert section is not None and as_script(section.charts)
+    places = [row["drawn"] for row in section.charts["methods-0"]["data"]["values"]]
+    assert all(charts.LEAST <= place <= charts.MOST for place in places)
+    assert losses.section(Contents(tables=[MethodTable("rows", rows[2:])])) is not None

@@ -270,10 +270,29 @@ def test_compressed_sound_is_that_of_the_wav_file(channels, tmp_path):
         assert rate == 4000 and samples.dtype == np.float32 and np.abs(samples - tone).max() < 2.0**-14
 
 
-def test_compressed_sound_needs_soundfile(tmp_path, monkeypatch):
+def test_a_wav_that_claims_more_than_it_has_is_read_as_far_as_it_goes(tmp_path):
+    tone = write_sound(tmp_path / "a.wav", 4000, 2, 1)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[40:44] = b"\xfe\xff\xff\xff"
+    (tmp_path / "a.wav").write_bytes(data)
+    [(samples, _)], _ = read_audio(str(tmp_path))
+    assert len(samples) == len(tone)
+
+
+def test_without_soundfile_wav_of_16_bits_is_read(tmp_path, monkeypatch):
+    """To the same samples; all else names what to install."""
+    pytest.importorskip("soundfile")
+    write_sound(tmp_path / "a.wav", 4000, 2, 2)
+    (with_it,), _ = read_audio(str(tmp_path))
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    (tmp_path / "a.mp3").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pip install 'headfold\[audio\]'"):
+    (without,), _ = read_audio(str(tmp_path))
+    assert np.array_equal(with_it[0], without[0]) and with_it[1] == without[1] == 4000
+    write_sound(tmp_path / "a.wav", 4000, 3, 1)
+    with pytest.raises(UserError, match=r"a\.wav: expected wav of 16 bits \(it has 24 bits\); .* 'headfold\[audio\]'"):
+        read_audio(str(tmp_path))
+    (tmp_path / "a.wav").rename(tmp_path / "a.mp3")
+    (tmp_path / "a.mp3").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"a\.mp3: expected wav of 16 bits .* pip install 'headfold\[audio\]'"):
         read_audio(str(tmp_path))
 
 
@@ -297,6 +316,20 @@ def test_sound_becomes_features_and_labels(model, tmp_path):
         torch.equal(features.mean(2).argmax(1), torch.tensor([0, 0]))
         and (features[0] - features[1])[0].abs().mean() < 0.05
     )
+
+
+def test_recordings_without_words_are_none_for_a_model_that_writes(tmp_path):
+    """Its decoder would have nothing to read; the extractor's warnings of bands without a frequency are not for users."""
+    with pytest.warns(UserWarning, match="mel filter"):
+        WhisperFeatureExtractor(feature_size=60, n_fft=40, chunk_length=1).save_pretrained(tmp_path / "whisper")
+    (tmp_path / "sounds").mkdir()
+    write_sound(tmp_path / "sounds" / "a.wav", 16000, 2, 1)
+    config, place = tmp_path / "whisper" / "config.json", {"path": tmp_path / "whisper", "context": 4, "seed": None}
+    config.write_text('{"model_type": "whisper", "is_encoder_decoder": true}')
+    with pytest.raises(UserError, match=r"sounds: expected a transcript of every recording.*write NAME\.txt"):
+        draw_sample("audio", str(tmp_path / "sounds"), num_items=2, **place)
+    config.write_text('{"model_type": "whisper"}')
+    assert draw_sample("audio", str(tmp_path / "sounds"), num_items=2, **place).keys() == {"input_features"}
 
 
 REFUSALS = [

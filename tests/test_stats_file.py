@@ -1,5 +1,6 @@
 """Laws of the statistics file: it gives back what was written, adds up, and refuses in one line."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 from checkpoints import one_line
 from grades import assert_bitwise
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from headfold.checkpoint import stats_file
-from headfold.checkpoint.stats_file import StatsFile, add_stats, write_stats
+from headfold.checkpoint.headers import read_header
+from headfold.checkpoint.stats_file import StatsFile, add_stats, write_stats, writing_stats
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
 
@@ -66,13 +67,13 @@ def test_statistics_on_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pyt
     before = path.read_bytes()
 
     def refuse(*arguments: object) -> None:
-        raise SafetensorError("I/O error: No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stats_file, "save_file", refuse)
+        patch.setattr(stats_file, "write_all", refuse)
         with pytest.raises(UserError) as error:
             write_stats(path, stats(1), {})
-        one_line(error, path, "No space left")
+        one_line(error, path, "the disk is full")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))
     with pytest.raises(UserError) as error:
         write_stats(path, stats(1), {})
@@ -88,3 +89,33 @@ def test_calibration_tokens_travel_with_the_statistics(tmp_path: Path) -> None:
     found = StatsFile(tmp_path / "with.safetensors")
     assert torch.equal(found.sample()["input_ids"], windows) and list(found) == ["a"]
     assert StatsFile(tmp_path / "without.safetensors").sample() is None
+
+
+def test_a_file_that_grows_site_by_site_is_the_file_written_at_once(tmp_path: Path) -> None:
+    """Also where sums are replaced, and where statistics that were announced never come."""
+    sites, sample = stats(3), {"mask": torch.ones(3, 3, dtype=torch.bool), "input_ids": torch.arange(9).view(3, 3)}
+    announced = {site: {"second": (5, 5), "scatter": (4, 4), "attended": (2, 70)} for site in sites}
+    grown, whole = tmp_path / "grown.safetensors", tmp_path / "whole.safetensors"
+    with writing_stats(grown, announced, {"model": "x"}, sample) as writer:
+        for drawn in (stats(4), sites):
+            for site, sums in drawn.items():
+                writer.put(site, sums)
+        for site, sums in sites.items():
+            found = writer.get(site)
+            assert found is not None and found.count == sums.count and found.tensors.keys() == sums.tensors.keys()
+        assert writer.get("layers.9.self") is None and not grown.exists()
+    write_stats(whole, sites, {"model": "x"}, sample)
+    assert load_file(grown).keys() == load_file(whole).keys()
+    for name, tensor in load_file(whole).items():
+        assert_bitwise(load_file(grown)[name], tensor)
+    assert StatsFile(grown).metadata == StatsFile(whole).metadata and list(StatsFile(grown)) == list(sites)
+    assert grown.read_bytes().endswith(whole.read_bytes()[-100:])  # the calibration data
+
+
+def test_every_tensor_begins_where_its_numbers_may(tmp_path: Path) -> None:
+    """Readers map files into memory, where a number of eight bytes lies at a multiple of eight."""
+    dtypes = [torch.bool, torch.float32, torch.bfloat16, torch.float64, torch.int64]
+    sample = {str(dtype): torch.ones(3, dtype=dtype) for dtype in dtypes}
+    write_stats(tmp_path / "x.safetensors", stats(1), {}, sample)
+    found = read_header(tmp_path / "x.safetensors").tensors
+    assert len(found) == 6 + len(sample) and all(info.start % info.dtype.itemsize == 0 for info in found.values())

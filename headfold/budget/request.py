@@ -1,7 +1,6 @@
 """The request of a budget: a limit on bytes or loss, and the counts of K/V heads that may be used."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from .. import planning
 from ..conversion.source import Source
 from ..core.errors import UserError
 from ..core.heads import kv_bytes
+from ..core.sizes import parse_size
 from ..families.spec import Site
 from .allocation import check_bytes, require_qcqa
 
@@ -99,7 +99,9 @@ class BudgetRequest:
         """
         if self.kv_budget is not None:
             return _share(self.kv_budget) * source.kv_bytes_per_token()
-        return None if self.kv_bytes is None else _size(self.kv_bytes)
+        if self.kv_bytes is None:
+            return None
+        return parse_size("--kv-bytes", self.kv_bytes, "bytes per token such as 40KiB or 65536")
 
     def check_reachable(self, source: Source) -> None:
         """Refuse, before anything is measured, what the fewest K/V heads at every site cannot reach.
@@ -132,15 +134,3 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise UserError(f"--kv-budget {text}: expected more than 0 and at most 100 %")
     return value
-
-
-def _size(text: str) -> float:
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(|k|M|G)(i?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(found[1]) if found else math.nan
-    except ValueError:
-        number = math.nan
-    if not found or not 0 < number < math.inf:
-        raise UserError(f"--kv-bytes {text}: expected bytes per token such as 40KiB or 65536")
-    power = " kmg".index(found[2].lower() or " ")
-    return number * (1024 if found[3] else 1000) ** power

@@ -22,6 +22,7 @@ _REASONS = {
     errno.EISDIR: "a directory is in the way",
     errno.ENOTDIR: "part of the path is a file, not a directory",
     errno.ELOOP: "a symbolic link is in the way",
+    errno.EFBIG: "the file is too large for this file system",
     errno.ENAMETOOLONG: "the name is too long for this file system",
 }
 

@@ -128,7 +128,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     outside = sorted(shard for shard in set(names.values()) if Path(shard).name != shard)
     if outside:
         raise UserError(f"{path / INDEX}: expected shards beside the index, got {outside[0]!r}; correct the index")
-    _refuse_absent(path, "shards", [shard for shard in set(names.values()) if not (path / shard).is_file()])
+    _refuse_absent(path, "shards", [shard for shard in set(names.values()) if not os.path.isfile(path / shard)])
     return index
 
 
@@ -146,5 +146,6 @@ def _refuse_mismatch(path: Path, headers: Mapping[str, Header], index: dict[str,
 def _refuse_absent(path: Path, what: str, absent: list[str]) -> None:
     if absent:
         raise UserError(
-            f"{path / INDEX}: names {what} that are missing: {listed(sorted(absent))}; download or copy the checkpoint again"
+            f"{path / INDEX}: names {what} that are missing: {listed([f'{name:.100}' for name in sorted(absent)])}; download or copy the "
+            "checkpoint again"
         )

@@ -69,6 +69,17 @@ def is_of_job(out: Path, key: str) -> bool:
     return not staging.is_symlink() and _job_of(staging) == key
 
 
+def holds_other_job(out: Path, key: str, force: bool) -> bool:
+    """Return whether `OUT.partial` holds what an earlier run of another job left, which `open_staging` would remove.
+
+    Raises:
+        UserError: as `check_place`.
+    """
+    check_place(out, force)
+    staging = staging_of(out)
+    return not staging.is_symlink() and _job_of(staging).removesuffix(_FINISHED) not in ("", key)
+
+
 def staging_of(out: Path) -> Path:
     """Return the directory in which `out` is built."""
     place = _absolute(out)

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import UserError
@@ -14,12 +14,18 @@ from ..core.files import regular_file
 from ..core.json_input import parse_object
 from ..core.stats import SiteStats
 from .disk import replacing, require_space
+from .headers import Header, TensorInfo, encode_header, num_bytes
+from .target import PAGE
+from .transfer import raw_bytes, read_into, write_all
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, number of tokens per site."""
 _SAMPLE = "sample/"
 """Prefix of the names of the calibration data."""
 _ANEW = "run headfold calibrate again"
+_MOST_TOKENS = 2**63 - 1
+_FAR = 10**18
+"""An offset with more digits than any in a file."""
 SAMPLE_BYTES = 2**28
 """Larger calibration data is not stored with its statistics, but drawn again."""
 
@@ -30,28 +36,103 @@ def write_stats(
     metadata: Mapping[str, str],
     sample: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the sums of all sites; the file is never incomplete.
-
-    `sample` is the calibration data itself, so that a refit can use the same data as the statistics.
+    """Write the sums of all sites; the file is never incomplete. `sample` as in `writing_stats`.
 
     Raises:
         UserError: the place is full or cannot be written to.
     """
+    shapes = {site: {name: tuple(t.shape) for name, t in stats.tensors.items()} for site, stats in sites.items()}
+    with writing_stats(path, shapes, metadata, sample) as writer:
+        for site, stats in sites.items():
+            writer.put(site, stats)
+
+
+@contextmanager
+def writing_stats(
+    path: Path,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    sample: Mapping[str, Tensor] | None = None,
+) -> Iterator["StatsWriter"]:
+    """Yield a writer of the sums of one site after another; the file takes its place, whole, when the body ends without an error.
+
+    `shapes` gives by site the statistics that it may have. `sample` is the calibration data itself, so that a refit can use the same
+    data as the statistics.
+
+    Raises:
+        UserError: the place is full, or has no room for all of them, or cannot be written to.
+    """
     path = Path(path)
-    tensors = {f"{site}/{name}": t.contiguous() for site, stats in sites.items() for name, t in stats.tensors.items()}
     kept = {name: t.to(torch.int32) if t.dtype == torch.int64 else t for name, t in (sample or {}).items()}
-    if sum(t.nbytes for t in kept.values()) <= SAMPLE_BYTES:
-        tensors |= {f"{_SAMPLE}{name}": t.contiguous() for name, t in kept.items()}
-    counts = {site: stats.count for site, stats in sites.items()}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    if sum(t.nbytes for t in kept.values()) > SAMPLE_BYTES:
+        kept = {}
+    size = sum(num_bytes(torch.float64, shape) for of_site in shapes.values() for shape in of_site.values())
+    size += sum(t.nbytes for t in kept.values())
     with replacing(path, size) as temporary:
         require_space(path.parent, size)
-        try:
-            save_file(tensors, temporary, {**metadata, _COUNTS: json.dumps(counts)})
-        except SafetensorError as error:  # the library reports errors of the disk as its own type
-            raise UserError(
-                f"{path}: statistics of {size} bytes cannot be written: {error}; make room or choose another place"
-            ) from error
+        with temporary.open("r+b", buffering=0) as file:
+            writer = StatsWriter(file.fileno(), shapes, metadata, kept)
+            yield writer
+            writer.finish()
+
+
+class StatsWriter:
+    """Writes the sums of sites into an open file as they come, so that those of one site are in memory."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        sample: Mapping[str, Tensor],
+    ) -> None:
+        self._descriptor, self._metadata = descriptor, metadata
+        # The widest numbers first, as the sums are wide too, so that every tensor begins at a multiple of their size.
+        ordered = sorted(sample.items(), key=lambda item: -item[1].dtype.itemsize)
+        self._sample = {f"{_SAMPLE}{name}": tensor.contiguous() for name, tensor in ordered}
+        self._tensors: dict[str, TensorInfo] = {}
+        self._counts: dict[str, int] = {}
+        self._end = 0
+        # The header comes first and is known last, so the longest that it can be is left free.
+        longest = {
+            f"{site}/{name}": TensorInfo(torch.float64, shape, "", _FAR, _FAR)
+            for site, of_site in shapes.items()
+            for name, shape in of_site.items()
+        } | {name: TensorInfo(t.dtype, tuple(t.shape), "", _FAR, _FAR) for name, t in self._sample.items()}
+        self._begin = len(self._header(longest, dict.fromkeys(shapes, _MOST_TOKENS), PAGE))
+
+    def put(self, site: str, stats: SiteStats) -> None:
+        """Write the sums of a site, in the place of earlier ones of it."""
+        for name, tensor in stats.tensors.items():
+            assert tensor.dtype == torch.float64, (site, name, tensor.dtype)
+            self._write(f"{site}/{name}", tensor.contiguous())
+        self._counts[site] = stats.count
+
+    def get(self, site: str) -> SiteStats | None:
+        """Return the sums of a site that were put here, None if there are none."""
+        found: dict[str, Tensor] = {}
+        for key, info in self._tensors.items():
+            if key.rpartition("/")[0] == site:
+                found[key.removeprefix(f"{site}/")] = tensor = torch.empty(info.shape, dtype=info.dtype)
+                read_into(self._descriptor, raw_bytes(tensor), self._begin + info.start)
+        return SiteStats(found, self._counts[site]) if found else None
+
+    def finish(self) -> None:
+        """Write the calibration data and the header."""
+        for name, tensor in self._sample.items():
+            self._write(name, tensor)
+        header = self._header(self._tensors, self._counts, self._begin)
+        assert len(header) == self._begin, "statistics that were not announced"
+        write_all(self._descriptor, header, 0)
+
+    def _header(self, tensors: dict[str, TensorInfo], counts: Mapping[str, int], page: int) -> bytes:
+        return encode_header(Header(tensors, {**self._metadata, _COUNTS: json.dumps(counts)}), page=page)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if name not in self._tensors:
+            start, self._end = self._end, self._end + tensor.nbytes
+            self._tensors[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), "", start, self._end)
+        write_all(self._descriptor, raw_bytes(tensor), self._begin + self._tensors[name].start)
 
 
 _MOST = 1e100

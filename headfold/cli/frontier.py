@@ -62,8 +62,8 @@ def frontier(
 ) -> None:  # fmt: skip
     """Show what each size of the K/V cache costs.
 
-    Writes the Pareto front of K/V bytes against loss: frontier.json, a plan for every point (for headfold fold --plan), and a
-    picture."""
+    Writes the Pareto front of K/V bytes against loss: frontier.json, a plan for every point (for headfold fold --plan), a
+    picture, and with the extra report a page to look at."""
     from ..reports import comparisons
     from ..reports.progress import ProgressReport
     from ..verbs import frontier as verb

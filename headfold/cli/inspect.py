@@ -1,21 +1,55 @@
 """headfold inspect."""
 
-from .options import Debug, Json, Model, StatsFile
+from typing import Annotated
+
+from .options import WHERE, Debug, Json, Model, StatsFile, option
 from .output import answered
 
-EXAMPLES = ("headfold inspect meta-llama/Llama-2-7b-hf", "headfold inspect my-model --stats stats.safetensors --json")
+SERVED = "How it is served"
+EXAMPLES = (
+    "headfold inspect my-model --stats stats.safetensors --json",
+    "headfold inspect my-model --context 4096 --batch 16 --gpu l4",
+)
 
 
-def inspect(model: Model, stats: StatsFile = None, as_json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    model: Model,
+    stats: StatsFile = None,
+    context: Annotated[
+        int | None,
+        option(
+            "--context", panel=SERVED, metavar="N",
+            help="Tokens of context. Default: the model's own, at most 32768.",
+        ),
+    ] = None,
+    batch: Annotated[int | None, option("--batch", panel=SERVED, metavar="N", help="Sequences at once. Default: 1.")] = None,
+    memory: Annotated[
+        str | None,
+        option("--memory", panel=SERVED, metavar="SIZE", help="Memory of the device: 24GiB. Default: what it has."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        option(
+            "--gpu", panel=WHERE, metavar="NAME",
+            help="Use the published figures of a GPU: t4, a10, l4, l40s, 3090, 4090, 5090, a100-40gb, a100-80gb, h100, h100-pcie, h200, "
+            "b200 or mi300x. Default: this machine, measured.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
     """Show heads, cache size and the predicted cost of folding.
 
     Below the facts it shows the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
-    elsewhere."""
+    elsewhere. With --context, --batch, --memory or --gpu it first says what fits at each number of K/V heads, how much of a decoding step
+    the cache takes, whether folding pays, and the command to begin with."""
     from ..reports import views
     from ..reports.progress import ProgressReport
     from ..verbs import inspect as verb
 
     with ProgressReport(silent=as_json) as progress:
-        found = verb.inspect(model, stats=stats, progress=progress)
+        found = verb.inspect(
+            model, stats=stats, context=context, batch=batch, memory=memory, gpu=gpu, progress=progress
+        )
     if not answered(found.to_json(), as_json):
         views.show_inspection(found)

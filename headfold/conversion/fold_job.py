@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.staging import job_key
+from ..checkpoint.staging import holds_other_job, job_key
 from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
@@ -44,15 +44,24 @@ class FoldJob:
 
     @classmethod
     @contextmanager
-    def opened(cls, out: Path, settings: Mapping[str, Any], force: bool) -> Iterator["FoldJob"]:
+    def opened(
+        cls, out: Path, settings: Mapping[str, Any], force: bool, teacher: Teacher, request: FoldRequest, given: StatsFile | None
+    ) -> Iterator["FoldJob"]:  # fmt: skip
         """Own `OUT.partial`, empty or as an earlier run of the same settings left it; it is removed if an error leaves it empty.
 
         Raises:
-            UserError: `out` has contents and `force` is not given, another run writes there, or the place cannot be written to.
+            UserError: `out` has contents and `force` is not given, another run writes there, the place cannot be written to, or there are
+                no calibration data.
         """
-        with staged(out, job_key(settings), force) as staging:
+        key = job_key(settings)
+        needs_data = on_main(lambda: request.needs_data(teacher.source, given))
+        if needs_data and on_main(lambda: holds_other_job(out, key, force)):
+            _ = teacher.sample  # a job without data is refused before what another one left is removed
+        with staged(out, key, force) as staging:
             job = cls(staging, settings)
             on_main(lambda: job.work.mkdir(exist_ok=True))
+            if needs_data and teacher.takes_texts():
+                job._draw_texts(teacher)
             yield job
 
     @property
@@ -85,13 +94,8 @@ class FoldJob:
         inside = sum(self.seconds.values()) - before
         self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
 
-    def draw_texts(self, teacher: Teacher, request: FoldRequest, given: StatsFile | None) -> None:
-        """Draw texts that come one by one, so that their lengths are known, unless an earlier run has or none are needed; all ranks
-        together.
-        """
-        fits = request.settings["refit"] or request.settings["heal"]
-        if not teacher.takes_texts() or not on_main(lambda: fits or (request.statistics and given is None)):
-            return
+    def _draw_texts(self, teacher: Teacher) -> None:
+        """Draw texts that come one by one, so that their lengths are known, unless an earlier run has; all ranks together."""
         with self.timed("calibrate"):
             path = self.work / _STATISTICS
             teacher.use_sample(on_main_only(lambda: StatsFile(path) if path.exists() else None))

@@ -40,6 +40,11 @@ class FoldRequest:
     settings: Mapping[str, Any]
     """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
 
+    def needs_data(self, source: Source, stats: StatsFile | None) -> bool:
+        """Return whether a step takes calibration data, beside the statistics that are given."""
+        fits = (self.settings["refit"] or self.settings["heal"]) and self.shrinks(source)
+        return bool(fits or (self.statistics and stats is None))
+
     def shrinks(self, source: Source) -> bool:
         """Return whether any site of the source gets fewer K/V heads."""
         if self.plan:

@@ -28,7 +28,7 @@ def folded_config(source: Source, plan: Plan) -> dict[str, Any]:
         _counts_to_write(sites, plan.num_kv_heads),
         _uneven_groups(sites, plan),
         plan.head_dim_multiples(sites.values()),
-        partial(table_of_multiple, config),
+        partial(table_of_multiple, config, f"{source.name}/config.json"),
     )
 
 

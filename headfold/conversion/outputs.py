@@ -68,7 +68,7 @@ def owned_file(path: Path, force: bool) -> Iterator[None]:
     """
     # Refused under the lock, so that one that a kill left behind is taken over and removed even where the file is whole.
     with _owned(path, lock_beside(path)):
-        refuse_existing(path, force)
+        on_main(lambda: refuse_existing(path, force))
         yield
 
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adequacy.reach import Reach, reach_of
 from ..checkpoint.config import read_config
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
-from ..core.stats import NARROW
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
+from ..families.context import context_length
 from ..families.spec import Site
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
@@ -39,7 +40,8 @@ def card_facts(
     settings: Mapping[str, Any],
     costs: tuple[ServingCost, ServingCost],
     fitting: Fitting,
-    calibration: Mapping[str, str],
+    statistics: StatsFile | None,
+    reach: Reach,
     verification: Verification | None,
     times: tuple[Mapping[str, float], Mapping[str, float]],
 ) -> CardFacts:
@@ -64,7 +66,9 @@ def card_facts(
         refit=fitting.refitted,
         healed=fitting.healing.tokens,
         healed_by=fitting.healing.by,
-        calibration=calibration,
+        calibration=statistics.metadata if statistics else {},
+        reach=reach.line(),
+        warnings=tuple(reach.notes()),
         refit_text=fitting.data or {},
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
@@ -134,20 +138,15 @@ def _grouped_class(config: Mapping[str, Any]) -> str:
     return (found or ["AutoModel"])[0] if "headfold" in config else ""
 
 
-def _narrow_calibration(source: Source, statistics: StatsFile) -> str | None:
-    """Return a note if some site was measured at few positions for its size: what such a fold has not seen, it does badly."""
-    ratios = {site.name: statistics.positions_per_dim(site.name) for site in source.sites if site.name in statistics}
-    if not ratios or min(ratios.values()) >= NARROW:
-        return None
-    least = min(ratios, key=lambda name: ratios[name])
-    return (
-        f"calibration is narrow: {ratios[least]:.1f} positions per input dim at {least}, where {NARROW} are the least that carry "
-        "over to other data; use more data, from every domain the fold will see"
-    )
+def calibration_reach(source: Source, plan: Plan, statistics: StatsFile | None, fitting: Fitting) -> Reach:
+    """Return what the calibration data of a fold reach."""
+    facts = statistics.metadata if statistics else fitting.data or {}
+    context = context_length(source.checkpoint.config)
+    return reach_of(source.sites, plan, statistics, facts, context, refitted=fitting.refitted)
 
 
 def notes_on(
-    source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site], statistics: StatsFile | None
+    source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site], reach: Reach
 ) -> list[str]:
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = []
@@ -168,8 +167,7 @@ def notes_on(
         notes.append(
             f"calibration did not see how far back attention looks at {len(blind)} sites, so a distribution is assumed there"
         )
-    narrow = _narrow_calibration(source, statistics) if statistics else None
-    return notes + ([narrow] if narrow else [])
+    return notes + reach.notes()
 
 
 def _range(numbers: Iterable[int]) -> tuple[int, int]:

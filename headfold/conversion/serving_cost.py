@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import prod
 
 from ..core.plan import Plan
-from ..corpus.samples import kind_of
 from ..exports.layout import choose_layout, query_heads
 from ..families.context import context_length
 from ..families.layout import planned_shapes
@@ -38,7 +37,6 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
     written = _query_heads(source, plan, layout) if plan else {}
     shape_of = {name: info.shape for name, info in source.checkpoint.tensors.items()}.__getitem__
     head_dims, elements, products, cached = set(), 0, 0, source.cached_sites
-    generates = kind_of(source.checkpoint.config) in ("text", "pairs", "audio")
     for site in source.every_site:
         planned = plan.sites.get(site.name) if plan else None
         num_kv_heads = planned.groups.num_kv_heads if planned else site.num_kv_heads
@@ -49,7 +47,7 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
         per_head = prod(shapes[f"{site.weights['o']}.weight"]) // site.num_heads  # W_q has as many
         elements += 2 * per_head * (num_heads - site.num_heads)
         # QKᵀ and PV: a causal query sees half of the context on average, any other all of it.
-        is_causal = generates and not (site.reads_encoder or site.optional)
+        is_causal = source.caches and not (site.reads_encoder or site.optional)
         products += num_heads * head_dim * PROMPT_TOKENS * (1 if is_causal else 2)
         if site in cached:
             head_dims.add(head_dim)
@@ -61,7 +59,7 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
         source.kv_bytes_per_token(plan),
         elements * itemsize,
         flops,
-        generates,
+        source.caches,
         context_length(source.checkpoint.config),
     )
 

@@ -13,8 +13,9 @@ from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..corpus.samples import kind_of
 from ..families import cached, family_of, is_known
-from ..families.context import context_length
+from ..families.context import context_length, sliding_window
 from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_dtypes, check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
@@ -25,7 +26,6 @@ from ..rotary_tables import plane_frequencies
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 UNKNOWN_CONTEXT = 2048
 """Tokens that attention is assumed to span where the config names no limit."""
-_SLIDING_BY_DEFAULT = ("mistral", "mixtral", "starcoder2", "phi3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class Source:
     def cached_sites(self) -> list[Site]:
         """The sites whose K and V are cached; an encoder beside a decoder caches nothing."""
         return cached.cached_sites(self.every_site)
+
+    @property
+    def caches(self) -> bool:
+        """Whether the model caches K and V: it generates token by token."""
+        return kind_of(self.checkpoint.config) in ("text", "pairs", "audio")
 
     @property
     def num_kv_heads(self) -> int:
@@ -98,7 +103,8 @@ def open_source(model: object, encoder: bool = False) -> Source:
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
+    sites = _with_plane_frequencies(sites, checkpoint.config, where)
+    return Source(str(model), checkpoint, family, sites, encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
@@ -123,11 +129,11 @@ def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
     return stats
 
 
-def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any]) -> list[Site]:
+def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any], where: str) -> list[Site]:
     """Return the sites with the frequencies of their RoPE planes, where the config has one table for all of them."""
     if not any(site.key_freedom.rotary_dim for site in sites):
         return sites
-    found = plane_frequencies(config)
+    found = plane_frequencies(config, where)
     return [
         replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
         if site.key_freedom.rotary_dim == 2 * len(found) > 0
@@ -138,12 +144,7 @@ def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any]) -> lis
 
 def _attention_span(config: Mapping[str, Any], layer: int) -> int:
     """Return how many tokens a layer's attention can look back over: its sliding window, or the whole context."""
-    whole, kinds = context_length(config) or UNKNOWN_CONTEXT, config.get("layer_types") or ()
-    if kinds:
-        slides = "sliding" in kinds[min(layer, len(kinds) - 1)]
-    else:
-        slides = config.get("use_sliding_window", config["model_type"] in _SLIDING_BY_DEFAULT)
-    window = config.get("sliding_window") if slides else None
+    whole, window = context_length(config) or UNKNOWN_CONTEXT, sliding_window(config, layer)
     return min(whole, window) if window else whole
 
 

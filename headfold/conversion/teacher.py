@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import calibration as calibrating
+from ..adequacy.surprise import surprise
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.stats_file import StatsFile, write_stats
+from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -25,7 +26,7 @@ from ..corpus.windows import fingerprint as fingerprint_of
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
-from ..refine import distill, heal, refit
+from ..refine import distill, heal, measuring, refit
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..surgery import kept_weights, query_order, site_heads
@@ -61,6 +62,7 @@ class Teacher:
     notes: list[str] = field(default_factory=list)
     _model: Any = None
     _sample: Mapping[str, Tensor] | None = None
+    _facts: dict[str, str] | None = None
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -132,20 +134,27 @@ class Teacher:
 
     def write_statistics(self, path: Path, statistics: frozenset[str] | None = None) -> dict[str, str]:
         """Measure `statistics` (default: all) of every site, write them to the file `path` and return its metadata."""
-        sample, model = self.sample, self.model
-        advance = counter(self.progress, "calibrate", calibrating.total_tokens(sample))
-        sums = calibrating.collect(model, self.source.every_site, sample, advance, statistics)
-        metadata = self.statistics_metadata()
-        on_main(lambda: write_stats(path, sums, metadata, sample))
+        sample, model, metadata = self.sample, self.model, self.statistics_metadata()
+        tensors, counted = self.source.checkpoint.tensors, partial(counter, self.progress, "calibrate")
+        measuring.write_statistics(
+            path, model, self.source.every_site, sample, metadata, lambda name: tensors[name].shape, statistics, counted
+        )
         return metadata
 
     def statistics_metadata(self) -> dict[str, str]:
         """Return what a file of statistics says of the model and of the calibration data."""
         return {"model": self.source.checkpoint.fingerprint(), **self.facts()}
 
-    def facts(self) -> dict[str, str]:
-        """Return what describes the calibration data in files and cards."""
+    def data_facts(self) -> dict[str, str]:
+        """Return what describes the calibration data: enough to draw the same again."""
         return self._require_config().facts(self.sample)
+
+    def facts(self) -> dict[str, str]:
+        """Return the same as files and cards record it, text with how the original takes it. Every rank must ask at the same point."""
+        if self._facts is None:
+            facts, sample, model = self.data_facts(), self.sample, self.model
+            self._facts = on_main(lambda: facts | _surprise(model, sample))
+        return self._facts
 
     def refit(
         self,
@@ -217,7 +226,7 @@ class Teacher:
         if config.is_written or factor <= 1:
             return self
         more = replace(config, tokens=round(factor * have), items=math.ceil(factor * config.items))
-        return replace(self, config=more, _model=self.model, _sample=None, notes=[])
+        return replace(self, config=more, _model=self.model, _sample=None, _facts=None, notes=[])
 
     def _hidden_size(self) -> int:
         tensors = self.source.checkpoint.tensors
@@ -259,6 +268,11 @@ class Teacher:
             model, self.source.sites, merge, self.sample, order=order, skip=done, keep=keep,
             progress=counter(self.progress, stage, tokens * len(sites)),
         )  # fmt: skip
+
+
+def _surprise(model: "PreTrainedModel", sample: Mapping[str, Tensor]) -> dict[str, str]:
+    writes = calibrating.is_packed_text(sample) and model.get_output_embeddings() is not None
+    return surprise(model, sample["input_ids"]).facts() if writes else {}
 
 
 def _sample_of(stats: StatsFile) -> Mapping[str, Tensor] | None:

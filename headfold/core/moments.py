@@ -87,7 +87,8 @@ def site_moments(
 
     Without `query_weighting` or `output_weighting` (for ablations), K or V is measured in its own units. `products` is the dtype
     of the long sums over the site's inputs: float32 takes half the time and suffices for predictions; a merge divides by small
-    eigenvalues and needs float64. `whole_keys` computes `Moments.whole_keys`, which only sites with RoPE have.
+    eigenvalues and needs float64, so it cannot take over those of a plan. `whole_keys` computes `Moments.whole_keys`, which only sites
+    with RoPE have.
     """
     heads, second = heads.to(products), stats.mean("second").to(products)
     query_inputs = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second

@@ -37,6 +37,10 @@ class SiteStats:
         total = self.tensors[name].to(torch.float64)
         return total / (total[-1, -1] if name == "query_second" else self.count)
 
+    def mean_input(self) -> Tensor:
+        """Return the mean of [x, 1] in float64: the last column of the mean of `second`, without the others."""
+        return self.tensors["second"][:, -1].to(torch.float64) / self.count
+
     @classmethod
     def from_gains(cls, gains: Float[Tensor, " model"]) -> "SiteStats":
         """Return what the gains of the norm before a site imply: independent inputs with mean zero and these root mean squares."""

@@ -19,8 +19,9 @@ from .text import read_text
 
 COLUMNS = ("audio", "file")
 TRANSCRIPTS = ("text", "sentence", "transcription")
-COMPRESSED = (".flac", ".ogg", ".opus", ".mp3")
-"""Endings of files that soundfile reads; wav files are read without it."""
+ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+"""Endings of the files of a folder. soundfile reads them; without it, wav of 16 bits is read."""
+_BYTES = 2
 MOST_FRAMES, LONGEST, HIGHEST_RATE, MOST_CHANNELS = 2**29, 6 * 60 * 60, 2**20, 64
 """Bounds of a recording: instants of sampling, seconds, instants per second and channels. Of compressed silence a small file may hold any
 length."""
@@ -39,7 +40,7 @@ def read_audio(
     `columns[1]`.
 
     Raises:
-        UserError: an unreadable or empty source, a missing column, or audio that is neither uncompressed wav nor read by soundfile.
+        UserError: an unreadable or empty source, a missing column, or audio that soundfile does not read.
     """
     drawn = draw_recordings(source, columns, num_items, seed)
     if drawn is None:
@@ -90,12 +91,11 @@ def _open(source: str | Table) -> Table | Stream:
     if isinstance(source, Table) or is_table(source):
         return open_rows(source)
     path = Path(source)
-    endings = (".wav", *COMPRESSED)
     candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in candidates if file.suffix.lower() in endings and file.is_file()]
+    files = [file for file in candidates if file.suffix.lower() in ENDINGS and file.is_file()]
     if not files:
         raise UserError(
-            f"{source}: a speech model needs audio, found none; give a folder of {', '.join(endings)} files or {TABLES}"
+            f"{source}: a speech model needs audio, found none; give a folder of {', '.join(ENDINGS)} files or {TABLES}"
         )
     written = all(file.with_suffix(".txt").is_file() for file in files)
 
@@ -136,28 +136,14 @@ def _decoded(found: Any, folder: Path, where: str) -> tuple[Float[np.ndarray, " 
         file = str(file_of(path, folder, where))
     else:
         raise UserError(f"{where}: expected audio or its path, got {type(found).__name__}; name another column")
-    if not isinstance(data, bytes) and Path(str(path)).suffix.lower() in COMPRESSED:
-        return _decompressed(file, f"{where}: {path}")
-    if isinstance(data, bytes) and data[:4] != b"RIFF":
-        return _decompressed(file, f"{where}: {path or 'an item'}")
-    item = f"{where}: {path or 'an item'}"
-    try:
-        with wave.open(file) as opened:
-            sample_bytes, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
-            _check_length(opened.getnframes(), channels, rate, item)
-            if sample_bytes > 4:
-                raise wave.Error(f"samples of {sample_bytes} bytes")
-            pieces = iter(partial(opened.readframes, PIECE), b"")
-            return _mono((_samples(piece, sample_bytes, channels) for piece in pieces), item), rate
-    except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{item}: expected uncompressed wav ({error}); convert it") from error
+    return _read(file, f"{where}: {path or 'an item'}")
 
 
-def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:
+def _read(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:
     try:
         import soundfile
-    except ImportError as error:
-        raise UserError(f"{where}: needs soundfile: pip install 'headfold[audio]', or convert it to wav") from error
+    except ImportError:
+        return _plain_wav(file, where)
     try:
         with soundfile.SoundFile(file) as opened:
             _check_length(opened.frames, opened.channels, opened.samplerate, where)
@@ -166,6 +152,34 @@ def _decompressed(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray,
             return _mono(pieces, where), opened.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"{where}: expected sound ({error}); convert it to wav") from error
+
+
+def _plain_wav(file: io.BytesIO | str, where: str) -> tuple[Float[np.ndarray, " sample"], int]:
+    """Read wav of 16 bits, which the standard library can."""
+    try:
+        with wave.open(file) as opened:
+            channels, rate = opened.getnchannels(), opened.getframerate()
+            _check_length(opened.getnframes(), channels, rate, where)
+            if opened.getsampwidth() != _BYTES:
+                raise wave.Error(f"it has {8 * opened.getsampwidth()} bits")
+            pieces = iter(partial(opened.readframes, PIECE), b"")
+            return _mono((_samples(piece, channels) for piece in pieces), where), rate
+    except (
+        wave.Error,
+        EOFError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a part is longer than what it lies in
+        said = str(error) or "its parts do not fit into each other"
+        raise UserError(
+            f"{where}: expected wav of 16 bits ({said}); convert it, or install what reads other sound: pip install 'headfold[audio]'"
+        ) from error
+
+
+def _samples(frames: bytes, channels: int) -> Float[np.ndarray, "_ channel"]:
+    """Return samples in [-1, 1]; a frame that was cut at the end is left out."""
+    whole = len(frames) // (_BYTES * channels) * channels
+    return np.frombuffer(frames, "<i2", whole).reshape(-1, channels).astype(np.float32) / 2**15
 
 
 def _mono(pieces: Iterator[Float[np.ndarray, "_ channel"]], where: str) -> Float[np.ndarray, " sample"]:
@@ -192,17 +206,6 @@ def _check_length(frames: int, channels: int, rate: int, where: str) -> None:
             f"{where}: expected sound of at most {LONGEST // 3600} hours, {MOST_FRAMES} samples and {HIGHEST_RATE} of them per second, got "
             f"{frames} samples of {channels} channels, {rate} per second; cut or convert it"
         )
-
-
-def _samples(frames: bytes, sample_bytes: int, channels: int) -> Float[np.ndarray, "_ channel"]:
-    """Convert PCM of 1 (unsigned), 2, 3 or 4 bytes, little endian, to [-1, 1]; a frame that was cut at the end is left out."""
-    frames = frames[: len(frames) // (sample_bytes * channels) * sample_bytes * channels]
-    if sample_bytes == 1:
-        return ((np.frombuffer(frames, np.uint8).astype(np.float32) - 128) / 128).reshape(-1, channels)
-    octets = np.frombuffer(frames, np.uint8).reshape(-1, sample_bytes)
-    wide = np.zeros((len(octets), 4), np.uint8)
-    wide[:, 4 - sample_bytes :] = octets
-    return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32).reshape(-1, channels)
 
 
 def encode_audio(

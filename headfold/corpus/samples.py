@@ -125,6 +125,11 @@ def draw_sample(
                 writer = open_tokenizer(path)
                 return encode_windows(windows, extractor, writer, context, start, _written(path, writer))
         sounds, texts = read_audio(*request)
+        if texts is None and _config(path).get("is_encoder_decoder"):
+            raise UserError(
+                f"{source}: expected a transcript of every recording, which the decoder reads, got recordings without; write NAME.txt "
+                "beside NAME.wav, or name a column of text with --columns AUDIO,TEXT"
+            )
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
     tokenizer = open_tokenizer(path)

@@ -63,7 +63,7 @@ class _Rotary:
     @classmethod
     def of(cls, config: Any) -> "_Rotary":
         """Return the table of a model. Cosine and sine with a factor give logits with its square."""
-        frequencies, factor = rotary_table(config.to_dict())
+        frequencies, factor = rotary_table(config.to_dict(), "config.json")
         rope, dim = config.rope_parameters, 2 * len(frequencies)
         theta = float(rope["rope_theta"])
         plain = theta ** -(torch.arange(0, dim, 2).double() / dim)

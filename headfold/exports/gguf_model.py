@@ -191,7 +191,7 @@ def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:
         if not isinstance(number, int) or number < 1:
             return f"expected context, layers and hidden size above 0, got {number}"
     if source.family.position:
-        rotary_table(source.config)
+        rotary_table(source.config, source.where)
         float(stock.rope_parameters["rope_theta"])
     kind = ARCHITECTURES[source.model_type]
     if kind.encodes:
@@ -206,7 +206,7 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
     """Return what is written of a fold, without reading a tensor but embeddings that may be tied."""
     kind, stock, entries = ARCHITECTURES[source.model_type], stock_config(source), source.entries
     sizes = [source.group_size if source.is_uniform else entry.group_size for entry in entries]
-    frequencies, factor = rotary_table(source.config) if source.family.position else (torch.empty(0), 1.0)
+    frequencies, factor = rotary_table(source.config, source.where) if source.family.position else (torch.empty(0), 1.0)
     tensors = _tensors(checkpoint, source, sizes, stock, number_type)
     if number_type is None:
         number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['o']}.weight"].dtype, "f32")

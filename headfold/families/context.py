@@ -1,4 +1,4 @@
-"""The context length of a model."""
+"""The context length of a model, and the sliding windows of its layers."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,6 +19,8 @@ _AFTER_PADDING = MappingProxyType(
 """`model_type`s whose positions are numbered from `pad_token_id + 1` → the padding token where the config names none."""
 _FIRST_POSITION = MappingProxyType({"mpnet": 2})
 """`model_type`s whose first position is not 0, whatever the padding token."""
+_SLIDING_BY_DEFAULT = ("mistral", "mixtral", "starcoder2", "phi3")
+"""`model_type`s whose layers slide where the config has a window and does not say which layers have it."""
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -36,6 +38,17 @@ def context_length(config: Mapping[str, Any]) -> int | None:
         return None
     holder, limit = found
     return None if holder.get("model_type") in _RELATIVE_POSITIONS else limit - _first_position(holder)
+
+
+def sliding_window(config: Mapping[str, Any], layer: int) -> int | None:
+    """Return the tokens that the attention of a layer looks back over; None where it looks back over all of them."""
+    kinds = config.get("layer_types") or ()
+    if kinds:
+        slides = "sliding" in str(kinds[min(layer, len(kinds) - 1)])
+    else:
+        slides = config.get("use_sliding_window", config.get("model_type") in _SLIDING_BY_DEFAULT)
+    window = config.get("sliding_window")
+    return window if slides and window and window > 0 else None
 
 
 def _first_position(config: Mapping[str, Any]) -> int:

@@ -1,6 +1,9 @@
 """Open what stands before a model: its tokenizer, image processor or feature extractor, checked against what the model takes."""
 
-from collections.abc import Mapping
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +66,14 @@ def check_ids(file: Path) -> None:
     Raises:
         UserError: an id is no whole number below `MOST_TOKENS`.
     """
-    if not file.is_file():
-        return
+    if file.is_file():
+        found = file.stat()
+        _check_ids(file, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=16)
+def _check_ids(file: Path, version: tuple[int, ...]) -> None:
+    """Check the ids of a large file, which takes seconds, once per `version` of it."""
     found = read_object(file)
     model, added = found.get("model"), found.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
@@ -88,7 +97,7 @@ def open_processor(kind: str, path: str | Path) -> Any:
     if not any((Path(path) / name).is_file() for name in PROCESSORS):
         raise UserError(f"{path}: expected the model's processor (preprocessor_config.json), found none; copy it there")
     auto, options = (AutoImageProcessor, {"backend": "pil"}) if kind == "images" else (AutoFeatureExtractor, {})
-    with library_errors(path, "the processor does not load"), quiet():
+    with library_errors(path, "the processor does not load"), _unwarned():
         processor = auto.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     made, taken = _sizes(kind, processor, read_config(Path(path)), path)
     if made != taken:
@@ -96,6 +105,14 @@ def open_processor(kind: str, path: str | Path) -> Any:
             f"{path}/preprocessor_config.json: expected inputs of the model's size {taken}, got {made}; copy the model's own file there"
         )
     return processor
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Silence what a processor warns of when it is made, such as bands that no frequency falls into."""
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Path) -> tuple[Any, Any]:

@@ -209,8 +209,10 @@ def _around(tokenizer: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
         elif step["type"] != "ByteLevel":
             return None
     place = next((place for place, piece in enumerate(template) if "Sequence" in piece), 0)
+    # A text may stand there twice, or a token that is not listed: tokenizers reads that too.
     before, after = (
-        [ids[p["SpecialToken"]["id"]]["ids"] for p in part] for part in (template[:place], template[place + 1 :])
+        [ids.get(piece.get("SpecialToken", {}).get("id"), {}).get("ids", []) for piece in part]
+        for part in (template[:place], template[place + 1 :])
     )
     if any(len(part) > 1 or any(len(one) != 1 for one in part) for part in (before, after)):
         return None

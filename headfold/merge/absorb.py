@@ -106,7 +106,7 @@ def _absorb_group(
             continue
         place = members.index(kv_head)
         if moments.value_mean is not None:
-            centre = value_readout[place] @ (values @ stats.mean("second")[:, -1])
+            centre = value_readout[place] @ (values @ stats.mean_input())
             shift += (moments.value_mean[kv_head] - centre) @ heads.o[query]
         merged.q[query] = readout[place].mT @ heads.q[query]
         merged.o[query] = value_readout[place].mT @ heads.o[query]

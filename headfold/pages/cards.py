@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoint.cards import CARD, read_card
 from ..core.errors import UserError
 
-MOST_CHARACTERS = 4_000_000
+MOST_CHARACTERS = 500_000
 """More than the card of any fold has."""
 _LEFT_OUT = ("Use", "Predicted error", "Made by")
 """Sections of a card that the page shows in another form."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..conversion.comparison_rows import MethodRow
 from ..conversion.serving_cost import ServingCost
 from ..core.plan import Plan
+from ..serving.engine import quoted
 from .cards import Card
 
 
@@ -30,6 +31,11 @@ class Fold:
     """As the config counts it; None where it has no such fields."""
     weight_bytes: int
     """Bytes of all weights on disk."""
+
+    @property
+    def word(self) -> str:
+        """Its path as a word of a shell command."""
+        return quoted(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +137,8 @@ class Contents:
     """Why there are no samples."""
     served: Mapping[str, Sequence[Served] | str] = field(default_factory=dict)
     """By fold: the engines, or why there are none."""
+
+    def original_of(self, fold: Fold) -> str:
+        """Return the original of a fold as a word of a shell command: where it lies, or what the card calls it."""
+        at_hand = None if self.original is None else self.original.path
+        return quoted(at_hand or Path(fold.base_model or "ORIGINAL"))

@@ -1,6 +1,6 @@
 """Bytes and speed before and after: serving costs, weights on disk, and what bench and check measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -10,8 +10,11 @@ from ..timing.cases import BenchResult
 from . import charts
 from .contents import Contents, Fold
 from .elements import Section, chart, not_measured, paragraph, subheading, table
-from .results import EngineCheck
+from .results import EngineCheck, labels
 from .summary import kv_heads
+
+MOST_PIXELS = 3000
+"""Height of a chart."""
 
 
 def section(contents: Contents) -> Section | None:
@@ -24,17 +27,15 @@ def section(contents: Contents) -> Section | None:
         parts += _bench(found, number)
         drawn[f"speed-{number}"] = _speed(found)
     for check in checks:
-        parts += _check(check)
-    if contents.folds and not benches:
-        named = " ".join([*_originals(contents.folds), *(fold.name for fold in contents.folds)])
+        parts += _check(check, labels(contents.results)[check.model])
+    writers = [fold for fold in contents.folds if fold.kind == "text"]
+    if writers and not benches:
+        originals = dict.fromkeys(contents.original_of(fold) for fold in writers)
+        named = " ".join([*originals, *(fold.word for fold in writers)])
         parts.append(
             not_measured("Speed was not measured; this measures it:", f"headfold bench {named} --json > bench.json")
         )
     return Section("Bytes and speed", parts, drawn) if parts else None
-
-
-def _originals(folds: Iterable[Fold]) -> list[str]:
-    return list(dict.fromkeys(fold.base_model or "ORIGINAL" for fold in folds))
 
 
 def _costs(fold: Fold, contents: Contents) -> Markup:
@@ -71,7 +72,8 @@ def _bench(found: BenchResult, number: int) -> list[Markup]:
         "model, attention", "K/V heads", "context", "batch", "tokens/s", "new token", "first token", "K/V cache", "peak",
         "of bandwidth",
     )  # fmt: skip
-    where = f"{found.device}, {found.threads} threads, {found.dtype}; medians over {found.rounds} rounds of {found.new_tokens} new tokens"
+    threads = "thread" if found.threads == 1 else "threads"
+    where = f"{found.device}, {found.threads} {threads}, {found.dtype}; medians over {found.rounds} rounds of {found.new_tokens} new tokens"
     return [
         chart(f"speed-{number}", "New tokens per second", table("Decoding", header, rows)),
         paragraph(where, "note"),
@@ -90,11 +92,11 @@ def _speed(found: BenchResult) -> dict[str, Any]:
         }
         for row in found.rows
     ]
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(str(row["model"]) for row in rows))
     encoding: dict[str, Any] = {
         "y": {"field": "model", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 150}},
         "x": {"field": "tokens", "type": "quantitative", "title": "new tokens per second"},
-        "color": {"field": "model", "type": "nominal", "sort": names, "scale": {"domain": names}, "legend": None},
+        "color": charts.colour("setting", "setting", list(dict.fromkeys(str(row["setting"]) for row in rows))),
         "tooltip": charts.tooltip(
             ("model", "model", ""), ("setting", "setting", ""), ("tokens", "tokens/s", ".3~r"),
             ("cache", "K/V cache", ""),
@@ -102,12 +104,12 @@ def _speed(found: BenchResult) -> dict[str, Any]:
     }  # fmt: skip
     if len(settings) > 1:
         encoding["yOffset"] = {"field": "setting", "type": "nominal"}
-    height = 30 + 26 * len(names) * len(settings)
+    height = min(30 + 26 * len(names) * len(settings), MOST_PIXELS)
     bar = {"type": "bar", "cornerRadiusEnd": 3}
     return charts.spec("New tokens per second of each model", rows, height=height, mark=bar, encoding=encoding)
 
 
-def _check(found: EngineCheck) -> list[Markup]:
+def _check(found: EngineCheck, called: str) -> list[Markup]:
     run = [row for row in found.rows if row.version is not None]
     if not run:
         return []
@@ -122,4 +124,4 @@ def _check(found: EngineCheck) -> list[Markup]:
         for row in run
     ]
     header = ("engine", "computes", "KL to headfold's runtime, nats", "tokens/s", "K/V per token")
-    return [subheading(f"{found.model} in engines"), table("Run in engines, in float32", header, rows)]
+    return [subheading(f"{called} in engines"), table("Run in engines, in float32", header, rows)]

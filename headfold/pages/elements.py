@@ -70,9 +70,9 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     )
     more = paragraph(f"The first {MOST_ROWS:,} of {len(rows):,} rows.", "note") if len(rows) > MOST_ROWS else Markup("")
     return Markup(
-        '<div class="box" role="region" tabindex="0" aria-label="{}"><table><caption>{}</caption>'
+        '<p class="caption">{}</p><div class="box" role="region" tabindex="0" aria-label="{}"><table aria-label="{}">'
         "<thead><tr>{}</tr></thead><tbody>\n{}\n</tbody></table></div>{}"
-    ).format(caption, caption, head, body, more)
+    ).format(caption, caption, caption, head, body, more)
 
 
 def folded_away(summary: str, content: Markup) -> Markup:

@@ -61,11 +61,11 @@ def _shares(site: SitePlan) -> dict[str, float]:
     return {"key": site.error.key / site.energy.key, "value": site.error.value / site.energy.value}
 
 
-def _error_rows(fold: Fold) -> list[tuple[str, str, str]]:
+def _error_rows(fold: Fold) -> list[list[str]]:
     found = {name: _shares(site) for name, site in fold.plan.sites.items()}
     return [
-        (name, *(percent(shares[tensor]) if shares else "" for tensor, _ in TENSORS)) for name, shares in found.items()
-    ]  # type: ignore[misc]
+        [name, *(percent(shares[tensor]) if shares else "" for tensor, _ in TENSORS)] for name, shares in found.items()
+    ]
 
 
 def _errors_chart(folds: list[Fold]) -> dict[str, Any]:

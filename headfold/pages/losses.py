@@ -1,6 +1,6 @@
 """What was lost: evaluations beside the original, methods and budgets compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -10,27 +10,28 @@ from ..evaluate.harness import TaskEvaluation
 from ..evaluate.perplexity import Evaluation
 from ..reports.evaluations import MEASURES
 from ..reports.tables import duration, percent, size
+from ..timing.cases import BenchResult
 from . import charts
 from .contents import Contents, Front, MethodTable
 from .elements import Section, chart, not_measured, paragraph, subheading, table
-from .results import DataResult, Paired
+from .results import DataResult, EngineCheck, Paired, Result, labels, models_of
 
 
 def section(contents: Contents) -> Section | None:
     """Return the section; None where nothing was given that has a loss."""
     parts: list[Markup] = []
     drawn: dict[str, Any] = {}
+    called = labels(contents.results)
     language = [found for found in contents.results if isinstance(found, Evaluation)]
     others = [found for found in contents.results if isinstance(found, DataResult | TaskEvaluation | Paired)]
     if language:
-        parts.append(_language(language))
+        parts.append(_language(language, called))
     for found in others:
-        parts += _other(found)
+        parts.append(_other(found, called))
     for fold in contents.folds:
         if fold.name not in _measured(contents.results):
             data = "" if fold.kind == "text" else " --text DATA"
-            reference = fold.base_model or "ORIGINAL"
-            command = f"headfold eval {fold.name} --reference {reference}{data} --json > eval.json"
+            command = f"headfold eval {fold.word} --reference {contents.original_of(fold)}{data} --json > eval.json"
             parts.append(not_measured(f"The loss of {fold.name} was not measured; this measures it:", command))
     for number, methods in enumerate(contents.tables):
         parts += _methods(methods, f"methods-{number}")
@@ -38,36 +39,32 @@ def section(contents: Contents) -> Section | None:
             drawn[f"methods-{number}"] = _methods_chart(methods)
     for number, front in enumerate(contents.fronts):
         parts += _front(front, f"front-{number}")
-        drawn[f"front-{number}"] = _front_chart(front)
+        if front.points:
+            drawn[f"front-{number}"] = _front_chart(front)
     return Section("Loss", parts, drawn) if parts else None
 
 
-def _measured(results: Sequence[Any]) -> set[str]:
-    """Return the names of the models that were measured, without the directories they lie in."""
-    named: list[str] = []
-    for found in results:
-        if isinstance(found, Evaluation | DataResult | TaskEvaluation):
-            named.append(found.model)
-        elif isinstance(found, Paired):
-            named += [row.model for row in found.rows]
-    return {PurePath(name).name for name in named}
+def _measured(results: Sequence[Result]) -> set[str]:
+    """Return the names of the models that have a loss, without the directories they lie in."""
+    losses = [found for found in results if not isinstance(found, BenchResult | EngineCheck)]
+    return {PurePath(name).name for found in losses for name in models_of(found)}
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _language(found: Sequence[Evaluation]) -> Markup:
+def _language(found: Sequence[Evaluation], called: Mapping[str, str]) -> Markup:
     rows = []
     for one in found:
         if one.reference is not None:
             rows.append((
-                one.reference, "" if one.reference_kv_bytes_per_token is None else size(one.reference_kv_bytes_per_token),
+                called[one.reference], "" if one.reference_kv_bytes_per_token is None else size(one.reference_kv_bytes_per_token),
                 _number(one.reference_nll), _number(one.reference_perplexity, ".3f"), "", "", "",
             ))  # fmt: skip
         increase = None if one.reference_nll is None else one.nll - one.reference_nll
         rows.append((
-            one.model, size(one.kv_bytes_per_token), _number(one.nll), _number(one.perplexity, ".3f"), _number(increase, "+.4f"),
+            called[one.model], size(one.kv_bytes_per_token), _number(one.nll), _number(one.perplexity, ".3f"), _number(increase, "+.4f"),
             _number(one.kl), "" if one.top1_agreement is None else percent(one.top1_agreement),
         ))  # fmt: skip
     data = "; ".join(dict.fromkeys(f"{one.num_tokens:,} tokens of {one.text}, context {one.context}" for one in found))
@@ -77,7 +74,7 @@ def _language(found: Sequence[Evaluation]) -> Markup:
     return table(f"Language modelling: {data}", header, list(dict.fromkeys(rows)))
 
 
-def _other(found: DataResult | TaskEvaluation | Paired) -> list[Markup]:
+def _other(found: DataResult | TaskEvaluation | Paired, called: Mapping[str, str]) -> Markup:
     if isinstance(found, DataResult):
         known = {field: (label, form) for label, form, field in MEASURES}
         rows = [
@@ -85,8 +82,8 @@ def _other(found: DataResult | TaskEvaluation | Paired) -> list[Markup]:
             for name, (own, beside) in found.measures.items()
             if name in known
         ]
-        header = ("", found.model, found.reference or "no reference")
-        return [table(f"{found.num_items:,} {found.kind} of {found.source}", header, rows)]
+        columns = ("", called[found.model], called.get(found.reference or "", "no reference"))
+        return table(f"{found.num_items:,} {found.kind} of {found.source}", columns, rows)
     if isinstance(found, TaskEvaluation):
         tasks = [
             (
@@ -99,21 +96,21 @@ def _other(found: DataResult | TaskEvaluation | Paired) -> list[Markup]:
             "task",
             "metric",
             "items",
-            found.model,
+            called[found.model],
             f"{100 * found.level:.0f} % interval",
-            found.reference or "no reference",
+            called.get(found.reference or "", "no reference"),
         )
-        return [table("Tasks", header, tasks)]
+        return table("Tasks", header, tasks)
     paired = [
         (
-            row.model, row.metric, _number(row.value), _number(row.difference, "+.4f"),
+            called[row.model], row.metric, _number(row.value), _number(row.difference, "+.4f"),
             "" if row.low is None or row.high is None else f"[{row.low:+.4f}, {row.high:+.4f}]",
             _number(row.p, ".2g"), row.verdict or "",
         )
         for row in found.rows
     ]  # fmt: skip
-    header = ("model", "metric", "value", "difference", f"{100 * found.level:.0f} % interval", "p", "")
-    return [table(f"Paired comparison on {found.source}", header, paired)]
+    heads = ("model", "metric", "value", "difference", f"{100 * found.level:.0f} % interval", "p", "")
+    return table(f"Paired comparison on {found.source}", heads, paired)
 
 
 def _loss_title(methods: MethodTable) -> str:
@@ -180,8 +177,8 @@ def _methods_chart(methods: MethodTable) -> dict[str, Any]:
         params=[charts.picked("method")],
         mark={"type": "line", "point": {"size": 55}, "strokeWidth": 2},
         encoding={
-            "x": charts.cache_axis(),
-            "y": charts.loss_axis(_loss_title(methods)),
+            "x": charts.cache_axis(row.kv_bytes_per_token for row in methods.rows),
+            "y": charts.loss_axis(_loss_title(methods), places),
             "color": charts.colour("method", "method", order),
             "opacity": charts.PICKED_OPACITY,
             "tooltip": charts.tooltip(
@@ -248,8 +245,8 @@ def _front_chart(front: Front) -> dict[str, Any]:
         ("heads", "K/V heads by layer", ""), ("plan", "plan", ""),
     )  # fmt: skip
     encoding = {
-        "x": charts.cache_axis(),
-        "y": charts.loss_axis("loss increase (KL to the original, nats)"),
+        "x": charts.cache_axis(point.kv_bytes_per_token for point in front.points),
+        "y": charts.loss_axis("loss increase (KL to the original, nats)", places),
         "color": charts.colour("kind", "lines: predicted; points: measured", kinds),
         "opacity": charts.PICKED_OPACITY,
         "tooltip": shown,

@@ -1,5 +1,6 @@
 """Loss by position in the context, as `headfold eval` measures it of language models."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -8,13 +9,14 @@ from ..evaluate.perplexity import Evaluation
 from . import charts
 from .contents import Contents
 from .elements import Section, chart, not_measured, table
+from .results import labels
 
 
 def section(contents: Contents) -> Section | None:
     """Return the section; None where no language model was given."""
     found = [one for one in contents.results if isinstance(one, Evaluation)]
     if found:
-        curves = _curves(found)
+        curves = _curves(found, labels(contents.results))
         header = ("tokens", *curves)
         ends = sorted({end for curve in curves.values() for end in curve})
         rows = [
@@ -29,20 +31,23 @@ def section(contents: Contents) -> Section | None:
     models = [fold for fold in contents.folds if fold.kind == "text"]
     if not models:
         return None
-    command = f"headfold eval {models[0].name} --reference {models[0].base_model or 'ORIGINAL'} --json > eval.json"
+    first = models[0]
+    command = f"headfold eval {first.word} --reference {contents.original_of(first)} --json > eval.json"
     lines: list[Markup] = [not_measured("The loss by position was not measured; this measures it:", command)]
     return Section("By position", lines, {})
 
 
-def _curves(found: list[Evaluation]) -> dict[str, dict[int, float]]:
-    """Return by model the loss of each bin, by the position at which the bin ends."""
+def _curves(found: list[Evaluation], called: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """Return by model, and by text where there are several, the loss of each bin, by the position at which the bin ends."""
     curves: dict[str, dict[int, float]] = {}
+    several = len({one.text for one in found}) > 1
     for one in found:
         for name, losses in ((one.reference, one.reference_nll_by_position), (one.model, one.nll_by_position)):
             if name is not None and losses:
                 width = (one.context - 1) / len(losses)
                 ends = [round(width * (number + 1)) for number in range(len(losses))]
-                curves[name] = {end: loss for end, loss in zip(ends, losses, strict=True) if loss == loss}
+                label = called[name] + (f" on {one.text}" if several else "")
+                curves[label] = {end: loss for end, loss in zip(ends, losses, strict=True) if loss == loss}
     return curves
 
 

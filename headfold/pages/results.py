@@ -1,8 +1,9 @@
 """What eval, bench and check print with --json, read back from a file."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..core.errors import UserError
@@ -107,6 +108,23 @@ def read_result(path: Path) -> Result:
         facts = record(_Data, found, where, ADVICE)
         return DataResult(facts.kind, facts.model, facts.reference, facts.source, facts.num_items, _measures(found))
     raise UserError(f"{where}: expected a result of headfold, got other JSON; {ADVICE}")
+
+
+def models_of(found: Result) -> list[str]:
+    """Return the names of the models that a result is about, its reference among them; those of a benchmark are shortened already."""
+    if isinstance(found, Paired):
+        return [row.model for row in found.rows]
+    if isinstance(found, BenchResult):
+        return []
+    reference = None if isinstance(found, EngineCheck) else found.reference
+    return [name for name in (found.model, reference) if name is not None]
+
+
+def labels(results: Sequence[Result]) -> dict[str, str]:
+    """Return what models are called on the page: the last part of their path, the whole path where two would be called the same."""
+    names = {name for found in results for name in models_of(found)}
+    times = Counter(PurePath(name).name for name in names)
+    return {name: PurePath(name).name if times[PurePath(name).name] == 1 else name for name in names}
 
 
 def _has(found: Any, *names: str) -> bool:

@@ -13,11 +13,42 @@ from .elements import Section, code, folded_away, joined, paragraph, subheading,
 _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 """Of which the beginning tells enough."""
 
+LABELS = ("K/V cache per token", "attention weights")
+NOT_CACHED = {LABELS[0]: "K and V per token, not cached"}
+
 
 def section(contents: Contents) -> Section | None:
     """Return the section; None where no fold was given."""
-    parts = [part for fold in contents.folds for part in _fold(fold, contents)]
-    return Section("What was folded", parts, {}) if parts else None
+    parts = [part for fold in contents.folds for part in _fold(fold)]
+    beside = [_side_by_side(contents.folds)] if len(contents.folds) > 1 else []
+    return Section("What was folded", [*beside, *parts], {}) if parts else None
+
+
+def _side_by_side(folds: Sequence[Fold]) -> Markup:
+    rows = [
+        (
+            fold.name,
+            fold.base_model,
+            " → ".join(kv_heads(fold)),
+            *(" → ".join(_row(fold, label)) for label in LABELS),
+            fold.plan.group,
+            _merges(fold),
+        )
+        for fold in folds
+    ]
+    return table(
+        "Side by side", ("fold", "original", "K/V heads", "K/V per token", LABELS[1], "grouped by", "merged by"), rows
+    )
+
+
+def _row(fold: Fold, label: str) -> Sequence[str]:
+    """Return what the card says before and after of a cost."""
+    rows = (row[1:] for row in fold.card.table if len(row) == 3 and row[0] in (label, NOT_CACHED.get(label)))
+    return next(rows, ())
+
+
+def _merges(fold: Fold) -> str:
+    return ", ".join(dict.fromkeys(site.merge for site in fold.plan.sites.values()))
 
 
 def kv_heads(fold: Fold) -> tuple[str, str]:
@@ -27,13 +58,12 @@ def kv_heads(fold: Fold) -> tuple[str, str]:
     return count_range(min(before), max(before)), count_range(min(after), max(after))
 
 
-def _fold(fold: Fold, contents: Contents) -> Sequence[Markup]:
+def _fold(fold: Fold) -> Sequence[Markup]:
     card, plan = fold.card, fold.plan
-    merges = ", ".join(dict.fromkeys(site.merge for site in plan.sites.values()))
     facts = [
         ("Original", fold.base_model or "not recorded: the card is gone"),
         ("Grouped by", plan.group),
-        ("Merged by", merges),
+        ("Merged by", _merges(fold)),
         ("Sites", str(len(plan.sites))),
         *(_halves(item) for item in card.items),
         *([] if any(item.startswith("Calibration") for item in card.items) else [_calibration(fold)]),
@@ -42,14 +72,14 @@ def _fold(fold: Fold, contents: Contents) -> Sequence[Markup]:
     return [
         subheading(fold.name),
         *([paragraph(card.summary)] if card.summary else []),
-        tiles(_tiles(fold, contents)),
+        tiles(_tiles(fold)),
         table(f"How {fold.name} was made", ("", "this fold"), facts),
         *(part for each in card.further for part in _further(each)),
         *([folded_away("The command that makes it again", code(card.command))] if card.command else []),
     ]
 
 
-def _tiles(fold: Fold, contents: Contents) -> list[tuple[str, str, str]]:
+def _tiles(fold: Fold) -> list[tuple[str, str, str]]:
     """Return what a reader wants to know first."""
     before, after = kv_heads(fold)
     found = [("K/V heads per site", before, after)]

@@ -31,28 +31,29 @@ def section(contents: Contents) -> Section | None:
 
 
 def _sample(sample: TextSample, number: int) -> list[Markup]:
-    original = Markup('<div class="text"><h4>original</h4><p class="written">{}</p></div>').format(
+    original = Markup('<div class="text"><h4>original</h4><p class="written" tabindex="0">{}</p></div>').format(
         "".join(sample.original)
     )
     folds = [_written(name, one, len(sample.original)) for name, one in sample.folds.items()]
     return [
         subheading(f"Sample {number}"),
-        Markup('<p class="written prompt">{}</p>').format(sample.prompt),
+        Markup('<p class="written prompt" tabindex="0">{}</p>').format(sample.prompt),
         Markup('<div class="texts">{}{}</div>').format(original, Markup("").join(folds)),
     ]
 
 
 def _written(name: str, found: Continuation, num_tokens: int) -> Markup:
+    end = found.num_same + 1
+    while end < len(found.pieces) and not "".join(found.pieces[found.num_same : end]):
+        end += 1  # the beginning of a letter that several tokens make
     same, parting, after = (
-        "".join(found.pieces[: found.num_same]),
-        "".join(found.pieces[found.num_same : found.num_same + 1]),
-        "".join(found.pieces[found.num_same + 1 :]),
+        "".join(found.pieces[part]) for part in (slice(found.num_same), slice(found.num_same, end), slice(end, None))
     )
     text = Markup("{}").format(same)
     if parting:
-        text += Markup('<mark>{}</mark><span class="after">{}</span>').format(_visible(parting), after)
+        text += Markup('<mark>{}</mark><span class="after">{}</span>').format(_visible(parting), _visible(after))
     how = f"parts at token {found.num_same + 1}" if parting or found.num_same < num_tokens else "writes the same"
-    return Markup('<div class="text"><h4>{}</h4><p class="written">{}</p>{}{}</div>').format(
+    return Markup('<div class="text"><h4>{}</h4><p class="written" tabindex="0">{}</p>{}{}</div>').format(
         name,
         text,
         paragraph(

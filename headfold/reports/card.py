@@ -38,6 +38,10 @@ class CardFacts:
     """What was trained together: all sites ("model") or one at a time ("block")."""
     calibration: Mapping[str, str]
     command: str
+    reach: str = ""
+    """One line on how much of the model the calibration data reach; empty where nothing is known."""
+    warnings: tuple[str, ...] = ()
+    """Lines on what is wrong with the calibration data."""
     site_errors: Mapping[str, tuple[float, float]] | None = None
     license: str | None = None
     """Replaces the licence in the source's card."""
@@ -177,6 +181,8 @@ def _facts_table(facts: CardFacts) -> str:
         *serving_cost_rows(*facts.serving_costs),
     ]
     lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
+    lines += [f"- Calibration reaches: {facts.reach}"] if facts.reach else []
+    lines += [f"- Note: {warning}" for warning in facts.warnings]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():
         lines.append(f"- {'Healed' if facts.healed else 'Refitted'} on: {_calibration(facts.refit_text)}")
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from .advice import show_advice
 from .tables import cache_row, count_range, duration, percent, serving_cost_rows, show_table, size
 
 FRACTIONS = ("1/2", "1/4", "1/8")
@@ -37,6 +38,8 @@ def show_inspection(found: Any) -> None:
         ["order of query heads", found.query_order],
     ]
     show_table([found.model, ""], rows)
+    if found.advice is not None:
+        show_advice(found.advice)
     show_predicted_errors(found.sites, found.basis)
 
 

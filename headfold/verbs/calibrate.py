@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adequacy.reach import reach_of_text
 from ..conversion.calibration_config import CalibrationConfig
-from ..conversion.outputs import refuse_existing
+from ..conversion.outputs import owned_file, refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress
+from ..families.context import context_length
 from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
 from ..in_memory.models import takes_models
@@ -77,7 +79,7 @@ def calibrate(
         progress: Called with (stage, done, total).
 
     Raises:
-        UserError: a source that cannot be folded or read, or a file in the way without `force`.
+        UserError: a source that cannot be folded or read, a file in the way without `force`, or another run that writes it.
     """
     path, compute_dtype = Path(stats), dtype_named(dtype)
     on_main(lambda: refuse_existing(path, force))
@@ -86,7 +88,9 @@ def calibrate(
     config = CalibrationConfig.resolve(source, data)
     teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress, given, notes)
     started = time.monotonic()
-    metadata = teacher.write_statistics(path)
+    with owned_file(path, force):
+        metadata = teacher.write_statistics(path)
     seconds = time.monotonic() - started
-    found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, teacher.notes)
+    notes = teacher.notes + reach_of_text(metadata, context_length(source.checkpoint.config)).notes()
+    found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, notes)
     return CalibrationResult(path, config.source, *found)

@@ -14,7 +14,7 @@ from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
 from ..conversion.fold_result import FoldResult
 from ..conversion.plans import sites_with_assumed_distances
-from ..conversion.provenance import Fitting, card_facts, notes_on, write_recipe
+from ..conversion.provenance import Fitting, calibration_reach, card_facts, notes_on, write_recipe
 from ..conversion.serving_cost import serving_cost
 from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
@@ -113,10 +113,9 @@ def fold(
     source = replace(source, encoder=request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
-    with FoldJob.opened(out, settings, force) as job:
-        teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)
-        teacher.use_sample(None if data.names_data else given)
-        job.draw_texts(teacher, request, given)
+    teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)
+    teacher.use_sample(None if data.names_data else given)
+    with FoldJob.opened(out, settings, force, teacher, request, given) as job:
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)
@@ -145,11 +144,11 @@ def fold(
                     twin = Twin(source, made, statistics, refits)
                     verification = verify_fold(source, job.staging, twin, sample, unrounded, notes, progress)
             blind = sites_with_assumed_distances(source, made, statistics)
-            notes += notes_on(source, job.staging, request.group, blind, statistics)
-            costs = serving_cost(source), serving_cost(source, made, layout)
-            measured_on, times = statistics.metadata if statistics else {}, (job.seconds, job.estimated)
+            reach = calibration_reach(source, made, statistics, fitting)
+            notes += notes_on(source, job.staging, request.group, blind, reach)
+            costs, times = (serving_cost(source), serving_cost(source, made, layout)), (job.seconds, job.estimated)
             facts = card_facts(
-                source, out, job.staging, made, settings, costs, fitting, measured_on, verification, times
+                source, out, job.staging, made, settings, costs, fitting, statistics, reach, verification, times
             )
             write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
             write_recipe(job.staging, source, settings)

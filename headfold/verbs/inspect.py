@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..advice.advise import Advice, advise, workload
 from ..conversion.source import Source, open_source, open_stats
 from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
@@ -63,6 +64,8 @@ class Inspection:
     """The form of a fold that engines serve fastest; None where that was not measured, in models that do not continue a text."""
     basis: str
     """What the predictions rest on."""
+    advice: Advice | None
+    """On the workload that was asked about; None where none was."""
     sites: list[SiteInspection]
 
     def to_json(self) -> dict[str, Any]:
@@ -71,21 +74,33 @@ class Inspection:
 
 
 @main_only
-def inspect(model: str | Path, *, stats: str | Path | None = None, progress: Progress | None = None) -> Inspection:
-    """Return heads, cache size and predicted errors of a checkpoint.
+def inspect(
+    model: str | Path,
+    *,
+    stats: str | Path | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    memory: str | None = None,
+    gpu: str | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Return heads, cache size and predicted errors of a checkpoint; with any of the last options, whether folding pays.
 
     Args:
         model: A checkpoint directory or a hub id.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
+        context, batch: Tokens and sequences at once to serve; by default the model's own context, at most 32,768, and 1.
+        memory: Memory of the device, such as "24GiB"; by default what it has.
+        gpu: A device of `advice.devices.GPUS`; by default this machine, whose memory bandwidth is measured.
         progress: Called with (stage, done, total).
 
     Raises:
-        UserError: a source that cannot be folded or read.
+        UserError: a source that cannot be folded or read, or a workload that the model does not take.
     """
     source = open_source(model)
-    known = open_stats(stats, source)
-    first, config = source.sites[0], source.checkpoint.config
-    per_token = source.kv_bytes_per_token()
+    known, asked = open_stats(stats, source), (context, batch, memory, gpu)
+    advice = None if asked == (None,) * 4 else advise(source, workload(source, *asked))
+    first, config, per_token = source.sites[0], source.checkpoint.config, source.kv_bytes_per_token()
     sites, advance = [], counter(progress or no_progress, "inspect", len(source.every_site))
     for site in source.every_site:
         sites.append(_inspect_site(source, site, known))
@@ -103,19 +118,19 @@ def inspect(model: str | Path, *, stats: str | Path | None = None, progress: Pro
         key_freedom=_freedom(first),
         query_order=first.query_order,
         context=context_length(config),
-        caches=kind_of(config) in ("text", "pairs", "audio"),
+        caches=source.caches,
         kv_bytes_per_token=per_token,
         kv_bytes_32k=per_token * 32_768,
         fastest_in_engines=FASTEST if kind_of(config) == "text" else None,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
+        advice=advice,
         sites=sites,
     )
 
 
 def _freedom(site: Site) -> str:
-    freedom = site.key_freedom
-    partial = f" on {freedom.rotary_dim} of {site.head_dim} dims" if 0 < freedom.rotary_dim < site.head_dim else ""
-    return freedom.kind + partial
+    dims = site.key_freedom.rotary_dim
+    return site.key_freedom.kind + (f" on {dims} of {site.head_dim} dims" if 0 < dims < site.head_dim else "")
 
 
 def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:

@@ -40,7 +40,7 @@ class Report:
 
 @main_only
 def report(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     out: str | Path = NAME,
     original: str | Path | None = None,
@@ -54,7 +54,7 @@ def report(
 
     Args:
         paths: Directories that `headfold.fold`, `headfold.compare` or `headfold.frontier` wrote, and files with what the command line
-            printed with --json: an evaluation, a benchmark, a check of engines.
+            printed with --json: an evaluation, a benchmark, a check of engines. A single one may be given alone.
         out: The file to write.
         original: The checkpoint that the folds were made of, a directory or a hub id; with it the page has samples of text.
         prompts: What the samples continue; by default three beginnings of texts.
@@ -69,7 +69,7 @@ def report(
     """
     out, progress, place = Path(out), progress or no_progress, check_device(device)
     require_charts()
-    named = [Path(path) for path in paths]
+    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not named:
         raise UserError("report: expected a fold, or a folder of headfold compare or frontier, got nothing; name one")
     kinds = [(path, kind_of_path(path)) for path in named]
@@ -77,7 +77,7 @@ def report(
     if prompts and original is None:
         raise UserError("--prompt: expected --original DIR beside it, as both models continue a prompt; give it")
     with owned_file(out, force):
-        advance = counter(progress, "read", len(kinds) + 1)
+        advance = counter(progress, "read", len(kinds))
         folds, tables, fronts, results = [], [], [], []
         for path, kind in kinds:
             match kind:
@@ -93,17 +93,21 @@ def report(
         if original is not None and not folds:
             raise UserError(f"--original {original}: expected a fold of it among what is reported, got none; name one")
         opened = None if original is None else open_original(str(original), folds)
-        advance(1)
         samples, reason = _samples(opened, folds, prompts or PROMPTS, new_tokens, place, progress)
         contents = Contents(
             folds, opened, tables, fronts, results, samples, reason, {fold.name: _served(fold) for fold in folds}
         )
         names = [name_of(path) for path, kind in kinds if kind != "result"] or [path.name for path in named]
         size = write_page(out, contents, titled(names))
-    by_kind = {
-        kind: [name_of(path) for path, each in kinds if each == kind] for kind in ("fold", "comparison", "frontier")
-    }
-    return Report(out, size, *by_kind.values(), results=len(results), samples=len(samples))
+    return Report(
+        out,
+        size,
+        [fold.name for fold in folds],
+        [table.name for table in tables],
+        [front.name for front in fronts],
+        len(results),
+        len(samples),
+    )
 
 
 def _samples(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import calibration as calibrating
-from ..checkpoint.staging import commit, job_key, refuse_overlap
+from ..checkpoint.staging import commit, holds_other_job, job_key, refuse_overlap
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
 from ..conversion.outputs import staged
 from ..conversion.routed import compare_routed, every_site, open_grouped, routed_config, write_routed
@@ -95,8 +95,10 @@ def route(
         "route": str(method),
         "data": asdict(config),
     }
-    with staged(out, job_key(settings), force) as staging:
-        teacher = Teacher(source, config, place, compute_dtype, progress or no_progress)
+    key, teacher = job_key(settings), Teacher(source, config, place, compute_dtype, progress or no_progress)
+    if on_main(lambda: holds_other_job(out, key, force)):
+        _ = teacher.sample  # a job without data is refused before what another one left is removed
+    with staged(out, key, force) as staging:
         plan = _settled(teacher, method, seed)
         written = on_main(lambda: routed_config(checkpoint, plan))
         plan = replace(plan, sites=every_site(plan, written))
@@ -124,4 +126,4 @@ def _settled(teacher: Teacher, method: Any, seed: int) -> Plan:
             advance(calibrating.num_tokens(batch))
 
     routing.freeze(model, batches())
-    return routing.frozen_plan(model, teacher.source.checkpoint.fingerprint(), teacher.facts())
+    return routing.frozen_plan(model, teacher.source.checkpoint.fingerprint(), teacher.data_facts())

@@ -14,8 +14,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 from . import running  # noqa: E402
-from .campaign import Campaign, Case, counted, numbers  # noqa: E402
-from .sources import make  # noqa: E402
+from .campaign import Campaign, Case, counted, list_digest, numbers  # noqa: E402
 
 MEMORY = Path("/dev/shm")
 """Where Linux keeps files in memory: waiting for a disk would take most of the time."""
@@ -32,6 +31,7 @@ def main() -> int:
     reader.add_argument("--first", type=int, default=0, help="number of the first case")
     reader.add_argument("--group", help="input, kill, race, full disk or interrupt alone")
     reader.add_argument("--only", help="run these cases alone: numbers, with commas between them")
+    reader.add_argument("--parsers", action="store_true", help="fuzz the parsers alone, in this process")
     reader.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     reader.add_argument("--work", type=Path, help="folder to work in; the default is a temporary one")
     reader.add_argument("--out", type=Path, help="file to write the report to")
@@ -40,16 +40,29 @@ def main() -> int:
     kept = MEMORY if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="headfold-hostile-", dir=kept) as temporary:
         work = (asked.work or Path(temporary)).resolve()
-        if not (work / "sources").exists():
-            make(work / "sources")
+        if asked.parsers:
+            return _of_parsers(work, asked)
         cases = _only(work, asked) if asked.only is not None else _spread(work, asked)
-    report = {"seed": asked.seed, **counted(cases)}
+    report = {"seed": asked.seed, "list": list_digest(), **counted(cases)}
     for found in report["findings"]:
         print(f"{found['number']}: {found['words']}: {found['what']}: {found['wrong']}")
     print(
         ", ".join(f"{count} {group}" for group, count in report["cases"].items())
         + f": {len(report['findings'])} findings"
     )
+    if asked.out:
+        asked.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if report["findings"] else 0
+
+
+def _of_parsers(work: Path, asked: argparse.Namespace) -> int:
+    from . import parsers
+
+    report = parsers.main(work / "parsers", asked.minutes, asked.seed)
+    for found in report["findings"]:
+        print(f"{found['parser']}: {found['what']}: {found['wrong']}")
+    by = "by the lines that they reach" if report["by_coverage"] else "at random"
+    print(f"{report['inputs']} inputs chosen {by}: {len(report['findings'])} findings")
     if asked.out:
         asked.out.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if report["findings"] else 0

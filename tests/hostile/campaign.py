@@ -1,5 +1,6 @@
 """A campaign: cases by number, each wholly drawn from the seed and its number, spread over processes, and counted."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from . import disasters
 from .disasters import Undisturbed
 from .judging import PLANTED, essence, finding, state_of
-from .mutators import Mutator, entry
+from .mutators import VALUES, Mutator, entry
 from .running import run
 from .scenarios import SCENARIOS, WORDS, Scenario, options
 from .sources import copied, made
@@ -109,6 +110,13 @@ class Campaign:
                 made(run([scenario.words[0], "--json", *scenario.words[1:]], folder), scenario.words)
                 self._references[scenario.words] = essence(folder / scenario.out)
         return self._references[scenario.words]
+
+
+def list_digest() -> str:
+    """Return a digest of the lists that cases are drawn from: with others, a number means another case."""
+    inputs = [(one.words, one.spoilt, one.mutate.__name__) for one in SCENARIOS]
+    jobs = [(job.words, job.ranks) for job in disasters.JOBS + disasters.SHARED]
+    return hashlib.sha256(repr((inputs, jobs, VALUES)).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def group_of(number: int) -> str:

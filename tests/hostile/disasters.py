@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -11,25 +12,42 @@ from typing import Any
 
 from . import traps
 from .judging import essence, finding, state_of
+from .ranks import run_on
 from .running import Outcome, run, start
-from .scenarios import TEXT, TRAIN
-from .sources import NAMES, PAIRS, copied, made
+from .scenarios import TRAIN
+from .sources import NAMES, PAIRS, TEXT, copied, ensure, made
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command that writes `out`; what `out` holds while it runs is whole unless `grows`; `old` is a source that lies there before."""
+    """A command that writes `out`; what `out` holds while it runs is whole unless `grows`; `old` is a source that lies there before;
+    `ranks` is the number of processes that run it together."""
 
     words: tuple[str, ...]
     needs: tuple[str, ...]
     out: str
     grows: bool = False
     old: str = ""
+    ranks: int = 1
+
+    def run(
+        self,
+        words: Sequence[object],
+        folder: Path,
+        *,
+        victim: int = 0,
+        before: Callable[[], None] | None = None,
+        **how: Any,
+    ) -> Outcome:
+        """Run `headfold WORDS` on the job's ranks; traps are set, and a kill arrives, in the `victim` alone."""
+        if self.ranks == 1:
+            return run(words, folder, before=before, **how)
+        return run_on(self.ranks, words, folder, victim=victim, before=before, **how)
 
 
-def _job(words: str, out: str, *, grows: bool = False, old: str = "") -> Job:
+def _job(words: str, out: str, *, grows: bool = False, old: str = "", ranks: int = 1) -> Job:
     command = tuple(words.split(" "))
-    return Job(command, tuple(sorted({word for word in command if word in NAMES})), out, grows, old)
+    return Job(command, tuple(sorted({word for word in command if word in NAMES})), out, grows, old, ranks)
 
 
 _TEXT, _PAIRS, _TRAIN = " ".join(TEXT), " ".join(PAIRS), " ".join(TRAIN)
@@ -56,8 +74,15 @@ JOBS = (
     _job("export folded out --layout native", "out"),
     _job("export layered out --layout decilm", "out"),
     _job("export folded out.gguf --layout gguf", "out.gguf"),
+    _job("export folded out --layout ct2", "out"),
     _job(f"route folded out --route kdgqa {_TEXT}", "out"),
+    _job("detect llama --out family.py", "family.py"),
 )
+SHARED = (
+    _job(f"{_FOLD} {_TEXT}", "out", ranks=2),
+    _job(f"uptrain folded out {_TRAIN} --save-every 1 --data text.txt", "out", ranks=2),
+)
+"""Jobs of several ranks, of which one is killed."""
 RACES = tuple(job for job in JOBS if not job.old)
 _RIVAL = _job("fold llama out --kv-heads 4 --merge mean --group contiguous --no-refit", "out")
 
@@ -74,7 +99,7 @@ class Undisturbed:
             counted = self._work.with_name(f"{self._work.name}.events")
             with copied(self._root, self._work, job.needs) as folder:
                 lay_old(self._root, folder, job)
-                outcome = run(job.words, folder, before=traps.counting(folder, counted), limit=300)
+                outcome = job.run(job.words, folder, before=traps.counting(folder, counted), limit=300)
                 made(outcome, job.words)
                 self._known[job] = essence(folder / job.out), int(counted.read_text()), outcome.seconds
             counted.unlink()
@@ -84,27 +109,31 @@ class Undisturbed:
 def lay_old(root: Path, folder: Path, job: Job) -> None:
     """Put what is to be replaced into the place of the output."""
     if job.old:
+        ensure(root, [job.old])
         shutil.copytree(root / job.old, folder / job.out)
 
 
 def kill(root: Path, folder: Path, undisturbed: Undisturbed, random: Random) -> tuple[Job, str, str]:
-    """Kill a job at an event or a time and run it again; return the job, how, and what is wrong."""
-    job = random.choice(JOBS)
+    """Kill a job, or one of its ranks, at an event or a time and run it again; return the job, how, and what is wrong."""
+    job = random.choice(JOBS + SHARED)
     _, events, seconds = undisturbed[job]
+    victim = random.randrange(job.ranks)
     with copied(root, folder, job.needs):
         lay_old(root, folder, job)
-        if random.random() < 0.7:
+        if victim == 0 and random.random() < 0.7:  # rank 0 alone writes
             number = random.randint(1, events)
             how = f"kill at event {number} of {events}"
             trap, after = traps.at(folder, number, traps.killed), None
         else:
             after = random.random() * seconds
             how, trap = f"kill after {after:.2f} s of {seconds:.2f}", None
+        how += f" of rank {victim} of {job.ranks}" if job.ranks > 1 else ""
         before = state_of(folder)
-        first = run([*job.words, "--json"], folder, before=trap, kill_after=after)
+        first = job.run([*job.words, "--json"], folder, victim=victim, before=trap, kill_after=after)
         if first.code == 0:
             return job, f"{how}: ended before", ""
-        wrong = "" if first.code == -signal.SIGKILL else f"exit code {first.code} by a kill"
+        wrong = "" if first.code == -signal.SIGKILL else f"exit code {first.code} by a kill: {first.err[-200:]}"
+        wrong = wrong or ("traceback of another rank" if "Traceback" in first.err else "")
         return job, how, wrong or _left(root, folder, job, undisturbed) or _again(folder, job, undisturbed, before)
 
 
@@ -232,7 +261,7 @@ def _again(folder: Path, job: Job, undisturbed: Undisturbed, before: Any) -> str
     """Run the job again and return what is wrong with the end."""
     place = folder / job.out
     was_whole = place.exists() and not (place / ".headfold-job").exists() and essence(place) == undisturbed[job][0]
-    second = run([*job.words, "--json"], folder)
+    second = job.run([*job.words, "--json"], folder)
     if second.code == 2 and was_whole and "--force" in second.err:
         second = Outcome(0, "{}", "", second.seconds)  # the run was at its very end, and nothing is replaced unasked
     after = state_of(folder)

@@ -13,7 +13,7 @@ from .running import Outcome
 State = Mapping[str, tuple[int, int, int]]
 PLANTED = Path("/tmp/headfold-owned")
 """What a card would write if its tags were obeyed."""
-GROWING = {"rows", "points"}
+GROWING = {"rows", "points", "compared", "explored"}
 """Outputs that are filled where they lie: a command that is interrupted leaves what it has measured."""
 _TIMES = re.compile(r"(.*_)?seconds(_.*)?|.*_per_second|peak_bytes|resumed_at|estimated.*")
 """Fields of JSON files that tell of a run rather than of its result."""
@@ -36,11 +36,11 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
 def finding(outcome: Outcome, before: State, after: State, out: str, named: Sequence[str] = ()) -> str:
     """Return what is wrong with how a command ended; an empty text if nothing is. It may write files that it is told to by name."""
     if outcome.hung:
-        return f"hang {_last(outcome.err)}"
+        return f"hang {last_frame(outcome.err)}"
     if outcome.code < 0:
         return f"signal {-outcome.code}"
     if "Traceback (most recent call last)" in outcome.err:
-        return f"traceback {_last(outcome.err)}"
+        return f"traceback {last_frame(outcome.err)}"
     if outcome.code not in (0, 2):
         return f"exit code {outcome.code}"
     if PLANTED.exists():
@@ -147,7 +147,7 @@ def _within(name: str, out: str) -> bool:
     return bool(out) and (name == out or name.startswith(f"{out}/"))
 
 
-def _last(err: str) -> str:
+def last_frame(err: str) -> str:
     """Return where and with what a traceback ends, so that equal ones are counted together."""
     frames = re.findall(r'File "[^"]*/(headfold/[^"]+)", line (\d+)', err)
     if "most recent call first" in err:

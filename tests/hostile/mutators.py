@@ -49,6 +49,8 @@ def json_file(data: bytes, random: Random) -> Corruption:
         return json_text(data, random)
     tree = json.loads(data)
     places = [place for place in _places(tree) if place]
+    if not places:
+        return json_text(data, random)
     name, change = random.choice(_CHANGES)
     place = random.choice(places)
     holder = tree

@@ -145,10 +145,10 @@ def _child(words: list[str], folder: Path, printed: tuple[Path, Path], before: C
 
 
 def _main() -> int:
-    from headfold import cli
+    from headfold.__main__ import main
 
     try:
-        cli.main()
+        main()
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     return 0

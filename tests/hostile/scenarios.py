@@ -6,12 +6,13 @@ from random import Random
 
 from . import mutators
 from .mutators import VALUES, Mutator
-from .sources import ITEMS, NAMES, PAIRS, SMALL, UNFINISHED
+from .sources import COMPARED, EXPLORED, HEALED, ITEMS, NAMES, PAIRS, SMALL, TEXT, UNFINISHED
 
-TEXT = ("--calibration", "text.txt", *SMALL)
 LIMIT = ("--text", "text.txt", "--limit", "128", "--context", "32")
 SENTENCES = ("--calibration", "text.txt", *ITEMS)
 IMAGES = ("--calibration", "images", *ITEMS)
+CAPTIONS = ("--calibration", "captions.jsonl", *ITEMS)
+SOUNDS = ("--calibration", "sounds", *ITEMS)
 TRAIN = ("--steps", "2", "--batch", "2", "--context", "16")
 
 
@@ -38,7 +39,8 @@ _SHORT = {
     "TRAIN": f"out {' '.join(TRAIN)}",
     **{name: " ".join(words) for name, words in (
         ("UNFINISHED", UNFINISHED), ("TEXT", TEXT), ("PAIRS", PAIRS), ("LIMIT", LIMIT), ("SENTENCES", SENTENCES),
-        ("IMAGES", IMAGES), ("SMALL", SMALL),
+        ("IMAGES", IMAGES), ("SMALL", SMALL), ("CAPTIONS", CAPTIONS), ("SOUNDS", SOUNDS), ("HEALED", HEALED), ("COMPARED", COMPARED),
+        ("EXPLORED", EXPLORED),
     )},
 }  # fmt: skip
 _TABLE = """
@@ -81,19 +83,45 @@ _TABLE = """
 1 uptrain folded TRAIN --data text.txt --distill llama < llama/config.json
 1 uptrain folded-t5 TRAIN --data pairs.jsonl --columns source,target < folded-t5/config.json pairs.jsonl
 4 uptrain folded trained UNFINISHED < trained.partial/**/*
-4 fold llama healed --kv-heads 2 --heal --heal-tokens 64 TEXT < healed.partial/**/*
+4 fold llama healed HEALED < healed.partial/**/*
 1 compare llama --kv-heads 2 --methods mean --out rows --limit 64 --text text.txt TEXT < llama/config.json llama/model.safetensors
 1 frontier llama points --measure 0 --stats stats.safetensors --sensitivity sensitivity.json < sensitivity.json stats.safetensors
+2 report folded --out page.html < folded/plan.json folded/README.md folded/config.json
+1 report compared --out page.html < compared/compare.json
 1 bench --shape llama --layers 1 --batch 1 --context 8 --new-tokens 2 --rounds 1 < llama/config.json
+1 fold whisper out --kv-heads 2 SOUNDS < whisper whisper/preprocessor_config.json whisper/generation_config.json sounds/3.wav sounds/3.txt
+1 fold clip out --kv-heads 2 CAPTIONS < clip clip/preprocessor_config.json captions.jsonl images/3.png clip/model.safetensors:numbers
+1 calibrate whisper made.safetensors SOUNDS < sounds/0.wav whisper/preprocessor_config.json whisper/tokenizer.json
+1 fold wordpiece out --kv-heads 2 SENTENCES < wordpiece/vocab.txt wordpiece/tokenizer_config.json wordpiece/config.json
+1 calibrate wordpiece made.safetensors SENTENCES < wordpiece/vocab.txt wordpiece/tokenizer_config.json
+1 inspect whisper < whisper/config.json
+1 inspect clip < clip/config.json
+3 detect llama < llama/config.json
+1 detect gpt2 --out family.py < gpt2/config.json
+3 check folded < folded/config.json folded/model.safetensors
+1 check llama < llama/config.json
+1 export folded out --layout ct2 < folded/config.json folded/tokenizer.json folded/generation_config.json folded/model.safetensors
+1 export folded-t5 out --layout ct2 < folded-t5/config.json folded-t5/tokenizer.json folded-t5/model.safetensors
+1 export folded-bert out --layout onnx < folded-bert/config.json folded-bert/model.safetensors
+4 uptrain folded early UNFINISHED < early.partial/**/checkpoint-2/*.json
+1 uptrain folded early UNFINISHED < early.partial/**/*
+2 uptrain folded trained UNFINISHED < trained.partial/**/checkpoint-2/headfold-whole:json
+4 compare llama --out compared COMPARED < compared/*.json
+2 compare llama --out compared COMPARED < compared/**/*
+4 frontier llama explored EXPLORED < explored/**/*.json explored/.headfold-unfinished:json
+2 frontier llama explored EXPLORED < explored/**/*
 """
 """How often a command is drawn, the command, and the files that are corrupted for it, each with its way unless its name says it; a model
 stands for the files that a fold reads of it, a star for those of an unfinished run. A command needs the sources that it names."""
 _WAYS: dict[str, Mutator] = {
     "json": mutators.json_file, "safetensors": mutators.header, "jsonl": mutators.lines, "md": mutators.card, "txt": mutators.text,
     "csv": mutators.text, "en": mutators.text, "de": mutators.text, "gz": mutators.packed, "parquet": mutators.packed,
-    "png": mutators.packed, "numbers": mutators.numbers, "*": mutators.planted,
+    "png": mutators.packed, "wav": mutators.packed, "numbers": mutators.numbers, "*": mutators.planted,
 }  # fmt: skip
-_OUTPUTS = ("out", "made.safetensors", "made.json", "out.gguf", "rows", "points", "trained", "healed")
+_OUTPUTS = (
+    "out", "made.safetensors", "made.json", "out.gguf", "rows", "points", "trained", "healed", "early", "compared", "explored", "family.py",
+    "page.html",
+)  # fmt: skip
 
 
 def _all() -> Iterator[Scenario]:
@@ -102,6 +130,7 @@ def _all() -> Iterator[Scenario]:
         times, *words = " ".join(_SHORT.get(word, word) for word in command.split(" ")).split(" ")
         out = next((word for word in words if word in _OUTPUTS), "")
         named = [part for word in words for part in word.split(",")]
+        named += ["images"] if "captions.jsonl" in named else []
         needs = tuple(sorted({part for part in [*named, f"{out}.partial"] if part in NAMES}))
         for file in (file for name in files.split(" ") for file in _files(name)):
             name, _, way = file.partition(":")
