@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 import headfold
-from headfold.conversion.comparison_rows import scored
+from headfold.comparison import scored
 from headfold.evaluate.classification import Classification
 from headfold.evaluate.data import DataEvaluation
 from headfold.evaluate.perplexity import Evaluation

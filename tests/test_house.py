@@ -33,7 +33,7 @@ FLOORS = {
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
     7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "serving"),
-    8: ("conversion",),
+    8: ("comparison", "conversion"),
     9: ("advice", "budget", "in_memory", "pages", "uptraining"),
     10: ("verbs",),
     11: ("cli",),

@@ -20,7 +20,7 @@ from test_results_of_pages import PAIRED
 import headfold
 from headfold.budget.frontier import Point
 from headfold.checkpoint.staging import write_json
-from headfold.conversion.comparison_rows import MethodRow, write_rows
+from headfold.comparison import MethodRow, write_rows
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan

@@ -9,7 +9,7 @@ import pytest
 from test_results_of_pages import BENCH, EVALUATION
 
 from headfold.budget.frontier import Point
-from headfold.conversion.comparison_rows import MethodRow
+from headfold.comparison import MethodRow
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.core.predict import SiteError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headfold.cli.output import _finite
-from headfold.conversion.comparison_rows import MethodRow
+from headfold.comparison import MethodRow
 from headfold.core.errors import UserError
 from headfold.core.records import record
 from headfold.evaluate.classification import Classification

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..conversion.comparison_rows import MethodRow
+from ..comparison import MethodRow
 from ..conversion.serving_cost import ServingCost
 from ..core.plan import Plan
 from ..serving.engine import quoted

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..conversion.comparison_rows import method_row
+from ..comparison import method_row
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from .contents import MethodTable

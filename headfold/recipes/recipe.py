@@ -2,7 +2,8 @@
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -49,6 +50,15 @@ class Recipe:
     def is_single(self) -> bool:
         """Whether the output is one fold."""
         return len(self.folds) == 1 and not self.folds[0].name
+
+    @contextmanager
+    def at(self, line: int, name: str = "") -> Iterator[None]:
+        """Return a context in which errors begin with a line of the recipe, unless it is 0, and the name of a fold."""
+        try:
+            yield
+        except UserError as error:
+            where = f"{self.path}:{line}: " if line else ""
+            raise type(error)(f"{where}{name and f'{name}: '}{error}") from error
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the output, as JSON."""

@@ -29,6 +29,19 @@ class FoldFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """One fold of a recipe, and how it was measured beside the model; without an evaluation that is left out."""
+
+    name: str
+    """Name of its directory; empty where the fold is the whole output."""
+    fold: FoldFacts
+    metric: str | None = None
+    value: float | None = None
+    original: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Written:
     """What the file holds."""
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.stats_file import StatsFile
-from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, check_methods, common_counts
-from ..conversion.comparison_rows import (
+from ..comparison import (
     STATISTICS,
     MethodComparison,
     MethodRow,
@@ -18,6 +17,7 @@ from ..conversion.comparison_rows import (
     scored,
     write_rows,
 )
+from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, check_methods, common_counts
 from ..conversion.outputs import owned_directory, remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError

@@ -1,7 +1,6 @@
 """Run a recipe: fold a model once or several ways, measure the folds beside it, and write a page on them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.staging import refuse_overlap, write_json
-from ..conversion.comparison_rows import scored
+from ..comparison import scored
 from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source
 from ..core.errors import UserError
@@ -20,25 +19,12 @@ from ..pages.page import require_charts
 from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
-from ..recipes.steps import FoldFacts, Steps
+from ..recipes.steps import FoldFacts, Row, Steps
 from .evaluate import evaluate, facts
 from .fold import fold
 from .report import report
 
 PAGE = "report.html"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One fold of a recipe, and how it was measured beside the model; without an evaluation that is left out."""
-
-    name: str
-    """Name of its directory; empty where the fold is the whole output."""
-    fold: FoldFacts
-    metric: str | None = None
-    value: float | None = None
-    original: float | None = None
-    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,7 @@ def run(
     """
     read, out = on_main(lambda: read_recipe(Path(recipe), fold, evaluate)), Path(out)
     name = read.model if model is None else str(model)
-    with _at(read, read.model_line if model is None else 0):
+    with read.at(read.model_line if model is None else 0):
         source = on_all(lambda: open_source(name))
         if read.source not in ("", source.checkpoint.fingerprint()):
             raise UserError(
@@ -114,7 +100,7 @@ def run(
         page = out / PAGE if read.report else None
         if page is not None:
             shown = [out / row.name for row in rows] + [out / _file(row) for row in rows if row.metric]
-            with _at(read, read.report_line):
+            with read.at(read.report_line):
                 report(shown, out=page, original=name, force=True, device=device, progress=progress)
     return RunResult(out, rows, page)
 
@@ -122,13 +108,13 @@ def run(
 def _check(recipe: Recipe) -> None:
     """Refuse before the first fold what a later one, or the page, would end with."""
     for step in recipe.folds:
-        with _at(recipe, step.line, step.name):
+        with recipe.at(step.line, step.name):
             named = [name for name in ("kv_heads", "plan") if name in step.options]
             if len(named) != 1:
                 raise UserError(f"expected either kv_heads or plan, got {'both' if named else 'neither'}; give one")
             statistics_needed(step.options.get("group", "swap"), step.options.get("merge", "absorb"))
     if recipe.report:
-        with _at(recipe, recipe.report_line):
+        with recipe.at(recipe.report_line):
             require_charts()
 
 
@@ -137,7 +123,7 @@ def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[st
     options = {**how, **step.options}
     if (plan := step.options.get("plan")) and (beside := recipe.path.parent / plan).is_file():
         options["plan"] = beside  # a fold keeps the plan that it was made by
-    with _at(recipe, step.line, step.name):
+    with recipe.at(step.line, step.name):
         found = fold(model, out, force=force, **options)
     return FoldFacts(
         found.num_kv_heads_least, found.num_kv_heads_after, found.kv_bytes_before, found.kv_bytes_after,
@@ -147,7 +133,7 @@ def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[st
 
 def _measured(recipe: Recipe, row: Row, out: Path, model: str, how: Mapping[str, Any]) -> Row:
     """Measure a fold beside the model, and write what `headfold eval --json` prints."""
-    with _at(recipe, recipe.evaluation_line, row.name):
+    with recipe.at(recipe.evaluation_line, row.name):
         found = evaluate(out / row.name, reference=model, **{**how, **(recipe.evaluation or {})})
         if not isinstance(found, Evaluation | DataEvaluation):
             raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
@@ -159,13 +145,3 @@ def _measured(recipe: Recipe, row: Row, out: Path, model: str, how: Mapping[str,
 def _file(row: Row) -> str:
     """Return the name of the file with the evaluation of a fold."""
     return f"{row.name}.eval.json"
-
-
-@contextmanager
-def _at(recipe: Recipe, line: int, name: str = "") -> Iterator[None]:
-    """Return a context in which errors begin with the place in the recipe."""
-    try:
-        yield
-    except UserError as error:
-        where = f"{recipe.path}:{line}: " if line else ""
-        raise type(error)(f"{where}{name and f'{name}: '}{error}") from error

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.ownership import has_contents
-from ..checkpoint.staging import write_json
-from ..core.errors import UserError
-from ..core.json_input import read_object
-from ..evaluate import classification, embedding
-from ..evaluate.data import DataEvaluation
-from ..evaluate.perplexity import Evaluation
+from .checkpoint.ownership import has_contents
+from .checkpoint.staging import write_json
+from .core.errors import UserError
+from .core.json_input import read_object
+from .evaluate import classification, embedding
+from .evaluate.data import DataEvaluation
+from .evaluate.perplexity import Evaluation
 
 STATISTICS = "stats.safetensors"
 
