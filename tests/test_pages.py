@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from results import PAIRED
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 from test_docs import parses
-from test_results_of_pages import PAIRED
 
 import headfold
 from headfold.budget.frontier import Point
