@@ -14,13 +14,13 @@ from ..conversion.comparison_rows import (
     MethodComparison,
     MethodRow,
     earlier_rows,
-    file_digest,
     scored,
     write_rows,
 )
 from ..conversion.outputs import owned_directory, remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
+from ..core.files import file_digest
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source
