@@ -1,6 +1,5 @@
 """Rows of a comparison of methods: one fold each, kept on disk so that the next call goes on from there."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from .checkpoint.ownership import has_contents
 from .checkpoint.staging import write_json
 from .core.errors import UserError
 from .core.json_input import read_object
+from .core.records import record
 from .evaluate import classification, embedding
 from .evaluate.data import DataEvaluation
 from .evaluate.perplexity import Evaluation
@@ -82,7 +82,7 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
     try:
         found = read_object(file)
         same = found["settings"] == json.loads(json.dumps(settings, default=str))
-        rows = [method_row(row) for row in found["rows"]]
+        rows = method_rows(found, file)
     except (UserError, KeyError, TypeError, AttributeError) as error:
         if not force:
             raise UserError(
@@ -99,27 +99,17 @@ def earlier_rows(directory: Path, settings: Mapping[str, Any], force: bool) -> l
     return []
 
 
-def method_row(listed: Mapping[str, Any]) -> MethodRow:
-    """Return a row as it was written.
+def method_rows(found: Mapping[str, Any], file: Path) -> list[MethodRow]:
+    """Return the rows of a compare.json as they were written, losses that are not finite among them.
 
     Raises:
-        TypeError: it has other fields, or a field has another type.
+        UserError: a row has no such fields, or a field has another type.
     """
-    for name, value in listed.items():
-        expected: Any = str if name in ("method", "metric") else float | int
-        optional = name in ("original", "kl", "peak_bytes") and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, expected)):
-            raise TypeError(f"{name} of another type")
-    return MethodRow(**listed)
-
-
-def file_digest(name: str | None) -> str | None:
-    """Return a digest of a file's contents, so that rows of other data are told apart; None for what is no single file."""
-    path = Path(name.partition(":")[0]) if name else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    rows = found.get("rows")
+    advice = "name a folder that this version of headfold compare wrote"
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: expected a list of rows, got {rows!r:.60}; {advice}")
+    return [record(MethodRow, row, str(file), advice, finite=False) for row in rows]
 
 
 def scored(found: Evaluation | DataEvaluation) -> tuple[str, float, float | None, float, float | None]:

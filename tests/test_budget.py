@@ -344,8 +344,6 @@ def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Pa
 def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tmp_path: Path) -> None:
     shown = run("frontier", model, tmp_path / "front", "--stats", stats, "--measure", 3)
     assert shown.code == 0 and "rank correlation" in shown.out, shown.err
-    page = tmp_path / "front" / "report.html"
-    assert f"wrote {page}" in shown.out if page.exists() else "pip install 'headfold[report]'" in shown.out
     found = json.loads((tmp_path / "front" / "frontier.json").read_text())
     for point in found["points"]:
         plan = Plan.load(tmp_path / "front" / point["plan"])

@@ -152,7 +152,10 @@ def test_a_frontier_that_was_killed_while_it_was_written_is_made_by_the_same_com
     monkeypatch.undo()
     (front / "plan-99.json").write_text("mine")
     monkeypatch.setattr(points, "plot_frontier", lambda path, *_, **__: path.touch())
-    assert run(*words, 0).code == 0
+    shown = run(*words, 0)
+    page = front / "report.html"
+    assert shown.code == 0
+    assert f"wrote {page}" in shown.out if page.exists() else "pip install 'headfold[report]'" in shown.out
     assert run(*words, 0).code == 2  # finished, so that it is not replaced unasked
     names = {point["plan"] for point in json.loads((front / "frontier.json").read_text())["points"]}
     rest = {"frontier.json", "frontier.png", "sensitivity.json", "plan-99.json"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_results_of_pages import BENCH, EVALUATION
+from results import BENCH, EVALUATION
 
 from headfold.budget.frontier import Point
 from headfold.comparison import MethodRow

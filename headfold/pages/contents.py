@@ -54,6 +54,8 @@ class MethodTable:
 
     name: str
     rows: Sequence[MethodRow]
+    lost: Sequence[str] = ()
+    """Methods that broke the model: their loss is no finite number."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..comparison import method_row
+from ..comparison import method_rows
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from .contents import MethodTable
@@ -57,18 +57,14 @@ def read_methods(directory: Path) -> MethodTable:
         UserError: they are not rows of this version.
     """
     file = directory / COMPARE
-    advice = "name a folder that this version of headfold compare wrote"
-    try:
-        rows = [method_row(row) for row in read_object(file, advice)["rows"]]
-        numbers = [value for row in rows for value in (row.value, row.loss_increase, row.kl, row.original, row.seconds)]
-        if not all(value is None or math.isfinite(value) for value in numbers):
-            raise ValueError("a number that is not finite")
-        if any(row.kv_bytes_per_token < 1 for row in rows):
-            raise ValueError("bytes that are not positive")
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{file}: expected rows of headfold compare, got something else ({error!r:.80}); {advice}"
-        ) from error
-    return MethodTable(name_of(directory), rows)
+    rows = method_rows(read_object(file), file)
+    if any(min(row.kv_bytes_per_token, row.num_kv_heads) < 1 for row in rows):
+        raise UserError(f"{file}: expected rows of positive counts, got others; compare again")
+    whole = [
+        row for row in rows if all(map(_is_finite, (row.value, row.loss_increase, row.kl, row.original, row.seconds)))
+    ]
+    return MethodTable(name_of(directory), whole, sorted({row.method for row in rows} - {row.method for row in whole}))
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is None or abs(value) < math.inf

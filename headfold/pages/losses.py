@@ -121,7 +121,7 @@ def _loss_title(methods: MethodTable) -> str:
 def _methods(methods: MethodTable, anchor: str) -> list[Markup]:
     title = subheading(f"Methods: {methods.name}")
     if not methods.rows:
-        return [title, paragraph("No method has been measured yet: run the same headfold compare again.", "absent")]
+        return [title, paragraph("No method has a finite loss yet: run the same headfold compare again.", "absent")]
     best = {
         count: min(row.loss_increase for row in methods.rows if row.num_kv_heads == count) for count in _counts(methods)
     }
@@ -149,6 +149,11 @@ def _methods(methods: MethodTable, anchor: str) -> list[Markup]:
         title,
         chart(anchor, "Loss by method and K/V cache", table("Every method", header, rows)),
         paragraph(f"{note}Click a method in the legend to see it alone.", "note"),
+        *(
+            [paragraph(f"Without a finite loss, and not shown: {', '.join(methods.lost)}", "note")]
+            if methods.lost
+            else []
+        ),
     ]
 
 

@@ -13,7 +13,6 @@ from ..comparison import (
     MethodComparison,
     MethodRow,
     earlier_rows,
-    file_digest,
     scored,
     write_rows,
 )
@@ -21,6 +20,7 @@ from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, check_metho
 from ..conversion.outputs import owned_directory, remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
+from ..core.files import file_digest
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source

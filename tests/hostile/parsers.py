@@ -28,7 +28,7 @@ from typing import Any
 import headfold
 from headfold.core.errors import UserError
 
-from . import mutators, readings
+from . import mutators, page_readings, readings
 from .judging import last_frame
 from .models import VOCABULARY, shard, write_model, write_parts_of_words
 from .mutators import Mutator
@@ -74,6 +74,11 @@ PARSERS = (
     Parser("table", "pairs.parquet", mutators.packed, readings.table),
     Parser("parallel texts", "pairs.en.gz", mutators.packed, readings.parallel),
     Parser("sound", "sounds/3.wav", mutators.packed, readings.sound),
+    *(Parser(f"result {name}", f"{name}.json", mutators.json_file, page_readings.result(name)) for name in page_readings.RESULTS),
+    Parser("methods", "methods/compare.json", mutators.json_file, page_readings.methods),
+    Parser("front", "front/frontier.json", mutators.json_file, page_readings.front),
+    Parser("page of a plan", "plan.json", mutators.json_file, page_readings.plan),
+    Parser("page of a card", "card/README.md", mutators.card, page_readings.card),
 )  # fmt: skip
 
 
@@ -100,6 +105,7 @@ def write_whole(root: Path) -> None:
     readings.write_sensitivities_of(root)
     write_parts_of_words(root / "bert")
     readings.write_encoder(root / "encoder")
+    page_readings.write_pages(root)
 
 
 def fuzz(

@@ -28,9 +28,10 @@ MODELS = ("llama", "gpt2", "t5", "bert", "vit", "whisper", "clip")
 MODULES = (
     "budget.sensitivity_file", "checkpoint.cards", "checkpoint.config", "checkpoint.entries", "checkpoint.headers", "checkpoint.modules",
     "checkpoint.reader", "checkpoint.refusals", "checkpoint.stats_file", "conversion.source", "core.files", "core.groups",
-    "core.json_input", "core.plan", "corpus.audio", "corpus.bounds", "corpus.jsonl", "corpus.lines", "corpus.pairs", "corpus.parquet",
-    "corpus.rows", "exports.card", "families", "families.context", "families.spec", "hf_models.building", "hf_models.readers",
-    "llama_cpp.pooling", "llama_cpp.tokens", "report.card", "rotary_tables",
+    "core.json_input", "core.plan", "core.records", "corpus.audio", "corpus.bounds", "corpus.jsonl", "corpus.lines", "corpus.pairs",
+    "corpus.parquet", "corpus.rows", "exports.card", "families", "families.context", "families.spec", "hf_models.building",
+    "hf_models.readers", "llama_cpp.pooling", "llama_cpp.tokens", "pages.cards", "pages.folders", "pages.results", "reports.card",
+    "rotary_tables",
 )  # fmt: skip
 """Where the parsers lie: whose lines an input should reach."""
 ABOUT = {"model": "llama", "tokens": 256}
