@@ -13,8 +13,8 @@ import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from test_cli import model, run  # noqa: F401
 from tiny import (
+    DISTINCT,
     FLOAT32_NORMS,
-    FOREIGN,
     TINY,
     answer_of,
     stock_logits,
@@ -55,13 +55,13 @@ def takes_multiples(name: str) -> bool:
     return name != "clip" and not any(head_dim_refusal(site, MULTIPLE) for site, _ in tiny_sites(tiny_checkpoint(name)))
 
 
-TAKEN = sorted(name for name in [*TINY, *FOREIGN] if takes_multiples(name))
+TAKEN = sorted(name for name in [*TINY, *DISTINCT] if takes_multiples(name))
 FREE = [name for name in TAKEN if all(site.any_head_dim for site, _ in tiny_sites(tiny_checkpoint(name)))]
 SLOTTED = [name for name in TAKEN if name not in FREE]
 
 
 def graded(name: str):
-    return assert_tight_through_float32_norms if name in FLOAT32_NORMS or name in FOREIGN else assert_tight
+    return assert_tight_through_float32_norms if name in FLOAT32_NORMS or name in DISTINCT else assert_tight
 
 
 def folded(name: str, out: Path, kv_heads: str = "1/1", **options) -> FoldResult:

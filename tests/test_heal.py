@@ -12,7 +12,7 @@ from grades import assert_bitwise, assert_differs
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_refit import energy
-from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import DISTINCT, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from torch import Tensor
 
 import headfold
@@ -29,7 +29,7 @@ from headfold.refine.blocks import recorded_calls
 from headfold.refine.heal import heal, tokens_per_block
 from headfold.refine.recorded import RecordedCall, RecordedSite
 
-NAMES = sorted({*TINY, *FOREIGN})
+NAMES = sorted({*TINY, *DISTINCT})
 NUM_ITEMS = 16
 
 

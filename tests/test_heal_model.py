@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_heal import spoilt
-from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import DISTINCT, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from torch import Tensor
 
 import headfold
@@ -27,7 +27,7 @@ from headfold.refine import descent
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
 
-NAMES = sorted({*TINY, *FOREIGN})
+NAMES = sorted({*TINY, *DISTINCT})
 NUM_ITEMS = 16
 
 

@@ -242,7 +242,7 @@ class RecordedSite:
             return self._written[1]
         tensors = write_heads(self.site, heads.expand(self.site.num_kv_heads), in_slots=self._head_dim_multiple > 1)
         names = local_names(self.site)
-        local = {names[name]: t for name, t in tensors.items()}
+        local = {names[name]: t for name, t in tensors.items() if name in names}
         found = {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
         self._written = None if any(t.requires_grad for t in found.values()) else (heads, found)
         return found
