@@ -10,7 +10,7 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight
 from safetensors.torch import load_file, save_file
-from tiny import answer_of, rewritten, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import answer_of, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +20,8 @@ from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.corpus.sentences import encode_sentences
-from headfold.families.layout import check_shapes, read_heads, write_heads
+from headfold.families.context import context_length
+from headfold.families.layout import check_shapes, write_heads
 from headfold.hf_models.building import fitting_class
 from headfold.planning import make_plan
 from headfold.refine.blocks import recorded_calls
@@ -140,6 +141,7 @@ def test_a_class_whose_head_is_there_is_kept() -> None:
 
 
 def test_texts_may_be_filled_up_to_the_context() -> None:
+    assert context_length({"model_type": "siglip", "text_config": {"model_type": "siglip_text_model"}}) == 64
     filled = encode_sentences(["a b", "c"], words(), 5, filled=True)
     assert filled["input_ids"].tolist() == [[4, 5, 0, 0, 0], [6, 0, 0, 0, 0]]
     assert bool(filled["attention_mask"].all())
