@@ -10,7 +10,7 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight
 from safetensors.torch import load_file, save_file
-from tiny import answer_of, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import answer_of, stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -41,13 +41,14 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def test_what_a_repeated_module_sees_is_summed_over_its_layers() -> None:
-    directory, sample = tiny_checkpoint("albert"), tiny_sample("albert", 4)
+    directory, sample = tiny_checkpoint("albert"), {"input_ids": tiny_tokens()}
     model, (site,) = stock_model(directory), [site for site, _ in tiny_sites(directory)]
     seen: list[torch.Tensor] = []
-    kept = sample["attention_mask"].bool()
-    model.get_submodule(site.paths["k"]).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][kept]))
+    model.get_submodule(site.paths["k"]).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].flatten(0, 1))
+    )
     stats = collect(model, [site], sample)[site.name]
-    assert len(seen) == LAYERS and stats.count == LAYERS * int(kept.sum())
+    assert len(seen) == LAYERS and stats.count == LAYERS * sample["input_ids"].numel()
     rows = torch.cat([torch.cat(seen), torch.ones(stats.count, 1, dtype=torch.float64)], 1)
     assert_tight(stats.tensors["second"], rows.T @ rows)
 

@@ -32,7 +32,7 @@ FLOORS = {
     4: ("measure", "group", "merge", "corpus", "rotary_tables"),
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
-    7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving"),
+    7: ("detection", "refine", "train", "evaluate", "timing", "exports", "report", "serving", "routing"),
     8: ("conversion",),
     9: ("budget", "uptraining"),
     10: ("verbs",),

@@ -185,7 +185,8 @@ FOREIGN: dict[str, Foreign] = {
 
 
 ALIKE = frozenset({
-    "electra", "esm-absolute", "m2m_100", "siglip", "siglip_text_model", "siglip_vision_model", "hubert", "biogpt", "eurobert",
+    "biogpt", "camembert", "clip_text_model", "clip_vision_model", "deit", "dinov2_with_registers", "electra", "esm-absolute", "eurobert",
+    "hubert", "m2m_100", "marian", "mbart", "mt5", "roberta", "siglip", "siglip_text_model", "siglip_vision_model", "xlm-roberta",
 })  # fmt: skip
 """Models whose attention is computed as another's here is. The laws of `test_foreign.py` hold for them, and what follows from those is
 not tried again."""

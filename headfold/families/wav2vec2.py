@@ -1,4 +1,4 @@
-"""wav2vec 2.0 and HuBERT: positions come from a convolution before the layers, so K has no position; the input is sound."""
+"""wav2vec2 and HuBERT: positions come from a convolution before the layers, so K has no position; the input is sound."""
 
 from .spec import Attention, Family
 

@@ -106,8 +106,10 @@ def fitting_class(checkpoint: Checkpoint) -> str:
     with torch.device("meta"), quiet():
         model = build_model(named, checkpoint)
     head = [parameter for parameter, _ in model.named_parameters() if not parameter.startswith(prefix)]
-    base = transformers.MODEL_MAPPING.get(type(model.config), None)
-    return name if base is None or any(part in checkpoint.tensors for part in head) else base.__name__
+    base: Any = transformers.MODEL_MAPPING.get(type(model.config), None)
+    if not isinstance(base, type) or any(part in checkpoint.tensors for part in head):
+        return name
+    return base.__name__
 
 
 def check_size(auto: Any, checkpoint: Checkpoint) -> None:

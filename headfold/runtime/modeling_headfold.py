@@ -94,10 +94,10 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
         parent, _, leaf = site["fused"].rpartition(".")
         holder = module.get_submodule(parent)
         delattr(holder, leaf)
-        setattr(holder, leaf, Gone())
+        setattr(holder, leaf, NoProjection())
 
 
-class Gone:
+class NoProjection:
     """What a fused projection leaves behind: a name without parameters, since some classes initialise it by name."""
 
     def __init__(self) -> None:

@@ -1,15 +1,18 @@
 """Installs other heads at attention sites of a model in memory, with any number of K/V heads and any head_dim multiple."""
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families.folded import runtime_entry
 from ..families.spec import Site
-from .modeling_headfold import config_above, regroup_module
+from .modeling_headfold import config_above, own_forward, regroup_module
 
 
 def regrouped(
@@ -22,6 +25,18 @@ def regrouped(
         root, inner, output, runtime_entry(site, num_kv_heads, None, head_dim_multiple), config_above(model, site.core)
     )
     return root
+
+
+def ask_transformers(root: nn.Module, site: Site) -> None:
+    """Give a module that holds a site's projections, a copy, the own forward of its class, with as many heads as it has, where the stock
+    class computes attention by itself: it then asks transformers for it by name, like others do. A fused projection stays as it is.
+    """
+    core: Any = root.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
+    alone = "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(core).__module__])
+    if alone and "qkv" not in site.paths and own_forward(type(core)) is not None:
+        inner = site.core.removeprefix(site.module).removeprefix(".")
+        regroup_module(root, inner, None, runtime_entry(site, site.num_kv_heads), SimpleNamespace())
+        core.config._attn_implementation = "sdpa"
 
 
 def model_names(site: Site) -> dict[str, str]:

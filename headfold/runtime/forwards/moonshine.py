@@ -19,7 +19,8 @@ def moonshine_forward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`MoonshineAttention.forward`, self or cross, over grouped heads: return the output (batch, token, model), and the weights."""
-    crosses, turn = key_value_states is not None, None
+    crosses = key_value_states is not None
+    turn = None
     if not crosses:
         assert position_embeddings is not None
         # Tables of halves, of which the class takes one, and every angle twice.

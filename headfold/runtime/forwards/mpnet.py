@@ -31,6 +31,7 @@ def mpnet_forward(
         dropout=self.dropout.p,
         scaling=self.attention_head_size**-0.5,
         position_bias=position_bias,
+        is_causal=False,
     )
     output = self.o(context)
     return (output, weights) if output_attentions else (output,)
