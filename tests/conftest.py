@@ -24,3 +24,12 @@ def _seeded() -> Iterator[None]:
     """Library code takes seeds; this one makes what tests draw themselves repeatable."""
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_xglm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XGLM's stock attention compares logits with a number of torch's default dtype, which has none as low as float64's lowest."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if "xglm" in request.node.name else before)
+    yield
+    torch.set_default_dtype(before)

@@ -20,7 +20,7 @@ from headfold.core.plan import Plan
 from headfold.families.cached import stored_kv_bytes_per_token
 from headfold.verbs.export import export
 
-GENERATE = sorted(TINY) + [name for name, tiny in FOREIGN.items() if tiny.kind in ("text", "pairs", "audio")]
+GENERATE = sorted(TINY) + [name for name, tiny in FOREIGN.items() if tiny.kind in ("text", "pairs", "audio", "speech")]
 ITEMSIZE = torch.float64.itemsize
 LENGTH = 4
 """Tokens of an input: fewer than any sliding window."""
@@ -35,8 +35,9 @@ def counted(directory: Path) -> int:
 def cached(model: Any, name: str) -> int:
     """The bytes of one token in the cache of a forward pass: of one of the decoder's and, for cross-attention, one of the encoder's."""
     sample = {"input_ids": tiny_tokens(1, LENGTH)}
-    if name in FOREIGN and FOREIGN[name].kind == "audio":
-        sample = {"input_features": tiny_sample(name, 1)["input_features"].to(model.dtype)}
+    if name in FOREIGN and FOREIGN[name].kind in ("audio", "speech"):
+        sound = "input_features" if FOREIGN[name].kind == "audio" else "input_values"
+        sample = {sound: tiny_sample(name, 1)[sound].to(model.dtype)}
     if model.config.is_encoder_decoder:
         sample["decoder_input_ids"] = tiny_tokens(1, LENGTH)
     found = model(**sample, use_cache=True).past_key_values

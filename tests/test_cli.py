@@ -191,7 +191,7 @@ SPOILT = {
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "remote code": (_config(auto_map={"AutoModel": "x.Y"}, model_type="mine"), "auto_map"),
     "olmo2": (_config(model_type="olmo2"), "norm"),
-    "shared layers": (_config(model_type="albert"), "albert"),
+    "norm with a mean": (_config(model_type="persimmon"), "persimmon"),
     "wrong head count": (_config(num_attention_heads=4), "4 query heads"),
     "wrong head size": (_config(head_dim=4), "shape"),
     "truncated": (_truncate, "model.safetensors"),

@@ -32,7 +32,7 @@ FLOORS = {
     4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables"),
     5: ("calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
-    7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "serving"),
+    7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "routing", "serving"),
     8: ("comparison", "conversion"),
     9: ("advice", "budget", "in_memory", "pages", "uptraining"),
     10: ("verbs",),

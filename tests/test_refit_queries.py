@@ -11,7 +11,7 @@ from grades import assert_bitwise, assert_differs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_refit import site_calls
-from tiny import FOREIGN, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import DISTINCT, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites
 from torch import Tensor
 
 from headfold.core.heads import Heads
@@ -21,7 +21,7 @@ from headfold.refine.queries import refit_queries
 from headfold.refine.recorded import AttentionInputs, RecordedSite
 from headfold.refine.refit import QUERY_STEPS, RIDGE
 
-NAMES = [*TINY, *FOREIGN]
+NAMES = [*TINY, *DISTINCT]
 
 
 def attention(seen: AttentionInputs) -> Tensor:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import headfold
+from headfold import routing
 from headfold.checkpoint.ownership import lock_beside
 from headfold.core.errors import UserError
 from headfold.core.groups import Groups
 from headfold.core.plan import Plan
 from headfold.core.routes import even, runs
-from headfold.runtime import routing
 from headfold.verbs import route as verb
 from headfold.verbs.export import export
 

@@ -15,10 +15,9 @@ from tiny import FOREIGN, TINY, randomise, tiny_sample
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headfold import parallel
+from headfold import parallel, routing
 from headfold.core.errors import UserError
 from headfold.core.routes import Norms, RouteState, even, runs
-from headfold.runtime import routing
 from headfold.runtime.modeling_headfold import grouped_class
 
 

@@ -385,9 +385,12 @@ KINDS = {
     "text": ["LlamaForCausalLM:llama", "GPT2LMHeadModel:gpt2", "GPT2Model:gpt2", "BartForCausalLM:bart", "BloomModel:bloom", ":opt"],
     "pairs": ["T5ForConditionalGeneration:t5", "BartForConditionalGeneration:bart", "MarianMTModel:marian", "T5Model:t5"],
     "sentences": ["BertModel:bert", "RobertaForMaskedLM:roberta", "DistilBertForSequenceClassification:distilbert",
-                  "T5EncoderModel:t5", "CLIPTextModel:clip_text_model", "LlamaForSequenceClassification:llama", ":mpnet"],
-    "images": ["ViTForImageClassification:vit", "DeiTModel:deit", "Dinov2Model:dinov2", "CLIPVisionModel:clip_vision_model"],
-    "audio": ["WhisperForConditionalGeneration:whisper", "WhisperModel:whisper"],
+                  "T5EncoderModel:t5", "CLIPTextModel:clip_text_model", "LlamaForSequenceClassification:llama", ":mpnet",
+                  ":modernbert", "EuroBertForMaskedLM:eurobert", ":esm", "ElectraForPreTraining:electra", "AlbertModel:albert"],
+    "images": ["ViTForImageClassification:vit", "DeiTModel:deit", "Dinov2Model:dinov2", "CLIPVisionModel:clip_vision_model",
+               "DINOv3ViTModel:dinov3_vit", "SiglipVisionModel:siglip_vision_model", "SiglipForImageClassification:siglip"],
+    "audio": ["WhisperForConditionalGeneration:whisper", "WhisperModel:whisper", "MoonshineForConditionalGeneration:moonshine"],
+    "sound": ["Wav2Vec2ForCTC:wav2vec2", "HubertModel:hubert"],
 }  # fmt: skip
 PAIRED = {"t5", "bart", "marian", "whisper"}
 

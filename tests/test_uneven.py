@@ -12,8 +12,8 @@ from grades import assert_differs, assert_tight, assert_tight_through_float32_no
 from kinds import KINDS
 from safetensors.torch import load_file
 from tiny import (
+    DISTINCT,
     FLOAT32_NORMS,
-    FOREIGN,
     TINY,
     answer_of,
     stock_model,
@@ -30,7 +30,7 @@ from headfold.core.plan import Plan
 from headfold.families.spec import Site
 from headfold.surgery import site_tensors
 
-ALONE = sorted({*TINY, *FOREIGN} - {"falcon-multi-query", "phi3", "phi3-partial-gqa"})
+ALONE = sorted({*TINY, *DISTINCT} - {"falcon-multi-query", "phi3", "phi3-partial-gqa"})
 """phi3's q, k and v are one tensor that its own class splits; a multi-query model has nothing to share."""
 BLIND: dict[str, Any] = dict(refit=False)
 
@@ -92,7 +92,7 @@ def test_a_plan_of_unequal_groups_folds(name: str, kinds: str, tmp_path: Path) -
     assert result.verification is not None and result.verification.passed
     found = answer_of(opened(tmp_path / "out"), tiny_sample(name)).detach()
     expected = twin_answer(directory, plan, name, tmp_path)
-    grade = assert_tight_through_float32_norms if name in FLOAT32_NORMS | set(FOREIGN) else assert_tight
+    grade = assert_tight_through_float32_norms if name in FLOAT32_NORMS | set(DISTINCT) else assert_tight
     grade(found, expected)
     assert_differs(found, answer_of(stock_model(directory), tiny_sample(name)).detach())
     assert result.kv_bytes_after < result.kv_bytes_before

@@ -14,7 +14,7 @@ in batches of 64; of KDGQA and DGQA the accuracy depends on them.
 from typing import Any
 
 from benchmarks.papers.runs import Data, Folds, Table, mean_and_deviation, parser, recipe_of, settings, train
-from headfold.runtime import routing
+from headfold import routing
 
 RATES = (1e-4, 3e-4, 1e-3)
 WINDOW = 20

@@ -13,10 +13,11 @@ from .source import Source
 
 DEFAULT_SOURCE = "self"
 DEFAULT_TOKENS = 65_536
-DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512}
+DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512, "sound": 256}
 """Items by kind of data. More pairs make a better fold; as many large images would not fit into memory."""
 _KINDS_IN_WORDS = {
     "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "audio": "sound",
+    "sound": "sound",
 }  # fmt: skip
 
 
@@ -125,7 +126,7 @@ class CalibrationConfig:
         """Return what describes the data in files and cards: enough to draw the same again."""
         first = main_input(sample)
         amount = first.numel() if self.kind == "text" else len(first)
-        length = {"context": str(first.shape[1])} if first.ndim == 2 else {}
+        length = {"context": str(first.shape[1])} if first.ndim == 2 and not first.is_floating_point() else {}
         columns = {"columns": ",".join(self.columns)} if self.columns else {}
         named = {"kind": self.kind, "source": self.source, "tokens": str(amount), "seed": str(self.seed)}
         return {**named, **length, **columns, "fingerprint": fingerprint(sample)}

@@ -75,7 +75,7 @@ def _fitting(
         refits=changed - {*fitted["refit"]} if request.settings["refit"] else (),
         heals=changed - {*fitted["heal"]} if request.healing else (),
         records=not single_pass,
-        healed=request.healing.tokens / (1 if data.kind in ("images", "audio") else length),
+        healed=request.healing.tokens / (1 if data.kind in ("images", "audio", "sound") else length),
         heals_together=request.healing.by == "model",
     )
 

@@ -123,7 +123,7 @@ def _listed(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     if any("qkv" in site.weights for site in sites):
         raise UserError(
             f"{checkpoint.path}: expected q, k and v as separate tensors, got one, which takes equal groups only; route the model while "
-            "it runs instead (headfold.runtime.routing)"
+            "it runs instead (headfold.routing)"
         )
     return [runtime_entry(site, site.num_kv_heads) for site in sites]
 

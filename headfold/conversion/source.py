@@ -20,7 +20,7 @@ from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_dtypes, check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
-from ..hf_models.building import open_config
+from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -95,6 +95,7 @@ def open_source(model: object, encoder: bool = False) -> Source:
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
     open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
+    checkpoint = _with_fitting_class(checkpoint)
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
         raise UserError(
             f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
@@ -105,6 +106,13 @@ def open_source(model: object, encoder: bool = False) -> Source:
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
     sites = _with_plane_frequencies(sites, checkpoint.config, where)
     return Source(str(model), checkpoint, family, sites, encoder, detected)
+
+
+def _with_fitting_class(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the class in its config that its tensors fit, which is the one to run and to write."""
+    if not checkpoint.config.get("architectures"):
+        return checkpoint
+    return replace(checkpoint, config=checkpoint.config | {"architectures": [fitting_class(checkpoint)]})
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:

@@ -10,7 +10,7 @@ from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..families.layout import planned_shapes
 from ..families.spec import Site
-from ..runtime.regrouping import install_heads
+from ..runtime.regrouping import install_heads, shared_tensors
 from ..surgery import site_tensors
 from .source import Source
 
@@ -52,7 +52,7 @@ class Twin(Mapping[str, Tensor]):
             multiple = self._plan.sites[site.name].head_dim // site.head_dim
             if multiple > 1:
                 install_heads(model, site, tensors, site.num_kv_heads, multiple)
-                continue
+                tensors = shared_tensors(site, tensors)
             for name, tensor in tensors.items():
                 parameter = model.get_parameter(site.parameters.get(name, name))
                 parameter.data.copy_(tensor)

@@ -17,6 +17,7 @@ from ..corpus.windows import token_windows
 from ..evaluate.verify import Verification, compare_with_twin
 from ..families.context import context_length
 from ..hf_models import exceeds_memory, open_tokenizer
+from ..hf_models.building import open_config
 from ..runtime.load import own_class
 from .source import Source
 from .teacher import Teacher
@@ -87,7 +88,8 @@ def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> M
     if teacher.config is not None:
         return {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}
     notes.append("no calibration data: verified on random inputs")
-    return random_sample(kind, config, ITEMS)
+    complete = open_config(config, f"{source.name}/config.json").to_dict()  # a published config may leave sizes out
+    return random_sample(kind, complete, ITEMS)
 
 
 def _windows(source: Source, notes: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Speech for Whisper: sound files, or a column of a table with them, through the model's own feature extractor."""
+"""Speech for models that write it down: sound files, or a column of a table with them, through the model's own feature extractor."""
 
 import io
 import wave
@@ -216,18 +216,29 @@ def encode_audio(
     context: int,
     decoder_start: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return `input_features` (item, mel, frame) and, if there are transcripts, `labels` (item, token), -100 at padding.
+    """Return `input_features` (item, mel, frame) or, for a model that reads samples, `input_values` and `attention_mask` (item, sample),
+    and, if there are transcripts, `labels` (item, token), -100 at padding.
 
     The model adds `decoder_start` before the labels itself, so it is removed if the tokenizer adds it too.
     """
     rate = extractor.sampling_rate
     same_rate = [resampled(samples, found, rate) for samples, found in sounds]
-    sample = {"input_features": extractor(same_rate, sampling_rate=rate, return_tensors="pt")["input_features"].float()}
+    sample = encoded(same_rate, extractor)
     if texts is None:
         return sample
     labels = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)["input_ids"]
     labels = [ids[1:] if ids[:1] == [decoder_start] else ids for ids in labels]
     return sample | {"labels": padded(labels, IGNORED)}
+
+
+def encoded(sounds: Sequence[Float[np.ndarray, " _"]], extractor: Any) -> dict[str, Tensor]:
+    """Return what an extractor makes of sounds at its own rate: features of one length, or samples, padded, with their mask."""
+    if "input_values" not in extractor.model_input_names:
+        made = extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        return {"input_features": made["input_features"].float()}
+    options = {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
+    made = extractor(sounds, sampling_rate=extractor.sampling_rate, **options)
+    return {"input_values": made["input_values"].float(), "attention_mask": made["attention_mask"].long()}
 
 
 def resampled(samples: Float[np.ndarray, " sample"], rate: int, wanted: int) -> Float[np.ndarray, " resampled"]:

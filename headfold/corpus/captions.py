@@ -23,9 +23,11 @@ def read_captions(
     columns: Sequence[str] = (),
     num_items: int | None = None,
     seed: int | None = None,
+    *,
+    filled: bool = False,
 ) -> dict[str, Tensor]:
     """Return `input_ids`, `attention_mask` and `pixel_values` of the first `num_items` of the source or, with a seed, of as many
-    drawn from all of it.
+    drawn from all of it; `filled` as in `encode_sentences`.
 
     Raises:
         UserError: a source that is not a table, an empty one, a missing column, or an image that cannot be decoded.
@@ -47,7 +49,7 @@ def read_captions(
         found = (images.decoded(value(row, names[0]), where, "RGB", rows.name) for row in block)
         pixels.append(images.processed(found, processor, rows.name))
         texts += [value(row, names[1]) for row in block]
-    return {**encode_sentences(texts, tokenizer, context), "pixel_values": torch.cat(pixels)}
+    return {**encode_sentences(texts, tokenizer, context, filled=filled), "pixel_values": torch.cat(pixels)}
 
 
 def _columns(rows: Table | Stream) -> tuple[str, ...]:

@@ -61,7 +61,15 @@ def encode_pairs(
     """Return `input_ids`, `attention_mask` and `labels` (-100 at padding) of pairs, each side truncated to `context` tokens.
 
     Outputs are tokenized as targets, with the target's own special tokens, if the tokenizer distinguishes them.
+
+    Raises:
+        UserError: the tokenizer is one of several languages, and its files do not name that of the outputs.
     """
+    if getattr(tokenizer, "tgt_lang", "") is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}/tokenizer_config.json: expected src_lang and tgt_lang, the languages of inputs and outputs, got no "
+            "tgt_lang; add them to the file"
+        )
     options = {"truncation": True, "max_length": context, "verbose": False}
     inputs = tokenizer([pair[0] for pair in pairs], **options)["input_ids"]
     labels = tokenizer(text_target=[pair[1] for pair in pairs], **options)["input_ids"]

@@ -21,6 +21,7 @@ from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
 from .rows import Table
 from .sentences import encode_sentences, read_sentences
+from .sound import encode_pieces, read_pieces
 from .speech import Written, encode_windows, read_windows
 from .windows import draw_windows
 
@@ -41,17 +42,20 @@ class NamedSample:
 
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
-_SPEECH = re.compile(r"whisper|speech_to_text")
+_SPEECH = re.compile(r"whisper|speech_to_text|^moonshine$")
+_SOUND = re.compile(r"^(wav2vec2|hubert)$")
+_PADDED_TEXTS = ("siglip", "siglip_text_model")
+"""`model_type`s whose texts all have the length of the context; they read the embedding at its end, and attend to the padding."""
 _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
-_PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+_PADDED = {"input_ids", "attention_mask", "token_type_ids", "input_values"}
 _DECODED = {"labels", "decoder_input_ids"}
-_MAIN = ("input_ids", "pixel_values", "input_features")
+_MAIN = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return the kind of data that a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images
-    with text) or "audio".
+    with text), "audio" (speech, and what is said) or "sound" (of encoders).
 
     It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text.
     """
@@ -59,6 +63,8 @@ def kind_of(config: Mapping[str, Any]) -> str:
     family = str(config.get("model_type", ""))
     if _SPEECH.search(family) and not head.endswith("ForCausalLM"):
         return "audio"
+    if _SOUND.search(family):
+        return "sound"
     if head.endswith(("ForCausalLM", "LMHeadModel")):
         return "text"
     towers = {"text_config", "vision_config"} <= config.keys() and head.endswith(("CLIPModel", "SiglipModel"))
@@ -102,8 +108,8 @@ def draw_sample(
 
     text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 at padding).
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
-    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, `labels` if there are transcripts, and
-    `decoder_input_ids` if they are joined.
+    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, or `input_values` and `attention_mask`,
+    `labels` if there are transcripts, and `decoder_input_ids` if they are joined. sound: `input_values`, of pieces of one length.
     Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
     (not for text), the first items are taken in the source's order. `joined` fills the model's windows of sound with several recordings,
     where they have transcripts; `say` is told what had to be left out. For large sources of images use `image_sample_blocks`.
@@ -132,14 +138,18 @@ def draw_sample(
             )
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
-    tokenizer = open_tokenizer(path)
+    if kind == "sound":
+        extractor = open_processor("audio", path)
+        return encode_pieces(read_pieces(*request, extractor.sampling_rate), extractor)
+    tokenizer, filled = open_tokenizer(path), _config(path).get("model_type") in _PADDED_TEXTS
     if kind == "captions":
-        return read_captions(source, open_processor("images", path), tokenizer, context, columns, num_items, seed)
+        images = open_processor("images", path)
+        return read_captions(source, images, tokenizer, context, columns, num_items, seed, filled=filled)
     if kind == "pairs":
         return encode_pairs(read_pairs(*request), tokenizer, context)
     if kind == "sentences":
         sentences, labels = read_sentences(*request)
-        sample = encode_sentences(sentences, tokenizer, context)
+        sample = encode_sentences(sentences, tokenizer, context, filled=filled)
         return sample if labels is None else sample | {"labels": _label_ids(labels, path, source)}
     assert kind == "text" and num_items is not None and seed is not None, kind
     if source == "self":
@@ -263,10 +273,13 @@ def random_sample(kind: str, config: Mapping[str, Any], num_items: int) -> Sampl
         size = config.get("image_size") or 224
         shape = (num_items, config.get("num_channels") or 3, *((size, size) if isinstance(size, int) else size))
         return {"pixel_values": torch.randn(shape, generator=generator)}
+    labels = {} if kind != "audio" else {"labels": random_tokens(config, num_items, 16)}
+    if kind == "sound" or config.get("model_type") == "moonshine":
+        return {"input_values": torch.randn((num_items, 16_000), generator=generator), **labels}
     if kind == "audio":
         frames = 2 * (config.get("max_source_positions") or 1500)
         features = torch.randn((num_items, config.get("num_mel_bins") or 80, frames), generator=generator)
-        return {"input_features": features, "labels": random_tokens(config, num_items, 16)}
+        return {"input_features": features, **labels}
     tokens = random_tokens(config, num_items, min(32, context_length(config) or 32))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return inputs if kind == "sentences" else {**inputs, "labels": random_tokens(config, num_items, 24)}

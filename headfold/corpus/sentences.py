@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -71,8 +72,19 @@ def _hub(source: str) -> Stream:
     return stream
 
 
-def encode_sentences(texts: Sequence[str], tokenizer: Any, context: int) -> dict[str, Int[Tensor, "sentence token"]]:
-    """Return `input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, truncated to `context` tokens."""
+def encode_sentences(
+    texts: Sequence[str], tokenizer: Any, context: int, *, filled: bool = False
+) -> dict[str, Int[Tensor, "sentence token"]]:
+    """Return `input_ids`, `attention_mask` and, if the tokenizer makes them, `token_type_ids`, truncated to `context` tokens.
+
+    With `filled`, all texts are filled up to `context` tokens, and the padding counts as text.
+    """
+    if filled:
+        ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=context, verbose=False)[
+            "input_ids"
+        ]
+        tokens = padded(ids, 0)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     encoded = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)
     padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
     return {name: padded(encoded[name], fill) for name, fill in padding.items() if name in encoded}

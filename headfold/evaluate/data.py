@@ -266,6 +266,12 @@ def _sentences(opened: OpenedModels) -> classification.Classification | embeddin
     )
 
 
+def _sound(opened: OpenedModels) -> embedding.Embedding:
+    return embedding.evaluate_embedding(
+        opened.model, opened.sample("sound"), opened.reference, pooling="mean", progress=opened.progress
+    )
+
+
 def _captions(opened: OpenedModels) -> embedding.Embedding:
     """Compare the embeddings of both towers."""
     return embedding.evaluate_embedding(
@@ -274,5 +280,5 @@ def _captions(opened: OpenedModels) -> embedding.Embedding:
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Measured]] = {
-    "captions": _captions, "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences,
+    "captions": _captions, "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences, "sound": _sound,
 }  # fmt: skip

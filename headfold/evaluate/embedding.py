@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..calibration import is_padded_text, text_lengths
+from ..calibration import body_of, is_padded_text, text_lengths
 from ..checkpoint.modules import MODULES, read_modules, read_pooling
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
@@ -138,7 +138,7 @@ def embed(
         return torch.cat([o[name].cpu().double() for name in ("text_embeds", "image_embeds") for o in outputs])
     pooled = []
     for batch in batches(inputs, batch_size):
-        states = model.base_model(**place_batch(batch, model)).last_hidden_state.cpu().double()
+        states = body_of(model, batch)(**place_batch(batch, model)).last_hidden_state.cpu().double()
         pooled.append(_pooled(states, batch.get("attention_mask"), pooling))
     return torch.cat(pooled)
 

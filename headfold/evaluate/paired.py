@@ -246,6 +246,12 @@ def _sentences(opened: OpenedModels) -> Sequence[Resampled]:
     )
 
 
+def _sound(opened: OpenedModels) -> Sequence[Resampled]:
+    return embedding.cosines_per_item(
+        opened.model, opened.sample("sound"), opened.reference, pooling="mean", progress=opened.progress
+    )
+
+
 def _captions(opened: OpenedModels) -> Sequence[Resampled]:
     return embedding.cosines_per_item(
         opened.model, opened.sample("captions"), opened.reference, pooling="projected", progress=opened.progress
@@ -253,5 +259,5 @@ def _captions(opened: OpenedModels) -> Sequence[Resampled]:
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Sequence[Resampled]]] = {
-    "pairs": _pairs, "images": _images, "sentences": _sentences, "captions": _captions,
+    "pairs": _pairs, "images": _images, "sentences": _sentences, "captions": _captions, "sound": _sound,
 }  # fmt: skip

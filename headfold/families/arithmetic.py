@@ -10,6 +10,8 @@ from .spec import Site
 
 _PATCHES = {"image_size": 224, "patch_size": 16}
 """What image models are told of their input, and the sizes that their classes assume."""
+_FRAMES = 400
+"""Positions of a piece of sound that an encoder of its samples sees."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -74,6 +76,8 @@ def _pair(config: Mapping[str, Any], name: str, usual: int) -> tuple[int, int]:
 
 def _positions(site: Site, config: Mapping[str, Any], kind: str, length: int) -> int:
     """Return the positions of an item in the stack of the site: frames, patches and the class token, or tokens."""
+    if kind == "sound":
+        return _FRAMES
     if kind == "audio" and site.optional:
         return config.get("max_source_positions", 1500)
     if kind == "images" or site.stack == "vision":

@@ -1,5 +1,5 @@
-"""BART, mBART and Marian: learned or sinusoidal positions, so K has no position; encoder and decoder have their own numbers of
-heads."""
+"""BART, mBART, Marian, M2M100 and NLLB: learned or sinusoidal positions, so K has no position; encoder and decoder have their own
+numbers of heads."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ _DECODER: dict[str, Any] = {
 }
 
 FAMILY = Family(
-    model_types=("bart", "mbart", "marian"),
+    model_types=("bart", "mbart", "marian", "m2m_100"),
     attentions=(
         Attention(
             name="encoder.{layer}.self",

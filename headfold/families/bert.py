@@ -1,13 +1,13 @@
-"""BERT: learned positions, so K has no position; biases on all projections; the norm is after the attention."""
+"""BERT and ELECTRA: learned positions, so K has no position; biases on all projections; the norm is after the attention."""
 
 from .spec import Attention, Family
 
 FAMILY = Family(
-    model_types=("bert",),
+    model_types=("bert", "electra"),
     attentions=(
         Attention(
             name="layers.{layer}.self",
-            at="bert.encoder.layer.{layer}.attention",
+            at="{model_type}.encoder.layer.{layer}.attention",
             q="self.query",
             k="self.key",
             v="self.value",

@@ -1,9 +1,9 @@
-"""CLIP's vision model alone: a ViT."""
+"""The vision model of CLIP or SigLIP alone: a ViT."""
 
 from .spec import Attention, Family
 
 FAMILY = Family(
-    model_types=("clip_vision_model",),
+    model_types=("clip_vision_model", "siglip_vision_model"),
     attentions=(
         Attention(
             name="layers.{layer}.self",

@@ -17,6 +17,8 @@ _AFTER_PADDING = MappingProxyType(
     | {"lilt": 0, "markuplm": 0}
 )  # fmt: skip
 """`model_type`s whose positions are numbered from `pad_token_id + 1` → the padding token where the config names none."""
+_USUAL = MappingProxyType({"siglip": 64, "siglip_text_model": 64})
+"""`model_type`s whose published configs leave the number out → what their class assumes."""
 _FIRST_POSITION = MappingProxyType({"mpnet": 2})
 """`model_type`s whose first position is not 0, whatever the padding token."""
 _SLIDING_BY_DEFAULT = ("mistral", "mixtral", "starcoder2", "phi3")
@@ -35,7 +37,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     named = ((part, part.get(field)) for field in _FIELDS for part in parts)
     found = next(((part, value) for part, value in named if isinstance(value, int) and value > 0), None)
     if found is None:
-        return None
+        return _USUAL.get(str(config.get("model_type")))
     holder, limit = found
     return None if holder.get("model_type") in _RELATIVE_POSITIONS else limit - _first_position(holder)
 

@@ -16,6 +16,7 @@ from .spec import Site
 
 _ROWS = "(head dim) model -> head dim model"
 _COLUMNS = "model (head dim) -> head dim model"
+_SHARDS = "(shard role row) model"
 _PER_HEAD = ("bias_table", "sinks")
 
 
@@ -70,6 +71,8 @@ def _unfuse(site: Site, rows: Tensor) -> dict[str, Tensor]:
     counts = _rows(site, site.num_kv_heads)
     if site.fused == "segments":
         return dict(zip("qkv", rows.split([counts[role] for role in "qkv"]), strict=True))
+    if site.fused == "four-shards":
+        return dict(zip("qvk", rearrange(rows, f"{_SHARDS} -> role (shard row) model", shard=4, role=3), strict=True))
     slots = rearrange(
         rows, "(group slot dim) model -> slot group dim model", group=site.num_kv_heads, dim=site.head_dim
     )
@@ -84,6 +87,8 @@ def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
     """Return the rows of the common projection: the inverse of `_unfuse`."""
     if site.fused == "segments":
         return torch.cat([rows[role] for role in "qkv"])
+    if site.fused == "four-shards":
+        return rearrange([rows[role] for role in "qvk"], f"role (shard row) model -> {_SHARDS}", shard=4)
     sizes = {"group": site.num_kv_heads, "dim": site.head_dim}
     q = rearrange(rows["q"], "(group query dim) model -> group query dim model", **sizes)
     k, v = (rearrange(rows[role], "(group dim) model -> group 1 dim model", **sizes) for role in "kv")
@@ -187,6 +192,8 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
             raise UserError(
                 f"{where}: {site.tensor(role)} has shape {tuple(shape)}, expected a matrix; correct the checkpoint"
             )
+    if site.fused == "four-shards" and site.num_heads % 4:
+        raise UserError(f"{where}: expected a multiple of 4 heads, got {site.num_heads}; correct the config")
     expected = planned_shapes(site, site.num_kv_heads, shape_of)
     expected |= {
         f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights

@@ -9,8 +9,9 @@ from ..core.errors import UserError
 from ..core.groups import check_group_count
 from ..core.heads import FreedomKind, KeyFreedom, QueryOrder
 
-FusedRows = Literal["segments", "per-group"]
-"""Order of the rows of one projection for q, k and v: all of q, then k, then v; or, by K/V head, its queries, its key, its value."""
+FusedRows = Literal["segments", "per-group", "four-shards"]
+"""Order of the rows of one projection for q, k and v: all of q, then k, then v; or, by K/V head, its queries, its key, its value; or, by
+quarter of the heads, their q, their v, their k."""
 ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table", "sinks")
 
 
@@ -25,6 +26,8 @@ class Rope:
     layers: str | None = None
     """Config field with one entry per layer; a layer whose entry is 0 or `full_attention` has no position. Without it all layers
     rotate."""
+    unless: str = ""
+    """`field=value`: nothing rotates where the config field has this value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Attention:
     k_norm: str = ""
     bias_table: str = ""
     """Embedding (bucket, head) of a position bias, whose columns move with the query heads; only some layers may have it."""
+    stack_table: str = ""
+    """Path of such an embedding outside of `at`, which all attentions of the stack share. The first of them has it."""
     sinks: str = ""
     """Parameter (head,): a logit that joins the softmax of each query head and moves with it."""
     fused: FusedRows = "segments"
@@ -80,6 +85,8 @@ class Attention:
     """Cross-attention: K and V are computed from the encoder's output."""
     optional: bool = False
     """Folded only if requested (the encoder of an encoder-decoder), or if the checkpoint has no other attention."""
+    repeated: bool = False
+    """Whether several layers run the same module: what it sees in all of them is summed, and one fold suits them all."""
     input_norm: str = "input_layernorm"
     """The norm before the attention. Without calibration, its gains are all that is known of the K/V input."""
 
@@ -136,6 +143,7 @@ class Site:
     stack: str = ""
     reads_encoder: bool = False
     optional: bool = False
+    repeated: bool = False
 
     def tensor(self, role: str) -> str:
         """Return the name on disk of the role's weight."""
@@ -194,6 +202,9 @@ def key_freedom(
     """Return the freedom that the literal's position and norms leave to K."""
     rope = family.position
     if rope is None or attention.reads_encoder or _has_alibi(family, attention, config):
+        return KeyFreedom("any")
+    field, _, value = rope.unless.partition("=")
+    if field and read_field(family, config, field) == value:
         return KeyFreedom("any")
     entries = read_field(family, config, rope.layers) if rope.layers else None
     if entries and entries[min(layer, len(entries) - 1)] in (0, "full_attention"):
@@ -258,7 +269,8 @@ def _site(
     family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], layer: int
 ) -> Site:
     names = {"layer": layer, "model_type": config.get("model_type")}
-    at, module = attention.at.format(**names), (attention.model_at or attention.at).format(**names)
+    at = attention.at.format(**names)
+    module = model_at = (attention.model_at or attention.at).format(**names)
     stripped = at.partition(".")[2]
     if f"{at}.{attention.o}.weight" not in tensors and f"{stripped}.{attention.o}.weight" in tensors:
         at, module = stripped, module.partition(".")[2] if _is_base_model(config) else module
@@ -266,6 +278,13 @@ def _site(
     weights = {role: f"{at}.{name}" for role, name in local.items()}
     if "bias_table" in weights and f"{weights['bias_table']}.weight" not in tensors:
         del weights["bias_table"]
+    paths = {role: f"{module}.{attention.model_names.get(role, local[role])}" for role in weights}
+    if attention.stack_table and layer == 0:
+        # Saved without the head, a base model lacks the first component here as there.
+        weights["bias_table"], paths["bias_table"] = (
+            attention.stack_table if whole == found else attention.stack_table.partition(".")[2]
+            for whole, found in ((attention.at.format(**names), at), (model_at, module))
+        )
     num_heads = read_count(family, config, attention.heads)
     head_dim = read_count(
         family, config, attention.head_dim, read_count(family, config, attention.hidden_size) // num_heads
@@ -284,7 +303,7 @@ def _site(
         query_order="fixed" if _has_alibi(family, attention, config) else attention.order,
         input_norm=gains if (gains := f"{at.rpartition('.')[0]}.{attention.input_norm}.weight") in tensors else None,
         norm_gain_offset=family.norm_gain_offset,
-        paths={role: f"{module}.{attention.model_names.get(role, local[role])}" for role in weights},
+        paths=paths,
         core=f"{module}.{attention.core}" if attention.core else module,
         stock_gqa=bool(attention.kv_heads),
         any_head_dim=bool(attention.kv_heads) and attention.any_head_dim and has_one_table(family, config, head_dim),
@@ -295,6 +314,7 @@ def _site(
         stack=attention.stack,
         reads_encoder=attention.reads_encoder,
         optional=attention.optional,
+        repeated=attention.repeated,
     )
 
 

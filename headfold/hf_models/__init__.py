@@ -15,7 +15,7 @@ from ..checkpoint.reader import Checkpoint, refuse_remote_code
 from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 from ..parallel import num_local_processes
-from .building import check_size, check_token_ids, library_errors, name_on_disk, quiet
+from .building import check_size, check_token_ids, fitting_class, library_errors, name_on_disk, quiet
 from .readers import PROCESSORS, open_processor, open_tokenizer
 from .streamed import open_streamed, refuse_missing, refuse_unused
 
@@ -274,7 +274,7 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     where = f"{checkpoint.path}/config.json"
     if model_class(checkpoint.config, where).endswith("ForCausalLM"):
         return transformers.AutoModelForCausalLM
-    return named_class(checkpoint.config, where)
+    return named_class({**checkpoint.config, "architectures": [fitting_class(checkpoint)]}, where)
 
 
 def named_class(config: Mapping[str, Any], where: str) -> Any:

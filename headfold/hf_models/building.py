@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.refusals import model_class
 from ..core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_PRETRAINED = ("ForMaskedLM", "ForPreTraining")
+"""Ends of the names of classes whose heads are of no use after pretraining."""
 _LONGEST = 300
 """Characters of what a library says that a line quotes."""
 _MORE = 2
@@ -82,6 +85,31 @@ def build_model(auto: Any, checkpoint: Checkpoint, **options: Any) -> "PreTraine
         checkpoint.path, "transformers cannot build this model", "correct config.json, or save the checkpoint again"
     ):
         return make(config, **options)
+
+
+def fitting_class(checkpoint: Checkpoint) -> str:
+    """Return the name of the class that the tensors fit: the one that the config names or, where that has a head of which there is not one
+    tensor, its base model, as sentence-transformers saves it under the name of the class that was pretrained.
+
+    Raises:
+        UserError: the config names none, or transformers refuses it.
+    """
+    import transformers
+
+    name = model_class(checkpoint.config, f"{checkpoint.path}/config.json")
+    named = getattr(transformers, name, None)
+    if named is None or not name.endswith(_PRETRAINED):
+        return name
+    prefix = f"{named.base_model_prefix}."
+    if any(tensor.startswith(prefix) for tensor in checkpoint.tensors):
+        return name
+    with torch.device("meta"), quiet():
+        model = build_model(named, checkpoint)
+    head = [parameter for parameter, _ in model.named_parameters() if not parameter.startswith(prefix)]
+    base: Any = transformers.MODEL_MAPPING.get(type(model.config), None)
+    if not isinstance(base, type) or any(part in checkpoint.tensors for part in head):
+        return name
+    return base.__name__
 
 
 def check_size(auto: Any, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ MOST_TOKENS = 2**24
 """More than any vocabulary has; the tokenizers library makes a list as long as the greatest id, and ends the process where it cannot."""
 _STRANGE = "\u0378 \U0001f9ea"
 """A text with letters that hardly any vocabulary has."""
-_ONE_SIZE = {"vit", "deit", "clip", "clip_vision_model"}
+_ONE_SIZE = {"vit", "deit", "clip", "clip_vision_model", "siglip", "siglip_vision_model"}
 """Models that take images of one size; others interpolate their positions."""
 
 
@@ -124,7 +124,10 @@ def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Pat
                 f"{path}/preprocessor_config.json: sampling_rate: expected a positive whole number, got {rate!r:.60}; correct the file"
             )
         with library_errors(path, "the processor does not work"), quiet():
-            shape = processor([0.0] * 400, sampling_rate=rate, return_tensors="pt")["input_features"].shape
+            made = processor([0.0] * 400, sampling_rate=rate, return_tensors="pt")
+            shape = made["input_values" if "input_values" in made else "input_features"].shape
+        if "input_values" in made:
+            return None, None
         bands, positions = config.get("num_mel_bins"), config.get("max_source_positions")
         taken = bands or shape[1], 2 * positions if positions else shape[2]
         return tuple(shape[1:]), taken

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -67,13 +68,17 @@ def _recorded(attention: nn.Module, site: Site) -> Iterator[list[tuple[Call, Ten
 def recorded_calls(
     model: "PreTrainedModel", sites: list[Site], batch: Sample
 ) -> Iterator[tuple[Site, Call, Float[Tensor, "*batch model"]]]:
-    """Yield each call of each site's attention and the output of its output projection, from a pass of the model up to the last site."""
+    """Yield each call of each site's attention and the output of its output projection, from a pass of the model up to the last site.
+
+    Of a module that several layers run, all calls of the pass are one: they are joined along the batch.
+    """
     left = {site.name for site in sites}
+    repeated = any(site.repeated for site in sites)
 
     def reached(name: str) -> Callable[..., None]:
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             left.discard(name)
-            if not left:
+            if not left and not repeated:
                 raise _Reached((args, kwargs))
 
         return stop
@@ -86,8 +91,22 @@ def recorded_calls(
         with suppress(_Reached):
             run(model, batch)
     for site, seen in recorded:
-        for call, output in seen:
+        for call, output in [_joined(seen)] if site.repeated and seen else seen:
             yield site, call, output
+
+
+def _joined(seen: list[tuple[Call, Tensor]]) -> tuple[Call, Tensor]:
+    """Return several calls as one of a larger batch. What is not a tensor of the batch is the same in all of them."""
+    size = len(seen[0][1])
+
+    def along_the_batch(each: list[Any]) -> Any:
+        one = each[0]
+        return torch.cat(each) if isinstance(one, Tensor) and one.ndim and len(one) == size else one
+
+    arguments = zip(*(args for (args, _), _ in seen), strict=True)
+    keywords = seen[0][0][1]
+    joined = {name: along_the_batch([kwargs[name] for (_, kwargs), _ in seen]) for name in keywords}
+    return (tuple(along_the_batch(list(each)) for each in arguments), joined), torch.cat([output for _, output in seen])
 
 
 def _first(output: Any) -> Tensor:

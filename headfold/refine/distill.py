@@ -25,7 +25,7 @@ from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here
-from ..runtime.regrouping import install_heads, local_names
+from ..runtime.regrouping import install_heads, model_names
 from . import descent
 from .descent import TrainedWeights, descend, schedule
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TOKENS = 2**17
 """Tokens that the model is trained with, repeated where the sample has fewer."""
-ITEMS = {"images": 2**13, "audio": 2**11}
+ITEMS = {"images": 2**13, "audio": 2**11, "sound": 2**11}
 """Items that the model is trained with where data has no tokens."""
 BATCH_TOKENS = 2048
 NUM_CHECKS = 2
@@ -180,10 +180,9 @@ class _Student:
         """Return the student's parameters that depend on the trained weights, by name."""
         found = {}
         for site, weights in zip(self._sites, self.weights, strict=True):
-            names = local_names(site)
+            names = model_names(site)
             for name, tensor in self._on_disk(site, weights.to_heads()).items():
-                path = f"{site.module}.{names[name]}"
-                found[path] = tensor.to(self._parameters[path])
+                found[names[name]] = tensor.to(self._parameters[names[name]])
         return found
 
     @staticmethod

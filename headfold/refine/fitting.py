@@ -165,7 +165,9 @@ def _step(first: RecordedCall, batches: list[Sample], most: int | None) -> int:
 
 def _calls(model: "PreTrainedModel", sites: list[Site], batch: Sample) -> Iterator[tuple[Site, RecordedCall]]:
     for site, call, output in recorded_calls(model, sites, batch):
-        yield site, RecordedCall(call, output, mask_of(site, batch, output, queries=True))
+        uses = len(output) // len(main_input(batch)) if site.repeated else 1
+        mask = mask_of(site, batch, output[: len(output) // uses], queries=True)
+        yield site, RecordedCall(call, output, None if mask is None else mask.repeat(uses, 1))
 
 
 def _portions(

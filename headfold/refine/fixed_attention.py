@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..runtime import modeling_headfold
+
 NAME = "headfold-fixed"
 """The name under which transformers finds this attention."""
 KEPT_BYTES = 2**30
@@ -154,8 +156,9 @@ def install(attention: nn.Module) -> FixedAttention | None:
 
 
 def _asks_transformers(attention: type) -> bool:
-    """Return whether a class looks its attention function up; a few (Falcon) call PyTorch's by themselves."""
-    return "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[attention.__module__])
+    """Return whether a class, or headfold's own forward for it, looks its attention function up; a few (Falcon) call PyTorch's."""
+    module = sys.modules[attention.__module__]
+    return "ALL_ATTENTION_FUNCTIONS" in vars(module) or module is modeling_headfold
 
 
 _HEEDED = ("cache", "softcap")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TOKENS = 2**19
 """Tokens that every block is trained with, repeated where the sample has fewer."""
-ITEMS = {"images": 2**14, "audio": 2**12}
+ITEMS = {"images": 2**14, "audio": 2**12, "sound": 2**12}
 """Items that every block is trained with where data has no tokens. A window of sound has many times the positions of an image."""
 BATCH_TOKENS = 2048
 NUM_CHECKS = 8

@@ -14,7 +14,7 @@ from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
-from ..runtime.regrouping import local_names, regrouped
+from ..runtime.regrouping import ask_transformers, local_names, regrouped
 from . import fixed_attention
 from .blocks import Call, twin
 
@@ -117,6 +117,8 @@ class RecordedSite:
         if head_dim_multiple > 1:  # which the stock module has no room for
             assert model is not None
             regrouped(self._module, site, site.num_kv_heads, head_dim_multiple, model)
+        elif fixes_attention:
+            ask_transformers(self._module, site)
         core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
         self._fixed = fixed_attention.install(core) if fixes_attention and head_dim_multiple == 1 else None
         self._parameters = dict(self._module.named_parameters())
@@ -267,7 +269,7 @@ class RecordedSite:
             return self._written[1]
         tensors = write_heads(self.site, heads.expand(self.site.num_kv_heads), in_slots=self._head_dim_multiple > 1)
         names = local_names(self.site)
-        local = {names[name]: t for name, t in tensors.items()}
+        local = {names[name]: t for name, t in tensors.items() if name in names}
         found = {name: t.to(self._parameters[name]) for name, t in local.items() if name in self._parameters}
         self._written = None if any(t.requires_grad for t in found.values()) else (heads, found)
         return found

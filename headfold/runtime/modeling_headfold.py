@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -91,7 +92,16 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
             setattr(holder, leaf, _linear_like(stock, rows))
     if fused is not None:
         parent, _, leaf = site["fused"].rpartition(".")
-        delattr(module.get_submodule(parent), leaf)
+        holder = module.get_submodule(parent)
+        delattr(holder, leaf)
+        setattr(holder, leaf, NoProjection())
+
+
+class NoProjection:
+    """What a fused projection leaves behind: a name without parameters, since some classes initialise it by name."""
+
+    def __init__(self) -> None:
+        self.weight, self.bias = torch.empty(0), None
 
 
 def _reproject_output(root: nn.Module, path: str, columns: int) -> None:

@@ -38,7 +38,7 @@ from ..core.plan import Plan
 from ..families.layout import read_heads
 from ..families.spec import Site
 from ..merge import parse_merge
-from ..runtime.regrouping import local_names
+from ..runtime.regrouping import model_names
 from ..surgery import site_tensors
 
 Read = Callable[[str], Tensor]
@@ -252,10 +252,10 @@ def _path(site: Site, role: str) -> str:
 
 def _check_rest(model: PreTrainedModel, site: Site, plan: Plan, read: Read) -> None:
     """Check that the site except K and V is in the model as the plan leaves it, with the original's queries in the plan's order."""
-    present, names = dict(model.named_parameters()), local_names(site)
+    present, names = dict(model.named_parameters()), model_names(site)
     merged = {f"{_path(site, role)}.{suffix}" for role in "kv" for suffix in ("weight", "bias")}
     for on_disk, tensor in site_tensors(site, plan, read).items():
-        name = f"{site.module}.{names[on_disk]}"
+        name = names[on_disk]
         found = present.get(name)
         same = found is not None and found.shape == tensor.shape
         if found is not None and same and not (name in merged or found.is_meta):  # a meta model is only counted

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import calibration as calibrating
+from .. import routing
 from ..checkpoint.staging import commit, holds_other_job, job_key, refuse_overlap
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
 from ..conversion.outputs import staged
@@ -18,7 +19,6 @@ from ..core.plan import Plan
 from ..core.progress import Progress, counter, no_progress
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, spmd
-from ..runtime import routing
 
 
 @dataclass(frozen=True, slots=True)

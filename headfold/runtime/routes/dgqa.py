@@ -10,7 +10,7 @@ differences. c starts at 0, so the first change is by n. Outside training nothin
 its batch.
 
 `published=true`: n_g is the Frobenius norm over positions, padding included, and dims, summed over one batch. In training only
-steps 0, window, 2 · window … count (`runtime.routing.new_epoch` is the published restart): a = H · ρ / Σρ is rounded, halves to
+steps 0, window, 2 · window … count (`routing.new_epoch` is the published restart): a = H · ρ / Σρ is rounded, halves to
 the even number, and while the sum is wrong a head drawn at random (`seed`) gains or loses one, none below 0. Then c ← (c + n) /
 window, which leaves c so small that both kinds of shares reduce to n, and the sizes are nearly equal. Outside training the groups
 are recomputed for every batch and c ← n, so an output depends on its batch, on the previous one and on random numbers; the same

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration import run
-from ..core import plugins
-from ..core.errors import UserError
-from ..core.groups import Groups
-from ..core.methods import RouteMethod
-from ..core.plan import Plan, SitePlan
-from ..core.routes import Norms, RouteState, even, runs
-from ..parallel import run_shared
-from . import routes
-from .load import takes_attention
-from .modeling_headfold import SiteConfig, own_forward
+from .calibration import run
+from .core import plugins
+from .core.errors import UserError
+from .core.groups import Groups
+from .core.methods import RouteMethod
+from .core.plan import Plan, SitePlan
+from .core.routes import Norms, RouteState, even, runs
+from .parallel import run_shared
+from .runtime import routes
+from .runtime.load import takes_attention
+from .runtime.modeling_headfold import SiteConfig, own_forward
 
 KvOfQuery = tuple[int, ...]
 
