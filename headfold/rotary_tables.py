@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .core.errors import UserError
+from .families.wrapped import language_config
 from .hf_models.building import open_config
 
 
@@ -41,7 +42,7 @@ def table_of_multiple(config: Mapping[str, Any], where: str, head_dim_multiple: 
         "factor": 1.0,
         "original_max_position_embeddings": trained,
     }
-    return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
+    return {"rope_parameters" if "rope_parameters" in language_config(config) else "rope_scaling": fields}
 
 
 def rotary_table(config: Mapping[str, Any], where: str) -> tuple[Float[Tensor, " plane"], float]:
@@ -51,7 +52,7 @@ def rotary_table(config: Mapping[str, Any], where: str) -> tuple[Float[Tensor, "
 
 def plane_frequencies(config: Mapping[str, Any], where: str) -> tuple[float, ...]:
     """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
-    opened = open_config(config, where)
+    opened = open_config(language_config(config), where)
     try:
         found = _frequencies(_standardised(opened), None)[0]
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
@@ -65,7 +66,7 @@ def plane_frequencies(config: Mapping[str, Any], where: str) -> tuple[float, ...
 
 def _read(config: Mapping[str, Any], where: str) -> Any:
     """Return the config as its class reads it, with rotary parameters in their present form."""
-    return _standardised(open_config(config, where))
+    return _standardised(open_config(language_config(config), where))
 
 
 def _standardised(opened: Any) -> Any:

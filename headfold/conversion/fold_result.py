@@ -54,7 +54,7 @@ class FoldResult:
         counts = plan.num_kv_heads.values()
         return cls(
             out=out,
-            family=source.checkpoint.config["model_type"],
+            family=source.config["model_type"],
             num_heads=max(site.num_heads for site in source.sites),
             num_kv_heads_before=source.num_kv_heads,
             num_kv_heads_after=max(counts),

@@ -53,7 +53,7 @@ def card_facts(
     counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
-        family=source.checkpoint.config["model_type"],
+        family=source.config["model_type"],
         num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),
         num_kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in source.sites)),
         num_kv_heads_after=max(counts),
@@ -129,7 +129,7 @@ def notes_on(
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = []
     if source.detected:
-        model_type = source.checkpoint.config["model_type"]
+        model_type = source.config["model_type"]
         notes.append(f"{model_type} has no family literal: its architecture was detected, and every law holds")
     fixed = [site.name for site in source.sites if site.query_order == "fixed"]
     if fixed and group != "contiguous":

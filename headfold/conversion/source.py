@@ -20,6 +20,7 @@ from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_dtypes, check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
+from ..families.wrapped import is_wrapper, language_config
 from ..hf_models.building import open_config
 from ..rotary_tables import plane_frequencies
 
@@ -35,6 +36,8 @@ class Source:
     name: str
     """Name of the model as the user wrote it: a directory or a hub id."""
     checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    """The checkpoint's config; of a wrapper with all fields of its class, as published ones leave out what a class assumes."""
     family: Family
     every_site: list[Site]
     encoder: bool = False
@@ -94,17 +97,18 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
-    open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
+    opened = open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
+    config = opened.to_dict() if is_wrapper(checkpoint.config) else checkpoint.config
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
         raise UserError(
             f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
         )
-    sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
+    sites = sites_of(family, config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    sites = _with_plane_frequencies(sites, checkpoint.config, where)
-    return Source(str(model), checkpoint, family, sites, encoder, detected)
+    sites = _with_plane_frequencies(sites, language_config(config), where)
+    return Source(str(model), checkpoint, config, family, sites, encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:

@@ -133,7 +133,7 @@ class Teacher:
         return {"input_ids": windows}
 
     def _window_length(self, config: CalibrationConfig) -> int:
-        limit = context_length(self.source.checkpoint.config) or MAX_CONTEXT
+        limit = context_length(self.source.config) or MAX_CONTEXT
         if config.context is not None and config.context > limit:
             raise UserError(f"--context {config.context}: the model's own context is {limit}; choose at most that")
         return config.context or min(limit, MAX_CONTEXT)

@@ -12,6 +12,7 @@ from ..checkpoint.config import check_fields, read_config
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..families.context import context_length
+from ..families.wrapped import language_config
 from ..hf_models import open_processor, open_tokenizer
 from ..hf_models.readers import image_size_of
 from .audio import encode_audio, read_audio
@@ -246,6 +247,6 @@ def random_sample(kind: str, config: Mapping[str, Any], num_items: int) -> Sampl
 
 def random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
     """Return random tokens of a model's vocabulary."""
-    if not config.get("vocab_size"):
+    if not (num_words := language_config(config).get("vocab_size")):
         raise UserError("config.json: expected vocab_size, got none; correct the config")
-    return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(num_words, (num_items, length), generator=torch.Generator().manual_seed(0))
