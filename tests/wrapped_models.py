@@ -39,7 +39,12 @@ _QWEN2_5_VL = dict(
 )
 _SOUND = dict(num_mel_bins=6, max_source_positions=8)
 _QWEN2_AUDIO = dict(
-    _SOUND, d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=20, model_type="qwen2_audio_encoder"
+    _SOUND,
+    d_model=16,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=20,
+    model_type="qwen2_audio_encoder",
 )
 _VOXTRAL = dict(_SOUND, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, head_dim=8)
 
@@ -147,10 +152,10 @@ def seen_sample(name: str) -> dict[str, Tensor]:
     kind = WRAPPED[name]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.cat([torch.full((1, kind.seen_tokens), SEEN), tiny_tokens(1, 9) % SEEN], 1)
-    seen = {
-        part: torch.randn(shape, dtype=torch.float64, generator=generator) for part, shape in kind.seen.items()
-    }
-    grid = {"image_grid_thw": torch.tensor([kind.grid]), "mm_token_type_ids": (tokens == SEEN).long()} if kind.grid else {}
+    seen = {part: torch.randn(shape, dtype=torch.float64, generator=generator) for part, shape in kind.seen.items()}
+    grid = (
+        {"image_grid_thw": torch.tensor([kind.grid]), "mm_token_type_ids": (tokens == SEEN).long()} if kind.grid else {}
+    )
     sound = {"feature_attention_mask": torch.ones(1, 16)} if name == "qwen2_audio" else {}
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **seen, **grid, **sound}
 

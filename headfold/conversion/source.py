@@ -97,6 +97,11 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
+    if encoder and is_wrapper(checkpoint.config):
+        raise UserError(
+            f"{where}: --encoder: expected an encoder-decoder, got {checkpoint.config['model_type']}, whose towers cache nothing; "
+            "leave it out"
+        )
     opened = open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
     config = opened.to_dict() if is_wrapper(checkpoint.config) else checkpoint.config
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):

@@ -29,7 +29,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     """Return the family of a checkpoint, by the `model_type` of its config; of a wrapper that of its language model.
 
     Raises:
-        UserError: unknown `model_type`; a wrapper that is not known, or around a model that is none; a setting that cannot be folded exactly.
+        UserError: unknown `model_type`, of a wrapper or in it; a setting that cannot be folded exactly.
     """
     known = {alias: family for family in all_families().values() for alias in family.model_types}
     check_wrapper(config, where)
@@ -57,7 +57,9 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
         return "has no model_type; expected the config.json that transformers writes beside a model's weights"
     if isinstance(config.get(TEXT), dict):
         inner = attention_type(config) if is_wrapper(config) else config[TEXT].get("model_type")
-        expected = f"; {suggest(str(inner), known)}" if is_wrapper(config) else f", and is none of {', '.join(WRAPPERS)}"
+        expected = (
+            f"; {suggest(str(inner), known)}" if is_wrapper(config) else f", and is none of {', '.join(WRAPPERS)}"
+        )
         return (
             f"model_type {model_type!r:.60} wraps a {inner!r:.60} text model{expected}; "
             "save the text model on its own (model.language_model.save_pretrained) and fold that"

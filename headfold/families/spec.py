@@ -323,8 +323,9 @@ def has_one_table(family: Family, config: Mapping[str, Any], head_dim: int) -> b
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     share = read_field(family, config, family.position.fraction) if family.position.fraction else None
     whole = float(head_dim * (1 if share is None else share)).is_integer()
-    # With `mrope_section`, runs of planes belong to one coordinate each: repeated planes would change hands.
-    return whole and not family.position.dim and "mrope_section" not in rope and rope.get("rope_type", rope.get("type", "default")) in TABLES and not any(
+    if "mrope_section" in rope:  # runs of planes belong to one coordinate each: repeated planes would change hands
+        return False
+    return whole and not family.position.dim and rope.get("rope_type", rope.get("type", "default")) in TABLES and not any(
         isinstance(value, Mapping) for value in rope.values()
     )  # fmt: skip
 

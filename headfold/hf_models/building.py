@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,9 @@ def open_config(config: Mapping[str, Any], where: str, config_class: Any = None)
     with library_errors(
         where, "transformers cannot build this config", "correct config.json, or save the checkpoint again"
     ):
-        return (config_class or CONFIG_MAPPING[config["model_type"]]).from_dict(dict(config))
+        return (config_class or CONFIG_MAPPING[config["model_type"]]).from_dict(
+            deepcopy(dict(config))
+        )  # some classes take fields out of nested ones
 
 
 def build_model(auto: Any, checkpoint: Checkpoint, **options: Any) -> "PreTrainedModel":
@@ -143,7 +146,10 @@ def _renamed_on_loading(model: "PreTrainedModel", checkpoint: Checkpoint) -> Map
         renamings = [step for step in steps if isinstance(step, WeightRenaming)]
         converters = [step for step in steps if not isinstance(step, WeightRenaming)]
         names = {name: rename_source_key(name, renamings, converters) for name in checkpoint.tensors}
-        found = vars(model)[_RENAMED] = (checkpoint, {new: old for old, (new, joined) in names.items() if joined is None})
+        found = vars(model)[_RENAMED] = (
+            checkpoint,
+            {new: old for old, (new, joined) in names.items() if joined is None},
+        )
     return found[1]
 
 
