@@ -96,7 +96,7 @@ class CalibrationConfig:
         """
         if request.source is None and (earlier := CalibrationRequest.recorded(recorded or {})):
             request = request.with_data_of(earlier)
-        kind = kind_of(opened.config)
+        kind = kind_of(opened.config, request.columns)
         if request.source is None and kind != "text":
             raise UserError(
                 f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, and only a "

@@ -81,7 +81,7 @@ def _refuse_not_finite(source: Source) -> None:
 def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> Mapping[str, Tensor]:
     """Return two windows of text, or the first calibration items; random inputs, and a note, where there is neither."""
     config = source.config
-    kind = kind_of(config)
+    kind = kind_of(config, teacher.config.columns if teacher.config else ())
     if kind == "text":
         return {"input_ids": _windows(source, notes)}
     if teacher.config is not None:

@@ -12,11 +12,12 @@ from ..checkpoint.config import check_fields, read_config
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..families.context import context_length
-from ..families.wrapped import language_config
+from ..families.wrapped import is_wrapper, language_config
 from ..hf_models import open_processor, open_tokenizer
 from ..hf_models.readers import image_size_of
 from .audio import encode_audio, read_audio
 from .captions import read_captions
+from .illustrated import read_illustrated
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
 from .sentences import encode_sentences, read_sentences
@@ -34,12 +35,15 @@ _DECODED = {"labels", "decoder_input_ids"}
 _MAIN = ("input_ids", "pixel_values", "input_features")
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
+def kind_of(config: Mapping[str, Any], columns: Sequence[str] = ()) -> str:
     """Return the kind of data that a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images
     with text) or "audio".
 
-    It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text.
+    It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text. A wrapper takes
+    text, or images with text where two `columns` of the data are named and it sees images.
     """
+    if is_wrapper(config):
+        return "captions" if len(columns) == 2 and config.get("vision_config") is not None else "text"
     head = next(iter(config.get("architectures") or []), "")
     family = str(config.get("model_type", ""))
     if _SPEECH.search(family) and not head.endswith("ForCausalLM"):
@@ -105,6 +109,8 @@ def draw_sample(
             )
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
+    if kind == "captions" and is_wrapper(_config(path)):
+        return read_illustrated(source, path, context, columns, num_items, seed, say)
     tokenizer = open_tokenizer(path)
     if kind == "captions":
         return read_captions(source, open_processor("images", path), tokenizer, context, columns, num_items, seed)
