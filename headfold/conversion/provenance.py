@@ -7,12 +7,14 @@ from typing import Any
 
 from ..adequacy.reach import Reach, reach_of
 from ..checkpoint.config import read_config
+from ..checkpoint.refusals import model_class
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
 from ..families.context import context_length
 from ..families.spec import Site
+from ..families.wrapped import is_wrapper
 from ..report import tables
 from ..report.card import CardFacts
 from .healing import Healing
@@ -71,6 +73,7 @@ def card_facts(
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
+        wrapper_class=model_class(config, str(staging)) if is_wrapper(config) else "",
         misread=misread_by(config),
         seconds=times[0],
         estimated=times[1],

@@ -39,9 +39,13 @@ def read_illustrated(
     short = [item for item in items if item["input_ids"].shape[1] <= context]
     if not short:
         least = min(item["input_ids"].shape[1] for item in items)
-        raise UserError(f"{source}: expected an image with its text in {context} tokens, got {least} or more; raise --context")
+        raise UserError(
+            f"{source}: expected an image with its text in {context} tokens, got {least} or more; raise --context"
+        )
     if len(short) < len(items):
-        say(f"{len(items) - len(short)} of {len(items)} images with their texts have more than {context} tokens, and are left out")
+        say(
+            f"{len(items) - len(short)} of {len(items)} images with their texts have more than {context} tokens, and are left out"
+        )
     return {name: _joined(name, [item[name] for item in short], source) for name in short[0]}
 
 

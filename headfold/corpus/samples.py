@@ -30,7 +30,7 @@ Sample = dict[str, Tensor]
 _SPEECH = re.compile(r"whisper|speech_to_text")
 _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
-_PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+_PADDED = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 _DECODED = {"labels", "decoder_input_ids"}
 _MAIN = ("input_ids", "pixel_values", "input_features")
 
