@@ -75,7 +75,7 @@ def _joined(name: str, parts: list[Tensor], source: str) -> Tensor:
     if len(shapes) > 1 or shapes[0][0] != 1:
         got = " and ".join(map(str, shapes[:2]))
         raise UserError(
-            f"{source}: {name}: expected inputs of one size, (1, …) for each image, from the model's processor, got {got}; resize the images "
-            "to one size, or calibrate on text"
+            f"{source}: {name}: expected inputs of one size, (1, …) for each image, from the model's processor, got {got}; resize the "
+            "images to one size, or calibrate on text"
         )
     return torch.cat(parts)
