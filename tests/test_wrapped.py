@@ -25,6 +25,7 @@ from headfold.core.heads import KeyFreedom
 from headfold.families.context import context_length
 from headfold.families.old_names import with_old_names
 from headfold.families.wrapped import WRAPPERS, language_config
+from headfold.train.sites import find_sites
 
 EVERY_WRAPPER = pytest.mark.parametrize("name", sorted(WRAPPED))
 BASELINE: dict[str, Any] = dict(kv_heads=2, merge="mean", group="contiguous", refit=False)
@@ -73,6 +74,8 @@ def test_the_language_model_folds_and_nothing_else_changes(name: str, tmp_path: 
     model = stock_model(out)
     for site, heads in tiny_sites(out):
         assert model.get_submodule(site.module).num_key_value_groups == heads.num_heads // heads.num_kv_heads == 4
+    places = [(site.module, site.paths["o"]) for site, _ in tiny_sites(out)]
+    assert [(place.module, place.output) for place in find_sites(model)] == places
     twin = rewritten(out, tmp_path / "twin", lambda heads, _: heads.expand(8))
     said = logits_of(model, sample)
     assert_tight_through_float32_norms(logits_of(stock_model(twin), sample), said)

@@ -97,6 +97,12 @@ def attention_type(config: Mapping[str, Any]) -> Any:
     return _SAME_ATTENTION.get(model_type, model_type) if isinstance(model_type, str) else model_type
 
 
+def is_in_language_model(model_type: Any, module: str) -> bool:
+    """Return whether a module, given by its path, is in the language model of a wrapper; of any other model every module is."""
+    wrapper = WRAPPERS.get(model_type)
+    return wrapper is None or wrapper.body in module.split(".")
+
+
 def check_wrapper(config: Mapping[str, Any], where: str) -> None:
     """Check that the config of a wrapper has that of its language model.
 
