@@ -122,7 +122,7 @@ def _grouped_class(config: Mapping[str, Any]) -> str:
 def calibration_reach(source: Source, plan: Plan, statistics: StatsFile | None, fitting: Fitting) -> Reach:
     """Return what the calibration data of a fold reach."""
     facts = statistics.metadata if statistics else fitting.data or {}
-    context = context_length(source.checkpoint.config)
+    context = context_length(source.config)
     return reach_of(source.sites, plan, statistics, facts, context, refitted=fitting.refitted)
 
 

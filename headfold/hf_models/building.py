@@ -138,13 +138,13 @@ def _renamed_on_loading(model: "PreTrainedModel", checkpoint: Checkpoint) -> Map
     Tensors that it also reshapes or joins are left out. The names are kept with the model, which has thousands of parameters.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     found = vars(model).get(_RENAMED)
     if found is None or found[0] is not checkpoint:
         steps = get_model_conversion_mapping(model)
         renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if not isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
         names = {name: rename_source_key(name, renamings, converters) for name in checkpoint.tensors}
         found = vars(model)[_RENAMED] = (
             checkpoint,
