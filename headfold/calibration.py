@@ -16,6 +16,7 @@ from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
 from .corpus.samples import main_input
 from .families.spec import Site
+from .families.wrapped import WRAPPERS
 from .hf_models.streamed import input_device
 from .measure import attended, second_moment
 from .parallel import all_gather, all_reduce, falls_here, world_size
@@ -91,9 +92,13 @@ def run(model: "PreTrainedModel", batch: Sample) -> Any:
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         labels = batch["labels"].to(input_device(model))
         inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-    if "use_cache" in inspect.signature(body.forward).parameters:
-        inputs["use_cache"] = False
-    return body(**inputs)
+    return body(**inputs, **without_cache(model, body.forward))
+
+
+def without_cache(model: "PreTrainedModel", forward: Callable[..., Any]) -> dict[str, bool]:
+    """Return the keyword that tells a forward of the model to make no cache, where it takes one; wrappers pass it to the model inside."""
+    takes_it = "use_cache" in inspect.signature(forward).parameters or model.config.model_type in WRAPPERS
+    return {"use_cache": False} if takes_it else {}
 
 
 def body_of(model: "PreTrainedModel", batch: Sample) -> Any:

@@ -7,6 +7,7 @@ the config in messages.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .core.errors import UserError
+from .families.context import context_length, sliding_window
+from .families.spec import Site
+from .families.wrapped import language_config
 from .hf_models.building import open_config
+
+UNKNOWN_CONTEXT = 2048
+"""Tokens that attention is assumed to span where the config names no limit."""
 
 
 def table_of_multiple(config: Mapping[str, Any], where: str, head_dim_multiple: int) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def table_of_multiple(config: Mapping[str, Any], where: str, head_dim_multiple: 
         "factor": 1.0,
         "original_max_position_embeddings": trained,
     }
-    return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": fields}
+    return {"rope_parameters" if "rope_parameters" in language_config(config) else "rope_scaling": fields}
 
 
 def rotary_table(config: Mapping[str, Any], where: str) -> tuple[Float[Tensor, " plane"], float]:
@@ -49,9 +56,32 @@ def rotary_table(config: Mapping[str, Any], where: str) -> tuple[Float[Tensor, "
     return _frequencies(_read(config, where), None)
 
 
+def with_plane_frequencies(sites: list[Site], config: Mapping[str, Any], where: str) -> list[Site]:
+    """Return the sites with the frequencies of their RoPE planes, where the config has one table for all of them.
+
+    Raises:
+        UserError: the frequencies are not finite.
+    """
+    if not any(site.key_freedom.rotary_dim for site in sites):
+        return sites
+    found = plane_frequencies(config, where)
+    return [
+        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
+        if site.key_freedom.rotary_dim == 2 * len(found) > 0
+        else site
+        for layer, site in enumerate(sites)
+    ]
+
+
+def _attention_span(config: Mapping[str, Any], layer: int) -> int:
+    """Return how many tokens a layer's attention can look back over: its sliding window, or the whole context."""
+    whole, window = context_length(config) or UNKNOWN_CONTEXT, sliding_window(config, layer)
+    return min(whole, window) if window else whole
+
+
 def plane_frequencies(config: Mapping[str, Any], where: str) -> tuple[float, ...]:
     """Return radians per token of every plane, at a length that the model was trained on; empty where layers differ or none is known."""
-    opened = open_config(config, where)
+    opened = open_config(language_config(config), where)
     try:
         found = _frequencies(_standardised(opened), None)[0]
     except (AttributeError, KeyError, TypeError, ValueError):  # every class writes its rotary parameters in its own way
@@ -65,7 +95,7 @@ def plane_frequencies(config: Mapping[str, Any], where: str) -> tuple[float, ...
 
 def _read(config: Mapping[str, Any], where: str) -> Any:
     """Return the config as its class reads it, with rotary parameters in their present form."""
-    return _standardised(open_config(config, where))
+    return _standardised(open_config(language_config(config), where))
 
 
 def _standardised(opened: Any) -> Any:

@@ -187,7 +187,7 @@ def _pickled(path: Path) -> None:
 
 SPOILT = {
     "unknown": (_config(model_type="lama"), "llama"),
-    "wrapper": (_config(model_type="llava", text_config={"model_type": "llama"}), "text model"),
+    "wrapper": (_config(model_type="mllama", text_config={"model_type": "llama"}), "text model"),
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "remote code": (_config(auto_map={"AutoModel": "x.Y"}, model_type="mine"), "auto_map"),
     "olmo2": (_config(model_type="olmo2"), "norm"),

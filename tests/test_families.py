@@ -226,8 +226,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unlike any": ({"model_type": "xyzzy"}, r"unknown model_type 'xyzzy'; choose one of albert, .* and [0-9]+ more"),
     "no type": ({"hidden_size": 8}, r"no model_type"),
     "wrapper": (
-        {"model_type": "llava", "text_config": {"model_type": "llama"}},
-        r"'llava' wraps a 'llama' .*save_pretrained",
+        {"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}},
+        r"'mllama' wraps a 'mllama_text_model' .*save_pretrained",
     ),
     "remote code": (
         {"model_type": "mystery", "auto_map": {"AutoModel": "m.M"}},

@@ -100,7 +100,7 @@ def workload(source: Source, context: int | None, batch: int | None, memory: str
     Raises:
         UserError: not a size, an unknown GPU, no positive numbers, or more tokens than the model takes.
     """
-    limit = context_length(source.checkpoint.config)
+    limit = context_length(source.config)
     for name, number in (("--context", context), ("--batch", batch)):
         if number is not None and not 1 <= number < MOST:
             raise UserError(f"{name} {number}: expected a number from 1 on and below 2^31; choose another")
@@ -115,7 +115,7 @@ def workload(source: Source, context: int | None, batch: int | None, memory: str
 
 def advise(source: Source, work: Workload) -> Advice:
     """Return advice on a workload, from the headers of the checkpoint alone."""
-    limit, generates = context_length(source.checkpoint.config), source.caches
+    limit, generates = context_length(source.config), source.caches
     found = list(demands(source))
     options = [_option(demand, work, limit, generates) for demand in found]
     decide = _decide if generates else _decide_without_cache
@@ -258,5 +258,5 @@ def _command(source: Source, num_kv_heads: int) -> str:
     name = source.name.rstrip("/")
     out = f"{Path(name).name or 'model'}-{'gqa' if num_kv_heads > 1 else 'mqa'}"
     words = ["headfold", "fold", shlex.quote(name), shlex.quote(out), "--kv-heads", str(num_kv_heads)]
-    data = [] if kind_of(source.checkpoint.config) == "text" else ["--calibration", "SOURCE"]
+    data = [] if kind_of(source.config) == "text" else ["--calibration", "SOURCE"]
     return " ".join([*words, *data])

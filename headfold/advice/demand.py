@@ -13,6 +13,7 @@ from ..corpus.samples import kind_of
 from ..families.context import sliding_window
 from ..families.layout import planned_shapes
 from ..families.spec import Site
+from ..families.wrapped import language_config, place_of
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "experts_per_token", "num_selected_experts")
@@ -79,7 +80,7 @@ def demands(source: Source) -> Iterator[Demand]:
 
 
 def _demand(source: Source, num_kv_heads: int | None) -> Demand:
-    config, stored = source.checkpoint.config, source.checkpoint.tensors
+    config, stored = language_config(source.config), source.checkpoint.tensors
     shapes = _shapes(source, num_kv_heads)
     dtypes = {name: stored[name].dtype if name in stored else source.dtype for name in shapes}
     sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
@@ -98,7 +99,7 @@ def _demand(source: Source, num_kv_heads: int | None) -> Demand:
             if source.caches and site in source.cached_sites
         ),
         active_experts=min(1.0, (_field(config, _ACTIVE) or experts or 1) / (experts or 1)),
-        encoder_tokens=_field(config, ("max_source_positions",)) if kind_of(config) == "audio" else None,
+        encoder_tokens=_field(config, ("max_source_positions",)) if kind_of(source.config) == "audio" else None,
     )
 
 
@@ -106,7 +107,7 @@ def _block(source: Source, site: Site, layer: int, num_kv_heads: int | None) -> 
     folded = num_kv_heads is not None and site in source.sites
     count = num_kv_heads if folded and num_kv_heads is not None else site.num_kv_heads
     size = kv_bytes(count, site.head_dim, source.dtype.itemsize)
-    window = None if site.reads_encoder or site.stack else sliding_window(source.checkpoint.config, layer)
+    window = None if site.reads_encoder or site.stack else sliding_window(source.config, layer)
     return CachedBlock(size, window, site.reads_encoder)
 
 
@@ -126,12 +127,15 @@ def _shapes(source: Source, num_kv_heads: int | None) -> dict[str, tuple[int, ..
 
 def _not_read(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """Return the tensors that a decoding step does not read: tables of which it takes rows, the encoder, K and V of its output."""
-    config = source.checkpoint.config
-    text = config.get("text_config") or config
+    text = language_config(source.config)
+    text = text.get("text_config") or text
     tables = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == text.get("vocab_size")]
     skipped = set(tables) - set(sorted(tables, key=lambda name: "head" in name or "out" in name)[-1:])
     if not source.caches:
         return set(tables)
+    place = place_of(source.config, shapes, is_base_model=False)
+    if place is not None:  # of a wrapper, a token runs through its language model alone
+        skipped |= {name for name in shapes if not name.startswith(place.on_disk) and "lm_head" not in name}
     for site in source.every_site:
         if site.reads_encoder:
             heads = tuple(f"{site.weights[role]}." for role in "kv" if role in site.weights)

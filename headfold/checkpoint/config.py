@@ -90,8 +90,8 @@ _FIELDS: Mapping[str, _Kind] = {
     **dict.fromkeys(("model_type", "position_embedding_type"), _TEXT),
     "architectures": _NAMES,
     **dict.fromkeys(
-        ("text_config", "vision_config", "attn_config", "rope_scaling", "rope_parameters", "auto_map", "headfold", "label2id",
-         "per_layer_config", "fusion_config"), _OBJECT,
+        ("text_config", "vision_config", "audio_config", "attn_config", "rope_scaling", "rope_parameters", "auto_map", "headfold",
+         "label2id", "per_layer_config", "fusion_config"), _OBJECT,
     ),
     **dict.fromkeys(_LAYER_COUNTS, _LAYERS), "num_decoder_layers": _whole(0, MOST_LAYERS),
     **dict.fromkeys(

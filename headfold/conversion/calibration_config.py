@@ -101,7 +101,7 @@ class CalibrationConfig:
         """
         if request.source is None and (earlier := CalibrationRequest.recorded(recorded or {})):
             request = request.with_data_of(earlier)
-        kind = request.kind or kind_of(opened.checkpoint.config)
+        kind = request.kind or kind_of(opened.config, request.columns)
         if request.source is None and kind != "text":
             raise UserError(
                 f"{opened.name}: calibration needs {_KINDS_IN_WORDS[kind]}, and only a "

@@ -62,7 +62,7 @@ def _fitting(
     source, data = teacher.source, request.calibration
     assert data is not None
     sites = {site.name for site in source.sites}
-    length = window_length(source.checkpoint.config, data.context)
+    length = window_length(source.config, data.context)
     assumed = {"text": length, "audio": SPEECH_TOKENS}.get(data.kind, TEXT_TOKENS)
     length = round(teacher.text_length or min(length, assumed))
     items = max(1, data.tokens // length) if data.kind == "text" else data.items
@@ -82,7 +82,7 @@ def _fitting(
 
 def _verifying(source: Source) -> Operations:
     """Return the operations of running the fold and its twin."""
-    config = source.checkpoint.config
+    config = source.config
     limit, is_text = context_length(config) or WINDOW_TOKENS, kind_of(config) == "text"
     once = item_operations(source, min(limit, WINDOW_TOKENS if is_text else TEXT_TOKENS))
     return Operations(on_cpu=2 * (2 if is_text else ITEMS) * (once.blocks + once.head))
@@ -90,5 +90,5 @@ def _verifying(source: Source) -> Operations:
 
 def item_operations(source: Source, length: int) -> Arithmetic:
     """Return the operations on one item of the data that the source takes, with texts of `length` tokens."""
-    config = source.checkpoint.config
+    config = source.config
     return arithmetic(source.every_site, source.checkpoint.tensors, config, kind_of(config), length)

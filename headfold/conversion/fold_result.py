@@ -58,7 +58,7 @@ class FoldResult:
         return cls(
             out=out,
             base_model=source.name,
-            family=source.checkpoint.config["model_type"],
+            family=source.config["model_type"],
             num_heads=max(site.num_heads for site in source.sites),
             num_kv_heads_before=source.num_kv_heads,
             num_kv_heads_after=max(counts),

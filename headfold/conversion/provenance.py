@@ -7,12 +7,14 @@ from typing import Any
 
 from ..adequacy.reach import Reach, reach_of
 from ..checkpoint.config import read_config
+from ..checkpoint.refusals import model_class
 from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
 from ..families.context import context_length
 from ..families.spec import Site
+from ..families.wrapped import is_wrapper
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
 from ..reports import tables
@@ -55,7 +57,7 @@ def card_facts(
     counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
-        family=source.checkpoint.config["model_type"],
+        family=source.config["model_type"],
         num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),
         num_kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in source.sites)),
         num_kv_heads_after=max(counts),
@@ -73,6 +75,7 @@ def card_facts(
         command=fold_command(settings, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
+        wrapper_class=model_class(config, str(staging)) if is_wrapper(config) else "",
         misread=misread_by(config),
         seconds=times[0],
         estimated=times[1],
@@ -141,7 +144,7 @@ def _grouped_class(config: Mapping[str, Any]) -> str:
 def calibration_reach(source: Source, plan: Plan, statistics: StatsFile | None, fitting: Fitting) -> Reach:
     """Return what the calibration data of a fold reach."""
     facts = statistics.metadata if statistics else fitting.data or {}
-    context = context_length(source.checkpoint.config)
+    context = context_length(source.config)
     return reach_of(source.sites, plan, statistics, facts, context, refitted=fitting.refitted)
 
 
@@ -151,7 +154,7 @@ def notes_on(
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = []
     if source.detected:
-        model_type = source.checkpoint.config["model_type"]
+        model_type = source.config["model_type"]
         notes.append(f"{model_type} has no family literal: its architecture was detected, and every law holds")
     fixed = [site.name for site in source.sites if site.query_order == "fixed"]
     if fixed and group != "contiguous":

@@ -43,7 +43,7 @@ def open_grouped(folded: Path) -> Source:
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")
-    return Source(str(folded), checkpoint, Family(()), [])
+    return Source(str(folded), checkpoint, checkpoint.config, Family(()), [])
 
 
 def routed_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

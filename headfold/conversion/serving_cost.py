@@ -60,7 +60,7 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
         elements * itemsize,
         flops,
         source.caches,
-        context_length(source.checkpoint.config),
+        context_length(source.config),
     )
 
 

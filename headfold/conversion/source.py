@@ -1,7 +1,7 @@
 """A checkpoint, opened by its headers and checked to be one that can be folded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,15 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
 from ..families import cached, family_of, is_known
-from ..families.context import context_length, sliding_window
 from ..families.folded import kv_heads_by_layer
 from ..families.layout import check_dtypes, check_shapes, shapes_of_statistics
 from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
+from ..families.wrapped import is_wrapper
 from ..hf_models.building import fitting_class, open_config
-from ..rotary_tables import plane_frequencies
+from ..rotary_tables import with_plane_frequencies
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
-UNKNOWN_CONTEXT = 2048
-"""Tokens that attention is assumed to span where the config names no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,8 @@ class Source:
     name: str
     """Name of the model as the user wrote it: a directory or a hub id."""
     checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    """The checkpoint's config; of a wrapper with all fields of its class, as published ones leave out what a class assumes."""
     family: Family
     every_site: list[Site]
     encoder: bool = False
@@ -56,7 +56,7 @@ class Source:
     @property
     def caches(self) -> bool:
         """Whether the model caches K and V: it generates token by token."""
-        return kind_of(self.checkpoint.config) in ("text", "pairs", "audio")
+        return kind_of(self.config) in ("text", "pairs", "audio")
 
     @property
     def num_kv_heads(self) -> int:
@@ -94,18 +94,24 @@ def open_source(model: object, encoder: bool = False) -> Source:
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
-    open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
+    if encoder and is_wrapper(checkpoint.config):
+        raise UserError(
+            f"{where}: --encoder: expected an encoder-decoder, got {checkpoint.config['model_type']}, whose towers cache nothing; "
+            "leave it out"
+        )
+    opened = open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
     checkpoint = _with_fitting_class(checkpoint)
+    config = opened.to_dict() if is_wrapper(checkpoint.config) else checkpoint.config
     if "headfold" in checkpoint.config and any(attention.qkv for attention in family.attentions):
         raise UserError(
             f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
         )
-    sites = sites_of(family, checkpoint.config, checkpoint.tensors, where)
+    sites = sites_of(family, config, checkpoint.tensors, where)
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    sites = _with_plane_frequencies(sites, checkpoint.config, where)
-    return Source(str(model), checkpoint, family, sites, encoder, detected)
+    sites = with_plane_frequencies(sites, config, where)
+    return Source(str(model), checkpoint, config, family, sites, encoder, detected)
 
 
 def _with_fitting_class(checkpoint: Checkpoint) -> Checkpoint:
@@ -135,25 +141,6 @@ def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
                     f"{path}: {site.name}/{name}: expected the shape {expected}, got {got}; run headfold calibrate again"
                 )
     return stats
-
-
-def _with_plane_frequencies(sites: list[Site], config: Mapping[str, Any], where: str) -> list[Site]:
-    """Return the sites with the frequencies of their RoPE planes, where the config has one table for all of them."""
-    if not any(site.key_freedom.rotary_dim for site in sites):
-        return sites
-    found = plane_frequencies(config, where)
-    return [
-        replace(site, key_freedom=replace(site.key_freedom, frequencies=found, context=_attention_span(config, layer)))
-        if site.key_freedom.rotary_dim == 2 * len(found) > 0
-        else site
-        for layer, site in enumerate(sites)
-    ]
-
-
-def _attention_span(config: Mapping[str, Any], layer: int) -> int:
-    """Return how many tokens a layer's attention can look back over: its sliding window, or the whole context."""
-    whole, window = context_length(config) or UNKNOWN_CONTEXT, sliding_window(config, layer)
-    return min(whole, window) if window else whole
 
 
 def _refuse_uneven_folds(config: Mapping[str, Any], where: str) -> None:

@@ -112,14 +112,14 @@ class Teacher:
 
     def takes_texts(self) -> bool:
         """Return whether the data are texts that come one by one."""
-        return self.config is not None and self.config.kind in ("pairs", "sentences", "texts")
+        return self.config is not None and self.config.kind in ("pairs", "sentences", "captions", "texts")
 
     def _require_config(self) -> CalibrationConfig:
         assert self.config is not None, "this job was planned without calibration data"
         return self.config
 
     def _draw(self, config: CalibrationConfig, model: "PreTrainedModel | None") -> dict[str, Tensor]:
-        path, context = self.source.checkpoint.path, window_length(self.source.checkpoint.config, config.context)
+        path, context = self.source.checkpoint.path, window_length(self.source.config, config.context)
         if config.kind != "text":
             return draw_sample(
                 config.kind, config.source, path=path, num_items=config.items, context=context, seed=config.seed,

@@ -81,8 +81,8 @@ def _refuse_not_finite(source: Source) -> None:
 
 def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> Mapping[str, Tensor]:
     """Return two windows of text, or the first calibration items; random inputs, and a note, where there is neither."""
-    config = source.checkpoint.config
-    kind = kind_of(config)
+    config = source.config
+    kind = kind_of(config, teacher.config.columns if teacher.config else ())
     if kind == "text":
         return {"input_ids": _windows(source, notes)}
     if teacher.config is not None:
@@ -93,7 +93,7 @@ def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> M
 
 
 def _windows(source: Source, notes: list[str]) -> Tensor:
-    config = source.checkpoint.config
+    config = source.config
     length = min(WINDOW_TOKENS, context_length(config) or WINDOW_TOKENS)
     try:
         tokenizer = open_tokenizer(source.checkpoint.path)

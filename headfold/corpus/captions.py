@@ -1,6 +1,7 @@
 """Images with one text each, for models with an image and a text tower: one column of images, one of text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def read_captions(
     Raises:
         UserError: a source that is not a table, an empty one, a missing column, or an image that cannot be decoded.
     """
+    texts, pixels, name = [], [], source.name if isinstance(source, Table) else source
+    for block in images.in_blocks(drawn_captions(source, columns, num_items, seed), name):
+        pixels.append(images.processed((image() for image, _ in block), processor, name))
+        texts += [text for _, text in block]
+    return {**encode_sentences(texts, tokenizer, context, filled=filled), "pixel_values": torch.cat(pixels)}
+
+
+def drawn_captions(
+    source: str | Table, columns: Sequence[str], num_items: int | None, seed: int | None
+) -> Iterator[tuple[Callable[[], Any], str]]:
+    """Yield a function that decodes an image, and its text, of `num_items` rows as `read_captions` draws them.
+
+    Raises:
+        UserError: as `read_captions`.
+    """
     if not is_table(source):
         raise UserError(f"{source}: expected images with a text each; give {TABLES}")
     rows, where = open_rows(source), Path(str(source)).parent
@@ -44,12 +60,8 @@ def read_captions(
         seed,
         lambda r: value(r, names[0]) is not None and bool(text_of(r, names[1], rows.name).strip()),
     )
-    texts, pixels = [], []
-    for block in images.in_blocks(drawn, rows.name):
-        found = (images.decoded(value(row, names[0]), where, "RGB", rows.name) for row in block)
-        pixels.append(images.processed(found, processor, rows.name))
-        texts += [value(row, names[1]) for row in block]
-    return {**encode_sentences(texts, tokenizer, context, filled=filled), "pixel_values": torch.cat(pixels)}
+    for row in drawn:
+        yield partial(images.decoded, value(row, names[0]), where, "RGB", rows.name), value(row, names[1])
 
 
 def _columns(rows: Table | Stream) -> tuple[str, ...]:

@@ -90,8 +90,8 @@ def image_blocks(
         yield sample | ({"labels": torch.tensor(labels)} if labels else {})
 
 
-def in_blocks(drawn: Iterator[Row], source: str) -> Iterator[list[Row]]:
-    """Yield the rows in lists of `BLOCK`.
+def in_blocks(drawn: Iterator[Any], source: str) -> Iterator[list[Any]]:
+    """Yield what is drawn from a source, rows or what is made of them, in lists of `BLOCK`.
 
     Raises:
         UserError: there are no rows.

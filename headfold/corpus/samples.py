@@ -13,10 +13,12 @@ from ..checkpoint.config import check_fields, read_config
 from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..families.context import context_length
+from ..families.wrapped import is_wrapper, language_config
 from ..hf_models import open_processor, open_tokenizer
 from ..hf_models.readers import image_size_of
 from .audio import encode_audio, read_audio
 from .captions import read_captions
+from .illustrated import read_illustrated
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs
 from .rows import Table
@@ -48,17 +50,20 @@ _PADDED_TEXTS = ("siglip", "siglip_text_model")
 """`model_type`s whose texts all have the length of the context; they read the embedding at its end, and attend to the padding."""
 _VISION = re.compile(r"^(vit|deit|beit|swin|dinov|ijepa)|vision_model$|^(clip|siglip)$")
 _ENCODER = re.compile(r"bert|electra|mpnet|^(ernie|esm|xmod)$|text_model$")
-_PADDED = {"input_ids", "attention_mask", "token_type_ids", "input_values"}
+_PADDED = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "input_values"}
 _DECODED = {"labels", "decoder_input_ids"}
 _MAIN = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
+def kind_of(config: Mapping[str, Any], columns: Sequence[str] = ()) -> str:
     """Return the kind of data that a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images
     with text), "audio" (speech, and what is said) or "sound" (of encoders).
 
-    It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text.
+    It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text. A wrapper takes
+    text, or images with text where two `columns` of the data are named and it sees images.
     """
+    if is_wrapper(config):
+        return "captions" if len(columns) == 2 and config.get("vision_config") is not None else "text"
     head = next(iter(config.get("architectures") or []), "")
     family = str(config.get("model_type", ""))
     if _SPEECH.search(family) and not head.endswith("ForCausalLM"):
@@ -138,6 +143,8 @@ def draw_sample(
             )
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
+    if kind == "captions" and is_wrapper(_config(path)):
+        return read_illustrated(source, path, context, columns, num_items, seed, say)
     if kind == "sound":
         extractor = open_processor("audio", path)
         return encode_pieces(read_pieces(*request, extractor.sampling_rate), extractor)
@@ -287,6 +294,6 @@ def random_sample(kind: str, config: Mapping[str, Any], num_items: int) -> Sampl
 
 def random_tokens(config: Mapping[str, Any], num_items: int, length: int) -> Tensor:
     """Return random tokens of a model's vocabulary."""
-    if not config.get("vocab_size"):
+    if not (num_words := language_config(config).get("vocab_size")):
         raise UserError("config.json: expected vocab_size, got none; correct the config")
-    return torch.randint(config["vocab_size"], (num_items, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(num_words, (num_items, length), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..calibration import Sample, decoder_inputs, num_tokens
+from ..calibration import Sample, decoder_inputs, num_tokens, without_cache
 from ..core.progress import Progress, counter, no_progress
 from ..divergence import TOLERANCE
 from ..hf_models import open_model, stored_dtype
@@ -114,8 +114,7 @@ def model_inputs(model: "PreTrainedModel", sample: Sample) -> dict[str, Any]:
     if decodes and labels is not None and labels.ndim == 2:
         sample = {**sample, "decoder_input_ids": decoder_inputs(model, labels)}
     wanted = {name: tensor for name, tensor in sample.items() if name != "labels" and name in known}
-    without_cache = {"use_cache": False} if "use_cache" in known else {}
-    return place_batch(wanted, model) | without_cache
+    return place_batch(wanted, model) | without_cache(model, model.forward)
 
 
 def _hidden_states(model: "PreTrainedModel", sample: Sample) -> tuple[Tensor, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..core.errors import UserError, suggest
 from .spec import Family, read_field
+from .wrapped import TEXT, WRAPPERS, attention_type, check_wrapper, is_wrapper, language_config
 
-_NOT_FAMILIES = {"arithmetic", "cached", "context", "folded", "layout", "old_names", "spec"}
+_NOT_FAMILIES = {"arithmetic", "cached", "context", "folded", "layout", "old_names", "spec", "wrapped"}
 
 
 @cache
@@ -20,23 +21,29 @@ def all_families() -> dict[str, Family]:
 
 
 def is_known(model_type: Any) -> bool:
-    """Return whether a literal lists this `model_type`, even if only to refuse it."""
-    return any(model_type in family.model_types for family in all_families().values())
+    """Return whether this `model_type` is a wrapper's, or a literal lists it, even if only to refuse it."""
+    return model_type in WRAPPERS or any(model_type in family.model_types for family in all_families().values())
 
 
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """Return the family of a checkpoint, by the `model_type` of its config.
+    """Return the family of a checkpoint, by the `model_type` of its config; of a wrapper that of its language model.
 
     Raises:
-        UserError: unknown `model_type`; a wrapper around a `text_config`; a setting that cannot be folded exactly.
+        UserError: unknown `model_type`, of a wrapper or in it; a setting that cannot be folded exactly.
     """
     known = {alias: family for family in all_families().values() for alias in family.model_types}
-    model_type = config.get("model_type")
+    check_wrapper(config, where)
+    language, model_type = language_config(config), attention_type(config)
     if not isinstance(model_type, str) or model_type not in known:
         raise UserError(f"{where}: {_why_unknown(config, known)}")
     family = known[model_type]
+    if is_wrapper(config) and not all(attention.kv_heads for attention in family.attentions):
+        raise UserError(
+            f"{where}: {TEXT}: expected a language model whose class reads a count of K/V heads, got {model_type!r}; "
+            "save that model on its own and fold it"
+        )
     for setting, reason in family.refuses.items():
-        value = setting == "*" or read_field(family, config, setting)
+        value = setting == "*" or read_field(family, language, setting)
         if value:
             what = model_type if setting == "*" else f"{model_type} with {setting}={value!r}"
             raise UserError(f"{where}: {what} cannot be folded exactly: {reason}")
@@ -48,10 +55,13 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
     model_type = config.get("model_type")
     if model_type is None:
         return "has no model_type; expected the config.json that transformers writes beside a model's weights"
-    if isinstance(config.get("text_config"), dict):
-        inner = config["text_config"].get("model_type")
+    if isinstance(config.get(TEXT), dict):
+        inner = attention_type(config) if is_wrapper(config) else config[TEXT].get("model_type")
+        expected = (
+            f"; {suggest(str(inner), known)}" if is_wrapper(config) else f", and is none of {', '.join(WRAPPERS)}"
+        )
         return (
-            f"model_type {model_type!r} wraps a {inner!r} text model; "
+            f"model_type {model_type!r:.60} wraps a {inner!r:.60} text model{expected}; "
             "save the text model on its own (model.language_model.save_pretrained) and fold that"
         )
     if config.get("auto_map"):

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from .spec import Site
+from .wrapped import language_config
 
 _PATCHES = {"image_size": 224, "patch_size": 16}
 """What image models are told of their input, and the sizes that their classes assume."""
@@ -52,8 +53,9 @@ def arithmetic(
         queries[site.name], logits[site.name] = own, keys * site.num_heads
         causal = kind in ("text", "pairs", "audio") and not (site.reads_encoder or site.optional)
         products[site.name] = 4 * own * keys * site.num_heads * site.head_dim / (2 if causal else 1)
-    num_experts = next((n for name in _EXPERTS if (n := config.get(name))), 1)
-    sent = (config.get("num_experts_per_tok") or num_experts) / num_experts
+    language = language_config(config)
+    num_experts = next((n for name in _EXPERTS if (n := language.get(name))), 1)
+    sent = (language.get("num_experts_per_tok") or num_experts) / num_experts
     matrices = {n: info.shape for n, info in tensors.items() if len(info.shape) > 1 and not n.endswith("bias")}
     rows = {name: n for site in read.values() for name, n in site.items()}
     inside = {name: rows.get(name, stacks[stack]) for name in matrices if (stack := _stack(name)) in stacks}

@@ -9,6 +9,7 @@ from ..core.plan import Plan
 from . import all_families
 from .folded import kv_heads_by_layer
 from .spec import Family, Site, read_count, read_field, sites
+from .wrapped import attention_type
 
 _NAMES = {
     "layers": "num_hidden_layers|num_layers|n_layer|n_layers",
@@ -49,7 +50,7 @@ def stored_kv_bytes_per_token(config: Mapping[str, Any], tensors: Mapping[str, A
         UserError: tensors that the literal names are missing, or the config has no such fields.
     """
     counts, listed = kv_heads_by_layer(config), (config.get("headfold") or {}).get("sites") or []
-    family = next((one for one in all_families().values() if config.get("model_type") in one.model_types), None)
+    family = next((one for one in all_families().values() if attention_type(config) in one.model_types), None)
     if counts is not None:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return sum(kv_bytes(count, head_dim, itemsize) for count in counts)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .wrapped import language_config
+
 _FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions")
 _RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5"})
 _AFTER_PADDING = MappingProxyType(
@@ -44,6 +46,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def sliding_window(config: Mapping[str, Any], layer: int) -> int | None:
     """Return the tokens that the attention of a layer looks back over; None where it looks back over all of them."""
+    config = language_config(config)
     kinds = config.get("layer_types") or ()
     if kinds:
         slides = "sliding" in str(kinds[min(layer, len(kinds) - 1)])

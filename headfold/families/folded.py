@@ -8,6 +8,7 @@ from ..core.errors import UserError
 from ..core.groups import Groups
 from .old_names import ROTARY_NAMES, with_old_names
 from .spec import Family, Site
+from .wrapped import language_config, with_language_config
 
 _COUNT_IS_READ = ("bert", "roberta", "xlm-roberta", "camembert")
 """Model types whose class in transformers has no grouped heads, and that llama.cpp runs with as many as the config says."""
@@ -33,6 +34,7 @@ def folded_config(
         UserError: q, k and v are one tensor on disk, and groups are not equal or not equally many; or sites of a stock class have
             different multiples of head_dim.
     """
+    outer, config = config, language_config(config)
     fields = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
     folded = [site for site in sites if site.name in num_kv_heads]
     stock = [site for site in folded if site.stock_gqa]
@@ -76,7 +78,8 @@ def folded_config(
         and set(head_dim_multiples.values()) <= {1}
     ):
         changes["num_key_value_heads"] = counts_after.pop()
-    return with_old_names({**config, **changes, **({"headfold": {"sites": listed}} if listed else {})})
+    made = with_old_names({**config, **changes, **({"headfold": {"sites": listed}} if listed else {})})
+    return with_language_config(outer, made)
 
 
 def runtime_entry(

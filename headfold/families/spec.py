@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..core.errors import UserError
 from ..core.groups import check_group_count
 from ..core.heads import FreedomKind, KeyFreedom, QueryOrder
+from .wrapped import Place, language_config, place_of
 
 FusedRows = Literal["segments", "per-group", "four-shards"]
 """Order of the rows of one projection for q, k and v: all of q, then k, then v; or, by K/V head, its queries, its key, its value; or, by
@@ -225,7 +226,7 @@ def _has_alibi(family: Family, attention: Attention, config: Mapping[str, Any]) 
 def sites(
     family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str = "config.json"
 ) -> list[Site]:
-    """Return every attention site of a checkpoint, in the order of the forward pass.
+    """Return every attention site of a checkpoint, in the order of the forward pass; of a wrapper those of its language model.
 
     `tensors` are the tensors on disk by name, each with a `shape`. They show which biases exist, and whether a base model was
     saved without its head, so that names lack the first component (`model.`).
@@ -233,7 +234,8 @@ def sites(
     Raises:
         UserError: projections that the literal names are missing; all of them are listed.
     """
-    stacks = [_stack(family, attention, config, tensors, where) for attention in family.attentions]
+    language, place = language_config(config), place_of(config, tensors, is_base_model=_is_base_model(config))
+    stacks = [_stack(family, attention, language, tensors, where, place) for attention in family.attentions]
     present = [made for made in stacks if any(not _missing(site, tensors) for site in made)]
     # One stack may be saved alone, an encoder without its decoder; if none is there, all are missed.
     absent = [name for made in present or stacks for site in made for name in _missing(site, tensors)]
@@ -247,10 +249,15 @@ def sites(
 
 
 def _stack(
-    family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str
+    family: Family,
+    attention: Attention,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    where: str,
+    place: Place | None,
 ) -> list[Site]:
     num_layers = read_count(family, config, attention.layers)
-    *made, beyond = (_site(family, attention, config, tensors, layer) for layer in range(num_layers + 1))
+    *made, beyond = (_site(family, attention, config, tensors, layer, place) for layer in range(num_layers + 1))
     if f"{beyond.weights['o']}.weight" in tensors:
         raise UserError(
             f"{where}: expected {num_layers} layers, got a checkpoint with more ({beyond.name}); correct the config"
@@ -266,13 +273,20 @@ def _missing(site: Site, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _site(
-    family: Family, attention: Attention, config: Mapping[str, Any], tensors: Mapping[str, Any], layer: int
+    family: Family,
+    attention: Attention,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    layer: int,
+    place: Place | None,
 ) -> Site:
     names = {"layer": layer, "model_type": config.get("model_type")}
     at = attention.at.format(**names)
     module = model_at = (attention.model_at or attention.at).format(**names)
     stripped = at.partition(".")[2]
-    if f"{at}.{attention.o}.weight" not in tensors and f"{stripped}.{attention.o}.weight" in tensors:
+    if place is not None:
+        at, module = place.on_disk + stripped, place.module + module.partition(".")[2]
+    elif f"{at}.{attention.o}.weight" not in tensors and f"{stripped}.{attention.o}.weight" in tensors:
         at, module = stripped, module.partition(".")[2] if _is_base_model(config) else module
     local = {role: getattr(attention, role) for role in ROLES if getattr(attention, role)}
     weights = {role: f"{at}.{name}" for role, name in local.items()}
@@ -329,6 +343,8 @@ def has_one_table(family: Family, config: Mapping[str, Any], head_dim: int) -> b
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     share = read_field(family, config, family.position.fraction) if family.position.fraction else None
     whole = float(head_dim * (1 if share is None else share)).is_integer()
+    if "mrope_section" in rope:  # runs of planes belong to one coordinate each: repeated planes would change hands
+        return False
     return whole and not family.position.dim and rope.get("rope_type", rope.get("type", "default")) in TABLES and not any(
         isinstance(value, Mapping) for value in rope.values()
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _PRETRAINED = ("ForMaskedLM", "ForPreTraining")
 """Ends of the names of classes whose heads are of no use after pretraining."""
+_RENAMED = "_headfold_renamed"
+"""Attribute of a model: a checkpoint, and which of its tensors have other names than the model's parameters."""
 _LONGEST = 300
 """Characters of what a library says that a line quotes."""
 _MORE = 2
@@ -69,7 +72,9 @@ def open_config(config: Mapping[str, Any], where: str, config_class: Any = None)
     with library_errors(
         where, "transformers cannot build this config", "correct config.json, or save the checkpoint again"
     ):
-        return (config_class or CONFIG_MAPPING[config["model_type"]]).from_dict(dict(config))
+        return (config_class or CONFIG_MAPPING[config["model_type"]]).from_dict(
+            deepcopy(dict(config))
+        )  # some classes take fields out of nested ones
 
 
 def build_model(auto: Any, checkpoint: Checkpoint, **options: Any) -> "PreTrainedModel":
@@ -141,7 +146,8 @@ def check_size(auto: Any, checkpoint: Checkpoint) -> None:
 
 
 def name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
-    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's."""
+    """Return the tensor that a parameter is loaded from: its own, that of a base model (one prefix more or less), or its tied one's; under
+    the name that it has in the model, or one that transformers renames to that on loading."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     twins = [source for target, source in tied.items() if target == parameter]
     twins += [target for target, source in tied.items() if source == parameter]
@@ -150,7 +156,29 @@ def name_on_disk(parameter: str, model: "PreTrainedModel", checkpoint: Checkpoin
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             if candidate in checkpoint.tensors:
                 return candidate
-    return None
+    renamed = _renamed_on_loading(model, checkpoint)
+    return next((renamed[name] for name in (parameter, *twins) if name in renamed), None)
+
+
+def _renamed_on_loading(model: "PreTrainedModel", checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return parameter → tensor on disk, where transformers renames a checkpoint's tensors on loading, as those of wrappers.
+
+    Tensors that it also reshapes or joins are left out. The names are kept with the model, which has thousands of parameters.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    found = vars(model).get(_RENAMED)
+    if found is None or found[0] is not checkpoint:
+        steps = get_model_conversion_mapping(model)
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        names = {name: rename_source_key(name, renamings, converters) for name in checkpoint.tensors}
+        found = vars(model)[_RENAMED] = (
+            checkpoint,
+            {new: old for old, (new, joined) in names.items() if joined is None},
+        )
+    return found[1]
 
 
 def check_token_ids(model: "PreTrainedModel", path: Path) -> None:

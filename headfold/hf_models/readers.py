@@ -107,6 +107,26 @@ def open_processor(kind: str, path: str | Path) -> Any:
     return processor
 
 
+def open_joint_processor(path: str | Path) -> Any:
+    """Open the processor of a wrapper: it takes images and texts together, and puts into a text the tokens that stand for an image.
+
+    Raises:
+        UserError: there is none, it does not load, or it takes no images.
+    """
+    from transformers import AutoProcessor
+
+    if not any((Path(path) / name).is_file() for name in PROCESSORS):
+        raise UserError(f"{path}: expected the model's processor (processor_config.json), found none; copy it there")
+    check_ids(Path(path) / "tokenizer.json")
+    with library_errors(path, "the processor does not load"), _unwarned():
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False, backend="pil")
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"{path}: expected a processor of images and text, got {type(processor).__name__}; copy the model's own files there"
+        )
+    return processor
+
+
 @contextmanager
 def _unwarned() -> Iterator[None]:
     """Silence what a processor warns of when it is made, such as bands that no frequency falls into."""

@@ -42,9 +42,9 @@ def calibration_data(
     if named is None or isinstance(named, str | os.PathLike):
         return replace(request, source=None if named is None else os.fspath(named)), None, notes
     config = CalibrationConfig.resolve(source, replace(request, source=FROM_PYTHON))
-    context = window_length(source.checkpoint.config, config.context)
+    context = window_length(source.config, config.context)
     limit = config.tokens if config.kind == "text" else config.items
-    need = Need(config.kind, source.checkpoint.config, context, limit, notes.append)
+    need = Need(config.kind, source.config, context, limit, notes.append)
     found = read_given(named, need, config.columns, config.seed)
     sample = found if isinstance(found, dict) else _encoded(source, found, config, context, notes)
     name = f"{FROM_PYTHON}{type(named).__name__}-{fingerprint(sample)[:_DIGITS]}"

@@ -7,7 +7,6 @@ batch; they share all weights outside the sites, and the output of an encoder th
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens
+from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens, without_cache
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -143,7 +142,7 @@ class _Student:
         self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
         self._encoded: dict[int | None, Tensor] = {}
         self._room = ENCODED_BYTES
-        self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._options = without_cache(model, model.forward)
 
     def error(self, batch: Sample, number: int | None = None) -> Tensor:
         """Return the divergence of the student's output from the original's on one batch.

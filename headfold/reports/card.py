@@ -53,6 +53,8 @@ class CardFacts:
     """The auto class that opens the fold with the code saved beside the weights; empty where the stock class reads the number of K/V
     heads.
     """
+    wrapper_class: str = ""
+    """The class that opens a fold inside a wrapper; empty where the model is a language model by itself."""
     misread: str = ""
     """On readers that take the fold for another model without an error."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -205,11 +207,13 @@ def _calibration(facts: Mapping[str, str]) -> str:
 
 def _load(facts: CardFacts) -> str:
     if not facts.grouped_class:
+        opener = facts.wrapper_class or "AutoModelForCausalLM"
+        reader = "AutoProcessor" if facts.wrapper_class else "AutoTokenizer"
         return (
             "## Use\n\nA stock checkpoint: no code besides transformers (or any engine that reads it).\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this")\n```'
+            f"from transformers import {opener}, {reader}\n"
+            f'model = {opener}.from_pretrained("path/to/this")\n'
+            f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("path/to/this")\n```'
             + (f"\n\nNot every reader: {facts.misread}." if facts.misread else "")
         )
     return (

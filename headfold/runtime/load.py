@@ -14,6 +14,7 @@ from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.folded import kv_heads_by_layer
 from ..families.spec import Family, read_field
+from ..families.wrapped import language_config
 from ..hf_models import quiet
 from ..hf_models.building import library_errors
 
@@ -145,10 +146,10 @@ def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
     family = family_of(config, f"{directory}/config.json") if known else Family(())
     named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
     named = named if known else {"num_key_value_heads"}
-    planned = sorted(set(plan.num_kv_heads.values()))
+    planned, language = sorted(set(plan.num_kv_heads.values())), language_config(config)
     for field in named:
-        if [read_field(family, config, field)] != planned:
+        if [read_field(family, language, field)] != planned:
             raise UserError(
                 f"{directory}: plan.json says {' and '.join(map(str, planned))} K/V heads, config.json {field} = "
-                f"{read_field(family, config, field)!r}; one was changed after the fold; fold again"
+                f"{read_field(family, language, field)!r}; one was changed after the fold; fold again"
             )

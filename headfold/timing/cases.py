@@ -280,7 +280,7 @@ def notes_on(cases: Sequence[BenchModel], device: str) -> list[str]:
         if not takes_attention(case.model)
     ]
     for case in cases:
-        if any(parameter.dim() > 2 for parameter in case.model.parameters()):
+        if any(".experts." in name and tensor.dim() > 2 for name, tensor in case.model.named_parameters()):
             notes.append(f"{case.label}: experts are not counted among the weights that a token reads")
         if any(getattr(module, "kv_of_query", None) for module in case.model.modules()):
             notes.append(f"{case.label}: unequal groups, so any name but eager stands for headfold's attention")

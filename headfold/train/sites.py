@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from ..core.errors import UserError
+from ..families.wrapped import is_in_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,9 +44,12 @@ def find_sites(model: nn.Module) -> list[SitePaths]:
 
 
 def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
-    """Yield the path of every module that holds q, k and v, with the names of these in it."""
+    """Yield the path of every module that holds q, k and v, with the names of these in it; none of a wrapper's towers."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     for path, module in model.named_modules():
         site = getattr(module, "headfold_site", None)
+        if not is_in_language_model(model_type, path):
+            continue
         if site is not None:
             yield path, {site[role] for role in "qkv" if role in site}
         elif isinstance(getattr(module, "num_key_value_groups", None), int) and _linears(module):

@@ -91,6 +91,6 @@ def calibrate(
     with owned_file(path, force):
         metadata = teacher.write_statistics(path)
     seconds = time.monotonic() - started
-    notes = teacher.notes + reach_of_text(metadata, context_length(source.checkpoint.config)).notes()
+    notes = teacher.notes + reach_of_text(metadata, context_length(source.config)).notes()
     found = (metadata["fingerprint"], int(metadata["tokens"]), len(source.every_site), seconds, notes)
     return CalibrationResult(path, config.source, *found)

@@ -94,7 +94,7 @@ def compare(
         raise UserError(
             f"compare: --stats and {' and '.join(named)} exclude each other, as statistics name their own data; give one"
         )
-    check_source(text, kind_of(source.checkpoint.config), model)
+    check_source(text, kind_of(source.config), model)
     wanted = [(name, count) for count in common_counts(source, kv_heads, methods) for name in methods]
     directory = Path(out or f"{source.checkpoint.path.resolve().name}.compare")
     measured = Path(stats) if stats is not None else directory / STATISTICS

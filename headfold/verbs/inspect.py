@@ -100,7 +100,7 @@ def inspect(
     source = open_source(model)
     known, asked = open_stats(stats, source), (context, batch, memory, gpu)
     advice = None if asked == (None,) * 4 else advise(source, workload(source, *asked))
-    first, config, per_token = source.sites[0], source.checkpoint.config, source.kv_bytes_per_token()
+    first, config, per_token = source.sites[0], source.config, source.kv_bytes_per_token()
     sites, advance = [], counter(progress or no_progress, "inspect", len(source.every_site))
     for site in source.every_site:
         sites.append(_inspect_site(source, site, known))
