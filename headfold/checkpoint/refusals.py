@@ -86,7 +86,7 @@ def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
             f"{path / 'config.json'}: quantised ({method}); expected bf16, fp16, fp32 or fp64; start from the original"
         )
     for name, info in tensors.items():
-        if _is_packed(name, info):
+        if is_packed(name, info):
             dtype = str(info.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path / info.shard}: {name} holds packed {dtype} weights; expected floats; start from the original"
@@ -102,7 +102,8 @@ def _quantisations(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _quantisations(value)
 
 
-def _is_packed(name: str, info: TensorInfo) -> bool:
+def is_packed(name: str, info: TensorInfo) -> bool:
+    """Return whether a tensor holds weights packed into integers, by its name, dtype and axes."""
     # Integer and boolean buffers (masks, position ids) are no weights, and are copied like anything else.
     integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype is torch.bool)
     return integer and len(info.shape) >= 2 and "weight" in name.rpartition(".")[2]

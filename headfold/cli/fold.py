@@ -9,6 +9,7 @@ from ..core.errors import UserError
 from .options import (
     HOW,
     WHAT,
+    Adapter,
     Calibration,
     Columns,
     Context,
@@ -49,6 +50,7 @@ def fold(
         Path | None, option("--plan", panel=WHAT, metavar="PLAN.json", help="A plan that headfold plan wrote.")
     ] = None,
     encoder: Encoder = False,
+    adapter: Adapter = None,
     head_dim_multiple: HeadDimMultiple = None,
     group: Group = None,
     merge: Merge = None,
@@ -100,7 +102,7 @@ def fold(
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple, adapter=adapter,
         heal_tokens=heal_tokens, heal_by=heal_by,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:

@@ -51,6 +51,7 @@ def card_facts(
     counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
+        origin=source.plain.origin,
         family=source.checkpoint.config["model_type"],
         num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),
         num_kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in source.sites)),
@@ -64,7 +65,7 @@ def card_facts(
         healed_by=fitting.healing.by,
         calibration=calibration,
         refit_text=fitting.data or {},
-        command=fold_command(settings, source.name, out.name),
+        command=fold_command({**settings, "adapter": source.plain.adapter}, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
         misread=misread_by(config),
@@ -80,6 +81,7 @@ def card_facts(
 def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
     """Return the command line that makes the fold again; `settings` are those of its job. A directory is named by its last part."""
     words = ["headfold fold", Path(source).name if Path(source).exists() else source, out]
+    words += [f"--adapter {Path(settings['adapter']).name}"] if settings.get("adapter") else []
     if settings["plan"]:
         words += ["--plan plan.json"]
     else:

@@ -1,6 +1,6 @@
 """A checkpoint, opened by its headers and checked to be one that can be folded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..core.progress import Progress, no_progress, silent
 from ..families import cached, family_of, is_known
 from ..families.context import context_length
 from ..families.folded import kv_heads_by_layer
@@ -21,6 +21,7 @@ from ..families.spec import Family, Site
 from ..families.spec import sites as sites_of
 from ..hf_models.building import open_config
 from ..rotary_tables import plane_frequencies
+from ..sources.plain import Plain, open_plain
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 UNKNOWN_CONTEXT = 2048
@@ -33,7 +34,8 @@ class Source:
     """A checkpoint with its family and sites, checked to be one that can be folded."""
 
     name: str
-    """Name of the model as the user wrote it: a directory or a hub id."""
+    """Name of the model as the user wrote it: a directory, a GGUF file or a hub id."""
+    plain: Plain
     checkpoint: Checkpoint
     family: Family
     every_site: list[Site]
@@ -77,15 +79,19 @@ class Source:
         return cached.kv_bytes_per_token(self.every_site, self.dtype.itemsize, plan)
 
 
-def open_source(model: str | Path, encoder: bool = False) -> Source:
-    """Open a directory or hub id: its config and the headers of its weights; no weights are read.
+def open_source(
+    model: str | Path, encoder: bool = False, adapter: str | Path | None = None, progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
+) -> Source:  # fmt: skip
+    """Open a model: its config and the headers of its weights; none are read but those that `open_plain` decodes or merges.
 
     An architecture without a family literal is detected by experiments on a toy model of its config. `encoder` as in `Source`.
 
     Raises:
         UserError: whatever makes folding impossible, in one line.
     """
-    checkpoint = Checkpoint.open(resolve(str(model)))
+    plain = open_plain(str(model), adapter and str(adapter), progress or no_progress, say)
+    checkpoint = Checkpoint.open(plain.path)
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
@@ -98,7 +104,8 @@ def open_source(model: str | Path, encoder: bool = False) -> Source:
     for site in sites:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
-    return Source(str(model), checkpoint, family, _with_plane_frequencies(sites, checkpoint.config), encoder, detected)
+    sites = _with_plane_frequencies(sites, checkpoint.config)
+    return Source(str(model), plain, checkpoint, family, sites, encoder, detected)
 
 
 def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:

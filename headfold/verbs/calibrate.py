@@ -1,7 +1,7 @@
 """Measure the statistics of attention inputs once, for any number of plans and folds."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ..conversion.calibration_config import CalibrationConfig, CalibrationReques
 from ..conversion.outputs import refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
-from ..core.progress import Progress, no_progress
+from ..core.progress import Progress, no_progress, silent
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, on_main, spmd
 
@@ -47,14 +47,16 @@ def calibrate(
     force: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
 ) -> CalibrationResult:
     """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
 
     Files of several runs add up (`headfold.checkpoint.stats_file.add_stats`).
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         stats: The file to write.
         calibration: A source of `headfold.corpus` that suits the model: text for a language model, pairs for an encoder-decoder,
             sentences, images or sound. By default a language model writes its own text.
@@ -66,14 +68,15 @@ def calibrate(
         force: Replace the file.
         device: "cpu" or "cuda".
         dtype: What the model computes in, such as "float32"; by default the fastest dtype that holds its weights.
-        progress: Called with (stage, done, total).
+        adapter: A LoRA adapter of peft that is merged into the model first.
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded or read, or a file in the way without `force`.
     """
     path, compute_dtype = Path(stats), dtype_named(dtype)
     on_main(lambda: refuse_existing(path, force))
-    source = on_all(lambda: open_source(model))
+    source = on_all(lambda: open_source(model, adapter=adapter, progress=progress, say=say))
     data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
     config = CalibrationConfig.resolve(source, data)
     teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress)

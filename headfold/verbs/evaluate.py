@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.config import read_config
-from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
@@ -18,6 +17,7 @@ from ..evaluate.paired import PairedComparison, compare_on_data
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
 from ..parallel import on_all, spmd
+from ..sources.plain import open_plain
 
 TASK_OPTIONS = ("num_fewshot", "include_path")
 """Options that only tasks have."""
@@ -55,7 +55,7 @@ def evaluate(
     classifier by accuracy; any other encoder by the likeness of its embeddings to the reference's, which it needs.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
         reference: The original that KL, agreement and likeness are relative to.
         text: A source of `headfold.corpus` that suits the model; by default, for language models alone, the bundled held-out text.
@@ -89,7 +89,7 @@ def evaluate(
         _refuse(given, TASK_OPTIONS, "without --task NAME")
     else:
         _refuse(given, DATA_OPTIONS, "beside --task")
-    directories = on_all(lambda: [resolve(str(each)) for each in models])
+    directories = on_all(lambda: [open_plain(str(each), progress=progress).path for each in models])
     if task is not None:
         if compare and reference is not None:
             raise UserError(
@@ -104,7 +104,7 @@ def evaluate(
         where, compute_dtype,
     )  # fmt: skip
     if compare:
-        original = None if reference is None else resolve(str(reference))
+        original = None if reference is None else open_plain(str(reference)).path
         return compare_on_data(models, directories, original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
     directory, original = directories[0], directories[1] if reference is not None else None

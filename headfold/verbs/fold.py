@@ -48,6 +48,7 @@ def fold(
     columns: Sequence[str] = (),
     context: int | None = None,
     encoder: bool = False,
+    adapter: str | Path | None = None,
     stats: str | Path | None = None,
     layout: str | None = None,
     seed: int = 0,
@@ -65,7 +66,7 @@ def fold(
     transformers. After a kill the same call resumes and writes the same bytes, but for the times on the card.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id. Quantised weights are decoded first (docs/how-to/sources.md).
         out: The directory to write.
         kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
         plan: A file that `headfold.plan` wrote, instead of `kv_heads`.
@@ -79,9 +80,9 @@ def fold(
         calibration: A source of `headfold.corpus` that suits the model; by default what `stats` or `plan` were measured on. Statistics,
             refit and healing use the same data.
         tokens, items: Calibration tokens of a language model, calibration items of other models.
-        columns: Columns of a table of calibration data.
-        context: Length of calibration windows, or where calibration texts are cut.
+        columns, context: Columns of a table of calibration data; length of its windows, or where its texts are cut.
         encoder: Fold the encoder of an encoder-decoder too.
+        adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         stats: A file that `headfold.calibrate` wrote.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
         seed: Seed of everything drawn at random.
@@ -89,8 +90,7 @@ def fold(
         verify: Open the output and compare its logits with the twin's.
         device: Where the original runs: "cpu" or "cuda".
         dtype: What the original computes in, such as "float32"; by default the fastest dtype that holds its weights.
-        progress: Called with (stage, done, total).
-        say: Called with lines to print.
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a model that cannot be folded, a file that cannot be read or written, or a fold that differs from its twin.
@@ -101,8 +101,8 @@ def fold(
         raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
-    source = on_all(lambda: open_source(model, encoder))
-    refuse_overlap(source.checkpoint.path, out)
+    source = on_all(lambda: open_source(model, encoder, adapter, progress, say))
+    refuse_overlap(source.plain.given, out)
     given = on_main_only(lambda: open_stats(stats, source))
     data = CalibrationRequest(calibration, tokens, items, tuple(columns), context, seed)
     request = on_main(lambda: resolve_fold(

@@ -1,6 +1,6 @@
 """Look at a checkpoint: what it caches, and what folding it is predicted to cost, without running it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ..conversion.source import Source, open_source, open_stats
 from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
 from ..core.predict import grouped_error, site_energy
-from ..core.progress import Progress, counter, no_progress
+from ..core.progress import Progress, counter, no_progress, silent
 from ..core.stats import SiteStats
 from ..corpus.samples import kind_of
 from ..families.context import context_length
@@ -71,18 +71,26 @@ class Inspection:
 
 
 @main_only
-def inspect(model: str | Path, *, stats: str | Path | None = None, progress: Progress | None = None) -> Inspection:
+def inspect(
+    model: str | Path,
+    *,
+    stats: str | Path | None = None,
+    adapter: str | Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
+) -> Inspection:
     """Return heads, cache size and predicted errors of a checkpoint.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
-        progress: Called with (stage, done, total).
+        adapter: A LoRA adapter of peft that is merged into the model first.
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded or read.
     """
-    source = open_source(model)
+    source = open_source(model, adapter=adapter, progress=progress, say=say)
     known = open_stats(stats, source)
     first, config = source.sites[0], source.checkpoint.config
     per_token = source.kv_bytes_per_token()
