@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from .float8 import spread
+from .float8 import widened
 from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part, unpack, unpack_rows
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -102,7 +102,7 @@ def _wide(scales: Tensor, numbers: Tensor, block: list[int] | None, order: Tenso
     rows, columns = numbers.shape
     groups = scales.shape[1] if scales.dim() == 2 else 1
     if block or scales.dim() != 2 or len(scales) != rows or groups == 1:
-        return spread(scales, numbers, block, where)
+        return widened(scales, numbers, block, where)
     if order is not None:
         check_shape(where.replace("scale", "g_idx"), order, (columns,))
         if not 0 <= int(order.min()) <= int(order.max()) < groups:

@@ -27,10 +27,10 @@ def decode(parts: Parts, settings: Settings, where: str) -> Tensor:
     if not packed.dtype.is_floating_point or packed.element_size() != 1:
         raise UserError(f"{where}: expected float8 numbers, got {packed.dtype}; {ORIGINAL}")
     scale = next(parts[key] for key in FORMAT.keys if key in parts).float()
-    return packed.float() * spread(scale, packed, settings.get("weight_block_size"), f"{where}: scale")
+    return packed.float() * widened(scale, packed, settings.get("weight_block_size"), f"{where}: scale")
 
 
-def spread(scale: Tensor, packed: Tensor, block: list[int] | None, where: str) -> Tensor:
+def widened(scale: Tensor, packed: Tensor, block: list[int] | None, where: str) -> Tensor:
     """Return scales so that they multiply a weight: one for all, one per row, or one per block, the last of which may be cut.
 
     Raises:

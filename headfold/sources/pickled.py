@@ -23,7 +23,7 @@ def open_pickled(directory: Path) -> Weights:
     """Return the weights of a checkpoint of .bin files.
 
     Raises:
-        UserError: a file is missing, damaged, or holds other things than tensors.
+        UserError: a file is missing or corrupt, or holds other things than tensors.
     """
     config = read_config(directory)
     files = _files(directory)
@@ -71,7 +71,7 @@ def read_pickle(path: Path) -> Mapping[str, Tensor]:
     """Return the tensors of a file that torch.save wrote, mapped into memory where the file is a zip archive.
 
     Raises:
-        UserError: the file is damaged, or holds other things than tensors.
+        UserError: the file is corrupt, or holds other things than tensors.
     """
     is_archive = zipfile.is_zipfile(path)
     try:
@@ -81,7 +81,7 @@ def read_pickle(path: Path) -> Mapping[str, Tensor]:
             f"{path}: expected pickled tensors alone, got something else, which could run code when opened ({_said(error)}); use "
             "safetensors, or convert the file where you trust it"
         ) from error
-    except Exception as error:  # damaged archives fail in more ways than torch has types for
+    except Exception as error:  # corrupt archives fail in more ways than torch has types for
         raise UserError(f"{path}: torch cannot read it ({_said(error)}); download or copy it again") from error
     tensors = found if isinstance(found, dict) else {}
     if not tensors or not all(isinstance(name, str) and _is_plain(value) for name, value in tensors.items()):
