@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import stock_model, tiny_checkpoint
 from torch import Tensor
 
+import headfold
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.sources.plain import open_plain
@@ -171,6 +172,38 @@ def test_an_adapter_as_the_model_names_the_command(adapter: Path) -> None:
     with pytest.raises(UserError) as error:
         Checkpoint.open(open_plain(str(adapter)).path)
     one_line(error, f"headfold fold {base} OUT --adapter {adapter}")
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fold of the base of `adapter`."""
+    out = tmp_path_factory.mktemp("folded") / "fold"
+    how = {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False, "verify": False}
+    headfold.fold(tiny_checkpoint("llama"), out, **how)
+    return out
+
+
+def test_an_adapter_of_the_fold_is_added(folded: Path, tmp_path: Path) -> None:
+    merged = adapted(folded, tmp_path / "own")
+    model, plain = (headfold.load(folded, dtype=torch.float64, **how) for how in ({"adapter": tmp_path / "own"}, {}))
+    plain.load_state_dict(merged)
+    tokens = torch.arange(12)[None]
+    assert_tight(model(tokens).logits, plain(tokens).logits)
+
+
+def test_an_adapter_of_the_original_is_not_added_to_its_fold(
+    made: Path, adapter: Path, folded: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        headfold.load(folded, adapter=made)
+    one_line(error, "k_proj", "(16, 48)", "(64, 48)", "headfold fold ORIGINAL OUT --adapter")
+    adapted(tiny_checkpoint("llama"), tmp_path / "fitting", target_modules=["q_proj", "o_proj"])
+    config(base_model_name_or_path=str(tiny_checkpoint("llama")))(tmp_path / "fitting")
+    with pytest.raises(UserError) as error:
+        headfold.load(folded, adapter=tmp_path / "fitting")
+    one_line(error, "its original", "headfold fold ORIGINAL OUT --adapter")
+    config(base_model_name_or_path="other")(tmp_path / "fitting")
+    assert headfold.load(folded, adapter=tmp_path / "fitting")
 
 
 def test_the_merged_weights_are_those_of_the_stream(made: Path) -> None:
