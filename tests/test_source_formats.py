@@ -20,7 +20,7 @@ from headfold.sources.packed import FORMATS, format_of, open_packed, settings_of
 
 FIXTURES = sorted((Path(__file__).parent / "quantised").glob("*.safetensors"))
 """Written by `scripts/quantised_weights.py` with the formats' own libraries."""
-INPUTS, OUTPUTS, GROUP = 24, 32, 8
+INPUTS, OUTPUTS, GROUP = 32, 32, 8
 GENERATOR = torch.Generator()
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]
@@ -92,7 +92,7 @@ def gptq(
     order = torch.arange(INPUTS) // (INPUTS if group == -1 else group)
     if act_order:
         order = order[torch.randperm(INPUTS, generator=GENERATOR.manual_seed(3))]
-    stored = zeros - (version == "gptq")
+    stored = zeros - int(version == "gptq")
     tensors = {
         "a.qweight": in_words(integers.T, bits).T.contiguous(), "a.qzeros": in_words(stored, bits),
         "a.scales": scale, "a.g_idx": order.int(),
@@ -121,6 +121,8 @@ def test_gptq_without_groups_and_with_settings_beside_the_config(tmp_path: Path)
     path = checkpoint(tmp_path / "m", tensors, {})
     (path / "quantize_config.json").write_text(json.dumps(config))
     assert_bitwise(decoded(path)["a.weight"], expected.contiguous())
+    save_file({"a.weight": expected.contiguous()}, path / "model.safetensors")
+    assert settings_of(path) is None  # a file that was left beside weights that are none of GPTQ
 
 
 def test_gptq_with_bits_of_their_own(tmp_path: Path) -> None:
@@ -206,14 +208,14 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensors, Config]], list[str]]] = {
     "gptq without its group size": (lambda: _without(gptq(), "group_size"), ["config.json", "group_size", "got none"]),
     "gptq of three bits": (lambda: _with(gptq(), bits=3), ["bits", "2, 4 or 8", "got 3"]),
     "gptq of another packing": (lambda: _with(gptq(), checkpoint_format="marlin"), ["checkpoint_format", "marlin"]),
-    "scales of another shape": (lambda: _spoilt(gptq(), "a.scales", lambda t: t[1:]), ["a.weight: scales", "(3, 32)", "(2, 32)"]),
-    "zeros of another shape": (lambda: _spoilt(gptq(), "a.qzeros", lambda t: t[:, 1:]), ["qzeros", "(3, 4)", "(3, 3)"]),
-    "groups that are not there": (lambda: _spoilt(gptq(), "a.g_idx", lambda t: t + 9), ["g_idx", "0 to 2"]),
-    "nan scales": (lambda: _spoilt(gptq(), "a.scales", nan), ["a.weight", "8 of 768", "NaN"]),
+    "scales of another shape": (lambda: _spoilt(gptq(), "a.scales", lambda t: t[1:]), ["a.weight: scales", "(4, 32)", "(3, 32)"]),
+    "zeros of another shape": (lambda: _spoilt(gptq(), "a.qzeros", lambda t: t[:, 1:]), ["qzeros", "(4, 4)", "(4, 3)"]),
+    "groups that are not there": (lambda: _spoilt(gptq(), "a.g_idx", lambda t: t + 9), ["g_idx", "0 to 3"]),
+    "nan scales": (lambda: _spoilt(gptq(), "a.scales", nan), ["a.weight", "8 of 1024", "NaN"]),
     "no scales": (lambda: _lacking(gptq(), "a.scales"), ["a.weight", "scales", "got none"]),
     "words of another dtype": (lambda: _spoilt(gptq(), "a.qweight", lambda t: t.long()), ["qweight", "int32", "int64"]),
     "awq of another layout": (lambda: _with(awq(), version="gemv"), ["version", "gemm", "gemv"]),
-    "awq scales of another shape": (lambda: _spoilt(awq(), "a.scales", lambda t: t[:, :8]), ["scales", "(3, 32)", "(3, 8)"]),
+    "awq scales of another shape": (lambda: _spoilt(awq(), "a.scales", lambda t: t[:, :8]), ["scales", "(4, 32)", "(4, 8)"]),
     "float8 without scales": (lambda: ({"a.weight": float8(4, 4)}, {"quant_method": "fp8"}), ["scales", "a.weight"]),
     "float8 scales of another shape": (
         lambda: ({"a.weight": float8(4, 4), "a.weight_scale_inv": torch.ones(3, 1)},

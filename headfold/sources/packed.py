@@ -29,8 +29,8 @@ FORMATS = (
 _OTHER_NAMES = {"fbgemm_fp8": "fp8", "compressed_tensors": "compressed-tensors"}
 """`quant_method` of the same layout of tensors."""
 _KEYS = ("quantization_config", "compression_config")
-_BESIDE = "quantize_config.json"
-"""Where AutoGPTQ keeps the settings that the config lacks."""
+BESIDE = "quantize_config.json"
+"""Where AutoGPTQ keeps the settings that the config lacks; it does not go along with decoded weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,14 @@ def settings_of(directory: Path) -> Settings | None:
     for key in _KEYS:
         if isinstance(found := config.get(key), dict) and found:
             return found
-    beside = directory / _BESIDE
-    return {"quant_method": "gptq", **read_object(beside)} if beside.is_file() else None
+    beside = directory / BESIDE
+    if not beside.is_file() or not any(name.endswith(gptq.FORMAT.keys) for name in _packed(directory).tensors):
+        return None
+    return {"quant_method": "gptq", **read_object(beside)}
+
+
+def _packed(directory: Path) -> Checkpoint:
+    return Checkpoint.open(directory, packed=True)
 
 
 def format_of(settings: Settings) -> Format | None:
@@ -69,7 +75,7 @@ def open_packed(directory: Path, page: Format, settings: Settings) -> Weights:
         UserError: what `Checkpoint.open` refuses, settings that the page does not read, or packed tensors that lack a part.
     """
     what = page.check(settings, f"{directory / CONFIG}: quantization_config")
-    checkpoint = Checkpoint.open(directory, packed=True)
+    checkpoint = _packed(directory)
     config = {key: value for key, value in checkpoint.config.items() if key not in (*_KEYS, "torch_dtype")}
     dtype = plain_dtype(checkpoint.config, page.otherwise)
     units = _units(checkpoint, page)

@@ -29,7 +29,7 @@ from ..core.progress import Progress, counter, no_progress, silent
 from .adapter import open_adapter
 from .gguf import open_gguf
 from .merging import merge_adapter
-from .packed import format_of, open_packed, settings_of
+from .packed import BESIDE, format_of, open_packed, settings_of
 from .pickled import PICKLED, open_pickled
 from .weights import Weights
 from .writing import write_shards
@@ -210,6 +210,7 @@ def _make(weights: Weights, place: Path, progress: Progress) -> Mapping[str, Any
         _require_space(staging, weights.num_bytes)
         if weights.beside is not None:
             copy_side_files(weights.beside, staging)
+            (staging / BESIDE).unlink(missing_ok=True)
             if (weights.beside / CARD).is_file():
                 copy_file(weights.beside / CARD, staging / CARD)
         if weights.write_tokenizer is not None:
