@@ -7,7 +7,7 @@ then the tensors without gaps. `data_offsets` count from the end of the header.
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ DTYPES = {
     "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+PACKED_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+}  # fmt: skip
+"""Dtypes that only quantised checkpoints have."""
 
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself reads no longer header."""
@@ -50,11 +55,11 @@ class Header:
     metadata: dict[str, str] | None
 
 
-def read_header(path: Path) -> Header:
-    """Return the header of a shard, checked against the file's size.
+def read_header(path: Path, *, packed: bool = False) -> Header:
+    """Return the header of a shard, checked against the file's size; if `packed`, it may be that of quantised weights.
 
     Raises:
-        UserError: a truncated file, a corrupt header, or a dtype that only quantised checkpoints have.
+        UserError: a truncated file, a corrupt header, or a dtype that only quantised checkpoints have, unless `packed`.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -67,7 +72,8 @@ def read_header(path: Path) -> Header:
         text = file.read(length)
     entries = parse_object(text, f"{path}: corrupt safetensors header")
     metadata = entries.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, _PREFIX.size + length) for name, entry in entries.items()}
+    known = DTYPES | PACKED_DTYPES if packed else DTYPES
+    tensors = {name: _entry(path, name, entry, _PREFIX.size + length, known) for name, entry in entries.items()}
     _check_layout(path, tensors.values(), _PREFIX.size + length, size)
     _check_by_library(path)
     return Header(tensors, metadata)
@@ -91,24 +97,24 @@ def num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+def _entry(path: Path, name: str, entry: Any, base: int, known: Mapping[str, torch.dtype]) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _corrupt(path, f"{name} lacks its dtype, shape or data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _corrupt(path, f"{name} has a dtype, shape or data_offsets of another type than the format's")
     start, end = offsets
-    if code not in DTYPES:
+    if code not in known:
         raise UserError(
             f"{path}: {name} has dtype {code:.20}; expected unquantised weights (BF16, F16, F32 or F64); "
             "start from the checkpoint before quantisation"
         )
-    if end - start != num_bytes(DTYPES[code], shape):
+    if end - start != num_bytes(known[code], shape):
         raise _corrupt(
             path,
-            f"{name}, {code} of shape {shape}, has {end - start} bytes, expected {num_bytes(DTYPES[code], shape)}",
+            f"{name}, {code} of shape {shape}, has {end - start} bytes, expected {num_bytes(known[code], shape)}",
         )
-    return TensorInfo(DTYPES[code], tuple(shape), path.name, base + start, base + end)
+    return TensorInfo(known[code], tuple(shape), path.name, base + start, base + end)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The directory of a model that the user names by a path or a hub id."""
+"""The directory or file of a model that the user names by a path or a hub id."""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +10,12 @@ from .entries import check_entries
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["*/*", "consolidated*", "adapter_model*"]
 """Second copies of the weights in other layouts."""
+
+_PICKLED = ["pytorch_model*.bin"]
+"""Fetched where a repository has no safetensors."""
+_ADAPTER = ["adapter_config.json", "adapter_model*"]
+GGUF = ".gguf"
+"""How the name of a file ends that holds a whole model for llama.cpp."""
 
 _REASONS = {
     "HFValidationError": "no hub id has such a name",
@@ -32,10 +38,24 @@ class NamedDirectory:
 
 
 def resolve(model: object) -> Path:
-    """Return the directory of a model: `model` itself, or a snapshot of that hub id (safetensors, json and tokenizer files only).
+    """Return the directory of a model: `model` itself, or a snapshot of that hub id (its weights, json and tokenizer files only).
 
     Raises:
         UserError: neither a directory nor a hub id that can be downloaded; a directory that leads elsewhere (`check_entries`).
+    """
+    found = locate(model)
+    if not found.is_dir():
+        raise UserError(
+            f"{model}: expected a checkpoint directory or a hub id here, got a file; fold or calibrate reads it"
+        )
+    return found
+
+
+def locate(model: object) -> Path:
+    """Return the directory of a model as `resolve` does, or the GGUF file that `model` names.
+
+    Raises:
+        UserError: as `resolve`, or a file of another kind.
     """
     if isinstance(model, NamedDirectory):
         return model.path
@@ -46,13 +66,35 @@ def resolve(model: object) -> Path:
     if path.is_dir():
         check_entries(path)
         return path
+    if path.suffix.lower() == GGUF and path.is_file():
+        return path
     if path.exists():
         raise UserError(
-            f"{model}: expected a checkpoint directory or a hub id, got a file; pass the directory that holds it"
+            f"{model}: expected a checkpoint directory, a GGUF file or a hub id, got another file; pass the directory that holds it"
         )
-    if _is_path(model):
+    if _is_path(model) or path.suffix.lower() == GGUF:
         raise UserError(f"{model}: no such directory{_neighbour(path)}; check the path")
-    return _download(model)
+    found = _download(model, _WANTED, _UNWANTED)
+    if not any(found.glob("*.safetensors")):
+        found = _download(model, [*_WANTED, *_PICKLED], _UNWANTED)
+    return found
+
+
+def locate_adapter(adapter: str) -> Path:
+    """Return the directory of an adapter: `adapter` itself, or a snapshot of that hub id.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        check_entries(path)
+        return path
+    if not adapter.strip() or path.exists() or _is_path(adapter):
+        raise UserError(
+            f"--adapter {adapter}: expected the directory of an adapter or a hub id, got none; check the path"
+        )
+    return _download(adapter, _ADAPTER, ["*/*"])
 
 
 def cached(repository: str, revision: str | None = None) -> Path | None:
@@ -80,12 +122,12 @@ def _neighbour(path: Path) -> str:
     return f"; {near.rstrip('?')}" if near.startswith("did you mean") else ""
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, wanted: list[str], unwanted: list[str]) -> Path:
     # Imported here: it takes a while, and most models are directories.
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        found = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:
         # Whatever the hub or the network does, the user can only check the name, the connection and the rights.
         raise UserError(

@@ -55,6 +55,10 @@ def refuse_contents(directory: Path, force: bool) -> None:
         )
 
 
+class PlaceOwned(UserError):
+    """Another run writes to the place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """An output place that this process owns until `release`, or until it ends."""
@@ -80,7 +84,8 @@ def claim(out: Path, lock: Path) -> Claim:
     """Make this process the owner of the output place `out`, by the file `lock`.
 
     Raises:
-        UserError: another run owns it, or the place cannot be written to.
+        PlaceOwned: another run owns it.
+        UserError: the place cannot be written to.
     """
     record = {
         "host": socket.gethostname(),
@@ -168,10 +173,10 @@ def _refuse_living(out: Path, lock: Path, *, locked: bool) -> None:
         raise _refusal(out, record, lock)
 
 
-def _refusal(out: Path, record: Mapping[str, Any], remove: Path | None = None) -> UserError:
+def _refusal(out: Path, record: Mapping[str, Any], remove: Path | None = None) -> PlaceOwned:
     holder = f"process {record['pid']} on {record['host']} since {record['since']}" if record else "one that just began"
     advice = "" if remove is None else f"; if no such run exists any more, remove {remove}"
-    return UserError(
+    return PlaceOwned(
         f"{out}: expected no other run that writes there, got {holder}; wait until it ends or choose another output place{advice}"
     )
 

@@ -46,22 +46,24 @@ class Checkpoint:
     index: dict[str, Any] | None
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Read config, index and headers, and refuse a checkpoint that cannot be folded.
+    def open(cls, path: Path, *, packed: bool = False) -> "Checkpoint":
+        """Read config, index and headers, and refuse a checkpoint that cannot be folded; if `packed`, its weights may be quantised.
 
         Raises:
             UserError: not a directory; no or unreadable config.json; no safetensors; missing, truncated or corrupt shards; an
-                index that does not match them; quantised weights; an adapter without its model; more layers than tensors.
+                index that does not match them; quantised weights, unless `packed`; an adapter without its model; more layers than
+                tensors.
         """
         path = Path(path)
         refuse_source(path)
         config = read_config(path)
         index = None if (path / SINGLE).exists() else _read_index(path)
         shards = (SINGLE,) if index is None else tuple(sorted(set(index["weight_map"].values())))
-        headers = {shard: read_header(path / shard) for shard in shards}
+        headers = {shard: read_header(path / shard, packed=packed) for shard in shards}
         _refuse_mismatch(path, headers, index)
         tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
-        refuse_packed(path, config, tensors)
+        if not packed:
+            refuse_packed(path, config, tensors)
         check_layers(config, len(tensors), str(path / CONFIG))
         return cls(path, config, tensors, shards, {shard: header.metadata for shard, header in headers.items()}, index)
 

@@ -1,6 +1,7 @@
 """Checkpoints that cannot be folded, recognised by file names, config and dtypes: adapters, pickles, quantised weights, remote
 code."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import SourceError, UserError
+from ..core.json_input import read_object
 from .entries import WEIGHTS, check_entries
 from .headers import TensorInfo
 
@@ -31,14 +33,23 @@ def refuse_source(path: Path) -> None:
     weights = names & {*WEIGHTS}
     if "adapter_config.json" in names and not weights:
         raise UserError(
-            f"{path}: an adapter without its model; expected full weights; merge it into its base first "
-            "(peft: merge_and_unload, then save_pretrained)"
+            f"{path}: an adapter without its model; expected full weights; name its base and merge it on the way: "
+            f"headfold fold {_base_of(path)} OUT --adapter {path}"
         )
     if "config.json" not in names:
         raise UserError(f"{path}: no config.json; expected a checkpoint as transformers saves it; check the path")
     if not weights:
         raise UserError(f"{path}: {_why_no_weights(names)}")
     check_entries(path)
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the model that an adapter says it was made for; BASE where it names none."""
+    try:
+        named = read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    except UserError:
+        named = None
+    return shlex.quote(named) if isinstance(named, str) and named else "BASE"
 
 
 def _why_no_weights(names: set[str]) -> str:
@@ -86,7 +97,7 @@ def refuse_packed(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
             f"{path / 'config.json'}: quantised ({method}); expected bf16, fp16, fp32 or fp64; start from the original"
         )
     for name, info in tensors.items():
-        if _is_packed(name, info):
+        if is_packed(name, info):
             dtype = str(info.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path / info.shard}: {name} holds packed {dtype} weights; expected floats; start from the original"
@@ -102,7 +113,8 @@ def _quantisations(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _quantisations(value)
 
 
-def _is_packed(name: str, info: TensorInfo) -> bool:
+def is_packed(name: str, info: TensorInfo) -> bool:
+    """Return whether a tensor holds weights packed into integers, by its name, dtype and axes."""
     # Integer and boolean buffers (masks, position ids) are no weights, and are copied like anything else.
     integer = not (info.dtype.is_floating_point or info.dtype.is_complex or info.dtype is torch.bool)
     return integer and len(info.shape) >= 2 and "weight" in name.rpartition(".")[2]

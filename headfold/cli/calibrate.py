@@ -5,7 +5,21 @@ from typing import Annotated
 
 import typer
 
-from .options import Calibration, Columns, Context, Debug, Device, Dtype, Force, Items, Json, Model, Seed, Tokens
+from .options import (
+    Adapter,
+    Calibration,
+    Columns,
+    Context,
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Items,
+    Json,
+    Model,
+    Seed,
+    Tokens,
+)
 from .output import answered, given, names
 
 EXAMPLES = (
@@ -17,6 +31,7 @@ EXAMPLES = (
 def calibrate(
     model: Model,
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
+    adapter: Adapter = None,
     calibration: Calibration = None,
     tokens: Tokens = None,
     items: Items = None,
@@ -34,10 +49,20 @@ def calibrate(
     from ..reports.progress import ProgressReport
     from ..verbs import calibrate as verb
 
-    chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
+    chosen = given(
+        adapter=adapter, calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context
+    )
     with ProgressReport(silent=as_json) as progress:
         result = verb.calibrate(
-            model, stats, seed=seed, force=force, device=device, dtype=dtype, progress=progress, **chosen
+            model,
+            stats,
+            seed=seed,
+            force=force,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            say=progress.say,
+            **chosen,
         )
     if not answered(result.to_json(), as_json):
         views.show_calibration(result)

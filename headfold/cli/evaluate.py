@@ -18,7 +18,7 @@ EXAMPLES = (
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id; several with --compare."),
+        typer.Argument(metavar="MODEL", help="A checkpoint directory, a GGUF file or a hub id; several with --compare."),
     ],
     compare: Annotated[
         bool,

@@ -10,6 +10,7 @@ from .options import (
     HOW,
     OUTPUT,
     WHAT,
+    Adapter,
     Calibration,
     Columns,
     Context,
@@ -50,6 +51,7 @@ def fold(
         Path | None, option("--plan", panel=WHAT, metavar="PLAN.json", help="A plan that headfold plan wrote.")
     ] = None,
     encoder: Encoder = False,
+    adapter: Adapter = None,
     head_dim_multiple: HeadDimMultiple = None,
     group: Group = None,
     merge: Merge = None,
@@ -109,7 +111,7 @@ def fold(
 
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple,
+        columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple, adapter=adapter,
         heal_tokens=heal_tokens, heal_by=heal_by, push_to_hub=push_to_hub,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from .options import WHERE, Debug, Json, Model, StatsFile, option
+from .options import WHERE, Adapter, Debug, Json, Model, StatsFile, option
 from .output import answered
 
 SERVED = "How it is served"
@@ -14,6 +14,7 @@ EXAMPLES = (
 
 def inspect(
     model: Model,
+    adapter: Adapter = None,
     stats: StatsFile = None,
     context: Annotated[
         int | None,
@@ -49,7 +50,8 @@ def inspect(
 
     with ProgressReport(silent=as_json) as progress:
         found = verb.inspect(
-            model, stats=stats, context=context, batch=batch, memory=memory, gpu=gpu, progress=progress
-        )
+            model, stats=stats, context=context, batch=batch, memory=memory, gpu=gpu, adapter=adapter, progress=progress,
+            say=progress.say,
+        )  # fmt: skip
     if not answered(found.to_json(), as_json):
         views.show_inspection(found)

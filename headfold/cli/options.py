@@ -15,7 +15,13 @@ def option(*flags: str, panel: str, help: str, metavar: str | None = None, **lim
     return typer.Option(*flags, rich_help_panel=panel, help=help, metavar=metavar, **limits)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a GGUF file or a hub id.")]
+Adapter = Annotated[
+    str | None,
+    option(
+        "--adapter", panel=WHAT, metavar="DIR", help="A LoRA adapter of peft, merged into the model before folding."
+    ),
+]
 StatsFile = Annotated[
     Path | None, option("--stats", panel=DATA, metavar="STATS", help="Statistics that headfold calibrate wrote.")
 ]

@@ -8,6 +8,7 @@ import typer
 from .options import (
     HOW,
     WHAT,
+    Adapter,
     Allowed,
     Debug,
     Device,
@@ -57,6 +58,7 @@ def plan(
         ),
     ] = None,
     encoder: Encoder = False,
+    adapter: Adapter = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     allocation: Annotated[
@@ -99,14 +101,14 @@ def plan(
     chosen = given(
         kv_heads=kv_heads, kv_budget=kv_budget, kv_bytes=kv_bytes, max_loss_increase=max_loss_increase, sensitivity=sensitivity,
         group=group, merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed),
-        head_dim_multiple=head_dim_multiple, allocation=allocation,
+        head_dim_multiple=head_dim_multiple, allocation=allocation, adapter=adapter,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         made = verb.plan(
             model, out, tp=tp, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, device=device, dtype=dtype,
-            progress=progress, **chosen,
+            progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
     if not answered(made.to_json(), as_json):
-        source = open_source(model, encoder)
+        source = open_source(model, encoder, adapter)
         views.show_plan(made, (serving_cost(source), serving_cost(source, made)))
         print(f"wrote {out}")

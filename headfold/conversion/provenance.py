@@ -57,6 +57,7 @@ def card_facts(
     counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
+        origin=source.plain.origin,
         family=source.config["model_type"],
         num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),
         num_kv_heads_before=tables.count_range(*_range(site.num_kv_heads for site in source.sites)),
@@ -72,7 +73,7 @@ def card_facts(
         reach=reach.line(),
         warnings=tuple(reach.notes()),
         refit_text=fitting.data or {},
-        command=fold_command(settings, source.name, out.name),
+        command=fold_command({**settings, "adapter": source.plain.adapter}, source.name, out.name),
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
         wrapper_class=model_class(config, str(staging)) if is_wrapper(config) else "",
@@ -96,6 +97,8 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         chosen = {"kv_heads": int(count) if count.isdecimal() else count}
         chosen |= {"head_dim_multiple": multiple} if multiple > 1 else {}
         chosen |= {"group": settings["group"], "merge": settings["merge"]}
+    if adapter := settings.get("adapter"):
+        chosen["adapter"] = Path(adapter).name if Path(adapter).is_absolute() else adapter
     chosen["refit"] = bool(settings["refit"])
     if settings["heal"]:
         chosen |= {"heal": True, "heal_by": settings["heal_by"], "heal_tokens": settings["heal"]}
@@ -123,7 +126,8 @@ def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
 
 def write_recipe(staging: Path, source: Source, settings: Mapping[str, Any]) -> None:
     """Write the recipe of a fold beside its weights."""
-    text = recipe_text(source.name, settings["source"], settings["version"], fold_options(settings))
+    options = fold_options({**settings, "adapter": source.plain.adapter})
+    text = recipe_text(source.name, settings["source"], settings["version"], options)
     (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
 

@@ -26,6 +26,7 @@ from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..reports.card import routed_card
 from ..runtime.load import own_class, read_checked_config
 from ..runtime.remote import auto_map, remote_files
+from ..sources.plain import Plain
 from .source import Source, open_source
 from .teacher import Teacher
 from .verification import ITEMS
@@ -43,7 +44,7 @@ def open_grouped(folded: Path) -> Source:
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")
-    return Source(str(folded), checkpoint, checkpoint.config, Family(()), [])
+    return Source(str(folded), Plain(folded, folded), checkpoint, checkpoint.config, Family(()), [])
 
 
 def routed_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """A checkpoint, opened by its headers and checked to be one that can be folded."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint, check_finite
 from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
+from ..core.progress import Progress, no_progress, silent
 from ..corpus.samples import kind_of
 from ..families import cached, family_of, is_known
 from ..families.folded import kv_heads_by_layer
@@ -22,6 +22,7 @@ from ..families.spec import sites as sites_of
 from ..families.wrapped import is_wrapper
 from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import with_plane_frequencies
+from ..sources.plain import Plain, open_plain
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 
@@ -31,7 +32,8 @@ class Source:
     """A checkpoint with its family and sites, checked to be one that can be folded."""
 
     name: str
-    """Name of the model as the user wrote it: a directory or a hub id."""
+    """Name of the model as the user wrote it: a directory, a GGUF file or a hub id."""
+    plain: Plain
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     """The checkpoint's config; of a wrapper with all fields of its class, as published ones leave out what a class assumes."""
@@ -82,15 +84,19 @@ class Source:
         return cached.kv_bytes_per_token(self.every_site, self.dtype.itemsize, plan)
 
 
-def open_source(model: object, encoder: bool = False) -> Source:
-    """Open a directory or hub id, or a `NamedDirectory`: its config and the headers of its weights; no weights are read.
+def open_source(
+    model: object, encoder: bool = False, adapter: str | Path | None = None, progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
+) -> Source:  # fmt: skip
+    """Open a model: its config and the headers of its weights; none are read but those that `open_plain` decodes or merges.
 
     An architecture without a family literal is detected by experiments on a toy model of its config. `encoder` as in `Source`.
 
     Raises:
         UserError: whatever makes folding impossible, in one line.
     """
-    checkpoint = Checkpoint.open(resolve(model))
+    plain = open_plain(model, adapter and str(adapter), progress or no_progress, say)
+    checkpoint = Checkpoint.open(plain.path)
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
@@ -111,7 +117,7 @@ def open_source(model: object, encoder: bool = False) -> Source:
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
     sites = with_plane_frequencies(sites, config, where)
-    return Source(str(model), checkpoint, config, family, sites, encoder, detected)
+    return Source(str(model), plain, checkpoint, config, family, sites, encoder, detected)
 
 
 def _with_fitting_class(checkpoint: Checkpoint) -> Checkpoint:

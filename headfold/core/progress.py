@@ -11,6 +11,11 @@ def no_progress(stage: str, done: int, total: int) -> None:
     del stage, done, total
 
 
+def silent(line: str) -> None:
+    """Say nothing."""
+    del line
+
+
 def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
     """Return a function that adds to the units done in a stage and reports the sum; reports the start itself."""
     done = 0

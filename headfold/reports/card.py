@@ -38,6 +38,8 @@ class CardFacts:
     """What was trained together: all sites ("model") or one at a time ("block")."""
     calibration: Mapping[str, str]
     command: str
+    origin: str = ""
+    """What the weights were before folding, where they were decoded or merged; empty where they were a plain checkpoint."""
     reach: str = ""
     """One line on how much of the model the calibration data reach; empty where nothing is known."""
     warnings: tuple[str, ...] = ()
@@ -108,6 +110,12 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     )
     before, heading, after = text.partition("\n## Made by")
     return f"{before.rstrip()}\n\n{section}\n{heading and chr(10)}{heading.lstrip()}{after}"
+
+
+_ADAPTERS = (
+    "those made for the original (LoRA) do not belong on this model, also where their shapes fit: its heads are merged and turned; merge "
+    "them into the original before folding (`headfold fold --adapter`)"
+)
 
 
 def model_name(base_model: str) -> str:
@@ -182,13 +190,15 @@ def _facts_table(facts: CardFacts) -> str:
         ["K/V heads", facts.num_kv_heads_before, count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)],
         *serving_cost_rows(*facts.serving_costs),
     ]
-    lines = [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
+    lines = [f"- Original: {facts.origin}"] if facts.origin else []
+    lines += [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     lines += [f"- Calibration reaches: {facts.reach}"] if facts.reach else []
     lines += [f"- Note: {warning}" for warning in facts.warnings]
     if facts.refit_text and facts.refit_text.items() - facts.calibration.items():
         lines.append(f"- {'Healed' if facts.healed else 'Refitted'} on: {_calibration(facts.refit_text)}")
     lines.append(f"- Verified: {facts.verification or 'no, it was skipped'}")
     lines += [f"- Time: {_time(facts)}"] if facts.seconds else []
+    lines.append(f"- Adapters: {_ADAPTERS}")
     return markdown_table(["", "original", "this"], rows) + "\n\n" + "\n".join(lines)
 
 

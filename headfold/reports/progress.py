@@ -17,7 +17,7 @@ INTERVAL = 30.0
 UNITS = {
     "plan": "sites", "inspect": "sites", "laws": "laws", "verify": "models", "check": "runs", "uptrain": "tokens or items",
     "losses": "items", "divergences": "items", "generate": "items", "classify": "items", "embed": "items",
-    "write": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
+    "write": "bytes", "decode": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",
     "requests": "requests", "read": "paths", "samples": "texts",
 }  # fmt: skip
 """Stage → what it counts; stages that are not listed count tokens."""

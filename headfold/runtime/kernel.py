@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.user_cache import cache_home, refuse_what_others_write
 from ..hf_models import processor_flags
 from .decoding import CANDIDATES, Unsuited, sdpa
 
@@ -131,11 +132,8 @@ def _built() -> Path:
     ).stdout
     # A home directory may be shared by unlike machines.
     identity = "\n".join([SOURCE.read_text(), *FLAGS, *compiler, about, *sorted(processor_flags())])
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headfold"
+    caches = cache_home()
     path = caches / f"decode-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    caches.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_what_others_write(caches.parent, caches.parent.stat())  # where the directory could be exchanged
-    _refuse_what_others_write(caches, caches.lstat())
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=caches) as work:
             compiled, linked = Path(work) / "decode.o", Path(work) / "decode.so"
@@ -146,19 +144,8 @@ def _built() -> Path:
                 subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
             linked.chmod(0o700)
             linked.replace(path)
-    _refuse_what_others_write(path, path.lstat(), stat.S_IWGRP)
+    refuse_what_others_write(path, path.lstat(), stat.S_IWGRP)
     return path
-
-
-def _refuse_what_others_write(path: Path, found: os.stat_result, also: int = 0) -> None:
-    """Refuse a place in which another user could put a library that this process would run; `also` are modes to refuse.
-
-    Raises:
-        OSError: it belongs to another user, is a link, or others may write to it (and replace what is in it).
-    """
-    others_write = found.st_mode & (stat.S_IWOTH | also) and not found.st_mode & stat.S_ISVTX
-    if others_write or found.st_uid not in (os.geteuid(), 0) or stat.S_ISLNK(found.st_mode):
-        raise OSError(f"{path}: other users can write there, so no compiled code is kept or run from it")
 
 
 CANDIDATES["kernel"] = kernel

@@ -17,21 +17,23 @@ from ..families.spec import Family, read_field
 from ..families.wrapped import language_config
 from ..hf_models import quiet
 from ..hf_models.building import library_errors
+from .adapted import with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
+def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords: Any) -> "PreTrainedModel":
     """Return the model of a folded checkpoint, of the class that its config names, in eval mode and in its own dtype.
 
     This is the stock class where it reads its number of K/V heads from the config, else a class made from it: a grouped class, or
     one with the counts of the layouts per-layer and decilm. `keywords` are passed to `from_pretrained` (`dtype`, `device_map`,
     `attn_implementation` …). Unless `attn_implementation` is among them, attention is `headfold`, which decodes without copying K
-    and V, and `generate` uses caches that grow in place.
+    and V, and `generate` uses caches that grow in place. `adapter` is a LoRA of peft that was trained on this fold.
 
     Raises:
-        UserError: there is no checkpoint, it is unfinished, its config and plan disagree, or it does not load.
+        UserError: there is no checkpoint, it is unfinished, its config and plan disagree, or it does not load; the adapter was made for
+            the original of the fold.
     """
     directory = Path(directory)
     config = read_checked_config(directory)
@@ -39,7 +41,8 @@ def load(directory: str | Path, **keywords: Any) -> "PreTrainedModel":
         model = _model_class(config).from_pretrained(
             directory, **{"dtype": "auto", "local_files_only": True, **keywords}
         )
-    return _decoding_fast(model, keep_attention="attn_implementation" in keywords)
+    model = _decoding_fast(model, keep_attention="attn_implementation" in keywords)
+    return model if adapter is None else with_adapter(model, directory, adapter)
 
 
 def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTrainedModel":

@@ -1,7 +1,7 @@
 """Measure the statistics of attention inputs once, for any number of plans and folds."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from ..conversion.calibration_config import CalibrationConfig
 from ..conversion.outputs import owned_file, refuse_existing
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
-from ..core.progress import Progress, no_progress
+from ..core.progress import Progress, no_progress, silent
 from ..families.context import context_length
 from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
@@ -54,15 +54,17 @@ def calibrate(
     force: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
 ) -> CalibrationResult:
     """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
 
     Files of several runs add up (`headfold.checkpoint.stats_file.add_stats`).
 
     Args:
-        model: A checkpoint directory, a hub id, or a model of transformers in memory.
+        model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory.
         stats: The file to write.
         calibration: A source of `headfold.corpus` that suits the model: text for a language model, pairs for an encoder-decoder,
             sentences, images or sound; or the data themselves: texts, rows, a `datasets.Dataset`, or batches as a DataLoader gives them
@@ -75,15 +77,16 @@ def calibrate(
         force: Replace the file.
         device: "cpu" or "cuda".
         dtype: What the model computes in, such as "float32"; by default the fastest dtype that holds its weights.
+        adapter: A LoRA adapter of peft that is merged into the model first.
         tokenizer: That of a model in memory, or its processor; by default what lies beside the files that it was opened from.
-        progress: Called with (stage, done, total).
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded or read, a file in the way without `force`, or another run that writes it.
     """
     path, compute_dtype = Path(stats), dtype_named(dtype)
     on_main(lambda: refuse_existing(path, force))
-    source = on_all(lambda: open_source(model))
+    source = on_all(lambda: open_source(model, adapter=adapter, progress=progress, say=say))
     data, given, notes = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     config = CalibrationConfig.resolve(source, data)
     teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress, given, notes)

@@ -64,7 +64,7 @@ def compare(
     same settings goes on from there.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         kv_heads: Counts of K/V heads, or shares of the source's.
         methods: Names of `METHODS`, with `+refit` for a refit.
         out: The directory of the rows; by default the model's name with `.compare`.

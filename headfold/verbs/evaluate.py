@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import read_config
-from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
@@ -20,6 +19,7 @@ from ..hf_models import check_device, dtype_named
 from ..in_memory.data import evaluation_data
 from ..in_memory.models import takes_models
 from ..parallel import on_all, on_main
+from ..sources.plain import open_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def evaluate(
     classifier by accuracy; any other encoder by the likeness of its embeddings to the reference's, which it needs.
 
     Args:
-        model: A checkpoint directory, a hub id, or a model of transformers in memory, as `compare` and `reference` may be.
+        model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory, as `compare` and `reference` may be.
         compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
         reference: The original that KL, agreement and likeness are relative to.
         text: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default, for language
@@ -97,7 +97,7 @@ def evaluate(
         _refuse(given, TASK_OPTIONS, "without --task NAME")
     else:
         _refuse(given, DATA_OPTIONS, "beside --task")
-    directories = on_all(lambda: [resolve(each) for each in models])
+    directories = on_all(lambda: [open_plain(each, progress=progress).path for each in models])
     if task is not None:
         if compare and reference is not None:
             raise UserError(
@@ -114,7 +114,7 @@ def evaluate(
         where, compute_dtype,
     )  # fmt: skip
     if compare:
-        original = None if reference is None else resolve(reference)
+        original = None if reference is None else open_plain(reference).path
         return compare_on_data([*map(str, models)], directories, original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
     directory, original = directories[0], directories[1] if reference is not None else None

@@ -51,6 +51,7 @@ def fold(
     columns: Sequence[str] = (),
     context: int | None = None,
     encoder: bool = False,
+    adapter: str | Path | None = None,
     stats: str | Path | None = None,
     layout: str | None = None,
     seed: int = 0,
@@ -69,7 +70,7 @@ def fold(
     renamed once it equals its head-repeated twin under stock transformers. After a kill the same call resumes to the same bytes.
 
     Args:
-        model: A checkpoint directory, a hub id, or a `PreTrainedModel`, which is not changed.
+        model: A checkpoint directory, a GGUF file, a hub id, or a `PreTrainedModel`, which is not changed. Quantised weights are decoded.
         out: The directory to write. Without it, a model in memory is returned as `headfold.load` opens it, with the dtype and devices of
             `model`; its `headfold` is the `FoldResult`.
         kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
@@ -85,6 +86,7 @@ def fold(
         tokens, items, columns: Calibration tokens of a language model, items of other models, and columns of a table.
         context: Length of calibration windows, or where calibration texts are cut.
         encoder: Fold the encoder of an encoder-decoder too.
+        adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         stats: A file that `headfold.calibrate` wrote.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
         seed: Seed of everything drawn at random.
@@ -101,8 +103,8 @@ def fold(
     assert out is not None  # `folds_in_memory` names one
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
-    source = on_all(lambda: open_source(model, encoder))
-    refuse_overlap(source.checkpoint.path, out)
+    source = on_all(lambda: open_source(model, encoder, adapter, progress, say))
+    refuse_overlap(source.plain.given, out)
     on_main(lambda: check_upload(push_to_hub))
     given = on_main_only(lambda: open_stats(stats, source))
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))

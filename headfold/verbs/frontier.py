@@ -72,7 +72,7 @@ def frontier(
     them.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         out: The directory to write.
         head_dim_multiple: With "auto", points of all multiples that attention kernels take compete.
         allowed: Counts of K/V heads that may be used.

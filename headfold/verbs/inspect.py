@@ -1,6 +1,6 @@
 """Look at a checkpoint: what it caches, and what folding it is predicted to cost, without running it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..conversion.source import Source, open_source, open_stats
 from ..core.groups import Groups
 from ..core.moments import Moments, site_moments
 from ..core.predict import grouped_error, site_energy
-from ..core.progress import Progress, counter, no_progress
+from ..core.progress import Progress, counter, no_progress, silent
 from ..core.stats import SiteStats
 from ..corpus.samples import kind_of
 from ..families.context import context_length
@@ -82,22 +82,25 @@ def inspect(
     batch: int | None = None,
     memory: str | None = None,
     gpu: str | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
 ) -> Inspection:
     """Return heads, cache size and predicted errors of a checkpoint; with any of the last options, whether folding pays.
 
     Args:
-        model: A checkpoint directory or a hub id.
+        model: A checkpoint directory, a GGUF file or a hub id.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
         context, batch: Tokens and sequences at once to serve; by default the model's own context, at most 32,768, and 1.
         memory: Memory of the device, such as "24GiB"; by default what it has.
         gpu: A device of `advice.devices.GPUS`; by default this machine, whose memory bandwidth is measured.
-        progress: Called with (stage, done, total).
+        adapter: A LoRA adapter of peft that is merged into the model first.
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded or read, or a workload that the model does not take.
     """
-    source = open_source(model)
+    source = open_source(model, adapter=adapter, progress=progress, say=say)
     known, asked = open_stats(stats, source), (context, batch, memory, gpu)
     advice = None if asked == (None,) * 4 else advise(source, workload(source, *asked))
     first, config, per_token = source.sites[0], source.config, source.kv_bytes_per_token()

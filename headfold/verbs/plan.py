@@ -1,6 +1,6 @@
 """Decide which K/V heads are merged, and predict the error: with one count for all sites, or a budget allocated to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..core.progress import Progress, no_progress
+from ..core.progress import Progress, no_progress, silent
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..in_memory.models import takes_models
@@ -53,8 +53,10 @@ def plan(
     force: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    adapter: str | Path | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = silent,
 ) -> Plan:
     """Return the plan of a fold, and write it to `out` if one is given.
 
@@ -62,7 +64,7 @@ def plan(
     runs on a part of its calibration data with each site folded alone, which puts the loss increases of all sites on one scale.
 
     Args:
-        model: A checkpoint directory, a hub id, or a model of transformers in memory.
+        model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory.
         out: The file to write.
         kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
         kv_budget: Share of the source's K/V bytes to keep, such as "25%".
@@ -84,8 +86,9 @@ def plan(
         force: Replace `out`.
         device: Where sensitivities are measured: "cpu" or "cuda".
         dtype: What the original computes in, such as "float32".
+        adapter: A LoRA adapter of peft that is merged into the model first.
         tokenizer: That of a model in memory; by default what lies beside the files that it was opened from.
-        progress: Called with (stage, done, total).
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded, counts or a budget that cannot be had, or a method that needs statistics without `stats`.
@@ -105,7 +108,7 @@ def plan(
     if out is not None:
         on_main(lambda: refuse_existing(Path(out), force))
     place, compute_dtype = check_device(device), dtype_named(dtype)
-    source, progress = on_all(lambda: open_source(model, encoder)), progress or no_progress
+    source, progress = on_all(lambda: open_source(model, encoder, adapter, progress, say)), progress or no_progress
     given_stats = on_main_only(lambda: open_stats(stats, source))
     multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
     if kv_heads is not None:

@@ -71,12 +71,13 @@ def run(
     read, out = on_main(lambda: read_recipe(Path(recipe), fold, evaluate)), Path(out)
     name = read.model if model is None else str(model)
     with read.at(read.model_line if model is None else 0):
-        source = on_all(lambda: open_source(name))
+        adapter = read.folds[0].options.get("adapter") if read.is_single else None
+        source = on_all(lambda: open_source(name, adapter=adapter, progress=progress))
         if read.source not in ("", source.checkpoint.fingerprint()):
             raise UserError(
                 f"{name}: expected the model that the recipe was made of, got another; pass it with --model"
             )
-        refuse_overlap(source.checkpoint.path, out)
+        refuse_overlap(source.plain.given, out)
     if read.version not in ("", version("headfold")):
         say(
             f"note: {read.path} was written by headfold {read.version}; this is {version('headfold')}, whose folds may differ"
