@@ -21,9 +21,9 @@ import torch
 from conversion_time import SEVEN_BILLION, make_checkpoint
 from machine import describe
 
-from headfold.checkpoint.stats_file import write_stats
 from headfold.conversion.source import open_source
 from headfold.core.stats import SiteStats
+from headfold.stats_file import write_stats
 
 RESULT = Path(__file__).parent / "results" / "plan_time.json"
 HEADFOLD = Path(sys.executable).with_name("headfold")

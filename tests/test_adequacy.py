@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import headfold
 from headfold.adequacy.reach import Reach, reach_of_text
 from headfold.adequacy.surprise import surprise
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.corpus.windows import draw_windows
+from headfold.stats_file import StatsFile
 
 BUNDLED = Path(headfold.__file__).parent / "bundled"
 

@@ -389,8 +389,7 @@ def test_counts_that_the_files_cannot_hold_are_refused_by_the_plan(tmp_path: Pat
     """q, k and v of Phi-3 are one tensor: one count for all layers."""
     source = open_source(tiny_checkpoint("phi3", torch.float32))
     choices = planning.choices(
-        source.sites, source.checkpoint.read, lambda site: [2, 4], grouping=planning.parse_group("contiguous"), merge="mean",
-        stats=None,
+        source.sites, source.checkpoint.read, lambda site: [2, 4], grouping=planning.parse_group("contiguous"), merge="mean", stats=None
     )  # fmt: skip
     for counts, possible in (((2, 2), True), ((2, 4), False)):
         made = planning.assemble(source.sites, list(zip(choices, counts, strict=True)), "contiguous", "", 0, None)

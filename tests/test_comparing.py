@@ -12,10 +12,10 @@ from test_cli import copy, model, run  # noqa: F401 - fixtures
 
 from headfold.budget import points
 from headfold.checkpoint.ownership import has_contents, lock_inside
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.comparison import STATISTICS, earlier_rows
 from headfold.conversion.comparison_methods import METHODS
 from headfold.core.errors import UserError
+from headfold.stats_file import StatsFile
 from headfold.verbs import compare as comparing
 from headfold.verbs.compare import compare
 from headfold.verbs.frontier import frontier

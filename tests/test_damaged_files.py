@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import ViTImageProcessor, WhisperFeatureExtractor
 
 import headfold
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.fitted_sites import FittedSites
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
@@ -31,6 +30,7 @@ from headfold.evaluate import embedding
 from headfold.exports.pieces import picked
 from headfold.hf_models import open_processor, open_tokenizer
 from headfold.llama_cpp import pooling, tokens
+from headfold.stats_file import StatsFile
 
 # ruff: noqa: F811 - fixtures are arguments
 

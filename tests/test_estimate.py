@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 import headfold
 from headfold.calibration import collect
-from headfold.checkpoint.stats_file import write_stats
 from headfold.cli import app
 from headfold.conversion import fold_job
 from headfold.conversion.calibration_config import CalibrationRequest
@@ -23,6 +22,7 @@ from headfold.conversion.fold_request import resolve_fold
 from headfold.conversion.source import open_source
 from headfold.conversion.teacher import Teacher
 from headfold.reports.tables import estimate
+from headfold.stats_file import write_stats
 from headfold.timing import machine, stages
 
 NOTHING: dict[str, Any] = {"refit": set(), "heal": set()}

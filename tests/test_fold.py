@@ -17,12 +17,12 @@ import headfold
 from headfold import planning
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
-from headfold.checkpoint.stats_file import StatsFile, write_stats
 from headfold.conversion import fitted_sites as fitted
 from headfold.conversion import fold_job, measured_sites, single_pass, verification, writing
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
+from headfold.stats_file import StatsFile, write_stats
 from headfold.verbs import fold as verb
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -29,7 +29,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import headfold
 from headfold.calibration import collect
-from headfold.checkpoint.stats_file import write_stats
 from headfold.conversion.fold_result import FoldResult
 from headfold.conversion.source import Source, open_source
 from headfold.conversion.twin import Twin
@@ -39,6 +38,7 @@ from headfold.planning import make_plan
 from headfold.refine.refit import refit
 from headfold.rotary_tables import table_of_multiple
 from headfold.runtime.regrouping import installed_heads
+from headfold.stats_file import write_stats
 from headfold.surgery import query_order, site_heads, site_tensors
 
 MULTIPLE = 2

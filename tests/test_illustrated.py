@@ -14,9 +14,9 @@ from wrapped_models import SEEN, logits_of, wrapped_checkpoint
 
 import headfold
 from headfold.calibration import collect
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.core.errors import UserError
 from headfold.corpus.samples import draw_sample, kind_of
+from headfold.stats_file import StatsFile
 
 COLUMNS = ("image", "caption")
 TEMPLATE = (

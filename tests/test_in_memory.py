@@ -170,7 +170,7 @@ def test_padded_batches_of_a_language_model(tmp_path: Path) -> None:
     model, sums = llama(torch.float64), []
     for number, batches in enumerate((iter(alone), [{"input_ids": padded, "attention_mask": mask}])):
         headfold.calibrate(model, tmp_path / f"{number}.safetensors", calibration=batches)
-        sums.append(headfold.checkpoint.stats_file.StatsFile(tmp_path / f"{number}.safetensors"))
+        sums.append(headfold.stats_file.StatsFile(tmp_path / f"{number}.safetensors"))
     assert sums[0].metadata["kind"] == "texts" and sums[0].metadata == sums[1].metadata
     for site in sums[0]:
         assert sums[0][site].count == int(mask.sum())
@@ -244,7 +244,7 @@ def test_errors_name_the_model_and_not_its_temporary_place() -> None:
 def test_data_that_are_not_kept_cannot_be_drawn_again(
     tmp_path: Path, readable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headfold.checkpoint.stats_file.SAMPLE_BYTES", 0)
+    monkeypatch.setattr("headfold.stats_file.SAMPLE_BYTES", 0)
     stats = tmp_path / "stats.safetensors"
     headfold.calibrate(readable, stats, calibration=TEXTS, tokens=512, context=32)
     with pytest.raises(UserError) as error:

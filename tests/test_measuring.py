@@ -21,12 +21,12 @@ from headfold import calibration
 from headfold.checkpoint.disk import temporary_beside
 from headfold.checkpoint.ownership import lock_beside
 from headfold.checkpoint.reader import Checkpoint
-from headfold.checkpoint.stats_file import StatsFile, StatsWriter
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
 from headfold.hf_models import open_model, streamed
 from headfold.refine import measuring
 from headfold.refine.measuring import write_statistics
+from headfold.stats_file import StatsFile, StatsWriter
 
 SAMPLE = {"input_ids": tiny_tokens(11, 16, seed=2)}
 """Four batches, the last of two windows."""

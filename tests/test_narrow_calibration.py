@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import headfold
-from headfold.checkpoint.stats_file import StatsFile
+from headfold.stats_file import StatsFile
 
 BUNDLED = Path(headfold.__file__).parent / "bundled"
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 import headfold
 from headfold import calibration, parallel
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion import fitted_sites as fitted
 from headfold.core import readout
 from headfold.core.plan import Plan
 from headfold.refine import distill, heal
+from headfold.stats_file import StatsFile
 
 HERE = Path(__file__).parent
 SECONDS = 120

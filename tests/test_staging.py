@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from headfold.checkpoint import staging
 from headfold.checkpoint.disk import replacing, temporary_beside
-from headfold.checkpoint.stats_file import write_stats
 from headfold.conversion.outputs import removed_on_error
 from headfold.core.errors import AlreadyFinished, SourceError, UserError
+from headfold.stats_file import write_stats
 
 
 def test_staging_on_a_read_only_place_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from checkpoints import one_line
 from grades import assert_bitwise
 from safetensors.torch import load_file, save_file
 
-from headfold.checkpoint import stats_file
+from headfold import stats_file
 from headfold.checkpoint.headers import read_header
-from headfold.checkpoint.stats_file import StatsFile, add_stats, write_stats, writing_stats
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
+from headfold.stats_file import StatsFile, add_stats, write_stats, writing_stats
 
 
 def stats(seed: int) -> dict[str, SiteStats]:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..core.stats import NARROW
 from ..families.spec import Site
+from ..stats_file import StatsFile
 
 OTHER_KIND = 0.75
 """Nats of loss beyond the expected one from which a text is called another kind than the model's own. Text that three models know came

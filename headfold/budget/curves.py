@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .. import planning
-from ..checkpoint.stats_file import StatsFile
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
 from ..conversion.source import Source
 from ..conversion.teacher import Teacher
@@ -22,6 +21,7 @@ from ..evaluate.sensitivity import measure_sites_alone
 from ..hf_models.streamed import is_streamed
 from ..parallel import on_main
 from ..planning import Choice
+from ..stats_file import StatsFile
 from .allocation import Allocation, CountOption, Options, allocate, allocate_qcqa
 from .in_memory import folded_in_memory, last_part
 from .request import BudgetRequest

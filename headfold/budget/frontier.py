@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint.stats_file import StatsFile
 from ..conversion.folded_config import can_be_written
 from ..conversion.serving_cost import serving_cost
 from ..conversion.teacher import Teacher
 from ..core.plan import Plan
 from ..evaluate.sensitivity import Divergence
+from ..stats_file import StatsFile
 from .allocation import Allocation, pareto_front, total
 from .curves import Curves, predicted_error
 from .in_memory import folded_in_memory, last_part

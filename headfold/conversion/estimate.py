@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from ..corpus.samples import kind_of, window_length
-from ..families.arithmetic import Arithmetic, arithmetic
 from ..families.context import context_length
 from ..hf_models import compute_dtype
+from ..timing.arithmetic import Arithmetic, arithmetic
 from ..timing.stages import CalibrationPass, Operations, fitting_operations, planning_operations, seconds_of
 from .fold_request import FoldRequest
 from .source import Source

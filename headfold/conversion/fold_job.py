@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.staging import holds_other_job, job_key
-from ..checkpoint.stats_file import StatsFile
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
@@ -16,6 +15,7 @@ from ..families.spec import Site
 from ..parallel import on_main, on_main_only
 from ..refine.fitting import Watch
 from ..reports.tables import estimate
+from ..stats_file import StatsFile
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest

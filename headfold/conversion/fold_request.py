@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import planning
-from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
@@ -15,6 +14,7 @@ from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_known_model
 from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
+from ..stats_file import StatsFile
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .healing import Healing
 from .source import Source

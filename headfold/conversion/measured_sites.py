@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint.staging import write_json
-from ..checkpoint.stats_file import StatsFile, write_stats
 from ..core.plan import Plan
 from ..core.stats import SiteStats
+from ..stats_file import StatsFile, write_stats
 
 _SAMPLE = "sample.safetensors"
 _STATISTICS, _PLANS = "statistics", "plans"

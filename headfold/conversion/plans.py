@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from .. import planning
-from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress
 from ..families.spec import Site
 from ..merge import parse_merge
+from ..stats_file import StatsFile
 from .source import Source
 
 OPTIONAL = frozenset({"attended"})

@@ -8,7 +8,6 @@ from typing import Any
 from ..adequacy.reach import Reach, reach_of
 from ..checkpoint.config import read_config
 from ..checkpoint.refusals import model_class
-from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
@@ -19,6 +18,7 @@ from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
 from ..reports import tables
 from ..reports.card import CardFacts
+from ..stats_file import StatsFile
 from .healing import Healing
 from .serving_cost import ServingCost
 from .source import Source

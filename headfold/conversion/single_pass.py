@@ -9,11 +9,11 @@ from functools import partial
 
 from .. import planning
 from ..calibration import Observer, Sample
-from ..checkpoint.stats_file import StatsFile
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..families.spec import Site
 from ..parallel import on_main, on_main_only
+from ..stats_file import StatsFile
 from .fold_job import FoldJob
 from .fold_request import FoldRequest
 from .source import Source

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress, silent
@@ -23,6 +22,7 @@ from ..families.wrapped import is_wrapper
 from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import with_plane_frequencies
 from ..sources.plain import Plain, open_plain
+from ..stats_file import StatsFile
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 

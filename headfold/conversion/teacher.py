@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import calibration as calibrating
 from ..adequacy.surprise import surprise
 from ..checkpoint.reader import Checkpoint, check_finite
-from ..checkpoint.stats_file import StatsFile
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -29,6 +28,7 @@ from ..parallel import on_all, on_main, on_main_only
 from ..refine import distill, heal, measuring, refit
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
+from ..stats_file import StatsFile
 from ..surgery import kept_weights, query_order, site_heads
 from .calibration_config import CalibrationConfig
 from .fitted_sites import FittedSites

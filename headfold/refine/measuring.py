@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..calibration import Observer, Sample, batches, collect, key_path, num_tokens, total_tokens
-from ..checkpoint.stats_file import writing_stats
 from ..core.stats import SiteStats
 from ..families.layout import shapes_of_statistics
 from ..families.spec import Site
 from ..parallel import falls_here, on_main, on_main_only, world_size
+from ..stats_file import writing_stats
 from .blocks import walk
 from .fitting import runs_by_block
 

@@ -7,8 +7,8 @@ import torch
 
 from ..core.query_sample import QUERY_STEPS, num_sampled_queries
 from ..core.stats import NARROW
-from ..families.arithmetic import Arithmetic
 from ..parallel import num_processes
+from .arithmetic import Arithmetic
 from .machine import product_rate
 
 CALIBRATE, REFIT, HEAL, DISTILL = 1.6, 3, 6, 5

@@ -61,7 +61,7 @@ def calibrate(
 ) -> CalibrationResult:
     """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
 
-    Files of several runs add up (`headfold.checkpoint.stats_file.add_stats`).
+    Files of several runs add up (`headfold.stats_file.add_stats`).
 
     Args:
         model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory.

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.stats_file import StatsFile
 from ..comparison import (
     STATISTICS,
     MethodComparison,
@@ -28,6 +27,7 @@ from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
 from ..pages.writing import methods_page
 from ..parallel import ProcessLost, on_all, on_main, spmd
+from ..stats_file import StatsFile
 from ..timing.machine import peak_memory
 from .calibrate import calibrate
 from .evaluate import evaluate

@@ -89,13 +89,11 @@ def fold(
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         stats: A file that `headfold.calibrate` wrote.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
-        seed: Seed of everything drawn at random.
-        force: Replace what is at `out`, once the new directory is complete.
+        seed, force: Seed of everything drawn at random; replace what is at `out`, once the new directory is complete.
         verify: Open the output and compare its logits with the twin's.
         push_to_hub: The repository on the hub that the output is uploaded to at the end (`--push-to-hub`).
         tokenizer: The tokenizer or processor of a model in memory; by default what lies beside the files that it was opened from.
-        device, dtype: Where the original runs, and what it computes in, such as "cuda" and "float32"; by default the fastest.
-        progress, say: Called with (stage, done, total), and with lines to print.
+        device, dtype, progress, say: As for `headfold.calibrate`.
 
     Raises:
         UserError: options that exclude each other, a model that cannot be folded, data or files that cannot be used, a wrong fold.

@@ -65,7 +65,7 @@ class Inspection:
     basis: str
     """What the predictions rest on."""
     advice: Advice | None
-    """On the workload that was asked about; None where none was."""
+    """On the workload that was named; None where none was."""
     sites: list[SiteInspection]
 
     def to_json(self) -> dict[str, Any]:
@@ -89,21 +89,18 @@ def inspect(
     """Return heads, cache size and predicted errors of a checkpoint; with any of the last options, whether folding pays.
 
     Args:
-        model: A checkpoint directory, a GGUF file or a hub id.
+        model, adapter: A checkpoint directory, a GGUF file or a hub id, and a LoRA adapter of peft that is merged into it first.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
-        context, batch: Tokens and sequences at once to serve; by default the model's own context, at most 32,768, and 1.
-        memory: Memory of the device, such as "24GiB"; by default what it has.
-        gpu: A device of `advice.devices.GPUS`; by default this machine, whose memory bandwidth is measured.
-        adapter: A LoRA adapter of peft that is merged into the model first.
+        context, batch, memory, gpu: What the model is to be served for, as `advice.advise.workload` takes it.
         progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a source that cannot be folded or read, or a workload that the model does not take.
     """
     source = open_source(model, adapter=adapter, progress=progress, say=say)
-    known, asked = open_stats(stats, source), (context, batch, memory, gpu)
-    advice = None if asked == (None,) * 4 else advise(source, workload(source, *asked))
-    first, config, per_token = source.sites[0], source.config, source.kv_bytes_per_token()
+    known, named = open_stats(stats, source), (context, batch, memory, gpu)
+    advice = None if named == (None,) * 4 else advise(source, workload(source, *named))
+    first, config = source.sites[0], source.config
     sites, advance = [], counter(progress or no_progress, "inspect", len(source.every_site))
     for site in source.every_site:
         sites.append(_inspect_site(source, site, known))
@@ -122,8 +119,8 @@ def inspect(
         query_order=first.query_order,
         context=context_length(config),
         caches=source.caches,
-        kv_bytes_per_token=per_token,
-        kv_bytes_32k=per_token * 32_768,
+        kv_bytes_per_token=source.kv_bytes_per_token(),
+        kv_bytes_32k=source.kv_bytes_per_token() * 32_768,
         fastest_in_engines=FASTEST if kind_of(config) == "text" else None,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
         advice=advice,

@@ -10,7 +10,6 @@ from ..budget.curves import CurveRequest, loss_curves, require_statistics, teach
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple, sensitivity_path
 from ..checkpoint.staging import write_json
-from ..checkpoint.stats_file import StatsFile
 from ..conversion.folded_config import folded_config, refuse_counts_per_layer
 from ..conversion.outputs import refuse_existing
 from ..conversion.plans import plan_uniform
@@ -24,6 +23,7 @@ from ..hf_models import check_device, dtype_named
 from ..in_memory.models import takes_models
 from ..parallel import on_all, on_main, on_main_only
 from ..planning import parse_group
+from ..stats_file import StatsFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

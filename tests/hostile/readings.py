@@ -10,7 +10,6 @@ from headfold.checkpoint.cards import read_card
 from headfold.checkpoint.config import read_config_file
 from headfold.checkpoint.headers import read_header
 from headfold.checkpoint.reader import Checkpoint
-from headfold.checkpoint.stats_file import StatsFile
 from headfold.conversion.source import open_source
 from headfold.core.json_input import read_value
 from headfold.core.plan import Plan
@@ -23,11 +22,12 @@ from headfold.hf_models.readers import check_ids
 from headfold.llama_cpp.pooling import pooling_of
 from headfold.llama_cpp.tokens import add_tokenizer, name_for, tokenizer_note, tokenizer_why_not
 from headfold.reports.card import source_metadata, uptrained_card
+from headfold.stats_file import StatsFile
 
 MODELS = ("llama", "gpt2", "t5", "bert", "vit", "whisper", "clip")
 MODULES = (
     "budget.sensitivity_file", "checkpoint.cards", "checkpoint.config", "checkpoint.entries", "checkpoint.headers", "checkpoint.modules",
-    "checkpoint.reader", "checkpoint.refusals", "checkpoint.stats_file", "conversion.source", "core.files", "core.groups",
+    "checkpoint.reader", "checkpoint.refusals", "stats_file", "conversion.source", "core.files", "core.groups",
     "core.json_input", "core.plan", "core.records", "corpus.audio", "corpus.bounds", "corpus.jsonl", "corpus.lines", "corpus.pairs",
     "corpus.parquet", "corpus.rows", "exports.card", "families", "families.context", "families.spec", "hf_models.building",
     "hf_models.readers", "llama_cpp.pooling", "llama_cpp.tokens", "pages.cards", "pages.folders", "pages.results", "reports.card",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .spec import Site
-from .wrapped import language_config
+from ..families.spec import Site
+from ..families.wrapped import language_config
 
 _PATCHES = {"image_size": 224, "patch_size": 16}
 """What image models are told of their input, and the sizes that their classes assume."""

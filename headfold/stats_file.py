@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.errors import UserError
-from ..core.files import regular_file
-from ..core.json_input import parse_object
-from ..core.stats import SiteStats
-from .disk import replacing, require_space
-from .headers import Header, TensorInfo, encode_header, num_bytes
-from .target import PAGE
-from .transfer import raw_bytes, read_into, write_all
+from .checkpoint.disk import replacing, require_space
+from .checkpoint.headers import Header, TensorInfo, encode_header, num_bytes
+from .checkpoint.target import PAGE
+from .checkpoint.transfer import raw_bytes, read_into, write_all
+from .core.errors import UserError
+from .core.files import regular_file
+from .core.json_input import parse_object
+from .core.stats import SiteStats
 
 _COUNTS = "headfold.counts"
 """Metadata key: JSON, number of tokens per site."""
