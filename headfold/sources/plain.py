@@ -162,7 +162,8 @@ def _waiting(place: Path) -> Iterator[Claim | None]:
     Raises:
         UserError: the other run has not written anything for a while.
     """
-    owner, seen, since = None, -1, time.monotonic()
+    owner: Claim | None = None
+    seen, since = -1, time.monotonic()
     while owner is None and _finished(place) is None:
         try:
             owner = claim(place, lock_beside(place))
