@@ -1,6 +1,6 @@
 """Fold a model that is in memory, on the batches of a DataLoader, and measure the fold beside the original.
 
-python examples/in_memory.py [--kv-heads 1/2] [--tokens 4096]
+python examples/in_memory.py [--kv-heads 1/2] [--tokens 1024]
 """
 
 import argparse
@@ -18,7 +18,7 @@ BUNDLED = Path(headfold.__file__).parent / "bundled"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv-heads", default="1/2", help="a count, or a share of the existing heads")
-    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens; more is better")
+    parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens; more is better")
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
@@ -36,7 +36,7 @@ def main() -> None:
     print(
         f"bytes of the KV cache per token {folded.headfold.kv_bytes_before} before, {folded.headfold.kv_bytes_after} after"
     )
-    found = headfold.eval(folded, reference=model, limit=8192)
+    found = headfold.eval(folded, reference=model, limit=2048)
     print(f"perplexity of the original {found.reference_perplexity:.2f}, of the fold {found.perplexity:.2f}")
     prompt = tokenizer("def main(", return_tensors="pt")
     print(tokenizer.decode(folded.generate(**prompt, max_new_tokens=16)[0]))

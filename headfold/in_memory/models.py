@@ -12,6 +12,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
+import torch
+
 from ..checkpoint.cards import CARD
 from ..checkpoint.config import CONFIG
 from ..checkpoint.disk import disk_errors, sizes
@@ -207,7 +209,7 @@ def _check(model: Any) -> None:
 def _name(model: Any) -> str:
     """Return the name of a model: that of the directory or hub id that it was opened from, if there is one."""
     origin = _origin(model)
-    return origin if model.config._name_or_path or not hasattr(model, "headfold") else f"fold of {Path(origin).name}"
+    return origin if model.config._name_or_path or not hasattr(model, "headfold") else f"fold-of-{Path(origin).name}"
 
 
 def _origin(model: Any) -> str:
@@ -245,6 +247,12 @@ def _opened_like(model: Any, directory: Path) -> "PreTrainedModel":
     if devices := _device_map(model):
         keywords["device_map"] = devices
     folded: Any = load(directory, dtype=model.dtype, **keywords)
+    with torch.no_grad():
+        for parameter in folded.parameters():
+            if (
+                parameter.device.type == "cpu"
+            ):  # a part of the file, which is removed and would take room as long as the model lives
+                parameter.data = parameter.data.clone()
     # No name of another model, which tools such as peft would record as what their files belong to.
     folded.config._name_or_path = folded.name_or_path = ""
     return folded if devices or model.device.type == "meta" else folded.to(model.device)
