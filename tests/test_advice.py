@@ -43,7 +43,7 @@ def unwritten(model_class: Any, config: Any) -> Source:
     fields = config.to_dict() | {"architectures": [model_class.__name__]}
     checkpoint = Checkpoint(Path("my-model"), fields, tensors, ("model.safetensors",), {}, None)
     family = family_of(fields, "my-model")
-    return Source("my-model", checkpoint, family, sites(family, fields, tensors))
+    return Source("my-model", checkpoint, fields, family, sites(family, fields, tensors))
 
 
 @pytest.fixture(scope="module")

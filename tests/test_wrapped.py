@@ -18,6 +18,7 @@ from wrapped_models import WRAPPED, logits_of, seen_sample, wrapped_checkpoint
 
 import headfold
 from headfold import cli, hf_models
+from headfold.advice.demand import demands
 from headfold.conversion.source import open_source
 from headfold.core.equivalents import random_equivalent
 from headfold.core.errors import UserError
@@ -127,7 +128,8 @@ def test_names_on_disk_decide(names: str, tmp_path: Path) -> None:
     found = headfold.fold(other, tmp_path / "out", **BASELINE).verification
     assert found is not None and found.passed
     assert_bitwise(tiny_sites(other)[1][1].k, tiny_sites(source)[1][1].k)
-    stock_model(tmp_path / "out")
+    modules = dict(stock_model(tmp_path / "out").named_modules())
+    assert all(site.module in modules for site, _ in tiny_sites(tmp_path / "out"))
 
 
 def test_what_a_config_leaves_out_is_what_its_class_assumes(tmp_path: Path) -> None:
@@ -227,6 +229,15 @@ def test_what_is_no_wrapper_of_a_language_model_is_refused_in_one_line(case: str
         headfold.fold(source, tmp_path / "out", **BASELINE)
     one_line(refusal, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_token_reads_the_language_model_alone() -> None:
+    source = open_source(wrapped_checkpoint("llava"))
+    read = next(iter(demands(source))).dense_bytes
+    tensors = {name: info for name, info in source.checkpoint.tensors.items() if name.startswith("language_model.")}
+    table = tensors.pop("language_model.model.embed_tokens.weight")
+    sizes = [torch.Size(info.shape).numel() * info.dtype.itemsize for info in tensors.values()]
+    assert table.shape[0] == 61 and read == sum(sizes)
 
 
 def test_towers_are_not_folded() -> None:
