@@ -12,10 +12,11 @@ from ..hf_models.building import library_errors, quiet
 from ..hf_models.readers import open_joint_processor
 from .captions import drawn_captions
 from .images import in_blocks
+from .rows import Table
 
 
 def read_illustrated(
-    source: str,
+    source: str | Table,
     path: Path,
     context: int,
     columns: Sequence[str],
@@ -32,9 +33,9 @@ def read_illustrated(
         UserError: a source that is not a table, a missing column, an image that cannot be decoded, no processor, one that makes inputs
             of several sizes, or no row that is short enough.
     """
-    processor = open_joint_processor(path)
+    processor, name_of_source = open_joint_processor(path), str(source)
     items = []
-    for block in in_blocks(drawn_captions(source, columns, num_items, seed), source):
+    for block in in_blocks(drawn_captions(source, columns, num_items, seed), name_of_source):
         items += [_processed(processor, image(), text, path) for image, text in block]
     short = [item for item in items if item["input_ids"].shape[1] <= context]
     if not short:
@@ -46,7 +47,7 @@ def read_illustrated(
         say(
             f"{len(items) - len(short)} of {len(items)} images with their texts have more than {context} tokens, and are left out"
         )
-    return {name: _joined(name, [item[name] for item in short], source) for name in short[0]}
+    return {name: _joined(name, [item[name] for item in short], name_of_source) for name in short[0]}
 
 
 def _processed(processor: Any, image: Any, text: str, path: Path) -> Mapping[str, Tensor]:

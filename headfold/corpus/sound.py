@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from .audio import draw_recordings, resampled
+from .rows import Table
 
 SECONDS = 8
 """Length of a piece."""
 
 
 def read_pieces(
-    source: str, columns: Sequence[str], num_items: int | None, seed: int | None, rate: int
+    source: str | Table, columns: Sequence[str], num_items: int | None, seed: int | None, rate: int
 ) -> list[Float[np.ndarray, " sample"]]:
     """Return up to `num_items` pieces of `SECONDS` at `rate` samples per second, from as many recordings at most; one that is shorter where
     there is no more sound.

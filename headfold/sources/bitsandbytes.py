@@ -1,5 +1,7 @@
 """bitsandbytes: 4-bit codes of a table (nf4, fp4) with a scale per block (Dettmers et al., 2305.14314), and 8-bit rows (2208.07339)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def decode(parts: Parts, settings: Settings, where: str) -> Tensor:
         return _eight_bits(packed, parts, where)
     named = next((name for name in _STATES if name in parts), _STATES[0])
     state = parse_object(bytes(part(parts, named, where).to(torch.uint8).tolist()), f"{where}: quant_state")
-    shape = state.get("shape")
+    shape: Any = state.get("shape")
     sizes = isinstance(shape, list) and all(type(size) is int and 0 < size <= _MOST_ELEMENTS for size in shape)
     if not sizes or not 0 < (count := _product(shape)) <= 2 * packed.numel() * packed.element_size() + 1:
         raise UserError(f"{where}: quant_state: expected the shape of its weights, got {shape!r:.60}; {ORIGINAL}")
