@@ -20,6 +20,8 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.sources.plain import open_plain
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+"""Which peft still reads."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
