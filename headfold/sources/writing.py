@@ -100,7 +100,7 @@ def _name(directory: Path, shards: list[_Shard]) -> None:
     if len(shards) == 1:
         shards[0].path.rename(directory / single)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         shard.path.rename(directory / name)
