@@ -20,6 +20,8 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.sources.plain import open_plain
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+"""Which peft still reads."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -47,7 +49,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 11, "o_proj": 3}}),
     "dora": ("llama", {"use_dora": True}),
     "whole modules": ("llama", {"modules_to_save": ["lm_head"]}),
-    "biases": ("llama-bias-gqa", {"bias": "lora_only"}),
+    "biases": ("llama-bias-gqa", {"bias": "all"}),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "transposed dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),

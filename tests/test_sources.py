@@ -75,7 +75,11 @@ def test_a_gguf_file_gives_the_weights_that_it_was_made_of(name: str, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "fields", "expected"),
     [
-        ("llama", {"rope_parameters": LLAMA_3_TABLE | {"original_max_position_embeddings": 8192}}, "llama3"),
+        (
+            "llama",
+            {"rope_parameters": LLAMA_3_TABLE | {"rope_theta": 5e5, "original_max_position_embeddings": 8192}},
+            "llama3",
+        ),
         ("llama", {"rope_parameters": LLAMA_3_TABLE}, "longrope"),
         ("phi3 with factors", {}, "longrope"),
     ],
@@ -93,7 +97,7 @@ def test_rotary_tables_are_read(name: str, fields: dict[str, Any], expected: str
 
 
 def test_blocks_are_decoded_as_the_gguf_package_decodes_them(tmp_path: Path) -> None:
-    _, file = gguf_of("starcoder2", tmp_path, "q8_0", hidden_size=64)
+    _, file = gguf_of("starcoder2", tmp_path, "q8_0", hidden_size=64, intermediate_size=96)
     plain = open_plain(str(tmp_path))
     assert "Q8_0" in plain.origin and "dequantised to bfloat16: the fold starts" in plain.origin
     name = "blk.0.ffn_up.weight"

@@ -1,6 +1,6 @@
 """bitsandbytes: 4-bit codes of a table (nf4, fp4) with a scale per block (Dettmers et al., 2305.14314), and 8-bit rows (2208.07339)."""
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from ..core.json_input import parse_object
 from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part
 
 _STATES = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
-_MOST_ELEMENTS = 2**40
 
 
 def check(settings: Settings, where: str) -> str:
@@ -37,10 +36,8 @@ def decode(parts: Parts, settings: Settings, where: str) -> Tensor:
         return _eight_bits(packed, parts, where)
     named = next((name for name in _STATES if name in parts), _STATES[0])
     state = parse_object(bytes(part(parts, named, where).to(torch.uint8).tolist()), f"{where}: quant_state")
-    shape: Any = state.get("shape")
-    sizes = isinstance(shape, list) and all(type(size) is int and 0 < size <= _MOST_ELEMENTS for size in shape)
-    if not sizes or not 0 < (count := _product(shape)) <= 2 * packed.numel() * packed.element_size() + 1:
-        raise UserError(f"{where}: quant_state: expected the shape of its weights, got {shape!r:.60}; {ORIGINAL}")
+    shape = _shape(state, 2 * packed.numel() * packed.element_size(), where)
+    count = math.prod(shape)
     codes = packed.reshape(-1).view(torch.uint8)
     check_shape(f"{where}: weight", codes, (-(-count // 2),))
     codes = torch.stack([codes >> 4, codes & 15], 1).reshape(-1)[:count].long()
@@ -49,11 +46,13 @@ def decode(parts: Parts, settings: Settings, where: str) -> Tensor:
     return _scaled(table[codes], _scales(parts, state, where), _block(state, "blocksize", where), where).view(shape)
 
 
-def _product(sizes: list[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def _shape(state: Settings, most: int, where: str) -> list[int]:
+    """Return the shape of a weight, which has no more elements than its bytes hold."""
+    shape = state.get("shape")
+    sizes = shape if isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) else [0]
+    if not 0 < math.prod(sizes) <= most:
+        raise UserError(f"{where}: quant_state: expected the shape of its weights, got {shape!r:.60}; {ORIGINAL}")
+    return sizes
 
 
 def _scales(parts: Parts, state: Settings, where: str) -> Tensor:

@@ -81,7 +81,8 @@ def _merged(weight: Tensor, adapter: Adapter, module: str, transposed: bool, whe
     down, up = (parts[f"embedding_{side}" if embeds else side] for side in "AB")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     product = up.to(dtype) @ down.to(dtype) * adapter.scaling(module, len(down))
-    turned = embeds or (tuple(weight.shape) != tuple(product.shape) if not _is_square(product) else transposed)
+    square = len(product) == product.shape[1]
+    turned = embeds or (transposed if square else tuple(weight.shape) == tuple(product.T.shape))
     rows = (weight.T if turned and weight.dim() == 2 else weight).to(dtype)
     _check_shape(where, rows, tuple(product.shape))
     new = rows + product
@@ -89,10 +90,6 @@ def _merged(weight: Tensor, adapter: Adapter, module: str, transposed: bool, whe
         _check_shape(f"{where}: magnitude", magnitude.reshape(-1), (len(new),))
         new = new * (magnitude.reshape(-1, 1).to(dtype) / new.norm(dim=1, keepdim=True))
     return (new.T if turned else new).to(weight.dtype).contiguous()
-
-
-def _is_square(matrix: Tensor) -> bool:
-    return matrix.shape[0] == matrix.shape[1]
 
 
 def _check_shape(where: str, found: Tensor, expected: tuple[int, ...]) -> None:
