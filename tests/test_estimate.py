@@ -94,7 +94,7 @@ def told(
     opened = open_source(path, False)
     request = resolve_fold(
         opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge, refit=refit, heal=heal,
-        heal_tokens=None, heal_by=heal_by, data=CalibrationRequest(source, tokens, context=32), stats=None,
+        heal_tokens=None, heal_by=heal_by if heal else None, data=CalibrationRequest(source, tokens, context=32), stats=None,
     )  # fmt: skip
     teacher = Teacher(opened, request.calibration, "cpu", torch.float32)
     return estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies, **also)
