@@ -98,8 +98,8 @@ def inspect(
         UserError: a source that cannot be folded or read, or a workload that the model does not take.
     """
     source = open_source(model)
-    known, asked = open_stats(stats, source), (context, batch, memory, gpu)
-    advice = None if asked == (None,) * 4 else advise(source, workload(source, *asked))
+    known, served = open_stats(stats, source), (context, batch, memory, gpu)
+    advice = None if served == (None,) * 4 else advise(source, workload(source, *served))
     first, config, per_token = source.sites[0], source.checkpoint.config, source.kv_bytes_per_token()
     sites, advance = [], counter(progress or no_progress, "inspect", len(source.every_site))
     for site in source.every_site:
