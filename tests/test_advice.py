@@ -21,6 +21,7 @@ from headfold.checkpoint.headers import TensorInfo
 from headfold.checkpoint.reader import Checkpoint
 from headfold.conversion.source import Source, open_source
 from headfold.core.errors import UserError
+from headfold.core.sizes import parse_size
 from headfold.families import family_of
 from headfold.families.spec import sites
 from headfold.planning import make_plan
@@ -220,6 +221,17 @@ def test_the_command_line_says_all_of_it(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, words).stdout
     assert "8 (now)" in shown and advice["reason"] in shown and "64 tokens x 1,000,000, on 4090 (1 GiB" in shown
     assert json.loads(CliRunner().invoke(cli.app, ["inspect", model, "--json"]).stdout)["advice"] is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("40KiB", 40960), ("65536", 65536), ("1.5 kB", 1500), ("2MiB", 2 << 20)])
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size("--kv-bytes", text, "bytes") == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "4 apples", "1.2.3"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--kv-bytes .*: expected bytes"):
+        parse_size("--kv-bytes", text, "bytes")
 
 
 def test_help_lists_the_gpus() -> None:

@@ -24,7 +24,6 @@ from headfold.conversion.folded_config import folded_config as config_of
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
-from headfold.core.sizes import parse_size
 from headfold.evaluate.sensitivity import Divergence, measure_sites_alone, replaced_parameters
 from headfold.families.spec import Site
 
@@ -105,17 +104,6 @@ def test_loss_between_measured_counts_follows_the_prediction() -> None:
     for count, error in predicted.items():
         assert math.isclose(interpolated_loss(count, predicted, measured), 3 * error**2, rel_tol=1e-9), count
     assert interpolated_loss(2, predicted, {4: 0.1}) == pytest.approx(0.2)  # of one point: in proportion
-
-
-@pytest.mark.parametrize(("text", "size"), [("40KiB", 40960), ("65536", 65536), ("1.5 kB", 1500), ("2MiB", 2 << 20)])
-def test_sizes(text: str, size: float) -> None:
-    assert parse_size("--kv-bytes", text, "bytes per token such as 40KiB") == size
-
-
-@pytest.mark.parametrize("text", ["", "many", "-3", "0", "4 apples", "1.2.3"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="--kv-bytes"):
-        parse_size("--kv-bytes", text, "bytes per token such as 40KiB")
 
 
 def test_shares() -> None:

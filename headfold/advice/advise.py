@@ -178,7 +178,7 @@ def _decide(
 ) -> tuple[FoldOption | None, str]:
     """Return the fold to begin with, the one with most K/V heads that serves, or None, and why."""
     now, folds = options[0], options[1:]
-    served = f"{work.context:,} tokens x {work.batch:,}"
+    wanted = f"{work.context:,} tokens x {work.batch:,}"
     if not folds:
         return None, f"there is nothing to fold: equal groups allow no fewer than {_counted(now)}"
     if options[-1].weight_bytes > work.usable:
@@ -188,10 +188,10 @@ def _decide(
         )
     if not now.fits:
         if fitting := [option for option in folds if option.fits]:
-            return fitting[0], f"folding pays: {served} does not fit now, and fits with {_counted(fitting[0])}"
+            return fitting[0], f"folding pays: {wanted} does not fit now, and fits with {_counted(fitting[0])}"
         least = options[-1]
         return None, (
-            f"folding is not enough: {served} does not fit with {_counted(least)} either; there at most "
+            f"folding is not enough: {wanted} does not fit with {_counted(least)} either; there at most "
             f"{least.longest_context or 0:,} tokens x {work.batch:,}, or {work.context:,} tokens x {least.largest_batch or 0:,}, do"
         )
     share = f"reading the cache is {now.cache_share or 0:.0%} of a decoding step"
