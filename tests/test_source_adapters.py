@@ -71,7 +71,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(case: str, tmp_path: Path) -> No
         read = found.read(tensor)
         assert_tight(read, expected[tensor])
         changed += not torch.equal(read, before[tensor])
-    assert changed >= 4
+    assert changed >= 3
 
 
 def test_an_adapter_of_pickled_tensors(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def open_source(
     Raises:
         UserError: whatever makes folding impossible, in one line.
     """
-    plain = open_plain(str(model), adapter and str(adapter), progress or no_progress, say)
+    plain = open_plain(str(model), None if adapter is None else str(adapter), progress or no_progress, say)
     checkpoint = Checkpoint.open(plain.path)
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
