@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -267,13 +267,20 @@ def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     one_line(error, "other users", "XDG_CACHE_HOME")
 
 
-def test_two_at_once_make_it_once(tmp_path: Path) -> None:
+def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first, and uses what that made."""
-    source = checkpoint(tmp_path / "model", *awq()[:2])
-    code = f"from headfold.sources.plain import open_plain; print(open_plain({str(source)!r}).path)"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = {process.communicate()[0] for process in both}
-    assert len(found) == 1 and [process.returncode for process in both] == [0, 0]
+    source, made, make = checkpoint(tmp_path / "model", *awq()[:2]), [], plain_source._make
+
+    def slowly(*arguments: Any) -> Any:
+        made.append(arguments)
+        time.sleep(0.2)
+        return make(*arguments)
+
+    monkeypatch.setattr(plain_source, "_make", slowly)
+    monkeypatch.setattr(plain_source, "_PATIENCE", 0.02)
+    with ThreadPoolExecutor(2) as pool:
+        found = {*pool.map(lambda _: open_plain(str(source)).path, range(2))}
+    assert len(found) == len(made) == 1
 
 
 def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def locate_adapter(adapter: str) -> Path:
         UserError: as `resolve`.
     """
     path = Path(adapter).expanduser()
-    if path.is_dir():
+    if adapter.strip() and path.is_dir():
         check_entries(path)
         return path
     if not adapter.strip() or path.exists() or _is_path(adapter):

@@ -108,8 +108,8 @@ def opened_models(
 
 
 def _opened(name: str, attentions: Sequence[str], dtype: torch.dtype | None, device: str) -> BenchModel:
-    chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: Any = load(resolve(name), **chosen)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model: Any = load(resolve(name), **options)
     model = model.to(device)
     _require_text(name, model)
     return BenchModel(name.rstrip("/"), model, _attentions(model, attentions))
