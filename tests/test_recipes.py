@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import headfold
 from headfold.checkpoint.cards import CARD
 from headfold.cli import app
-from headfold.core.errors import UserError
+from headfold.core.errors import AlreadyFinished, UserError
 from headfold.recipes import yaml_input
 from headfold.recipes.recipe import NAME
 from headfold.verbs import run as verb
@@ -145,10 +145,60 @@ def test_the_output_of_another_recipe_is_kept(tmp_path: Path) -> None:
         headfold.run(other, tmp_path / "out")
     assert (tmp_path / "out" / "half" / "mine.txt").exists()
     assert headfold.run(other, tmp_path / "out", force=True).rows[0].fold.num_kv_heads_after == 1
+    assert not (tmp_path / "out" / "half" / "mine.txt").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="other files"):
         headfold.run(other, tmp_path / "full")
+
+
+def test_other_data_are_another_output(tmp_path: Path) -> None:
+    """Names of files are not what decides, but what is in them; the same recipe begins anew if it is told to."""
+    text = tmp_path / "text.txt"
+    shutil.copyfile(DATA["calibration"], text)
+    recipe = several(tmp_path, every={**DATA, "calibration": str(text)}, folds={"half": {"kv_heads": 2}})
+    headfold.run(recipe, tmp_path / "out")
+    before = (tmp_path / "out" / "half").stat().st_ino
+    headfold.run(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "half").stat().st_ino == before
+    headfold.run(recipe, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "half").stat().st_ino != before
+    text.write_text("edcba" * 400)
+    with pytest.raises(UserError, match="of the same model and files"):
+        headfold.run(recipe, tmp_path / "out")
+
+
+def test_a_fold_that_was_whole_when_it_was_killed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., Any] = verb.fold
+
+    def folds(model: Any, out: Path, **options: Any) -> Any:
+        if not options["force"]:
+            raise AlreadyFinished("nothing is left to do")
+        return real(model, out, **options)
+
+    folds.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
+    monkeypatch.setattr(verb, "fold", folds)
+    assert [row.name for row in verb.run(several(tmp_path), tmp_path / "out").rows] == ["half", "mean"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what peft calls
+def test_an_adapter_is_part_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds are compared with the model in which it is merged, and the recipe of a fold names it."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(source_checkpoint())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    folds, measured = {"all": {"kv_heads": 8, "refit": False}}, {"text": DATA["calibration"], "limit": 64}
+    recipe = several(tmp_path, adapter=str(tmp_path / "lora"), folds=folds, eval=measured)
+    found = headfold.run(recipe, tmp_path / "out").rows[0]
+    assert found.value == pytest.approx(found.original, abs=1e-5)
+    written = yaml.safe_load((tmp_path / "out" / "all" / NAME).read_text())
+    assert written["adapter"] == "lora" and "adapter" not in written["fold"]
 
 
 def test_a_recipe_is_of_one_model(tmp_path: Path) -> None:
@@ -175,7 +225,7 @@ folds:
         ("1/2", "1/2\n    tokens: many", "5: tokens: expected a whole number, got 'many'"),
         ("1/2", "1/2\n    tokens: true", "5: tokens: expected a whole number, got True"),
         ("1/2", "1/2\n    refit: 1", "5: refit: expected true or false, got 1"),
-        ("1/2", "1/2\n    columns: a", "5: columns: expected a list, got 'a'"),
+        ("1/2", "1/2\n    columns: a", "5: columns: expected a list of texts, got 'a'"),
         ("1/2", "1/2\n    progress: a", "5: progress: no such option"),
         ("1/2", "1/2\n    merge: meen", "3: half: unknown merge method 'meen'; did you mean mean?"),
         ("1/2", "1/2\n    plan: plan.json", "3: half: expected either kv_heads or plan, got both"),
@@ -193,7 +243,11 @@ folds:
         ("1/2", ".inf", "4: expected text or a number"),
         ("1/2", "1" * 50, "4: expected a number of at most"),
         ("1/2", "1" * 5000, "not valid YAML"),
-        ("1/2", "!!python/name:os.system ''", "4: not valid YAML"),
+        ("1/2", "!!python/name:os.system ''", "4: expected no tags"),
+        ("1/2", "!!int ''", "4: expected no tags, got"),
+        ("1/2", "1/2\n    columns: [1]", "5: columns: expected a list of texts, got [1]"),
+        ("1/2", "1/2\n    push_to_hub: me/mine", "5: push_to_hub: no such option"),
+        ("1/2", "1/2\n    device: cuda", "5: device: no such option"),
         ("1/2", "&a 1/2\n    tokens: *a", "5: expected no aliases, got *a"),
         ("1/2", '"a\\nb"', "4: expected printable text"),
         ("1/2", "{{", "not valid YAML"),

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from ..core.errors import UserError, suggest
+from ..core.files import file_digest
 from .yaml_input import Entry, read_mapping
 
 NAME = "headfold.yaml"
 """Name of the recipe that lies beside every fold."""
-_PARTS = ("headfold", "model", "source", "every", "fold", "folds", "eval", "report")
-_OF_A_RUN = ("model", "out", "reference", "compare", "force", "progress", "say", "tokenizer")
-"""Options of a verb that a recipe gives elsewhere, or cannot give."""
+_PARTS = ("headfold", "model", "adapter", "source", "every", "fold", "folds", "eval", "report")
+_OF_A_RUN = (
+    "model", "out", "adapter", "reference", "compare", "force", "device", "push_to_hub", "progress", "say", "tokenizer",
+)  # fmt: skip
+"""Options of a verb that a recipe gives elsewhere, that belong to a run, or that only a program can give."""
+_FILES = ("calibration", "stats", "text")
+"""Options that may name a file, whose contents then decide the output too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class Recipe:
     path: Path
     model: str
     folds: tuple[FoldStep, ...]
+    adapter: str | None = None
+    """A LoRA adapter that is merged into the model first."""
     version: str = ""
     """The version of headfold that wrote it; empty for one that was written by hand."""
     source: str = ""
@@ -60,12 +67,25 @@ class Recipe:
             where = f"{self.path}:{line}: " if line else ""
             raise type(error)(f"{where}{name and f'{name}: '}{error}") from error
 
+    def plan_of(self, step: FoldStep) -> str | None:
+        """Return the path of a fold's plan: beside the recipe, where a fold keeps its own, or as it is written; None without a plan."""
+        if (name := step.options.get("plan")) is None:
+            return None
+        beside = self.path.parent / name
+        return str(beside) if beside.is_file() else str(name)
+
+    def _digests(self) -> dict[str, str | None]:
+        """Return the digest of every file that an option names, by its name."""
+        every = [*(step.options for step in self.folds), self.evaluation or {}]
+        named = {str(options[name]) for options in every for name in _FILES if name in options}
+        plans = {plan for step in self.folds if (plan := self.plan_of(step)) is not None}
+        return {name: file_digest(name) for name in sorted(named | plans)}
+
     def facts(self) -> dict[str, Any]:
-        """Return what decides the output, as JSON."""
+        """Return what decides the output beside the model, as JSON."""
         return {
-            "model": self.model,
-            "source": self.source,
             "folds": {step.name: dict(step.options) for step in self.folds},
+            "files": self._digests(),
             "eval": None if self.evaluation is None else dict(self.evaluation),
             "report": self.report,
         }
@@ -87,7 +107,9 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
             f"{path}: expected either fold, with options, or folds, with a name before the options of each, got {got}; give one"
         )
     texts = {
-        name: _typed(path, name, entries[name], str) for name in ("headfold", "model", "source") if name in entries
+        name: _typed(path, name, entries[name], str)
+        for name in ("headfold", "model", "adapter", "source")
+        if name in entries
     }
     known = _options(fold)
     shared = _checked(path, "every", entries["every"], known) if "every" in entries else {}
@@ -108,7 +130,7 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
             )
     lines = {name: entries[name].line if name in entries else 0 for name in ("eval", "report", "model")}
     return Recipe(
-        path, texts["model"], tuple(steps), texts.get("headfold", ""), texts.get("source", ""),
+        path, texts["model"], tuple(steps), texts.get("adapter"), texts.get("headfold", ""), texts.get("source", ""),
         _checked(path, "eval", entries["eval"], _options(evaluate)) if "eval" in entries else None, lines["eval"],
         _typed(path, "report", entries["report"], bool) if "report" in entries else False, lines["report"], lines["model"],
     )  # fmt: skip
@@ -164,8 +186,9 @@ def _refuse_type(path: Path, name: str, entry: Entry, annotation: Any) -> None:
         UserError: names the line, and the types that it takes.
     """
     kinds = _kinds(annotation)
-    if type(entry.value) not in kinds and not (type(entry.value) is int and float in kinds):
-        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+    fits = type(entry.value) in kinds or (type(entry.value) is int and float in kinds)
+    if not fits or (isinstance(entry.value, list) and not all(isinstance(item, str) for item in entry.value)):
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}
         expected = " or ".join(words[kind] for kind in words if kind in kinds)
         raise UserError(f"{path}:{entry.line}: {name}: expected {expected}, got {_shown(entry.value)}; correct it")
 
@@ -189,8 +212,10 @@ def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any
     """Return the recipe of one fold: `headfold run` makes the same bytes of it."""
     import yaml
 
+    options = dict(options)
+    named = {"model": model, **({"adapter": options.pop("adapter")} if "adapter" in options else {})}
     # A path of this machine says nothing elsewhere, and a card has none either.
-    name = Path(model).name if Path(model).is_absolute() else model
-    parts = {"headfold": version, "model": name, "source": source, "fold": dict(options)}
+    short = {key: Path(name).name if Path(name).is_absolute() else name for key, name in named.items()}
+    parts = {"headfold": version, **short, "source": source, "fold": options}
     written = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=1000)
     return f"# headfold run {NAME} OUT repeats this fold.\n{written}"

@@ -69,8 +69,10 @@ class Steps:
             UserError: other files, or the output of another recipe, lie there and `force` is not given.
         """
         file = out / FILE
+        if force:
+            return cls(out, facts)
         if not file.exists():
-            if has_contents(out) and not force:
+            if has_contents(out):
                 raise UserError(
                     f"{out}: expected the output of this recipe or nothing, got other files; choose another"
                 )
@@ -81,12 +83,10 @@ class Steps:
             if found.get("recipe") == json.loads(json.dumps(facts)):
                 there = {name: one for name, one in kept.done.items() if (out / name).is_dir()}
                 return cls(out, facts, kept.begun, there)
-        if not force:
-            raise UserError(
-                f"{file}: expected the output of this recipe on this model, got that of another; choose another directory, or --force to "
-                "start over"
-            )
-        return cls(out, facts)
+        raise UserError(
+            f"{file}: expected the output of this recipe, of the same model and files, got another; choose another directory, or --force "
+            "to start over"
+        )
 
     def begin(self, name: str) -> "Steps":
         """Return the steps with a fold that is about to be made, after writing them down."""

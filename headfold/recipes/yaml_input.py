@@ -50,6 +50,8 @@ def _mapping(text: bytes, where: str) -> dict[str, Entry]:
                 raise UserError(
                     f"{where}:{_line(event)}: expected no aliases, got *{event.anchor}; write the value again"
                 )
+            if (tag := getattr(event, "tag", None)) is not None:
+                raise UserError(f"{where}:{_line(event)}: expected no tags, got {tag!r:.60}; leave it out")
         loader = yaml.SafeLoader(decoded)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):

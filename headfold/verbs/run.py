@@ -7,11 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.hub import NamedDirectory
 from ..checkpoint.staging import refuse_overlap, write_json
 from ..comparison import scored
 from ..conversion.outputs import owned_directory
-from ..conversion.source import open_source
-from ..core.errors import UserError
+from ..conversion.source import Source, open_source
+from ..core.errors import AlreadyFinished, UserError
 from ..core.progress import Progress
 from ..evaluate.data import DataEvaluation
 from ..evaluate.perplexity import Evaluation
@@ -71,8 +72,7 @@ def run(
     read, out = on_main(lambda: read_recipe(Path(recipe), fold, evaluate)), Path(out)
     name = read.model if model is None else str(model)
     with read.at(read.model_line if model is None else 0):
-        adapter = read.folds[0].options.get("adapter") if read.is_single else None
-        source = on_all(lambda: open_source(name, adapter=adapter, progress=progress))
+        source = on_all(lambda: open_source(name, adapter=read.adapter, progress=progress, say=say))
         if read.source not in ("", source.checkpoint.fingerprint()):
             raise UserError(
                 f"{name}: expected the model that the recipe was made of, got another; pass it with --model"
@@ -84,10 +84,11 @@ def run(
         )
     _check(read)
     how: dict[str, Any] = {"device": device, "progress": progress}
+    original = NamedDirectory(source.plain.path, name)
     if read.is_single:
         return RunResult(out, [Row("", _fold(read, read.folds[0], name, out, {**how, "say": say}, force))])
     with owned_directory(out):
-        steps = on_main(lambda: Steps.opened(out, {**read.facts(), "model": source.checkpoint.fingerprint()}, force))
+        steps = on_main(lambda: Steps.opened(out, _facts(read, source), force))
         for number, step in enumerate(read.folds):
             if step.name not in steps.done:
                 say(f"{step.name}: fold {number + 1} of {len(read.folds)}")
@@ -97,13 +98,18 @@ def run(
                 steps = on_main(partial(steps.finish, step.name, made))
         rows = [Row(step.name, steps.done[step.name]) for step in read.folds]
         if read.evaluation is not None:
-            rows = [_measured(read, row, out, name, how) for row in rows]
+            rows = [_measured(read, row, out, original, how) for row in rows]
         page = out / PAGE if read.report else None
         if page is not None:
             shown = [out / row.name for row in rows] + [out / _file(row) for row in rows if row.metric]
             with read.at(read.report_line):
-                report(shown, out=page, original=name, force=True, device=device, progress=progress)
+                report(shown, out=page, original=original.path if read.adapter else name, force=True, **how)
     return RunResult(out, rows, page)
+
+
+def _facts(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Return what decides the output."""
+    return {**recipe.facts(), "model": source.checkpoint.fingerprint(), "version": version("headfold")}
 
 
 def _check(recipe: Recipe) -> None:
@@ -121,21 +127,26 @@ def _check(recipe: Recipe) -> None:
 
 def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[str, Any], force: bool) -> FoldFacts:
     """Fold as a step says."""
-    options = {**how, **step.options}
-    if (plan := step.options.get("plan")) and (beside := recipe.path.parent / plan).is_file():
-        options["plan"] = beside  # a fold keeps the plan that it was made by
+    options = {**how, **step.options, "adapter": recipe.adapter}
+    if (plan := recipe.plan_of(step)) is not None:
+        options["plan"] = plan
     with recipe.at(step.line, step.name):
-        found = fold(model, out, force=force, **options)
+        try:
+            found = fold(model, out, force=force, **options)
+        except AlreadyFinished:  # it was killed after it was whole, so what it printed is not known
+            if recipe.is_single:
+                raise
+            found = fold(model, out, force=True, **options)
     return FoldFacts(
         found.num_kv_heads_least, found.num_kv_heads_after, found.kv_bytes_before, found.kv_bytes_after,
         round(sum(found.seconds.values()), 1), found.notes,
     )  # fmt: skip
 
 
-def _measured(recipe: Recipe, row: Row, out: Path, model: str, how: Mapping[str, Any]) -> Row:
+def _measured(recipe: Recipe, row: Row, out: Path, original: NamedDirectory, how: Mapping[str, Any]) -> Row:
     """Measure a fold beside the model, and write what `headfold eval --json` prints."""
     with recipe.at(recipe.evaluation_line, row.name):
-        found = evaluate(out / row.name, reference=model, **{**how, **(recipe.evaluation or {})})
+        found = evaluate(out / row.name, reference=original, **{**how, **(recipe.evaluation or {})})
         if not isinstance(found, Evaluation | DataEvaluation):
             raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
     on_main(lambda: write_json(out / _file(row), facts(found)))
