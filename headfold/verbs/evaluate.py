@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import read_config
+from ..checkpoint.hub import NamedDirectory
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
@@ -37,7 +38,7 @@ def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
     compare: "Sequence[str | Path | PreTrainedModel]" = (),
-    reference: "str | Path | PreTrainedModel | None" = None,
+    reference: "str | Path | NamedDirectory | PreTrainedModel | None" = None,
     text: str | Iterable[Any] | None = None,
     metric: str | None = None,
     columns: Sequence[str] | None = None,

@@ -150,8 +150,8 @@ def _measured(recipe: Recipe, row: Row, out: Path, original: NamedDirectory, how
         if not isinstance(found, Evaluation | DataEvaluation):
             raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
     on_main(lambda: write_json(out / _file(row), facts(found)))
-    metric, value, original, _, kl = scored(found)
-    return replace(row, metric=metric, value=value, original=original, kl=kl)
+    metric, value, unfolded, _, kl = scored(found)
+    return replace(row, metric=metric, value=value, original=unfolded, kl=kl)
 
 
 def _file(row: Row) -> str:
