@@ -29,6 +29,7 @@ from headfold.hf_models import open_tokenizer
 from headfold.pages import contents, costs, grouping, summary, writing
 from headfold.pages.cards import card_of
 from headfold.pages.continuations import PROMPTS, _greedy
+from headfold.pages.elements import as_script
 from headfold.pages.folds import open_fold, open_original
 from headfold.pages.page import require_charts
 from headfold.verbs.frontier import Frontier
@@ -143,6 +144,12 @@ def test_the_picture_colours_each_query_head_by_its_kv_head(fold: Path) -> None:
     )
     assert drawn == expected
     assert len({grouping.colour_of(group) for group in range(64)}) == 64
+
+
+def test_numbers_that_json_lacks_are_null_in_a_script() -> None:
+    lost = {"points": [float("nan"), {"loss": (float("-inf"), 0.5)}], "name": "</script>"}
+    text = as_script(lost)
+    assert json.loads(text) == {"points": [None, {"loss": [None, 0.5]}], "name": "</script>"} and "<" not in text
 
 
 def test_samples_are_what_the_models_write(page, model: Path, fold: Path, tmp_path: Path) -> None:
