@@ -16,6 +16,7 @@ from results import PAIRED
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 from test_docs import parses
+from wrapped_models import wrapped_checkpoint
 
 import headfold
 from headfold.budget.frontier import Point
@@ -144,6 +145,28 @@ def test_the_picture_colours_each_query_head_by_its_kv_head(fold: Path) -> None:
     )
     assert drawn == expected
     assert len({grouping.colour_of(group) for group in range(64)}) == 64
+
+
+BASELINE = dict(merge="mean", group="contiguous", refit=False, verify=False)
+
+
+@pytest.mark.parametrize("how", ["nested", "fields left out", "flat", "unequal groups"])
+def test_the_picture_of_a_wrapper_has_the_query_heads_of_its_language_model(how: str, tmp_path: Path) -> None:
+    """Two for each of four K/V heads, wherever the config says so."""
+    kind = {"nested": "llava", "fields left out": "gemma3", "flat": "qwen2_vl", "unequal groups": "llava"}[how]
+    source = Path(shutil.copytree(wrapped_checkpoint(kind, num_key_value_heads=4), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    if how == "fields left out":
+        del config["text_config"]["num_attention_heads"]
+    if how == "flat":
+        config = {**config.pop("text_config"), **config}
+    write_json(source / "config.json", config)
+    uneven = {"kv_heads": 3, "group": "kmeans:cost=wse"} if how == "unequal groups" else {"kv_heads": 2}
+    headfold.fold(source, tmp_path / "out", **{**BASELINE, **uneven})
+    opened = open_fold(tmp_path / "out", "out")
+    assert opened.query_heads == {"layers.0.self": 2, "layers.1.self": 2}
+    per_head = 2 * 2 * opened.plan.sites["layers.0.self"].head_dim * 8
+    assert opened.kv_bytes_per_token == uneven["kv_heads"] * per_head
 
 
 def test_numbers_that_json_lacks_are_null_in_a_script() -> None:

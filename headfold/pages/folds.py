@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.reader import Checkpoint
 from ..conversion.serving_cost import serving_cost
@@ -12,7 +13,9 @@ from ..corpus.samples import kind_of
 from ..families import all_families
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.spec import sites
+from ..families.wrapped import attention_type, is_wrapper, language_config
 from ..hf_models import stored_dtype
+from ..hf_models.building import open_config
 from ..reports.card import source_metadata
 from ..runtime.load import read_checked_config
 from .cards import card_of
@@ -28,6 +31,8 @@ def open_fold(path: Path, name: str) -> Fold:
         UserError: it is unfinished, its files are corrupt, or they disagree.
     """
     config = read_checked_config(path)
+    if is_wrapper(config):  # published ones leave out what a class assumes
+        config = open_config(config, f"{path}/config.json").to_dict()
     checkpoint, plan = Checkpoint.open(path), Plan.load(path / PLAN)
     try:
         kv_bytes = stored_kv_bytes_per_token(config, checkpoint.tensors, stored_dtype(path).itemsize)
@@ -41,7 +46,7 @@ def open_fold(path: Path, name: str) -> Fold:
         base_model=named if isinstance(named, str) else "",
         card=card_of(path),
         plan=plan,
-        query_heads=_query_heads(checkpoint, plan),
+        query_heads=_query_heads(config, checkpoint, plan),
         kv_bytes_per_token=kv_bytes,
         weight_bytes=checkpoint.num_bytes,
     )
@@ -66,14 +71,13 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
     return Original(source.checkpoint.path, source.checkpoint.num_bytes, costs)
 
 
-def _query_heads(checkpoint: Checkpoint, plan: Plan) -> Mapping[str, int]:
+def _query_heads(config: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan) -> Mapping[str, int]:
     """Return the query heads of each K/V head of the original; 1 where the config does not say how many there are."""
-    config = checkpoint.config
-    family = next((one for one in all_families().values() if config.get("model_type") in one.model_types), None)
+    family = next((one for one in all_families().values() if attention_type(config) in one.model_types), None)
     try:
         listed = sites(family, config, checkpoint.tensors) if family is not None else []
     except UserError:  # a layout with other names of its tensors
         listed = []
     counted = {site.name: site.num_heads for site in listed}
-    usual = config.get("num_attention_heads") or 0
+    usual = language_config(config).get("num_attention_heads") or 0
     return {name: max(1, counted.get(name, usual) // site.groups.num_heads) for name, site in plan.sites.items()}
