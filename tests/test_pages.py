@@ -16,6 +16,7 @@ from results import PAIRED
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 from test_docs import parses
+from tiny import tiny_checkpoint
 from wrapped_models import wrapped_checkpoint
 
 import headfold
@@ -167,6 +168,26 @@ def test_the_picture_of_a_wrapper_has_the_query_heads_of_its_language_model(how:
     assert opened.query_heads == {"layers.0.self": 2, "layers.1.self": 2}
     per_head = 2 * 2 * opened.plan.sites["layers.0.self"].head_dim * 8
     assert opened.kv_bytes_per_token == uneven["kv_heads"] * per_head
+
+
+def test_the_original_of_a_wrapper_continues_texts_and_has_its_costs(page, model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(wrapped_checkpoint("llava", torch.float32), source)
+    open_tokenizer(model).save_pretrained(source)
+    headfold.fold(source, out, kv_heads=2, **BASELINE)
+    found = page(out, "--original", source, "--prompt", "the quick", "--new-tokens", 2)
+    assert "Sample 1" in found.text and f"headfold bench {source} {out} --json > bench.json" in found.absent
+    before, after = open_original(str(source), [open_fold(out, "out")]).costs["out"]
+    assert before.kv_bytes_per_token == 4 * after.kv_bytes_per_token == 2 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_original_of_an_encoder_decoder_is_counted_as_it_was_folded(encoder: bool, tmp_path: Path) -> None:
+    source = tiny_checkpoint("t5")
+    result = headfold.fold(source, tmp_path / "out", kv_heads=2, encoder=encoder, **BASELINE)
+    assert open_original(str(source), [open_fold(tmp_path / "out", "out")]).costs == {
+        "out": (result.before, result.after)
+    }
 
 
 def test_numbers_that_json_lacks_are_null_in_a_script() -> None:

@@ -1,6 +1,7 @@
 """Open a folded checkpoint, and the original beside it, for a page: files and headers alone, no weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
         UserError: it cannot be read, or a fold was made of another.
     """
     costs = {}
-    source = open_source(name, encoder=True)
+    source = open_source(name)
     fingerprint = source.checkpoint.fingerprint()
     for fold in folds:
         if fold.plan.source != fingerprint:
@@ -67,7 +68,9 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
                 f"--original {name}: expected the checkpoint that {fold.name} was folded from, got another (fingerprints differ); name "
                 "that one, or leave --original out"
             )
-        costs[fold.name] = (serving_cost(source), serving_cost(source, fold.plan))
+        encoder = any(site.optional and site.name in fold.plan.sites for site in source.every_site)
+        folded = replace(source, encoder=encoder)
+        costs[fold.name] = (serving_cost(folded), serving_cost(folded, fold.plan))
     return Original(source.checkpoint.path, source.checkpoint.num_bytes, costs)
 
 
