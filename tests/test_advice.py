@@ -1,6 +1,7 @@
 """Advice before a fold agrees with figures computed by hand, with what a fold then caches, and with what a decoding step reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from headfold.core.sizes import parse_size
 from headfold.families import family_of
 from headfold.families.spec import sites
 from headfold.planning import make_plan
+from headfold.sources.plain import Plain
 
 SEVEN = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000, max_position_embeddings=4096
@@ -43,8 +45,8 @@ def unwritten(model_class: Any, config: Any) -> Source:
         at += 2 * tensor.numel()
     fields = config.to_dict() | {"architectures": [model_class.__name__]}
     checkpoint = Checkpoint(Path("my-model"), fields, tensors, ("model.safetensors",), {}, None)
-    family = family_of(fields, "my-model")
-    return Source("my-model", checkpoint, fields, family, sites(family, fields, tensors))
+    family, place = family_of(fields, "my-model"), Path("my-model")
+    return Source("my-model", Plain(place, place), checkpoint, fields, family, sites(family, fields, tensors))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,9 @@ def test_a_llama_of_7b_by_hand(seven: Source) -> None:
     assert now.longest_context == 4096 == found.own_context  # 7,649 tokens would fit
     assert found.pays and found.command == "headfold fold my-model my-model-gqa --kv-heads 16"
     assert "the cache is 72% of a decoding step" in found.reason
+    adapted = replace(seven, plain=replace(seven.plain, adapter="my adapter"))
+    command = advise(adapted, workload(seven, 4096, 16, None, "a100-80gb")).command
+    assert command == f"{found.command} --adapter 'my adapter'"
 
 
 def test_what_does_not_fit_gets_the_mildest_fold_that_does(seven: Source) -> None:

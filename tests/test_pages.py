@@ -16,6 +16,8 @@ from results import PAIRED
 from test_budget import stats  # noqa: F401 - fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
 from test_docs import parses
+from tiny import tiny_checkpoint
+from wrapped_models import wrapped_checkpoint
 
 import headfold
 from headfold.budget.frontier import Point
@@ -29,6 +31,7 @@ from headfold.hf_models import open_tokenizer
 from headfold.pages import contents, costs, grouping, summary, writing
 from headfold.pages.cards import card_of
 from headfold.pages.continuations import PROMPTS, _greedy
+from headfold.pages.elements import as_script
 from headfold.pages.folds import open_fold, open_original
 from headfold.pages.page import require_charts
 from headfold.verbs.frontier import Frontier
@@ -143,6 +146,54 @@ def test_the_picture_colours_each_query_head_by_its_kv_head(fold: Path) -> None:
     )
     assert drawn == expected
     assert len({grouping.colour_of(group) for group in range(64)}) == 64
+
+
+BASELINE = dict(merge="mean", group="contiguous", refit=False, verify=False)
+
+
+@pytest.mark.parametrize("how", ["nested", "fields left out", "flat", "unequal groups"])
+def test_the_picture_of_a_wrapper_has_the_query_heads_of_its_language_model(how: str, tmp_path: Path) -> None:
+    """Two for each of four K/V heads, wherever the config says so."""
+    kind = {"nested": "llava", "fields left out": "gemma3", "flat": "qwen2_vl", "unequal groups": "llava"}[how]
+    source = Path(shutil.copytree(wrapped_checkpoint(kind, num_key_value_heads=4), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    if how == "fields left out":
+        del config["text_config"]["num_attention_heads"]
+    if how == "flat":
+        config = {**config.pop("text_config"), **config}
+    write_json(source / "config.json", config)
+    uneven = {"kv_heads": 3, "group": "kmeans:cost=wse"} if how == "unequal groups" else {"kv_heads": 2}
+    headfold.fold(source, tmp_path / "out", **{**BASELINE, **uneven})
+    opened = open_fold(tmp_path / "out", "out")
+    assert opened.query_heads == {"layers.0.self": 2, "layers.1.self": 2}
+    per_head = 2 * 2 * opened.plan.sites["layers.0.self"].head_dim * 8
+    assert opened.kv_bytes_per_token == uneven["kv_heads"] * per_head
+
+
+def test_the_original_of_a_wrapper_continues_texts_and_has_its_costs(page, model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(wrapped_checkpoint("llava", torch.float32), source)
+    open_tokenizer(model).save_pretrained(source)
+    headfold.fold(source, out, kv_heads=2, **BASELINE)
+    found = page(out, "--original", source, "--prompt", "the quick", "--new-tokens", 2)
+    assert "Sample 1" in found.text and f"headfold bench {source} {out} --json > bench.json" in found.absent
+    before, after = open_original(str(source), [open_fold(out, "out")]).costs["out"]
+    assert before.kv_bytes_per_token == 4 * after.kv_bytes_per_token == 2 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_original_of_an_encoder_decoder_is_counted_as_it_was_folded(encoder: bool, tmp_path: Path) -> None:
+    source = tiny_checkpoint("t5")
+    result = headfold.fold(source, tmp_path / "out", kv_heads=2, encoder=encoder, **BASELINE)
+    assert open_original(str(source), [open_fold(tmp_path / "out", "out")]).costs == {
+        "out": (result.before, result.after)
+    }
+
+
+def test_numbers_that_json_lacks_are_null_in_a_script() -> None:
+    lost = {"points": [float("nan"), {"loss": (float("-inf"), 0.5)}], "name": "</script>"}
+    text = as_script(lost)
+    assert json.loads(text) == {"points": [None, {"loss": [None, 0.5]}], "name": "</script>"} and "<" not in text
 
 
 def test_samples_are_what_the_models_write(page, model: Path, fold: Path, tmp_path: Path) -> None:

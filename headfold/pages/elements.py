@@ -1,6 +1,7 @@
 """The elements that sections are made of. Whatever comes in as a text is escaped; only `Markup` is taken for HTML."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,17 @@ def tiles(items: Sequence[tuple[str, str, str]]) -> Markup:
 
 
 def as_script(value: Any) -> Markup:
-    """Return JSON that can stand in a script element: no character of it ends the element, and NaN is null."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """Return JSON that can stand in a script element: no character of it ends the element, and NaN and infinity are null."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None for every number in it that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

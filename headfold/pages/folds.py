@@ -1,7 +1,9 @@
 """Open a folded checkpoint, and the original beside it, for a page: files and headers alone, no weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.reader import Checkpoint
 from ..conversion.serving_cost import serving_cost
@@ -12,7 +14,9 @@ from ..corpus.samples import kind_of
 from ..families import all_families
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.spec import sites
+from ..families.wrapped import attention_type, is_wrapper, language_config
 from ..hf_models import stored_dtype
+from ..hf_models.building import open_config
 from ..reports.card import source_metadata
 from ..runtime.load import read_checked_config
 from .cards import card_of
@@ -28,6 +32,8 @@ def open_fold(path: Path, name: str) -> Fold:
         UserError: it is unfinished, its files are corrupt, or they disagree.
     """
     config = read_checked_config(path)
+    if is_wrapper(config):  # published ones leave out what a class assumes
+        config = open_config(config, f"{path}/config.json").to_dict()
     checkpoint, plan = Checkpoint.open(path), Plan.load(path / PLAN)
     try:
         kv_bytes = stored_kv_bytes_per_token(config, checkpoint.tensors, stored_dtype(path).itemsize)
@@ -41,7 +47,7 @@ def open_fold(path: Path, name: str) -> Fold:
         base_model=named if isinstance(named, str) else "",
         card=card_of(path),
         plan=plan,
-        query_heads=_query_heads(checkpoint, plan),
+        query_heads=_query_heads(config, checkpoint, plan),
         kv_bytes_per_token=kv_bytes,
         weight_bytes=checkpoint.num_bytes,
     )
@@ -54,7 +60,7 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
         UserError: it cannot be read, or a fold was made of another.
     """
     costs = {}
-    source = open_source(name, encoder=True)
+    source = open_source(name)
     fingerprint = source.checkpoint.fingerprint()
     for fold in folds:
         if fold.plan.source != fingerprint:
@@ -62,18 +68,19 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
                 f"--original {name}: expected the checkpoint that {fold.name} was folded from, got another (fingerprints differ); name "
                 "that one, or leave --original out"
             )
-        costs[fold.name] = (serving_cost(source), serving_cost(source, fold.plan))
+        encoder = any(site.optional and site.name in fold.plan.sites for site in source.every_site)
+        folded = replace(source, encoder=encoder)
+        costs[fold.name] = (serving_cost(folded), serving_cost(folded, fold.plan))
     return Original(source.checkpoint.path, source.checkpoint.num_bytes, costs)
 
 
-def _query_heads(checkpoint: Checkpoint, plan: Plan) -> Mapping[str, int]:
+def _query_heads(config: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan) -> Mapping[str, int]:
     """Return the query heads of each K/V head of the original; 1 where the config does not say how many there are."""
-    config = checkpoint.config
-    family = next((one for one in all_families().values() if config.get("model_type") in one.model_types), None)
+    family = next((one for one in all_families().values() if attention_type(config) in one.model_types), None)
     try:
         listed = sites(family, config, checkpoint.tensors) if family is not None else []
     except UserError:  # a layout with other names of its tensors
         listed = []
     counted = {site.name: site.num_heads for site in listed}
-    usual = config.get("num_attention_heads") or 0
+    usual = language_config(config).get("num_attention_heads") or 0
     return {name: max(1, counted.get(name, usual) // site.groups.num_heads) for name, site in plan.sites.items()}
