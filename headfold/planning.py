@@ -48,9 +48,14 @@ def parse_kv_heads(text: str | int, num_kv_heads: int, *, unequal: bool = False)
         value *= num_kv_heads
     if value.denominator != 1 or value < 1:
         choices = ", ".join(map(str, divisors(num_kv_heads)))
-        raise UserError(f"--kv-heads {text}: {float(value):g} of {num_kv_heads} K/V heads; choose {choices}")
+        raise UserError(
+            f"--kv-heads {text}: {float(value):g} of {num_kv_heads} K/V heads; choose {choices}, or any count with --group "
+            "swap:unequal=true"
+        )
     if not unequal or value > num_kv_heads:
-        check_group_count(f"--kv-heads {text}", num_kv_heads, int(value))
+        check_group_count(
+            f"--kv-heads {text}", num_kv_heads, int(value), "; groups of different sizes: --group swap:unequal=true"
+        )
     return int(value)
 
 

@@ -106,7 +106,11 @@ def workload(source: Source, context: int | None, batch: int | None, memory: str
             raise UserError(f"{name} {number}: expected a number from 1 on and below 2^31; choose another")
     if context is not None and limit is not None and context > limit:
         raise UserError(f"--context {context}: the model's own context is {limit}; choose at most that")
-    stated = None if memory is None else parse_size("--memory", memory, "a size such as 24GiB")
+    stated = (
+        None
+        if memory is None
+        else parse_size("--memory", memory, "a size with its unit, such as 24GiB", with_unit=True)
+    )
     device = this_machine(source.dtype) if gpu is None else gpu_named(gpu)
     if stated is not None:
         device = Device(device.name, stated, device.bandwidth, device.rate, device.source)

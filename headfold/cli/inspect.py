@@ -41,7 +41,7 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show heads, cache size and the predicted cost of folding.
 
-    Below the facts it shows the predicted error of keeping 1/2, 1/4 and 1/8 of the K/V heads, site by site: bars on a terminal, numbers
+    Below the facts it shows the predicted error of keeping a half, a quarter … of the K/V heads, site by site: bars on a terminal, numbers
     elsewhere. With --context, --batch, --memory or --gpu it first says what fits at each number of K/V heads, how much of a decoding step
     the cache takes, whether folding pays, and the command to begin with."""
     from ..reports import views

@@ -83,8 +83,8 @@ MOST_HEADS = 2**16
 """More than any model has: a larger number is an error, and would take the time and the memory of as many."""
 
 
-def check_group_count(where: str, num_heads: int, num_kv_heads: int) -> None:
-    """Refuse a count of K/V heads that does not split `num_heads` equally, naming those that do.
+def check_group_count(where: str, num_heads: int, num_kv_heads: int, hint: str = "") -> None:
+    """Refuse a count of K/V heads that does not split `num_heads` equally, naming those that do; `hint` says how else it could be had.
 
     Raises:
         UserError: one line: where, expected, got, what to do.
@@ -95,8 +95,9 @@ def check_group_count(where: str, num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads in choices:
         return
     if num_kv_heads > num_heads:
+        hint = ""
         what = f"the source has {num_heads} K/V heads and folding cannot grow them to {num_kv_heads}"
     else:
         what = f"cannot split {num_heads} K/V heads into {num_kv_heads} equal groups"
     listed = ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}" if len(choices) > 1 else str(choices[0])
-    raise UserError(f"{where}: {what}; choose {listed}")
+    raise UserError(f"{where}: {what}; choose {listed}{hint}")

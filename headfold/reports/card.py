@@ -72,7 +72,7 @@ def model_card(source: Path, facts: CardFacts) -> str:
     name, kv_heads = model_name(facts.base_model), count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
-        f"# {name} with {kv_heads} K/V heads",
+        f"# {name} with {kv_heads} K/V head{'' if kv_heads == '1' else 's'}",
         _summary(name, facts),
         _facts_table(facts),
         _load(facts),

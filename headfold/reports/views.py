@@ -8,7 +8,6 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 from .advice import show_advice
 from .tables import cache_row, count_range, duration, percent, serving_cost_rows, show_table, size
 
-FRACTIONS = ("1/2", "1/4", "1/8")
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
 
@@ -57,12 +56,9 @@ def show_predicted_errors(sites: Sequence[SiteForecast], basis: str, to: TextIO 
     """Print the predicted error of every site by the share of K/V heads kept: bars on a terminal, a table of percents elsewhere."""
     to = to or sys.stdout
     title = f"predicted error of K and V, as a share of their energy, from {basis}"
-    columns = [
-        (tensor, fraction)
-        for tensor in ("key", "value")
-        for fraction in FRACTIONS
-        if any(fraction in getattr(site, tensor) for site in sites)
-    ]
+    shares = {fraction for site in sites for fraction in site.key}
+    ordered = sorted(shares, key=lambda fraction: int(fraction.partition("/")[2]))
+    columns = [(tensor, fraction) for tensor in ("key", "value") for fraction in ordered]
     if to.isatty():
         _print_bars(sites, columns, title, to)
         return
@@ -123,8 +119,8 @@ def _verification(found: Any) -> str:
     if found is None:
         return "not verified: the check against the head-repeated twin was skipped"
     return (
-        f"verified: logits differ from those of the head-repeated twin by at most {found.max_abs_difference:.2g} "
-        f"(tolerance {found.tolerance:.2g} in {found.dtype})"
+        "verified: the files compute the planned fold: logits differ from those of its head-repeated twin by at most "
+        f"{found.max_abs_difference:.2g} (tolerance {found.tolerance:.2g} in {found.dtype})"
     )
 
 

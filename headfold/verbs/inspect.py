@@ -24,8 +24,8 @@ from ..parallel import main_only
 
 FASTEST = "heads of the model's own head_dim"
 """What engines serve faster than heads of a multiple of it with the same cache, as benchmarks/engine_speed.py finds."""
-SHARES = (2, 4, 8)
-"""Errors are predicted for a half, a quarter and an eighth of the K/V heads."""
+SHARES = 3
+"""Errors are predicted for so many shares of the K/V heads, from the largest: a half, a quarter and an eighth of eight heads."""
 MAX_SEARCHED = 12
 """K/V heads up to which the grouping that fold would choose is searched for; above, neighbours share: an upper bound of the error."""
 
@@ -139,9 +139,7 @@ def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | N
     moments = site_moments(heads, stats)
     energy = site_energy(moments)
     key, value = {}, {}
-    for share in SHARES:
-        if site.num_kv_heads % share:
-            continue
+    for share in [number for number in range(2, site.num_kv_heads + 1) if site.num_kv_heads % number == 0][:SHARES]:
         groups = _grouping(moments, site.num_kv_heads, site.num_kv_heads // share)
         error = grouped_error(moments, groups)
         key[f"1/{share}"], value[f"1/{share}"] = error.key / energy.key, error.value / energy.value
