@@ -144,3 +144,17 @@ def test_every_layout(name: str, layout: str, groups: list[tuple[int, ...]], tmp
 )  # fmt: skip
 def test_an_architecture_without_a_literal(config: dict[str, Any], expected: int) -> None:
     assert stored_kv_bytes_per_token(config, {}, 1) == expected
+
+
+def test_the_cache_of_a_whole_context_has_the_positions_of_a_whisper_once() -> None:
+    whisper, t5, llama = (open_source(tiny_checkpoint(name)) for name in ("whisper", "t5", "llama"))
+    cross, own = ([site for site in whisper.cached_sites if site.reads_encoder is reads] for reads in (True, False))
+    config = whisper.config
+    expected = sum(
+        2 * site.num_kv_heads * site.head_dim * ITEMSIZE * tokens
+        for sites, tokens in ((cross, config["max_source_positions"]), (own, config["max_target_positions"]))
+        for site in sites
+    )
+    assert cross and own and whisper.cache_bytes() == expected
+    assert t5.cache_bytes() == 32_768 * t5.kv_bytes_per_token()
+    assert llama.cache_bytes() == llama.config["max_position_embeddings"] * llama.kv_bytes_per_token()

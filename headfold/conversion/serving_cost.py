@@ -30,6 +30,8 @@ class ServingCost:
     """Whether K and V are cached at all: the model generates token by token."""
     context: int | None = None
     """Tokens that the model takes at once; None where its config names no limit."""
+    cache_bytes: int = 0
+    """Bytes of the cache of one sequence of the whole context, of at most 32,768 tokens."""
 
 
 def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = None) -> ServingCost:
@@ -61,6 +63,7 @@ def serving_cost(source: Source, plan: Plan | None = None, layout: str | None = 
         flops,
         source.caches,
         context_length(source.config),
+        source.cache_bytes(plan),
     )
 
 

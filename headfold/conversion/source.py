@@ -83,6 +83,10 @@ class Source:
         """Return the bytes of K and V that one token adds to the cache over all sites, in the checkpoint's dtype, as `plan` folds them."""
         return cached.kv_bytes_per_token(self.every_site, self.dtype.itemsize, plan)
 
+    def cache_bytes(self, plan: Plan | None = None) -> int:
+        """Return the bytes of the cache of one sequence of the whole context (`families.cached.cache_bytes`), as `plan` folds it."""
+        return cached.cache_bytes(self.config, self.every_site, self.dtype.itemsize, plan)
+
 
 def open_source(
     model: object, encoder: bool = False, adapter: str | Path | None = None, progress: Progress | None = None,

@@ -1,12 +1,13 @@
 """The bytes of K and V that a token adds to the cache of a model: of an original, of what a plan makes of it, and of a fold on disk."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..core.heads import kv_bytes
 from ..core.plan import Plan
 from . import all_families
+from .context import context_length
 from .folded import kv_heads_by_layer
 from .spec import Family, Site, read_count, read_field, sites
 from .wrapped import attention_type
@@ -26,17 +27,38 @@ def cached_sites(every_site: Iterable[Site]) -> list[Site]:
     return [site for site in listed if not site.optional] or listed
 
 
+LONGEST = 32_768
+"""Tokens of a full cache, where the model takes more or has no limit."""
+
+
+def cache_bytes(config: Mapping[str, Any], every_site: Iterable[Site], itemsize: int, plan: Plan | None = None) -> int:
+    """Return the bytes of the cache of one sequence of the whole context, of at most `LONGEST` tokens, as `plan` folds it.
+
+    Cross-attention caches the positions of an encoder of sound, which are as many for every input; other encoders read as many tokens
+    as the decoder writes.
+    """
+    tokens = min(context_length(config) or LONGEST, LONGEST)
+    positions = config.get("max_source_positions")
+    encoder = positions if type(positions) is int and positions > 0 and "num_mel_bins" in config else tokens
+    return _bytes(every_site, itemsize, plan, lambda site: encoder if site.reads_encoder else tokens)
+
+
 def kv_bytes_per_token(every_site: Iterable[Site], itemsize: int, plan: Plan | None = None) -> int:
     """Return the bytes of K and V that one token adds to the cache over all sites, as `plan` folds them.
 
     A token of an encoder-decoder is one of the decoder for self-attention and one of the encoder for cross-attention.
     """
+    return _bytes(every_site, itemsize, plan, lambda site: 1)
+
+
+def _bytes(every_site: Iterable[Site], itemsize: int, plan: Plan | None, entries: Callable[[Site], int]) -> int:
+    """Return the bytes of K and V that `entries` of every cached site take."""
     planned = {} if plan is None else plan.sites
     total = 0
     for site in cached_sites(every_site):
         fold = planned.get(site.name)
         heads = (site.num_kv_heads, site.head_dim) if fold is None else (fold.groups.num_kv_heads, fold.head_dim)
-        total += kv_bytes(*heads, itemsize)
+        total += entries(site) * kv_bytes(*heads, itemsize)
     return total
 
 

@@ -47,7 +47,7 @@ def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     both = (before, after)
     name = "K/V cache per token" if before.caches else "K and V per token, not cached"
     cache = [[name, *(size(one.kv_bytes_per_token) for one in both)]]
-    cache += [cache_row(before.context, *(one.kv_bytes_per_token for one in both))] if before.caches else []
+    cache += [cache_row(before.context, *(one.cache_bytes for one in both))] if before.caches else []
     return [
         ["head_dim of a K/V head", before.head_dims, after.head_dims],
         *cache,
@@ -56,11 +56,11 @@ def serving_cost_rows(before: Any, after: Any) -> list[list[str]]:
     ]
 
 
-def cache_row(context: int | None, *bytes_per_token: int) -> list[str]:
+def cache_row(context: int | None, *num_bytes: int) -> list[str]:
     """Return the row of a table with the size of a full cache, of at most 32,768 tokens; `context` is None where it has no limit."""
     if context is not None and context < 32_768:
-        return [f"K/V cache at {context:,} tokens", *(size(context * one) for one in bytes_per_token)]
-    return ["K/V cache at 32k tokens", *(size(32_768 * one) for one in bytes_per_token)]
+        return [f"K/V cache at {context:,} tokens", *map(size, num_bytes)]
+    return ["K/V cache at 32k tokens", *map(size, num_bytes)]
 
 
 def flops(number: float) -> str:

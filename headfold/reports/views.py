@@ -47,7 +47,7 @@ def _cache_rows(found: Any) -> list[list[str]]:
         return [["K and V per token, not cached", size(found.kv_bytes_per_token)]]
     context = [] if found.context is None else [["context", f"{found.context:,} tokens"]]
     per_token = found.kv_bytes_per_token
-    bytes_rows = [["K/V cache per token", size(per_token)], cache_row(found.context, per_token)]
+    bytes_rows = [["K/V cache per token", size(per_token)], cache_row(found.context, found.cache_bytes)]
     fastest = [["fastest in engines", found.fastest_in_engines]] if found.fastest_in_engines else []
     return [*context, *bytes_rows, *fastest]
 

@@ -59,7 +59,8 @@ class Inspection:
     caches: bool
     """Whether the model caches K and V: it generates token by token."""
     kv_bytes_per_token: int
-    kv_bytes_32k: int
+    cache_bytes: int
+    """Of one sequence of the whole context, of at most 32,768 tokens."""
     fastest_in_engines: str | None
     """The form of a fold that engines serve fastest; None where that was not measured, in models that do not continue a text."""
     basis: str
@@ -120,7 +121,7 @@ def inspect(
         context=context_length(config),
         caches=source.caches,
         kv_bytes_per_token=source.kv_bytes_per_token(),
-        kv_bytes_32k=source.kv_bytes_per_token() * 32_768,
+        cache_bytes=source.cache_bytes(),
         fastest_in_engines=FASTEST if kind_of(config) == "text" else None,
         basis="norm gains alone" if known is None else f"statistics of {Path(str(stats)).name}",
         advice=advice,
