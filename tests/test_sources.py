@@ -106,6 +106,29 @@ def test_blocks_are_decoded_as_the_gguf_package_decodes_them(tmp_path: Path) -> 
     assert_bitwise(tensors_of(plain.path)["model.layers.0.mlp.c_fc.weight"], expected)
 
 
+def test_config_and_tokenizer_are_those_inside_the_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies beside it, code of a tokenizer too."""
+    _, file = gguf_of("llama", tmp_path)
+    expected = open_plain(str(file)).path
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(file, beside)
+    other = json.loads((expected / "tokenizer.json").read_text())
+    other["added_tokens"].append({**other["added_tokens"][0], "id": 59, "content": "<other>"})
+    code = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": ["other.Other", None]}}
+    for name, contents in (
+        ("tokenizer.json", other),
+        ("tokenizer_config.json", code),
+        ("config.json", {"model_type": "gpt2"}),
+    ):
+        (beside / name).write_text(json.dumps(contents))
+    (beside / "other.py").write_text("raise SystemExit('code beside a GGUF file ran')")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    found = open_plain(str(beside / file.name)).path
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -246,7 +269,7 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_plain(str(source)).path == first and tensors_of(first)
     (source / "added.txt").write_text("more")
     assert open_plain(str(source)).path != first
-    monkeypatch.setattr(plain_source, "_REVISION", 2)
+    monkeypatch.setattr(plain_source, "_REVISION", plain_source._REVISION + 1)
     assert open_plain(str(source)).path != first
 
 

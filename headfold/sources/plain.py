@@ -48,7 +48,7 @@ _LONGEST = 600.0
 _HINT = ": the fold starts from what quantisation left; quantise the fold again afterwards"
 STAGE = "decode"
 """The stage of progress; it counts bytes."""
-_REVISION = 1
+_REVISION = 2
 """Raised when the same source would be decoded to other weights."""
 
 
