@@ -273,6 +273,20 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_plain(str(source)).path != first
 
 
+def test_another_pooling_makes_another_checkpoint(tmp_path: Path) -> None:
+    """The directories that `modules.json` lists go along with the weights."""
+    source = checkpoint(tmp_path / "model", *awq()[:2])
+    modules = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    found = []
+    for mode in ("cls", "mean", "cls"):
+        (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        found.append(open_plain(str(source)).path)
+    assert found[0] == found[2] != found[1]
+    assert json.loads((found[1] / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
+
+
 def test_a_place_without_room_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(tmp_path / "model", *awq()[:2])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint.cards import CARD
 from ..checkpoint.config import CONFIG
 from ..checkpoint.disk import disk_errors, require_space, sizes
-from ..checkpoint.entries import WEIGHTS
+from ..checkpoint.entries import WEIGHTS, module_directories
 from ..checkpoint.hub import GGUF, locate, locate_adapter
 from ..checkpoint.ownership import Claim, PlaceOwned, claim, lock_beside
 from ..checkpoint.reader import Checkpoint
@@ -141,11 +141,13 @@ def _place(given: Path, adapter: Path | None) -> Path:
 
 
 def _digest(source: Path, update: Callable[[bytes], None]) -> None:
-    """Take in the names and contents of a file, or of the files of a directory; of large ones the size, the date and some pages."""
-    files = sorted(entry for entry in source.iterdir() if entry.is_file()) if source.is_dir() else [source]
-    for path in files:
+    """Take in the names and contents of a file, or of the files of a directory and of those of its modules; of large ones the size, the
+    date and some pages."""
+    directories = [source, *(source / module for module in module_directories(source))]
+    files = [each for directory in directories for each in sorted(directory.iterdir())] if source.is_dir() else [source]
+    for path in filter(Path.is_file, files):
         found = path.stat()
-        update(f"\n{path.name} {found.st_size}\n".encode())
+        update(f"\n{path.relative_to(source)} {found.st_size}\n".encode())
         with path.open("rb", buffering=0) as file:
             if found.st_size <= _SMALL:
                 update(file.read())
