@@ -71,7 +71,7 @@ def open_gguf(path: Path) -> Weights:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """Return a context with a directory that leads to a file and has no other: transformers prefers what lies beside it to what is in it."""
+    """Return a context with a directory that leads to a file and to no other: transformers prefers what lies beside it."""
     with TemporaryDirectory(prefix="headfold-") as directory:
         (Path(directory) / path.name).symlink_to(path.resolve())
         yield Path(directory)
