@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ def test_an_adapter_of_pickled_tensors(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     found = Checkpoint.open(open_plain(str(base), str(tmp_path / "adapter")).path)
     assert_tight(found.read("lm_head.weight"), expected["lm_head.weight"])
+
+
+def test_what_is_made_of_a_model_in_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later run would find it in the cache."""
+    base, how = tiny_checkpoint("llama"), {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False}
+    adapted(base, tmp_path / "adapter")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    headfold.fold(stock_model(base, torch.float64), tmp_path / "in memory", adapter=tmp_path / "adapter", **how)
+    assert [*(tmp_path / "cache").rglob("*.safetensors")] == [] == [*(tmp_path / "temporary").iterdir()]
+    headfold.fold(base, tmp_path / "directory", adapter=tmp_path / "adapter", **how)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("in memory", "directory"))
+    assert {*found} == {*expected}
+    for name in expected:
+        assert_bitwise(found[name], expected[name])
 
 
 def test_another_adapter_makes_another_checkpoint(tmp_path: Path) -> None:
