@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import stock_model, tiny_checkpoint
 from torch import Tensor
+from wrapped_models import wrapped_checkpoint
 
 import headfold
 from headfold.checkpoint.reader import Checkpoint
@@ -73,6 +74,44 @@ def test_an_adapter_is_merged_as_peft_merges_it(case: str, tmp_path: Path) -> No
         assert_tight(read, expected[tensor])
         changed += not torch.equal(read, before[tensor])
     assert changed >= 3
+
+
+PREFIX = "base_model.model."
+OLD_NAMES = {
+    "llava": {
+        "model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+    "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}  # fmt: skip
+"""What transformers called the modules of wrappers before version 4.52, as published checkpoints still do."""
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+@pytest.mark.parametrize("names", ["old on disk", "new on disk", "old in the adapter"])
+def test_an_adapter_of_a_wrapper(name: str, names: str, tmp_path: Path) -> None:
+    """peft names modules as they run, in whichever version of transformers."""
+    base = Path(shutil.copytree(wrapped_checkpoint(name), tmp_path / "base"))
+    expected = adapted(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "qkv", "lm_head"])
+    model = stock_model(base, torch.float64)
+    before = {own: tensor.clone() for own, tensor in model.state_dict().items()}
+    if names == "old on disk":
+        assert not any("model.language_model" in own for own in load_file(base / "model.safetensors"))
+    else:
+        save_file(before, base / "model.safetensors")
+    if names == "old in the adapter":
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        found = load_file(file)
+        for new, old in OLD_NAMES[name].items():
+            found = {key.replace(f"{PREFIX}{new}", f"{PREFIX}{old}"): tensor for key, tensor in found.items()}
+        assert not any(f"{PREFIX}model.language_model" in key for key in found)
+        save_file(found, file)
+    merged = stock_model(open_plain(str(base), str(tmp_path / "adapter")).path, torch.float64).state_dict()
+    assert {*merged} == {*expected}
+    for own, tensor in expected.items():
+        assert_tight(merged[own], tensor)
+    changed = {own for own in before if not torch.equal(before[own], merged[own])}
+    assert any("vis" in own for own in changed) and any("language_model" in own for own in changed)
 
 
 def test_an_adapter_of_pickled_tensors(tmp_path: Path) -> None:
