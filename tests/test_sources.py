@@ -91,7 +91,7 @@ def test_rotary_tables_are_read(name: str, fields: dict[str, Any], expected: str
     source, file = gguf_of(name, tmp_path, **fields)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, open_plain(str(file)).path))
     assert after["rope_parameters"]["rope_type"] == expected
-    tables = [rotary_table(config) for config in (before, after)]
+    tables = [rotary_table(config, "config.json") for config in (before, after)]
     assert_tight_through_float32_norms(tables[1][0], tables[0][0])
     assert tables[0][1] == pytest.approx(tables[1][1])
 
