@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import stock_model, tiny_checkpoint
 from torch import Tensor
+from wrapped_models import wrapped_checkpoint
 
 import headfold
 from headfold.checkpoint.reader import Checkpoint
@@ -74,6 +76,44 @@ def test_an_adapter_is_merged_as_peft_merges_it(case: str, tmp_path: Path) -> No
     assert changed >= 3
 
 
+PREFIX = "base_model.model."
+OLD_NAMES = {
+    "llava": {
+        "model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+    "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}  # fmt: skip
+"""What transformers called the modules of wrappers before version 4.52, as published checkpoints still do."""
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+@pytest.mark.parametrize("names", ["old on disk", "new on disk", "old in the adapter"])
+def test_an_adapter_of_a_wrapper(name: str, names: str, tmp_path: Path) -> None:
+    """peft names modules as they run, in whichever version of transformers."""
+    base = Path(shutil.copytree(wrapped_checkpoint(name), tmp_path / "base"))
+    expected = adapted(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "qkv", "lm_head"])
+    model = stock_model(base, torch.float64)
+    before = {own: tensor.clone() for own, tensor in model.state_dict().items()}
+    if names == "old on disk":
+        assert not any("model.language_model" in own for own in load_file(base / "model.safetensors"))
+    else:
+        save_file(before, base / "model.safetensors")
+    if names == "old in the adapter":
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        found = load_file(file)
+        for new, old in OLD_NAMES[name].items():
+            found = {key.replace(f"{PREFIX}{new}", f"{PREFIX}{old}"): tensor for key, tensor in found.items()}
+        assert not any(f"{PREFIX}model.language_model" in key for key in found)
+        save_file(found, file)
+    merged = stock_model(open_plain(str(base), str(tmp_path / "adapter")).path, torch.float64).state_dict()
+    assert {*merged} == {*expected}
+    for own, tensor in expected.items():
+        assert_tight(merged[own], tensor)
+    changed = {own for own in before if not torch.equal(before[own], merged[own])}
+    assert any("vis" in own for own in changed) and any("language_model" in own for own in changed)
+
+
 def test_an_adapter_of_pickled_tensors(tmp_path: Path) -> None:
     base = tiny_checkpoint("llama")
     expected = adapted(base, tmp_path / "adapter")
@@ -82,6 +122,21 @@ def test_an_adapter_of_pickled_tensors(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     found = Checkpoint.open(open_plain(str(base), str(tmp_path / "adapter")).path)
     assert_tight(found.read("lm_head.weight"), expected["lm_head.weight"])
+
+
+def test_what_is_made_of_a_model_in_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later run would find it in the cache."""
+    base, how = tiny_checkpoint("llama"), {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False}
+    adapted(base, tmp_path / "adapter")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    headfold.fold(stock_model(base, torch.float64), tmp_path / "in memory", adapter=tmp_path / "adapter", **how)
+    assert [*(tmp_path / "cache").rglob("*.safetensors")] == [] == [*(tmp_path / "temporary").iterdir()]
+    headfold.fold(base, tmp_path / "directory", adapter=tmp_path / "adapter", **how)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("in memory", "directory"))
+    assert {*found} == {*expected}
+    for name in expected:
+        assert_bitwise(found[name], expected[name])
 
 
 def test_another_adapter_makes_another_checkpoint(tmp_path: Path) -> None:

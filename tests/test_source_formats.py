@@ -43,7 +43,7 @@ def decoded(path: Path) -> Tensors:
     weights = open_packed(path, page, settings)
     found = dict(weights.tensors())
     assert (*found,) == weights.names and "quantization_config" not in weights.config and weights.quantised
-    assert sum(tensor.nbytes for tensor in found.values()) <= weights.num_bytes
+    assert weights.num_bytes == sum(tensor.nbytes for tensor in found.values())
     return found
 
 

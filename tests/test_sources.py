@@ -91,7 +91,7 @@ def test_rotary_tables_are_read(name: str, fields: dict[str, Any], expected: str
     source, file = gguf_of(name, tmp_path, **fields)
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, open_plain(str(file)).path))
     assert after["rope_parameters"]["rope_type"] == expected
-    tables = [rotary_table(config) for config in (before, after)]
+    tables = [rotary_table(config, "config.json") for config in (before, after)]
     assert_tight_through_float32_norms(tables[1][0], tables[0][0])
     assert tables[0][1] == pytest.approx(tables[1][1])
 
@@ -104,6 +104,29 @@ def test_blocks_are_decoded_as_the_gguf_package_decodes_them(tmp_path: Path) -> 
     read = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == name)
     expected = torch.from_numpy(gguf.dequantize(read.data, read.tensor_type)).bfloat16()
     assert_bitwise(tensors_of(plain.path)["model.layers.0.mlp.c_fc.weight"], expected)
+
+
+def test_config_and_tokenizer_are_those_inside_the_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies beside it, code of a tokenizer too."""
+    _, file = gguf_of("llama", tmp_path)
+    expected = open_plain(str(file)).path
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    shutil.copy(file, beside)
+    other = json.loads((expected / "tokenizer.json").read_text())
+    other["added_tokens"].append({**other["added_tokens"][0], "id": 59, "content": "<other>"})
+    code = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": ["other.Other", None]}}
+    for name, contents in (
+        ("tokenizer.json", other),
+        ("tokenizer_config.json", code),
+        ("config.json", {"model_type": "gpt2"}),
+    ):
+        (beside / name).write_text(json.dumps(contents))
+    (beside / "other.py").write_text("raise SystemExit('code beside a GGUF file ran')")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    found = open_plain(str(beside / file.name)).path
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 def cut(path: Path) -> None:
@@ -246,8 +269,22 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_plain(str(source)).path == first and tensors_of(first)
     (source / "added.txt").write_text("more")
     assert open_plain(str(source)).path != first
-    monkeypatch.setattr(plain_source, "_REVISION", 2)
+    monkeypatch.setattr(plain_source, "_REVISION", plain_source._REVISION + 1)
     assert open_plain(str(source)).path != first
+
+
+def test_another_pooling_makes_another_checkpoint(tmp_path: Path) -> None:
+    """The directories that `modules.json` lists go along with the weights."""
+    source = checkpoint(tmp_path / "model", *awq()[:2])
+    modules = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    found = []
+    for mode in ("cls", "mean", "cls"):
+        (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        found.append(open_plain(str(source)).path)
+    assert found[0] == found[2] != found[1]
+    assert json.loads((found[1] / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
 
 
 def test_a_place_without_room_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

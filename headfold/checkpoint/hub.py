@@ -28,7 +28,10 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class NamedDirectory:
-    """A checkpoint directory of a model that is called otherwise in messages and on cards."""
+    """A checkpoint directory of a model that is called otherwise in messages and on cards.
+
+    It is temporary: what is made of it lies beside it, and is removed with it.
+    """
 
     path: Path
     name: str

@@ -1,6 +1,6 @@
 """The only place where transformers builds configs and models: whatever it says against one becomes one line."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -165,20 +165,38 @@ def _renamed_on_loading(model: "PreTrainedModel", checkpoint: Checkpoint) -> Map
 
     Tensors that it also reshapes or joins are left out. The names are kept with the model, which has thousands of parameters.
     """
+    found = vars(model).get(_RENAMED)
+    if found is None or found[0] is not checkpoint:
+        names = _names_in(model, checkpoint.tensors)
+        found = vars(model)[_RENAMED] = (checkpoint, {new: old for old, new in names.items()})
+    return found[1]
+
+
+def _names_in(model: "PreTrainedModel", tensors: Iterable[str]) -> dict[str, str]:
+    """Return tensor on disk → parameter; tensors that transformers also reshapes or joins are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    found = vars(model).get(_RENAMED)
-    if found is None or found[0] is not checkpoint:
-        steps = get_model_conversion_mapping(model)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        names = {name: rename_source_key(name, renamings, converters) for name in checkpoint.tensors}
-        found = vars(model)[_RENAMED] = (
-            checkpoint,
-            {new: old for old, (new, joined) in names.items() if joined is None},
-        )
-    return found[1]
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    names = {name: rename_source_key(name, renamings, converters) for name in tensors}
+    return {old: new for old, (new, joined) in names.items() if joined is None}
+
+
+def names_in_model(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> dict[str, str]:
+    """Return tensor → parameter of the model of a config; tensors that transformers also reshapes or joins are left out.
+
+    Checkpoints and adapters keep the names of the transformers version that wrote them: those of one parameter may differ.
+
+    Raises:
+        UserError: transformers cannot build the model.
+    """
+    import transformers
+
+    name, opened = model_class(config, where), open_config(config, where)
+    with library_errors(where, "transformers cannot build this model", "correct config.json"), torch.device("meta"):
+        return _names_in(getattr(transformers, name)._from_config(opened), tensors)
 
 
 def check_token_ids(model: "PreTrainedModel", path: Path) -> None:

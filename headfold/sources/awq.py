@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..core.errors import UserError
-from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part, unpack, whole_number, words
+from .packing import ORIGINAL, Format, Parts, Settings, bytes_of, check_shape, part, unpack, whole_number, words
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in its word each of eight neighbours is."""
@@ -55,5 +55,5 @@ FORMAT = Format(
     target=".weight",
     check=check,
     decode=decode,
-    expansion=lambda settings: 8,
+    num_weights=lambda parts, settings: 2 * bytes_of(parts, ".qweight"),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.json_input import parse_object
-from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part
+from .packing import ORIGINAL, Format, Parts, Settings, bytes_of, check_shape, part
 
 _STATES = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
 
@@ -101,5 +101,5 @@ FORMAT = Format(
     target=".weight",
     check=check,
     decode=decode,
-    expansion=lambda settings: 1 if settings.get("load_in_8bit") else 8,
+    num_weights=lambda parts, settings: bytes_of(parts, ".weight") * (1 if settings.get("load_in_8bit") else 2),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from .float8 import widened
-from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part, unpack, unpack_rows
+from .packing import ORIGINAL, Format, Headers, Parts, Settings, bytes_of, check_shape, part, unpack, unpack_rows
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _BITS = (2, 4, 8)
@@ -113,6 +113,15 @@ def _wide(scales: Tensor, numbers: Tensor, block: list[int] | None, order: Tenso
     return scales.repeat_interleave(columns // groups, 1)
 
 
+def _num_weights(parts: Headers, settings: Settings) -> int:
+    """Return the numbers of a weight; where groups of modules have their own bits, as if it had the fewest."""
+    if ".weight_packed" not in parts:
+        return bytes_of(parts, ".weight")
+    named = [weights.get("num_bits") for weights in _weights(settings)]
+    fewest = next((bits for bits in _BITS if bits in named), _BITS[0])
+    return bytes_of(parts, ".weight_packed") * 8 // fewest
+
+
 FORMAT = Format(
     method="compressed-tensors",
     title="compressed-tensors: packed 4 and 8 bits, int8, float8",
@@ -122,7 +131,7 @@ FORMAT = Format(
     target=".weight",
     check=check,
     decode=decode,
-    expansion=lambda settings: 16,
+    num_weights=_num_weights,
     unused=(
         ".input_scale",
         ".input_zero_point",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from .packing import ORIGINAL, Format, Parts, Settings, part
+from .packing import ORIGINAL, Format, Parts, Settings, bytes_of, part
 
 
 def check(settings: Settings, where: str) -> str:
@@ -58,7 +58,7 @@ FORMAT = Format(
     target="",
     check=check,
     decode=decode,
-    expansion=lambda settings: 1,
+    num_weights=lambda parts, settings: bytes_of(parts, ""),
     unused=(".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".input_scale_ub"),
     otherwise=torch.bfloat16,
 )

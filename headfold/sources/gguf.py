@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,10 +42,12 @@ def open_gguf(path: Path) -> Weights:
         ) from error
     header = read_gguf_header(path, {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()})
     _refuse_unknown(path, header)
-    with library_errors(path, "transformers does not read this GGUF file", _AGAIN), quiet():
+    with library_errors(path, "transformers does not read this GGUF file", _AGAIN), quiet(), _alone(path) as directory:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            directory, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
     facts = _plain_config(config, path, len(header.tensors))
     model = _empty_model(config, facts, path)
     processor = _processor(header, config)
@@ -63,6 +67,14 @@ def open_gguf(path: Path) -> Weights:
         quantised=blocks,
         write_tokenizer=lambda directory: _write_tokenizer(path, directory),
     )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Return a context with a directory that leads to a file and to no other: transformers prefers what lies beside it."""
+    with TemporaryDirectory(prefix="headfold-") as directory:
+        (Path(directory) / path.name).symlink_to(path.resolve())
+        yield Path(directory)
 
 
 def _refuse_unknown(path: Path, header: GgufHeader) -> None:
@@ -204,6 +216,8 @@ def _numbers(path: Path, tensor: GgufTensor) -> Any:
 def _write_tokenizer(path: Path, directory: Path) -> None:
     from transformers import AutoTokenizer
 
-    with library_errors(path, "transformers does not read its tokenizer", _AGAIN), quiet():
-        found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    with library_errors(path, "transformers does not read its tokenizer", _AGAIN), quiet(), _alone(path) as alone:
+        found = AutoTokenizer.from_pretrained(
+            alone, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
         found.save_pretrained(directory)

@@ -1,10 +1,25 @@
 """GPTQ (Frantar et al., 2210.17323), as GPTQModel and AutoGPTQ write it: integers in int32 words along the inputs."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part, unpack, unpack_rows, whole_number, words
+from .packing import (
+    ORIGINAL,
+    Format,
+    Headers,
+    Parts,
+    Settings,
+    bytes_of,
+    check_shape,
+    part,
+    unpack,
+    unpack_rows,
+    whole_number,
+    words,
+)
 
 _BITS = (2, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
@@ -63,6 +78,14 @@ def _bits_of(packed: Tensor, order: Tensor | None, settings: Settings, where: st
     return int(found)
 
 
+def _num_weights(parts: Headers, settings: Settings) -> int:
+    """Return the numbers of a weight; where modules have their own bits, `g_idx` has an entry for each input."""
+    packed, order = parts.get(".qweight"), parts.get(".g_idx")
+    if settings.get("dynamic") and packed is not None and order is not None:
+        return math.prod((*order.shape, *packed.shape[-1:]))
+    return bytes_of(parts, ".qweight") * 8 // settings["bits"]
+
+
 FORMAT = Format(
     method="gptq",
     title="GPTQ, 2, 4 or 8 bits",
@@ -72,5 +95,5 @@ FORMAT = Format(
     target=".weight",
     check=check,
     decode=decode,
-    expansion=lambda settings: 32 / (2 if settings.get("dynamic") else settings["bits"]),
+    num_weights=_num_weights,
 )

@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into the stream of its base's weights, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError, listed
+from ..hf_models.building import names_in_model
 from .adapter import Adapter
 from .weights import Weights
 
@@ -22,8 +23,9 @@ def merge_adapter(weights: Weights, adapter: Adapter, base: Path) -> Weights:
     Raises:
         UserError: the adapter names modules that the base does not have, while it is opened; shapes of another base, in the stream.
     """
-    added = {_name_of(f"{module}.weight", weights, adapter, base): module for module in adapter.added}
-    replaced = {_name_of(name, weights, adapter, base): name for name in adapter.replaced}
+    own = _own_names([*(f"{module}.weight" for module in adapter.added), *adapter.replaced], weights, adapter, base)
+    added = {own[f"{module}.weight"]: module for module in adapter.added}
+    replaced = {own[name]: name for name in adapter.replaced}
     transposed = bool(adapter.config.get("fan_in_fan_out")) or weights.config.get("model_type") in _TRANSPOSED
     said = f"the LoRA adapter {adapter.path.resolve().name} merged"
     return replace(
@@ -33,22 +35,33 @@ def merge_adapter(weights: Weights, adapter: Adapter, base: Path) -> Weights:
     )
 
 
-def _name_of(name: str, weights: Weights, adapter: Adapter, base: Path) -> str:
-    """Return the name in the base of a tensor that the adapter names: the same, or one prefix more or less.
+def _own_names(named: Sequence[str], weights: Weights, adapter: Adapter, base: Path) -> Mapping[str, str]:
+    """Return, for each tensor that the adapter names, the name in the base: the same, one prefix more or less, or the one that is loaded
+    into the same parameter, as peft names modules as they run, and files keep the names of the version that wrote them.
 
     Raises:
         UserError: the base has none, or several.
     """
-    if name in weights.names:
-        return name
-    found = [own for own in weights.names if own.endswith(f".{name}") or name.endswith(f".{own}")]
-    if len(found) == 1:
-        return found[0]
-    made_for = adapter.config.get("base_model_name_or_path")
-    raise UserError(
-        f"{adapter.path}: expected modules of {base}, got {name}, which it {'has several of' if found else 'lacks'}; pass the model that "
-        f"the adapter was made for ({made_for!r:.80} by its config)"
-    )
+    found = {name: _similar(name, weights.names) for name in named}
+    if any(len(own) != 1 for own in found.values()) and weights.config.get("architectures"):
+        parameters = names_in_model(weights.config, (*weights.names, *named), f"{base}/config.json")
+        loaded = {parameters[own]: own for own in weights.names if own in parameters}
+        found |= {name: [loaded[parameters[name]]] for name in named if parameters.get(name) in loaded}
+    for name, own in found.items():
+        if len(own) != 1:
+            made_for = adapter.config.get("base_model_name_or_path")
+            raise UserError(
+                f"{adapter.path}: expected modules of {base}, got {name}, which it {'has several of' if own else 'lacks'}; pass the model "
+                f"that the adapter was made for ({made_for!r:.80} by its config)"
+            )
+    return {name: own[0] for name, own in found.items()}
+
+
+def _similar(name: str, names: Sequence[str]) -> list[str]:
+    """Return the same name or, where it is not among the names, those with one prefix more or less."""
+    if name in names:
+        return [name]
+    return [own for own in names if own.endswith(f".{name}") or name.endswith(f".{own}")]
 
 
 def _tensors(

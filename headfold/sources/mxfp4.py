@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from .packing import ORIGINAL, Format, Parts, Settings, check_shape, part
+from .packing import ORIGINAL, Format, Parts, Settings, bytes_of, check_shape, part
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The numbers of a sign, two bits of exponent and one of mantissa, without the sign."""
@@ -47,6 +47,6 @@ FORMAT = Format(
     target="",
     check=check,
     decode=decode,
-    expansion=lambda settings: 2,
+    num_weights=lambda parts, settings: 2 * bytes_of(parts, "_blocks"),
     otherwise=torch.bfloat16,
 )

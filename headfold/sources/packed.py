@@ -15,7 +15,7 @@ from ..checkpoint.refusals import check_finite, is_packed
 from ..core.errors import UserError, listed
 from ..core.json_input import read_object
 from . import awq, bitsandbytes, compressed_tensors, float8, gptq, mxfp4
-from .packing import ORIGINAL, Format, Settings
+from .packing import ORIGINAL, Format, Settings, bytes_of
 from .weights import Weights, dtype_name, plain_dtype
 
 FORMATS = (
@@ -39,6 +39,10 @@ class _Unit:
 
     name: str
     parts: Mapping[str, str]
+
+    @property
+    def is_packed(self) -> bool:
+        return [*self.parts.values()] != [self.name]
 
 
 def settings_of(directory: Path) -> Settings | None:
@@ -79,14 +83,10 @@ def open_packed(directory: Path, page: Format, settings: Settings) -> Weights:
     config = {key: value for key, value in checkpoint.config.items() if key not in (*_KEYS, "torch_dtype")}
     dtype = plain_dtype(checkpoint.config, page.otherwise)
     units = _units(checkpoint, page)
-    elements = sum(
-        max(checkpoint.tensors[name].end - checkpoint.tensors[name].start for name in unit.parts.values())
-        for unit in units
-    )
     return Weights(
         config={**config, "dtype": dtype_name(dtype)},
         names=tuple(unit.name for unit in units),
-        num_bytes=int(elements * max(page.expansion(settings), 1)) * dtype.itemsize,
+        num_bytes=sum(_num_bytes(checkpoint, page, settings, unit, dtype) for unit in units),
         tensors=partial(_tensors, checkpoint, page, settings, units, dtype),
         beside=directory,
         origin=f"{what}, dequantised to {dtype_name(dtype)}",
@@ -123,6 +123,14 @@ def _units(checkpoint: Checkpoint, page: Format) -> list[_Unit]:
     return found
 
 
+def _num_bytes(checkpoint: Checkpoint, page: Format, settings: Settings, unit: _Unit, dtype: torch.dtype) -> int:
+    """Return how many bytes a tensor is written with, at most."""
+    parts = {ending: checkpoint.tensors[name] for ending, name in unit.parts.items()}
+    if unit.is_packed:
+        return page.num_weights(parts, settings) * dtype.itemsize
+    return bytes_of(parts, "")
+
+
 def _is_packed(name: str, checkpoint: Checkpoint) -> bool:
     info = checkpoint.tensors[name]
     return info.dtype in PACKED_DTYPES.values() or is_packed(name, info)
@@ -133,7 +141,7 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for unit in units:
         parts = {ending: checkpoint.read(name) for ending, name in unit.parts.items()}
-        if [*unit.parts.values()] == [unit.name]:
+        if not unit.is_packed:
             yield unit.name, parts[""]
             continue
         where = f"{checkpoint.path}: {unit.name}"

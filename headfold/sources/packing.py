@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..checkpoint.headers import TensorInfo
 from ..core.errors import UserError
 
 Parts = Mapping[str, Tensor]
 """The tensors of one packed weight, by what follows its name: ".qweight", ".scales" …"""
+Headers = Mapping[str, TensorInfo]
+"""The same of a weight that is not read."""
 Settings = Mapping[str, Any]
 """The quantisation config."""
 _WORD = 32
@@ -38,12 +41,17 @@ class Format:
     """Refuses settings that the page does not read, and returns what the weights are, as in "4-bit GPTQ weights"."""
     decode: Callable[[Parts, Settings, str], Tensor]
     """Returns the weight in float32 from its parts; the last argument names it in messages."""
-    expansion: Callable[[Settings], float]
-    """Returns how many weights one element of the largest part holds, at most."""
+    num_weights: Callable[[Headers, Settings], int]
+    """Returns how many numbers the weight has, at most: what its parts say of it, which may be missing."""
     unused: tuple[str, ...] = ()
     """Endings of the names of tensors that belong to activations or caches: they are left out."""
     otherwise: torch.dtype = torch.float16
     """Dtype of the weights where the config names none."""
+
+
+def bytes_of(parts: Headers, name: str) -> int:
+    """Return the bytes of a part; none where it is missing."""
+    return parts[name].end - parts[name].start if name in parts else 0
 
 
 def check_shape(where: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..checkpoint.cards import CARD
 from ..checkpoint.config import CONFIG
 from ..checkpoint.disk import disk_errors, require_space, sizes
-from ..checkpoint.entries import WEIGHTS
-from ..checkpoint.hub import GGUF, locate, locate_adapter
+from ..checkpoint.entries import WEIGHTS, module_directories
+from ..checkpoint.hub import GGUF, NamedDirectory, locate, locate_adapter
 from ..checkpoint.ownership import Claim, PlaceOwned, claim, lock_beside
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, copy_file, copy_side_files, open_staging, staging_of, write_json
@@ -48,7 +48,7 @@ _LONGEST = 600.0
 _HINT = ": the fold starts from what quantisation left; quantise the fold again afterwards"
 STAGE = "decode"
 """The stage of progress; it counts bytes."""
-_REVISION = 1
+_REVISION = 2
 """Raised when the same source would be decoded to other weights."""
 
 
@@ -70,8 +70,9 @@ def open_plain(
 ) -> Plain:
     """Return the plain checkpoint of a model: a directory, a hub id, or a GGUF file; with the weights of an adapter merged, if given.
 
-    What is made lies in the user's cache under a name of the source's contents, and is found there the next time. Tensors are decoded
-    and written one at a time. `say` is called with a line on what was made, where, how large it is and what precision it had.
+    What is made lies in the user's cache under a name of the source's contents, and is found there the next time; of a model in memory,
+    which no later run would find there, it lies where that was written. Tensors are decoded and written one at a time.
+    `say` is called with a line on what was made, where, how large it is and what precision it had.
 
     Raises:
         UserError: neither model nor adapter can be read, or the cache is full or cannot be written to.
@@ -81,7 +82,7 @@ def open_plain(
     opening = _how_to_open(given)
     if opening is None and lora is None:
         return Plain(given, given)
-    place = _place(given, lora)
+    place = _place(_home(model), given, lora)
     with _waiting(place) as owner:
         record = _finished(place)
         if record is None:
@@ -91,7 +92,8 @@ def open_plain(
             assert owner is not None
             record = _make(weights, place, progress)
     origin = str(record["origin"])
-    say(f"{model}: {origin}; {sizes(record['bytes'])} in {place}")
+    where = "a temporary directory" if isinstance(model, NamedDirectory) else place
+    say(f"{model}: {origin}; {sizes(record['bytes'])} in {where}")
     return Plain(place, given, origin, adapter or "")
 
 
@@ -125,14 +127,20 @@ def _as_it_is(directory: Path) -> Weights:
     )
 
 
-def _place(given: Path, adapter: Path | None) -> Path:
-    """Return the directory in the cache: of the source's contents, and, as its last part, of the source's name."""
+def _home(model: object) -> Path:
+    """Return the directory of what is made: the user's cache, or the temporary directory of a model in memory."""
+    if isinstance(model, NamedDirectory):
+        return model.path.parent
     try:
-        home = cache_home()
+        return cache_home()
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cache: expected a directory of your own to keep decoded weights in, got none ({error}); set XDG_CACHE_HOME"
         ) from error
+
+
+def _place(home: Path, given: Path, adapter: Path | None) -> Path:
+    """Return the directory in a home: of the source's contents, and, as its last part, of the source's name."""
     digest = hashlib.sha256(f"{version('headfold')} {_REVISION}".encode())
     for source in filter(None, (given, adapter)):
         _digest(source, digest.update)
@@ -141,11 +149,13 @@ def _place(given: Path, adapter: Path | None) -> Path:
 
 
 def _digest(source: Path, update: Callable[[bytes], None]) -> None:
-    """Take in the names and contents of a file, or of the files of a directory; of large ones the size, the date and some pages."""
-    files = sorted(entry for entry in source.iterdir() if entry.is_file()) if source.is_dir() else [source]
-    for path in files:
+    """Take in the names and contents of a file, or of the files of a directory and of those of its modules; of large ones the size, the
+    date and some pages."""
+    directories = [source, *(source / module for module in module_directories(source))]
+    files = [each for directory in directories for each in sorted(directory.iterdir())] if source.is_dir() else [source]
+    for path in filter(Path.is_file, files):
         found = path.stat()
-        update(f"\n{path.name} {found.st_size}\n".encode())
+        update(f"\n{path.relative_to(source)} {found.st_size}\n".encode())
         with path.open("rb", buffering=0) as file:
             if found.st_size <= _SMALL:
                 update(file.read())
@@ -232,4 +242,6 @@ def _require_space(staging: Path, num_bytes: int) -> None:
     try:
         require_space(staging, num_bytes)
     except UserError as error:
-        raise UserError(f"{error}; XDG_CACHE_HOME names the directory of caches") from error
+        raise UserError(
+            f"{error}; XDG_CACHE_HOME names the directory of caches, TMPDIR that of models in memory"
+        ) from error
