@@ -206,7 +206,7 @@ def test_this_machine_is_measured(seven: Source, monkeypatch: pytest.MonkeyPatch
         ("--gpu l4 --context 8192", "--context 8192: the model's own context is 64; choose at most that"),
         ("--gpu l4 --context 0", "--context 0: expected a number from 1 on"),
         ("--gpu l4 --batch 0", "--batch 0: expected a number from 1 on"),
-        ("--gpu l4 --memory much", "--memory much: expected a size such as 24GiB"),
+        ("--gpu l4 --memory much", "--memory much: expected a size with its unit, such as 24GiB"),
         ("--gpu voodoo2", "--gpu voodoo2: expected one of t4, a10, "),
     ],
 )

@@ -278,7 +278,7 @@ def test_a_loss_beyond_every_float_has_an_infinite_perplexity() -> None:
 def test_too_little_memory_is_said_in_one_line(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(model: str) -> None:
+    def fail(model: str, **options: object) -> None:
         raise error
 
     monkeypatch.setattr("headfold.verbs.inspect.open_source", fail)

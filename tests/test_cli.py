@@ -188,7 +188,7 @@ def _pickled(path: Path) -> None:
 SPOILT = {
     "unknown": (_config(model_type="lama"), "llama"),
     "wrapper": (_config(model_type="mllama", text_config={"model_type": "llama"}), "text model"),
-    "quantised": (_config(quantization_config={"quant_method": "gptq"}), "gptq"),
+    "quantised": (_config(quantization_config={"quant_method": "gptq"}), "quantization_config: bits"),
     "remote code": (_config(auto_map={"AutoModel": "x.Y"}, model_type="mine"), "auto_map"),
     "olmo2": (_config(model_type="olmo2"), "norm"),
     "norm with a mean": (_config(model_type="persimmon"), "persimmon"),

@@ -176,7 +176,9 @@ def test_a_source_that_has_more_is_healed_on_more(readable: Path, tmp_path: Path
     how = {**HEALED, "calibration": str(source), "refit": False}
     made = headfold.fold(readable, tmp_path / "out", **how)
     facts = [
-        line for line in (made.out / "README.md").read_text().splitlines() if line.startswith(("- Calib", "- Healed"))
+        line
+        for line in (made.out / "README.md").read_text().splitlines()
+        if line.startswith(("- Calibration:", "- Healed"))
     ]
     assert "tokens 512" in facts[0] and "tokens 2048" in facts[1]
 

@@ -88,7 +88,7 @@ def test_a_recording_with_a_part_longer_than_itself_is_refused(tmp_path: Path) -
     (tmp_path / "a.wav").write_bytes(
         b"RIFF" + struct.pack("<I", 60) + b"WAVE" + form + b"LIST" + struct.pack("<I", 2**31) + bytes(10)
     )
-    with pytest.raises(UserError, match=r"a\.wav: expected uncompressed wav \(its parts do not fit"):
+    with pytest.raises(UserError, match=r"a\.wav: expected (sound|wav of 16 bits) \("):
         read_audio(str(tmp_path))
 
 

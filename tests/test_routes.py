@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from headfold import routing
 from headfold.core import plugins
 from headfold.core.errors import UserError
 from headfold.core.methods import RouteMethod
 from headfold.core.routes import Norms, RouteState, apportion, even, runs
-from headfold.runtime import routes, routing
+from headfold.runtime import routes
 from headfold.runtime.routes import dgqa, kdgqa, pgqa
 
 NAMES = plugins.names(routes)
