@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import one_line
 from grades import assert_bitwise
 from test_corpus import tokenizer
@@ -256,6 +257,31 @@ def test_data_that_are_not_kept_cannot_be_drawn_again(
         readable, tmp_path / "out", kv_heads=2, stats=stats, calibration=TEXTS, tokens=512, context=32
     )
     assert result.refitted
+
+
+def test_a_recipe_takes_data_of_the_program_from_the_statistics(
+    tmp_path: Path, readable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names no data that only the program had; what a call names itself, it names too."""
+    monkeypatch.chdir(tmp_path)
+    headfold.calibrate(readable, "stats.safetensors", calibration=TEXTS, tokens=512, context=32)
+    headfold.fold(readable, "out", kv_heads=2, stats="stats.safetensors", refit=False, verify=False)
+    recipe, card = (tmp_path / "out" / "headfold.yaml").read_text(), (tmp_path / "out" / "README.md").read_text()
+    (command,) = [line for line in card.splitlines() if line.startswith("headfold fold ")]
+    assert "python:" not in recipe + command and "tokens" not in recipe and "--stats stats.safetensors" in command
+    headfold.run("out/headfold.yaml", "again", model=readable)
+    for name in ("model.safetensors", "headfold.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    headfold.calibrate(
+        readable, "stats.safetensors", calibration="text.txt", tokens=512, context=32, seed=3, force=True
+    )
+    for number, (named, options) in enumerate([({}, set()), ({"tokens": 256}, {"tokens", "context"})]):
+        headfold.fold(
+            readable, f"{number}", kv_heads=2, stats="stats.safetensors", verify=False, seed=3, **PLAIN, **named
+        )
+        fold = yaml.safe_load((tmp_path / f"{number}" / "headfold.yaml").read_text())["fold"]
+        assert {"calibration", "tokens", "items", "columns", "context"} & fold.keys() == options
 
 
 def test_there_must_be_room(monkeypatch: pytest.MonkeyPatch) -> None:
