@@ -48,7 +48,7 @@ class CalibrationRequest:
         is_text = facts.get("kind", "text") == "text"
         amount, columns = _recorded(facts, "tokens", 1), tuple(filter(None, facts.get("columns", "").split(",")))
         context = _recorded(facts, "context", 1) if is_text else None
-        kind = "texts" if facts.get("kind") == "texts" else None
+        kind = facts["kind"] if facts.get("kind") in ("texts", "captions") else None
         return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0), kind)
 
     def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":
