@@ -239,7 +239,7 @@ def _targets(tensors: Sample, need: Need, where: str) -> Sample:
 
 def _numbers(tensors: Sample, need: Need, where: str) -> Sample:
     """Return images or sound in float32, as processors give them, with what says which of it is padding."""
-    found = {key: tensors[key] for key in ("image_sizes", "pixel_attention_mask") if key in tensors}
+    found: Sample = {key: tensors[key] for key in ("image_sizes", "pixel_attention_mask") if key in tensors}
     if "input_values" in tensors:
         found["attention_mask"] = _mask(
             tensors.get("attention_mask"), tensors["input_values"], where, "input_values"
