@@ -314,10 +314,14 @@ def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | 
     mask = batch.get("attention_mask")
     if decodes and (queries or not site.reads_encoder):
         mask = batch["labels"] != IGNORED
-    elif mask is not None and "input_values" in batch:  # one entry per sample of sound, of which a frame covers many
-        frames = x.shape[1]
-        mask = mask[:, torch.arange(frames, device=mask.device) * mask.shape[1] // frames]
+    elif mask is not None and "input_values" in batch:
+        mask = mask_of_frames(mask, x.shape[1])
     return mask.bool().to(x.device) if mask is not None and mask.shape == x.shape[:2] else None
+
+
+def mask_of_frames(mask: Tensor, frames: int) -> Tensor:
+    """Return the mask of a model's frames of sound, each of which covers many samples, from that of the samples."""
+    return mask[:, torch.arange(frames, device=mask.device) * mask.shape[1] // frames]
 
 
 def key_path(site: Site) -> str:

@@ -1,11 +1,13 @@
 """A fold says how far its calibration data reach: their amount, the length of their windows, and whether the model knows such text."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import one_line
 from tiny import stock_model, tiny_checkpoint
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import headfold
 from headfold.adequacy.reach import Reach, reach_of_text
 from headfold.adequacy.surprise import surprise
+from headfold.core.errors import UserError
 from headfold.corpus.windows import draw_windows
 from headfold.stats_file import StatsFile
 
@@ -30,6 +33,28 @@ def test_surprise_is_loss_beside_entropy() -> None:
     assert found.nll == pytest.approx(float(cross_entropy(logits, some[:, 1:].flatten())), rel=1e-9)
     assert found.entropy == pytest.approx(float(Categorical(logits=logits).entropy().mean()), rel=1e-9)
     assert found.excess == found.nll - found.entropy and found.perplexity == math.exp(found.nll)
+
+
+def test_windows_of_one_token_say_nothing(tmp_path: Path) -> None:
+    """A model predicts nothing there; whoever has only such text can still calibrate on it."""
+    model = stock_model(tiny_checkpoint("llama"))
+    found = surprise(model, torch.arange(5)[:, None])
+    assert math.isnan(found.nll) and math.isnan(found.entropy) and found.facts() == {}
+    result = headfold.calibrate(model, tmp_path / "stats", calibration=[{"input_ids": torch.arange(5)[:, None]}])
+    assert result.tokens == 5 and "perplexity" not in StatsFile(tmp_path / "stats").metadata
+    assert headfold.fold(model, kv_heads=2, stats=tmp_path / "stats").headfold.refitted
+
+
+@pytest.mark.parametrize("option", [{"tokens": 0}, {"tokens": -5}, {"items": -1}, {"context": 1}, {"seed": -1}])
+@pytest.mark.parametrize("calibration", [str(BUNDLED / "heldout.txt"), ["a text"]])
+def test_numbers_below_their_least_are_refused(option: dict[str, int], calibration: Any, tmp_path: Path) -> None:
+    """In Python as on the command line, before anything is drawn or written."""
+    (name, number), *_ = option.items()
+    for call in (headfold.calibrate, partial(headfold.fold, kv_heads=2)):
+        with pytest.raises(UserError) as error:
+            call(BUNDLED, tmp_path / "out", calibration=calibration, **option)
+        one_line(error, f"{name}: expected a whole number from", f"got {number}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_that_a_model_writes_does_not_surprise_it() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import one_line
 from grades import assert_bitwise
 from test_corpus import tokenizer
 from tiny import FOREIGN, readable_checkpoint, stock_model, tiny_checkpoint, tiny_sample, tiny_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from wrapped_models import seen_sample, wrapped_checkpoint
 
 import headfold
 from headfold.conversion.fold_result import FoldResult
@@ -183,7 +185,7 @@ def test_padded_batches_of_a_language_model(tmp_path: Path) -> None:
     assert folded.headfold.verification.passed and folded.headfold.healed == 64
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", "bert", "vit", "clip"])
+@pytest.mark.parametrize("name", ["t5", "whisper", "bert", "vit", "clip", "moonshine", "wav2vec2"])
 def test_batches_of_every_kind(name: str) -> None:
     """The tensors of a loader calibrate and refit the kind of model that they are for."""
     model = stock_model(tiny_checkpoint(name, torch.float32), torch.float32)
@@ -195,8 +197,38 @@ def test_batches_of_every_kind(name: str) -> None:
     result = folded.headfold
     assert result.verification.passed and result.refitted and result.plan.calibration["tokens"] == "12"
     assert result.num_kv_heads_after * 2 == result.num_kv_heads_before
-    if FOREIGN[name].kind in ("pairs", "audio"):
+    if FOREIGN[name].kind in ("pairs", "audio", "speech"):
         assert headfold.eval(folded, reference=model, text=batches).measured.num_items == 12
+
+
+def test_padded_sound_of_an_encoder() -> None:
+    """Statistics, refit and measure leave out the frames of padding."""
+    model = stock_model(tiny_checkpoint("wav2vec2", torch.float32), torch.float32)
+    sound = [{key: t.float() for key, t in tiny_sample("wav2vec2", 4, seed).items()} for seed in range(2)]
+    mask = (torch.arange(sound[0]["input_values"].shape[1]) < 150).long().repeat(4, 1)
+    folded = headfold.fold(model, kv_heads="1/2", calibration=[batch | {"attention_mask": mask} for batch in sound])
+    assert folded.headfold.refitted and folded.headfold.verification.passed
+    sound[1]["input_values"] = sound[1]["input_values"][:, :-20]
+    assert headfold.eval(folded, reference=model, text=sound).measured.num_items == 8
+
+
+def test_a_wrapper_is_calibrated_on_images_in_its_texts(tmp_path: Path) -> None:
+    """As a loader gives them; the statistics, and a fold from them, say so."""
+    model = stock_model(wrapped_checkpoint("llava", torch.float32), torch.float32)
+    sample = {key: t.float() if t.is_floating_point() else t for key, t in seen_sample("llava").items()}
+    batches, stats = [sample] * 12, tmp_path / "stats.safetensors"
+    headfold.calibrate(model, stats, calibration=batches, items=9)
+    measured = headfold.stats_file.StatsFile(stats)
+    assert (measured.metadata["kind"], measured.metadata["tokens"]) == ("captions", "9")
+    assert measured["layers.0.self"].count == 9 * sample["input_ids"].numel()
+    headfold.calibrate(model, tmp_path / "blind", calibration=[{"input_ids": sample["input_ids"]}] * 9)
+    blind = headfold.stats_file.StatsFile(tmp_path / "blind")["layers.0.self"].tensors["second"]
+    assert (measured["layers.0.self"].tensors["second"] - blind).abs().max() > 1
+    folded = headfold.fold(model, kv_heads=2, stats=stats).headfold
+    assert folded.refitted and folded.verification.passed and folded.plan.calibration["kind"] == "captions"
+    with pytest.raises(UserError) as error:
+        headfold.eval(model, text=batches)
+    one_line(error, "expected text alone, got pixel_values")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -256,6 +288,31 @@ def test_data_that_are_not_kept_cannot_be_drawn_again(
         readable, tmp_path / "out", kv_heads=2, stats=stats, calibration=TEXTS, tokens=512, context=32
     )
     assert result.refitted
+
+
+def test_a_recipe_takes_data_of_the_program_from_the_statistics(
+    tmp_path: Path, readable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names no data that only the program had; what a call names itself, it names too."""
+    monkeypatch.chdir(tmp_path)
+    headfold.calibrate(readable, "stats.safetensors", calibration=TEXTS, tokens=512, context=32)
+    headfold.fold(readable, "out", kv_heads=2, stats="stats.safetensors", refit=False, verify=False)
+    recipe, card = (tmp_path / "out" / "headfold.yaml").read_text(), (tmp_path / "out" / "README.md").read_text()
+    (command,) = [line for line in card.splitlines() if line.startswith("headfold fold ")]
+    assert "python:" not in recipe + command and "tokens" not in recipe and "--stats stats.safetensors" in command
+    headfold.run("out/headfold.yaml", "again", model=readable)
+    for name in ("model.safetensors", "headfold.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    headfold.calibrate(
+        readable, "stats.safetensors", calibration="text.txt", tokens=512, context=32, seed=3, force=True
+    )
+    for number, (named, options) in enumerate([({}, set()), ({"tokens": 256}, {"tokens", "context"})]):
+        headfold.fold(
+            readable, f"{number}", kv_heads=2, stats="stats.safetensors", verify=False, seed=3, **PLAIN, **named
+        )
+        fold = yaml.safe_load((tmp_path / f"{number}" / "headfold.yaml").read_text())["fold"]
+        assert {"calibration", "tokens", "items", "columns", "context"} & fold.keys() == options
 
 
 def test_there_must_be_room(monkeypatch: pytest.MonkeyPatch) -> None:

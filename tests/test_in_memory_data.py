@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,47 @@ def test_images_and_sound_are_float32() -> None:
     assert found["input_features"].dtype == torch.float32 and found["labels"].shape == (2, 3)
 
 
+def test_sound_as_it_is_has_a_mask_where_it_is_padded() -> None:
+    """Speech always; an encoder of sound only where batches have different lengths, or masks of their own."""
+    batches = [{"input_values": torch.ones(2, 40).double()}, {"input_values": torch.ones(1, 30)}]
+    for kind, options in (("sound", {}), ("audio", {"model_type": "moonshine"})):
+        labels = {} if kind == "sound" else {"labels": torch.ones(2, 3).long()}
+        found = read_given(
+            [batch | {key: t[: len(batch["input_values"])] for key, t in labels.items()} for batch in batches],
+            need(kind, **options),
+        )
+        assert found["input_values"].shape == (3, 40) and found["input_values"].dtype == torch.float32
+        assert found["attention_mask"].sum(1).tolist() == [40, 40, 30] and ("labels" in found) == (kind == "audio")
+    assert read_given(batches[:1], need("sound")).keys() == {"input_values"}
+    rows = [{"input_values": [0.5] * 20}, {"input_values": [0.5] * 20}]
+    assert read_given(rows, need("sound"))["input_values"].shape == (2, 20)
+
+
+LLAVA: dict[str, Any] = {"model_type": "llava", "vision_config": {}, "text_config": {"vocab_size": VOCABULARY}}
+SEEN = padded_rows([3, 5], left=True) | {"pixel_values": torch.ones(2, 3, 6, 6).double()}
+
+
+def test_a_wrapper_is_given_images_with_their_texts() -> None:
+    """All of what its processor makes, up to the limit of items; texts alone are text."""
+    wanted = replace(need("text", 100, **LLAVA), illustrated=3)
+    types = (SEEN["input_ids"] == 3).long()
+    batch = SEEN | {"mm_token_type_ids": types, "image_sizes": torch.full((2, 2), 6), "labels": SEEN["input_ids"]}
+    found = read_given(itertools.repeat(batch), wanted)
+    assert found["input_ids"].tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]
+    assert torch.equal(found["mm_token_type_ids"], (found["input_ids"] == 3).long())
+    assert found["pixel_values"].shape == (3, 3, 6, 6) and found["pixel_values"].dtype == torch.float32
+    assert found["image_sizes"].shape == (3, 2) and "labels" not in found
+    tiles = read_given([SEEN | {"pixel_values": torch.ones(2, 4, 3, 6, 6)}], wanted)
+    assert tiles["pixel_values"].shape == (2, 4, 3, 6, 6)
+    assert read_given([GOOD], wanted).keys() == {"input_ids", "attention_mask"}
+    with pytest.raises(UserError) as error:
+        read_given([SEEN], replace(wanted, context=4))
+    one_line(error, "at most 4 tokens in a text with images", "got 5")
+    with pytest.raises(UserError) as joined:
+        read_given([SEEN | {"pixel_values": torch.ones(8, 6)}], wanted)
+    one_line(joined, "pixel_values: expected 2 items as in input_ids", "one image with each text")
+
+
 GOOD = padded_rows([3, 5])
 REFUSED: dict[str, tuple[Any, Need, str]] = {
     "no batches": ([], need(), "got none; was the loader read before?"),
@@ -173,7 +215,7 @@ REFUSED: dict[str, tuple[Any, Need, str]] = {
     "a number": (3, need(), "got int"),
     "other keys": ([GOOD, {"input_ids": GOOD["input_ids"]} | {"token_type_ids": GOOD["input_ids"]}], need("sentences"), "as in the first"),
     "tuples": (DataLoader(TensorDataset(GOOD["input_ids"])), need(), "expected a dict of tensors by name"),
-    "no tokens": ([{"pixel_values": IMAGE}], need(), "expected input_ids, which a model of text reads, got pixel_values"),
+    "no tokens": ([{"pixel_values": IMAGE}], need(), "expected input_ids, which the model reads, got pixel_values"),
     "beyond": ([GOOD, {"input_ids": torch.tensor([[1, 50]])}], need(), "batch 2: input_ids: expected tokens from 0 to 49"),
     "negative": ([{"input_ids": torch.tensor([[1, -1]])}], need(), "got -1 to 1"),
     "fractions": ([{"input_ids": torch.tensor([[1.0]])}], need(), "expected whole numbers"),
@@ -189,6 +231,11 @@ REFUSED: dict[str, tuple[Any, Need, str]] = {
     "other size": ([{"pixel_values": torch.zeros(2, 3, 8, 6)}], need("images", **VIT), "items of 3x6x6, which the model takes, got 3x8x6"),
     "other sizes": ([{"pixel_values": IMAGE}, {"pixel_values": torch.zeros(2, 3, 8, 8)}], need("images"), "as in the first batch"),
     "other bands": ([{"input_features": torch.zeros(1, 4, 8), "labels": [[1]]}], need("audio", **WHISPER), "expected items of 5x8"),
+    "images where there is text": ([GOOD, SEEN], need(**LLAVA), "batch 2: expected text alone, got pixel_values"),
+    "sound where there is text": ([GOOD | {"input_features": SOUND}], need(**LLAVA), "expected text alone, got input_features"),
+    "features for samples": ([{"input_features": SOUND}], need("audio", model_type="moonshine"), "expected input_values, which"),
+    "a mask of frames": ([{"input_values": torch.ones(1, 9), "attention_mask": torch.ones(1, 3)}], need("sound"), "of input_values"),
+    "no sound": ([{"input_values": torch.ones(1, 9), "attention_mask": torch.zeros(1, 9)}], need("sound"), "padding alone in item 1"),
     "not finite": ([{"pixel_values": IMAGE / 0}], need("images", **VIT), "got NaN or infinity"),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from test_cli import run
 from tiny import tiny_checkpoint
 
 import headfold
-from headfold.core.errors import UserError
+from headfold.core.errors import AlreadyFinished, UserError
 
 __all__ = ["run"]
 REPOSITORY = "someone/folded"
@@ -30,6 +30,9 @@ class Hub(BaseHTTPRequestHandler):
     refuses: tuple[str, int] | None
 
     def do_GET(self) -> None:
+        if self.path.startswith(f"/api/models/{REPOSITORY}/tree"):
+            self._answer([{"type": "file", "path": name, "size": 1, "oid": "1"} for name in self.files])
+            return
         self._answer({"name": "someone", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
     def do_POST(self) -> None:
@@ -47,9 +50,11 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.files[line["value"]["path"]]
             self._answer({"commitUrl": f"http://{self.headers['Host']}/{REPOSITORY}/commit/1", "commitOid": "1"})
 
-    def _answer(self, found: dict[str, Any]) -> None:
+    def _answer(self, found: dict[str, Any] | list[Any]) -> None:
         refused = self.refuses is not None and self.refuses[0] in self.path
         text = json.dumps({"error": "no rights"} if refused else found).encode()
         self.send_response(self.refuses[1] if refused and self.refuses else 200)
@@ -87,6 +92,39 @@ def test_a_fold_is_uploaded_as_it_was_written(hub: type[Hub], run: Any, tmp_path
     assert {"config.json", "model.safetensors", "plan.json", "README.md"} <= hub.files.keys()
     assert [(made["name"], "private" in made) for made in hub.created] == [("folded", False)]
     assert f"/{REPOSITORY}" in ran.out and "uploaded to http" in ran.out
+
+
+def test_weights_of_an_earlier_model_go(hub: type[Hub], tmp_path: Path) -> None:
+    """Readers prefer a single file to the shards of a fold; what is not a model's weights by its name stays."""
+    stale = [
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+        "consolidated.safetensors",
+    ]
+    kept = ["logo.png", "onnx/model.onnx", "original/model.safetensors", "it-q8_0.gguf"]
+    hub.files |= dict.fromkeys([*stale, *kept, "model.safetensors"], b"earlier")
+    headfold.fold(tiny_checkpoint("llama", torch.float32), tmp_path / "out", push_to_hub=REPOSITORY, **PLAIN)
+    assert not hub.files.keys() & set(stale) and all(hub.files[name] == b"earlier" for name in kept)
+    assert hub.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_what_a_killed_run_finished_is_uploaded_by_the_next(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after the output was whole, and before anything was uploaded."""
+    out, source = tmp_path / "out", tiny_checkpoint("llama", torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr("headfold.checkpoint.staging._clear_up", killed)
+        with pytest.raises(KeyboardInterrupt):
+            headfold.fold(source, out, push_to_hub=REPOSITORY, **PLAIN)
+    assert (out / "config.json").exists() and not hub.files
+    with pytest.raises(AlreadyFinished) as finished:
+        headfold.fold(source, out, push_to_hub=REPOSITORY, **PLAIN)
+    one_line(finished, "an earlier run of the same job finished this", "uploaded to http")
+    assert hub.files == {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+def killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("path", "written"), [("whoami", False), ("repos/create", True), ("commit", True)])

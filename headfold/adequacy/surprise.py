@@ -53,7 +53,10 @@ class Surprise:
 def surprise(
     model: "PreTrainedModel", windows: Int[Tensor, "window token"], num_windows: int = WINDOWS, num_tokens: int = TOKENS
 ) -> Surprise:
-    """Return how a language model takes a sample of windows: the beginnings of some that lie evenly among all of them."""
+    """Return how a language model takes a sample of windows: the beginnings of some that lie evenly among all of them.
+
+    Windows of one token predict nothing, so nothing is known of them: the means are NaN.
+    """
     step = max(1, len(windows) // num_windows)
     some = windows[::step][:num_windows, :num_tokens]
     logits = model(input_ids=some.to(input_device(model)), use_cache=False).logits[:, :-1]
@@ -62,7 +65,7 @@ def surprise(
         logs = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).log_softmax(-1)
         nll -= float(logs.gather(1, targets[:, None]).sum(dtype=torch.float64))
         entropy -= float((logs.exp() * logs).nan_to_num().sum(dtype=torch.float64))
-    return Surprise(nll / count, entropy / count)
+    return Surprise(nll / count, entropy / count) if count else Surprise(math.nan, math.nan)
 
 
 def _exp(nats: float) -> float:

@@ -15,6 +15,8 @@ DEFAULT_SOURCE = "self"
 DEFAULT_TOKENS = 65_536
 DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512, "sound": 256}
 """Items by kind of data. More pairs make a better fold; as many large images would not fit into memory."""
+_LEAST = {"tokens": 1, "items": 1, "context": 2, "seed": 0}
+"""A window of one token predicts nothing."""
 _KINDS_IN_WORDS = {
     "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "audio": "sound",
     "sound": "sound",
@@ -46,7 +48,7 @@ class CalibrationRequest:
         is_text = facts.get("kind", "text") == "text"
         amount, columns = _recorded(facts, "tokens", 1), tuple(filter(None, facts.get("columns", "").split(",")))
         context = _recorded(facts, "context", 1) if is_text else None
-        kind = "texts" if facts.get("kind") == "texts" else None
+        kind = facts["kind"] if facts.get("kind") in ("texts", "captions") else None
         return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0), kind)
 
     def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":
@@ -97,8 +99,13 @@ class CalibrationConfig:
         The seed of recorded data is kept: the same text serves folds of any seed.
 
         Raises:
-            UserError: a model that cannot write its own calibration text has no data named.
+            UserError: a model that cannot write its own calibration text has no data named; a number is below its least.
         """
+        for name, least in _LEAST.items():
+            if (number := getattr(request, name)) is not None and number < least:
+                raise UserError(
+                    f"{name}: expected a whole number from {least} on, got {number}; choose another, or leave it out"
+                )
         if request.source is None and (earlier := CalibrationRequest.recorded(recorded or {})):
             request = request.with_data_of(earlier)
         kind = request.kind or kind_of(opened.config, request.columns)

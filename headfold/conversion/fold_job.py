@@ -21,7 +21,7 @@ from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
 from .healing import Healing
 from .measured_sites import MeasuredSites
-from .outputs import staged
+from .outputs import finished_uploaded, staged
 from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source
@@ -45,11 +45,13 @@ class FoldJob:
     @classmethod
     @contextmanager
     def opened(
-        cls, out: Path, settings: Mapping[str, Any], force: bool, teacher: Teacher, request: FoldRequest, given: StatsFile | None
+        cls, out: Path, settings: Mapping[str, Any], force: bool, teacher: Teacher, request: FoldRequest, given: StatsFile | None,
+        repository: str | None = None,
     ) -> Iterator["FoldJob"]:  # fmt: skip
         """Own `OUT.partial`, empty or as an earlier run of the same settings left it; it is removed if an error leaves it empty.
 
         Raises:
+            AlreadyFinished: an earlier run was killed when its output was whole, which is in `repository` now, if one is named.
             UserError: `out` has contents and `force` is not given, another run writes there, the place cannot be written to, or there are
                 no calibration data.
         """
@@ -57,7 +59,7 @@ class FoldJob:
         needs_data = on_main(lambda: request.needs_data(teacher.source, given))
         if needs_data and on_main(lambda: holds_other_job(out, key, force)):
             _ = teacher.sample  # a job without data is refused before what another one left is removed
-        with staged(out, key, force) as staging:
+        with finished_uploaded(out, repository), staged(out, key, force) as staging:
             job = cls(staging, settings)
             on_main(lambda: job.work.mkdir(exist_ok=True))
             if needs_data and teacher.takes_texts():

@@ -97,8 +97,8 @@ def resolve_fold(
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needed = planning.statistics_needed("contiguous", merge)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
-    calibration = None
-    if needed or refit or heal or data.source is not None or CalibrationRequest.recorded(recorded):
+    earlier, calibration = CalibrationRequest.recorded(recorded), None
+    if needed or refit or heal or data.source is not None or earlier:
         calibration = CalibrationConfig.resolve(source, data, recorded)
     if layout is not None and (expected := ready or _equal_groups(source, kv_heads, group, multiple)):
         choose_fold_layout(source, expected, layout)
@@ -110,11 +110,18 @@ def resolve_fold(
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
         "refit": VALUE_STEPS if refit else 0, "heal": healing.tokens, "heal_by": healing.by,
-        "data": calibration and asdict(calibration), "encoder": encoder,
+        "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
     count = "" if kv_heads is None else kv_heads
     return FoldRequest(ready, count, group, merge, multiple, encoder, needed, calibration, healing, settings)
+
+
+def _data_from(data: CalibrationRequest, earlier: CalibrationRequest | None) -> str:
+    """Return where calibration data come from: the call names them, or what statistics or a plan record, of which it may name an amount."""
+    if earlier is None or data.source is not None:
+        return "call"
+    return "recorded, other amount" if data.names_data else "recorded"
 
 
 def _equal_groups(source: Source, kv_heads: str | int | None, group: str, head_dim_multiple: int) -> Plan | None:

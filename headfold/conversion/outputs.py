@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..checkpoint.ownership import claim, lock_beside, lock_inside
 from ..checkpoint.staging import JOB, open_staging, staging_of
-from ..core.errors import SourceError, UserError
+from ..checkpoint.upload import upload
+from ..core.errors import AlreadyFinished, SourceError, UserError
 from ..parallel import is_main, on_main, on_main_only
 
 KEPT = "; what was done until then is kept in "
@@ -40,6 +41,22 @@ def staged(out: Path, key: str | None, force: bool) -> Iterator[Path]:
         staging = on_main(lambda: open_staging(out, key or os.urandom(16).hex(), force))
         with removed_on_error(staging, resumes=key is not None):
             yield staging
+
+
+@contextmanager
+def finished_uploaded(directory: Path, repository: str | None) -> Iterator[None]:
+    """Upload the directory where the body ends because an earlier run has finished it, which was killed before it could.
+
+    Raises:
+        AlreadyFinished: it has; the error says where the directory is now, too.
+        UserError: as `upload`.
+    """
+    try:
+        yield
+    except AlreadyFinished as error:
+        if repository is None:
+            raise
+        raise AlreadyFinished(f"{error}; {on_main(lambda: upload(directory, repository))}") from error
 
 
 @contextmanager

@@ -102,10 +102,9 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     chosen["refit"] = bool(settings["refit"])
     if settings["heal"]:
         chosen |= {"heal": True, "heal_by": settings["heal_by"], "heal_tokens": settings["heal"]}
-    if settings["data"]:
+    if settings["data"] and settings["data_from"] != "recorded":
         # Data that statistics or a plan record have a seed of their own, which goes with their name.
-        is_recorded = bool(settings["plan"] or settings["stats"]) and settings["data"]["seed"] != settings["seed"]
-        chosen |= _data_options(settings["data"], is_recorded)
+        chosen |= _data_options(settings["data"], is_recorded=settings["data_from"] != "call")
     chosen |= {"encoder": True} if settings["encoder"] else {}
     chosen |= {"stats": "stats.safetensors"} if settings["stats"] else {}
     chosen |= {name: settings[name] for name in ("layout", "dtype") if settings.get(name)}

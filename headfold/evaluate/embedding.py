@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..calibration import body_of, is_padded_text, text_lengths
+from ..calibration import body_of, is_padded_text, mask_of_frames, text_lengths
 from ..checkpoint.modules import MODULES, read_modules, read_pooling
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
@@ -139,7 +139,10 @@ def embed(
     pooled = []
     for batch in batches(inputs, batch_size):
         states = body_of(model, batch)(**place_batch(batch, model)).last_hidden_state.cpu().double()
-        pooled.append(_pooled(states, batch.get("attention_mask"), pooling))
+        mask = batch.get("attention_mask")
+        if mask is not None and "input_values" in batch:
+            mask = mask_of_frames(mask, states.shape[1])
+        pooled.append(_pooled(states, mask, pooling))
     return torch.cat(pooled)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.config import read_config
-from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
+from ..conversion.calibration_config import DEFAULT_ITEMS, CalibrationConfig, CalibrationRequest
 from ..conversion.source import Source
 from ..corpus.bounds import FROM_PYTHON
 from ..corpus.rows import Row, Table, require, value
 from ..corpus.samples import MAX_CONTEXT, NamedSample, Sample, draw_sample, kind_of, main_input, window_length
 from ..corpus.windows import draw_windows, fingerprint
 from ..families.context import context_length
+from ..families.wrapped import is_wrapper
 from ..hf_models import open_tokenizer
 from .given import read_given
 from .loaded import Need
@@ -44,11 +45,15 @@ def calibration_data(
     config = CalibrationConfig.resolve(source, replace(request, source=FROM_PYTHON))
     context = window_length(source.config, config.context)
     limit = config.tokens if config.kind == "text" else config.items
-    need = Need(config.kind, source.config, context, limit, notes.append)
+    sees = config.kind == "text" and is_wrapper(source.config) and source.config.get("vision_config") is not None
+    illustrated = items or DEFAULT_ITEMS["captions"] if sees else None
+    need = Need(config.kind, source.config, context, limit, notes.append, illustrated)
     found = read_given(named, need, config.columns, config.seed)
     sample = found if isinstance(found, dict) else _encoded(source, found, config, context, notes)
     name = f"{FROM_PYTHON}{type(named).__name__}-{fingerprint(sample)[:_DIGITS]}"
-    kind = "texts" if config.kind == "text" and "attention_mask" in sample else config.kind
+    kind = config.kind
+    if kind == "text" and "attention_mask" in sample:
+        kind = "captions" if "pixel_values" in sample else "texts"
     first = main_input(sample)
     return replace(request, source=name, kind=kind, tokens=first.numel(), items=len(first)), sample, notes
 

@@ -1,7 +1,7 @@
 """Batches of a model's inputs, as a DataLoader yields them, put together to one sample."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 from ..core.errors import UserError, listed
 from ..corpus.pairs import IGNORED
 from ..corpus.samples import Sample, main_input
+from ..families.wrapped import is_wrapper
 from ..hf_models.readers import image_size_of
 
-MAIN = {"input_ids": 2, "pixel_values": 4, "input_features": 3}
+MAIN = {"input_ids": 2, "pixel_values": 4, "input_features": 3, "input_values": 2}
 """The tensors that a batch is known by, and their axes."""
 MOST = 2**24
 """Tokens, or items, that are read of data of which no amount is named."""
@@ -25,8 +26,19 @@ _USED = {
     "images": ("pixel_values", "labels"),
     "captions": ("pixel_values", "input_ids", "attention_mask"),
     "audio": ("input_features", "labels", "decoder_input_ids", "decoder_attention_mask"),
+    "samples": ("input_values", "attention_mask", "labels", "decoder_input_ids", "decoder_attention_mask"),
+    "sound": ("input_values", "attention_mask"),
+    "illustrated": (
+        *("input_ids", "pixel_values", "attention_mask", "token_type_ids", "mm_token_type_ids"),
+        *("image_sizes", "pixel_attention_mask"),
+    ),
 }
-"""By kind of data the tensors that are used; the first is required."""
+"""By kind of data the tensors that are used; the first is required. "samples" are audio for models that read sound as it is, and
+"illustrated" captions as wrappers read them."""
+_NEEDED = {"captions": ("pixel_values", "input_ids"), "illustrated": ("input_ids", "pixel_values")}
+"""The tensors that are required, where that is not the first alone."""
+_BESIDE_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+"""What a wrapper puts in the place of tokens of its text, which say nothing without it."""
 _FILL = {"labels": IGNORED}
 """Padding, where it is not zero."""
 
@@ -45,6 +57,8 @@ class Need:
     """Tokens of text, or items of other data, after which nothing more is read."""
     say: Callable[[str], None] = lambda note: None
     """Called with what is left out."""
+    illustrated: int | None = None
+    """The limit, in items, where a wrapper is given texts with images; None where it may not be."""
 
     @property
     def vocabulary(self) -> int | None:
@@ -69,6 +83,7 @@ def sample_of_batches(batches: Iterator[Any], need: Need, name: str) -> Sample:
     parts: list[Sample] = []
     count = 0
     for number, batch in enumerate(batches, 1):
+        need = need if parts else _need_of(batch, need)
         part = _read(batch, need, f"{name}: batch {number}", need.say if number == 1 else lambda note: None)
         if parts and part.keys() != parts[0].keys():
             raise UserError(
@@ -83,9 +98,18 @@ def sample_of_batches(batches: Iterator[Any], need: Need, name: str) -> Sample:
     if need.limit is None and count >= MOST:
         raise UserError(f"{name}: expected at most {MOST} tokens or items, got more; name how many to read")
     sample = _cut({key: _joined([part[key] for part in parts], key, name) for key in parts[0]}, need)
-    if need.kind == "text" and sample["attention_mask"].all():
+    if need.kind in ("text", "sound") and sample["attention_mask"].all():
         del sample["attention_mask"]
     return sample
+
+
+def _need_of(first: Any, need: Need) -> Need:
+    """Return the need that the first batch meets: a wrapper may have images in its text, and some models of speech read sound as it is."""
+    if need.kind == "audio" and need.config.get("model_type") == "moonshine":
+        return replace(need, kind="samples")
+    if need.illustrated is None or not isinstance(first, Mapping) or first.get("pixel_values") is None:
+        return need
+    return replace(need, kind="illustrated", limit=need.illustrated)
 
 
 def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sample:
@@ -96,10 +120,14 @@ def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sam
             "give dicts"
         )
     main, used = _USED[need.kind][0], _USED[need.kind]
-    needed = [main, "input_ids"] if need.kind == "captions" else [main]
-    if lacking := [key for key in needed if batch.get(key) is None]:
+    if lacking := [key for key in _NEEDED.get(need.kind, (main,)) if batch.get(key) is None]:
         raise UserError(
-            f"{where}: expected {lacking[0]}, which a model of {need.kind} reads, got {listed(list(map(str, batch)), 8)}; add it"
+            f"{where}: expected {lacking[0]}, which the model reads, got {listed(list(map(str, batch)), 8)}; add it"
+        )
+    if need.kind == "text" and is_wrapper(need.config) and (seen := _BESIDE_TEXT & batch.keys()):
+        raise UserError(
+            f"{where}: expected text alone, got {listed(sorted(seen))}, in whose place tokens of the text stand; give texts without it"
+            + (", or images in every batch" if need.illustrated is not None else "")
         )
     if unused := [str(key) for key in batch if key not in used]:
         say(f"{where.rpartition(':')[0]}: {listed(unused, 8)} of every batch left out")
@@ -113,7 +141,8 @@ def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sam
     for key, tensor in tensors.items():
         if not tensor.ndim or len(tensor) != len(tensors[main]):
             raise UserError(
-                f"{where}: {key}: expected {len(tensors[main])} items as in {main}, got the shape {tuple(tensor.shape)}; correct it"
+                f"{where}: {key}: expected {len(tensors[main])} items as in {main}, got the shape {tuple(tensor.shape)}; "
+                + ("give one image with each text, or texts alone" if need.kind == "illustrated" else "correct it")
             )
     return _texts(tensors, need, where) | _targets(tensors, need, where) | _numbers(tensors, need, where)
 
@@ -134,7 +163,12 @@ def _texts(tensors: Sample, need: Need, where: str) -> Sample:
     ids = tensors["input_ids"]
     if ids.ndim != 2:
         raise UserError(f"{where}: input_ids: expected items of tokens, got the shape {tuple(ids.shape)}; correct it")
-    mask = _mask(tensors.get("attention_mask"), ids, where)
+    mask = _mask(tensors.get("attention_mask"), ids, where, "input_ids")
+    if need.kind == "illustrated" and (longest := int(mask.sum(1).max())) > need.context:
+        raise UserError(
+            f"{where}: expected at most {need.context} tokens in a text with images, which is not cut, got {longest}; give a longer "
+            "context, or shorter texts"
+        )
     _check_tokens(ids[mask], need, f"{where}: input_ids")
     # Positions are counted from the first token on, so what stands before it would move them.
     order = (~mask).long().argsort(dim=1, stable=True)[:, : min(int(mask.sum(1).max()), need.context)]
@@ -142,21 +176,23 @@ def _texts(tensors: Sample, need: Need, where: str) -> Sample:
         "input_ids": ids.long().masked_fill(~mask, 0).gather(1, order),
         "attention_mask": mask.gather(1, order).long(),
     }
-    if (types := tensors.get("token_type_ids")) is not None and types.shape == ids.shape:
-        sample["token_type_ids"] = types.long().masked_fill(~mask, 0).gather(1, order)
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if (types := tensors.get(key)) is not None and types.shape == ids.shape:
+            sample[key] = types.long().masked_fill(~mask, 0).gather(1, order)
     return sample
 
 
-def _mask(mask: Tensor | None, ids: Tensor, where: str) -> Bool[Tensor, "item token"]:
-    found = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    if found.shape != ids.shape:
+def _mask(mask: Tensor | None, items: Tensor, where: str, name: str) -> Bool[Tensor, "item position"]:
+    """Return which tokens of texts, or samples of sound, are not padding."""
+    found = torch.ones_like(items, dtype=torch.bool) if mask is None else mask != 0
+    if found.shape != items.shape:
         raise UserError(
-            f"{where}: attention_mask: expected the shape of input_ids, {tuple(ids.shape)}, got {tuple(found.shape)}; correct the batch"
+            f"{where}: attention_mask: expected the shape of {name}, {tuple(items.shape)}, got {tuple(found.shape)}; correct the batch"
         )
     if not found.any(1).all():
         empty = int((~found.any(1)).nonzero()[0]) + 1
         raise UserError(
-            f"{where}: expected tokens in every item, got padding alone in item {empty}; leave such items out"
+            f"{where}: {name}: expected more than padding in every item, got padding alone in item {empty}; leave such items out"
         )
     return found
 
@@ -175,7 +211,7 @@ def _check_tokens(ids: Tensor, need: Need, where: str) -> None:
 def _targets(tensors: Sample, need: Need, where: str) -> Sample:
     """Return labels, and what a decoder reads where that is given; of models that write nothing the classes, if there are any."""
     labels, read = tensors.get("labels"), tensors.get("decoder_input_ids")
-    if need.kind not in ("pairs", "audio"):
+    if need.kind not in ("pairs", "audio", "samples"):
         classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
         return {"labels": labels.long()} if labels is not None and classes else {}
     if labels is None and read is None:
@@ -202,13 +238,17 @@ def _targets(tensors: Sample, need: Need, where: str) -> Sample:
 
 
 def _numbers(tensors: Sample, need: Need, where: str) -> Sample:
-    """Return images or sound in float32, as processors give them."""
-    found: Sample = {}
-    for key in ("pixel_values", "input_features"):
+    """Return images or sound in float32, as processors give them, with what says which of it is padding."""
+    found: Sample = {key: tensors[key] for key in ("image_sizes", "pixel_attention_mask") if key in tensors}
+    if "input_values" in tensors:
+        found["attention_mask"] = _mask(
+            tensors.get("attention_mask"), tensors["input_values"], where, "input_values"
+        ).long()
+    for key in ("pixel_values", "input_features", "input_values"):
         if key not in tensors:
             continue
-        tensor, expected = tensors[key].float(), _sizes(key, need.config)
-        if any(size not in (None, got) for size, got in zip(expected, tensor.shape[1:], strict=True)):
+        tensor, expected = tensors[key].float(), _sizes(key, need)
+        if any(size not in (None, got) for size, got in zip(expected, tensor.shape[1:], strict=False)):
             sizes = "x".join("any" if size is None else str(size) for size in expected)
             got = "x".join(map(str, tensor.shape[1:]))
             raise UserError(
@@ -220,8 +260,14 @@ def _numbers(tensors: Sample, need: Need, where: str) -> Sample:
     return found
 
 
-def _sizes(key: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Return the sizes of an item that a model takes, None for any: of an image channels, height and width, of sound bands and frames."""
+def _sizes(key: str, need: Need) -> tuple[int | None, ...]:
+    """Return the sizes of an item that a model takes, None for any: of an image channels, height and width, of sound bands and frames.
+
+    Those of images in texts, and of sound as it is, are left to the model.
+    """
+    config = need.config
+    if need.kind in ("illustrated", "samples", "sound"):
+        return ()
     if key == "pixel_values":
         return (config.get("vision_config") or config).get("num_channels", 3), *(image_size_of(config) or (None, None))
     positions = config.get("max_source_positions")

@@ -115,7 +115,7 @@ def fold(
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)
     teacher.use_sample(None if data.names_data else given)
-    with FoldJob.opened(out, settings, force, teacher, request, given) as job:
+    with FoldJob.opened(out, settings, force, teacher, request, given, push_to_hub) as job:
         once = on_main(lambda: single_pass.suits(source, request, given))
         if line := on_main_only(lambda: job.estimate(teacher, request, given, verify, single_pass=once)):
             say(line)
