@@ -1,10 +1,10 @@
 """Run the hostile campaign of tests/hostile for a table: corrupted inputs, kills, races, full disks and interrupts, counted by class.
 
-    python benchmarks/robustness.py [--cases 11000] [--minutes 120] [--seed 0]
-    python benchmarks/robustness.py --again
+    python benchmarks/robustness.py [--cases 11000] [--minutes 120] [--seed 0] [--name robustness]
+    python benchmarks/robustness.py --again [--name robustness]
 
 Of a hundred cases 92 are inputs, 5 kills, and a race, a full disk and an interrupt one each. Results go to
-benchmarks/results/robustness.json, findings among them. `--again` repeats the findings, after they were mended, and keeps what they were
+benchmarks/results/NAME.json, findings among them. `--again` repeats the findings, after they were mended, and keeps what they were
 under `mended`, where those of earlier campaigns stay. The number of a case has a meaning for one list of scenarios, whose digest is `list`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from machine import describe
 
-OUT = Path(__file__).parent / "results" / "robustness.json"
+RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parents[1] / "tests"
 
 
@@ -62,14 +62,16 @@ def main() -> None:
     reader.add_argument("--minutes", type=float, default=120)
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument("--again", action="store_true", help="repeat the findings of the last campaign")
+    reader.add_argument("--name", default="robustness", help="name of the result")
     options = reader.parse_args()
+    out = RESULTS / f"{options.name}.json"
     if options.again:
-        report = repeated(json.loads(OUT.read_text()))
+        report = repeated(json.loads(out.read_text()))
     else:
         words = [f"--{name}={getattr(options, name)}" for name in ("cases", "minutes", "seed")]
-        mended = json.loads(OUT.read_text()).get("mended", []) if OUT.exists() else []
-        report = {"machine": describe(), "seeds": [options.seed], **campaign(OUT, *words), "mended": mended}
-    OUT.write_text(json.dumps(report, indent=1) + "\n")
+        mended = json.loads(out.read_text()).get("mended", []) if out.exists() else []
+        report = {"machine": describe(), "seeds": [options.seed], **campaign(out, *words), "mended": mended}
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def _counted(option: FoldOption) -> str:
 
 def _command(source: Source, num_kv_heads: int) -> str:
     name = source.name.rstrip("/")
-    out = f"{Path(name).name or 'model'}-{'gqa' if num_kv_heads > 1 else 'mqa'}"
+    out = f"{Path(name).name.removesuffix('.gguf') or 'model'}-{'gqa' if num_kv_heads > 1 else 'mqa'}"
     words = ["headfold", "fold", shlex.quote(name), shlex.quote(out), "--kv-heads", str(num_kv_heads)]
     words += ["--adapter", shlex.quote(source.plain.adapter)] if source.plain.adapter else []
     data = [] if kind_of(source.config) == "text" else ["--calibration", "SOURCE"]
