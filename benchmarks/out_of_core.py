@@ -1,6 +1,6 @@
 """Fold layers of a 70B shape, more than memory holds: seconds per layer, peak anonymous memory, and a kill in the middle.
 
-    python benchmarks/out_of_core.py --work DIR [--shape 70b] [--layers 1,2] [--tokens 2048]
+    python benchmarks/out_of_core.py --work DIR [--shape 70b] [--layers 1,2] [--tokens 2048] [--jobs calibrate,mean,absorb]
 
 Writes checkpoints of random weights in bfloat16 with so many layers (2 GB each at 70B, and as much for the folds), measures statistics of
 them, and folds each to 8 K/V heads by mean pooling and by `absorb`, without verification. The larger one is folded again by mean pooling,
@@ -85,10 +85,15 @@ def main() -> None:
     reader.add_argument("--shape", default="70b", choices=SHAPES)
     reader.add_argument("--layers", default="1,2", help="two numbers of layers")
     reader.add_argument("--tokens", type=int, default=2048, help="calibration tokens")
+    reader.add_argument("--jobs", default="calibrate,mean,absorb", help="jobs to run; the result of others is kept")
     options = reader.parse_args()
     few, more = map(int, options.layers.split(","))
-    runs: dict[str, dict[int, Any]] = {"calibrate": {}, "mean": {}, "absorb": {}}
-    kill: dict[str, Any] = {}
+    out, chosen = RESULTS / "out_of_core.json", options.jobs.split(",")
+    earlier = json.loads(out.read_text()) if out.exists() else {"runs": {}, "kill": {}}
+    runs: dict[str, dict[str, Any]] = {
+        name: {} if name in chosen else earlier["runs"][name] for name in ("calibrate", "mean", "absorb")
+    }
+    kill: dict[str, Any] = earlier["kill"]
     for layers in (few, more):
         source, stats, made = (
             options.work / f"{layers}-layers",
@@ -106,28 +111,30 @@ def main() -> None:
             "absorb": ("fold", source, made, "--kv-heads", 8, *absorb),
         }
         for name, words in jobs.items():
+            if name not in chosen:
+                continue
             found, seconds, peak = watched(words)
-            runs[name][layers] = {
+            runs[name][str(layers)] = {
                 "seconds": round(seconds, 1),
                 "stages": found.get("seconds"),
                 "peak_anonymous_bytes": peak,
             }
-            print(layers, name, runs[name][layers], flush=True)
+            print(layers, name, runs[name][str(layers)], flush=True)
             if name == "mean" and layers == more:
                 kill = killed_and_resumed(jobs["mean"], made)
             shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(source)
-        stats.unlink()
+        stats.unlink(missing_ok=True)
     hidden, heads, inner, whole_layers = SHAPES[options.shape]
     row = {
         "shape": options.shape, "hidden": hidden, "heads": heads, "inner": inner, "layers": whole_layers, "tokens": options.tokens,
         "attention_bytes": 8 * hidden * hidden, "block_bytes": 8 * hidden * hidden + 6 * hidden * inner,
         "seconds_per_layer": {
-            name: round((found[more]["seconds"] - found[few]["seconds"]) / (more - few), 1) for name, found in runs.items()
+            name: round((found[str(more)]["seconds"] - found[str(few)]["seconds"]) / (more - few), 1) for name, found in runs.items()
         },
         "kill": kill, "runs": runs,
     }  # fmt: skip
-    (RESULTS / "out_of_core.json").write_text(json.dumps({"machine": describe(), **row}, indent=1) + "\n")
+    out.write_text(json.dumps({"machine": describe(), **row}, indent=1) + "\n")
     print(json.dumps(row, indent=1))
 
 

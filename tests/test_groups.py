@@ -42,7 +42,7 @@ COPIES_THAT_DIFFER_BY = {
     "rotations": rotated_copies,
     "key_freedom": repeated_random_equivalent,
 }
-SOME = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+SOME = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
 def record_of(name: str) -> GroupingMethod:

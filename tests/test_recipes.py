@@ -251,7 +251,7 @@ folds:
         ("1/2", "&a 1/2\n    tokens: *a", "5: expected no aliases, got *a"),
         ("1/2", '"a\\nb"', "4: expected printable text"),
         ("1/2", "{{", "not valid YAML"),
-        ("1/2", "[" * 5000, "not valid YAML"),
+        ("1/2", "[" * 1200, "not valid YAML"),
         ("model: my-model", "\x00", "not valid YAML"),
         (GOOD, "- a\n", "expected a mapping, such as model: my-model, got a sequence"),
         (GOOD, "", "expected a mapping, such as model: my-model, got nothing"),

@@ -38,9 +38,10 @@ def test_a_stage_that_does_not_advance_is_not_silent() -> None:
     lines = to.getvalue().splitlines()
     assert lines[0] == "refit: 0 %, running for 0:00"
     assert any(
-        line.startswith("refit: 42 %, ") and " tokens/s, 0:0" in line and line.endswith(" left") for line in lines
+        line.startswith("refit: 42 %, ") and " tokens or items/s, 0:0" in line and line.endswith(" left")
+        for line in lines
     )
-    assert lines[-1].startswith("refit: 1,000 tokens in ") and len(lines) < 20
+    assert lines[-1].startswith("refit: 1,000 tokens or items in ") and len(lines) < 20
 
 
 def test_the_time_before_the_first_stage_and_after_the_last_count_is_not_silent() -> None:
