@@ -57,18 +57,6 @@ def disasters() -> str:
     return table(["verb", "kills", "races", "full disks", "interrupts", "anything lost or half-written"], lines)
 
 
-def later() -> str:
-    rows = load("robustness-later")["rows"]
-    groups = ("input", "kill", "race", "full disk", "interrupt")
-    lines = []
-    for verb in [*sorted({row["verb"] for row in rows}), "all"]:
-        of = [row for row in rows if verb in ("all", row["verb"])]
-        counts = [sum(row["cases"] for row in of if row["group"] == group) for group in groups]
-        wrong = sum(row["cases"] for row in of if row["ended"] == "wrong")
-        lines.append([verb, *(f"{count:,}" for count in counts), str(wrong)])
-    return table(["verb", "inputs", "kills", "races", "full disks", "interrupts", "findings"], lines)
-
-
 def out_of_core() -> str:
     facts = load("out_of_core")
     lines = []
@@ -90,6 +78,5 @@ HOSTILE = {
     "hostile-kinds": Block(kinds, ("robustness",)),
     "hostile-verbs": Block(verbs, ("robustness",)),
     "hostile-disasters": Block(disasters, ("robustness",)),
-    "hostile-later": Block(later, ("robustness-later",)),
     "out-of-core": Block(out_of_core, ("out_of_core",)),
 }

@@ -70,12 +70,11 @@ def is_of_job(out: Path, key: str) -> bool:
 
 
 def holds_other_job(out: Path, key: str, force: bool) -> bool:
-    """Return whether `OUT.partial` holds what an earlier run of another job left, which `open_staging` would remove.
-
-    Raises:
-        UserError: as `check_place`.
-    """
-    check_place(out, force)
+    """Return whether `OUT.partial` holds what an earlier run of another job left, which `open_staging` would remove."""
+    try:
+        check_place(out, force)
+    except UserError:  # refused again under the lock, so that one that a kill left behind is removed
+        return False
     staging = staging_of(out)
     return not staging.is_symlink() and _job_of(staging).removesuffix(_FINISHED) not in ("", key)
 
