@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .running import Outcome
 
 State = Mapping[str, tuple[int, int, int]]
@@ -111,6 +113,10 @@ def essence(place: Path) -> Any:
         return _tensors(data)
     if place.suffix == ".json":
         return _without_times(json.loads(data))
+    if place.suffix == ".yaml":
+        return _without_times(yaml.safe_load(data))
+    if place.suffix == ".html":
+        return "a page"  # it quotes the card and times; its other figures are those of the files beside it
     return _gguf(place) if place.suffix == ".gguf" else hashlib.sha256(data).hexdigest()
 
 
