@@ -133,8 +133,10 @@ class Uptrainer(Trainer):
             UserError: the checkpoint is broken.
         """
         if resume_from_checkpoint is not None:
+            state = Path(resume_from_checkpoint) / "trainer_state.json"
+            read_object(state)  # no pipe, which would block whoever opens it
             with _broken(resume_from_checkpoint):
-                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+                TrainerState.load_from_json(str(state))
         return super().train(resume_from_checkpoint, *arguments, **rest)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
