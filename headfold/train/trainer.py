@@ -134,8 +134,8 @@ class Uptrainer(Trainer):
         """
         if resume_from_checkpoint is not None:
             state = Path(resume_from_checkpoint) / "trainer_state.json"
-            read_object(state)  # no pipe, which would block whoever opens it
             with _broken(resume_from_checkpoint):
+                read_object(state)  # no pipe, which would block whoever opens it
                 TrainerState.load_from_json(str(state))
         return super().train(resume_from_checkpoint, *arguments, **rest)
 
