@@ -9,7 +9,7 @@ from typing import Any
 
 from ..conversion.source import Source
 from ..core.heads import kv_bytes
-from ..corpus.samples import kind_of
+from ..families.cached import encoder_positions
 from ..families.context import sliding_window
 from ..families.layout import planned_shapes
 from ..families.spec import Site
@@ -99,7 +99,7 @@ def _demand(source: Source, num_kv_heads: int | None) -> Demand:
             if source.caches and site in source.cached_sites
         ),
         active_experts=min(1.0, (_field(config, _ACTIVE) or experts or 1) / (experts or 1)),
-        encoder_tokens=_field(config, ("max_source_positions",)) if kind_of(source.config) == "audio" else None,
+        encoder_tokens=encoder_positions(config),
     )
 
 

@@ -38,9 +38,14 @@ def cache_bytes(config: Mapping[str, Any], every_site: Iterable[Site], itemsize:
     as the decoder writes.
     """
     tokens = min(context_length(config) or LONGEST, LONGEST)
-    positions = config.get("max_source_positions")
-    encoder = positions if type(positions) is int and positions > 0 and "num_mel_bins" in config else tokens
+    encoder = encoder_positions(config) or tokens
     return _bytes(every_site, itemsize, plan, lambda site: encoder if site.reads_encoder else tokens)
+
+
+def encoder_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the positions of an encoder of sound, which are as many for every input; None where an input decides."""
+    positions = config.get("max_source_positions")
+    return positions if type(positions) is int and positions > 0 and "num_mel_bins" in config else None
 
 
 def kv_bytes_per_token(every_site: Iterable[Site], itemsize: int, plan: Plan | None = None) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..positions import turn_pairs
-from ..projections import attend, keys_and_values, project
+from .gptj import attend_turned
 
 
 def codegen_forward(
@@ -26,25 +26,4 @@ def codegen_forward(
     def turn(heads: Tensor) -> Tensor:
         return turn_pairs(heads, cos=cos, sin=sin).to(heads.dtype)
 
-    batch = hidden_states.shape[0]
-    query = turn(project(self, "q", hidden_states, batch=batch))
-    key, value = keys_and_values(self, hidden_states, batch=batch, layer=self.layer_idx, cache=layer_past, turn=turn)
-    context, weights = attend(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=self.attn_dropout.p,
-        scaling=1 / self.scale_attn,
-        eager=_codegen_eager,
-        **keywords,
-    )
-    return self.resid_dropout(self.out_proj(context)), weights
-
-
-def _codegen_eager(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    output, weights = module._attn(query, key, value, mask)
-    return output.transpose(1, 2), weights
+    return attend_turned(self, hidden_states, turn, layer_past, attention_mask, **keywords)
