@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import headfold
-from headfold.core.errors import UserError
+from headfold.checkpoint import staging
+from headfold.core.errors import AlreadyFinished, UserError
 from headfold.exports.engines import ct2
 from headfold.exports.pieces import UNTOUCHED
 from headfold.families import family_of
@@ -324,3 +325,19 @@ def test_what_a_user_can_put_right_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert "expected a tokenizer" in refusal(tmp_path)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     assert "pip install 'headfold[ct2]'" in refusal(tmp_path)
+
+
+def test_one_that_was_killed_at_its_very_end_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair("t5", tmp_path / "fold", EQUAL)
+
+    def killed(place: Path, force: bool) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(staging, "_clear_up", killed)
+        export(tmp_path / "fold", tmp_path / "out", layout="ct2", verify=False)
+    with pytest.raises(AlreadyFinished):
+        export(tmp_path / "fold", tmp_path / "out", layout="ct2", verify=False)
+    assert (tmp_path / "out/model.bin").is_file() and not (tmp_path / "out" / staging.JOB).exists()

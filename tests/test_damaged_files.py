@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import one_line
 from grades import assert_bitwise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -233,6 +235,15 @@ def test_a_processor_of_another_size_than_the_models_is_refused(tmp_path: Path) 
                 open_processor(kind, place)
         else:  # its positions are interpolated
             open_processor(kind, place)
+
+
+def test_a_processor_that_divides_by_zero_is_refused(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(tiny_checkpoint("vit", torch.float32), tmp_path / "vit"))
+    ViTImageProcessor(size={"height": 12, "width": 12}, image_std=[1.0, 0.0, 1.0]).save_pretrained(place)
+    with pytest.raises(UserError) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_processor("images", place)
+    one_line(error, place / "preprocessor_config.json", "finite pixels", "image_std")
 
 
 def test_damaged_heads_of_an_earlier_run_are_named(tmp_path: Path) -> None:

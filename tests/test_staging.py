@@ -4,14 +4,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import by_layer, contents, one_line, save, weights
-from safetensors.torch import save_file
 
 from headfold.checkpoint import staging
 from headfold.checkpoint.disk import replacing, temporary_beside
@@ -69,6 +66,27 @@ def test_staging_keeps_its_own_job_empties_another_and_refuses_a_stranger(tmp_pa
     with pytest.raises(UserError, match="headfold did not make"):
         staging.open_staging(tmp_path / "out", "b", True)
     assert (place / "precious").exists()
+
+
+def test_a_job_that_does_not_resume_begins_anew_but_finishes_a_whole_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    place = staging.open_staging(out, "a", False, resumes=False)
+    (place / "half").touch()
+    assert [entry.name for entry in staging.open_staging(out, "a", False, resumes=False).iterdir()] == [staging.JOB]
+    staging._mark(place, "a" + staging._FINISHED)
+    place.rename(out)
+    with pytest.raises(AlreadyFinished):
+        staging.open_staging(out, "a", False, resumes=False)
+    assert list(out.iterdir()) == []
+
+
+def test_nothing_is_refused_early_that_the_lock_decides(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    assert not staging.holds_other_job(tmp_path / "out", "key", False)
+    staging.open_staging(tmp_path / "free", "a", False)
+    assert staging.holds_other_job(tmp_path / "free", "b", False)
+    assert not staging.holds_other_job(tmp_path / "free", "a", False)
 
 
 @pytest.mark.parametrize("step", range(3))
@@ -325,67 +343,3 @@ def test_an_error_leaves_no_temporary_file_and_the_old_one(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
     one_line(error, tmp_path / "x", "the disk is full")
     assert [file.name for file in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
-
-
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("place", ["out.partial", "out"])
-@pytest.mark.parametrize("whose", ["another user's", "every user may write"])
-def test_what_others_may_have_written_is_not_gone_on_from(
-    whose: str, place: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planted = tmp_path / place
-    planted.mkdir()
-    (planted / staging.JOB).write_text("key" + (" finished" if finished else ""))
-    (planted / "model.safetensors").write_text("of another")
-    if whose == "another user's":
-        monkeypatch.setattr(Path, "stat", _as_of_another(Path.stat, planted))
-    else:
-        planted.chmod(0o777)
-    with pytest.raises(UserError) as error:
-        staging.open_staging(tmp_path / "out", "key", False)
-    one_line(error, planted, whose, "remove it")
-    assert (planted / "model.safetensors").exists() and (place == "out" or not (tmp_path / "out").exists())
-
-
-def _as_of_another(real: Callable[..., os.stat_result], planted: Path) -> Callable[..., object]:
-    def stat(path: Path, **keywords: bool) -> object:
-        found = real(path, **keywords)
-        if path != planted:
-            return found
-        return SimpleNamespace(st_uid=found.st_uid + 1, st_mode=found.st_mode)
-
-    return stat
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_what_is_written_has_the_users_permissions(umask: int, tmp_path: Path) -> None:
-    before = os.umask(umask)
-    try:
-        for _ in range(2):  # begun anew, and gone on with
-            place = staging.open_staging(tmp_path / "out", "key", False)
-            assert place.stat().st_mode & 0o777 == 0o777 & ~umask
-        staging.write_json(place / "file.json", {})
-        write_stats(place / "stats", {}, {})
-        save_file({"x": torch.ones(1)}, place / "model.safetensors")
-        write_stats(tmp_path / "stats", {}, {"x": "y"}, {"x": torch.ones(1)})
-        staging.commit(place, tmp_path / "out", False)
-        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
-        files = [tmp_path / "stats", *(tmp_path / "out").iterdir()]
-        assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
-    finally:
-        os.umask(before)
-
-
-def test_a_directory_that_only_another_user_may_rename_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o1777)
-    (shared / "out").mkdir()
-    assert staging.open_staging(shared / "out", "key", False)
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    for force in (False, True):
-        with pytest.raises(UserError) as error:
-            staging.open_staging(shared / "out", "key", force)
-        one_line(error, shared / "out", "another user's")

@@ -25,10 +25,10 @@ _WRITTEN_ANEW = {"config.json", CARD, "plan.json", "headfold.yaml"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 
-def open_staging(out: Path, key: str, force: bool) -> Path:
+def open_staging(out: Path, key: str, force: bool, *, resumes: bool = True) -> Path:
     """Return the directory `OUT.partial/` in which a job builds `out`, created or found from an earlier run.
 
-    `key` identifies the job: files of an earlier run of the same job are kept, those of another one removed.
+    `key` identifies the job: files of an earlier run of the same job are kept if it `resumes`; those of another one are removed.
 
     Raises:
         AlreadyFinished: an earlier run of the same job was killed while it moved its whole output; it lies in its place now.
@@ -46,7 +46,7 @@ def open_staging(out: Path, key: str, force: bool) -> Path:
         if staging.is_symlink() or (os.path.lexists(staging) and not staging.is_dir()):
             raise _not_ours(staging)
         staging.mkdir(parents=True, exist_ok=True)
-        _adopt(staging, key)
+        _adopt(staging, key, resumes)
     return staging
 
 
@@ -252,11 +252,11 @@ def _cannot_be_replaced(place: Path) -> bool:
     return bool(parent.st_mode & stat.S_ISVTX) and user not in (0, parent.st_uid, place.stat().st_uid)
 
 
-def _adopt(staging: Path, key: str) -> None:
-    """Make the directory this job's: keep its own files, remove another job's, refuse a directory that headfold did not make."""
+def _adopt(staging: Path, key: str, resumes: bool) -> None:
+    """Make the directory this job's: keep its own files if it `resumes`, remove others, refuse a directory that headfold did not make."""
     job = staging / JOB
     if job.is_file():
-        if _job_of(staging) == key:
+        if resumes and _job_of(staging) == key:
             return
         for entry in staging.iterdir():
             if entry != job:

@@ -82,7 +82,9 @@ def resolve_fold(
         raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
     ready = plan if isinstance(plan, Plan | None) else Plan.load(Path(plan))
     encoder, multiple = source.encoder, 1
-    check_known_model(source.checkpoint, own_class(source.checkpoint.config))  # before anything is measured
+    check_known_model(
+        source.checkpoint, own_class(source.checkpoint.config, source.checkpoint.path)
+    )  # before anything is measured
     if ready is None:
         assert kv_heads is not None
         planning.counts_of(source.sites, kv_heads, planning.parse_group(group))

@@ -47,7 +47,7 @@ def compare_layouts(
     advance = counter(progress, "verify", 2)
     dtype = torch.promote_types(dtype or stored_dtype(checkpoint.path), torch.float32)
     inputs = {name: tensor.to(device) for name, tensor in sample.items()}
-    grouped_class = own_class(checkpoint.config)
+    grouped_class = own_class(checkpoint.config, checkpoint.path)
     opened = open_model(checkpoint.path, dtype=dtype, device=device, model_class=grouped_class)
     expected = opened(**inputs, use_cache=False).logits.cpu()
     advance(1)

@@ -1,6 +1,5 @@
 """Own an output while it is written, refuse what is in the way, and remove what an error left empty."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,17 +28,17 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, key: str | None, force: bool) -> Iterator[Path]:
+def staged(out: Path, key: str, force: bool, *, resumes: bool = True) -> Iterator[Path]:
     """Own `out` and yield the directory in which a job builds it, as `open_staging` finds it, or as a kill of another run of it left it.
 
-    After an error it stays if the same job can go on from it; a job without a `key` never does.
+    After an error it stays if the same job can go on from it, that is, if the job `resumes`.
 
     Raises:
         UserError: another run writes to `out`; else as `open_staging`.
     """
     with _owned(out, lock_beside(out)):
-        staging = on_main(lambda: open_staging(out, key or os.urandom(16).hex(), force))
-        with removed_on_error(staging, resumes=key is not None):
+        staging = on_main(lambda: open_staging(out, key, force, resumes=resumes))
+        with removed_on_error(staging, resumes=resumes):
             yield staging
 
 

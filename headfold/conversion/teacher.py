@@ -290,7 +290,9 @@ def open_finite(name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: s
     Raises:
         UserError: it does not load, or has weights that are not finite.
     """
-    model = open_model(checkpoint.path, dtype=dtype, device=device, model_class=own_class(checkpoint.config))
+    model = open_model(
+        checkpoint.path, dtype=dtype, device=device, model_class=own_class(checkpoint.config, checkpoint.path)
+    )
     for path, parameter in model.named_parameters():
         if not parameter.is_meta:
             check_finite(f"{name}: {path}", parameter)

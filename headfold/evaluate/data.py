@@ -218,7 +218,7 @@ def default_context(directory: Path, config: Mapping[str, Any]) -> int:
 def _open(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
     """Open a checkpoint with its grouped class where it has one, else with stock transformers."""
     config = read_config(directory)
-    return open_model(directory, dtype=dtype, device=device, model_class=own_class(config))
+    return open_model(directory, dtype=dtype, device=device, model_class=own_class(config, directory))
 
 
 def _pairs(opened: OpenedModels) -> translation.Translation:

@@ -192,7 +192,7 @@ def open_language_model(path: str | Path, dtype: torch.dtype, device: str) -> "P
         UserError: it does not open, or has no language-model head.
     """
     config = read_config(Path(path))
-    model = open_model(path, dtype=dtype, device=device, model_class=own_class(config))
+    model = open_model(path, dtype=dtype, device=device, model_class=own_class(config, path))
     if model.get_output_embeddings() is None:
         name = type(model).__name__
         raise UserError(

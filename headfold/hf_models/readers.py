@@ -129,7 +129,7 @@ def open_joint_processor(path: str | Path) -> Any:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Silence what a processor warns of when it is made, such as bands that no frequency falls into."""
+    """Silence what a processor warns of, such as bands that no frequency falls into, and a division by an `image_std` of zero."""
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
@@ -143,7 +143,7 @@ def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Pat
             raise UserError(
                 f"{path}/preprocessor_config.json: sampling_rate: expected a positive whole number, got {rate!r:.60}; correct the file"
             )
-        with library_errors(path, "the processor does not work"), quiet():
+        with library_errors(path, "the processor does not work"), _unwarned():
             made = processor([0.0] * 400, sampling_rate=rate, return_tensors="pt")
             shape = made["input_values" if "input_values" in made else "input_features"].shape
         if "input_values" in made:
@@ -161,6 +161,11 @@ def _sizes(kind: str, processor: Any, config: Mapping[str, Any], path: str | Pat
     # Of the model's own size, as a processor may leave sizes as they are.
     channels = (config.get("vision_config") or config).get("num_channels", 3)
     blank = Image.new("RGB" if channels == 3 else "L", size[::-1])
-    with library_errors(path, "the processor does not work"), quiet():
-        shape = processor(images=[blank], return_tensors="pt")["pixel_values"].shape
-    return tuple(shape[-2:]), size
+    with library_errors(path, "the processor does not work"), _unwarned():
+        pixels = processor(images=[blank], return_tensors="pt")["pixel_values"]
+    if not pixels.isfinite().all():
+        raise UserError(
+            f"{path}/preprocessor_config.json: expected finite pixels of a black image, got others; is image_std zero? Copy the model's "
+            "own file there"
+        )
+    return tuple(pixels.shape[-2:]), size

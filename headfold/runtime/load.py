@@ -38,7 +38,7 @@ def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords
     directory = Path(directory)
     config = read_checked_config(directory)
     with library_errors(directory, "transformers does not load this checkpoint"), quiet():
-        model = _model_class(config).from_pretrained(
+        model = _model_class(config, directory).from_pretrained(
             directory, **{"dtype": "auto", "local_files_only": True, **keywords}
         )
     model = _decoding_fast(model, keep_attention="attn_implementation" in keywords)
@@ -62,21 +62,30 @@ def takes_attention(model: "PreTrainedModel") -> bool:
     return bool(model._supports_sdpa or getattr(model, "_supports_attention_backend", False))
 
 
-def _model_class(config: Mapping[str, Any]) -> Any:
+def _model_class(config: Mapping[str, Any], where: Path) -> Any:
     """Return the class that `architectures` names, one of headfold's where the checkpoint needs it."""
     import transformers
 
     name = (config.get("architectures") or [""])[0]
-    return own_class(config) or getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    return own_class(config, where) or getattr(transformers, name, None) or transformers.AutoModelForCausalLM
 
 
-def own_class(config: Mapping[str, Any]) -> Any:
-    """Return headfold's class for a checkpoint, so that no code from its directory is run; None where a stock class opens it."""
+def own_class(config: Mapping[str, Any], where: str | Path = "the checkpoint") -> Any:
+    """Return headfold's class for the checkpoint `where`, so that no code from its directory is run; None where a stock class opens it.
+
+    Raises:
+        UserError: transformers has no model of the class that was folded.
+    """
     name = (config.get("architectures") or [""])[0]
     if "headfold" in config:
         from .modeling_headfold import grouped_class  # and with it the attention `headfold`
 
-        return grouped_class(name)
+        try:
+            return grouped_class(name)
+        except AttributeError as error:
+            raise UserError(
+                f"{where}: config.json: architectures: {error}; fold again, or correct the config"
+            ) from error
     module = _code_of_ours(config)
     if module is None:
         return None

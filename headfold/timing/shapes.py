@@ -95,7 +95,7 @@ def shape_config(shape: str, *, layers: int | None = None) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     config = read_config_file(file)
-    if own_class(config) is None:
+    if own_class(config, file) is None:
         named_class(config, str(file))
     return config
 

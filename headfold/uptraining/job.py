@@ -183,7 +183,7 @@ class Uptraining:
     def _open(self, directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
         """Open a model, by default in float32 at least: half precision loses small steps."""
         dtype = dtype or torch.promote_types(stored_dtype(directory), torch.float32)
-        return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(dict(config)))
+        return open_model(directory, dtype=dtype, device=self.device, model_class=own_class(dict(config), directory))
 
     def _teacher(self) -> "PreTrainedModel | None":
         place = self.request.teacher

@@ -1,6 +1,5 @@
 """Write a fold again in another layout: the same function in a form that other classes or engines read."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -9,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import commit, copy_file, refuse_overlap
+from ..checkpoint.staging import commit, copy_file, job_key, refuse_overlap
 from ..conversion.layouts import compare_layouts
 from ..conversion.outputs import owned_file, staged
 from ..core.errors import UserError
@@ -96,8 +95,7 @@ def export(
     if chosen is None:
         raise UserError(_nothing_to_export(source))
     made = make_export(checkpoint, source, chosen)
-    key = hashlib.sha256(f"{version('headfold')} {chosen} {checkpoint.fingerprint()}".encode()).hexdigest()
-    with staged(out, key, force) as staging:
+    with staged(out, _key(checkpoint, chosen), force) as staging:
         write_export(checkpoint, made, staging, lambda done, total: progress("write", done, total))
         _copy_plan_and_card(checkpoint, made, staging)
         difference, tolerance = (
@@ -125,12 +123,18 @@ def _write_format(
         with owned_file(out, force):
             made = form.write(checkpoint, source, out, number_type, advance)
     else:
-        with staged(out, None, force) as staging:
+        with staged(out, _key(checkpoint, form.name, number_type), force, resumes=False) as staging:
             made = form.write(checkpoint, source, staging, number_type, advance)
             if verify and form.compare and number_type in (None, EXACT):
                 difference = form.compare(checkpoint, staging, progress)
             commit(staging, out, force)
     return ExportResult(out, form.name, made.model_class, made.description, source.counts, *difference)
+
+
+def _key(checkpoint: Checkpoint, layout: str, number_type: str | None = None) -> str:
+    return job_key(
+        {"version": version("headfold"), "layout": layout, "numbers": number_type, "source": checkpoint.fingerprint()}
+    )
 
 
 def _nothing_to_export(source: Folded) -> str:

@@ -234,12 +234,11 @@ def _waiting(seconds: float) -> Any:
 
 
 def _without_staging(state: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Leave out what the next run of the same job resumes from."""
-    return {
-        name: what
-        for name, what in state.items()
-        if not name.startswith((f"{job.out}.partial", f"{job.out.removesuffix('.json')}.sensitivity"))
-    }
+    """Leave out what the next run of the same job resumes from, or only removes the mark from: that is compared on its own."""
+    left = [f"{job.out}.partial", f"{job.out.removesuffix('.json')}.sensitivity"]
+    if f"{job.out}/.headfold-job" in state:
+        left.append(job.out)
+    return {name: what for name, what in state.items() if not name.startswith(tuple(left))}
 
 
 def _left(root: Path, folder: Path, job: Job, undisturbed: Undisturbed) -> str:

@@ -120,7 +120,7 @@ def _finite(model: Any) -> Any:
 
 
 def _opened(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    return open_model(checkpoint.path, dtype=dtype, model_class=own_class(checkpoint.config))
+    return open_model(checkpoint.path, dtype=dtype, model_class=own_class(checkpoint.config, checkpoint.path))
 
 
 def _cached(graph: Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
