@@ -66,8 +66,14 @@ def test_a_plan_makes_its_folder(source: Path, tmp_path: Path) -> None:
 
 def test_a_model_type_that_is_no_name_is_refused(source: Path) -> None:
     config = source / "config.json"
-    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": ["llama"]'))
-    with pytest.raises(UserError, match="model_type: expected a text"):
+    before = config.read_text()
+    for name in (["llama"], "../llama", "é" * 500):
+        config.write_text(before.replace('"model_type": "llama"', f'"model_type": {json.dumps(name)}'))
+        with pytest.raises(UserError, match="model_type: expected a name") as raised:
+            headfold.inspect(source)
+        assert len(str(raised.value)) < 300
+    config.write_text(before.replace("LlamaForCausalLM", "é" * 500))
+    with pytest.raises(UserError, match="architectures: expected a list of class names"):
         headfold.inspect(source)
 
 

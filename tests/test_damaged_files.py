@@ -31,6 +31,7 @@ from headfold.corpus.samples import random_tokens
 from headfold.evaluate import embedding
 from headfold.exports.pieces import picked
 from headfold.hf_models import open_processor, open_tokenizer
+from headfold.hf_models.building import library_errors
 from headfold.llama_cpp import pooling, tokens
 from headfold.stats_file import StatsFile
 
@@ -244,6 +245,12 @@ def test_a_processor_that_divides_by_zero_is_refused(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         open_processor("images", place)
     one_line(error, place / "preprocessor_config.json", "finite pixels", "image_std")
+
+
+def test_what_a_library_quotes_can_be_printed() -> None:
+    with pytest.raises(UserError) as error, library_errors("config.json", "does not load"):
+        raise ValueError("half of a pair: \ud800\nand more")
+    assert str(error.value).encode() == b"config.json: does not load: half of a pair: \\ud800 and more"
 
 
 def test_damaged_heads_of_an_earlier_run_are_named(tmp_path: Path) -> None:

@@ -292,6 +292,15 @@ def test_a_lock_that_a_kill_left_beside_a_whole_file_is_removed_by_the_run_that_
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
+def test_a_lock_that_a_kill_left_beside_whole_statistics_is_removed(run: Any, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "made.safetensors"
+    file.write_text("whole")
+    lock_beside(file).write_text("")
+    refused = run("calibrate", model, file, "--calibration", model.parent / "text.txt", "--tokens", 256)
+    assert refused.code == 2 and "--force" in refused.err
+    assert [path.name for path in tmp_path.iterdir()] == ["made.safetensors"]
+
+
 def test_a_disk_too_full_for_the_lock_leaves_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -106,7 +106,7 @@ class Spelling:
     """A tokenizer whose text tokens are the ordinals of its characters, with Whisper's special tokens."""
 
     START, NO_TIMES, AFTER, END, LANGUAGE, TASK = 1000, 1004, 1003, 999, 1001, 1002
-    eos_token_id = END
+    eos_token_id, name_or_path = END, "model"
 
     def __init__(self, told: bool = False):
         self.told = [self.LANGUAGE, self.TASK] if told else []
@@ -141,6 +141,13 @@ def test_windows_are_written_in_every_form_of_a_whisper(told):
         assert set(labels[length:].tolist()) <= {-100} and set(read[length:].tolist()) <= {end}
     (batch,) = batches({name: tensor[1:2] for name, tensor in sample.items()}, 4)
     assert batch["labels"].shape == batch["decoder_input_ids"].shape == (1, len(expected[1]) - 1)
+
+
+def test_a_tokenizer_without_a_token_that_ends_is_refused():
+    own, windows = Spelling(), [Window(np.zeros(4000, np.float32), [Part("a", 0.0, 1.0)])]
+    own.eos_token_id = None
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: expected eos_token"):
+        encode_windows(windows, None, own, 40, None, Written(None, None))
 
 
 def test_a_text_before_leaves_room_for_what_is_said():

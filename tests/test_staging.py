@@ -336,6 +336,11 @@ def test_a_link_under_a_temporary_name_is_replaced_and_not_followed(tmp_path: Pa
     assert precious.read_text() == "years of work"
 
 
+def test_a_way_back_out_of_no_directory_leaves_none(tmp_path: Path) -> None:
+    staging.write_json(tmp_path / "absent" / ".." / "x.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_an_error_leaves_no_temporary_file_and_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("old")
     with pytest.raises(UserError) as error, replacing(tmp_path / "x") as temporary:

@@ -22,6 +22,8 @@ MOST_LAYERS = 2**16
 MOST = 2**31 - 1
 """The greatest size or number of tokens."""
 MOST_EXPERTS = 2**12
+LONGEST_NAME = 120
+"""Characters of the name of an architecture or a class."""
 MOST_LABELS = 2**20
 _FEW_LAYERS = 1000
 """So many a config may name where there are fewer tensors: what then lacks is listed."""
@@ -49,8 +51,13 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _class_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and len(item) <= LONGEST_NAME for item in value)
+
+
+def _is_name(value: Any) -> bool:
+    """Return whether a value can name an architecture: names of files and modules are made from it."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and not {"/", "\\", "\0"} & set(value)
 
 
 def _are_repeated(value: Any) -> bool:
@@ -69,7 +76,8 @@ _SHAPE = _Kind(
     ),
 )
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))
-_NAMES = _Kind("a list of class names of transformers", _texts)
+_NAME = _Kind('a name such as "llama"', _is_name)
+_CLASSES = _Kind("a list of class names of transformers", _class_names)
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Kind("a JSON object", lambda value: isinstance(value, dict))
 _POSITIVE = _Kind("a positive number", lambda value: _is_number(value) and 0 < value < 1e30)
@@ -87,8 +95,8 @@ _LAYER_COUNTS = (
     "num_decoder_layers",
 )
 _FIELDS: Mapping[str, _Kind] = {
-    **dict.fromkeys(("model_type", "position_embedding_type"), _TEXT),
-    "architectures": _NAMES,
+    **dict.fromkeys(("model_type", "position_embedding_type"), _NAME),
+    "architectures": _CLASSES,
     **dict.fromkeys(
         ("text_config", "vision_config", "audio_config", "attn_config", "rope_scaling", "rope_parameters", "auto_map", "headfold",
          "label2id", "per_layer_config", "fusion_config"), _OBJECT,

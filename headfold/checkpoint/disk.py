@@ -103,6 +103,8 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     Raises:
         UserError: the place is full or cannot be written to.
     """
+    if not path.parent.exists():  # "a/../b" would otherwise leave a directory `a`
+        path = Path(os.path.abspath(path))
     temporary = temporary_beside(path)
     with disk_errors(path, num_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,16 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UserError(f"{path}: expected nothing there, got a file; choose another or pass --force to replace it")
 
 
+def refuse_existing_early(path: Path, force: bool) -> None:
+    """Refuse the same before anything is computed; where a kill left a lock, `owned_file` does, which removes that first.
+
+    Raises:
+        UserError: as `refuse_existing`.
+    """
+    if not lock_beside(path).exists():
+        refuse_existing(path, force)
+
+
 @contextmanager
 def staged(out: Path, key: str, force: bool, *, resumes: bool = True) -> Iterator[Path]:
     """Own `out` and yield the directory in which a job builds it, as `open_staging` finds it, or as a kill of another run of it left it.

@@ -148,7 +148,15 @@ def encode_windows(
 ) -> dict[str, Tensor]:
     """Return `input_features` (item, mel, frame), and what the decoder reads and writes after each of its tokens: `decoder_input_ids` and
     `labels` (item, token), the latter -100 at padding.
+
+    Raises:
+        UserError: the tokenizer has no token that ends a transcript.
     """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}/tokenizer_config.json: expected eos_token, which ends a transcript, got none; copy the model's own "
+            "file there"
+        )
     sequences = []
     for number, window in enumerate(windows):
         form = _FORMS[number % len(_FORMS)]

@@ -30,8 +30,9 @@ _MORE_ELEMENTS = 2**26
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error of a library says, in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:_LONGEST]
+    """Return what an error of a library says, in one line that every terminal and file takes: it may quote half of a surrogate pair."""
+    said = str(error).encode(errors="backslashreplace").decode()
+    return (" ".join(said.split()) or type(error).__name__)[:_LONGEST]
 
 
 @contextmanager

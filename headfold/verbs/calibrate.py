@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adequacy.reach import reach_of_text
 from ..conversion.calibration_config import CalibrationConfig
-from ..conversion.outputs import owned_file, refuse_existing
+from ..conversion.outputs import owned_file, refuse_existing_early
 from ..conversion.source import open_source
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress, silent
@@ -85,7 +85,7 @@ def calibrate(
         UserError: a source that cannot be folded or read, a file in the way without `force`, or another run that writes it.
     """
     path, compute_dtype = Path(stats), dtype_named(dtype)
-    on_main(lambda: refuse_existing(path, force))
+    on_main(lambda: refuse_existing_early(path, force))
     source = on_all(lambda: open_source(model, adapter=adapter, progress=progress, say=say))
     data, given, notes = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     config = CalibrationConfig.resolve(source, data)

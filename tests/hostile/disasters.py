@@ -220,7 +220,8 @@ def _of_race(ended: list[Outcome], folder: Path, job: Job, references: list[Any]
         return f"none wins: {ended[0].err[:100]}"
     for outcome in ended:
         # A run that finds its output there already has nothing to print.
-        written = {name: what for name, what in after.items() if name.partition("/")[0] == job.out}
+        ours = (job.out, f"{job.out.removesuffix('.json')}.sensitivity.json")
+        written = {name: what for name, what in after.items() if name.partition("/")[0] in ours}
         wrong = finding(outcome, before | (written if outcome.code else {}), after, job.out)
         if wrong and not (wrong == "no JSON value" and "nothing is left to do" in outcome.err):
             return wrong
