@@ -112,7 +112,8 @@ def _frequencies(source: Any, length: int | None) -> tuple[Float[Tensor, " plane
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](source, torch.device("cpu"), seq_len=length)
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
     dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    return 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
+    theta = float(rope["rope_theta"])  # a whole number may be too long for a tensor
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
 
 
 def _factors(frequencies: Float[Tensor, " plane"], theta: float, head_dim_multiple: int) -> list[float]:

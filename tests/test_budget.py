@@ -329,8 +329,16 @@ def test_sensitivities_of_something_else_are_refused(run, model: Path, stats: Pa
     assert "that this version of headfold wrote" in run(*words, "--force").err
 
 
-def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tmp_path: Path) -> None:
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_frontier_has_a_plan_for_every_point(run, model: Path, stats: Path, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("headfold.verbs.frontier.front_page", killed)
+        assert run("frontier", model, tmp_path / "front", "--stats", stats, "--measure", 3).code == 130
     shown = run("frontier", model, tmp_path / "front", "--stats", stats, "--measure", 3)
+    assert (tmp_path / "front" / "report.html").is_file()
     assert shown.code == 0 and "rank correlation" in shown.out, shown.err
     found = json.loads((tmp_path / "front" / "frontier.json").read_text())
     for point in found["points"]:

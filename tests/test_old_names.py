@@ -7,7 +7,7 @@ import tiny
 from transformers import CONFIG_MAPPING
 
 from headfold.families.old_names import ROTARY_NAMES, with_old_names
-from headfold.rotary_tables import table_of_multiple
+from headfold.rotary_tables import plane_frequencies, table_of_multiple
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -63,3 +63,8 @@ def test_what_is_there_stays() -> None:
     config = {**tiny.TINY["llama"]().to_dict(), "rope_theta": 7.0}
     assert with_old_names(config)["rope_theta"] == 7.0
     assert with_old_names({"model_type": "t5"}) == {"model_type": "t5"}
+
+
+def test_a_base_too_long_for_a_tensor_is_read() -> None:
+    plain = tiny.TINY["llama"](rope_parameters={"rope_type": "default", "rope_theta": 10**25}).to_dict()
+    assert plane_frequencies(plain, "config.json")[0] == 1.0

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import headfold
 from headfold.core.errors import UserError
 from headfold.train.distillation import Distillation
 from headfold.train.sites import find_sites
-from headfold.train.trainer import COMPLETE_MARK
+from headfold.train.trainer import COMPLETE_MARK, _broken
+from headfold.uptraining.job import Uptraining
 from headfold.verbs.uptrain import uptrain
 
 # ruff: noqa: F811
@@ -68,6 +70,7 @@ def test_a_pickle_in_a_checkpoint_runs_no_code(
     [
         ("trainer_state.json", b"{"),
         ("trainer_state.json", b"[1]"),
+        ("trainer_state.json", b'{"logging_steps": 0}'),
         ("model.safetensors", b""),
         ("optimizer.pt", bytes(100)),
     ],
@@ -81,6 +84,20 @@ def test_a_broken_checkpoint_is_one_line(
         uptrain(folded, tmp_path / "out", data=text, **SHORT)
     one_line(error, stopped, "remove it to go on from an earlier one")
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_a_library_says_of_a_checkpoint_is_one_line() -> None:
+    class OfAnother(Exception):
+        pass
+
+    with pytest.raises(UserError, match="a broken one .no such rope."), _broken("checkpoint-2"):
+        raise OfAnother("no such rope\nin line 3")
+
+
+def test_one_process_removes_what_is_incomplete(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = SimpleNamespace(staging=stopped.parents[1], _last_checkpoint=lambda: pytest.fail("another process looked"))
+    monkeypatch.setattr("headfold.uptraining.job.on_main", lambda look: stopped)
+    assert Uptraining.last_checkpoint(job) == stopped  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "more"])

@@ -51,7 +51,7 @@ def is_unfinished(directory: Path) -> bool:
 
 @contextmanager
 def unfinished(directory: Path) -> Iterator[None]:
-    """Mark the directory while it is filled; a request that is refused before anything is written leaves no mark."""
+    """Mark the directory until it is whole; a request that is refused before anything is written leaves no mark."""
     mark, before = directory / _UNFINISHED, set(directory.iterdir())
     if is_main() and mark not in before:
         write_json(mark, {"points": []})
@@ -61,12 +61,14 @@ def unfinished(directory: Path) -> Iterator[None]:
         if is_main() and set(directory.iterdir()) == before | {mark} and mark not in before:
             mark.unlink()
         raise
+    if is_main():
+        mark.unlink()
 
 
 def write_points(
     directory: Path, facts: Mapping[str, Any], points: Sequence[Point], plans: Mapping[str, Plan], title: str
 ) -> None:
-    """Write a plan per point, frontier.json with `facts`, and frontier.png; the directory is finished then."""
+    """Write a plan per point, frontier.json with `facts`, and frontier.png."""
     # Of an earlier frontier, which --force gave up, or of one that was killed.
     for left in _plans_of(directory / "frontier.json") + _plans_of(directory / _UNFINISHED):
         (directory / left).unlink(missing_ok=True)
@@ -75,7 +77,6 @@ def write_points(
         write_json(directory / point.plan, plans[point.plan].to_json())
     write_json(directory / "frontier.json", facts)
     plot_frontier(directory / "frontier.png", points, title=title)
-    (directory / _UNFINISHED).unlink()
 
 
 def _plans_of(earlier: Path) -> list[str]:

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from pickle import PickleError
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -136,7 +134,7 @@ class Uptrainer(Trainer):
             state = Path(resume_from_checkpoint) / "trainer_state.json"
             with _broken(resume_from_checkpoint):
                 read_object(state)  # no pipe, which would block whoever opens it
-                TrainerState.load_from_json(str(state))
+                _check_intervals(TrainerState.load_from_json(str(state)))
         return super().train(resume_from_checkpoint, *arguments, **rest)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -237,21 +235,23 @@ def _broken(checkpoint: str | None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        PickleError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # corrupt files fail in more ways than libraries have types for
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{checkpoint}: expected a whole checkpoint to resume from, got a broken one ({reason}); remove it to go on from an earlier one"
         ) from error
+
+
+def _check_intervals(state: TrainerState) -> None:
+    """Check the numbers of steps after which the Trainer does something: it divides by them.
+
+    Raises:
+        ValueError: one is no positive whole number.
+    """
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        steps = getattr(state, name)
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"trainer_state.json: {name}: expected a positive whole number, got {steps!r:.60}")
 
 
 class MarkComplete(TrainerCallback):

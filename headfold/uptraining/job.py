@@ -250,11 +250,12 @@ class Uptraining:
         Raises:
             UserError: the processes do not share a file system.
         """
+        found = on_main(self._last_checkpoint)  # one process removes what is incomplete
         if not self.staging.is_dir():
             raise UserError(
                 f"{self.staging}: expected the directory that rank 0 opened, found none; all processes need OUT on one file system"
             )
-        return self._last_checkpoint()
+        return found
 
     def trained_model(self, trainer: Uptrainer, distillation: Distillation | None) -> Any:
         """Return the trained model, whole, on rank 0; None elsewhere."""

@@ -128,6 +128,6 @@ def frontier(
                     directory, result.to_json(), points, {point.plan: plan for point, plan in found}, title
                 )
             )
-        name = directory.resolve().name
-        page = on_main(lambda: front_page(directory, lambda: Front(name, str(directory), *read_front(directory))))
+            name = directory.resolve().name
+            page = on_main(lambda: front_page(directory, lambda: Front(name, str(directory), *read_front(directory))))
     return replace(result, page=page)

@@ -67,7 +67,8 @@ def _of_files(outcome: Outcome, before: State, after: State, out: str, named: Se
     if unfinished in before and unfinished in after:
         new = [name for name in new if not _within(name, unfinished)]
     if outcome.code == 0:
-        new = [name for name in new if not name.endswith("sensitivity.json") and name not in named]
+        told = [*named, *(str(parent) for word in named for parent in Path(word).parents)]
+        new = [name for name in new if not name.endswith("sensitivity.json") and name not in told]
     if outcome.code and out not in GROWING:
         for name in {*before, *after}:
             if _within(name, out) and before.get(name) != after.get(name):
