@@ -11,6 +11,7 @@ from .options import (
     HOW,
     OUTPUT,
     WHAT,
+    Adapter,
     Calibration,
     Columns,
     Context,
@@ -40,6 +41,7 @@ def compare(
         str | None,
         option("--kv-heads", panel=WHAT, metavar="N,N", help="Counts of K/V heads, or shares: 4,2,1 or 1/2,1/4."),
     ] = None,
+    adapter: Adapter = None,
     methods: Annotated[
         str | None,
         option(
@@ -92,7 +94,7 @@ def compare(
         refuse_existing(plot, force)
     chosen = given(
         methods=names(methods), out=out, text=text, limit=limit, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats,
+        columns=names(columns), context=context, stats=stats, adapter=adapter,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = verb.compare(

@@ -27,6 +27,13 @@ def evaluate(
     reference: Annotated[
         str | None, option("--reference", panel=MEASURE, metavar="ORIGINAL", help="The model that MODEL was folded from.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        option(
+            "--adapter", panel=MEASURE, metavar="DIR",
+            help="A LoRA adapter of peft, merged into the original first: ORIGINAL, or without --reference the first MODEL.",
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         option(
@@ -99,12 +106,14 @@ def evaluate(
     from ..verbs import evaluate as verb
 
     chosen = given(
-        reference=reference, text=text, columns=names(columns), metric=metric, beams=beams, max_new_tokens=max_new_tokens,
+        reference=reference, adapter=adapter, text=text, columns=names(columns), metric=metric, beams=beams, max_new_tokens=max_new_tokens,
         task=names(task), num_fewshot=num_fewshot, include_path=include_path, limit=limit, context=context,
         resamples=resamples, seed=seed,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
-        found = verb.evaluate(models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen)
+        found = verb.evaluate(
+            models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen,
+        )  # fmt: skip
     if not answered(verb.facts(found), as_json):
         match found:
             case PairedComparison():
