@@ -25,6 +25,7 @@ from .options import (
     Seed,
     StatsFile,
     Tokens,
+    TrustRemoteCode,
     option,
 )  # fmt: skip
 from .output import answered, given, names
@@ -42,6 +43,7 @@ def compare(
         option("--kv-heads", panel=WHAT, metavar="N,N", help="Counts of K/V heads, or shares: 4,2,1 or 1/2,1/4."),
     ] = None,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     methods: Annotated[
         str | None,
         option(
@@ -101,6 +103,7 @@ def compare(
             model,
             names(kv_heads) or (),
             seed=seed,
+            trust_remote_code=trust_remote_code,
             force=force,
             device=device,
             dtype=dtype,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .options import DATA, HOW, MEASURE, Columns, Debug, Device, Dtype, Json, option
+from .options import DATA, HOW, MEASURE, Columns, Debug, Device, Dtype, Json, TrustRemoteCode, option
 from .output import answered, given, names
 
 EXAMPLES = (
@@ -34,6 +34,7 @@ def evaluate(
             help="A LoRA adapter of peft, merged into the original first: ORIGINAL, or without --reference the first MODEL.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     text: Annotated[
         str | None,
         option(
@@ -112,7 +113,7 @@ def evaluate(
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = verb.evaluate(
-            models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen,
+            models[0], compare=models[1:], trust_remote_code=trust_remote_code, device=device, dtype=dtype, progress=progress, **chosen,
         )  # fmt: skip
     if not answered(verb.facts(found), as_json):
         match found:

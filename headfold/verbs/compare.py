@@ -29,6 +29,7 @@ from ..pages.writing import methods_page
 from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..stats_file import StatsFile
 from ..timing.machine import peak_memory
+from ..trusted_code import trusts_code
 from .calibrate import calibrate
 from .evaluate import evaluate
 from .fold import fold
@@ -38,11 +39,13 @@ FOLDED = ".headfold-folded"
 
 
 @spmd
+@trusts_code("model")
 def compare(
     model: str | Path,
     kv_heads: Sequence[str | int],
     *,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     methods: Sequence[str] = DEFAULT,
     out: str | Path | None = None,
     text: str | None = None,
@@ -66,6 +69,7 @@ def compare(
 
     Args:
         model, adapter: A checkpoint directory, a GGUF file or a hub id, and a LoRA adapter of peft that is merged into it first.
+        trust_remote_code: Run the code that the model brings for its class.
         kv_heads: Counts of K/V heads, or shares of the source's.
         methods: Names of `METHODS`, with `+refit` for a refit.
         out: The directory of the rows; by default the model's name with `.compare`.

@@ -21,6 +21,7 @@ from ..in_memory.data import evaluation_data
 from ..in_memory.models import takes_models
 from ..parallel import on_all, on_main
 from ..sources.plain import open_plain
+from ..trusted_code import trusts_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,12 +35,14 @@ INTERVAL_OPTIONS = ("resamples", "seed")
 
 
 @takes_models("model", "compare", "reference")
+@trusts_code("model", "compare", "reference")
 def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
     compare: "Sequence[str | Path | PreTrainedModel]" = (),
     reference: "str | Path | NamedDirectory | PreTrainedModel | None" = None,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     text: str | Iterable[Any] | None = None,
     metric: str | None = None,
     columns: Sequence[str] | None = None,
@@ -67,6 +70,7 @@ def evaluate(
         compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
         reference: The original that KL, agreement and likeness are relative to.
         adapter: A LoRA adapter of peft that is merged into the original first: into `reference` or, without one, into `model`.
+        trust_remote_code: Run the code that models bring for their class.
         text: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default, for language
             models alone, the bundled held-out text.
         metric: "bleu" or "rouge", for what an encoder-decoder writes.
