@@ -263,5 +263,6 @@ def _command(source: Source, num_kv_heads: int) -> str:
     out = f"{Path(name).name.removesuffix('.gguf') or 'model'}-{'gqa' if num_kv_heads > 1 else 'mqa'}"
     words = ["headfold", "fold", shlex.quote(name), shlex.quote(out), "--kv-heads", str(num_kv_heads)]
     words += ["--adapter", shlex.quote(source.plain.adapter)] if source.plain.adapter else []
+    words += ["--trust-remote-code"] if source.code else []
     data = [] if kind_of(source.config) == "text" else ["--calibration", "SOURCE"]
     return " ".join([*words, *data])

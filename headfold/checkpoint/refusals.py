@@ -1,6 +1,7 @@
 """Checkpoints that cannot be folded, recognised by file names, config and dtypes: adapters, pickles, quantised weights, remote
 code."""
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,11 @@ from .entries import WEIGHTS, check_entries
 from .headers import TensorInfo
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_LANGUAGE_MODEL = "AutoModelForCausalLM"
+_REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*ForCausalLM")
+"""A file and a class in it."""
+TRUST = "read it, then pass --trust-remote-code to headfold detect, inspect, calibrate, fold, eval, compare or run"
+"""What to do about a checkpoint that brings code."""
 
 
 def refuse_source(path: Path) -> None:
@@ -120,17 +126,40 @@ def is_packed(name: str, info: TensorInfo) -> bool:
     return integer and len(info.shape) >= 2 and "weight" in name.rpartition(".")[2]
 
 
-def refuse_remote_code(config: Mapping[str, Any]) -> None:
+def class_reference(config: Mapping[str, Any], where: str) -> str:
+    """Return the file without its ending and the class, as in "modeling_mine.MineForCausalLM", that a config names for language models.
+
+    Raises:
+        UserError: it names none, or one that does not lie beside it, such as a class in another repository of the hub.
+    """
+    named = (config.get("auto_map") or {}).get(_LANGUAGE_MODEL)
+    if not isinstance(named, str) or not _REFERENCE.fullmatch(named):
+        raise UserError(
+            f"{where}: auto_map: expected a {_LANGUAGE_MODEL} in a file beside it, such as modeling_mine.MineForCausalLM, got "
+            f"{named!r:.60}; headfold runs no other code of a checkpoint"
+        )
+    return named
+
+
+def why_remote_code(config: Mapping[str, Any], advice: str = TRUST) -> str:
+    """Return why a config whose class comes with code of its own is refused: file, class and what to do."""
+    named = config["auto_map"]
+    reference = str(named.get(_LANGUAGE_MODEL) or next(iter(named.values()), "")) if isinstance(named, dict) else ""
+    file, _, name = reference.rpartition(".")
+    return (
+        f"model_type {config.get('model_type')!r:.60} runs its own code (auto_map), class {name!r:.60} of {f'{file}.py'!r:.60}, which "
+        f"headfold does not run unasked; {advice}"
+    )
+
+
+def refuse_remote_code(config: Mapping[str, Any], where: str = "config.json", advice: str = TRUST) -> None:
     """Refuse a config that brings its own modelling code; call it if `model_type` is unknown.
 
     Raises:
         UserError: the config has an `auto_map`.
     """
     if config.get("auto_map"):
-        raise UserError(
-            f"config.json: model_type {config.get('model_type')!r} runs its own code (auto_map), which headfold does not run; "
-            "expected an architecture that transformers has; convert the checkpoint to one"
-        )
+        raise UserError(f"{where}: {why_remote_code(config, advice)}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

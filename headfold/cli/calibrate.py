@@ -19,6 +19,7 @@ from .options import (
     Model,
     Seed,
     Tokens,
+    TrustRemoteCode,
 )
 from .output import answered, given, names
 
@@ -32,6 +33,7 @@ def calibrate(
     model: Model,
     stats: Annotated[Path, typer.Argument(metavar="STATS", help="The file to write.")],
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     calibration: Calibration = None,
     tokens: Tokens = None,
     items: Items = None,
@@ -62,6 +64,7 @@ def calibrate(
             dtype=dtype,
             progress=progress,
             say=progress.say,
+            trust_remote_code=trust_remote_code,
             **chosen,
         )
     if not answered(result.to_json(), as_json):

@@ -38,6 +38,10 @@ def check(
     new_tokens: Annotated[
         int, option("--new-tokens", panel=DATA, metavar="N", min=2, help="Greedy tokens after them.")
     ] = 64,
+    adapter: Annotated[
+        str | None,
+        option("--adapter", panel=MEASURE, metavar="DIR", help="A LoRA adapter of peft, merged into MODEL first.")
+    ] = None,
     trust_remote_code: Annotated[
         bool,
         option(
@@ -60,7 +64,7 @@ def check(
     with ProgressReport(silent=as_json) as progress:
         found = verb.check(
             model, engines=_engines(engine or []), text=text, tokens=tokens, new_tokens=new_tokens,
-            trust_remote_code=trust_remote_code, progress=progress,
+            adapter=adapter, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if not answered(found.to_json(), as_json):
         show_check(found)

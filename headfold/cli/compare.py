@@ -11,6 +11,7 @@ from .options import (
     HOW,
     OUTPUT,
     WHAT,
+    Adapter,
     Calibration,
     Columns,
     Context,
@@ -24,6 +25,7 @@ from .options import (
     Seed,
     StatsFile,
     Tokens,
+    TrustRemoteCode,
     option,
 )  # fmt: skip
 from .output import answered, given, names
@@ -40,6 +42,8 @@ def compare(
         str | None,
         option("--kv-heads", panel=WHAT, metavar="N,N", help="Counts of K/V heads, or shares: 4,2,1 or 1/2,1/4."),
     ] = None,
+    adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     methods: Annotated[
         str | None,
         option(
@@ -92,13 +96,14 @@ def compare(
         refuse_existing(plot, force)
     chosen = given(
         methods=names(methods), out=out, text=text, limit=limit, calibration=calibration, tokens=tokens, items=items,
-        columns=names(columns), context=context, stats=stats,
+        columns=names(columns), context=context, stats=stats, adapter=adapter,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = verb.compare(
             model,
             names(kv_heads) or (),
             seed=seed,
+            trust_remote_code=trust_remote_code,
             force=force,
             device=device,
             dtype=dtype,

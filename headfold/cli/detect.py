@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..parallel import is_main
-from .options import OUTPUT, Debug, Force, Json, option
+from .options import OUTPUT, Debug, Force, Json, TrustRemoteCode, option
 from .output import answered
 
 EXAMPLES = ("headfold detect my-model", "headfold detect my-model --out my_family.py")
@@ -22,6 +22,7 @@ def detect(
         Path | None,
         option("--out", panel=OUTPUT, metavar="FAMILY.py", help="Write the family literal as Python source."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -35,7 +36,7 @@ def detect(
     from ..verbs import detect as verb
 
     with ProgressReport(silent=as_json) as progress:
-        found = verb.detect(model, out=out, force=force, progress=progress)
+        found = verb.detect(model, out=out, trust_remote_code=trust_remote_code, force=force, progress=progress)
     if not answered(found.to_json(), as_json):
         views.show_detection(found, out)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .options import DATA, HOW, MEASURE, Columns, Debug, Device, Dtype, Json, option
+from .options import DATA, HOW, MEASURE, Columns, Debug, Device, Dtype, Json, TrustRemoteCode, option
 from .output import answered, given, names
 
 EXAMPLES = (
@@ -27,6 +27,14 @@ def evaluate(
     reference: Annotated[
         str | None, option("--reference", panel=MEASURE, metavar="ORIGINAL", help="The model that MODEL was folded from.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        option(
+            "--adapter", panel=MEASURE, metavar="DIR",
+            help="A LoRA adapter of peft, merged into the original first: ORIGINAL, or without --reference the first MODEL.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     text: Annotated[
         str | None,
         option(
@@ -99,12 +107,14 @@ def evaluate(
     from ..verbs import evaluate as verb
 
     chosen = given(
-        reference=reference, text=text, columns=names(columns), metric=metric, beams=beams, max_new_tokens=max_new_tokens,
+        reference=reference, adapter=adapter, text=text, columns=names(columns), metric=metric, beams=beams, max_new_tokens=max_new_tokens,
         task=names(task), num_fewshot=num_fewshot, include_path=include_path, limit=limit, context=context,
         resamples=resamples, seed=seed,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
-        found = verb.evaluate(models[0], compare=models[1:], device=device, dtype=dtype, progress=progress, **chosen)
+        found = verb.evaluate(
+            models[0], compare=models[1:], trust_remote_code=trust_remote_code, device=device, dtype=dtype, progress=progress, **chosen,
+        )  # fmt: skip
     if not answered(verb.facts(found), as_json):
         match found:
             case PairedComparison():

@@ -32,6 +32,7 @@ from .options import (
     Seed,
     StatsFile,
     Tokens,
+    TrustRemoteCode,
     Verify,
     option,
 )  # fmt: skip
@@ -52,6 +53,7 @@ def fold(
     ] = None,
     encoder: Encoder = False,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     head_dim_multiple: HeadDimMultiple = None,
     group: Group = None,
     merge: Merge = None,
@@ -117,7 +119,7 @@ def fold(
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(
             model, out, refit=refit, heal=heal, encoder=encoder, seed=seed, force=force, verify=verify, device=device, dtype=dtype,
-            progress=progress, say=progress.say, **chosen,
+            trust_remote_code=trust_remote_code, progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
     if not answered(result.to_json(), as_json):
         views.show_fold(result)

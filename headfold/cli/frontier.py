@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     HOW,
+    Adapter,
     Allowed,
     Debug,
     Device,
@@ -39,6 +40,7 @@ def frontier(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
     encoder: Encoder = False,
+    adapter: Adapter = None,
     allowed: Allowed = None,
     tp: Tp = 1,
     head_dim_multiple: HeadDimMultiple = None,
@@ -70,6 +72,7 @@ def frontier(
 
     chosen = given(
         allowed=allowed and counts("--allowed", allowed), sensitivity=sensitivity, group=group, merge=merge, stats=stats,
+        adapter=adapter,
         head_dim_multiple=renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple),
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:

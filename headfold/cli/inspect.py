@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from .options import WHERE, Adapter, Debug, Json, Model, StatsFile, option
+from .options import WHERE, Adapter, Debug, Json, Model, StatsFile, TrustRemoteCode, option
 from .output import answered
 
 SERVED = "How it is served"
@@ -15,6 +15,7 @@ EXAMPLES = (
 def inspect(
     model: Model,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     stats: StatsFile = None,
     context: Annotated[
         int | None,
@@ -51,7 +52,7 @@ def inspect(
     with ProgressReport(silent=as_json) as progress:
         found = verb.inspect(
             model, stats=stats, context=context, batch=batch, memory=memory, gpu=gpu, adapter=adapter, progress=progress,
-            say=progress.say,
+            trust_remote_code=trust_remote_code, say=progress.say,
         )  # fmt: skip
     if not answered(found.to_json(), as_json):
         views.show_inspection(found)

@@ -22,6 +22,14 @@ Adapter = Annotated[
         "--adapter", panel=WHAT, metavar="DIR", help="A LoRA adapter of peft, merged into the model before folding."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    option(
+        "--trust-remote-code",
+        panel=WHAT,
+        help="Run code that the checkpoint brings for its class, once you have read it. Without this, none is run.",
+    ),
+]
 StatsFile = Annotated[
     Path | None, option("--stats", panel=DATA, metavar="STATS", help="Statistics that headfold calibrate wrote.")
 ]

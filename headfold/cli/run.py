@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import WHAT, Debug, Device, Force, Json, option
+from .options import WHAT, Debug, Device, Force, Json, TrustRemoteCode, option
 from .output import answered
 
 EXAMPLES = (
@@ -20,6 +20,7 @@ def run(
     model: Annotated[
         str | None, option("--model", panel=WHAT, metavar="MODEL", help="The model to fold, instead of the one in the recipe.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     force: Force = False,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def run(
 
     with ProgressReport(silent=as_json) as progress:
         found = verb.run(
-            recipe, out, model=model, force=force, device=device, progress=progress, say=progress.say
+            recipe, out, model=model, trust_remote_code=trust_remote_code, force=force, device=device, progress=progress, say=progress.say
         )  # fmt: skip
     if not answered(found.to_json(), as_json):
         show_run(found)

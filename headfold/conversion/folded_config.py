@@ -21,7 +21,7 @@ def folded_config(source: Source, plan: Plan) -> dict[str, Any]:
     """
     sites = {site.name: site for site in source.sites}
     config = source.checkpoint.config
-    return config_of_counts(
+    made = config_of_counts(
         source.family,
         config,
         sites.values(),
@@ -30,6 +30,12 @@ def folded_config(source: Source, plan: Plan) -> dict[str, Any]:
         plan.head_dim_multiples(sites.values()),
         partial(table_of_multiple, config, f"{source.name}/config.json"),
     )
+    if source.code and "headfold" in made:
+        raise UserError(
+            f"{source.name}: expected equal groups, one count of K/V heads for all layers and the head_dim of the original, which is all "
+            f"that {source.code[0]} reads from a config, got others; use --kv-heads and a --group with equal groups"
+        )
+    return made
 
 
 def can_be_written(source: Source, plan: Plan) -> bool:
@@ -50,6 +56,11 @@ def refuse_counts_per_layer(source: Source) -> None:
     stock_gqa = [site.name for site in source.sites if site.stock_gqa]
     if len(stock_gqa) < 2:
         return
+    if source.code:
+        raise UserError(
+            f"{source.name}: expected a class of transformers for a budget, which gives layers different counts, got that of "
+            f"{source.code[0]}, which reads one count; use --kv-heads"
+        )
     counts = {site.name: site.num_kv_heads for site in source.sites} | {stock_gqa[0]: 1}
     sites = {
         s.name: SitePlan(Groups.contiguous(s.num_kv_heads, counts[s.name]), "mean", s.head_dim) for s in source.sites

@@ -73,7 +73,8 @@ def card_facts(
         reach=reach.line(),
         warnings=tuple(reach.notes()),
         refit_text=fitting.data or {},
-        command=fold_command({**settings, "adapter": source.plain.adapter}, source.name, out.name),
+        command=fold_command(_of_source(settings, source), source.name, out.name),
+        code=source.code,
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
         wrapper_class=model_class(config, str(staging)) if is_wrapper(config) else "",
@@ -99,6 +100,7 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         chosen |= {"group": settings["group"], "merge": settings["merge"]}
     if adapter := settings.get("adapter"):
         chosen["adapter"] = Path(adapter).name if Path(adapter).is_absolute() else adapter
+    chosen |= {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
     chosen["refit"] = bool(settings["refit"])
     if settings["heal"]:
         chosen |= {"heal": True, "heal_by": settings["heal_by"], "heal_tokens": settings["heal"]}
@@ -123,9 +125,14 @@ def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
     return " ".join(words)
 
 
+def _of_source(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Return the settings of a job with those of its source."""
+    return {**settings, "adapter": source.plain.adapter, "trust_remote_code": bool(source.code)}
+
+
 def write_recipe(staging: Path, source: Source, settings: Mapping[str, Any]) -> None:
     """Write the recipe of a fold beside its weights."""
-    options = fold_options({**settings, "adapter": source.plain.adapter})
+    options = fold_options(_of_source(settings, source))
     text = recipe_text(source.name, settings["source"], settings["version"], options)
     (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
@@ -167,6 +174,10 @@ def notes_on(
     config = read_config(staging)
     if "headfold" in config:
         notes.append("runs in headfold's runtime: headfold.load, or transformers with trust_remote_code=True")
+    if source.code:
+        notes.append(
+            f"code of the checkpoint was run ({', '.join(source.code)}), and lies beside the fold, which needs it too"
+        )
     if misread := misread_by(config):
         notes.append(misread)
     if blind := list(sites_without_distances):

@@ -23,6 +23,7 @@ from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import with_plane_frequencies
 from ..sources.plain import Plain, open_plain
 from ..stats_file import StatsFile
+from ..trusted_code import trusted_code
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
 
@@ -43,6 +44,8 @@ class Source:
     """Whether the encoder of an encoder-decoder is folded too."""
     detected: bool = False
     """Whether the architecture has no family literal and was detected by experiments on a toy model."""
+    code: tuple[str, ...] = ()
+    """Files of the checkpoint's own code that run because the user trusts them."""
 
     @property
     def sites(self) -> list[Site]:
@@ -121,7 +124,9 @@ def open_source(
         check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
         check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
     sites = with_plane_frequencies(sites, config, where)
-    return Source(str(model), plain, checkpoint, config, family, sites, encoder, detected)
+    code = trusted_code(config["model_type"])
+    files = () if code is None else code.files
+    return Source(str(model), plain, checkpoint, config, family, sites, encoder, detected, files)
 
 
 def _with_fitting_class(checkpoint: Checkpoint) -> Checkpoint:
@@ -173,7 +178,7 @@ def _family(checkpoint: Checkpoint, where: str) -> tuple[Family, bool]:
     """Return the family of a known `model_type` and False, or a detected one and True."""
     config = checkpoint.config
     model_type = config.get("model_type")
-    if is_known(model_type) or not isinstance(model_type, str) or "text_config" in config or "auto_map" in config:
+    if is_known(model_type) or not isinstance(model_type, str) or "text_config" in config:
         return family_of(config, where), False
     from transformers import CONFIG_MAPPING
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.config import CONFIG, read_config
+from ..checkpoint.refusals import refuse_remote_code
 from ..core.errors import UserError, suggest
 from ..core.progress import Progress, no_progress
 from ..families.spec import Family
+from ..trusted_code import trusted_code
 from .establish import establish_family
 from .literal import source_of
 from .toy import Architecture, Unproven
@@ -115,6 +117,7 @@ def architecture_of(model: str | Path) -> Architecture:
     config = read_config(Path(model)) if (Path(model) / CONFIG).is_file() else {}
     model_type = str(config.get("model_type", model))
     if model_type not in CONFIG_MAPPING:
+        refuse_remote_code(config, f"{model}/{CONFIG}")
         raise UserError(
             f"{model}: expected a checkpoint directory or a model_type; {suggest(model_type, CONFIG_MAPPING)}"
         )
@@ -134,6 +137,8 @@ def _model_class(model_type: str, config: Mapping[str, Any]) -> str:
     import transformers
 
     named = next(iter(config.get("architectures") or []), "")
+    if (code := trusted_code(model_type)) is not None:
+        return code.model_class.__name__
     if config.get("is_encoder_decoder") and hasattr(transformers, named):
         return named
     for auto in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"):

@@ -24,6 +24,7 @@ from ..families.spec import Family, Site
 from ..hf_models import quiet
 from ..planning import make_plan
 from ..surgery import site_tensors
+from ..trusted_code import trusted_code
 from .candidate import TOLERANCE, Candidate, distance, keys, only_at, reversed_keys
 from .toy import Architecture, ToyModel, Unproven, in_float64, logits, output_of, sharpen, tokens
 
@@ -235,6 +236,12 @@ def _open(directory: Path, candidate: Candidate, needs_runtime: list[Site]) -> "
     options = {"experts_implementation": "eager"}
     if needs_runtime:
         from ..runtime.modeling_headfold import grouped_class
+
+        if trusted_code(candidate.toy_model.config["model_type"]) is not None:
+            raise Unproven(
+                f"{stock.__name__} reads no count of K/V heads from its config, and headfold writes no grouped class for code that a "
+                "checkpoint brings"
+            )
 
         opened, options = grouped_class(stock.__name__), {}
     with quiet():

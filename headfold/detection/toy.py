@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.errors import UserError
 from ..hf_models import quiet
+from ..trusted_code import trusted_code
 from .shrink import VOCABULARY, Config, Geometry, shrink
 
 if TYPE_CHECKING:
@@ -109,9 +110,10 @@ class Architecture:
 def _make(model_class: str, config: Any, device: str) -> "PreTrainedModel":
     import transformers
 
+    code = trusted_code(config.model_type)
+    made: Any = getattr(transformers, model_class) if code is None else code.model_class
     with quiet(), torch.device(device):
-        options = {"dtype": torch.float64, "experts_implementation": "eager"}
-        return getattr(transformers, model_class)._from_config(config, **options)
+        return made._from_config(config, dtype=torch.float64, experts_implementation="eager")
 
 
 def randomize(model: nn.Module, seed: int) -> None:

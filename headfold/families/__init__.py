@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from ..checkpoint.refusals import why_remote_code
 from ..core.errors import UserError, suggest
 from .spec import Family, read_field
 from .wrapped import TEXT, WRAPPERS, attention_type, check_wrapper, is_wrapper, language_config
@@ -65,8 +66,5 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
             "save the text model on its own (model.language_model.save_pretrained) and fold that"
         )
     if config.get("auto_map"):
-        return (
-            f"model_type {model_type!r:.60} runs its own code (auto_map), which headfold does not support; "
-            f"if its attention is that of a known family, convert it to that; {suggest(str(model_type), known)}"
-        )
+        return why_remote_code(config)
     return f"unknown model_type {model_type!r:.60}; {suggest(str(model_type), known)}"

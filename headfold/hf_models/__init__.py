@@ -269,9 +269,9 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     """
     import transformers
 
-    if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
-        refuse_remote_code(checkpoint.config)
     where = f"{checkpoint.path}/config.json"
+    if checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        refuse_remote_code(checkpoint.config, where)
     if model_class(checkpoint.config, where).endswith("ForCausalLM"):
         return transformers.AutoModelForCausalLM
     return named_class({**checkpoint.config, "architectures": [fitting_class(checkpoint)]}, where)

@@ -14,9 +14,10 @@ from .yaml_input import Entry, read_mapping
 
 NAME = "headfold.yaml"
 """Name of the recipe that lies beside every fold."""
-_PARTS = ("headfold", "model", "adapter", "source", "every", "fold", "folds", "eval", "report")
+_PARTS = ("headfold", "model", "adapter", "trust_remote_code", "source", "every", "fold", "folds", "eval", "report")
 _OF_A_RUN = (
     "model", "out", "adapter", "reference", "compare", "force", "device", "push_to_hub", "progress", "say", "tokenizer",
+    "trust_remote_code",
 )  # fmt: skip
 """Options of a verb that a recipe gives elsewhere, that belong to a run, or that only a program can give."""
 _FILES = ("calibration", "stats", "text")
@@ -111,6 +112,8 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
         for name in ("headfold", "model", "adapter", "source")
         if name in entries
     }
+    if "trust_remote_code" in entries:  # a record of what was run, and no consent: that is given with the call
+        _typed(path, "trust_remote_code", entries["trust_remote_code"], bool)
     known = _options(fold)
     shared = _checked(path, "every", entries["every"], known) if "every" in entries else {}
     if "fold" in entries:
@@ -216,6 +219,7 @@ def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any
     named = {"model": model, **({"adapter": options.pop("adapter")} if "adapter" in options else {})}
     # A path of this machine says nothing elsewhere, and a card has none either.
     short = {key: Path(name).name if Path(name).is_absolute() else name for key, name in named.items()}
-    parts = {"headfold": version, **short, "source": source, "fold": options}
+    ran_code = {key: options.pop(key) for key in ("trust_remote_code",) if key in options}
+    parts = {"headfold": version, **short, **ran_code, "source": source, "fold": options}
     written = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=1000)
-    return f"# headfold run {NAME} OUT repeats this fold.\n{written}"
+    return f"# headfold run {NAME} OUT{' --trust-remote-code' if ran_code else ''} repeats this fold.\n{written}"

@@ -40,6 +40,8 @@ class CardFacts:
     command: str
     origin: str = ""
     """What the weights were before folding, where they were decoded or merged; empty where they were a plain checkpoint."""
+    code: tuple[str, ...] = ()
+    """Files of the original's own code that were run, and that the fold needs too; empty where it is of a class of transformers."""
     reach: str = ""
     """One line on how much of the model the calibration data reach; empty where nothing is known."""
     warnings: tuple[str, ...] = ()
@@ -191,6 +193,11 @@ def _facts_table(facts: CardFacts) -> str:
         *serving_cost_rows(*facts.serving_costs),
     ]
     lines = [f"- Original: {facts.origin}"] if facts.origin else []
+    lines += (
+        [f"- Code of the checkpoint that was run (`--trust-remote-code`): {', '.join(facts.code)}"]
+        if facts.code
+        else []
+    )
     lines += [f"- Family: {facts.family}", f"- Calibration: {_calibration(facts.calibration)}"]
     lines += [f"- Calibration reaches: {facts.reach}"] if facts.reach else []
     lines += [f"- Note: {warning}" for warning in facts.warnings]
@@ -216,6 +223,12 @@ def _calibration(facts: Mapping[str, str]) -> str:
 
 
 def _load(facts: CardFacts) -> str:
+    if facts.code:
+        return (
+            f"## Use\n\nThe class is that of the original, whose code lies beside the weights (`{facts.code[0]}`): read it before you let "
+            "transformers run it.\n\n```python\nfrom transformers import AutoModelForCausalLM\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this", trust_remote_code=True)\n```'
+        )
     if not facts.grouped_class:
         opener = facts.wrapper_class or "AutoModelForCausalLM"
         reader = "AutoProcessor" if facts.wrapper_class else "AutoTokenizer"

@@ -3,19 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.cards import read_card
 from ..checkpoint.hub import locate_adapter
 from ..core.errors import UserError
 from ..hf_models import quiet
 from ..hf_models.building import library_errors
 from ..sources.adapter import Adapter, open_adapter
+from ..sources.bases import MERGE_FIRST, refuse_adapter_of_original
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_BASE = "base_model:"
-"""Begins the line of a card that names the original."""
-_ADVICE = "merge it into the original before folding: headfold fold ORIGINAL OUT --adapter DIR"
 
 
 def with_adapter(model: "PreTrainedModel", directory: Path, adapter: str | Path) -> "PreTrainedModel":
@@ -27,7 +23,7 @@ def with_adapter(model: "PreTrainedModel", directory: Path, adapter: str | Path)
     """
     opened = open_adapter(locate_adapter(str(adapter)))
     _refuse_stale_shapes(model, opened, directory)
-    _refuse_original(opened, directory)
+    refuse_adapter_of_original(opened, directory)
     with library_errors(opened.path, "peft does not load this adapter"), quiet():
         model.load_adapter(str(opened.path))
     return model
@@ -47,21 +43,5 @@ def _refuse_stale_shapes(model: "PreTrainedModel", adapter: Adapter, directory: 
         if sorted(weight.shape) != sorted(product):
             raise UserError(
                 f"{adapter.path}: {name}: expected an adapter for the shape {tuple(weight.shape)}, got one for {product}, as the "
-                f"original of {directory} has; {_ADVICE}"
+                f"original of {directory} has; {MERGE_FIRST}"
             )
-
-
-def _refuse_original(adapter: Adapter, directory: Path) -> None:
-    """Refuse an adapter that says that it was made for the model that the fold's card names as its original."""
-    named = adapter.config.get("base_model_name_or_path")
-    original = next(
-        (line[len(_BASE) :].strip() for line in read_card(directory).splitlines() if line.startswith(_BASE)), ""
-    )
-    made_for = Path(str(named)).name
-    if named and original and made_for == Path(original).name and made_for != directory.resolve().name:
-        raise UserError(
-            f"{adapter.path}: expected an adapter made for {directory}, got one made for {named}, its original; {_ADVICE}"
-        )
-
-
-_BASE = "base_model:"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import read_config
 from ..checkpoint.entries import check_entries
+from ..checkpoint.refusals import refuse_remote_code
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
@@ -21,6 +22,10 @@ from .adapted import with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
+"""Names of the field that counts K/V heads."""
 
 
 def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords: Any) -> "PreTrainedModel":
@@ -37,6 +42,10 @@ def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords
     """
     directory = Path(directory)
     config = read_checked_config(directory)
+    if not keywords.get("trust_remote_code") and own_class(config, directory) is None and not _is_stock(config):
+        refuse_remote_code(
+            config, f"{directory}/config.json", "read it, then pass trust_remote_code=True to headfold.load"
+        )
     with library_errors(directory, "transformers does not load this checkpoint"), quiet():
         model = _model_class(config, directory).from_pretrained(
             directory, **{"dtype": "auto", "local_files_only": True, **keywords}
@@ -68,6 +77,13 @@ def _model_class(config: Mapping[str, Any], where: Path) -> Any:
 
     name = (config.get("architectures") or [""])[0]
     return own_class(config, where) or getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+
+
+def _is_stock(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers has the class of a checkpoint."""
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def own_class(config: Mapping[str, Any], where: str | Path = "the checkpoint") -> Any:
@@ -153,11 +169,11 @@ def _counts(sites: Mapping[int, int]) -> str:
 
 
 def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
-    # An architecture without a literal was detected when it was folded, and all such count their K/V heads under this name.
+    # An architecture without a literal was detected when it was folded; of those only code of a checkpoint has another name for it.
     known = is_known(config.get("model_type"))
     family = family_of(config, f"{directory}/config.json") if known else Family(())
     named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
-    named = named if known else {"num_key_value_heads"}
+    named = named if known else {next((name for name in _COUNTS if name in config), _COUNTS[0])}
     planned, language = sorted(set(plan.num_kv_heads.values())), language_config(config)
     for field in named:
         if [read_field(family, language, field)] != planned:

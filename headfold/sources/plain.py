@@ -27,6 +27,7 @@ from ..core.errors import UserError
 from ..core.json_input import read_object
 from ..core.progress import Progress, counter, no_progress, silent
 from .adapter import open_adapter
+from .bases import check_base
 from .gguf import open_gguf
 from .merging import merge_adapter
 from .packed import BESIDE, format_of, open_packed, settings_of
@@ -88,7 +89,9 @@ def open_plain(
         if record is None:
             weights = _as_it_is(given) if opening is None else opening()
             if lora is not None:
-                weights = merge_adapter(weights, open_adapter(lora), given)
+                opened = open_adapter(lora)
+                check_base(opened, given, weights.config)
+                weights = merge_adapter(weights, opened, given)
             assert owner is not None
             record = _make(weights, place, progress)
     origin = str(record["origin"])

@@ -17,6 +17,7 @@ from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
 from ..in_memory.models import takes_models
 from ..parallel import on_all, on_main
+from ..trusted_code import trusts_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ class CalibrationResult:
 
 
 @takes_models("model")
+@trusts_code("model")
 def calibrate(
     model: "str | Path | PreTrainedModel",
     stats: str | Path,
@@ -55,6 +57,7 @@ def calibrate(
     device: str | None = None,
     dtype: str | None = None,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = silent,
@@ -78,6 +81,7 @@ def calibrate(
         device: "cpu" or "cuda".
         dtype: What the model computes in, such as "float32"; by default the fastest dtype that holds its weights.
         adapter: A LoRA adapter of peft that is merged into the model first.
+        trust_remote_code: Run the code that the model brings for its class.
         tokenizer: That of a model in memory, or its processor; by default what lies beside the files that it was opened from.
         progress, say: Called with (stage, done, total), and with lines to print.
 

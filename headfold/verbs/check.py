@@ -18,6 +18,7 @@ from ..serving.engine import Engine, all_engines, engine_named, quoted
 from ..serving.expected import Expected, expected
 from ..serving.likeness import likeness
 from ..serving.result import CheckResult, CheckRow
+from ..sources.plain import open_plain
 
 NEW_TOKENS = 64
 TEXT = Path(__file__).parents[1] / "bundled" / "heldout.txt"
@@ -33,6 +34,7 @@ def check(
     text: str | Path | None = None,
     tokens: int | None = None,
     new_tokens: int = NEW_TOKENS,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
@@ -47,13 +49,15 @@ def check(
         text: A text file to compute on; by default Python source that comes with the package.
         tokens: Tokens of the text that logits are compared on; by default 240, or what the model takes.
         new_tokens: Greedy tokens after them, at least 2.
+        adapter: A LoRA adapter of peft that is merged into the model first.
         trust_remote_code: Let engines run code that lies beside the weights, though headfold did not write it.
         progress: Called with (stage, done, total).
 
     Raises:
         UserError: no language model, an unknown engine, one that is not installed, code of another's, or a text that is too short.
     """
-    path, progress = Path(model), progress or no_progress
+    progress = progress or no_progress
+    path = Path(model) if adapter is None else open_plain(str(model), str(adapter), progress).path
     pythons = dict(engines) if isinstance(engines, Mapping) else dict.fromkeys(engines)
     checkpoint, source = open_folded(path)
     _refuse_others(source)

@@ -29,6 +29,7 @@ from ..pages.writing import methods_page
 from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..stats_file import StatsFile
 from ..timing.machine import peak_memory
+from ..trusted_code import trusts_code
 from .calibrate import calibrate
 from .evaluate import evaluate
 from .fold import fold
@@ -38,10 +39,13 @@ FOLDED = ".headfold-folded"
 
 
 @spmd
+@trusts_code("model")
 def compare(
     model: str | Path,
     kv_heads: Sequence[str | int],
     *,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     methods: Sequence[str] = DEFAULT,
     out: str | Path | None = None,
     text: str | None = None,
@@ -64,22 +68,18 @@ def compare(
     same settings goes on from there.
 
     Args:
-        model: A checkpoint directory, a GGUF file or a hub id.
+        model, adapter: A checkpoint directory, a GGUF file or a hub id, and a LoRA adapter of peft that is merged into it first.
+        trust_remote_code: Run the code that the model brings for its class.
         kv_heads: Counts of K/V heads, or shares of the source's.
         methods: Names of `METHODS`, with `+refit` for a refit.
         out: The directory of the rows; by default the model's name with `.compare`.
-        text: Data to measure on, as in `headfold.eval`.
-        limit: Items to measure on; tokens of plain text.
+        text, limit: Data to measure on, as in `headfold.eval`, and how many items of them, or tokens of plain text.
         calibration: A source of calibration data (`headfold.calibrate`).
-        tokens: Calibration tokens of a language model.
-        items: Calibration items of other models.
-        columns: Columns of a table.
-        context: Tokens per window, of calibration data and of what is measured on.
+        tokens, items: Calibration tokens of a language model, and calibration items of other models.
+        columns, context: Columns of a table, and tokens per window, of calibration data and of what is measured on.
         stats: A file that `headfold.calibrate` wrote; `context` is then that of what is measured on alone.
-        seed: Seed of everything drawn at random.
-        force: Start over if `out` holds rows of other settings.
-        device: "cpu" or "cuda".
-        dtype: What the models compute in, such as "float32".
+        seed, force: Seed of everything drawn at random; start over if `out` holds rows of other settings.
+        device, dtype: "cpu" or "cuda", and what the models compute in, such as "float32".
         progress: Called with (stage, done, total).
 
     Raises:
@@ -88,7 +88,8 @@ def compare(
     """
     check_methods(methods)
     dtype_named(dtype)  # refuses here what every verb that compare calls would refuse
-    source, progress, device = on_all(lambda: open_source(model)), progress or no_progress, check_device(device)
+    progress, device = progress or no_progress, check_device(device)
+    source = on_all(lambda: open_source(model, adapter=adapter, progress=progress))
     measures = {"calibration": calibration, "tokens": tokens, "items": items}
     if stats is not None and (named := [f"--{name}" for name, value in measures.items() if value is not None]):
         raise UserError(
@@ -116,7 +117,7 @@ def compare(
         if not calibrated:
             calibrate(
                 model, measured, calibration=calibration, tokens=tokens, items=items, columns=columns, context=context, seed=seed,
-                device=device, dtype=dtype, progress=progress,
+                adapter=adapter, device=device, dtype=dtype, progress=progress,
             )  # fmt: skip
         rows, skipped = {(row.method, row.num_kv_heads): row for row in known}, {}
         for number, (name, count) in enumerate(wanted):
@@ -130,7 +131,7 @@ def compare(
                 with peak_memory(device) as peak:
                     result = fold(
                         source.name, made, kv_heads=f"{count}/{source.num_kv_heads}", refit=name.endswith(REFIT), stats=measured, seed=seed,
-                        verify=False, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
+                        verify=False, adapter=adapter, device=device, dtype=dtype, **METHODS[name.removesuffix(REFIT)],
                     )  # fmt: skip
             except ProcessLost:
                 raise
@@ -140,8 +141,8 @@ def compare(
             seconds = round(time.monotonic() - started, 2)
             try:
                 found = evaluate(
-                    made, reference=source.name, text=text, limit=limit, columns=columns or None, device=device, dtype=dtype,
-                    max_new_tokens=0, context=context,
+                    made, reference=source.name, adapter=adapter, text=text, limit=limit, columns=columns or None, device=device,
+                    dtype=dtype, max_new_tokens=0, context=context,
                 )  # fmt: skip
             finally:
                 on_main(partial(remove_output, made))

@@ -10,17 +10,25 @@ from ..core.progress import Progress, no_progress
 from ..detection import Detection
 from ..detection import detect as experiment
 from ..parallel import main_only
+from ..trusted_code import trusts_code
 
 
 @main_only
+@trusts_code("model")
 def detect(
-    model: str | Path, *, out: str | Path | None = None, force: bool = False, progress: Progress | None = None
+    model: str | Path,
+    *,
+    out: str | Path | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Detection:
     """Detect the attention of an architecture by experiments on a toy model, and prove that it can be folded.
 
     Args:
         model: A checkpoint directory, a hub id, or a `model_type` of transformers.
         out: A file for the family literal, as Python source.
+        trust_remote_code: Run the code that the checkpoint brings for its class.
         force: Replace that file.
         progress: Called with (stage, done, total).
 

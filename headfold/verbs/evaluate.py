@@ -21,6 +21,7 @@ from ..in_memory.data import evaluation_data
 from ..in_memory.models import takes_models
 from ..parallel import on_all, on_main
 from ..sources.plain import open_plain
+from ..trusted_code import trusts_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,14 @@ INTERVAL_OPTIONS = ("resamples", "seed")
 
 
 @takes_models("model", "compare", "reference")
+@trusts_code("model", "compare", "reference")
 def evaluate(
     model: "str | Path | PreTrainedModel",
     *,
     compare: "Sequence[str | Path | PreTrainedModel]" = (),
     reference: "str | Path | NamedDirectory | PreTrainedModel | None" = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     text: str | Iterable[Any] | None = None,
     metric: str | None = None,
     columns: Sequence[str] | None = None,
@@ -65,6 +69,8 @@ def evaluate(
         model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory, as `compare` and `reference` may be.
         compare: Other models to measure on the same data, with 95 % intervals of their differences to `model`.
         reference: The original that KL, agreement and likeness are relative to.
+        adapter: A LoRA adapter of peft that is merged into the original first: into `reference` or, without one, into `model`.
+        trust_remote_code: Run the code that models bring for their class.
         text: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default, for language
             models alone, the bundled held-out text.
         metric: "bleu" or "rouge", for what an encoder-decoder writes.
@@ -93,41 +99,44 @@ def evaluate(
             "--text self: expected a text that was there before; only calibration can use what a model writes"
         )
     interval = (RESAMPLES if resamples is None else resamples, seed or 0)
-    models: list[Any] = [model, *compare] if compare else [model] if reference is None else [model, reference]
+    models: list[Any] = [model, *compare, *([] if reference is None else [reference])]
+    names, at = [*map(str, models)], 0 if reference is None else len(models) - 1  # where the original is
+    adapters = [None if adapter is None or index != at else str(adapter) for index in range(len(models))]
+    names[at] += "" if adapter is None else f" + {adapter}"
     if task is None:
         _refuse(given, TASK_OPTIONS, "without --task NAME")
     else:
         _refuse(given, DATA_OPTIONS, "beside --task")
-    directories = on_all(lambda: [open_plain(each, progress=progress).path for each in models])
+    pairs = [*zip(models, adapters, strict=True)]
+    directories = on_all(lambda: [open_plain(each, lora, progress).path for each, lora in pairs])
+    directory, original = directories[0], None if reference is None else directories[-1]
     if task is not None:
         if compare and reference is not None:
             raise UserError(
                 "eval: --reference has no meaning beside --compare with --task; name the original as the first model"
             )
-        names = [task] if isinstance(task, str) else list(task)
-        tasks = TaskRequest(names, num_fewshot, include_path, limit, where, compute_dtype)
+        wanted = [task] if isinstance(task, str) else list(task)
+        tasks = TaskRequest(wanted, num_fewshot, include_path, limit, where, compute_dtype)
         run = compare_on_tasks if compare else evaluate_tasks
-        return run([*map(str, models)], directories, tasks, *interval, progress)
-    measured_on = on_main(lambda: evaluation_data(directories[0], text, limit, context, columns or ()))
+        return run(names, directories, tasks, *interval, progress)
+    measured_on = on_main(lambda: evaluation_data(directory, text, limit, context, columns or ()))
     data = DataRequest(
         measured_on,
         columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         where, compute_dtype,
     )  # fmt: skip
     if compare:
-        original = None if reference is None else open_plain(reference).path
-        return compare_on_data([*map(str, models)], directories, original, data, *interval, progress)
+        several = slice(1 + len(compare))
+        return compare_on_data(names[several], directories[several], original, data, *interval, progress)
     _refuse(given, INTERVAL_OPTIONS, "without --compare or --task")
-    directory, original = directories[0], directories[1] if reference is not None else None
-    kind = kind_of(read_config(directory))
-    named = str(model), None if reference is None else str(reference)
-    check_metric(metric, kind, named[0])
+    kind, named = kind_of(read_config(directory)), None if reference is None else names[-1]
+    check_metric(metric, kind, names[0])
     if kind != "text":
-        return evaluate_on_data(named[0], directory, named[1], original, data, progress)
+        return evaluate_on_data(names[0], directory, named, original, data, progress)
     found = perplexity.evaluate_perplexity(
         directory, original, measured_on, context=context, max_tokens=limit, device=where, dtype=compute_dtype, progress=progress
     )  # fmt: skip
-    return replace(found, model=named[0], reference=named[1])
+    return replace(found, model=names[0], reference=named)
 
 
 _EXCLUSIVE = frozenset((*TASK_OPTIONS, *DATA_OPTIONS, *INTERVAL_OPTIONS))

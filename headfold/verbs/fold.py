@@ -29,9 +29,11 @@ from ..in_memory.data import calibration_data
 from ..in_memory.models import folds_in_memory
 from ..parallel import on_all, on_main, on_main_only
 from ..reports.card import model_card
+from ..trusted_code import trusts_code
 
 
 @folds_in_memory
+@trusts_code("model")
 def fold(
     model: Any,
     out: str | Path | None = None,
@@ -52,6 +54,7 @@ def fold(
     context: int | None = None,
     encoder: bool = False,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     stats: str | Path | None = None,
     layout: str | None = None,
     seed: int = 0,
@@ -73,8 +76,7 @@ def fold(
         model: A checkpoint directory, a GGUF file, a hub id, or a `PreTrainedModel`, which is not changed. Quantised weights are decoded.
         out: The directory to write. Without it, a model in memory is returned as `headfold.load` opens it, with the dtype and devices of
             `model`; its `headfold` is the `FoldResult`.
-        kv_heads: K/V heads to keep at every site: a count or a share of the source's, such as 4 or "1/4".
-        plan: A plan or its file, made by `headfold.plan`, instead of `kv_heads`.
+        kv_heads, plan: K/V heads to keep at every site, a count or a share such as 4 or "1/4"; or a plan of `headfold.plan`, or its file.
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
@@ -83,15 +85,13 @@ def fold(
             the "model", or each "block" alone (`heal_by`; by default "model" for language models of 2^26 parameters or more).
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.
-        tokens, items, columns: Calibration tokens of a language model, items of other models, and columns of a table.
-        context: Length of calibration windows, or where calibration texts are cut.
-        encoder: Fold the encoder of an encoder-decoder too.
+        tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
+        encoder, stats: Fold the encoder of an encoder-decoder too; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
-        stats: A file that `headfold.calibrate` wrote.
+        trust_remote_code: Run the code that the model brings for its class, which the fold then brings too.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
         seed, force: Seed of everything drawn at random; replace what is at `out`, once the new directory is complete.
-        verify: Open the output and compare its logits with the twin's.
-        push_to_hub: The repository on the hub that the output is uploaded to at the end (`--push-to-hub`).
+        verify, push_to_hub: Compare the output's logits with the twin's; the repository that it is then uploaded to (`--push-to-hub`).
         tokenizer: The tokenizer or processor of a model in memory; by default what lies beside the files that it was opened from.
         device, dtype, progress, say: As for `headfold.calibrate`.
 

@@ -59,6 +59,7 @@ def frontier(
     refit: bool = True,
     measured: int = NUM_MEASURED,
     encoder: bool = False,
+    adapter: str | Path | None = None,
     seed: int = 0,
     workers: int = 1,
     force: bool = False,
@@ -84,6 +85,7 @@ def frontier(
         refit: Refit what is folded in memory, as fold will.
         measured: Points to fold in memory and measure, beside the uniform ones; the others are predicted.
         encoder: Include the encoder of an encoder-decoder.
+        adapter: A LoRA adapter of peft that is merged into the model first.
         seed: Seed of everything drawn at random.
         workers: Sites that are grouped side by side, in threads.
         force: Replace what an earlier frontier wrote to `out`.
@@ -100,7 +102,7 @@ def frontier(
     with owned_directory(directory):
         if not is_unfinished(directory):
             on_main(lambda: refuse_contents(directory, force))
-        source = on_all(lambda: open_source(model, encoder))
+        source = on_all(lambda: open_source(model, encoder, adapter, progress))
         given = on_main_only(lambda: open_stats(stats, source))
         multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
         on_main(lambda: require_statistics(given))

@@ -21,6 +21,7 @@ from ..families.spec import Site
 from ..group import swap
 from ..group.costs import absorb
 from ..parallel import main_only
+from ..trusted_code import trusts_code
 
 FASTEST = "heads of the model's own head_dim"
 """What engines serve faster than heads of a multiple of it with the same cache, as benchmarks/engine_speed.py finds."""
@@ -75,22 +76,22 @@ class Inspection:
 
 
 @main_only
+@trusts_code("model")
 def inspect(
     model: str | Path,
     *,
-    stats: str | Path | None = None,
-    context: int | None = None,
-    batch: int | None = None,
-    memory: str | None = None,
+    stats: str | Path | None = None, context: int | None = None, batch: int | None = None, memory: str | None = None,
     gpu: str | None = None,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] = silent,
-) -> Inspection:
+) -> Inspection:  # fmt: skip
     """Return heads, cache size and predicted errors of a checkpoint; with any of the last options, whether folding pays.
 
     Args:
         model, adapter: A checkpoint directory, a GGUF file or a hub id, and a LoRA adapter of peft that is merged into it first.
+        trust_remote_code: Run the code that the model brings for its class.
         stats: A file that `headfold.calibrate` wrote; without it the gains of the norms stand in for statistics.
         context, batch, memory, gpu: What the model is to be served for, as `advice.advise.workload` takes it.
         progress, say: Called with (stage, done, total), and with lines to print.

@@ -21,11 +21,17 @@ from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
 from ..recipes.steps import FoldFacts, Row, Steps
+from ..trusted_code import trusts_code
 from .evaluate import evaluate, facts
 from .fold import fold
 from .report import report
 
-PAGE = "report.html"
+PAGE, EVALUATION = "report.html", ".eval.json"
+
+
+def _models(options: Mapping[str, Any]) -> list[Any]:
+    """Return the model that a run folds."""
+    return [options.get("model") or on_main(lambda: read_recipe(Path(options["recipe"]), fold, evaluate)).model]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,13 @@ class RunResult:
         return {**asdict(self), "out": str(self.out), "report": self.report and str(self.report)}
 
 
+@trusts_code(models=_models)
 def run(
     recipe: str | Path,
     out: str | Path,
     *,
     model: str | Path | None = None,
+    trust_remote_code: bool = False,
     force: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
@@ -58,13 +66,11 @@ def run(
     (`eval`), and a page on all (`report`); after a kill the same call goes on with what is missing.
 
     Args:
-        recipe: A file of YAML.
-        out: The directory to write.
+        recipe, out: A file of YAML, and the directory to write.
         model: The model to fold, instead of the one that the recipe names.
-        force: Replace what is at `out`.
-        device: Where models run: "cpu" or "cuda".
-        progress: Called with (stage, done, total).
-        say: Called with lines to print.
+        trust_remote_code: Run the code that the model brings for its class, whatever the recipe says.
+        force, device: Replace what is at `out`; where models run: "cpu" or "cuda".
+        progress, say: Called with (stage, done, total), and with lines to print.
 
     Raises:
         UserError: a recipe that cannot be read, with the line; a model of which it was not made; else as `headfold.fold`.
@@ -101,7 +107,7 @@ def run(
             rows = [_measured(read, row, out, original, how) for row in rows]
         page = out / PAGE if read.report else None
         if page is not None:
-            shown = [out / row.name for row in rows] + [out / _file(row) for row in rows if row.metric]
+            shown = [out / row.name for row in rows] + [out / f"{row.name}{EVALUATION}" for row in rows if row.metric]
             with read.at(read.report_line):
                 report(shown, out=page, original=original.path if read.adapter else name, force=True, **how)
     return RunResult(out, rows, page)
@@ -149,11 +155,6 @@ def _measured(recipe: Recipe, row: Row, out: Path, original: NamedDirectory, how
         found = evaluate(out / row.name, reference=original, **{**how, **(recipe.evaluation or {})})
         if not isinstance(found, Evaluation | DataEvaluation):
             raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
-    on_main(lambda: write_json(out / _file(row), facts(found)))
+    on_main(lambda: write_json(out / f"{row.name}{EVALUATION}", facts(found)))
     metric, value, unfolded, _, kl = scored(found)
     return replace(row, metric=metric, value=value, original=unfolded, kl=kl)
-
-
-def _file(row: Row) -> str:
-    """Return the name of the file with the evaluation of a fold."""
-    return f"{row.name}.eval.json"

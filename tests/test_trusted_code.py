@@ -1,0 +1,213 @@
+"""Code that a checkpoint brings: run where the user asks for it, while the verb runs, and said on what comes of it; never otherwise."""
+
+# ruff: noqa: F811 - fixtures are arguments
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from brought_code import AUTO_MAP, MODELING, own_checkpoint
+from checkpoints import one_line
+from safetensors.torch import load_file
+from test_cli import run  # noqa: F401 (a fixture)
+from tiny import tiny_checkpoint
+
+import headfold
+from headfold.core.errors import UserError
+from headfold.trusted_code import running_code, trusted_code
+
+TRUST = "--trust-remote-code"
+QUICK: dict[str, Any] = {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False, "verify": False}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_checkpoint(tmp_path_factory.mktemp("code") / "own")
+
+
+@pytest.fixture(scope="module")
+def fold(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fold with all defaults, such as a refit."""
+    out = tmp_path_factory.mktemp("folds") / "fold"
+    data = {"calibration": str(original.parent / "text.txt"), "tokens": 1024, "context": 32}
+    made = headfold.fold(original, out, kv_heads=2, trust_remote_code=True, **data)
+    assert made.verification.passed and any("modeling_own.py" in note for note in made.notes)
+    return out
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether the code ran, which leaves a mark when it is imported anew."""
+    monkeypatch.setenv("OWN_TINY_RAN", str(tmp_path / "ran"))
+    return (tmp_path / "ran").exists
+
+
+def fresh(original: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint whose code no test has imported."""
+    place = Path(shutil.copytree(original, tmp_path / "fresh"))
+    code = place / "modeling_own.py"
+    code.write_text(f"{code.read_text()}\n# {tmp_path}\n")
+    return place
+
+
+REFUSING = ("detect", "inspect", "calibrate", "fold", "eval", "compare", "run", "plan", "check", "export", "bench")
+
+
+@pytest.mark.parametrize("verb", REFUSING)
+def test_no_verb_runs_it_unasked(verb: str, original: Path, tmp_path: Path, run, ran: Callable[[], bool]) -> None:
+    place, out = fresh(original, tmp_path), tmp_path / "out"
+    (tmp_path / "recipe.yaml").write_text(f"model: {place}\ntrust_remote_code: true\nfold: {{kv_heads: 2}}\n")
+    words: dict[str, tuple[object, ...]] = {
+        "calibrate": (place, out), "fold": (place, out, "--kv-heads", 2), "compare": (place, "--kv-heads", 2, "--out", out),
+        "run": (tmp_path / "recipe.yaml", out), "plan": (place, out, "--kv-heads", 2), "export": (place, out, "--layout", "padded"),
+    }  # fmt: skip
+    said = run(verb, *words.get(verb, (place,)))
+    assert said.code == 2 and said.err.strip().count("\n") == 0, said.err
+    for word in ("OwnForCausalLM", "modeling_own.py", "trust_remote_code=True" if verb == "bench" else TRUST):
+        assert word in said.err, said.err
+    assert not ran() and not out.exists()
+
+
+def test_loading_does_not_ask_on_the_terminal(original: Path, tmp_path: Path, ran: Callable[[], bool]) -> None:
+    with pytest.raises(UserError) as error:
+        headfold.load(fresh(original, tmp_path))
+    one_line(error, "OwnForCausalLM", "modeling_own.py", "trust_remote_code=True")
+    assert not ran()
+
+
+def test_detect_runs_it_when_asked_and_no_longer(original: Path, tmp_path: Path, run, ran: Callable[[], bool]) -> None:
+    place = fresh(original, tmp_path)
+    found = json.loads(run("detect", place, TRUST, "--json").out)
+    assert found["proven"] and found["architecture"] == "OwnForCausalLM" and ran()
+    assert "own_tiny" not in transformers.CONFIG_MAPPING and trusted_code("own_tiny") is None
+    assert run("detect", place).code == 2
+    literal = tmp_path / "family.py"
+    assert (
+        run("detect", place, TRUST, "--out", literal).code == 0 and 'model_types=("own_tiny",)' in literal.read_text()
+    )
+
+
+def test_stock_transformers_loads_a_fold_with_its_code(original: Path, fold: Path) -> None:
+    for name in ("modeling_own.py", "configuration_own.py"):
+        assert (fold / name).read_bytes() == (original / name).read_bytes()
+    assert json.loads((fold / "config.json").read_text())["auto_map"] == AUTO_MAP
+    model = transformers.AutoModelForCausalLM.from_pretrained(fold, trust_remote_code=True)
+    assert model.config.num_key_value_heads == 2 and model.model.layers[0].self_attn.k_proj.out_features == 24
+    ours = headfold.load(fold, trust_remote_code=True)
+    tokens = torch.arange(2, 7)[None]
+    assert torch.equal(ours(tokens).logits, model.eval()(tokens).logits)
+    with pytest.raises(UserError) as error:
+        headfold.load(fold)
+    one_line(error, "modeling_own.py", "trust_remote_code=True")
+
+
+def test_the_fold_says_that_code_was_run(fold: Path) -> None:
+    card, recipe = (fold / "README.md").read_text(), yaml.safe_load((fold / "headfold.yaml").read_text())
+    assert f"was run (`{TRUST}`): modeling_own.py, configuration_own.py" in card
+    assert 'from_pretrained("path/to/this", trust_remote_code=True)' in card and "A stock checkpoint" not in card
+    assert "--kv-heads 2" in card and TRUST in card.partition("## Made by")[2]
+    assert recipe["trust_remote_code"] is True and "trust_remote_code" not in recipe["fold"]
+
+
+def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run) -> None:
+    words = ("run", fold / "headfold.yaml", tmp_path / "again", "--model", original)
+    assert TRUST in run(*words).err and not (tmp_path / "again").exists()
+    (tmp_path / "own.yaml").write_text(f"model: {original}\nfold: {{kv_heads: 2, trust_remote_code: true}}\n")
+    assert "no such option of fold" in run("run", tmp_path / "own.yaml", tmp_path / "again").err
+    assert (said := run(*words, TRUST)).code == 0, said.err
+    for name in ("model.safetensors", "config.json", "headfold.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (fold / name).read_bytes()
+
+
+def test_a_fold_is_measured_beside_its_original(original: Path, fold: Path, run) -> None:
+    text = original.parent / "text.txt"
+    found = json.loads(run("eval", fold, "--reference", original, "--text", text, TRUST, "--json").out)
+    assert 0 < found["kl"] < 1 and found["perplexity"] != found["reference_perplexity"]
+    rows = json.loads(run("eval", "--compare", original, fold, "--text", text, TRUST, "--json").out)
+    assert len(rows) == 2 and "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_compare_runs_it_for_all_that_it_calls(original: Path, tmp_path: Path, run) -> None:
+    text = original.parent / "text.txt"
+    data = ("--text", text, "--limit", 128, "--calibration", text, "--tokens", 256, "--context", 16)
+    said = run(
+        "compare", original, "--kv-heads", 2, "--methods", "mean", *data, "--out", tmp_path / "rows", TRUST, "--json"
+    )
+    assert [row["method"] for row in json.loads(said.out)] == ["mean"], said.err
+    assert "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_what_the_class_does_not_read_is_refused(original: Path, tmp_path: Path) -> None:
+    data = {"calibration": str(original.parent / "text.txt"), "tokens": 64, "context": 16}
+    uneven = {**QUICK, "kv_heads": 3, "group": "swap:unequal=true"}
+    with pytest.raises(UserError) as error:
+        headfold.fold(original, tmp_path / "out", trust_remote_code=True, **uneven, **data)
+    one_line(error, "modeling_own.py", "--kv-heads")
+    uncounted = MODELING.replace("config.num_key_value_heads", "config.num_attention_heads")
+    place = own_checkpoint(tmp_path / "uncounted", uncounted)
+    found = headfold.detect(place, trust_remote_code=True)
+    assert found.family is None and "reads no count of K/V heads from its config" in found.reason
+
+
+def test_code_is_not_run_where_transformers_has_the_class(tmp_path: Path, ran: Callable[[], bool]) -> None:
+    place = Path(shutil.copytree(tiny_checkpoint("llama", torch.float32), tmp_path / "llama"))
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
+    (place / "modeling_own.py").write_text(MODELING)
+    headfold.fold(place, tmp_path / "out", trust_remote_code=True, **QUICK)
+    assert not ran() and "trust_remote_code" not in yaml.safe_load((tmp_path / "out" / "headfold.yaml").read_text())
+
+
+def named(value: Any) -> Callable[[Path], None]:
+    return lambda place: edit(place, auto_map={"AutoModelForCausalLM": value})
+
+
+def edit(place: Path, **fields: Any) -> None:
+    file = place / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def code(text: str) -> Callable[[Path], None]:
+    return lambda place: (place / "modeling_own.py").write_text(text) and None
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "code of another repository": (named("someone/else--modeling_own.OwnForCausalLM"), "no other code of a checkpoint"),
+    "a path": (named("../modeling_own.OwnForCausalLM"), "no other code of a checkpoint"),
+    "a list": (named(["modeling_own.OwnForCausalLM", None]), "no other code of a checkpoint"),
+    "no language model": (lambda place: edit(place, auto_map={"AutoModel": "modeling_own.OwnModel"}), "AutoModelForCausalLM"),
+    "no file": (lambda place: (place / "modeling_own.py").unlink(), "no such file"),
+    "no relative": (lambda place: (place / "configuration_own.py").unlink(), "does not load"),
+    "another class": (lambda place: edit(place, architectures=["OtherForCausalLM"]), "the class that saved the weights"),
+    "another type": (lambda place: edit(place, model_type="another"), "own_tiny"),
+    "no Python": (code("class ("), "does not load"),
+    "no class": (code("x = 1\n"), "does not load"),
+    "an error": (code("raise ValueError('first\\nsecond')\n"), "does not load"),
+    "a package that is not here": (code("import no_such_package_of_anybody\n"), "no_such_package_of_anybody"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_code_that_cannot_be_run_is_one_line(case: str, original: Path, tmp_path: Path) -> None:
+    spoil, word = BAD[case]
+    place = fresh(original, tmp_path)
+    spoil(place)
+    with pytest.raises(UserError) as error, running_code(place):
+        pass
+    one_line(error, word, "fresh")
+    assert "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_two_codes_of_one_type_are_refused(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        headfold.eval(original, compare=[fresh(original, tmp_path)], trust_remote_code=True)
+    one_line(error, "expected the same code for every model")
+    with running_code(original), running_code(original):
+        assert trusted_code("own_tiny") is not None
+    assert load_file(original / "model.safetensors") and trusted_code("own_tiny") is None
