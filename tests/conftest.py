@@ -9,7 +9,7 @@ import torch
 import transformers.modeling_utils  # noqa: F401 - what a module under the hook imports first is compiled anew in every process
 import typechecking
 
-jaxtyping.jaxtyped = typechecking.jaxtyped
+jaxtyping.jaxtyped = typechecking.jaxtyped  # which the hook decorates everything with
 jaxtyping.install_import_hook("headfold", "typechecking.check")
 
 import rounds  # noqa: E402, F401 - few of them, in this process

@@ -32,7 +32,7 @@ slow = jaxtyping.jaxtyped
 
 
 def jaxtyped(decorated: Any = None, *, typechecker: Callable[..., Any]) -> Any:
-    """Check what a function takes and returns, as `jaxtyping.jaxtyped` does in three times the time.
+    """Check what a function takes and returns, as `jaxtyping.jaxtyped` does, in less time.
 
     That one binds the arguments at every call, for axes named for them, of which headfold has none, and checks the arguments again
     when it checks the result. Of generators only the arguments are checked.
