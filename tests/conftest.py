@@ -7,7 +7,9 @@ import jaxtyping
 import pytest
 import torch
 import transformers.modeling_utils  # noqa: F401 - what a module under the hook imports first is compiled anew in every process
+import typechecking
 
+jaxtyping.jaxtyped = typechecking.jaxtyped  # which the hook decorates everything with
 jaxtyping.install_import_hook("headfold", "typechecking.check")
 
 import rounds  # noqa: E402, F401 - few of them, in this process
@@ -22,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Library code takes seeds; this one makes what tests draw themselves repeatable."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     yield
 
 

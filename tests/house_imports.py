@@ -1,6 +1,7 @@
 """Reads what a source text of headfold imports, in whatever form it is written; `test_house.py` holds it against the floor plan."""
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -15,9 +16,10 @@ PUBLIC: dict[str, Name] = {
 """Public name of the package → where it lives."""
 
 
-def imports(path: Path) -> set[Name]:
+@functools.cache
+def imports(path: Path) -> frozenset[Name]:
     """The absolute names of everything that a module imports, wherever in it: in functions and for types too."""
-    return imported_by(path.read_text(), module_name(path), is_package=path.stem == "__init__")
+    return frozenset(imported_by(path.read_text(), module_name(path), is_package=path.stem == "__init__"))
 
 
 def module_name(path: Path) -> Name:

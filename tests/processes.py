@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import rounds  # noqa: F401 - as few as in the tests that compare
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType

@@ -2,5 +2,5 @@
 
 from headfold.core import readout
 
-ALL, FEW = readout.MAX_ROUNDS, 8
+FEW = 8
 readout.MAX_ROUNDS = FEW

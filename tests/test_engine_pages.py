@@ -31,7 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `my-model-gqa` is a fold, and `my-t5-gqa` one of a T5."""
     folder = tmp_path_factory.mktemp("served")
     how = {"kv_heads": "1/4", "merge": "mean", "group": "contiguous", "refit": False, "verify": False}
-    for name, fields in (("llama", {"max_position_embeddings": 512, "num_hidden_layers": 1}), ("t5", {})):
+    for name, fields in (
+        ("llama", {"max_position_embeddings": 512, "num_hidden_layers": 1}),
+        ("t5", {"num_layers": 1}),
+    ):
         source = shutil.copytree(tiny_checkpoint(name, torch.float32, **fields), folder / "source")
         byte_level(source)
         headfold.fold(source, folder / FOLDS[name], **how)

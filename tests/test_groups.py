@@ -42,6 +42,12 @@ COPIES_THAT_DIFFER_BY = {
     "rotations": rotated_copies,
     "key_freedom": repeated_random_equivalent,
 }
+FEW_TRIES: dict[str, dict[str, int]] = {
+    "evolve": {"generations": 5},
+    "qcqa": {"generations": 5},
+    "asymgqa": {"tries": 50},
+}
+"""What holds of an answer after any number of tries holds after few, which take less time."""
 SOME = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
 
@@ -91,12 +97,13 @@ def test_the_answer_is_a_balanced_partition_in_canonical_labels_and_repeatable(
     name: str, sizes: tuple[int, int], seed: int
 ) -> None:
     num_heads, num_kv_heads = sizes
-    groups = solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
+    few = FEW_TRIES.get(name, {})
+    groups = solve(name, generic_cost(seed), num_heads, num_kv_heads, seed, **few)
     assert (groups.num_heads, groups.num_kv_heads) == sizes
     if not record_of(name).unequal:
         assert set(groups.sizes) == {num_heads // num_kv_heads}
     assert groups == Groups.of(groups.group_of_head)
-    assert groups == solve(name, generic_cost(seed), num_heads, num_kv_heads, seed)
+    assert groups == solve(name, generic_cost(seed), num_heads, num_kv_heads, seed, **few)
 
 
 def test_a_seed_draws_a_partition_of_its_own() -> None:
@@ -168,8 +175,9 @@ def test_a_solver_asks_only_for_sorted_sets(name: str) -> None:
         asked.append(members)
         return generic_cost(0)(members)
 
-    solve(name, cost, 8, 2)
-    solve(name, cost, 16, 4)
+    few = FEW_TRIES.get(name, {})
+    solve(name, cost, 8, 2, **few)
+    solve(name, cost, 16, 4, **few)
     assert bool(asked) == (record_of(name).default_cost is not None)
     assert all(list(members) == sorted(set(members)) for members in asked)
     # Pairs replace costs that take long; beyond them only whole groups are evaluated.
@@ -184,9 +192,9 @@ UNEQUAL_SOLVERS = [
 ]
 
 
-def solve_unequal(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed: int = 0) -> Groups:
+def solve_unequal(name: str, cost: Cost, num_heads: int, num_kv_heads: int, **options: int) -> Groups:
     asked = {} if record_of(name).unequal else {"unequal": True}
-    return solve(name, cost, num_heads, num_kv_heads, seed, **asked)
+    return solve(name, cost, num_heads, num_kv_heads, **asked, **options)
 
 
 @pytest.mark.parametrize("name", UNEQUAL_SOLVERS)
@@ -194,7 +202,7 @@ def solve_unequal(name: str, cost: Cost, num_heads: int, num_kv_heads: int, seed
 @given(st.integers(1, 9), st.data())
 def test_unequal_groups_are_a_partition_into_as_many_as_asked(name: str, num_heads: int, data: st.DataObject) -> None:
     num_kv_heads = data.draw(st.integers(1, num_heads))
-    groups = solve_unequal(name, pairwise_cost(num_heads), num_heads, num_kv_heads)
+    groups = solve_unequal(name, pairwise_cost(num_heads), num_heads, num_kv_heads, **FEW_TRIES.get(name, {}))
     assert (groups.num_heads, groups.num_kv_heads) == (num_heads, num_kv_heads)
     assert groups == Groups.of(groups.group_of_head)
 
@@ -215,7 +223,7 @@ def test_searches_of_unequal_groups_find_the_odd_head(name: str) -> None:
     cost = SetCost(
         lambda sets: difference_and_tolerance[sets[:, :, None], sets[:, None, :]].sum((1, 2)) / 2, cheap=True
     )
-    found = solve_unequal(name, cost, 8, 2)
+    found = solve_unequal(name, cost, 8, 2, **FEW_TRIES.get(name, {}))
     assert sorted(found.sizes) == [1, 7] and found.members[found.sizes.index(1)] == (3,)
 
 

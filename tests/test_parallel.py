@@ -6,14 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rounds
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight, assert_tight_through_float32_norms
 from processes import BATCH_TOKENS, CASES, TOKENS, found
@@ -25,7 +23,6 @@ from torch import Tensor
 import headfold
 from headfold import calibration, parallel
 from headfold.conversion import fitted_sites as fitted
-from headfold.core import readout
 from headfold.core.plan import Plan
 from headfold.refine import distill, heal
 from headfold.stats_file import StatsFile
@@ -40,14 +37,6 @@ ENVIRONMENT = {
 TEXT = "What the first process reads, all of them measure; none but the first needs the file. " * 40
 HAS_TASKS = find_spec("lm_eval") is not None
 FOLD: dict[str, Any] = dict(kv_heads=4, tokens=512, context=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_rounds() -> Iterator[None]:
-    """As in the processes that are launched."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readout, "MAX_ROUNDS", rounds.ALL)
-        yield
 
 
 @pytest.fixture(autouse=True)

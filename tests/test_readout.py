@@ -191,6 +191,7 @@ def test_distances_halve_what_a_real_model_loses(tmp_path: Path) -> None:
             kv_heads=2,
             merge=merge,
             refit=False,
+            verify=False,
             force=True,
             stats=tmp_path / "stats.safetensors",
         )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs, assert_tight_through_float32_norms
+from kinds import KINDS
 from safetensors.torch import load_file
 from tiny import DISTINCT, TINY, stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from torch import Tensor
@@ -280,9 +281,9 @@ def lacking(site_calls: RecordedSite, heads: Heads) -> float:
     return energy(replay.target - replay.output) / energy(replay.target)
 
 
-@pytest.mark.parametrize("name", [*TINY, *DISTINCT])
+@pytest.mark.parametrize("name", KINDS)
 def test_spoilt_values_are_found_again(name: str) -> None:
-    """Their loss has its only minimum where the answers are the original's, and the gradients are those of every family."""
+    """Their loss has its only minimum where the answers are the original's, and the gradients are those of every kind of family."""
     directory, sample = tiny_checkpoint(name), tiny_sample(name, 12)
     site, heads = tiny_sites(directory)[-1]
     tried = site_calls(directory, site, sample)

@@ -49,8 +49,7 @@ def test_it_starts_at_the_mean_fold(name: str, kind: str) -> None:
     assert_differs(answer(attached(name, f"wgqa:kind={kind},init=random"), name), answer(fold, name))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("init", get_args(wgqa.Init))
+@pytest.mark.parametrize(("init", "frozen"), [("mean", False), ("random", True)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GROUPS)
 def test_every_coefficient_is_trained_and_frozen_bases_are_not(name: str, kind: str, init: str, frozen: bool) -> None:
@@ -70,8 +69,7 @@ def test_every_coefficient_is_trained_and_frozen_bases_are_not(name: str, kind: 
     assert frozen == all(p.grad is None for p in model.parameters() if id(p) not in set(map(id, found["coefficients"])))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "frozen"), [("scalar", True), ("column", False), ("row", True), ("row", False)])
 @pytest.mark.parametrize("name", GROUPS)
 def test_it_folds_away(name: str, kind: str, frozen: bool, tmp_path: Path) -> None:
     _, target = fold_of(name)

@@ -140,22 +140,22 @@ def loss(model: PreTrainedModel, pairs: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared models and data are not here")
 @pytest.mark.parametrize("spec", ["wgqa:kind=scalar,frozen=true", "wgqa:kind=column"])
 def test_a_trained_translator_learns_and_folds_away(spec: str, tmp_path: Path) -> None:
-    """64 pairs, 16 a step: a loss of 1.77 with 8 heads, of 2.58 in the mean fold."""
+    """32 pairs, 8 a step."""
     path, data = SHARED / "models" / "multi30k-t5", SHARED / "data" / "multi30k"
     headfold.fold(path, tmp_path / "fold", kv_heads=4, group="contiguous", merge="mean", refit=False, verify=False)
     texts = f"{data}/train.en.gz,{data}/train.de.gz"
-    pairs = draw_sample("pairs", texts, path=path, num_items=64, context=64, seed=0)
+    pairs = draw_sample("pairs", texts, path=path, num_items=32, context=64, seed=0)
     model = load(tmp_path / "fold")
     attach(model, (open_source(path), tmp_path / "fold"), spec)
     before, found = loss(model, pairs), wgqa.trainable(model)
     optimizer = torch.optim.Adam([{"params": found["coefficients"], "lr": 2e-2}, {"params": found["weights"]}], lr=1e-3)
     for step in range(20):
         optimizer.zero_grad()
-        first = 16 * (step % 4)
-        model(**{name: column[first : first + 16] for name, column in pairs.items()}).loss.backward()
+        first = 8 * (step % 4)
+        model(**{name: column[first : first + 8] for name, column in pairs.items()}).loss.backward()
         optimizer.step()
     after = loss(model, pairs)
-    assert after < 0.9 * before  # 0.82 of it by 96 coefficients; with the weights, 64 pairs are soon known by heart
+    assert after < 0.9 * before  # by 96 coefficients; with the weights, the pairs are soon known by heart
     wgqa.fold_away(model)
     model.save_pretrained(tmp_path / "trained")
     for folded in (model, load(tmp_path / "trained")):
