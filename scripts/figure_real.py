@@ -124,10 +124,12 @@ def encoder(result: str) -> str:
     return table(header, [["original", *["1"] * len(counts)], *([name, *cells[name]] for name in by_name)])
 
 
-SMOLLM2, WHISPER, MINILM = "real-smollm2-135m-instruct", "real-whisper-tiny.en", "real-all-minilm-l6-v2"
+SMOLLM2, WHISPER = "real-smollm2-135m-instruct", "real-whisper-tiny.en"
+MINILM, MPNET = "real-all-minilm-l6-v2", "real-all-mpnet-base-v2"
 REAL = {
     "real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,)),
     "real-retrieval": Block(lambda: retrieval(SMOLLM2), (SMOLLM2,)),
     "real-encoder": Block(lambda: encoder(MINILM), (MINILM,)),
+    "real-large-encoder": Block(lambda: encoder(MPNET), (MPNET,)),
     "real-speech": Block(lambda: speech(WHISPER), (WHISPER,)),
 }

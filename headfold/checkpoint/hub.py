@@ -144,4 +144,8 @@ def _download(repository: str, wanted: list[str], unwanted: list[str]) -> Path:
 def reason_of(error: Exception) -> str:
     """Return what an error of the hub client means, in a few words."""
     said = str(error).strip().partition(chr(10))[0]
+    if type(error) is RuntimeError and isinstance(
+        error.__cause__, Exception
+    ):  # which file could not be uploaded, not why
+        return f"{said.rstrip('.')}, {reason_of(error.__cause__)}"
     return _REASONS.get(type(error).__name__) or f"{type(error).__name__}: {said}"

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,21 @@ _FINISHED = " finished"
 _NEW_MARK = f"{JOB}-new"
 _PIECE = 2**20
 """Bytes that are copied at a time."""
+Publish = Callable[[], str]
+"""Uploads a whole output from its place, and returns a line that says where it is then."""
 _WRITTEN_ANEW = {"config.json", CARD, "plan.json", "headfold.yaml"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
 
 
-def open_staging(out: Path, key: str, force: bool, *, resumes: bool = True) -> Path:
+def open_staging(out: Path, key: str, force: bool, publish: Publish | None = None, *, resumes: bool = True) -> Path:
     """Return the directory `OUT.partial/` in which a job builds `out`, created or found from an earlier run.
 
     `key` identifies the job: files of an earlier run of the same job are kept if it `resumes`; those of another one are removed.
+    `publish` as in `commit`.
 
     Raises:
-        AlreadyFinished: an earlier run of the same job was killed while it moved its whole output; it lies in its place now.
+        AlreadyFinished: an earlier run of the same job was killed while it moved or published its whole output; it lies in its place now,
+            and is published.
         UserError: `out` is a file or a link, or has contents and `force` is not given; `OUT.partial` was not made by headfold, or others
             may have written to it; the place cannot be written to.
     """
@@ -41,7 +45,7 @@ def open_staging(out: Path, key: str, force: bool, *, resumes: bool = True) -> P
         for earlier in (staging, place):
             if (earlier / JOB).is_file() and not earlier.is_symlink():
                 _refuse_strangers(earlier)
-        _finish_commit(place, staging, out, key, force)
+        _finish_commit(place, staging, out, key, force, publish)
         _refuse_taken(place, out, force)
         if staging.is_symlink() or (os.path.lexists(staging) and not staging.is_dir()):
             raise _not_ours(staging)
@@ -90,11 +94,14 @@ def job_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def commit(staging: Path, out: Path, force: bool) -> None:
-    """Move the finished directory to its place; with `force`, what was there is removed after that.
+def commit(staging: Path, out: Path, force: bool, publish: Publish | None = None) -> str:
+    """Move the finished directory to its place; with `force`, what was there is removed after that. Return what `publish` returns.
+
+    The mark of the job is removed last: where `publish` fails or is killed, the next run of the same job finds the output whole and
+    publishes it.
 
     Raises:
-        UserError: something has appeared at `out` meanwhile, or the place cannot be written to.
+        UserError: something has appeared at `out` meanwhile, or the place cannot be written to; else as `publish`.
     """
     place = _absolute(out)
     with disk_errors(out):
@@ -111,7 +118,7 @@ def commit(staging: Path, out: Path, force: bool) -> None:
             _remove(aside)
             place.rename(aside)
         _rename_or_undo(staging, place, aside)
-        _clear_up(place, force)
+        return _clear_up(place, force, publish)
 
 
 def wrong_output(staging: Path, found: str, advice: str = "") -> UserError:
@@ -205,28 +212,30 @@ def _undo_half_commit(place: Path) -> None:
         _aside(place).rename(place)
 
 
-def _finish_commit(place: Path, staging: Path, out: Path, key: str, force: bool) -> None:
+def _finish_commit(place: Path, staging: Path, out: Path, key: str, force: bool, publish: Publish | None) -> None:
     """Do what is left of a commit of the same job that was killed in the middle.
 
     Raises:
         AlreadyFinished: it is done; there was such a commit.
     """
     if not place.is_symlink() and _job_of(place) == key + _FINISHED:
-        _clear_up(place, force)
+        said = _clear_up(place, force, publish)
     elif not staging.is_symlink() and _job_of(staging) == key + _FINISHED:
-        commit(staging, out, force)
+        said = commit(staging, out, force, publish)
     else:
         return
-    raise AlreadyFinished(f"{out}: an earlier run of the same job finished this; nothing is left to do")
+    raise AlreadyFinished(f"{out}: an earlier run of the same job finished this; {said or 'nothing is left to do'}")
 
 
-def _clear_up(place: Path, force: bool) -> None:
+def _clear_up(place: Path, force: bool, publish: Publish | None) -> str:
     # The mark is removed last, so that whatever happens before never leaves a directory that the next run refuses as not made by
     # headfold: it finds the mark here.
     flush(place.parent)
     if force:
         _remove(_aside(place))
+    said = publish() if publish else ""
     (place / JOB).unlink()
+    return said
 
 
 def _refuse_taken(place: Path, out: Path, force: bool) -> None:

@@ -1,9 +1,11 @@
 """Upload an output directory to a repository on the hub."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.errors import UserError
 from .hub import reason_of
+from .staging import JOB
 
 _STALE = [
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "consolidated*.safetensors"),
@@ -34,7 +36,7 @@ def check_upload(repository: str | None) -> None:
 
 
 def upload(directory: Path, repository: str) -> str:
-    """Upload a directory and return a line that says where it is.
+    """Upload a directory in one commit, the last request, and return a line that says where it is.
 
     A repository that does not exist is made with the visibility that the account or organisation has by default, as
     `transformers.PreTrainedModel.push_to_hub` makes it. Weights of an earlier model go, as its history keeps them; other files stay.
@@ -42,18 +44,31 @@ def upload(directory: Path, repository: str) -> str:
     Raises:
         UserError: the hub refuses, or cannot be reached; the directory stays as it is.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    files = {file.relative_to(directory).as_posix(): file for file in sorted(directory.rglob("*")) if file.is_file()}
+    files.pop(JOB, None)
     try:
         hub = HfApi()
         made = hub.create_repo(repository, exist_ok=True)
-        hub.upload_folder(
-            repo_id=made.repo_id, folder_path=directory, commit_message="Upload a fold by headfold", repo_type="model",
-            delete_patterns=_STALE,
-        )  # fmt: skip
+        stale = [name for name in hub.list_repo_files(made.repo_id) if name not in files and _is_stale(name)]
+        # Not `upload_folder`, which commits in several parts where there are many files or a commit fails: readers would meet a model of
+        # new and old shards.
+        hub.create_commit(
+            made.repo_id,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, file) for name, file in files.items()),
+            ],
+            commit_message="Upload a fold by headfold",
+        )
     except Exception as error:
         raise UserError(
-            f"--push-to-hub {repository}: {directory} is whole, but was not uploaded: {reason_of(error)}; try again with hf upload "
-            f"{repository} {directory}"
+            f"--push-to-hub {repository}: {directory} is whole, but was not uploaded: {reason_of(error)}; run the same command again, "
+            "which then uploads it and does nothing else"
         ) from error
     return f"uploaded to {made}"
+
+
+def _is_stale(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _STALE)

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.staging import holds_other_job, job_key
+from ..checkpoint.staging import Publish, commit, holds_other_job, job_key
+from ..checkpoint.upload import upload
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
@@ -21,7 +23,7 @@ from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
 from .healing import Healing
 from .measured_sites import MeasuredSites
-from .outputs import finished_uploaded, staged
+from .outputs import staged
 from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source
@@ -41,6 +43,8 @@ class FoldJob:
     seconds: dict[str, float] = field(default_factory=dict)
     estimated: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, as they were estimated before."""
+    publish: Publish | None = None
+    """What is done with the whole output."""
 
     @classmethod
     @contextmanager
@@ -59,8 +63,9 @@ class FoldJob:
         needs_data = on_main(lambda: request.needs_data(teacher.source, given))
         if needs_data and on_main(lambda: holds_other_job(out, key, force)):
             _ = teacher.sample  # a job without data is refused before what another one left is removed
-        with finished_uploaded(out, repository), staged(out, key, force) as staging:
-            job = cls(staging, settings)
+        publish = None if repository is None else partial(upload, out, repository)
+        with staged(out, key, force, publish) as staging:
+            job = cls(staging, settings, publish=publish)
             on_main(lambda: job.work.mkdir(exist_ok=True))
             if needs_data and teacher.takes_texts():
                 job._draw_texts(teacher)
@@ -70,6 +75,13 @@ class FoldJob:
     def work(self) -> Path:
         """The directory of statistics and fitted heads while the output grows; removed before the output is renamed."""
         return self.staging / _WORK
+
+    def committed(self, out: Path, force: bool, say: Callable[[str], None]) -> list[str]:
+        """Move the finished directory to its place, upload it if a repository was named, and return what there is to say of that."""
+        if self.publish:
+            say(f"{out}: complete; uploading it, which the same command does again if it is interrupted")
+        said = commit(self.staging, out, force, self.publish)
+        return [said] if said else []
 
     @property
     def measured_sites(self) -> MeasuredSites:

@@ -6,9 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..checkpoint.ownership import claim, lock_beside, lock_inside
-from ..checkpoint.staging import JOB, open_staging, staging_of
-from ..checkpoint.upload import upload
-from ..core.errors import AlreadyFinished, SourceError, UserError
+from ..checkpoint.staging import JOB, Publish, open_staging, staging_of
+from ..core.errors import SourceError, UserError
 from ..parallel import is_main, on_main, on_main_only
 
 KEPT = "; what was done until then is kept in "
@@ -38,34 +37,19 @@ def refuse_existing_early(path: Path, force: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, key: str, force: bool, *, resumes: bool = True) -> Iterator[Path]:
+def staged(out: Path, key: str, force: bool, publish: Publish | None = None, *, resumes: bool = True) -> Iterator[Path]:
     """Own `out` and yield the directory in which a job builds it, as `open_staging` finds it, or as a kill of another run of it left it.
 
-    After an error it stays if the same job can go on from it, that is, if the job `resumes`.
+    After an error it stays if the same job can go on from it, that is, if the job `resumes`. `publish` is called where an earlier run
+    left the output whole, but did not come to that.
 
     Raises:
         UserError: another run writes to `out`; else as `open_staging`.
     """
     with _owned(out, lock_beside(out)):
-        staging = on_main(lambda: open_staging(out, key, force, resumes=resumes))
+        staging = on_main(lambda: open_staging(out, key, force, publish, resumes=resumes))
         with removed_on_error(staging, resumes=resumes):
             yield staging
-
-
-@contextmanager
-def finished_uploaded(directory: Path, repository: str | None) -> Iterator[None]:
-    """Upload the directory where the body ends because an earlier run has finished it, which was killed before it could.
-
-    Raises:
-        AlreadyFinished: it has; the error says where the directory is now, too.
-        UserError: as `upload`.
-    """
-    try:
-        yield
-    except AlreadyFinished as error:
-        if repository is None:
-            raise
-        raise AlreadyFinished(f"{error}; {on_main(lambda: upload(directory, repository))}") from error
 
 
 @contextmanager

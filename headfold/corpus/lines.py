@@ -45,7 +45,7 @@ def parallel_lines(paths: Sequence[Path], columns: Sequence[str]) -> Table:
 
 
 def _zipped(paths: Sequence[Path], name: str) -> Iterator[tuple[str, ...]]:
-    for together in itertools.zip_longest(*map(_lines, paths)):
+    for together in itertools.zip_longest(*map(lines_of, paths)):
         if None in together:
             raise UserError(
                 f"{name}: expected files with the same number of lines, got one that is shorter; align them"
@@ -53,7 +53,12 @@ def _zipped(paths: Sequence[Path], name: str) -> Iterator[tuple[str, ...]]:
         yield together
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, plain or `.gz`.
+
+    Raises:
+        UserError: as `parallel_lines` for one file.
+    """
     try:
         with regular_file(path, "text with one item per line").open("rb") as file:
             yield from TextIOWrapper(BufferedReader(BoundedLines(file, path)), encoding="utf-8")

@@ -55,6 +55,25 @@ def _open(source: str | Table, columns: Sequence[str]) -> Table | Stream:
     return open_rows(source)
 
 
+def with_languages(tokenizer: Any, columns: Sequence[str]) -> Any:
+    """Return a tokenizer of several languages after setting those of inputs and outputs, where two columns are named as it names them
+    (`eng_Latn`, `deu_Latn`); any other as it is."""
+    if hasattr(tokenizer, "tgt_lang") and len(columns) == 2:
+        known = {*tokenizer.all_special_tokens, *getattr(tokenizer, "lang_code_to_id", ())}
+        if known.issuperset(columns):
+            tokenizer.src_lang, tokenizer.tgt_lang = columns
+    return tokenizer
+
+
+def language_token(tokenizer: Any) -> int | None:
+    """Return the token that says which language outputs are written in; None where a tokenizer has no such tokens."""
+    language = getattr(tokenizer, "tgt_lang", None)
+    if language is None:
+        return None
+    tokens = getattr(tokenizer, "lang_code_to_id", {})
+    return tokens[language] if language in tokens else tokenizer.convert_tokens_to_ids(language)
+
+
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: Any, context: int
 ) -> dict[str, Int[Tensor, "pair token"]]:
@@ -63,12 +82,12 @@ def encode_pairs(
     Outputs are tokenized as targets, with the target's own special tokens, if the tokenizer distinguishes them.
 
     Raises:
-        UserError: the tokenizer is one of several languages, and its files do not name that of the outputs.
+        UserError: the tokenizer is one of several languages, and its files and `with_languages` leave open which the outputs have.
     """
     if getattr(tokenizer, "tgt_lang", "") is None:
         raise UserError(
             f"{tokenizer.name_or_path}/tokenizer_config.json: expected src_lang and tgt_lang, the languages of inputs and outputs, got no "
-            "tgt_lang; add them to the file"
+            "tgt_lang; add them to the file, or give both as --columns, such as eng_Latn,deu_Latn"
         )
     options = {"truncation": True, "max_length": context, "verbose": False}
     inputs = tokenizer([pair[0] for pair in pairs], **options)["input_ids"]

@@ -20,9 +20,9 @@ from .audio import encode_audio, read_audio
 from .captions import read_captions
 from .illustrated import read_illustrated
 from .images import image_blocks, label_id
-from .pairs import IGNORED, encode_pairs, read_pairs
+from .pairs import IGNORED, encode_pairs, read_pairs, with_languages
 from .rows import Table
-from .sentences import encode_sentences, read_sentences
+from .sentences import encode_sentences, read_sentences, unknown_share
 from .sound import encode_pieces, read_pieces
 from .speech import Written, encode_windows, read_windows
 from .windows import draw_windows
@@ -44,6 +44,8 @@ class NamedSample:
 
 MAX_CONTEXT = 1024
 """Longest calibration window; shorter where the model's own context is."""
+MOST_UNKNOWN = 0.5
+"""Share of unknown tokens from which that is said of sentences."""
 _SPEECH = re.compile(r"whisper|speech_to_text|^moonshine$")
 _SOUND = re.compile(r"^(wav2vec2|hubert)$")
 _PADDED_TEXTS = ("siglip", "siglip_text_model")
@@ -153,10 +155,15 @@ def draw_sample(
         images = open_processor("images", path)
         return read_captions(source, images, tokenizer, context, columns, num_items, seed, filled=filled)
     if kind == "pairs":
-        return encode_pairs(read_pairs(*request), tokenizer, context)
+        return encode_pairs(read_pairs(*request), with_languages(tokenizer, columns), context)
     if kind == "sentences":
         sentences, labels = read_sentences(*request)
         sample = encode_sentences(sentences, tokenizer, context, filled=filled)
+        if (share := unknown_share(sample["input_ids"], tokenizer)) > MOST_UNKNOWN:
+            say(
+                f"{source}: {share:.0%} of the tokens are unknown to the tokenizer, so little is measured of the model; give text of its "
+                "vocabulary (a model of residues may read them apart: M K T)"
+            )
         return sample if labels is None else sample | {"labels": _label_ids(labels, path, source)}
     assert kind == "text" and num_items is not None and seed is not None, kind
     if source == "self":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from . import _split_column, open_corpus
+from .fasta import is_fasta, sequences
 from .lines import parallel_lines
 from .pairs import padded
 from .rows import Stream, Table, concatenated, is_table, open_rows, require, text_of, value
@@ -23,8 +24,8 @@ def read_sentences(
     """Return sentences, and their labels if a second column is named: the first ones of the source, or drawn by seed from all of
     it.
 
-    A text file, plain or `.gz`, gives its lines, a folder those of all its text files; tables give column `text`, `columns[0]`,
-    or the one in `FILE.jsonl:COLUMN`; `stdlib` gives its files. Blank ones are skipped.
+    A text file, plain or `.gz`, gives its lines, a folder those of all its text files, a FASTA file its sequences; tables give column
+    `text`, `columns[0]`, or the one in `FILE.jsonl:COLUMN`; `stdlib` gives its files. Blank ones are skipped.
 
     Raises:
         UserError: an unreadable or empty source, or a missing column.
@@ -54,6 +55,9 @@ def _open(source: str | Table, columns: Sequence[str]) -> tuple[Table | Stream, 
         return rows, require(rows, names)
     if len(names) > 1:
         raise UserError(f"{source}: plain text has no columns {', '.join(names)}; give FILE.jsonl or FILE.parquet")
+    if path.is_file() and is_fasta(path):
+        rows = sequences(path)
+        return rows, require(rows, names)
     if path.exists():
         return _lines_of_all(path), names
     return _hub(source), names
@@ -88,6 +92,16 @@ def encode_sentences(
     encoded = tokenizer(list(texts), truncation=True, max_length=context, verbose=False)
     padding = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
     return {name: padded(encoded[name], fill) for name, fill in padding.items() if name in encoded}
+
+
+def unknown_share(tokens: Int[Tensor, "sentence token"], tokenizer: Any) -> float:
+    """Return how many of the tokens that are no special ones the tokenizer does not know; 0 where it knows every text."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    special = [number for number in getattr(tokenizer, "all_special_ids", ()) if number != unknown]
+    counted = ~torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype))
+    if unknown is None or not counted.any():
+        return 0.0
+    return ((tokens == unknown) & counted).sum().item() / counted.sum().item()
 
 
 def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:

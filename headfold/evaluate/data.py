@@ -12,7 +12,7 @@ from ..core.errors import UserError, suggest
 from ..core.json_input import read_object
 from ..core.progress import Progress
 from ..corpus.images import BLOCK
-from ..corpus.pairs import read_pairs
+from ..corpus.pairs import read_pairs, with_languages
 from ..corpus.rows import Table
 from ..corpus.samples import NamedSample, Sample, batches, draw_sample, image_sample_blocks, kind_of
 from ..families.context import context_length
@@ -145,7 +145,7 @@ class OpenedModels:
         how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
         how |= {"context": self.context, "reference": self.reference, "progress": self.progress}
         pairs = on_main(lambda: read_pairs(source, request.columns, request.limit))
-        return pairs, open_tokenizer(self.directory), how
+        return pairs, with_languages(open_tokenizer(self.directory), request.columns), how
 
 
 def evaluate_on_data(

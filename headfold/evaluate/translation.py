@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
-from ..corpus.pairs import IGNORED, encode_pairs
+from ..corpus.pairs import IGNORED, encode_pairs, language_token
 from ..corpus.samples import Sample
 from ..families.context import context_length
 from ..hf_models import quiet
@@ -229,15 +229,19 @@ def generate_texts(
 ) -> list[str]:
     """Return the text that the model generates for each item, greedily or by beam search, in the sample's order, without special tokens.
 
-    Other settings of its generation config (forced tokens, length penalty) apply. Items of similar length run together.
+    Other settings of its generation config (forced tokens, length penalty) apply; a model of several languages begins with the token of
+    the tokenizer's target language. Items of similar length run together.
     """
     inputs = {name: tensor for name, tensor in sample.items() if name != "labels"}
     order, max_new_tokens = _by_length(inputs), _fitting(max_new_tokens, model)
+    language, config = language_token(tokenizer), cast(Any, model.generation_config)
+    # mBART for one language has the token of that language before the first position already.
+    forced = {} if language in (None, config.decoder_start_token_id) else {"forced_bos_token_id": language}
 
     def generate(batch: Sample) -> list[str]:
         with quiet():
             ids = cast(Any, model).generate(
-                **place_batch(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens
+                **place_batch(batch, model), num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, **forced
             )
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 

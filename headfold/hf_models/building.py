@@ -1,5 +1,6 @@
 """The only place where transformers builds configs and models: whatever it says against one becomes one line."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +22,10 @@ _PRETRAINED = ("ForMaskedLM", "ForPreTraining")
 """Ends of the names of classes whose heads are of no use after pretraining."""
 _RENAMED = "_headfold_renamed"
 """Attribute of a model: a checkpoint, and which of its tensors have other names than the model's parameters."""
+_NEEDS = re.compile(r"(\w+) requires the ([\w-]+) library")
+"""How transformers says that a package is not installed, before it says at length where to find it."""
+_PACKAGES = {"PIL": "pillow"}
+"""Packages that it calls otherwise than the registry, capitals apart."""
 _LONGEST = 300
 """Characters of what a library says that a line quotes."""
 _MORE = 2
@@ -59,6 +64,11 @@ def library_errors(where: str | Path, what: str, advice: str = "") -> Iterator[N
     except UserError:
         raise
     except Exception as error:  # corrupt files fail in more ways than libraries have types for
+        if isinstance(error, ImportError) and (needs := _NEEDS.search(str(error))):
+            package = _PACKAGES.get(needs[2], needs[2].lower())
+            raise UserError(
+                f"{where}: expected the package {package}, which {needs[1]} needs, got none; pip install {package}"
+            ) from error
         raise UserError(f"{where}: {what}: {one_line(error)}{advice and f'; {advice}'}") from error
 
 

@@ -16,6 +16,7 @@ from ..checkpoint.config import check_fields, check_layers
 from ..checkpoint.refusals import check_finite
 from ..core.errors import UserError, listed, suggest
 from ..hf_models.building import library_errors, open_config, quiet
+from .gguf_experts import MIXTURES, Experts, set_expert_sizes, unread_experts
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .gguf_rotary import TABLES, with_rotary_tables
 from .weights import Weights, dtype_name
@@ -48,6 +49,7 @@ def open_gguf(path: Path) -> Weights:
         config = AutoConfig.from_pretrained(
             directory, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
+    set_expert_sizes(config, header.fields)
     facts = _plain_config(config, path, len(header.tensors))
     model = _empty_model(config, facts, path)
     processor = _processor(header, config)
@@ -56,12 +58,13 @@ def open_gguf(path: Path) -> Weights:
     _refuse_unread(path, header, names)
     facts = with_rotary_tables(facts, header.fields, lambda name: _table(path, header, name), path)
     dtype, kinds = _dtype(header)
+    experts = Experts.of(names, config)
     blocks = any(tensor.kind not in _FLOATS for tensor in header.tensors)
     return Weights(
         config={**facts, "dtype": dtype_name(dtype)},
-        names=tuple(dict.fromkeys(names.values())),
+        names=experts.names_in_checkpoint(names),
         num_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
-        tensors=lambda: _tensors(path, header, model, processor, names, dtype),
+        tensors=lambda: _tensors(path, header, model, processor, names, experts, dtype),
         beside=None,
         origin=f"GGUF weights ({kinds}), {'dequantised to' if blocks else 'as'} {dtype_name(dtype)}",
         quantised=blocks,
@@ -79,7 +82,7 @@ def _alone(path: Path) -> Iterator[Path]:
 
 def _refuse_unknown(path: Path, header: GgufHeader) -> None:
     found, read = header.fields.get("general.architecture"), _rules().GGUF_SUPPORTED_ARCHITECTURES
-    if found not in read:
+    if MIXTURES.get(str(found), found) not in read:
         known = suggest(str(found), read)
         raise UserError(
             f"{path}: expected an architecture that transformers reads from GGUF, got {found!r:.60}; {_AGAIN}, or {known}"
@@ -95,7 +98,10 @@ def _refuse_unread(path: Path, header: GgufHeader, names: Mapping[str, str]) -> 
     known = {*names, *(f"{name}.weight" for name in names), *TABLES}
     left = [tensor.name for tensor in header.tensors if tensor.name not in known]
     if left:
-        raise UserError(f"{path}: expected tensors that transformers reads from GGUF, got {listed(left)}; {_AGAIN}")
+        found = unread_experts(header.fields, left)
+        raise UserError(
+            f"{path}: expected tensors that transformers reads from GGUF, got {found}{listed(left)}; {_AGAIN}"
+        )
 
 
 def _table(path: Path, header: GgufHeader, name: str) -> Tensor | None:
@@ -166,6 +172,7 @@ def _tensors(
     model: "PreTrainedModel",
     processor: Any,
     names: Mapping[str, str],
+    experts: Experts,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the plain checkpoint. Some processors join several of the file into one: it is yielded when it is whole."""
@@ -175,26 +182,36 @@ def _tensors(
     done: set[str] = set()
     for tensor in header.tensors:
         numbers = _numbers(path, tensor)
-        with library_errors(f"{path}: {tensor.name}", "transformers cannot put it in order", _AGAIN):
-            found = processor.process(
-                weights=numbers, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": joined}
-            )
-        sources[names.get(tensor.name.removesuffix(".weight"), "")] -= 1
-        whole = {name: joined.pop(name) for name in [*joined] if sources[name] <= 0}
-        if found.name in names:
-            whole[names[found.name]] = torch.from_numpy(np.ascontiguousarray(found.weights))
-        for name, values in whole.items():
-            if name in expected and tuple(values.shape) != expected[name]:
-                raise UserError(
-                    f"{path}: {tensor.name}: expected the shape {expected[name]} of {name}, got {tuple(values.shape)}; {_AGAIN}"
+        parameter = names.get(tensor.name.removesuffix(".weight"), "")
+        sources[parameter] -= 1
+        where = f"{path}: {tensor.name}"
+        if tensor.name in experts.names:
+            _check_shape(where, parameter, experts.shape(tensor.name, expected[parameter]), numbers.shape)
+            whole = {name: torch.from_numpy(weight) for name, weight in experts.apart(tensor.name, numbers)}
+            done |= {parameter} if sources[parameter] == 0 else set()
+        else:
+            with library_errors(where, "transformers cannot put it in order", _AGAIN):
+                found = processor.process(
+                    weights=numbers, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": joined}
                 )
+            whole = {name: joined.pop(name) for name in [*joined] if sources[name] <= 0}
+            if found.name in names:
+                whole[names[found.name]] = torch.from_numpy(np.ascontiguousarray(found.weights))
+        for name, values in whole.items():
+            _check_shape(where, name, expected.get(name, tuple(values.shape)), tuple(values.shape))
             kept = values.to(dtype)
-            check_finite(f"{path}: {tensor.name}", kept)
+            check_finite(where, kept)
             done.add(name)
             yield name, kept
     absent = [name for name, _ in model.named_parameters() if name not in done]
     if absent:
         raise UserError(f"{path}: expected every weight of the model, got none for {listed(absent)}; {_AGAIN}")
+
+
+def _check_shape(where: str, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than its parameter, or its part of one."""
+    if found != expected:
+        raise UserError(f"{where}: expected the shape {expected} of {name}, got {found}; {_AGAIN}")
 
 
 def _numbers(path: Path, tensor: GgufTensor) -> Any:

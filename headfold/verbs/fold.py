@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.cards import write_card
-from ..checkpoint.staging import commit, refuse_overlap
-from ..checkpoint.upload import check_upload, upload
+from ..checkpoint.staging import refuse_overlap
+from ..checkpoint.upload import check_upload
 from ..conversion import single_pass
 from ..conversion.fold_job import FoldJob
 from ..conversion.fold_request import resolve_fold
@@ -153,8 +153,7 @@ def fold(
             write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
             write_recipe(job.staging, source, settings)
             shutil.rmtree(job.work)
-            commit(job.staging, out, force)
-            notes += [upload(out, push_to_hub)] if push_to_hub else []
+            notes += job.committed(out, force, say)
             return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)
 
         return on_main(write)
