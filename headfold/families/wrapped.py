@@ -11,6 +11,8 @@ from typing import Any
 from ..core.errors import UserError
 
 TEXT = "text_config"
+VISION, AUDIO = "vision", "audio"
+"""First parts of the names of sites in towers (`headfold.towers`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,11 @@ def is_in_language_model(model_type: Any, module: str) -> bool:
     """Return whether a module, given by its path, is in the language model of a wrapper; of any other model every module is."""
     wrapper = WRAPPERS.get(model_type)
     return wrapper is None or wrapper.body in module.split(".")
+
+
+def is_of_tower(site: str) -> bool:
+    """Return whether a site of a wrapper, given by its name, is in the tower before the language model."""
+    return site.partition(".")[0] in (VISION, AUDIO)
 
 
 def check_wrapper(config: Mapping[str, Any], where: str) -> None:
