@@ -203,7 +203,7 @@ def test_a_wrapper_is_given_images_with_their_texts() -> None:
     one_line(error, "at most 4 tokens in a text with images", "got 5")
     with pytest.raises(UserError) as joined:
         read_given([SEEN | {"pixel_values": torch.ones(8, 6)}], wanted)
-    one_line(joined, "pixel_values: expected 2 items as in input_ids", "one image with each text")
+    one_line(joined, "pixel_values: expected 2 items as in input_ids", "one image or recording with each text")
 
 
 GOOD = padded_rows([3, 5])

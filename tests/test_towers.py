@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "a norm over all heads": ("internvl", {"use_qk_norm": True}, ("internvl_vision with use_qk_norm=True", "norm over all heads")),
     "other sizes": ("llava", {"num_hidden_layers": 3}, ("expects tensors that are not in the checkpoint", "layers.2")),
     "no data": ("llava", {}, ("--encoder: expected images with texts", "got no data", "--columns IMAGE,TEXT")),
-    "text": ("llava", {"calibration": ["some text"]}, ("--encoder: expected images with texts", "got text")),
+    "text": ("llava", {"calibration": ["w1 w2 w3 " * 99]}, ("--encoder: expected images with texts", "got text")),
     "silence": ("voxtral", {}, ("--encoder: expected sound with texts", "got no data", "--columns AUDIO,TEXT")),
 }  # fmt: skip
 
