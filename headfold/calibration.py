@@ -16,7 +16,7 @@ from .corpus.pairs import IGNORED
 from .corpus.samples import batches as in_batches
 from .corpus.samples import main_input
 from .families.spec import Site
-from .families.wrapped import WRAPPERS
+from .families.wrapped import AUDIO, VISION, WRAPPERS
 from .hf_models.streamed import input_device
 from .measure import attended, second_moment
 from .parallel import all_gather, all_reduce, falls_here, world_size
@@ -71,7 +71,7 @@ def is_packed_text(sample: Sample) -> bool:
 def is_padded_text(sample: Sample) -> bool:
     """Return whether a sample is texts of different lengths, and nothing beside them but labels."""
     reads_text = "attention_mask" in sample and main_input(sample) is sample.get("input_ids")
-    return reads_text and "pixel_values" not in sample
+    return reads_text and not {"pixel_values", "input_features"} & sample.keys()
 
 
 def total_tokens(sample: Sample) -> int:
@@ -285,16 +285,16 @@ class _Watch:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,
         *rest: Any,
         **keywords: Any,
     ) -> Any:
         if (record := _WATCHED.get(module)) is not None and query.shape[2] > 1:
             options = {word: keywords[word] for word in ("scaling", "softcap") if keywords.get(word) is not None}
-            record(query, key, mask, **options)
+            record(query, key, attention_mask, **options)
         # `eager` has no entry: every class brings its own.
         stock = self._stock or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        return stock(module, query, key, value, mask, *rest, **keywords)
+        return stock(module, query, key, value, attention_mask, *rest, **keywords)
 
 
 def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
@@ -308,8 +308,8 @@ def _add(sums: dict[str, SiteStats], name: str, seen: SiteStats) -> None:
 
 def mask_of(site: Site, batch: Sample, x: Tensor, *, queries: bool) -> Tensor | None:
     """Return which positions of `x`, the input of the site's queries or of its keys, are not padding; None if all count."""
-    if site.stack == "vision" and "input_ids" in batch:
-        return None  # the mask is that of the texts beside the images
+    if site.stack in (VISION, AUDIO) and "input_ids" in batch:
+        return None  # the mask is that of the texts beside the images, or the sound
     decodes = "labels" in batch and batch["labels"].ndim == 2 and site.stack == "decoder"
     mask = batch.get("attention_mask")
     if decodes and (queries or not site.reads_encoder):

@@ -25,6 +25,7 @@ from .core.groups import Groups
 from .core.methods import RouteMethod
 from .core.plan import Plan, SitePlan
 from .core.routes import Norms, RouteState, even, runs
+from .families.wrapped import is_in_language_model
 from .parallel import run_shared
 from .runtime import routes
 from .runtime.load import takes_attention
@@ -300,9 +301,9 @@ def _recomputing() -> bool:
 
 
 def _grouped(model: PreTrainedModel) -> Iterator[tuple[str, tuple[nn.Module, Shape]]]:
-    """Yield path, module and shape of every site whose query heads have a choice of K/V heads."""
+    """Yield path, module and shape of every site whose query heads have a choice of K/V heads, and that text passes."""
     for path, module in model.named_modules():
-        shape = _shape(module)
+        shape = _shape(module) if is_in_language_model(model.config.model_type, path) else None
         if shape is not None and 1 < shape.num_kv_heads < shape.num_heads:
             yield path, (module, shape)
 

@@ -29,8 +29,8 @@ FLOORS = {
     1: ("core",),
     2: ("checkpoint", "parallel", "threads"),
     3: ("families", "hf_models", "stats_file"),
-    4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables", "sources", "trusted_code"),
-    5: ("calibration", "divergence", "planning", "surgery"),
+    4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables", "sources", "towers", "trusted_code"),
+    5: ("adapted", "calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
     7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "routing", "serving"),
     8: ("comparison", "conversion"),
@@ -44,7 +44,7 @@ STAND_ALONE = {"modeling_decilm.py", "modeling_per_layer.py"}
 """Not counted with their room: each is copied as it is beside a checkpoint, so it repeats what the room could give it."""
 METHOD_ROOMS = {"measure", "group", "merge"}
 """Pure pages: they see floor 1 alone."""
-RUNS_MODELS = {"hf_models", "rotary_tables", "sources", "trusted_code", "calibration"} | {
+RUNS_MODELS = {"hf_models", "rotary_tables", "sources", "trusted_code", "adapted", "calibration"} | {
     room for floor in (6, 7, 8, 9, 10) for room in FLOORS[floor]
 }
 """Rooms that may import transformers."""

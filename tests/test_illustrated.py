@@ -55,7 +55,8 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_columns_make_images_with_text_of_a_wrapper_that_sees() -> None:
     assert kind_of({"model_type": "llava", "vision_config": {}}, COLUMNS) == "captions"
     assert kind_of({"model_type": "llava", "vision_config": {}}) == "text"
-    assert kind_of({"model_type": "voxtral", "audio_config": {}}, COLUMNS) == "text"
+    assert kind_of({"model_type": "voxtral", "audio_config": {}}, COLUMNS) == "spoken"
+    assert kind_of({"model_type": "voxtral", "audio_config": {}}) == "text"
     assert kind_of({"model_type": "llama"}, COLUMNS) == "text"
 
 
@@ -98,7 +99,7 @@ def test_a_fold_is_calibrated_on_images_with_text(llava: Path, captioned: Path, 
     [
         ("processor", ("expected the model's processor", "copy it there")),
         ("sizes", ("pixel_values: expected inputs of one size", "(1, 3, 14, 14)", "calibrate on text")),
-        ("context", ("expected an image with its text in 9 tokens, got 15 or more", "raise --context")),
+        ("context", ("expected images with their texts in 9 tokens, got 15 or more", "raise --context")),
         ("text", ("expected images with a text each",)),
     ],
 )

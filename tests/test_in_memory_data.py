@@ -187,7 +187,7 @@ SEEN = padded_rows([3, 5], left=True) | {"pixel_values": torch.ones(2, 3, 6, 6).
 
 def test_a_wrapper_is_given_images_with_their_texts() -> None:
     """All of what its processor makes, up to the limit of items; texts alone are text."""
-    wanted = replace(need("text", 100, **LLAVA), illustrated=3)
+    wanted = replace(need("text", 100, **LLAVA), beside_text=3)
     types = (SEEN["input_ids"] == 3).long()
     batch = SEEN | {"mm_token_type_ids": types, "image_sizes": torch.full((2, 2), 6), "labels": SEEN["input_ids"]}
     found = read_given(itertools.repeat(batch), wanted)
@@ -203,7 +203,7 @@ def test_a_wrapper_is_given_images_with_their_texts() -> None:
     one_line(error, "at most 4 tokens in a text with images", "got 5")
     with pytest.raises(UserError) as joined:
         read_given([SEEN | {"pixel_values": torch.ones(8, 6)}], wanted)
-    one_line(joined, "pixel_values: expected 2 items as in input_ids", "one image with each text")
+    one_line(joined, "pixel_values: expected 2 items as in input_ids", "one image or recording with each text")
 
 
 GOOD = padded_rows([3, 5])

@@ -240,12 +240,6 @@ def test_a_new_token_reads_the_language_model_alone() -> None:
     assert table.shape[0] == 61 and read == sum(sizes)
 
 
-def test_towers_are_not_folded() -> None:
-    with pytest.raises(UserError) as refusal:
-        open_source(wrapped_checkpoint("qwen2_audio"), encoder=True)
-    one_line(refusal, "--encoder", "qwen2_audio", "leave it out")
-
-
 def test_any_other_config_is_its_own() -> None:
     config = {"model_type": "clip", "text_config": {"hidden_size": 3}}
     assert language_config(config) is config

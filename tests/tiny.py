@@ -332,11 +332,16 @@ def tiny_sites(directory: Path) -> list[tuple[Site, Heads]]:
     return [(site, read_heads(site, tensors.__getitem__)) for site in sites(family_of(config), config, tensors)]
 
 
-def rewritten(source: Path, target: Path, change: Callable[[Heads, int], Heads]) -> Path:
-    """`source` written to `target` with the heads of its i-th site replaced by `change(heads, i)`, dtype kept."""
+def rewritten(
+    source: Path,
+    target: Path,
+    change: Callable[[Heads, int], Heads],
+    found: list[tuple[Site, Heads]] | None = None,
+) -> Path:
+    """`source` written to `target` with the heads of its i-th site replaced by `change(heads, i)`, dtype kept; `found` are other sites."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")
-    old, counts = tiny_sites(source), {}
+    old, counts = found or tiny_sites(source), {}
     for index, (site, heads) in enumerate(old):
         new = change(heads, index)
         if site.stock_gqa or new.num_kv_heads != heads.num_kv_heads:

@@ -84,20 +84,34 @@ WRAPPED: dict[str, Wrapped] = {
     "internvl": Wrapped(
         "InternVLForConditionalGeneration",
         _QWEN2,
-        dict(vision_config=dict(_PATCHES, model_type="internvl_vision"), image_token_id=SEEN),
+        dict(
+            vision_config=dict(_PATCHES, model_type="internvl_vision", image_size=[16, 16], patch_size=[4, 4]),
+            image_token_id=SEEN,
+        ),
+        {"pixel_values": (1, 3, 16, 16)},
+        4,
     ),
     "llava": Wrapped("LlavaForConditionalGeneration", _LLAMA, _vision(_CLIP), _IMAGE, 9),
     "llava_next": Wrapped("LlavaNextForConditionalGeneration", _LLAMA, _vision(_CLIP)),
     "llava_next_video": Wrapped("LlavaNextVideoForConditionalGeneration", _LLAMA, _vision(_CLIP)),
     "llava_onevision": Wrapped("LlavaOnevisionForConditionalGeneration", _QWEN2, _vision(_SIGLIP)),
     "mistral3": Wrapped(
-        "Mistral3ForConditionalGeneration", _MISTRAL, _vision(dict(_PATCHES, model_type="pixtral", hidden_size=32))
+        "Mistral3ForConditionalGeneration",
+        _MISTRAL,
+        _vision(dict(_PATCHES, model_type="pixtral", hidden_size=32), spatial_merge_size=1),
+        _IMAGE,
+        9,
     ),
     "paligemma": Wrapped(
         "PaliGemmaForConditionalGeneration", _GEMMA, _vision(_SIGLIP, projection_dim=48, hidden_size=48)
     ),
     "qwen2_5_vl": Wrapped(
-        "Qwen2_5_VLForConditionalGeneration", _MROPE, dict(vision_config=_QWEN2_5_VL, image_token_id=SEEN)
+        "Qwen2_5_VLForConditionalGeneration",
+        _MROPE,
+        dict(vision_config=_QWEN2_5_VL, image_token_id=SEEN),
+        {"pixel_values": (16, 96)},
+        4,
+        (1, 4, 4),
     ),
     "qwen2_audio": Wrapped(
         "Qwen2AudioForConditionalGeneration",
@@ -156,8 +170,11 @@ def seen_sample(name: str) -> dict[str, Tensor]:
     grid = (
         {"image_grid_thw": torch.tensor([kind.grid]), "mm_token_type_ids": (tokens == SEEN).long()} if kind.grid else {}
     )
-    sound = {"feature_attention_mask": torch.ones(1, 16)} if name == "qwen2_audio" else {}
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **seen, **grid, **sound}
+    beside = {
+        "qwen2_audio": {"feature_attention_mask": torch.ones(1, 16)},
+        "mistral3": {"image_sizes": torch.tensor([[12, 12]])},
+    }
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **seen, **grid, **beside.get(name, {})}
 
 
 @torch.inference_mode()

@@ -44,7 +44,12 @@ KvHeads = Annotated[
 ]
 Encoder = Annotated[
     bool,
-    option("--encoder", panel=WHAT, help="Fold the encoder of an encoder-decoder too; by default only its decoder."),
+    option(
+        "--encoder",
+        panel=WHAT,
+        help="Fold the encoder of an encoder-decoder, or the tower of a "
+        "wrapper (LLaVA …), too; by default only the decoder.",
+    ),
 ]
 HeadDimMultiple = Annotated[
     str | None,

@@ -13,13 +13,21 @@ from .source import Source
 
 DEFAULT_SOURCE = "self"
 DEFAULT_TOKENS = 65_536
-DEFAULT_ITEMS = {"pairs": 2048, "sentences": 2048, "images": 512, "captions": 512, "audio": 512, "sound": 256}
+DEFAULT_ITEMS = {
+    "pairs": 2048,
+    "sentences": 2048,
+    "images": 512,
+    "captions": 512,
+    "spoken": 512,
+    "audio": 512,
+    "sound": 256,
+}
 """Items by kind of data. More pairs make a better fold; as many large images would not fit into memory."""
 _LEAST = {"tokens": 1, "items": 1, "context": 2, "seed": 0}
 """A window of one token predicts nothing."""
 _KINDS_IN_WORDS = {
-    "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "audio": "sound",
-    "sound": "sound",
+    "pairs": "pairs of text", "sentences": "sentences", "images": "images", "captions": "images with texts", "spoken": "sound with texts",
+    "audio": "sound", "sound": "sound",
 }  # fmt: skip
 
 
@@ -48,7 +56,7 @@ class CalibrationRequest:
         is_text = facts.get("kind", "text") == "text"
         amount, columns = _recorded(facts, "tokens", 1), tuple(filter(None, facts.get("columns", "").split(",")))
         context = _recorded(facts, "context", 1) if is_text else None
-        kind = facts["kind"] if facts.get("kind") in ("texts", "captions") else None
+        kind = facts["kind"] if facts.get("kind") in ("texts", "captions", "spoken") else None
         return cls(facts["source"], amount, amount, columns, context, _recorded(facts, "seed", 0), kind)
 
     def with_data_of(self, earlier: "CalibrationRequest") -> "CalibrationRequest":

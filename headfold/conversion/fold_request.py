@@ -1,7 +1,7 @@
 """The resolved request of a fold: the plan or the methods to make it by, the calibration data, and the settings that identify the job."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from .. import planning
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..core.plan import Plan, SitePlan
+from ..families.wrapped import is_wrapper
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_known_model
 from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
+from ..towers import check_tower_runs
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .healing import Healing
-from .source import Source
+from .source import Source, with_sites_of
 from .writing import choose_fold_layout
 
 
@@ -81,7 +83,7 @@ def resolve_fold(
     if not heal and (heal_tokens is not None or heal_by is not None):
         raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
     ready = plan if isinstance(plan, Plan | None) else Plan.load(Path(plan))
-    encoder, multiple = source.encoder, 1
+    multiple = 1
     check_known_model(
         source.checkpoint, own_class(source.checkpoint.config, source.checkpoint.path)
     )  # before anything is measured
@@ -92,9 +94,7 @@ def resolve_fold(
         multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
         multiple = largest_multiple(source.sites, multiples, kv_heads, group)
     else:
-        # With the encoder's sites if the plan has any of them, else without.
-        encoder = any(site.optional and site.name in ready.sites for site in source.every_site)
-        source = replace(source, encoder=encoder)
+        source = with_sites_of(source, ready)
         ready.check_source(source.checkpoint.fingerprint(), source.sites, "plan" if plan is ready else str(plan))
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needed = planning.statistics_needed("contiguous", merge)
@@ -102,6 +102,8 @@ def resolve_fold(
     earlier, calibration = CalibrationRequest.recorded(recorded), None
     if needed or refit or heal or data.source is not None or earlier:
         calibration = CalibrationConfig.resolve(source, data, recorded)
+    if is_wrapper(source.config):
+        check_tower_runs(source.name, source.sites, None if calibration is None else calibration.kind)
     if layout is not None and (expected := ready or _equal_groups(source, kv_heads, group, multiple)):
         choose_fold_layout(source, expected, layout)
     healing = Healing()
@@ -112,11 +114,11 @@ def resolve_fold(
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
         "refit": VALUE_STEPS if refit else 0, "heal": healing.tokens, "heal_by": healing.by,
-        "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": encoder,
+        "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": source.encoder,
         "stats": stats and stats.metadata,
     }  # fmt: skip
     count = "" if kv_heads is None else kv_heads
-    return FoldRequest(ready, count, group, merge, multiple, encoder, needed, calibration, healing, settings)
+    return FoldRequest(ready, count, group, merge, multiple, source.encoder, needed, calibration, healing, settings)
 
 
 def _data_from(data: CalibrationRequest, earlier: CalibrationRequest | None) -> str:

@@ -23,6 +23,7 @@ from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import with_plane_frequencies
 from ..sources.plain import Plain, open_plain
 from ..stats_file import StatsFile
+from ..towers import tower_sites, why_no_tower
 from ..trusted_code import trusted_code
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -41,7 +42,7 @@ class Source:
     family: Family
     every_site: list[Site]
     encoder: bool = False
-    """Whether the encoder of an encoder-decoder is folded too."""
+    """Whether the encoder of an encoder-decoder, or the tower of a wrapper, is folded too."""
     detected: bool = False
     """Whether the architecture has no family literal and was detected by experiments on a toy model."""
     code: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.checkpoint.tensors[f"{self.sites[0].weights['o']}.weight"].dtype
+        return self.checkpoint.tensors[f"{self.cached_sites[0].weights['o']}.weight"].dtype
 
     def read_finite(self, name: str) -> Tensor:
         """Return a tensor of the checkpoint.
@@ -107,11 +108,6 @@ def open_source(
     where = f"{model}/config.json"
     _refuse_uneven_folds(checkpoint.config, where)
     family, detected = _family(checkpoint, where)
-    if encoder and is_wrapper(checkpoint.config):
-        raise UserError(
-            f"{where}: --encoder: expected an encoder-decoder, got {checkpoint.config['model_type']}, whose towers cache nothing; "
-            "leave it out"
-        )
     opened = open_config(checkpoint.config, where)  # what transformers refuses cannot be run, before or after
     checkpoint = _with_fitting_class(checkpoint)
     config = opened.to_dict() if is_wrapper(checkpoint.config) else checkpoint.config
@@ -119,14 +115,44 @@ def open_source(
         raise UserError(
             f"{where}: this checkpoint is already folded, with q, k and v as separate tensors; {_FOLD_THE_ORIGINAL}"
         )
-    sites = sites_of(family, config, checkpoint.tensors, where)
-    for site in sites:
-        check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
-        check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
+    sites = _checked(sites_of(family, config, checkpoint.tensors, where), checkpoint, where)
     sites = with_plane_frequencies(sites, config, where)
     code = trusted_code(config["model_type"])
     files = () if code is None else code.files
-    return Source(str(model), plain, checkpoint, config, family, sites, encoder, detected, files)
+    return with_encoder(Source(str(model), plain, checkpoint, config, family, sites, False, detected, files), encoder)
+
+
+def _checked(sites: list[Site], checkpoint: Checkpoint, where: str) -> list[Site]:
+    for site in sites:
+        check_shapes(site, lambda name: checkpoint.tensors[name].shape, where)
+        check_dtypes(site, lambda name: checkpoint.tensors[name].dtype, where)
+    return sites
+
+
+def with_encoder(source: Source, encoder: bool) -> Source:
+    """Return the source with its encoder, or the tower of a wrapper, among the sites to fold or not.
+
+    Raises:
+        UserError: the attention of the tower is not known.
+    """
+    tower = list[Site]()
+    if encoder and is_wrapper(source.config) and not any(site.optional for site in source.every_site):
+        where = f"{source.name}/config.json"
+        tower = _checked(tower_sites(source.config, source.checkpoint.tensors, where), source.checkpoint, where)
+    return replace(source, encoder=encoder, every_site=[*tower, *source.every_site])
+
+
+def with_sites_of(source: Source, plan: Plan) -> Source:
+    """Return the source with the encoder among the sites to fold if the plan has sites beside those that cache."""
+    return with_encoder(source, bool(plan.sites.keys() - {site.name for site in source.cached_sites}))
+
+
+def with_seen_tower(source: Source, kind: str) -> Source:
+    """Return the source with the tower of a wrapper among its sites, where data of this kind pass it and its attention is known."""
+    runs = is_wrapper(source.config) and kind != "text" and kind != "texts"
+    return (
+        replace(with_encoder(source, True), encoder=False) if runs and why_no_tower(source.config) is None else source
+    )
 
 
 def _with_fitting_class(checkpoint: Checkpoint) -> Checkpoint:

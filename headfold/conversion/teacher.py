@@ -112,7 +112,7 @@ class Teacher:
 
     def takes_texts(self) -> bool:
         """Return whether the data are texts that come one by one."""
-        return self.config is not None and self.config.kind in ("pairs", "sentences", "captions", "texts")
+        return self.config is not None and self.config.kind in ("pairs", "sentences", "captions", "spoken", "texts")
 
     def _require_config(self) -> CalibrationConfig:
         assert self.config is not None, "this job was planned without calibration data"

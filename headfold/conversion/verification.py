@@ -82,8 +82,8 @@ def _refuse_not_finite(source: Source) -> None:
 def verification_sample(source: Source, teacher: Teacher, notes: list[str]) -> Mapping[str, Tensor]:
     """Return two windows of text, or the first calibration items; random inputs, and a note, where there is neither."""
     config = source.config
-    kind = kind_of(config, teacher.config.columns if teacher.config else ())
-    if kind == "text":
+    kind = kind_of(config) if teacher.config is None else teacher.config.kind
+    if kind in ("text", "texts"):
         return {"input_ids": _windows(source, notes)}
     if teacher.config is not None:
         return {name: tensor[:ITEMS] for name, tensor in teacher.sample.items()}

@@ -18,7 +18,7 @@ from ..hf_models import open_processor, open_tokenizer
 from ..hf_models.readers import image_size_of
 from .audio import encode_audio, read_audio
 from .captions import read_captions
-from .illustrated import read_illustrated
+from .illustrated import read_illustrated, read_spoken
 from .images import image_blocks, label_id
 from .pairs import IGNORED, encode_pairs, read_pairs, with_languages
 from .rows import Table
@@ -59,13 +59,14 @@ _MAIN = ("input_ids", "pixel_values", "input_features", "input_values")
 
 def kind_of(config: Mapping[str, Any], columns: Sequence[str] = ()) -> str:
     """Return the kind of data that a model of this config.json takes: "text", "pairs", "sentences", "images", "captions" (images
-    with text), "audio" (speech, and what is said) or "sound" (of encoders).
+    with text), "spoken" (sound with text), "audio" (speech, and what is said) or "sound" (of encoders).
 
     It follows from the head that `architectures` names; for a bare model, from its `model_type`. All others take text. A wrapper takes
-    text, or images with text where two `columns` of the data are named and it sees images.
+    text or, where two `columns` of the data are named, images with text if it sees images, and sound with text if it hears.
     """
     if is_wrapper(config):
-        return "captions" if len(columns) == 2 and config.get("vision_config") is not None else "text"
+        seen = {"vision_config": "captions", "audio_config": "spoken"} if len(columns) == 2 else {}
+        return next((kind for field, kind in seen.items() if config.get(field) is not None), "text")
     head = next(iter(config.get("architectures") or []), "")
     family = str(config.get("model_type", ""))
     if _SPEECH.search(family) and not head.endswith("ForCausalLM"):
@@ -115,11 +116,12 @@ def draw_sample(
 
     text: `input_ids`, full windows of `context` tokens. pairs: `input_ids`, `attention_mask`, `labels` (-100 at padding).
     sentences: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer makes them, `labels` if a second column is named.
-    images: `pixel_values`, `labels` if known. captions: both of them. audio: `input_features`, or `input_values` and `attention_mask`,
-    `labels` if there are transcripts, and `decoder_input_ids` if they are joined. sound: `input_values`, of pieces of one length.
-    Texts are truncated to `context` tokens. A source with fewer items, or without `num_items`, gives all of them. Without a seed
-    (not for text), the first items are taken in the source's order. `joined` fills the model's windows of sound with several recordings,
-    where they have transcripts; `say` is told what had to be left out. For large sources of images use `image_sample_blocks`.
+    images: `pixel_values`, `labels` if known. captions: both of them. spoken: what the processor of a wrapper makes of both.
+    audio: `input_features`, or `input_values` and `attention_mask`, `labels` if there are transcripts, and `decoder_input_ids` if they
+    are joined. sound: `input_values`, of pieces of one length. Texts are truncated to `context` tokens. A source with fewer items, or
+    without `num_items`, gives all of them. Without a seed (not for text), the first items are taken in the source's order. `joined`
+    fills the model's windows of sound with several recordings, where they have transcripts; `say` is told what had to be left out. For
+    large sources of images use `image_sample_blocks`.
 
     Raises:
         UserError: an unreadable or empty source, a missing column, no tokenizer or processor in `path`, a source of another kind.
@@ -145,8 +147,9 @@ def draw_sample(
             )
         tokenizer = open_tokenizer(path) if texts is not None else None
         return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
-    if kind == "captions" and is_wrapper(_config(path)):
-        return read_illustrated(source, path, context, columns, num_items, seed, say)
+    if kind == "spoken" or (kind == "captions" and is_wrapper(_config(path))):
+        read = read_spoken if kind == "spoken" else read_illustrated
+        return read(source, path, context, columns, num_items, seed, say)
     if kind == "sound":
         extractor = open_processor("audio", path)
         return encode_pieces(read_pieces(*request, extractor.sampling_rate), extractor)

@@ -224,17 +224,23 @@ def _has_alibi(family: Family, attention: Attention, config: Mapping[str, Any]) 
 
 
 def sites(
-    family: Family, config: Mapping[str, Any], tensors: Mapping[str, Any], where: str = "config.json"
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    where: str = "config.json",
+    place: Place | None = None,
 ) -> list[Site]:
     """Return every attention site of a checkpoint, in the order of the forward pass; of a wrapper those of its language model.
 
     `tensors` are the tensors on disk by name, each with a `shape`. They show which biases exist, and whether a base model was
-    saved without its head, so that names lack the first component (`model.`).
+    saved without its head, so that names lack the first component (`model.`). `place` says where the model of this config is inside
+    another, if that is no language model.
 
     Raises:
         UserError: projections that the literal names are missing; all of them are listed.
     """
-    language, place = language_config(config), place_of(config, tensors, is_base_model=_is_base_model(config))
+    language = language_config(config)
+    place = place or place_of(config, tensors, is_base_model=is_base_model(config))
     stacks = [_stack(family, attention, language, tensors, where, place) for attention in family.attentions]
     present = [made for made in stacks if any(not _missing(site, tensors) for site in made)]
     # One stack may be saved alone, an encoder without its decoder; if none is there, all are missed.
@@ -287,7 +293,7 @@ def _site(
     if place is not None:
         at, module = place.on_disk + stripped, place.module + module.partition(".")[2]
     elif f"{at}.{attention.o}.weight" not in tensors and f"{stripped}.{attention.o}.weight" in tensors:
-        at, module = stripped, module.partition(".")[2] if _is_base_model(config) else module
+        at, module = stripped, module.partition(".")[2] if is_base_model(config) else module
     local = {role: getattr(attention, role) for role in ROLES if getattr(attention, role)}
     weights = {role: f"{at}.{name}" for role, name in local.items()}
     if "bias_table" in weights and f"{weights['bias_table']}.weight" not in tensors:
@@ -350,7 +356,7 @@ def has_one_table(family: Family, config: Mapping[str, Any], head_dim: int) -> b
     )  # fmt: skip
 
 
-def _is_base_model(config: Mapping[str, Any]) -> bool:
+def is_base_model(config: Mapping[str, Any]) -> bool:
     """Return whether the class that saved the checkpoint has no head, so that its paths lack the first component."""
     name = next(iter(config.get("architectures") or []), "Model")
     return name.endswith("Model") and not name.endswith(("HeadModel", "HeadsModel", "MTModel"))

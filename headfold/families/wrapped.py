@@ -11,6 +11,8 @@ from typing import Any
 from ..core.errors import UserError
 
 TEXT = "text_config"
+VISION, AUDIO = "vision", "audio"
+"""First parts of the names of sites in towers (`headfold.towers`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,17 @@ def is_in_language_model(model_type: Any, module: str) -> bool:
     """Return whether a module, given by its path, is in the language model of a wrapper; of any other model every module is."""
     wrapper = WRAPPERS.get(model_type)
     return wrapper is None or wrapper.body in module.split(".")
+
+
+def seen_tokens(config: Mapping[str, Any]) -> frozenset[int]:
+    """Return the tokens of a wrapper in whose place it puts images or sound; `config` has all fields of its class."""
+    names = (f"{what}_token_{form}" for what in ("image", "video", "audio") for form in ("id", "index"))
+    return frozenset(token for name in names if type(token := config.get(name)) is int)
+
+
+def is_of_tower(site: str) -> bool:
+    """Return whether a site of a wrapper, given by its name, is in the tower before the language model."""
+    return site.partition(".")[0] in (VISION, AUDIO)
 
 
 def check_wrapper(config: Mapping[str, Any], where: str) -> None:

@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..parallel import num_local_processes
 from .building import check_size, check_token_ids, fitting_class, library_errors, name_on_disk, quiet
 from .readers import PROCESSORS, open_processor, open_tokenizer
+from .rows import take_images_by_item
 from .streamed import open_streamed, refuse_missing, refuse_unused
 
 __all__ = [
@@ -185,6 +186,7 @@ def open_model(
         else:
             model = _whole(auto, checkpoint, dtype, overlay or {}, renamed or {})
             model = model.to(device)
+    take_images_by_item(model)
     _name_decoder_start(model)
     _return_usual_outputs(model)
     check_token_ids(model, checkpoint.path)

@@ -1,6 +1,7 @@
 """Open what stands before a model: its tokenizer, image processor or feature extractor, checked against what the model takes."""
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -107,11 +108,12 @@ def open_processor(kind: str, path: str | Path) -> Any:
     return processor
 
 
-def open_joint_processor(path: str | Path) -> Any:
-    """Open the processor of a wrapper: it takes images and texts together, and puts into a text the tokens that stand for an image.
+def open_joint_processor(path: str | Path, beside: str) -> Any:
+    """Open the processor of a wrapper: it takes "images" or "audio" (`beside`) and texts together, and puts into a text the tokens that
+    stand for an image or for sound.
 
     Raises:
-        UserError: there is none, it does not load, or it takes no images.
+        UserError: there is none, it does not load, or it does not take both together.
     """
     from transformers import AutoProcessor
 
@@ -120,9 +122,12 @@ def open_joint_processor(path: str | Path) -> Any:
     check_ids(Path(path) / "tokenizer.json")
     with library_errors(path, "the processor does not load"), _unwarned():
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False, backend="pil")
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+    part = {"images": "image_processor", "audio": "feature_extractor"}[beside]
+    together = beside in inspect.signature(type(processor).__call__).parameters
+    if not (together and hasattr(processor, part) and hasattr(processor, "tokenizer")):
         raise UserError(
-            f"{path}: expected a processor of images and text, got {type(processor).__name__}; copy the model's own files there"
+            f"{path}: expected a processor of {beside} and text together, got {type(processor).__name__}; copy the model's own files "
+            "there, or give batches of its inputs in Python"
         )
     return processor
 

@@ -45,15 +45,15 @@ def calibration_data(
     config = CalibrationConfig.resolve(source, replace(request, source=FROM_PYTHON))
     context = window_length(source.config, config.context)
     limit = config.tokens if config.kind == "text" else config.items
-    sees = config.kind == "text" and is_wrapper(source.config) and source.config.get("vision_config") is not None
-    illustrated = items or DEFAULT_ITEMS["captions"] if sees else None
-    need = Need(config.kind, source.config, context, limit, notes.append, illustrated)
+    beside = items or DEFAULT_ITEMS["captions"] if config.kind == "text" and is_wrapper(source.config) else None
+    need = Need(config.kind, source.config, context, limit, notes.append, beside)
     found = read_given(named, need, config.columns, config.seed)
     sample = found if isinstance(found, dict) else _encoded(source, found, config, context, notes)
     name = f"{FROM_PYTHON}{type(named).__name__}-{fingerprint(sample)[:_DIGITS]}"
     kind = config.kind
     if kind == "text" and "attention_mask" in sample:
-        kind = "captions" if "pixel_values" in sample else "texts"
+        kinds = {"pixel_values": "captions", "input_features": "spoken"}
+        kind = next((kinds[key] for key in kinds if key in sample), "texts")
     first = main_input(sample)
     return replace(request, source=name, kind=kind, tokens=first.numel(), items=len(first)), sample, notes
 

@@ -30,13 +30,19 @@ _USED = {
     "sound": ("input_values", "attention_mask"),
     "illustrated": (
         *("input_ids", "pixel_values", "attention_mask", "token_type_ids", "mm_token_type_ids"),
-        *("image_sizes", "pixel_attention_mask"),
+        *("image_sizes", "pixel_attention_mask", "image_grid_thw"),
     ),
+    "spoken": ("input_ids", "input_features", "attention_mask", "feature_attention_mask"),
 }
 """By kind of data the tensors that are used; the first is required. "samples" are audio for models that read sound as it is, and
 "illustrated" captions as wrappers read them."""
-_NEEDED = {"captions": ("pixel_values", "input_ids"), "illustrated": ("input_ids", "pixel_values")}
+_NEEDED = {
+    "captions": ("pixel_values", "input_ids"),
+    "illustrated": ("input_ids", "pixel_values"),
+    "spoken": ("input_ids", "input_features"),
+}
 """The tensors that are required, where that is not the first alone."""
+_IN_TEXT = ("illustrated", "spoken")
 _BESIDE_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 """What a wrapper puts in the place of tokens of its text, which say nothing without it."""
 _FILL = {"labels": IGNORED}
@@ -57,8 +63,8 @@ class Need:
     """Tokens of text, or items of other data, after which nothing more is read."""
     say: Callable[[str], None] = lambda note: None
     """Called with what is left out."""
-    illustrated: int | None = None
-    """The limit, in items, where a wrapper is given texts with images; None where it may not be."""
+    beside_text: int | None = None
+    """The limit, in items, where a wrapper is given texts with images or sound; None where it may not be."""
 
     @property
     def vocabulary(self) -> int | None:
@@ -107,9 +113,12 @@ def _need_of(first: Any, need: Need) -> Need:
     """Return the need that the first batch meets: a wrapper may have images in its text, and some models of speech read sound as it is."""
     if need.kind == "audio" and need.config.get("model_type") == "moonshine":
         return replace(need, kind="samples")
-    if need.illustrated is None or not isinstance(first, Mapping) or first.get("pixel_values") is None:
+    if need.beside_text is None or not isinstance(first, Mapping):
         return need
-    return replace(need, kind="illustrated", limit=need.illustrated)
+    hears = need.config.get("vision_config") is None
+    if first.get("input_features" if hears else "pixel_values") is None:
+        return need
+    return replace(need, kind="spoken" if hears else "illustrated", limit=need.beside_text)
 
 
 def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sample:
@@ -127,11 +136,13 @@ def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sam
     if need.kind == "text" and is_wrapper(need.config) and (seen := _BESIDE_TEXT & batch.keys()):
         raise UserError(
             f"{where}: expected text alone, got {listed(sorted(seen))}, in whose place tokens of the text stand; give texts without it"
-            + (", or images in every batch" if need.illustrated is not None else "")
+            + (", or with it in every batch" if need.beside_text is not None else "")
         )
     if unused := [str(key) for key in batch if key not in used]:
         say(f"{where.rpartition(':')[0]}: {listed(unused, 8)} of every batch left out")
     tensors = {key: _tensor(batch[key], f"{where}: {key}") for key in used if batch.get(key) is not None}
+    if "image_grid_thw" in tensors:
+        tensors["pixel_values"] = _by_image(tensors, where)
     if tensors[main].ndim == MAIN[main] - 1:  # one item that is not in a batch
         tensors = {key: tensor[None] for key, tensor in tensors.items()}
     if tensors[main].ndim != MAIN[main] or not tensors[main].numel():
@@ -142,9 +153,24 @@ def _read(batch: Any, need: Need, where: str, say: Callable[[str], None]) -> Sam
         if not tensor.ndim or len(tensor) != len(tensors[main]):
             raise UserError(
                 f"{where}: {key}: expected {len(tensors[main])} items as in {main}, got the shape {tuple(tensor.shape)}; "
-                + ("give one image with each text, or texts alone" if need.kind == "illustrated" else "correct it")
+                + (
+                    "give one image or recording with each text, or texts alone"
+                    if need.kind in _IN_TEXT
+                    else "correct it"
+                )
             )
     return _texts(tensors, need, where) | _targets(tensors, need, where) | _numbers(tensors, need, where)
+
+
+def _by_image(tensors: Sample, where: str) -> Tensor:
+    """Return patches of several images, which a processor gives as one row, with an axis of images."""
+    grid, patches = tensors["image_grid_thw"], tensors["pixel_values"]
+    if grid.ndim != 2 or not len(grid) or (grid != grid[0]).any() or len(patches) != int(grid.prod(1).sum()):
+        raise UserError(
+            f"{where}: image_grid_thw: expected images of one size, with as many patches as pixel_values has, got grids of the shape "
+            f"{tuple(grid.shape)} for {len(patches)} patches; resize the images to one size"
+        )
+    return patches.unflatten(0, (len(grid), -1))
 
 
 def _tensor(value: Any, where: str) -> Tensor:
@@ -164,10 +190,10 @@ def _texts(tensors: Sample, need: Need, where: str) -> Sample:
     if ids.ndim != 2:
         raise UserError(f"{where}: input_ids: expected items of tokens, got the shape {tuple(ids.shape)}; correct it")
     mask = _mask(tensors.get("attention_mask"), ids, where, "input_ids")
-    if need.kind == "illustrated" and (longest := int(mask.sum(1).max())) > need.context:
+    if need.kind in _IN_TEXT and (longest := int(mask.sum(1).max())) > need.context:
         raise UserError(
-            f"{where}: expected at most {need.context} tokens in a text with images, which is not cut, got {longest}; give a longer "
-            "context, or shorter texts"
+            f"{where}: expected at most {need.context} tokens in a text with images or sound, which is not cut, got {longest}; give a "
+            "longer context, or shorter texts"
         )
     _check_tokens(ids[mask], need, f"{where}: input_ids")
     # Positions are counted from the first token on, so what stands before it would move them.
@@ -239,7 +265,8 @@ def _targets(tensors: Sample, need: Need, where: str) -> Sample:
 
 def _numbers(tensors: Sample, need: Need, where: str) -> Sample:
     """Return images or sound in float32, as processors give them, with what says which of it is padding."""
-    found: Sample = {key: tensors[key] for key in ("image_sizes", "pixel_attention_mask") if key in tensors}
+    beside = ("image_sizes", "pixel_attention_mask", "image_grid_thw", "feature_attention_mask")
+    found: Sample = {key: tensors[key] for key in beside if key in tensors}
     if "input_values" in tensors:
         found["attention_mask"] = _mask(
             tensors.get("attention_mask"), tensors["input_values"], where, "input_values"
@@ -266,7 +293,7 @@ def _sizes(key: str, need: Need) -> tuple[int | None, ...]:
     Those of images in texts, and of sound as it is, are left to the model.
     """
     config = need.config
-    if need.kind in ("illustrated", "samples", "sound"):
+    if need.kind in (*_IN_TEXT, "samples", "sound"):
         return ()
     if key == "pixel_values":
         return (config.get("vision_config") or config).get("num_channels", 3), *(image_size_of(config) or (None, None))

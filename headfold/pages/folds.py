@@ -1,24 +1,24 @@
 """Open a folded checkpoint, and the original beside it, for a page: files and headers alone, no weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
 from ..conversion.serving_cost import serving_cost
-from ..conversion.source import open_source
+from ..conversion.source import open_source, with_sites_of
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..corpus.samples import kind_of
 from ..families import all_families
 from ..families.cached import stored_kv_bytes_per_token
 from ..families.spec import sites
-from ..families.wrapped import attention_type, is_wrapper, language_config
+from ..families.wrapped import attention_type, is_of_tower, is_wrapper, language_config
 from ..hf_models import stored_dtype
 from ..hf_models.building import open_config
 from ..reports.card import source_metadata
 from ..runtime.load import read_checked_config
+from ..towers import tower_sites
 from .cards import card_of
 from .contents import Fold, Original
 
@@ -68,8 +68,7 @@ def open_original(name: str, folds: Sequence[Fold]) -> Original:
                 f"--original {name}: expected the checkpoint that {fold.name} was folded from, got another (fingerprints differ); name "
                 "that one, or leave --original out"
             )
-        encoder = any(site.optional and site.name in fold.plan.sites for site in source.every_site)
-        folded = replace(source, encoder=encoder)
+        folded = with_sites_of(source, fold.plan)
         costs[fold.name] = (serving_cost(folded), serving_cost(folded, fold.plan))
     return Original(source.checkpoint.path, source.checkpoint.num_bytes, costs)
 
@@ -79,6 +78,8 @@ def _query_heads(config: Mapping[str, Any], checkpoint: Checkpoint, plan: Plan) 
     family = next((one for one in all_families().values() if attention_type(config) in one.model_types), None)
     try:
         listed = sites(family, config, checkpoint.tensors) if family is not None else []
+        if is_wrapper(config) and any(map(is_of_tower, plan.sites)):
+            listed += tower_sites(config, checkpoint.tensors, "config.json")
     except UserError:  # a layout with other names of its tensors
         listed = []
     counted = {site.name: site.num_heads for site in listed}

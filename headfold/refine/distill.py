@@ -93,7 +93,8 @@ def distill(
             share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
                 loss = student.error(all_batches[number], number)
-                found = torch.autograd.grad(scale * share * loss, student.leaves)
+                # Zero where no output depends on a site, as on layers of a tower behind the one that a wrapper reads.
+                found = torch.autograd.grad(scale * share * loss, student.leaves, materialize_grads=True)
             return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 

@@ -5,6 +5,7 @@ the output P V and the gradient Pᵀ G are one matrix product each. Where P does
 still spares the gradients of Q and K.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -155,10 +156,13 @@ def install(attention: nn.Module) -> FixedAttention | None:
     return fixed
 
 
-def _asks_transformers(attention: type) -> bool:
-    """Return whether a class, or headfold's own forward for it, looks its attention function up; a few (Falcon) call PyTorch's."""
+def _asks_transformers(attention: type[nn.Module]) -> bool:
+    """Return whether a class, or headfold's own forward for it, looks its attention function up and calls it once: a few (Falcon) call
+    PyTorch's, and those that take the patches of all images as one row call it for each image.
+    """
     module = sys.modules[attention.__module__]
-    return "ALL_ATTENTION_FUNCTIONS" in vars(module) or module is modeling_headfold
+    several = "cu_seqlens" in inspect.signature(attention.forward).parameters
+    return not several and ("ALL_ATTENTION_FUNCTIONS" in vars(module) or module is modeling_headfold)
 
 
 _HEEDED = ("cache", "softcap")

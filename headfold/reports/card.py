@@ -242,8 +242,10 @@ def _load(facts: CardFacts) -> str:
     return (
         "## Use\n\nThe stock class of this architecture has one K/V head per query head, so a grouped class is saved beside the "
         "weights (`modeling_headfold.py`; needs torch and transformers alone).\n\n```python\n"
-        f"from transformers import {facts.grouped_class}\n"
-        f'model = {facts.grouped_class}.from_pretrained("path/to/this", trust_remote_code=True)\n```\n\n'
+        f"from transformers import {facts.grouped_class}{', AutoProcessor' if facts.wrapper_class else ''}\n"
+        f'model = {facts.grouped_class}.from_pretrained("path/to/this", trust_remote_code=True)\n'
+        + ('processor = AutoProcessor.from_pretrained("path/to/this")\n' if facts.wrapper_class else "")
+        + "```\n\n"
         'Where headfold is installed, `headfold.load("path/to/this")` opens it without remote code.'
     )
 

@@ -3,10 +3,12 @@
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..adapted import with_adapter
 from ..checkpoint.config import read_config
 from ..checkpoint.entries import check_entries
 from ..checkpoint.refusals import refuse_remote_code
@@ -15,10 +17,9 @@ from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.folded import kv_heads_by_layer
 from ..families.spec import Family, read_field
-from ..families.wrapped import language_config
+from ..families.wrapped import is_in_language_model, is_of_tower, language_config
 from ..hf_models import quiet
 from ..hf_models.building import library_errors
-from .adapted import with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,12 @@ def read_checked_config(directory: Path) -> dict[str, Any]:
     if (directory / "plan.json").is_file():
         plan = Plan.load(directory / "plan.json")
         counts = [site["kv_heads"] for site in sites] or kv_heads_by_layer(config)
-        if counts:
+        if sites and not any(is_in_language_model(config.get("model_type"), site["module"]) for site in sites):
+            tower = {name: site for name, site in plan.sites.items() if is_of_tower(name)}
+            language = {name: site for name, site in plan.sites.items() if name not in tower}
+            _check_counts(directory, replace(plan, sites=tower), [site["kv_heads"] for site in sites])
+            _check_fields(directory, replace(plan, sites=language), config)
+        elif counts:
             _check_counts(directory, plan, counts)
         else:
             _check_fields(directory, plan, config)

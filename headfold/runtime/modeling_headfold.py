@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -157,16 +158,23 @@ def _repeats_itself(attention: type) -> bool:
     return "repeat_kv" in vars(sys.modules[attention.__module__])
 
 
-def own_forward(attention: type) -> Callable[..., Any] | None:
+def own_forward(attention: type[nn.Module]) -> Callable[..., Any] | None:
     """Return the forward on the page of the class's model type; None where the stock forward takes any number of K/V heads."""
     for base in attention.__mro__:
         page = base.__module__.removeprefix("transformers.models.").partition(".")[0]
         found = globals().get(f"{page}_forward")
         if found is None and IN_PACKAGE and importlib.util.find_spec(f"{__package__}.forwards.{page}"):
             found = getattr(importlib.import_module(f"{__package__}.forwards.{page}"), f"{page}_forward")
-        if found is not None:
+        if found is not None and _needs(found) <= inspect.signature(attention.forward).parameters.keys():
             return found
     return None
+
+
+def _needs(forward: Callable[..., Any]) -> set[str]:
+    """Return the inputs that a page's forward cannot do without; a class that lacks one is another attention of the same file."""
+    return {name for name, one in inspect.signature(forward).parameters.items() if one.default is one.empty} - {
+        "keywords"
+    }
 
 
 @functools.cache

@@ -29,13 +29,15 @@ class SitePaths:
     output: str
 
 
-def find_sites(model: nn.Module) -> list[SitePaths]:
+def find_sites(model: nn.Module, *, towers: bool = False) -> list[SitePaths]:
     """Return the attention modules with grouped heads, of headfold's runtime or of a stock class that counts K/V heads.
+
+    Those in the tower of a wrapper are among them only if `towers` is set, as text does not pass them.
 
     Raises:
         UserError: there are none.
     """
-    found = [_attention(model, path, site) for path, site in _cores(model)]
+    found = [_attention(model, path, site) for path, site in _cores(model, towers=towers)]
     if not found:
         raise UserError(
             f"{type(model).__name__}: expected attention with grouped heads, found none; fold the model first"
@@ -43,12 +45,12 @@ def find_sites(model: nn.Module) -> list[SitePaths]:
     return found
 
 
-def _cores(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
-    """Yield the path of every module that holds q, k and v, with the names of these in it; none of a wrapper's towers."""
+def _cores(model: nn.Module, *, towers: bool) -> Iterator[tuple[str, set[str]]]:
+    """Yield the path of every module that holds q, k and v, with the names of these in it; of a tower only those that were folded."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for path, module in model.named_modules():
         site = getattr(module, "headfold_site", None)
-        if not is_in_language_model(model_type, path):
+        if not is_in_language_model(model_type, path) and not (towers and site is not None):
             continue
         if site is not None:
             yield path, {site[role] for role in "qkv" if role in site}
@@ -75,16 +77,16 @@ def _linears(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
 
 
-def set_trainable(model: "PreTrainedModel", scope: Scope, rank: int = LORA_RANK) -> Any:
+def set_trainable(model: "PreTrainedModel", scope: Scope, rank: int = LORA_RANK, *, towers: bool = False) -> Any:
     """Return the model with gradients enabled for `scope` only: the attention modules, all parameters, or low-rank updates of the
-    attention modules (LoRA, 2106.09685; needs `peft`).
+    attention modules (LoRA, 2106.09685; needs `peft`). `towers` as in `find_sites`.
 
     Raises:
         UserError: an unknown scope, no grouped attention module, or peft is not installed.
     """
     if scope not in SCOPES:
         raise UserError(f"--train {scope}: expected one of {', '.join(SCOPES)}")
-    modules = [] if scope == "all" else [site.module for site in find_sites(model)]
+    modules = [] if scope == "all" else [site.module for site in find_sites(model, towers=towers)]
     if scope == "lora":
         return _with_lora(model, modules, rank)
     for name, parameter in model.named_parameters():

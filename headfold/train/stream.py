@@ -3,7 +3,7 @@
 The items depend on source and seed only, not on the number of processes, so a run can be resumed or scaled on the same data.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch.utils.data import IterableDataset
 
 from ..core.errors import UserError
 from ..corpus import open_corpus
+from ..corpus.pairs import IGNORED
 from ..corpus.samples import batches, draw_sample, image_sample_blocks
 from ..corpus.windows import draw_windows
 
 Item = dict[str, Tensor]
 LABELLED = ("text", "pairs", "images", "sentences")
 """Kinds of data that models can be trained on (`corpus.samples.kind_of`)."""
+IN_TEXT = ("captions", "spoken")
+"""Kinds that wrappers can be trained on, too: texts with an image, or sound, each."""
 
 
 class Stream(IterableDataset[Item]):
@@ -39,16 +42,18 @@ class Stream(IterableDataset[Item]):
         *,
         writer: Any = None,
         written_tokens: int = 0,
+        seen: Collection[int] | None = None,
     ) -> None:
         """`path` is the model's directory, which holds its tokenizer or processor; `tokenizer` is given for text only, else None.
 
-        `writer` is the model that writes the source `self`, other `written_tokens` in every epoch.
+        `writer` is the model that writes the source `self`, other `written_tokens` in every epoch. `seen` are the tokens in whose place a
+        wrapper puts images or sound, which are no labels; None for other models.
 
         Raises:
             UserError: a kind of data that cannot be trained on, or text that the model would have to write itself.
         """
         super().__init__()
-        if kind not in LABELLED:
+        if kind not in LABELLED and (seen is None or kind not in IN_TEXT):
             raise UserError(f"uptrain: models of {kind} cannot be trained yet, expected one of {', '.join(LABELLED)}")
         if source == "self" and writer is None:
             raise UserError(
@@ -57,7 +62,7 @@ class Stream(IterableDataset[Item]):
         self.kind, self.source, self.path, self.tokenizer = kind, source, path, tokenizer
         self.context, self.seed, self.columns = context, seed, columns
         self._sample: Item | None = None
-        self._writer, self._written_tokens = writer, written_tokens
+        self._writer, self._written_tokens, self._seen = writer, written_tokens, seen
 
     def __iter__(self) -> Iterator[Item]:
         epoch = 0
@@ -126,10 +131,18 @@ class Stream(IterableDataset[Item]):
                 seed=self.seed,
                 columns=self.columns,
             )
+            if self.kind in IN_TEXT:
+                self._sample["labels"] = self._labels(self._sample)
         sample = self._sample
         number = len(next(iter(sample.values())))
         for at in torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist():
             yield {name: tensor[at] for name, tensor in sample.items()}
+
+    def _labels(self, sample: Item) -> Tensor:
+        """Return the tokens that a language model writes beside an image or sound, -100 at padding and where it is seen."""
+        tokens = sample["input_ids"]
+        unread = torch.isin(tokens, torch.tensor(sorted(self._seen or ()), dtype=tokens.dtype))
+        return tokens.masked_fill(unread | (sample["attention_mask"] == 0), IGNORED)
 
 
 def _items(sample: Mapping[str, Tensor]) -> Iterator[Item]:

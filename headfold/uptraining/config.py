@@ -11,9 +11,10 @@ import torch
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import refuse_overlap
+from ..conversion.calibration_config import CalibrationRequest
 from ..core.errors import UserError
 from ..core.plan import Plan
-from ..corpus.samples import MAX_CONTEXT
+from ..corpus.samples import MAX_CONTEXT, kind_of
 from ..families.context import context_length
 from ..parallel import num_processes
 from ..runtime.load import read_checked_config
@@ -90,6 +91,19 @@ def check_folded(folded: Path) -> dict[str, Any]:
     if not (folded / "plan.json").is_file():
         raise UserError(f"{folded}: expected what headfold fold wrote, found no plan.json there; fold the model first")
     return config
+
+
+def kind_and_columns(
+    config: Mapping[str, Any], plan: Plan, data: str | None, columns: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the kind of data to train on, and the columns of a table: those named or, of the data of the calibration, those recorded.
+
+    Raises:
+        UserError: the plan records something else than calibration data.
+    """
+    recorded = CalibrationRequest.recorded(plan.calibration) if data is None and not columns else None
+    named = tuple(columns) if recorded is None else recorded.columns
+    return kind_of(config, named), named
 
 
 def resolve_uptrain(

@@ -24,7 +24,9 @@ from ..core.json_input import read_object
 from ..core.plan import Plan
 from ..divergence import difference_and_tolerance
 from ..evaluate.verify import compared_output
+from ..families.wrapped import is_wrapper, seen_tokens
 from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
+from ..hf_models.building import open_config
 from ..parallel import is_main, on_main
 from ..reports.card import uptrained_card
 from ..runtime.load import own_class
@@ -32,7 +34,7 @@ from ..train import sites as places
 from ..train import wgqa
 from ..train.distillation import Distillation
 from ..train.sharding import gathered, load_everywhere
-from ..train.stream import Item, Stream, collate
+from ..train.stream import IN_TEXT, Item, Stream, collate
 from ..train.trainer import TrainingConfig, Uptrainer, last_complete_checkpoint
 from .config import UptrainConfig
 
@@ -124,6 +126,11 @@ class Uptraining:
         """The unit of progress and results: tokens or items."""
         return "tokens" if self.kind == "text" else "items"
 
+    @property
+    def passes_tower(self) -> bool:
+        """Whether the data pass the tower of a wrapper."""
+        return self.kind in IN_TEXT
+
     def prepare(self) -> Prepared:
         """Open the data and the models, and run one item through them: whatever does not fit together fails here.
 
@@ -168,6 +175,7 @@ class Uptraining:
     def _stream(self, writer: "PreTrainedModel | None") -> Stream:
         tokenizer = open_tokenizer(self.folded) if self.kind == "text" else None
         request, calibration = self.request, CalibrationRequest.recorded(self.plan.calibration)
+        where = f"{self.folded}/config.json"
         return Stream(
             self.kind,
             request.data,
@@ -178,6 +186,7 @@ class Uptraining:
             request.columns,
             writer=writer,
             written_tokens=(calibration and calibration.tokens) or DEFAULT_TOKENS,
+            seen=seen_tokens(open_config(self.config, where).to_dict()) if is_wrapper(self.config) else None,
         )
 
     def _open(self, directory: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> "PreTrainedModel":
@@ -193,7 +202,7 @@ class Uptraining:
         return self._open(place, read_config(place), dtype)
 
     def _distillation(self, teacher: "PreTrainedModel", model: "PreTrainedModel") -> Distillation:
-        outputs = [site.output for site in places.find_sites(model)]
+        outputs = [site.output for site in places.find_sites(model, towers=self.passes_tower)]
         theirs = self._outputs_of(teacher, outputs)
         return Distillation(teacher, model, outputs, self.request.site_weight, teacher_outputs=theirs)
 
@@ -210,7 +219,7 @@ class Uptraining:
         """Return the model with the parameters that train, parametrized as requested."""
         request = self.request
         if request.train != "lora":
-            places.set_trainable(model, request.train)  # type: ignore[arg-type]
+            places.set_trainable(model, request.train, towers=self.passes_tower)  # type: ignore[arg-type]
         if request.wgqa is not None:
             assert request.original is not None
             source = open_source(request.original)
@@ -221,7 +230,7 @@ class Uptraining:
             wgqa.attach(
                 model, source.every_site, self.plan, source.checkpoint.read, request.wgqa, seed=self.training.seed
             )
-        return places.set_trainable(model, "lora") if request.train == "lora" else model
+        return places.set_trainable(model, "lora", towers=self.passes_tower) if request.train == "lora" else model
 
     @contextmanager
     def opened(self, resume: bool, force: bool) -> Iterator[None]:

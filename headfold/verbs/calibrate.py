@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..adequacy.reach import reach_of_text
 from ..conversion.calibration_config import CalibrationConfig
 from ..conversion.outputs import owned_file, refuse_existing_early
-from ..conversion.source import open_source
+from ..conversion.source import open_source, with_seen_tower
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress, silent
 from ..families.context import context_length
@@ -93,6 +93,7 @@ def calibrate(
     source = on_all(lambda: open_source(model, adapter=adapter, progress=progress, say=say))
     data, given, notes = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     config = CalibrationConfig.resolve(source, data)
+    source = on_all(lambda: with_seen_tower(source, config.kind))
     teacher = Teacher(source, config, check_device(device), compute_dtype, progress or no_progress, given, notes)
     started = time.monotonic()
     with owned_file(path, force):

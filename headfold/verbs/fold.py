@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..conversion.fold_result import FoldResult
 from ..conversion.plans import sites_with_assumed_distances
 from ..conversion.provenance import Fitting, calibration_reach, card_facts, notes_on, write_recipe
 from ..conversion.serving_cost import serving_cost
-from ..conversion.source import open_source, open_stats
+from ..conversion.source import open_source, open_stats, with_encoder
 from ..conversion.teacher import Teacher
 from ..conversion.twin import Twin
 from ..conversion.verification import verification_sample, verify_fold
@@ -86,7 +85,8 @@ def fold(
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.
         tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
-        encoder, stats: Fold the encoder of an encoder-decoder too; a file that `headfold.calibrate` wrote.
+        encoder, stats: Fold the encoder of an encoder-decoder too, or the tower of a wrapper, which is calibrated on images (sound) with
+            texts; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         trust_remote_code: Run the code that the model brings for its class, which the fold then brings too.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
@@ -110,7 +110,7 @@ def fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
         heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
     ))  # fmt: skip
-    source = replace(source, encoder=request.encoder)
+    source = with_encoder(source, request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)

@@ -14,7 +14,6 @@ from ..checkpoint.staging import check_place
 from ..core.errors import UserError
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
-from ..corpus.samples import kind_of
 from ..hf_models import check_device, quiet
 from ..parallel import num_processes, on_all, on_main, reachable_peers, spmd
 from ..train.distillation import SITE_WEIGHT
@@ -30,7 +29,7 @@ from ..train.trainer import (
     loss_curve,
     training_arguments,
 )
-from ..uptraining.config import Length, check_folded, resolve_training, resolve_uptrain
+from ..uptraining.config import Length, check_folded, kind_and_columns, resolve_training, resolve_uptrain
 from ..uptraining.job import Uptraining, UptrainResult, memory_errors
 
 DTYPES = {"bfloat16": True, "float32": False}
@@ -108,9 +107,10 @@ def uptrain(
     def resolved() -> Uptraining:
         place = resolve(str(folded))
         config = check_folded(place)
-        kind, plan = kind_of(config), Plan.load(place / "plan.json")
+        plan = Plan.load(place / "plan.json")
+        kind, named = kind_and_columns(config, plan, data, columns)
         request = resolve_uptrain(
-            place, Path(out), config, plan, distill=distill, original=original, train=train, wgqa=wgqa, data=data, columns=columns,
+            place, Path(out), config, plan, distill=distill, original=original, train=train, wgqa=wgqa, data=data, columns=named,
             context=context, site_weight=site_weight, tensorboard=tensorboard,
         )  # fmt: skip
         length = Length(steps, tokens, alpha, pretraining_tokens)

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.hub import locate_adapter
-from ..core.errors import UserError
-from ..hf_models import quiet
-from ..hf_models.building import library_errors
-from ..sources.adapter import Adapter, open_adapter
-from ..sources.bases import MERGE_FIRST, refuse_adapter_of_original
+from .checkpoint.hub import locate_adapter
+from .core.errors import UserError
+from .hf_models import quiet
+from .hf_models.building import library_errors
+from .sources.adapter import Adapter, open_adapter
+from .sources.bases import MERGE_FIRST, refuse_adapter_of_original
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
