@@ -344,6 +344,7 @@ def test_a_fold_of_a_gguf_file_on_the_command_line(run: Any, tmp_path: Path) -> 
         assert_bitwise(found[name], expected[name])
     card = (tmp_path / "folded" / "README.md").read_text()
     assert "- Original: GGUF weights (F32), as float32" in card and "headfold fold tiny.gguf folded" in card
+    assert "outside attention are the original's as it was read (see below)." in card and "byte for byte" not in card
     assert run("inspect", file, "--json").code == 0
     inside = run("fold", source, source / "inside", *words)
     assert inside.code == 2 and "overlaps" in inside.err
