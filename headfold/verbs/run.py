@@ -16,7 +16,9 @@ from ..core.errors import AlreadyFinished, UserError
 from ..core.progress import Progress
 from ..evaluate.data import DataEvaluation
 from ..evaluate.perplexity import Evaluation
+from ..pages.folders import EVALUATION
 from ..pages.page import require_charts
+from ..pages.samples import data_of_samples
 from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
@@ -101,9 +103,10 @@ def run(
             rows = [_measured(read, row, out, original, how) for row in rows]
         page = out / PAGE if read.report else None
         if page is not None:
-            shown = [out / row.name for row in rows] + [out / _file(row) for row in rows if row.metric]
+            shown = [out / row.name for row in rows] + [out / f"{row.name}{EVALUATION}" for row in rows if row.metric]
             with read.at(read.report_line):
-                report(shown, out=page, original=original.path if read.adapter else name, force=True, **how)
+                written = data_of_samples(source.config, read.evaluation)
+                report(shown, out=page, original=original.path if read.adapter else name, force=True, **written, **how)
     return RunResult(out, rows, page)
 
 
@@ -149,11 +152,6 @@ def _measured(recipe: Recipe, row: Row, out: Path, original: NamedDirectory, how
         found = evaluate(out / row.name, reference=original, **{**how, **(recipe.evaluation or {})})
         if not isinstance(found, Evaluation | DataEvaluation):
             raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
-    on_main(lambda: write_json(out / _file(row), facts(found)))
+    on_main(lambda: write_json(out / f"{row.name}{EVALUATION}", facts(found)))
     metric, value, unfolded, _, kl = scored(found)
     return replace(row, metric=metric, value=value, original=unfolded, kl=kl)
-
-
-def _file(row: Row) -> str:
-    """Return the name of the file with the evaluation of a fold."""
-    return f"{row.name}.eval.json"
