@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 - fixtures are arguments
 
+import html
 import json
 import re
 import shutil
@@ -33,7 +34,7 @@ pytest.importorskip("vl_convert", reason="charts need vl-convert-python: pip ins
 
 def said(contents: Contents) -> str:
     section = outcome.section(contents)
-    return "" if section is None else re.sub(r"<[^>]+>", "", "".join(section.parts))
+    return "" if section is None else html.unescape(re.sub(r"<[^>]+>", "", "".join(section.parts)))
 
 
 def test_the_outcome_of_a_fold_is_told_from_its_files(model: Path, fold: Path, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_the_outcome_of_a_fold_is_told_from_its_files(model: Path, fold: Path, t
     results = [EVALUATION, read_result(tmp_path / "classes.json")]
     measured = said(Contents([opened], results=results))
     assert (
-        "On 63 tokens of text.txt, its loss is 2.500 nats per token, the original's 2.250. The KL to the original is 0.125"
+        "On 63 tokens of text.txt, its loss is 2.500 nats per token, the original's 2.250 nats per token. The KL to the original is 0.125"
         in measured
     )
     assert "accuracy" not in measured and "not measured" not in measured  # the classes are of another model

@@ -44,23 +44,25 @@ class Transcriber:
             rows = (labels[labels != IGNORED] for labels in sample["labels"])
             self.said = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
-    def heard(self, model: "PreTrainedModel | None") -> list[str] | None:
+    def written(self, model: "PreTrainedModel | None") -> list[str] | None:
         """Return the transcript that a model writes of each recording; None without a model, or where nothing is written down."""
         if model is None or not self.writes:
             return None
         most = longest_transcript(model, self._limit)
         return translation.generate_texts(model, self._sample, self._tokenizer, max_new_tokens=most, **self._how)
 
-    def scores(self, model: "PreTrainedModel", heard: list[str] | None, by_reference: list[str] | None) -> list[Units]:
-        """Return the loss per token of the transcripts and, of what was heard, the word error rate, recording by recording; also that
+    def scores(
+        self, model: "PreTrainedModel", written: list[str] | None, by_reference: list[str] | None
+    ) -> list[Units]:
+        """Return the loss per token of the transcripts and, of what was written, the word error rate, recording by recording; also that
         against what the reference wrote, where that has a word.
         """
         losses = translation.target_losses(model, self._sample, progress=self._progress)
         found = [per_token("nll", "recordings", losses)]
-        if heard is not None:
-            found.append(words.units(self.said, heard, self.normaliser))
+        if written is not None:
+            found.append(words.units(self.said, written, self.normaliser))
             if by_reference is not None and any(map(self.normaliser.plain, by_reference)):
-                found.append(replace(words.units(by_reference, heard, self.normaliser), metric="wer_to_reference"))
+                found.append(replace(words.units(by_reference, written, self.normaliser), metric="wer_to_reference"))
         return found
 
 
@@ -80,7 +82,7 @@ def scores_per_recording(
         UserError: as `evaluate_speech`.
     """
     transcriber = Transcriber(directory, sample, beams, max_new_tokens, progress)
-    return transcriber.scores(model, transcriber.heard(model), transcriber.heard(reference))
+    return transcriber.scores(model, transcriber.written(model), transcriber.written(reference))
 
 
 def evaluate_speech(
@@ -101,8 +103,8 @@ def evaluate_speech(
     """
     start = time.perf_counter()
     transcriber = Transcriber(directory, sample, beams, max_new_tokens, progress)
-    heard, by_reference = transcriber.heard(model), transcriber.heard(reference)
-    own = transcriber.scores(model, heard, by_reference)
+    written, by_reference = transcriber.written(model), transcriber.written(reference)
+    own = transcriber.scores(model, written, by_reference)
     other = [] if reference is None else transcriber.scores(reference, by_reference, None)
     totals = {units.metric: units.total for units in own} | {
         f"reference_{units.metric}": units.total for units in other

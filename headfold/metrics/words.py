@@ -61,13 +61,13 @@ def _spellings(found: dict[str, Any], file: Path) -> dict[str, str]:
     return found
 
 
-def units(said: Sequence[str], heard: Sequence[str], normaliser: Normaliser) -> Units:
-    """Return the word error rate of transcripts, `heard`, against what was `said`: wrong words as a share of the words said.
+def units(said: Sequence[str], written: Sequence[str], normaliser: Normaliser) -> Units:
+    """Return the word error rate of transcripts, `written`, against what was `said`: wrong words as a share of the words said.
 
     Raises:
         UserError: there is not a word in what was said.
     """
-    pairs = [(normaliser.plain(one), normaliser.plain(other)) for one, other in zip(said, heard, strict=True)]
+    pairs = [(normaliser.plain(one), normaliser.plain(other)) for one, other in zip(said, written, strict=True)]
     rows = [[_wrong(*pair), len(pair[0].split())] for pair in pairs]
     if not any(number for _, number in rows):
         raise UserError("word error rate: expected words in the transcripts, found none; give --max-new-tokens 0")
@@ -75,11 +75,11 @@ def units(said: Sequence[str], heard: Sequence[str], normaliser: Normaliser) -> 
     return Units(metric="wer", unit="recordings", sums=sums, lower_is_better=True)
 
 
-def _wrong(said: str, heard: str) -> int:
+def _wrong(said: str, written: str) -> int:
     """Return the number of wrong words of one recording."""
     import jiwer
 
     if not said.split():  # which jiwer does not take
-        return len(heard.split())
-    found = jiwer.process_words(said, heard)
+        return len(written.split())
+    found = jiwer.process_words(said, written)
     return int(found.substitutions + found.deletions + found.insertions)

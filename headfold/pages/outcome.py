@@ -54,34 +54,34 @@ def _cache(fold: Fold, contents: Contents) -> str:
         if not costs[0].caches:
             return _UNCACHED.format(size(before), size(after))
         return f"Its cache takes {size(after)} per token instead of {size(before)} ({percent(after / before)})."
-    for label, told in (
+    for label, text in (
         (LABELS[0], "Its cache takes {1} per token instead of {0}."),
         (NOT_CACHED[LABELS[0]], _UNCACHED),
     ):
         if sizes := row_of(fold, label):
-            return told.format(*sizes)
+            return text.format(*sizes)
     known = fold.kv_bytes_per_token
     return "" if known is None else f"Its cache takes {size(known)} per token; that of the original is not known here."
 
 
 def _lost(found: Result, fold: Fold) -> str:
-    """Return a sentence on what a result says of a fold; empty where it is about other models or has no value that is told here."""
+    """Return a sentence on what a result says of a fold; empty where it is about other models or has none of these values."""
     if not isinstance(found, Evaluation | DataResult) or PurePath(found.model).name != fold.name:
         return ""
     if isinstance(found, Evaluation):
         where, values = f"{found.num_tokens:,} tokens of {found.text}", {"nll": (found.nll, found.reference_nll)}
         kl = "" if found.kl is None else f" The KL to the original is {found.kl:.3f} nats per token."
-        return f"On {where}, {_told(values)}.{kl}"
+        return f"On {where}, {_in_words(values)}.{kl}"
     where = f"{found.num_items:,} {_ITEMS.get(found.kind, 'items')} of {found.source}"
-    if told := _told(found.measures):
-        return f"On {where}, {told}."
+    if text := _in_words(found.measures):
+        return f"On {where}, {text}."
     if "cosine" in found.measures:
         cosine, _ = found.measures["cosine"]
         return f"On {where}, its embeddings have a cosine of {cosine:.4f} to those of the original on average; 1 is the same."
     return ""
 
 
-def _told(values: Mapping[str, tuple[float, float | None]]) -> str:
+def _in_words(values: Mapping[str, tuple[float, float | None]]) -> str:
     """Return what was measured of a fold and of the original, as parts of a sentence."""
     found = [(name, written, *values[field]) for field, name, written in MEASURED if field in values]
     return "; ".join(
@@ -96,12 +96,12 @@ def _methods(methods: MethodTable) -> str:
     for row in sorted(methods.rows, key=lambda row: row.loss_increase):
         best.setdefault(row.num_kv_heads, row)
     unit = "nats per token" if methods.rows[0].metric == "nll" else methods.rows[0].metric
-    told = [
+    best_of_counts = [
         f"at {count} K/V head{'s' if count > 1 else ''} {row.method} loses least ({row.loss_increase:+.3f} {unit})"
         for count, row in sorted(best.items(), reverse=True)
     ]
     num_methods = len({row.method for row in methods.rows})
-    return f"Of the {num_methods} methods in {methods.name}, {', '.join(told)}."
+    return f"Of the {num_methods} methods in {methods.name}, {', '.join(best_of_counts)}."
 
 
 def _front(front: Front) -> str:
