@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from headfold.core.errors import UserError
-from headfold.evaluate import bleu, bootstrap, rouge
-from headfold.evaluate.bootstrap import Units, differences, mean_of
+from headfold.metrics import bleu, bootstrap, rouge
+from headfold.metrics.bootstrap import Units, differences, mean_of
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "it"]
 

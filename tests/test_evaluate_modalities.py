@@ -21,8 +21,9 @@ import headfold
 from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
 from headfold.corpus.sentences import encode_sentences
-from headfold.evaluate import bleu, classification, embedding, translation
+from headfold.evaluate import classification, embedding, translation
 from headfold.evaluate.data import DataEvaluation
+from headfold.metrics import bleu
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(58))]

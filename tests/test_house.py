@@ -31,7 +31,7 @@ FLOORS = {
     3: ("families", "hf_models", "stats_file"),
     4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables", "sources", "towers", "trusted_code"),
     5: ("adapted", "calibration", "divergence", "planning", "surgery"),
-    6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp"),
+    6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp", "metrics"),
     7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "routing", "serving"),
     8: ("comparison", "conversion"),
     9: ("advice", "budget", "in_memory", "pages", "uptraining"),

@@ -103,7 +103,7 @@ def test_the_page_of_a_fold_says_what_its_files_say(page, fold: Path) -> None:
     sites = plan.sites.values()
     assert shares == [share for s in sites for share in (s.error.key / s.energy.key, s.error.value / s.energy.value)]
     assert f"vllm serve {fold}" in found.text and "no samples" not in found.text
-    assert "with --original DIR the original and each fold continue the same prompts" in found.text
+    assert "with --original DIR the original and each fold write for the same inputs" in found.text
 
 
 def test_what_was_not_measured_is_said_with_a_command_that_exists(page, fold: Path) -> None:

@@ -14,7 +14,7 @@ from headfold.core.groups import Groups
 from headfold.core.plan import Plan, SitePlan
 from headfold.core.predict import SiteError
 from headfold.pages.cards import Card
-from headfold.pages.contents import Contents, Continuation, Fold, Front, MethodTable, Served, TextSample
+from headfold.pages.contents import Contents, Continuation, Fold, Front, MethodTable, OutputSample, Served, TextSample
 from headfold.pages.writing import write_page
 
 pytest.importorskip("vl_convert", reason="charts need vl-convert-python: pip install 'headfold[report]'")
@@ -48,8 +48,9 @@ def contents() -> Contents:
     sample = TextSample(
         "Once", [" upon", " a", " time"], {LONG: Continuation([" upon", " an", " hour"], 1, 2, [(" a", " an")])}
     )
+    words = OutputSample("recording 1 of a folder", "what is said", LONG, {LONG: f"{LONG} and more"})
     served = {LONG: [Served("vLLM", "pip install vllm", f"vllm serve {LONG}")]}
-    return Contents([fold], None, [MethodTable(LONG, rows)], [front], [EVALUATION, BENCH], [sample], "", served)
+    return Contents([fold], None, [MethodTable(LONG, rows)], [front], [EVALUATION, BENCH], [sample, words], "", served)
 
 
 @pytest.fixture(scope="module")

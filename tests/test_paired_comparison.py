@@ -11,10 +11,9 @@ from test_evaluate import windows_of
 from test_evaluate_modalities import CLASSIFIERS, PAIRS, SHARED, items, one_by_one, saved, tiny, tokenizer, writer  # noqa: F401 (fixtures)
 from tiny import stock_model, tiny_checkpoint
 
-import headfold
-from headfold.core.errors import UserError
 from headfold.corpus.pairs import encode_pairs
-from headfold.evaluate import classification, embedding, perplexity, rouge, translation
+from headfold.evaluate import classification, embedding, perplexity, translation
+from headfold.metrics import rouge
 
 TIGHT = 2**10 * torch.finfo(torch.float64).eps
 
@@ -225,12 +224,6 @@ def test_too_few_units_are_said(run, models):  # noqa: F811
         "note: intervals from 4 windows are too narrow" in run("eval", "--compare", *models, *text, "--limit", 128).out
     )
     assert "note" not in run("eval", "--compare", *models, *text).out
-
-
-def test_speech_is_refused(monkeypatch, models):
-    monkeypatch.setattr("headfold.evaluate.paired.kind_of", lambda config: "audio")
-    with pytest.raises(UserError, match="got audio; run headfold eval on each"):
-        headfold.eval(models[0], compare=models[1:], text="sounds")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared models and data are not here")

@@ -3,9 +3,11 @@
 import io
 import time
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 
+from headfold.core.heads import FreedomKind, QueryOrder
 from headfold.reports import progress, views
 from headfold.reports.progress import ProgressReport, clock
 
@@ -99,3 +101,8 @@ def test_methods_are_a_table_on_a_terminal() -> None:
     assert file.getvalue().splitlines()[:2] == ["--merge", "  mean    The mean of the heads."]
     for word in ("option", "--group", "absorb", "A third."):
         assert word in terminal.getvalue()
+
+
+def test_every_position_of_keys_and_order_of_heads_has_words() -> None:
+    assert set(views._POSITIONS) == set(get_args(FreedomKind)) and set(views._ORDERS) == set(get_args(QueryOrder))
+    assert views._in_words({"any": "not rotated"}, "any on 8 of 16 dims") == "not rotated (on 8 of 16 dims)"

@@ -133,6 +133,9 @@ def test_what_is_made_of_a_model_in_memory_is_removed(tmp_path: Path, monkeypatc
     headfold.fold(stock_model(base, torch.float64), tmp_path / "in memory", adapter=tmp_path / "adapter", **how)
     assert [*(tmp_path / "cache").rglob("*.safetensors")] == [] == [*(tmp_path / "temporary").iterdir()]
     headfold.fold(base, tmp_path / "directory", adapter=tmp_path / "adapter", **how)
+    card = (tmp_path / "directory" / "README.md").read_text()
+    assert f"This is `{base.name}` with the LoRA adapter `adapter` merged into it, and with 2 instead of" in card
+    assert "attention are the original's as it was read (see below)." in card and "byte for byte" not in card
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("in memory", "directory"))
     assert {*found} == {*expected}
     for name in expected:

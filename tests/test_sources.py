@@ -29,6 +29,8 @@ import headfold
 from headfold.checkpoint.hub import locate, locate_adapter
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
+from headfold.exports.card import card_with_use
+from headfold.exports.pieces import UNTOUCHED
 from headfold.sources import plain as plain_source
 from headfold.sources.plain import open_plain
 from headfold.verbs.export import export
@@ -344,6 +346,9 @@ def test_a_fold_of_a_gguf_file_on_the_command_line(run: Any, tmp_path: Path) -> 
         assert_bitwise(found[name], expected[name])
     card = (tmp_path / "folded" / "README.md").read_text()
     assert "- Original: GGUF weights (F32), as float32" in card and "headfold fold tiny.gguf folded" in card
+    assert "outside attention are the original's as it was read (see below)." in card and "byte for byte" not in card
+    exported = (card_with_use(card, "use", unchanged) for unchanged in (UNTOUCHED, "everything is rounded"))
+    assert ["as it was read" in each for each in exported] == [True, False]
     assert run("inspect", file, "--json").code == 0
     inside = run("fold", source, source / "inside", *words)
     assert inside.code == 2 and "overlaps" in inside.err

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import headfold
 from headfold.core.errors import UserError
-from headfold.evaluate import bootstrap, tasks
+from headfold.evaluate import tasks
 from headfold.hf_models import open_model, open_tokenizer
+from headfold.metrics import bootstrap
 
 pytest.importorskip("lm_eval", reason="the tasks extra is not installed")
 

@@ -1,6 +1,7 @@
 """Training a fold on where something is awkward: precision, divergence, full disks, other classes, parts of padded batches."""
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -207,15 +208,16 @@ def test_one_process_uses_one_gpu_whatever_it_sees(tmp_path: Path, monkeypatch: 
 
 
 def test_a_card_claims_nothing_that_training_undid() -> None:
-    for start in (
+    starts = (
         "No block was trained",
         "Nothing was trained",
         "Every attention block was then trained alone, on 9 tokens or items, to answer",
         "All attention blocks were then trained together, on 9 tokens or items, to answer",
-    ):
-        card = f"Folded. {start}; all tensors outside attention are the original's, byte for byte.\n\n## Made by\n"
+    )
+    for start, kept in itertools.product(starts, (", byte for byte", " as it was read (see below)")):
+        card = f"Folded. {start}; all tensors outside attention are the original's{kept}.\n\n## Made by\n"
         text = uptrained_card(card, "folded", {})
-        assert "byte for byte" not in text and "The whole model was then trained (see below)." in text
+        assert kept not in text and "The whole model was then trained (see below)." in text
         assert all((claim in text) == (claim in card) for claim in ("trained alone", "trained together"))
 
 

@@ -1,16 +1,14 @@
 """Advice before a fold: what fits, what a decoding step gains, whether that pays, and the command for it."""
 
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..conversion.source import Source
 from ..core.errors import UserError
 from ..core.sizes import parse_size
-from ..corpus.samples import kind_of
 from ..families.context import context_length
+from .commands import fold_command
 from .demand import Demand, demands
 from .devices import Device, gpu_named, this_machine
 
@@ -141,7 +139,9 @@ def advise(source: Source, work: Workload) -> Advice:
         options=options,
         pays=chosen is not None,
         reason=reason,
-        command=None if chosen is None else _command(source, chosen.num_kv_heads),
+        command=None
+        if chosen is None
+        else fold_command(source, chosen.num_kv_heads, "--kv-heads", str(chosen.num_kv_heads)),
     )
 
 
@@ -256,13 +256,3 @@ def _decide_without_cache(
 
 def _counted(option: FoldOption) -> str:
     return f"{option.num_kv_heads} K/V head{'s' if option.num_kv_heads > 1 else ''}"
-
-
-def _command(source: Source, num_kv_heads: int) -> str:
-    name = source.name.rstrip("/")
-    out = f"{Path(name).name.removesuffix('.gguf') or 'model'}-{'gqa' if num_kv_heads > 1 else 'mqa'}"
-    words = ["headfold", "fold", shlex.quote(name), shlex.quote(out), "--kv-heads", str(num_kv_heads)]
-    words += ["--adapter", shlex.quote(source.plain.adapter)] if source.plain.adapter else []
-    words += ["--trust-remote-code"] if source.code else []
-    data = [] if kind_of(source.config) == "text" else ["--calibration", "SOURCE"]
-    return " ".join([*words, *data])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..hf_models.streamed import is_streamed
 from ..parallel import on_main
 from ..planning import Choice
 from ..stats_file import StatsFile
-from .allocation import Allocation, CountOption, Options, allocate, allocate_qcqa
+from .allocation import Allocation, CountOption, Options, allocate, allocate_qcqa, total
 from .in_memory import folded_in_memory, last_part
 from .request import BudgetRequest
 from .sensitivity_file import Sensitivities, read_sensitivities, write_sensitivities
@@ -32,6 +32,9 @@ NUM_MEASURED = 3
 NUM_MEASURED_UNEQUAL = 5
 """The same where groups may differ in size: more counts lie between, and with three measured ones the loss increase
 between the least two is estimated too high, so that heads go to the wrong layers."""
+
+_WITH_LOGITS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "Classification")
+"""Ends of the names of classes whose first output is logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,13 @@ class Curves:
     calibration: Mapping[str, str]
 
     def plan(self, counts: Mapping[str, int]) -> Plan:
-        """Return the plan with these counts, by the first site of each choice."""
+        """Return the plan with these counts, by the first site of each choice, and what it is predicted to lose."""
         chosen = [(choice, counts[choice.sites[0].name]) for choice in self.choices]
         fingerprint = self.source.checkpoint.fingerprint()
-        return planning.assemble(
+        made = planning.assemble(
             self.source.sites, chosen, self.request.group, fingerprint, self.request.seed, self.calibration
         )
+        return replace(made, predicted_loss_increase=total(self.options, counts).loss_increase)
 
     def allocate(self, budget: BudgetRequest) -> Allocation:
         """Return the counts that a budget asks for.
@@ -172,6 +176,11 @@ def _measure(
         teacher.progress("sensitivity", next(done), len(changes))
 
     return measure_sites_alone(teacher.model, last_part(teacher.sample), changes, report)
+
+
+def loses_nats(config: Mapping[str, Any]) -> bool:
+    """Return whether losses of a model of this config.json are in nats: it has logits (`evaluate.sensitivity.Divergence`)."""
+    return next(iter(config.get("architectures") or []), "").endswith(_WITH_LOGITS)
 
 
 def _options(choice: Choice, source: Source, measured: Mapping[int, float]) -> list[CountOption]:

@@ -80,7 +80,7 @@ def evaluate(
         int | None,
         option(
             "--max-new-tokens", panel=HOW, metavar="N", min=0,
-            help="Maximum length of an output; 0 skips generation, and BLEU and ROUGE. Default: 128.",
+            help="Maximum length of an output; 0 skips generation, and BLEU, ROUGE and the word error rate. Default: 128, of speech 224.",
         ),
     ] = None,
     resamples: Annotated[
@@ -93,11 +93,11 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Measure perplexity, BLEU or ROUGE, accuracy, embeddings, or tasks.
+    """Measure perplexity, BLEU or ROUGE, wrong words, accuracy, embeddings, or tasks.
 
-    What is measured depends on the model: perplexity of a language model, loss and BLEU or ROUGE of an encoder-decoder, accuracy of a
-    classifier, similarity of an encoder's embeddings to the original's. With --reference the original is measured as well, and the KL
-    to it. With --compare several models are measured, and 95 % intervals of the differences are given."""
+    What is measured depends on the model: perplexity of a language model, loss and BLEU or ROUGE of an encoder-decoder (of speech, the
+    word error rate), accuracy of a classifier, similarity of an encoder's embeddings to the original's. With --reference the original is
+    measured as well, and the KL to it. With --compare several models are measured, and 95 % intervals of the differences are given."""
     _check_count(models, compare)
     from ..evaluate.data import DataEvaluation
     from ..evaluate.harness import TaskEvaluation

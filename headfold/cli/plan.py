@@ -89,6 +89,8 @@ def plan(
     counts of their own: each is folded alone on a part of the calibration data to measure what that costs, and the best allocation is
     found exactly. By default counts divide the number of K/V heads, as engines require; with --group swap:unequal=true groups differ in
     size and any count may be used."""
+    from ..advice.commands import fold_command
+    from ..budget.curves import loses_nats
     from ..conversion.serving_cost import serving_cost
     from ..conversion.source import open_source
     from ..reports import views
@@ -110,5 +112,7 @@ def plan(
         )  # fmt: skip
     if not answered(made.to_json(), as_json):
         source = open_source(model, encoder, adapter)
-        views.show_plan(made, (serving_cost(source), serving_cost(source, made)))
+        views.show_plan(made, (serving_cost(source), serving_cost(source, made)), loses_nats(source.config))
         print(f"wrote {out}")
+        options = ["--plan", str(out), *(["--stats", str(stats)] if stats else []), *([] if refit else ["--no-refit"])]
+        print(f"next: {fold_command(source, max(made.num_kv_heads.values()), *options)}")

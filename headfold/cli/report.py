@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .options import DATA, MEASURE, OUTPUT, Debug, Device, Force, Json, option
-from .output import answered
+from .options import DATA, MEASURE, OUTPUT, Columns, Debug, Device, Force, Json, option
+from .output import answered, names
 
 EXAMPLES = (
     "headfold report my-model-gqa my-model.compare eval.json --original my-model",
@@ -19,7 +19,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Directories that headfold fold, compare or frontier wrote; files that eval, bench or check printed with --json.",
+            help="Directories that headfold fold, run, compare or frontier wrote; files that eval, bench or check printed with --json.",
         ),
     ],
     original: Annotated[
@@ -31,11 +31,25 @@ def report(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        option("--prompt", panel=DATA, metavar="TEXT", help="A text that the models continue. May be repeated. Default: three texts."),
+        option(
+            "--prompt", panel=DATA, metavar="TEXT",
+            help="A text that language models continue, or encoder-decoders read. May be repeated. Default: three texts to continue.",
+        ),
     ] = None,
+    text: Annotated[
+        str | None,
+        option(
+            "--text", panel=DATA, metavar="SOURCE",
+            help="Data for the samples of encoder-decoders (pairs of text) or models of speech (recordings): the first three items.",
+        ),
+    ] = None,
+    columns: Columns = None,
     new_tokens: Annotated[
-        int, option("--new-tokens", panel=DATA, metavar="N", min=1, help="Tokens that each model writes after a prompt.")
-    ] = 64,
+        int | None,
+        option(
+            "--new-tokens", panel=DATA, metavar="N", min=1, help="Tokens that each model writes. Default: 64; of pairs 128, of speech 224."
+        ),
+    ] = None,
     device: Device = None,
     out: Annotated[Path, option("--out", panel=OUTPUT, metavar="FILE.html", help="The page to write.")] = Path("report.html"),
     show: Annotated[bool, option("--open", panel=OUTPUT, help="Open the page in a browser.")] = False,
@@ -55,8 +69,8 @@ def report(
 
     with ProgressReport(silent=as_json) as progress:
         found = verb.report(
-            paths, out=out, original=original, prompts=prompt or (), new_tokens=new_tokens, force=force, device=device,
-            progress=progress,
+            paths, out=out, original=original, prompts=prompt or (), text=text, columns=names(columns) or (), new_tokens=new_tokens,
+            force=force, device=device, progress=progress,
         )  # fmt: skip
     if not answered(found.to_json(), as_json):
         show_page_written(found)

@@ -57,6 +57,7 @@ def card_facts(
     counts, config = plan.num_kv_heads.values(), read_config(staging)
     return CardFacts(
         base_model=source.name,
+        adapter=source.plain.adapter,
         origin=source.plain.origin,
         family=source.config["model_type"],
         num_heads=tables.count_range(*_range(site.num_heads for site in source.sites)),

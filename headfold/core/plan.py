@@ -66,6 +66,8 @@ class Plan:
     seed: int = 0
     calibration: Mapping[str, str] = field(default_factory=dict)
     """Facts of the data that the statistics were measured on (source, tokens, fingerprint); empty without statistics."""
+    predicted_loss_increase: float | None = None
+    """The sum of what the sites were measured to lose alone (`evaluate.sensitivity`); None where no site was measured."""
 
     @property
     def num_kv_heads(self) -> dict[str, int]:
@@ -88,7 +90,9 @@ class Plan:
             for name, site in self.sites.items()
         }
         head = {"format": FORMAT, "source": self.source, "seed": self.seed, "group": self.group}
-        return {**head, "calibration": dict(self.calibration), "sites": rows}
+        loss = self.predicted_loss_increase
+        predicted = {} if loss is None else {"predicted_loss_increase": loss}
+        return {**head, "calibration": dict(self.calibration), **predicted, "sites": rows}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "plan.json") -> "Plan":
@@ -108,7 +112,10 @@ class Plan:
                 raise TypeError("group, source and the facts of the calibration must be texts")
             if type(data["seed"]) is not int:
                 raise TypeError("seed must be an integer")
-            return cls(sites, data["group"], data["source"], data["seed"], facts)
+            loss = data.get("predicted_loss_increase")
+            if loss is not None and not (type(loss) in (float, int) and 0 <= loss < math.inf):
+                raise TypeError("predicted_loss_increase must be a finite number of at least 0")
+            return cls(sites, data["group"], data["source"], data["seed"], facts, loss)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: expected a headfold plan, got something else ({error!r}); make one with headfold plan"

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import Sample
-from .bootstrap import Units, mean_of
+from ..metrics.bootstrap import Units, mean_of
 from .placement import place_batch
 from .sharing import run_on_items
 

@@ -1,7 +1,7 @@
 """Measure a checkpoint on data of its own kind, alone or beside the one that it was folded from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from ..corpus.rows import Table
 from ..corpus.samples import NamedSample, Sample, batches, draw_sample, image_sample_blocks, kind_of
 from ..families.context import context_length
 from ..hf_models import open_model, open_tokenizer, stored_dtype
+from ..metrics import words
 from ..parallel import each_from_main, on_main
 from ..runtime.load import own_class
-from . import classification, embedding, translation
+from . import classification, embedding, speech, translation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,8 @@ class DataRequest:
     metric: str | None = None
     """Metric of the outputs of an encoder-decoder: "bleu" or "rouge"."""
     beams: int = 1
-    max_new_tokens: int = translation.MAX_NEW_TOKENS
+    max_new_tokens: int | None = None
+    """Tokens of an output; 0 for none."""
     device: str = "cpu"
     dtype: torch.dtype | None = None
 
@@ -56,6 +58,8 @@ class DataEvaluation:
     source: str
     dtype: str
     measured: Measured
+    notes: list[str] = field(default_factory=list)
+    """What was not measured, and what it takes."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""
@@ -142,10 +146,32 @@ class OpenedModels:
             raise UserError(
                 f"{source}: expected pairs of text, whose outputs can be compared, got tokens; give rows of text"
             )
-        how = {"beams": request.beams, "max_new_tokens": request.max_new_tokens, "metric": request.metric or "bleu"}
+        most = translation.MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+        how = {"beams": request.beams, "max_new_tokens": most, "metric": request.metric or "bleu"}
         how |= {"context": self.context, "reference": self.reference, "progress": self.progress}
         pairs = on_main(lambda: read_pairs(source, request.columns, request.limit))
         return pairs, with_languages(open_tokenizer(self.directory), request.columns), how
+
+    def notes(self, kind: str) -> list[str]:
+        """Return lines on what is not measured for want of a package."""
+        writes = kind == "audio" and self.request.max_new_tokens != 0 and not isinstance(self.source, NamedSample)
+        return [words.NOT_INSTALLED] if writes and not words.is_installed() else []
+
+    def recordings(self) -> tuple[Sample, dict[str, Any]]:
+        """Return recordings with their transcripts, and how they are written down; tokens of a program are not.
+
+        Raises:
+            UserError: there are no transcripts.
+        """
+        request, sample = self.request, self.sample("audio")
+        if "labels" not in sample:
+            raise UserError(
+                f"{self.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
+            )
+        most = speech.MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+        most = 0 if isinstance(self.source, NamedSample) else most
+        how = {"beams": request.beams, "max_new_tokens": most, "reference": self.reference, "progress": self.progress}
+        return sample, how
 
 
 def evaluate_on_data(
@@ -158,7 +184,8 @@ def evaluate_on_data(
 ) -> DataEvaluation:
     """Measure a model that is no causal language model.
 
-    An encoder-decoder: loss per target token of pairs of text, and BLEU or ROUGE of what it writes. A classifier: accuracy and
+    An encoder-decoder: loss per target token of pairs of text, and BLEU or ROUGE of what it writes; of recordings, the word error rate.
+    A classifier: accuracy and
     cross-entropy of labelled images or sentences. Any other encoder: cosines and rank correlation of its embeddings to the reference's.
 
     Raises:
@@ -168,7 +195,8 @@ def evaluate_on_data(
     kind = kind_of(opened.config)
     dtype = str(opened.model.dtype).removeprefix("torch.")
     reference_name = None if reference_name is None else str(reference_name)
-    return DataEvaluation(kind, str(name), reference_name, str(opened.source), dtype, _MEASURES[kind](opened))
+    found = _MEASURES[kind](opened)
+    return DataEvaluation(kind, str(name), reference_name, str(opened.source), dtype, found, opened.notes(kind))
 
 
 def check_metric(metric: str | None, kind: str, model: str | Path) -> None:
@@ -229,20 +257,8 @@ def _pairs(opened: OpenedModels) -> translation.Translation:
 
 
 def _audio(opened: OpenedModels) -> translation.Translation:
-    sample = opened.sample("audio")
-    if "labels" not in sample:
-        raise UserError(
-            f"{opened.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
-        )
-    nll, num_tokens = translation.target_nll(opened.model, sample, progress=opened.progress)
-    reference_nll = (
-        None
-        if opened.reference is None
-        else translation.target_nll(opened.reference, sample, progress=opened.progress)[0]
-    )
-    return translation.Translation(
-        num_items=len(sample["labels"]), num_tokens=num_tokens, nll=nll, beams=1, seconds=0.0, reference_nll=reference_nll
-    )  # fmt: skip
+    sample, how = opened.recordings()
+    return speech.evaluate_speech(opened.model, sample, opened.directory, **how)
 
 
 def _images(opened: OpenedModels) -> classification.Classification | embedding.Embedding:

@@ -16,7 +16,7 @@ from ..checkpoint.modules import MODULES, read_modules, read_pooling
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import Sample, batches
-from .bootstrap import Units, mean_of
+from ..metrics.bootstrap import Units, mean_of
 from .placement import place_batch
 from .sharing import run_on_items
 

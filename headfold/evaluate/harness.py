@@ -13,9 +13,9 @@ from ..core.errors import UserError
 from ..core.progress import Progress
 from ..corpus.samples import kind_of
 from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
+from ..metrics.bootstrap import LEVEL, interval
 from ..parallel import on_all
 from . import tasks as harness
-from .bootstrap import LEVEL, interval
 from .paired import PairedComparison, check_several, paired_comparison
 from .perplexity import open_language_model
 from .tasks import TaskUnits

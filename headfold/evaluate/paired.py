@@ -14,8 +14,8 @@ from ..core.progress import Progress
 from ..corpus.samples import kind_of
 from ..families.context import context_length
 from ..hf_models import compute_dtype, open_tokenizer, stored_dtype
-from . import classification, embedding, perplexity, translation
-from .bootstrap import LEVEL, Difference, Resampled, differences
+from ..metrics.bootstrap import LEVEL, Difference, Resampled, differences
+from . import classification, embedding, perplexity, speech, translation
 from .data import DataRequest, OpenedModels, check_metric
 from .perplexity import open_language_model
 
@@ -189,15 +189,12 @@ def _other_models(
     progress: Progress,
     notes: list[str],
 ) -> tuple[str, list[Sequence[Resampled]]]:
-    if kind not in _MEASURES:
-        raise UserError(
-            f"--compare: expected models of {', '.join(_MEASURES)} or text, got {kind}; run headfold eval on each"
-        )
-    one_tokenizer = kind != "pairs" or _share_tokenizer(directories, reference, request)
+    one_tokenizer = kind not in ("pairs", "audio") or _share_tokenizer(directories, reference, request)
     measured: list[Sequence[Resampled]] = []
     for number, directory in enumerate(directories, 1):
         opened = OpenedModels.of(directory, reference, request, _of_model(progress, number))
         measured.append([units for units in _MEASURES[kind](opened) if one_tokenizer or units.metric != "nll"])
+    notes += opened.notes(kind)
     if not one_tokenizer:
         notes.append("the models' tokenizers differ, so their losses per token do not compare and are left out")
     return str(request.source), measured
@@ -212,7 +209,7 @@ def _share_tokenizer(directories: Sequence[Path], reference: Path | None, reques
     references = [] if reference is None else [reference]
     first, *others = (open_tokenizer(path).get_vocab() for path in (*directories, *references))
     same = all(other == first for other in others)
-    if not same and (reference is not None or not request.max_new_tokens):
+    if not same and (reference is not None or request.max_new_tokens == 0):
         raise UserError(
             "--compare: expected models of one tokenizer, got several: neither loss nor KL per token of two vocabularies compare; "
             "leave --reference out and give --max-new-tokens, to compare what they write"
@@ -223,6 +220,11 @@ def _share_tokenizer(directories: Sequence[Path], reference: Path | None, reques
 def _pairs(opened: OpenedModels) -> Sequence[Resampled]:
     pairs, tokenizer, how = opened.pairs()
     return translation.scores_per_pair(opened.model, pairs, tokenizer, **how)
+
+
+def _audio(opened: OpenedModels) -> Sequence[Resampled]:
+    sample, how = opened.recordings()
+    return speech.scores_per_recording(opened.model, sample, opened.directory, **how)
 
 
 def _images(opened: OpenedModels) -> Sequence[Resampled]:
@@ -259,5 +261,5 @@ def _captions(opened: OpenedModels) -> Sequence[Resampled]:
 
 
 _MEASURES: Mapping[str, Callable[[OpenedModels], Sequence[Resampled]]] = {
-    "pairs": _pairs, "images": _images, "sentences": _sentences, "captions": _captions, "sound": _sound,
+    "pairs": _pairs, "audio": _audio, "images": _images, "sentences": _sentences, "captions": _captions, "sound": _sound,
 }  # fmt: skip

@@ -26,9 +26,9 @@ from ..families.cached import stored_kv_bytes_per_token
 from ..families.context import context_length
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..hf_models.streamed import input_device
+from ..metrics.bootstrap import Units
 from ..parallel import on_main, run_shared
 from ..runtime.load import own_class
-from .bootstrap import Units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

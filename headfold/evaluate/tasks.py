@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from ..core.errors import UserError
 from ..hf_models import quiet
 from ..hf_models.streamed import input_device
+from ..metrics.bootstrap import Units, ratio
 from ..parallel import gathered_in_order, share
-from .bootstrap import Units, ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from ..corpus.pairs import IGNORED, encode_pairs, language_token
 from ..corpus.samples import Sample
 from ..families.context import context_length
 from ..hf_models import quiet
-from . import bleu, rouge
-from .bootstrap import Units
+from ..metrics import bleu, rouge
+from ..metrics.bootstrap import Units
 from .placement import place_batch
 from .sharing import run_on_items
 
@@ -37,8 +37,8 @@ METRICS = {"bleu": bleu, "rouge": rouge}
 class Translation:
     """`nll` is in nats per target token, teacher-forced; `kl` is the mean KL(reference ‖ model) per target token.
 
-    `bleu` is sacrebleu's corpus BLEU (13a), the four of rouge-score are mean F1, all in percent; None where another metric was
-    asked for or nothing was generated.
+    `bleu` is sacrebleu's corpus BLEU (13a), the four of rouge-score are mean F1, all in percent; `wer`, of speech, is the share of wrong
+    words (`metrics.words`). They are None where another metric was asked for or nothing was generated.
     """
 
     num_items: int
@@ -49,6 +49,9 @@ class Translation:
     rouge2: float | None = None
     rougeL: float | None = None
     rougeLsum: float | None = None
+    wer: float | None = None
+    normaliser: str | None = None
+    """How words were made alike before they were compared: `english` or `basic` (`metrics.words.normaliser_of`)."""
     beams: int
     seconds: float
     reference_nll: float | None = None
@@ -57,6 +60,9 @@ class Translation:
     reference_rouge2: float | None = None
     reference_rougeL: float | None = None
     reference_rougeLsum: float | None = None
+    reference_wer: float | None = None
+    wer_to_reference: float | None = None
+    """The same against what the reference writes."""
     kl: float | None = None
 
 
@@ -92,7 +98,9 @@ def evaluate_translation(
     beside = {f"reference_{units.metric}": units.total for units in other}
     totals = {units.metric: units.total for units in own}
     num_tokens, seconds = int(own[0].sums[:, 1].sum()), time.perf_counter() - start
-    return Translation(num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, **totals, **beside)
+    return Translation(
+        num_items=len(pairs), num_tokens=num_tokens, beams=beams, seconds=seconds, normaliser=None, **totals, **beside
+    )
 
 
 def scores_per_pair(
@@ -116,10 +124,10 @@ def scores_per_pair(
     if max_new_tokens:
         METRICS[metric].require()  # before hours of writing
     sample = encode_pairs(pairs, tokenizer, context)
-    found = [_per_token("nll", target_losses(model, sample, batch_size=batch_size, progress=progress))]
+    found = [per_token("nll", "pairs", target_losses(model, sample, batch_size=batch_size, progress=progress))]
     if reference is not None:
         divergences = target_divergences(model, reference, sample, batch_size=batch_size, progress=progress)
-        found.append(_per_token("kl", divergences))
+        found.append(per_token("kl", "pairs", divergences))
     if max_new_tokens:
         outputs = generate_texts(
             model,
@@ -134,8 +142,9 @@ def scores_per_pair(
     return found
 
 
-def _per_token(metric: str, sums: Float[Tensor, "item 2"]) -> Units:
-    return Units(metric=metric, unit="pairs", sums=sums.numpy(), lower_is_better=True)
+def per_token(metric: str, unit: str, sums: Float[Tensor, "item 2"]) -> Units:
+    """Return a mean over tokens, from its sum and their number in each item."""
+    return Units(metric=metric, unit=unit, sums=sums.numpy(), lower_is_better=True)
 
 
 @torch.no_grad()

@@ -8,6 +8,11 @@ from ..checkpoint.staging import copy_file
 from .misread import misread_by
 from .pieces import UNTOUCHED, Export
 
+_UNTOUCHED = re.compile(
+    r"all tensors outside attention are the original's(, byte for byte| as it was read \(see below\))"
+)
+"""What the card of a fold says: `UNTOUCHED`, or, of one that was decoded or merged before, that it is as it was read."""
+
 
 def exported_card(card: str, made: Export | None) -> str:
     """Return `card` with another section on use; the other sections, on what was folded and how, hold for every layout. Without an
@@ -21,8 +26,11 @@ def exported_card(card: str, made: Export | None) -> str:
 
 
 def card_with_use(card: str, use: str, unchanged: str) -> str:
-    """Return `card` with `use` as its section on that, and a sentence in the place of `UNTOUCHED`."""
-    card = card.replace(UNTOUCHED, unchanged)
+    """Return `card` with `use` as its section on that, and `unchanged` in the place of what it says of tensors outside attention; if
+    that is `UNTOUCHED`, what it says holds for the export too.
+    """
+    if unchanged != UNTOUCHED:
+        card = _UNTOUCHED.sub(lambda _: unchanged, card)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")
     return f"{before.rstrip()}\n\n## Use\n\n{use}\n\n{heading.strip()}{' ' if heading else ''}{after}"

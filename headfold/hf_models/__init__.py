@@ -39,6 +39,7 @@ __all__ = [
     "open_tokenizer",
     "processor_flags",
     "product_seconds",
+    "speeds",
     "quiet",
     "stored_dtype",
 ]
@@ -108,11 +109,15 @@ def compute_dtype(source: torch.dtype, device: str = "cpu") -> tuple[torch.dtype
     """
     if torch.device(device).type != "cpu" or source not in (torch.bfloat16, torch.float16):
         return source, f"computed in the checkpoint's own {_short(source)}"
-    own, float32 = product_seconds(source), product_seconds(torch.float32)
-    times = f"a matrix product takes {own * 1e3:.3g} ms here, in float32 {float32 * 1e3:.3g} ms"
-    if own <= float32:
-        return source, f"computed in the checkpoint's own {_short(source)}: {times}"
-    return torch.float32, f"{_short(source)} weights computed in float32: {times}"
+    if product_seconds(source) <= product_seconds(torch.float32):
+        return source, f"computed in the checkpoint's own {_short(source)}: {speeds(source)}"
+    return torch.float32, f"{_short(source)} weights computed in float32: {speeds(source)}"
+
+
+def speeds(dtype: torch.dtype) -> str:
+    """Return how long this CPU multiplies matrices in a dtype and in float32, in words."""
+    times = " and ".join(f"{product_seconds(each) * 1e3:.3g} ms in {_short(each)}" for each in (dtype, torch.float32))
+    return f"this processor takes {times} to multiply the same two matrices"
 
 
 @functools.cache

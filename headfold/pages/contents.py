@@ -125,6 +125,18 @@ class TextSample:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSample:
+    """What the original and each fold, by name, write for one input: a text, or a recording."""
+
+    given: str
+    """The text, or which recording it is."""
+    expected: str
+    """What the data have for it: a translation, or what is said; empty where they have none."""
+    original: str
+    folds: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """Everything that a page shows."""
 
@@ -134,7 +146,7 @@ class Contents:
     fronts: Sequence[Front] = ()
     results: Sequence[Any] = ()
     """What `eval`, `bench` and `check` printed with --json (`results.Result`)."""
-    samples: Sequence[TextSample] = ()
+    samples: Sequence[TextSample | OutputSample] = ()
     no_samples: str = ""
     """Why there are no samples."""
     served: Mapping[str, Sequence[Served] | str] = field(default_factory=dict)

@@ -11,11 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from ..core.errors import UserError
-from . import costs, engines, grouping, layers, losses, positions, summary, texts
+from . import costs, engines, grouping, layers, losses, outcome, positions, summary, texts
 from .contents import Contents
 from .elements import Section, as_script, joined
 
-SECTIONS = (summary, costs, losses, layers, positions, grouping, texts, engines)
+SECTIONS = (outcome, summary, costs, losses, layers, positions, grouping, texts, engines)
 """The files of the sections, in the order of the page."""
 GENERATOR = '<meta name="generator" content="headfold'
 """By which a page that headfold wrote is told from a file of the user's."""

@@ -30,9 +30,9 @@ def _side_by_side(folds: Sequence[Fold]) -> Markup:
             fold.name,
             fold.base_model,
             " → ".join(kv_heads(fold)),
-            *(" → ".join(_row(fold, label)) for label in LABELS),
+            *(" → ".join(row_of(fold, label) or row_of(fold, NOT_CACHED.get(label, ""))) for label in LABELS),
             fold.plan.group,
-            _merges(fold),
+            merges(fold),
         )
         for fold in folds
     ]
@@ -41,13 +41,13 @@ def _side_by_side(folds: Sequence[Fold]) -> Markup:
     )
 
 
-def _row(fold: Fold, label: str) -> Sequence[str]:
-    """Return what the card says before and after of a cost."""
-    rows = (row[1:] for row in fold.card.table if len(row) == 3 and row[0] in (label, NOT_CACHED.get(label)))
-    return next(rows, ())
+def row_of(fold: Fold, label: str) -> Sequence[str]:
+    """Return what the card says before and after of a cost; nothing where it has no such row."""
+    return next((row[1:] for row in fold.card.table if len(row) == 3 and row[0] == label), ())
 
 
-def _merges(fold: Fold) -> str:
+def merges(fold: Fold) -> str:
+    """Return the merges of a fold with their options."""
     return ", ".join(dict.fromkeys(site.merge for site in fold.plan.sites.values()))
 
 
@@ -63,7 +63,7 @@ def _fold(fold: Fold) -> Sequence[Markup]:
     facts = [
         ("Original", fold.base_model or "not recorded: the card is gone"),
         ("Grouped by", plan.group),
-        ("Merged by", _merges(fold)),
+        ("Merged by", merges(fold)),
         ("Sites", str(len(plan.sites))),
         *(_halves(item) for item in card.items),
         *([] if any(item.startswith("Calibration") for item in card.items) else [_calibration(fold)]),

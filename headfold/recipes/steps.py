@@ -49,6 +49,23 @@ class _Written:
     done: dict[str, FoldFacts]
 
 
+def finished_folds(out: Path) -> list[Path]:
+    """Return the directories of the folds that a run has finished in `out`, in the order of its recipe.
+
+    Raises:
+        UserError: its file is none of this version, or names what is no directory in `out`.
+    """
+    file = out / FILE
+    advice = "name a folder that headfold run wrote"
+    found = [out / name for name in record(_Written, read_object(file, advice), str(file), advice).done]
+    for path in found:
+        if path.parent != out or path.name in ("", "..") or not path.is_dir():
+            raise UserError(
+                f"{file}: expected a directory beside it for each fold, found none for {path.name!r:.60}; {advice}"
+            )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """The folds of one run that are begun or done."""

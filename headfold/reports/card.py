@@ -38,6 +38,8 @@ class CardFacts:
     """What was trained together: all sites ("model") or one at a time ("block")."""
     calibration: Mapping[str, str]
     command: str
+    adapter: str = ""
+    """The adapter that was merged into the original before folding: a hub id or a directory; empty where there was none."""
     origin: str = ""
     """What the weights were before folding, where they were decoded or merged; empty where they were a plain checkpoint."""
     code: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ def model_card(source: Path, facts: CardFacts) -> str:
     name, kv_heads = model_name(facts.base_model), count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     parts = (
         f"---\n{_yaml(_metadata(source, facts))}---",
-        f"# {name} with {kv_heads} K/V head{'' if kv_heads == '1' else 's'}",
+        f"# {name}{f' + {model_name(facts.adapter)}' if facts.adapter else ''} with {kv_heads} K/V head{'' if kv_heads == '1' else 's'}",
         _summary(name, facts),
         _facts_table(facts),
         _load(facts),
@@ -106,7 +108,7 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
     text = re.sub(
         r"(?:No block was trained|Nothing was trained|((?:Every attention block was|All attention blocks were) then trained .*?)); "
-        r"all tensors outside attention are the original's, byte for byte\.",
+        r"all tensors outside attention are the original's(?:, byte for byte| as it was read \(see below\))\.",
         lambda found: f"{found[1] + '. ' if found[1] else ''}The whole model was then trained (see below).",
         card or f"# {name}, uptrained",
     )
@@ -161,7 +163,8 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 
 def _summary(name: str, facts: CardFacts) -> str:
-    linked = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
+    merged = f" with the LoRA adapter {_linked(model_name(facts.adapter))} merged into it, and" if facts.adapter else ""
+    unchanged = " as it was read (see below)" if facts.origin else ", byte for byte"
     refit = (
         ", then `W_q` (where there were data enough), `W_o` and the shared `W_v` of every block were refitted to the original"
         if facts.refit
@@ -170,11 +173,15 @@ def _summary(name: str, facts: CardFacts) -> str:
     after = count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     before, now = facts.serving_costs
     return (
-        f"This is {linked} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
+        f"This is {_linked(name)}{merged} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
         f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts)}; all tensors outside attention are the "
-        "original's, byte for byte."
+        f"original's{unchanged}."
     )
+
+
+def _linked(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
 def _training(facts: CardFacts) -> str:

@@ -12,6 +12,8 @@ MEASURES = (
     ("ROUGE-2", "{:.2f}", "rouge2"),
     ("ROUGE-L", "{:.2f}", "rougeL"),
     ("ROUGE-Lsum", "{:.2f}", "rougeLsum"),
+    ("word error rate", "{:.2%}", "wer"),
+    ("wrong words beside the reference's transcripts", "{:.2%}", "wer_to_reference"),
     ("accuracy", "{:.2%}", "accuracy"),
     ("cross-entropy (nats)", "{:.4f}", "cross_entropy"),
     ("KL(reference || model)", "{:.4f}", "kl"),
@@ -33,6 +35,10 @@ def show_scores(found: Any) -> None:
     title = f"{found.measured.num_items:,} {found.kind} of {found.source}, computed in {found.dtype}"
     headers = ["", found.model] + ([] if found.reference is None else [found.reference])
     show_table(headers, [row[: len(headers)] for row in rows], title=title)
+    if normaliser := getattr(found.measured, "normaliser", None):
+        print(f"words are compared after Whisper's {normaliser} normalisation")
+    for note in found.notes:
+        print(f"note: {note}")
 
 
 def show_evaluation(found: Any) -> None:

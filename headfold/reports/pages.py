@@ -18,5 +18,5 @@ def show_page_written(found: Any) -> None:
     if found.results:
         print(f"results: {found.results}")
     if not found.samples and found.folds:
-        print("note: no samples of text; give --original MODEL for those of a language model")
+        print("note: no samples of text; the page says how to have them")
     print(f"wrote {found.out} ({size(found.num_bytes)})")

@@ -9,6 +9,18 @@ from .advice import show_advice
 from .tables import cache_row, count_range, duration, percent, serving_cost_rows, show_table, size
 
 BARS = "▁▂▃▄▅▆▇█"
+_POSITIONS = {
+    "any": "not rotated, so keys merge after any linear change",
+    "rope-halves": "rotary (RoPE), so keys merge after a rotation and a scale of each pair of dims",
+    "rope-pairs": "rotary (RoPE), so keys merge after a rotation and a scale of each pair of dims",
+    "signs": "rotary (RoPE) after a norm of each head, so keys merge after changes of sign alone",
+}
+"""By the kind of `core.heads.KeyFreedom`: what a merge may do to keys without changing attention."""
+_ORDERS = {
+    "free": "free, so any heads may share",
+    "stack": "one for all layers of a stack, which share their position bias",
+    "fixed": "fixed by the position bias of each head (ALiBi), so only neighbours share",
+}
 COLOURS = ("green4", "chartreuse3", "yellow3", "gold1", "orange1", "dark_orange", "red1", "red3")
 
 
@@ -33,13 +45,19 @@ def show_inspection(found: Any) -> None:
         ["query heads", f"{found.num_heads} with head_dim {found.head_dim}"],
         ["K/V heads", str(found.num_kv_heads)],
         *_cache_rows(found),
-        ["free on K", found.key_freedom],
-        ["order of query heads", found.query_order],
+        ["position in keys", _in_words(_POSITIONS, found.key_freedom)],
+        ["order of query heads", _in_words(_ORDERS, found.query_order)],
     ]
     show_table([found.model, ""], rows)
     if found.advice is not None:
         show_advice(found.advice)
     show_predicted_errors(found.sites, found.basis)
+
+
+def _in_words(words: Mapping[str, str], said: str) -> str:
+    """Return what a kind means, and the rest of what was said after it."""
+    kind, _, rest = said.partition(" ")
+    return f"{words[kind]}{f' ({rest})' if rest else ''}"
 
 
 def _cache_rows(found: Any) -> list[list[str]]:
@@ -134,12 +152,26 @@ def show_plan_errors(plan: Any) -> None:
         print("no predicted error without statistics: run headfold calibrate and pass --stats")
 
 
-def show_plan(plan: Any, serving_costs: Any) -> None:
-    """Print a plan and the serving costs before and after it."""
+def show_plan(plan: Any, serving_costs: Any, in_nats: bool) -> None:
+    """Print a plan, the serving costs before and after it, and the loss increase where sites were measured.
+
+    `in_nats` says that the model has logits, so that its losses are KL to the original and not changes of hidden states.
+    """
     show_plan_errors(plan)
     before, after = [site.groups.num_heads for site in plan.sites.values()], plan.num_kv_heads.values()
     heads = ["K/V heads", count_range(min(before), max(before)), count_range(min(after), max(after))]
     show_table(["", "before", "after"], [heads, *serving_cost_rows(*serving_costs)])
+    if plan.predicted_loss_increase is not None:
+        print(f"predicted {_predicted(plan.predicted_loss_increase, in_nats)}")
+        print(
+            "the sum of what each site, folded alone, was measured to lose; what they lose together differs: headfold eval measures it"
+        )
+
+
+def _predicted(loss: float, in_nats: bool) -> str:
+    if in_nats:
+        return f"loss increase: {loss:.3g} nats (KL to the original, per token or item)"
+    return f"change of the output: {percent(loss)} of its energy"
 
 
 def _shares(site: Any) -> list[str]:

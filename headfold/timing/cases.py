@@ -11,7 +11,7 @@ import torch
 from ..checkpoint.hub import resolve
 from ..core.errors import UserError
 from ..families.context import context_length
-from ..hf_models import available_memory, compute_dtype
+from ..hf_models import available_memory, compute_dtype, speeds
 from ..runtime.attention import NAME
 from ..runtime.cache import generate_in_place
 from ..runtime.load import load, takes_attention
@@ -286,7 +286,8 @@ def notes_on(cases: Sequence[BenchModel], device: str) -> list[str]:
         if any(getattr(module, "kv_of_query", None) for module in case.model.modules()):
             notes.append(f"{case.label}: unequal groups, so any name but eager stands for headfold's attention")
     for dtype in {case.model.dtype for case in cases}:
-        faster, why = compute_dtype(dtype, device)
+        faster, _ = compute_dtype(dtype, device)
         if faster != dtype:
-            notes.append(f"reading a prompt would be faster in {str(faster).removeprefix('torch.')} (--dtype): {why}")
+            name = str(faster).removeprefix("torch.")
+            notes.append(f"prompts are read faster with --dtype {name}: {speeds(dtype)}")
     return notes

@@ -10,8 +10,7 @@ from ..checkpoint.hub import NamedDirectory
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..corpus.samples import kind_of
-from ..evaluate import perplexity, translation
-from ..evaluate.bootstrap import RESAMPLES
+from ..evaluate import perplexity
 from ..evaluate.data import DataEvaluation, DataRequest, check_metric, evaluate_on_data
 from ..evaluate.harness import TaskEvaluation, TaskRequest, compare_on_tasks, evaluate_tasks
 from ..evaluate.paired import PairedComparison, compare_on_data
@@ -19,6 +18,7 @@ from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
 from ..in_memory.data import evaluation_data
 from ..in_memory.models import takes_models
+from ..metrics.bootstrap import RESAMPLES
 from ..parallel import on_all, on_main
 from ..sources.plain import open_plain
 from ..trusted_code import trusts_code
@@ -62,8 +62,9 @@ def evaluate(
 ) -> Evaluation | DataEvaluation | TaskEvaluation | PairedComparison:
     """Measure `model` on data of its kind or on a task of lm-evaluation-harness.
 
-    A causal language model is measured by perplexity, KL and top-1 agreement; an encoder-decoder by its loss and BLEU or ROUGE; a
-    classifier by accuracy; any other encoder by the likeness of its embeddings to the reference's, which it needs.
+    A causal language model is measured by perplexity, KL and top-1 agreement; an encoder-decoder by its loss and BLEU or ROUGE, of
+    speech by its loss and word error rate; a classifier by accuracy; any other encoder by the likeness of its embeddings to the
+    reference's, which it needs.
 
     Args:
         model: A checkpoint directory, a GGUF file, a hub id, or a model of transformers in memory, as `compare` and `reference` may be.
@@ -77,7 +78,7 @@ def evaluate(
         columns: Columns of a table.
         context: Tokens per window, or where texts are cut.
         beams: Beams that an encoder-decoder writes with; by default 1.
-        max_new_tokens: Where its outputs are cut; 0 writes none.
+        max_new_tokens: Where its outputs are cut; 0 writes none. By default 128, of speech 224.
         task: A task of lm-evaluation-harness, or several, by name or pattern.
         num_fewshot: Examples before each item of a task; by default the task's own number.
         include_path: A folder with task files.
@@ -122,7 +123,7 @@ def evaluate(
     measured_on = on_main(lambda: evaluation_data(directory, text, limit, context, columns or ()))
     data = DataRequest(
         measured_on,
-        columns or (), context, limit, metric, beams or 1, translation.MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        columns or (), context, limit, metric, beams or 1, max_new_tokens,
         where, compute_dtype,
     )  # fmt: skip
     if compare:

@@ -10,12 +10,12 @@ from ..conversion.outputs import owned_file
 from ..core.errors import UserError
 from ..core.progress import Progress, counter, no_progress
 from ..hf_models import check_device
-from ..pages.contents import Contents, Fold, Front, Original, Served, TextSample
-from ..pages.continuations import NEW_TOKENS, PROMPTS, continuations
-from ..pages.folders import kind_of_path, name_of, read_methods, refuse_same_names
+from ..pages.contents import Contents, Fold, Front, Served
+from ..pages.folders import name_of, read_methods, refuse_same_names, with_kinds
 from ..pages.folds import open_fold, open_original
 from ..pages.page import require_charts, titled
 from ..pages.results import read_result
+from ..pages.samples import SamplesRequest, samples
 from ..pages.writing import NAME, write_page
 from ..parallel import main_only
 from .check import check
@@ -45,7 +45,9 @@ def report(
     out: str | Path = NAME,
     original: str | Path | None = None,
     prompts: Sequence[str] = (),
-    new_tokens: int = NEW_TOKENS,
+    text: str | None = None,
+    columns: Sequence[str] = (),
+    new_tokens: int | None = None,
     force: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
@@ -53,12 +55,14 @@ def report(
     """Write a self-contained page of HTML on folds, comparisons and frontiers.
 
     Args:
-        paths: Directories that `headfold.fold`, `headfold.compare` or `headfold.frontier` wrote, and files with what the command line
-            printed with --json: an evaluation, a benchmark, a check of engines. A single one may be given alone.
+        paths: Directories that `headfold.fold`, `headfold.run`, `headfold.compare` or `headfold.frontier` wrote, and files with what the
+            command line printed with --json: an evaluation, a benchmark, a check of engines. A single one may be given alone.
         out: The file to write.
         original: The checkpoint that the folds were made of, a directory or a hub id; with it the page has samples of text.
-        prompts: What the samples continue; by default three beginnings of texts.
-        new_tokens: Tokens that each model writes after a prompt.
+        prompts: What language models continue, by default three beginnings of texts; or what encoder-decoders read.
+        text: Data whose first items encoder-decoders and models of speech write for: pairs of text, or recordings.
+        columns: Columns of a table in `text`.
+        new_tokens: Tokens that each model writes; by default 64 after a prompt, else as `headfold.eval`.
         force: Replace what is at `out`.
         device: "cpu" or "cuda", for the samples.
         progress: Called with (stage, done, total).
@@ -72,10 +76,9 @@ def report(
     named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not named:
         raise UserError("report: expected a fold, or a folder of headfold compare or frontier, got nothing; name one")
-    kinds = [(path, kind_of_path(path)) for path in named]
+    kinds = with_kinds(named)
     refuse_same_names([path for path, kind in kinds if kind != "result"])
-    if prompts and original is None:
-        raise UserError("--prompt: expected --original DIR beside it, as both models continue a prompt; give it")
+    request = SamplesRequest(prompts, text, columns, new_tokens)
     with owned_file(out, force):
         advance = counter(progress, "read", len(kinds))
         folds, tables, fronts, results = [], [], [], []
@@ -92,10 +95,11 @@ def report(
             advance(1)
         if original is not None and not folds:
             raise UserError(f"--original {original}: expected a fold of it among what is reported, got none; name one")
+        request.check(original is not None, folds)
         opened = None if original is None else open_original(str(original), folds)
-        samples, reason = _samples(opened, folds, prompts or PROMPTS, new_tokens, place, progress)
+        written, reason = samples(opened, folds, request, place, progress)
         contents = Contents(
-            folds, opened, tables, fronts, results, samples, reason, {fold.name: _served(fold) for fold in folds}
+            folds, opened, tables, fronts, results, written, reason, {fold.name: _served(fold) for fold in folds}
         )
         names = [name_of(path) for path, kind in kinds if kind != "result"] or [path.name for path in named]
         size = write_page(out, contents, titled(names))
@@ -106,26 +110,8 @@ def report(
         [table.name for table in tables],
         [front.name for front in fronts],
         len(results),
-        len(samples),
+        len(written),
     )
-
-
-def _samples(
-    original: Original | None,
-    folds: Sequence[Fold],
-    prompts: Sequence[str],
-    new_tokens: int,
-    device: str,
-    progress: Progress,
-) -> tuple[Sequence[TextSample], str]:
-    """Return samples of text, or why there are none."""
-    if original is None:
-        return [], "No samples of text: with --original DIR the original and each fold continue the same prompts."
-    writers = {fold.name: fold.path for fold in folds if fold.kind == "text"}
-    if not writers:
-        return [], "No samples of text: these models do not continue a text."
-    found = continuations(original.path, writers, prompts, new_tokens=new_tokens, device=device, progress=progress)
-    return found, ""
 
 
 def _served(fold: Fold) -> Sequence[Served] | str:

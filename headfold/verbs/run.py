@@ -16,7 +16,9 @@ from ..core.errors import AlreadyFinished, UserError
 from ..core.progress import Progress
 from ..evaluate.data import DataEvaluation
 from ..evaluate.perplexity import Evaluation
+from ..pages.folders import EVALUATION
 from ..pages.page import require_charts
+from ..pages.samples import data_of_samples
 from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
@@ -26,7 +28,7 @@ from .evaluate import evaluate, facts
 from .fold import fold
 from .report import report
 
-PAGE, EVALUATION = "report.html", ".eval.json"
+PAGE = "report.html"
 
 
 def _models(options: Mapping[str, Any]) -> list[Any]:
@@ -109,7 +111,8 @@ def run(
         if page is not None:
             shown = [out / row.name for row in rows] + [out / f"{row.name}{EVALUATION}" for row in rows if row.metric]
             with read.at(read.report_line):
-                report(shown, out=page, original=original.path if read.adapter else name, force=True, **how)
+                written = data_of_samples(source.config, read.evaluation)
+                report(shown, out=page, original=original.path if read.adapter else name, force=True, **written, **how)
     return RunResult(out, rows, page)
 
 
