@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     1: ("core",),
     2: ("checkpoint", "parallel", "threads"),
-    3: ("families", "hf_models", "stats_file"),
+    3: ("families", "hf_models", "outputs", "stats_file"),
     4: ("measure", "group", "merge", "corpus", "recipes", "rotary_tables", "sources", "towers", "trusted_code"),
     5: ("adapted", "calibration", "divergence", "planning", "surgery"),
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp", "metrics"),

@@ -24,8 +24,8 @@ import headfold
 from headfold import parallel
 from headfold.checkpoint import staging
 from headfold.checkpoint.ownership import Claim, claim, lock_beside, lock_inside
-from headfold.conversion.outputs import owned_directory, owned_file, staged
 from headfold.core.errors import AlreadyFinished, UserError
+from headfold.outputs import owned_directory, owned_file, staged
 from headfold.verbs import fold as verb
 
 # ruff: noqa: F811 - fixtures are arguments

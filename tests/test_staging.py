@@ -12,8 +12,8 @@ from checkpoints import by_layer, contents, one_line, save, weights
 
 from headfold.checkpoint import staging
 from headfold.checkpoint.disk import replacing, temporary_beside
-from headfold.conversion.outputs import removed_on_error
 from headfold.core.errors import AlreadyFinished, SourceError, UserError
+from headfold.outputs import removed_on_error
 from headfold.stats_file import write_stats
 
 

@@ -80,7 +80,7 @@ def bench(
 
     Times every new token inside generate, of folds and of their originals, with headfold's attention and with that of stock
     transformers, alternating within one run. Reports which decoding kernel was chosen on this machine, and why."""
-    from ..conversion.outputs import refuse_existing
+    from ..outputs import refuse_existing
     from ..parallel import is_main
     from ..reports import timings
     from ..reports.plot import require_plot

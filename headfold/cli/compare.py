@@ -83,7 +83,7 @@ def compare(
 
     Calibrates once, folds MODEL by every method to every count of K/V heads, measures each beside the original, prints one table,
     and with the extra report writes a page to look at. Rows that were computed before are kept: run the same command again to resume."""
-    from ..conversion.outputs import refuse_existing
+    from ..outputs import refuse_existing
     from ..reports import comparisons
     from ..reports.plot import require_plot
     from ..reports.progress import ProgressReport

@@ -121,7 +121,7 @@ def uptrain(
 
     OUT is a checkpoint of the same form as FOLDED. After a kill, the same command resumes from OUT.partial. Several processes are
     started by torchrun or accelerate launch."""
-    from ..conversion.outputs import refuse_existing
+    from ..outputs import refuse_existing
     from ..reports import views
     from ..reports.plot import draw_curve, require_plot
     from ..reports.progress import ProgressReport

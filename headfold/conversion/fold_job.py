@@ -14,6 +14,7 @@ from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..families.spec import Site
+from ..outputs import staged
 from ..parallel import on_main, on_main_only
 from ..refine.fitting import Watch
 from ..reports.tables import estimate
@@ -23,7 +24,6 @@ from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
 from .healing import Healing
 from .measured_sites import MeasuredSites
-from .outputs import staged
 from .plans import plan_uniform
 from .provenance import Fitting
 from .source import Source

@@ -20,9 +20,9 @@ from ..checkpoint.disk import disk_errors, sizes
 from ..checkpoint.hub import NamedDirectory, cached
 from ..checkpoint.staging import copy_file, copy_side_files
 from ..conversion.fold_result import FoldResult
-from ..conversion.outputs import KEPT
 from ..core.errors import UserError
 from ..hf_models.building import library_errors, quiet
+from ..outputs import KEPT
 from ..parallel import is_main, on_all, on_main, spmd
 from ..runtime.load import load
 

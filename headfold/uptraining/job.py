@@ -17,7 +17,6 @@ from ..checkpoint.config import read_config
 from ..checkpoint.disk import write_errors
 from ..checkpoint.staging import commit, copy_side_files, is_of_job, job_key, staging_of, write_json, wrong_output
 from ..conversion.calibration_config import DEFAULT_TOKENS, CalibrationRequest
-from ..conversion.outputs import staged
 from ..conversion.source import open_source
 from ..core.errors import UserError
 from ..core.json_input import read_object
@@ -27,6 +26,7 @@ from ..evaluate.verify import compared_output
 from ..families.wrapped import is_wrapper, seen_tokens
 from ..hf_models import open_model, open_tokenizer, quiet, stored_dtype
 from ..hf_models.building import open_config
+from ..outputs import staged
 from ..parallel import is_main, on_main
 from ..reports.card import uptrained_card
 from ..runtime.load import own_class

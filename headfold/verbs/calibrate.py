@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..adequacy.reach import reach_of_text
 from ..conversion.calibration_config import CalibrationConfig
-from ..conversion.outputs import owned_file, refuse_existing_early
 from ..conversion.source import open_source, with_seen_tower
 from ..conversion.teacher import Teacher
 from ..core.progress import Progress, no_progress, silent
@@ -16,6 +15,7 @@ from ..families.context import context_length
 from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
 from ..in_memory.models import takes_models
+from ..outputs import owned_file, refuse_existing_early
 from ..parallel import on_all, on_main
 from ..trusted_code import trusts_code
 

@@ -16,7 +16,6 @@ from ..comparison import (
     write_rows,
 )
 from ..conversion.comparison_methods import DEFAULT, METHODS, REFIT, check_methods, common_counts
-from ..conversion.outputs import owned_directory, remove_output
 from ..conversion.source import open_source, open_stats
 from ..core.errors import UserError
 from ..core.files import file_digest
@@ -25,6 +24,7 @@ from ..corpus.samples import kind_of
 from ..evaluate.data import DataEvaluation, check_source
 from ..evaluate.perplexity import Evaluation
 from ..hf_models import check_device, dtype_named
+from ..outputs import owned_directory, remove_output
 from ..pages.writing import methods_page
 from ..parallel import ProcessLost, on_all, on_main, spmd
 from ..stats_file import StatsFile

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ..checkpoint.disk import replacing
 from ..checkpoint.hub import resolve
-from ..conversion.outputs import refuse_existing
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..detection import Detection
 from ..detection import detect as experiment
+from ..outputs import refuse_existing
 from ..parallel import main_only
 from ..trusted_code import trusts_code
 

@@ -10,7 +10,6 @@ from ..checkpoint.cards import read_card, write_card
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import commit, copy_file, job_key, refuse_overlap
 from ..conversion.layouts import compare_layouts
-from ..conversion.outputs import owned_file, staged
 from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..divergence import TOLERANCE
@@ -21,6 +20,7 @@ from ..exports.layout import choose_layout, make_export
 from ..exports.misread import misread_by
 from ..exports.pieces import Export, write_export
 from ..hf_models import check_device, dtype_named
+from ..outputs import owned_file, staged
 from ..parallel import main_only
 
 EXACT = "float32"

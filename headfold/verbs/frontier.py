@@ -11,12 +11,12 @@ from ..budget.points import is_unfinished, read_front, unfinished, write_points
 from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple
 from ..checkpoint.ownership import refuse_contents
-from ..conversion.outputs import owned_directory
 from ..conversion.source import open_source, open_stats
 from ..core.plan import Plan
 from ..core.progress import Progress, no_progress
 from ..head_dims import possible_multiples
 from ..hf_models import check_device, dtype_named
+from ..outputs import owned_directory
 from ..pages.contents import Front
 from ..pages.writing import front_page
 from ..parallel import on_all, on_main, on_main_only, spmd

@@ -11,7 +11,6 @@ from ..budget.request import BudgetRequest
 from ..budget.sensitivity_file import path_of_multiple, sensitivity_path
 from ..checkpoint.staging import write_json
 from ..conversion.folded_config import folded_config, refuse_counts_per_layer
-from ..conversion.outputs import refuse_existing
 from ..conversion.plans import plan_uniform
 from ..conversion.source import open_source, open_stats
 from ..conversion.teacher import Teacher
@@ -21,6 +20,7 @@ from ..core.progress import Progress, no_progress, silent
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_device, dtype_named
 from ..in_memory.models import takes_models
+from ..outputs import refuse_existing
 from ..parallel import on_all, on_main, on_main_only
 from ..planning import parse_group
 from ..stats_file import StatsFile

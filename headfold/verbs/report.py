@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..budget.points import read_front
-from ..conversion.outputs import owned_file
 from ..core.errors import UserError
 from ..core.progress import Progress, counter, no_progress
 from ..hf_models import check_device
+from ..outputs import owned_file
 from ..pages.contents import Contents, Fold, Front, Served
 from ..pages.folders import name_of, read_methods, refuse_same_names, with_kinds
 from ..pages.folds import open_fold, open_original

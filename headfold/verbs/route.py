@@ -12,12 +12,12 @@ from .. import calibration as calibrating
 from .. import routing
 from ..checkpoint.staging import commit, holds_other_job, job_key, refuse_overlap
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
-from ..conversion.outputs import staged
 from ..conversion.routed import compare_routed, every_site, open_grouped, routed_config, write_routed
 from ..conversion.teacher import Teacher
 from ..core.plan import Plan
 from ..core.progress import Progress, counter, no_progress
 from ..hf_models import check_device, dtype_named
+from ..outputs import staged
 from ..parallel import on_all, on_main, spmd
 
 

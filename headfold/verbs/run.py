@@ -10,15 +10,16 @@ from typing import Any
 from ..checkpoint.hub import NamedDirectory
 from ..checkpoint.staging import refuse_overlap, write_json
 from ..comparison import scored
-from ..conversion.outputs import owned_directory
 from ..conversion.source import Source, open_source
 from ..core.errors import AlreadyFinished, UserError
 from ..core.progress import Progress
 from ..evaluate.data import DataEvaluation
 from ..evaluate.perplexity import Evaluation
+from ..outputs import owned_directory
 from ..pages.folders import EVALUATION
 from ..pages.page import require_charts
 from ..pages.samples import data_of_samples
+from ..pages.writing import NAME
 from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
@@ -27,8 +28,6 @@ from ..trusted_code import trusts_code
 from .evaluate import evaluate, facts
 from .fold import fold
 from .report import report
-
-PAGE = "report.html"
 
 
 def _models(options: Mapping[str, Any]) -> list[Any]:
@@ -105,9 +104,8 @@ def run(
                 made = _fold(read, step, name, out / step.name, {**how, "say": say}, ours)
                 steps = on_main(partial(steps.finish, step.name, made))
         rows = [Row(step.name, steps.done[step.name]) for step in read.folds]
-        if read.evaluation is not None:
-            rows = [_measured(read, row, out, original, how) for row in rows]
-        page = out / PAGE if read.report else None
+        rows = rows if read.evaluation is None else [_measured(read, row, out, original, how) for row in rows]
+        page = out / NAME if read.report else None
         if page is not None:
             shown = [out / row.name for row in rows] + [out / f"{row.name}{EVALUATION}" for row in rows if row.metric]
             with read.at(read.report_line):
@@ -136,9 +134,8 @@ def _check(recipe: Recipe) -> None:
 
 def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[str, Any], force: bool) -> FoldFacts:
     """Fold as a step says."""
-    options = {**how, **step.options, "adapter": recipe.adapter}
-    if (plan := recipe.plan_of(step)) is not None:
-        options["plan"] = plan
+    plan = recipe.plan_of(step)
+    options = {**how, **step.options, "adapter": recipe.adapter} | ({} if plan is None else {"plan": plan})
     with recipe.at(step.line, step.name):
         try:
             found = fold(model, out, force=force, **options)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..checkpoint.ownership import claim, lock_beside, lock_inside
-from ..checkpoint.staging import JOB, Publish, open_staging, staging_of
-from ..core.errors import SourceError, UserError
-from ..parallel import is_main, on_main, on_main_only
+from .checkpoint.ownership import claim, lock_beside, lock_inside
+from .checkpoint.staging import JOB, Publish, open_staging, staging_of
+from .core.errors import SourceError, UserError
+from .parallel import is_main, on_main, on_main_only
 
 KEPT = "; what was done until then is kept in "
 """Ends an error after which the same job goes on from its staging directory, whose name follows."""
