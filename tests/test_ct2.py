@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import headfold
 from headfold.checkpoint import staging
+from headfold.checkpoint.cards import UNTOUCHED
 from headfold.core.errors import AlreadyFinished, UserError
 from headfold.exports.engines import ct2
-from headfold.exports.pieces import UNTOUCHED
 from headfold.families import family_of
 from headfold.families.spec import read_field
 from headfold.runtime.modeling_headfold import grouped_class
@@ -337,7 +337,7 @@ def test_one_that_was_killed_at_its_very_end_is_finished_by_the_same_command(
 ) -> None:
     pair("t5", tmp_path / "fold", EQUAL)
 
-    def killed(place: Path, force: bool) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -350,7 +350,7 @@ def test_every_page_makes_a_file_of_its_own(page: str) -> None:
     """Nothing of it is defined twice, and it imports torch and transformers alone."""
     (text,) = remote_files({"model_type": "wrapper", "decoder": {"model_type": page}}).values()
     defined = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert f"{page}_forward" in defined and len(set(defined)) == len(defined)
+    assert len(set(defined)) == len(defined) and (f"{page}_forward" in defined or f"\n{page}_forward = " in text)
     imported = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
     assert imported - sys.stdlib_module_names == {"torch", "transformers"}
 

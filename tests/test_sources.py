@@ -26,11 +26,11 @@ from tiny import tiny_checkpoint
 from torch import Tensor
 
 import headfold
+from headfold.checkpoint.cards import UNTOUCHED
 from headfold.checkpoint.hub import locate, locate_adapter
 from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.exports.card import card_with_use
-from headfold.exports.pieces import UNTOUCHED
 from headfold.sources import plain as plain_source
 from headfold.sources.plain import open_plain
 from headfold.verbs.export import export

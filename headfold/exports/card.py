@@ -3,15 +3,10 @@
 import re
 from pathlib import Path
 
-from ..checkpoint.cards import read_card, write_card
+from ..checkpoint.cards import REST, UNTOUCHED, read_card, write_card
 from ..checkpoint.staging import copy_file
 from .misread import misread_by
-from .pieces import UNTOUCHED, Export
-
-_UNTOUCHED = re.compile(
-    r"all tensors outside attention are the original's(, byte for byte| as it was read \(see below\))"
-)
-"""What the card of a fold says: `UNTOUCHED`, or, of one that was decoded or merged before, that it is as it was read."""
+from .pieces import Export
 
 
 def exported_card(card: str, made: Export | None) -> str:
@@ -30,7 +25,7 @@ def card_with_use(card: str, use: str, unchanged: str) -> str:
     that is `UNTOUCHED`, what it says holds for the export too.
     """
     if unchanged != UNTOUCHED:
-        card = _UNTOUCHED.sub(lambda _: unchanged, card)
+        card = REST.sub(lambda _: unchanged, card)
     without = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     before, heading, after = without.partition("\n## ")
     return f"{before.rstrip()}\n\n## Use\n\n{use}\n\n{heading.strip()}{' ' if heading else ''}{after}"

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checkpoint.cards import UNTOUCHED
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.staging import copy_side_files, write_json
 from ..checkpoint.writer import output_bytes, rewrite
@@ -18,10 +19,6 @@ from ..runtime.remote import BASE
 
 Read = Callable[[str], Tensor]
 Make = Callable[[Read], Mapping[str, Tensor]]
-
-
-UNTOUCHED = "all tensors outside attention are the original's, byte for byte"
-"""The sentence of a fold's card on the rest of the model."""
 
 
 @dataclass(frozen=True, slots=True)

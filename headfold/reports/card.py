@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.cards import AS_READ, REST, UNTOUCHED
 from .tables import count_range, duration, estimate, markdown_table, percent, serving_cost_rows
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -108,7 +109,7 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
     text = re.sub(
         r"(?:No block was trained|Nothing was trained|((?:Every attention block was|All attention blocks were) then trained .*?)); "
-        r"all tensors outside attention are the original's(?:, byte for byte| as it was read \(see below\))\.",
+        rf"(?:{REST.pattern})\.",
         lambda found: f"{found[1] + '. ' if found[1] else ''}The whole model was then trained (see below).",
         card or f"# {name}, uptrained",
     )
@@ -164,7 +165,6 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 def _summary(name: str, facts: CardFacts) -> str:
     merged = f" with the LoRA adapter {_linked(model_name(facts.adapter))} merged into it, and" if facts.adapter else ""
-    unchanged = " as it was read (see below)" if facts.origin else ", byte for byte"
     refit = (
         ", then `W_q` (where there were data enough), `W_o` and the shared `W_v` of every block were refitted to the original"
         if facts.refit
@@ -175,8 +175,8 @@ def _summary(name: str, facts: CardFacts) -> str:
     return (
         f"This is {_linked(name)}{merged} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
-        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts)}; all tensors outside attention are the "
-        f"original's{unchanged}."
+        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts)}; "
+        f"{AS_READ if facts.origin else UNTOUCHED}."
     )
 
 
