@@ -131,13 +131,19 @@ def check_tower_runs(name: str, chosen: Sequence[Site], kind: str | None) -> Non
     Raises:
         UserError: one of the sites is in a tower, and the data are text.
     """
-    stack = next((site.stack for site in chosen if site.optional), None)
-    if stack is not None and kind in (None, "text", "texts"):
-        data, columns = ("images with texts", "IMAGE,TEXT") if stack == VISION else ("sound with texts", "AUDIO,TEXT")
+    columns = columns_of_tower(chosen)
+    if columns and kind in (None, "text", "texts"):
+        data = "images with texts" if columns.startswith("IMAGE") else "sound with texts"
         raise UserError(
             f"{name}: --encoder: expected {data}, on which the tower runs, got {'no data' if kind is None else 'text'}; pass "
             f"--calibration SOURCE --columns {columns}, or leave --encoder out"
         )
+
+
+def columns_of_tower(chosen: Sequence[Site]) -> str:
+    """Return the kinds of columns of the data on which the tower among these sites runs; an empty text where there is none."""
+    stack = next((site.stack for site in chosen if site.optional), None)
+    return "" if stack is None else "IMAGE,TEXT" if stack == VISION else "AUDIO,TEXT"
 
 
 def _family(inner: Mapping[str, Any]) -> Family | None:

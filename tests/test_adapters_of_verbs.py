@@ -4,6 +4,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,14 @@ def test_a_fold_that_runs_in_headfolds_runtime_takes_no_adapter(place: Path) -> 
     with pytest.raises(UserError) as error:
         check_base(open_adapter(place / "lora"), source_checkpoint(), {"headfold": {"sites": []}})
     one_line(error, "runs in headfold's runtime", "headfold fold ORIGINAL OUT --adapter")
+
+
+def test_an_adapter_of_what_a_base_was_trained_from_is_merged(place: Path, tmp_path: Path) -> None:
+    """A published model of chat names the model that it was trained from, and adapters of that are used on it."""
+    shutil.copytree(source_checkpoint(), tmp_path / "chat")
+    (tmp_path / "chat" / "README.md").write_text(f"---\nbase_model: {source_checkpoint()}\n---\n")
+    adapter = open_adapter(place / "lora")
+    check_base(adapter, tmp_path / "chat", {})
+    (tmp_path / "chat" / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="its original"):
+        check_base(adapter, tmp_path / "chat", {})

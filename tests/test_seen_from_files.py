@@ -20,6 +20,8 @@ from wrapped_models import SEEN, logits_of, seen_sample, wrapped_checkpoint
 
 import headfold
 from headfold import cli
+from headfold.advice.commands import fold_command
+from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.corpus import illustrated
 from headfold.corpus.samples import draw_sample
@@ -77,6 +79,27 @@ def test_the_command_folds_tower_and_language_model(
     assert scores["kv_bytes_per_token"] * 2 == scores["reference_kv_bytes_per_token"]
     run("run", tmp_path / "second" / "headfold.yaml", tmp_path / "again", "--model", llava)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == files[1].read_bytes()
+
+
+def test_statistics_of_text_are_refused_for_a_tower(llava: Path, captioned: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "text.txt").write_text("a red square on grey\n\n" * 200)
+    headfold.calibrate(llava, tmp_path / "stats", calibration=str(tmp_path / "text.txt"), tokens=64, context=32)
+    for use in (
+        lambda: headfold.plan(llava, kv_heads="1/2", encoder=True, stats=tmp_path / "stats"),
+        lambda: headfold.fold(
+            llava, tmp_path / "out", kv_heads="1/2", encoder=True, stats=tmp_path / "stats",
+            calibration=str(captioned), columns=COLUMNS, items=8,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            use()
+        one_line(error, tmp_path / "stats", "images with texts", "IMAGE,TEXT")
+    assert headfold.plan(llava, kv_heads="1/2", stats=tmp_path / "stats").sites
+
+
+def test_the_command_that_follows_a_plan_names_what_the_tower_sees(llava: Path) -> None:  # noqa: F811
+    assert fold_command(open_source(llava, encoder=True), 2).endswith("--calibration SOURCE --columns IMAGE,TEXT")
+    assert "--calibration" not in fold_command(open_source(llava), 2)
 
 
 def test_sound_stands_in_its_text(hearing: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import one_line
 from grades import assert_bitwise, assert_differs
 from safetensors.torch import load_file
 from test_captions import captioned  # noqa: F401 (a fixture)
@@ -98,3 +99,11 @@ def test_a_fold_of_the_language_model_alone_is_trained_on_images(
     data = dict(data=str(captioned), columns=COLUMNS)
     found = uptrain(tmp_path / "fold", tmp_path / "out", distill=llava, **data, **SHORT)
     assert found.kind == "captions" and found.difference <= found.tolerance
+
+
+def test_a_fold_with_a_tower_is_not_routed(folded: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a red square on grey\n\n" * 200)
+    with pytest.raises(UserError) as error:
+        headfold.route(folded, tmp_path / "out", route="static", calibration=str(tmp_path / "text.txt"), tokens=64)
+    one_line(error, folded, "whose tower is folded too", "--encoder")
+    assert not list(tmp_path.glob("out*"))

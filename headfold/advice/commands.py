@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ..conversion.source import Source
 from ..corpus.samples import kind_of
+from ..families.wrapped import is_wrapper
+from ..towers import columns_of_tower
 
 
 def fold_command(source: Source, num_kv_heads: int, *options: str) -> str:
@@ -17,5 +19,7 @@ def fold_command(source: Source, num_kv_heads: int, *options: str) -> str:
     words = ["headfold", "fold", name, out, *options]
     words += ["--adapter", source.plain.adapter] if source.plain.adapter else []
     words += ["--trust-remote-code"] if source.code else []
-    words += [] if "--stats" in options or kind_of(source.config) == "text" else ["--calibration", "SOURCE"]
+    columns = columns_of_tower(source.sites) if is_wrapper(source.config) else ""
+    if "--stats" not in options and (columns or kind_of(source.config) != "text"):
+        words += ["--calibration", "SOURCE", *(["--columns", columns] if columns else [])]
     return shlex.join(words)

@@ -56,11 +56,6 @@ def refuse_counts_per_layer(source: Source) -> None:
     stock_gqa = [site.name for site in source.sites if site.stock_gqa]
     if len(stock_gqa) < 2:
         return
-    if source.code:
-        raise UserError(
-            f"{source.name}: expected a class of transformers for a budget, which gives layers different counts, got that of "
-            f"{source.code[0]}, which reads one count; use --kv-heads"
-        )
     counts = {site.name: site.num_kv_heads for site in source.sites} | {stock_gqa[0]: 1}
     sites = {
         s.name: SitePlan(Groups.contiguous(s.num_kv_heads, counts[s.name]), "mean", s.head_dim) for s in source.sites

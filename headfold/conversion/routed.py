@@ -22,6 +22,7 @@ from ..exports.card import exported_card
 from ..exports.pieces import Export
 from ..families.folded import runtime_entry
 from ..families.spec import Family
+from ..families.wrapped import is_in_language_model
 from ..hf_models import exceeds_memory, open_model, stored_dtype
 from ..reports.card import routed_card
 from ..runtime.load import own_class, read_checked_config
@@ -38,9 +39,15 @@ def open_grouped(folded: Path) -> Source:
     """Open a grouped checkpoint as calibration needs it; its sites are found in the running model.
 
     Raises:
-        UserError: not a grouped checkpoint, or one that does not fit into memory.
+        UserError: not a grouped checkpoint, one with a folded tower, or one that does not fit into memory.
     """
-    read_checked_config(folded)
+    config = read_checked_config(folded)
+    listed = config["headfold"]["sites"] if "headfold" in config else []
+    if listed and not any(is_in_language_model(config["model_type"], site["module"]) for site in listed):
+        raise UserError(
+            f"{folded}: expected a fold of a language model to route, got one whose tower is folded too, which lists the heads of that "
+            "alone; fold without --encoder"
+        )
     checkpoint = Checkpoint.open(folded)
     if exceeds_memory(checkpoint, torch.promote_types(stored_dtype(folded), torch.float32)):
         raise UserError(f"{folded}: expected a model that fits into memory, to run it routed; use a larger machine")

@@ -23,7 +23,7 @@ from ..hf_models.building import fitting_class, open_config
 from ..rotary_tables import with_plane_frequencies
 from ..sources.plain import Plain, open_plain
 from ..stats_file import StatsFile
-from ..towers import tower_sites, why_no_tower
+from ..towers import check_tower_runs, tower_sites, why_no_tower
 from ..trusted_code import trusted_code
 
 _FOLD_THE_ORIGINAL = "fold the original to fewer heads instead"
@@ -166,13 +166,15 @@ def open_stats(path: str | Path | None, source: Source) -> StatsFile | None:
     """Open a file of statistics.
 
     Raises:
-        UserError: the statistics are of another checkpoint.
+        UserError: the statistics are of another checkpoint, or of text where a tower is to be folded.
     """
     if path is None:
         return None
     stats = StatsFile(Path(path))
     if stats.metadata.get("model") not in (None, source.checkpoint.fingerprint()):
         raise UserError(f"{path}: statistics of another model than {source.name}; run headfold calibrate on this one")
+    if is_wrapper(source.config):
+        check_tower_runs(f"{path}: statistics of {source.name}", source.sites, stats.metadata.get("kind"))
     for site in source.every_site:
         for name, expected in shapes_of_statistics(
             site, lambda tensor: source.checkpoint.tensors[tensor].shape

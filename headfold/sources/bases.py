@@ -41,7 +41,10 @@ def check_base(adapter: Adapter, base: Path, config: Mapping[str, Any]) -> None:
         UserError: the adapter was made for the original of the base, or for a fold that the base is not; the base has projections that
             stock transformers does not.
     """
-    refuse_adapter_of_original(adapter, base)
+    if (
+        base / _PLAN
+    ).is_file():  # the card of any other model may name one that it was trained from, whose adapters suit it
+        refuse_adapter_of_original(adapter, base)
     if "headfold" in config:
         raise UserError(
             f"{base}: expected a model of a class of transformers to merge an adapter into, got a fold that runs in headfold's runtime; "

@@ -64,6 +64,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Run `model` over calibration data and write the statistics that plans and merges need to the file `stats`.
 
+    Every site that runs on the data is measured, an encoder and a wrapper's tower too, whether they are folded later or not.
+
     Files of several runs add up (`headfold.stats_file.add_stats`).
 
     Args:
