@@ -12,7 +12,6 @@ from .options import (
     Debug,
     Device,
     Dtype,
-    Encoder,
     Force,
     Group,
     HeadDimMultiple,
@@ -39,7 +38,6 @@ EXAMPLES = (
 def frontier(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
-    encoder: Encoder = False,
     adapter: Adapter = None,
     allowed: Allowed = None,
     tp: Tp = 1,
@@ -77,7 +75,7 @@ def frontier(
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         found = verb.frontier(
-            model, out, tp=tp, measured=measure, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, device=device,
+            model, out, tp=tp, measured=measure, refit=refit, seed=seed, workers=workers, force=force, device=device,
             dtype=dtype, progress=progress, **chosen,
         )  # fmt: skip
     if not answered(found.to_json(), as_json):

@@ -58,7 +58,6 @@ def frontier(
     sensitivity: str | Path | None = None,
     refit: bool = True,
     measured: int = NUM_MEASURED,
-    encoder: bool = False,
     adapter: str | Path | None = None,
     seed: int = 0,
     workers: int = 1,
@@ -84,7 +83,6 @@ def frontier(
         sensitivity: The file of measured sensitivities; by default in `out`.
         refit: Refit what is folded in memory, as fold will.
         measured: Points to fold in memory and measure, beside the uniform ones; the others are predicted.
-        encoder: Include the encoder of an encoder-decoder.
         adapter: A LoRA adapter of peft that is merged into the model first.
         seed: Seed of everything drawn at random.
         workers: Sites that are grouped side by side, in threads.
@@ -102,7 +100,7 @@ def frontier(
     with owned_directory(directory):
         if not is_unfinished(directory):
             on_main(lambda: refuse_contents(directory, force))
-        source = on_all(lambda: open_source(model, encoder, adapter, progress))
+        source = on_all(lambda: open_source(model, adapter=adapter, progress=progress))
         given = on_main_only(lambda: open_stats(stats, source))
         multiples = possible_multiples(source.sites, head_dim_multiple, group, merge)
         on_main(lambda: require_statistics(given))

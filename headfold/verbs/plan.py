@@ -80,7 +80,7 @@ def plan(
         group: Grouping method with its options.
         merge: Merge method with its options.
         stats: A file that `headfold.calibrate` wrote.
-        encoder: Plan the encoder of an encoder-decoder, or the tower of a wrapper, too.
+        encoder: With `kv_heads`, plan the encoder of an encoder-decoder, or the tower of a wrapper, too.
         seed: Seed of everything drawn at random.
         workers: Sites that are grouped side by side, in threads.
         force: Replace `out`.
