@@ -19,6 +19,7 @@ from test_source_adapters import adapted
 
 import headfold
 from headfold.core.errors import UserError
+from headfold.pages.results import labels
 from headfold.sources.adapter import open_adapter
 from headfold.sources.bases import check_base
 from headfold.sources.plain import open_plain
@@ -50,7 +51,7 @@ def loss_of(place: Path, model: str | Path, **options: Any) -> Any:
 def test_eval_merges_it_into_the_reference(place: Path, run) -> None:
     base, lora = source_checkpoint(), place / "lora"
     found = loss_of(place, place / "fold", reference=base, adapter=lora)
-    assert found.kl == pytest.approx(0, abs=1e-9) and found.reference == f"{base} + {lora}"
+    assert found.kl == pytest.approx(0, abs=1e-9) and found.reference == f"{base} + {lora.name}"
     assert loss_of(place, place / "fold", reference=base).kl > 1e-3
     words = ("--reference", base, "--adapter", lora, "--text", place / "text.txt", "--json")
     assert json.loads(run("eval", place / "fold", *words).out)["kl"] == pytest.approx(0, abs=1e-9)
@@ -59,7 +60,8 @@ def test_eval_merges_it_into_the_reference(place: Path, run) -> None:
 def test_eval_merges_it_into_the_first_model(place: Path) -> None:
     base, lora = source_checkpoint(), place / "lora"
     alone = loss_of(place, base, adapter=lora)
-    assert alone.model == f"{base} + {lora}"
+    assert alone.model == f"{base} + {lora.name}"
+    assert labels([alone]) == {alone.model: f"{Path(base).name} + {lora.name}"}  # on a page
     assert alone.perplexity == pytest.approx(loss_of(place, place / "fold").perplexity, rel=1e-5)
     merged, fold, plain = loss_of(place, base, compare=[place / "fold", base], adapter=lora).rows
     assert fold.value == pytest.approx(merged.value, rel=1e-5) and plain.value != pytest.approx(merged.value, rel=1e-2)

@@ -137,6 +137,7 @@ def test_every_layout(name: str, layout: str, groups: list[tuple[int, ...]], tmp
     ("config", "expected"),
     [
         (dict(model_type="unheard of", n_layer=3, n_head=4, n_embd=20), 3 * 2 * 4 * 5),
+        (dict(model_type="unheard of", n_layer=3, n_head=4, n_embd=20, n_head_kv=2), 3 * 2 * 2 * 5),
         (dict(model_type="unheard of", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=7), 3 * 2 * 2 * 7),
         (dict(model_type="a wrapper", text_config=dict(num_hidden_layers=1, num_attention_heads=4, hidden_size=20)), 2 * 4 * 5),
         (dict(model_type="detected", headfold={"sites": [dict(module=m, kv_heads=n, head_dim=5) for m, n in [("a", 2), ("b", 1)]]}), 30),

@@ -192,6 +192,23 @@ def test_outputs_begin_with_the_target_language(nllb: tuple[Path, str]) -> None:
     assert forced == [german, None] and (written[0][:, 1] == german).all() and (written[1][:, 0] == german).all()
 
 
+def test_samples_of_a_page_are_of_the_languages_that_columns_name(nllb: tuple[Path, str], tmp_path: Path) -> None:
+    """Of pairs of text, and of prompts; other columns than languages have no meaning beside prompts."""
+    pytest.importorskip("markupsafe")
+    (model, pairs), fold, shown = nllb, tmp_path / "fold", []
+    headfold.fold(model, fold, kv_heads=4, merge="mean", group="contiguous", refit=False, verify=False)
+    languages = ["eng_Latn", "deu_Latn"]
+    for number, source in enumerate([{"text": pairs}, {"prompts": ENGLISH[:3]}]):
+        out = tmp_path / f"{number}.html"
+        headfold.report(fold, out=out, original=model, columns=languages, new_tokens=2, **source)
+        shown.append(out.read_text())
+    assert all(ENGLISH[2] in page for page in shown)
+    with pytest.raises(UserError, match="expected the two languages of the prompts as"):
+        headfold.report(
+            fold, out=tmp_path / "no.html", original=model, prompts=["a"], columns=["en", "de"], new_tokens=2
+        )
+
+
 def pictures(folder: Path, count: int = 24) -> list[Path]:
     folder.mkdir()
     draw = random.Random(0)

@@ -56,6 +56,10 @@ def test_the_outcome_of_a_fold_is_told_from_its_files(model: Path, fold: Path, t
         in measured
     )
     assert "accuracy" not in measured and "not measured" not in measured  # the classes are of another model
+    adapted = replace(EVALUATION, model=f"{EVALUATION.model} + mine")
+    assert "With the adapter mine, on 63 tokens of text.txt, its loss is 2.500" in said(
+        Contents([opened], results=[adapted])
+    )
     of_classes = said(Contents([replace(opened, name="a")], results=results))
     assert "On 10 images of folder, its accuracy is 50.0 %, the original's 75.0 %." in of_classes
 

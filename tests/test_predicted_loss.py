@@ -4,17 +4,21 @@
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 from test_budget import stats  # noqa: F401 - a fixture
 from test_cli import copy, model, run  # noqa: F401 - fixtures
+from tiny import FOREIGN, stock_model, tiny_checkpoint, tiny_sample
 
 import headfold
 from headfold.budget.curves import loses_nats
+from headfold.checkpoint.config import read_config
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan
+from headfold.evaluate.verify import model_output
 
 
 def test_a_budget_says_what_it_is_predicted_to_lose_and_how_to_go_on(
@@ -48,5 +52,14 @@ def test_a_loss_that_no_plan_has_is_refused(model: Path, loss: object) -> None:
         Plan.from_json({**found, "predicted_loss_increase": loss})
 
 
-def test_losses_of_models_without_logits_are_no_nats(tmp_path: Path) -> None:
-    assert [loses_nats({"architectures": [name]}) for name in ("GPT2LMHeadModel", "BertModel")] == [True, False]
+_ONE_OF_EACH_ENDING = {
+    re.sub(r"^.*?(?=For[A-Z]|LMHead|MTModel|Model)", "", foreign.model_class): name for name, foreign in FOREIGN.items()
+}
+
+
+@pytest.mark.parametrize("name", sorted({*_ONE_OF_EACH_ENDING.values(), "xlm-roberta", "clip"} - {"electra"}))
+def test_losses_are_nats_where_logits_are_compared(name: str) -> None:
+    """An ELECTRA has one logit for each token, which is no distribution over words."""
+    path = tiny_checkpoint(name)
+    output, _ = model_output(stock_model(path), tiny_sample(name))
+    assert loses_nats(read_config(path)) == (output == "logits")

@@ -3,6 +3,7 @@
 # ruff: noqa: F811 - fixtures are arguments
 
 import json
+import wave
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_a_fold_is_measured_beside_what_is_said_and_what_its_original_writes(whi
     assert found.reference_wer == same.wer and found.wer is not None and found.nll != found.reference_nll
     none = headfold.eval(fold, reference=model, text=sounds, max_new_tokens=0).measured
     assert none.wer is None and none.nll == found.nll
+
+
+@needs_jiwer
+def test_a_context_cuts_labels_and_no_words_of_the_comparison(
+    whisper: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, sounds = whisper
+    transcripts = [file.read_text().strip() for file in sorted(Path(sounds).rglob("*.txt"))]
+    compared, units = [], words.units
+    monkeypatch.setattr(words, "units", lambda said, *rest: compared.append(list(said)) or units(said, *rest))
+    headfold.eval(model, text=sounds, context=3)
+    assert compared == [transcripts] and max(map(len, map(str.split, transcripts))) > 3
+
+
+def test_recordings_longer_than_the_window_are_noted(run, whisper: tuple[str, str, str], tmp_path: Path) -> None:
+    """Their end is not heard, and what is said there counts as wrong."""
+    for name, seconds in (("long", 3), ("short", 1)):
+        with wave.open(str(tmp_path / f"{name}.wav"), "wb") as file:
+            file.setnchannels(1), file.setsampwidth(2), file.setframerate(100)
+            file.writeframes(bytes(2 * 100 * seconds))
+        (tmp_path / f"{name}.txt").write_text("a b")
+    ran = run("eval", whisper[0], "--text", tmp_path, "--max-new-tokens", "0")
+    assert ran.code == 0 and "1 of 2 recordings last longer than the model's 1 seconds" in ran.out, ran.err
 
 
 @needs_jiwer

@@ -33,7 +33,9 @@ NUM_MEASURED_UNEQUAL = 5
 """The same where groups may differ in size: more counts lie between, and with three measured ones the loss increase
 between the least two is estimated too high, so that heads go to the wrong layers."""
 
-_WITH_LOGITS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "Classification")
+_WITH_LOGITS = (
+    "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "ForMaskedLM", "Classification", "ForCTC",
+)  # fmt: skip
 """Ends of the names of classes whose first output is logits."""
 
 

@@ -145,8 +145,14 @@ def draw_sample(
                 f"{source}: expected a transcript of every recording, which the decoder reads, got recordings without; write NAME.txt "
                 "beside NAME.wav, or name a column of text with --columns AUDIO,TEXT"
             )
-        tokenizer = open_tokenizer(path) if texts is not None else None
-        return encode_audio(sounds, texts, open_processor("audio", path), tokenizer, context, start)
+        tokenizer, extractor = open_tokenizer(path) if texts is not None else None, open_processor("audio", path)
+        seconds = getattr(extractor, "chunk_length", None)
+        if texts and seconds and (cut := sum(len(samples) > seconds * rate for samples, rate in sounds)):
+            say(
+                f"{source}: {cut} of {len(sounds)} recordings last longer than the model's {seconds:g} seconds and are cut there, unlike "
+                "their transcripts, which raises loss and word error rate; cut both"
+            )
+        return encode_audio(sounds, texts, extractor, tokenizer, context, start)
     if kind == "spoken" or (kind == "captions" and is_wrapper(_config(path))):
         read = read_spoken if kind == "spoken" else read_illustrated
         return read(source, path, context, columns, num_items, seed, say)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..families.spec import COUNTS
 from .shrink import Config
 from .toy import Architecture, Unproven
 
@@ -25,7 +26,7 @@ _NAMED = {
 """Role → usual names of its submodule."""
 _FIELDS = {
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
+    "kv_heads": COUNTS,
     "head_dim": ("head_dim", "kv_channels", "attention_head_size", "attention_head_dim", "d_kv"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),

@@ -11,6 +11,7 @@ from ..checkpoint.config import read_config
 from ..core.errors import UserError, suggest
 from ..core.json_input import read_object
 from ..core.progress import Progress
+from ..corpus.audio import draw_recordings
 from ..corpus.images import BLOCK
 from ..corpus.pairs import read_pairs, with_languages
 from ..corpus.rows import Table
@@ -80,6 +81,8 @@ class OpenedModels:
     source: str | Table | NamedSample
     context: int
     progress: Progress
+    of_data: list[str] = field(default_factory=list)
+    """Notes on the data, made while they are read."""
 
     @classmethod
     def of(cls, directory: Path, reference: Path | None, request: DataRequest, progress: Progress) -> "OpenedModels":
@@ -122,7 +125,7 @@ class OpenedModels:
             return source.tensors
         return on_main(lambda: draw_sample(
             kind, source, path=self.directory, num_items=self.request.limit, context=self.context, seed=None,
-            columns=self.request.columns,
+            columns=self.request.columns, say=self.of_data.append,
         ))  # fmt: skip
 
     def image_blocks(self) -> Iterator[Sample]:
@@ -153,9 +156,9 @@ class OpenedModels:
         return pairs, with_languages(open_tokenizer(self.directory), request.columns), how
 
     def notes(self, kind: str) -> list[str]:
-        """Return lines on what is not measured for want of a package."""
+        """Return lines on what is not measured as it lies there, or for want of a package."""
         writes = kind == "audio" and self.request.max_new_tokens != 0 and not isinstance(self.source, NamedSample)
-        return [words.NOT_INSTALLED] if writes and not words.is_installed() else []
+        return [*self.of_data, *([words.NOT_INSTALLED] if writes and not words.is_installed() else [])]
 
     def recordings(self) -> tuple[Sample, dict[str, Any]]:
         """Return recordings with their transcripts, and how they are written down; tokens of a program are not.
@@ -163,15 +166,31 @@ class OpenedModels:
         Raises:
             UserError: there are no transcripts.
         """
-        request, sample = self.request, self.sample("audio")
+        request, source, sample = self.request, self.source, self.sample("audio")
         if "labels" not in sample:
             raise UserError(
                 f"{self.source}: expected a transcript of every item, found none; name it with --columns AUDIO,TEXT"
             )
         most = speech.MAX_NEW_TOKENS if request.max_new_tokens is None else request.max_new_tokens
-        most = 0 if isinstance(self.source, NamedSample) else most
-        how = {"beams": request.beams, "max_new_tokens": most, "reference": self.reference, "progress": self.progress}
+        said: Sequence[str] = ()
+        if isinstance(source, NamedSample):
+            most = 0
+        else:
+            said = on_main(lambda: _transcripts(source, request))
+        how = {
+            "said": said,
+            "beams": request.beams,
+            "max_new_tokens": most,
+            "reference": self.reference,
+            "progress": self.progress,
+        }
         return sample, how
+
+
+def _transcripts(source: str | Table, request: DataRequest) -> list[str]:
+    """Return what is said in each recording, whole; labels are cut to the context."""
+    drawn = draw_recordings(source, request.columns, request.limit, None)
+    return [text.strip() for text in (drawn and drawn.texts) or ()]
 
 
 def evaluate_on_data(

@@ -1,12 +1,12 @@
 """Loss of a model that writes down speech, and the wrong words of what it writes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.progress import Progress, no_progress
-from ..corpus.pairs import IGNORED
 from ..corpus.samples import Sample
 from ..families.context import context_length
 from ..hf_models import open_tokenizer
@@ -33,16 +33,19 @@ def longest_transcript(model: "PreTrainedModel", wanted: int) -> int:
 class Transcriber:
     """Writes down the recordings of a sample with one model after the other, and counts wrong words against their transcripts."""
 
-    def __init__(self, directory: Path, sample: Sample, beams: int, max_new_tokens: int, progress: Progress) -> None:
-        """Read the tokenizer and the normaliser of a checkpoint. With `max_new_tokens=0`, or without jiwer, nothing is written down."""
-        self.writes = max_new_tokens > 0 and words.is_installed()
+    def __init__(
+        self, directory: Path, sample: Sample, said: Sequence[str], beams: int, max_new_tokens: int, progress: Progress
+    ) -> None:
+        """Read the tokenizer and the normaliser of a checkpoint. With `max_new_tokens=0`, or without jiwer, nothing is written down.
+
+        `said` has the whole transcripts: labels may be cut, and what is written is not.
+        """
+        self.writes, self.said = max_new_tokens > 0 and words.is_installed(), said
         self._sample, self._progress = sample, progress
         self._how: dict[str, Any] = {"beams": beams, "progress": progress}
         self._limit = max_new_tokens
         if self.writes:
             self._tokenizer, self.normaliser = open_tokenizer(directory), words.normaliser_of(directory)
-            rows = (labels[labels != IGNORED] for labels in sample["labels"])
-            self.said = [str(self._tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     def written(self, model: "PreTrainedModel | None") -> list[str] | None:
         """Return the transcript that a model writes of each recording; None without a model, or where nothing is written down."""
@@ -71,6 +74,7 @@ def scores_per_recording(
     sample: Sample,
     directory: Path,
     *,
+    said: Sequence[str],
     reference: "PreTrainedModel | None",
     beams: int,
     max_new_tokens: int,
@@ -81,7 +85,7 @@ def scores_per_recording(
     Raises:
         UserError: as `evaluate_speech`.
     """
-    transcriber = Transcriber(directory, sample, beams, max_new_tokens, progress)
+    transcriber = Transcriber(directory, sample, said, beams, max_new_tokens, progress)
     return transcriber.scores(model, transcriber.written(model), transcriber.written(reference))
 
 
@@ -90,19 +94,20 @@ def evaluate_speech(
     sample: Sample,
     directory: Path,
     *,
+    said: Sequence[str],
     reference: "PreTrainedModel | None" = None,
     beams: int = 1,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress = no_progress,
 ) -> Translation:
     """Measure an open model, whose files lie in `directory`, and its reference: the loss of what is said, the word error rate of what each
-    writes, and that of the model against what the reference writes.
+    writes, and that of the model against what the reference writes. `said` has the whole transcript of each recording.
 
     Raises:
         UserError: the model has no language-model head, its tokenizer does not load, or no transcript has a word.
     """
     start = time.perf_counter()
-    transcriber = Transcriber(directory, sample, beams, max_new_tokens, progress)
+    transcriber = Transcriber(directory, sample, said, beams, max_new_tokens, progress)
     written, by_reference = transcriber.written(model), transcriber.written(reference)
     own = transcriber.scores(model, written, by_reference)
     other = [] if reference is None else transcriber.scores(reference, by_reference, None)

@@ -9,13 +9,13 @@ from ..core.plan import Plan
 from . import all_families
 from .context import context_length
 from .folded import kv_heads_by_layer
-from .spec import Family, Site, read_count, read_field, sites
+from .spec import COUNTS, Family, Site, read_count, read_field, sites
 from .wrapped import attention_type
 
 _NAMES = {
     "layers": "num_hidden_layers|num_layers|n_layer|n_layers",
     "heads": "num_attention_heads|num_heads|n_head|n_heads",
-    "kv_heads": "num_key_value_heads|num_kv_heads",
+    "kv_heads": "|".join(COUNTS),
     "hidden_size": "hidden_size|d_model|n_embd|dim",
 }
 """Names that config classes have for the same numbers; a literal says which one a family has."""

@@ -14,6 +14,8 @@ FusedRows = Literal["segments", "per-group", "four-shards"]
 """Order of the rows of one projection for q, k and v: all of q, then k, then v; or, by K/V head, its queries, its key, its value; or, by
 quarter of the heads, their q, their v, their k."""
 ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table", "sinks")
+COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
+"""Names that config classes have for the number of K/V heads; a literal says which one a family has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,18 +66,23 @@ def _cache(fold: Fold, contents: Contents) -> str:
 
 def _lost(found: Result, fold: Fold) -> str:
     """Return a sentence on what a result says of a fold; empty where it is about other models or has none of these values."""
-    if not isinstance(found, Evaluation | DataResult) or PurePath(found.model).name != fold.name:
+    if not isinstance(found, Evaluation | DataResult):
         return ""
+    called = PurePath(found.model).name
+    name, _, adapter = (called, "", "") if called == fold.name else called.partition(" + ")
+    if name != fold.name:
+        return ""
+    begins = f"With the adapter {adapter}, on" if adapter else "On"
     if isinstance(found, Evaluation):
         where, values = f"{found.num_tokens:,} tokens of {found.text}", {"nll": (found.nll, found.reference_nll)}
         kl = "" if found.kl is None else f" The KL to the original is {found.kl:.3f} nats per token."
-        return f"On {where}, {_in_words(values)}.{kl}"
+        return f"{begins} {where}, {_in_words(values)}.{kl}"
     where = f"{found.num_items:,} {_ITEMS.get(found.kind, 'items')} of {found.source}"
     if text := _in_words(found.measures):
-        return f"On {where}, {text}."
+        return f"{begins} {where}, {text}."
     if "cosine" in found.measures:
         cosine, _ = found.measures["cosine"]
-        return f"On {where}, its embeddings have a cosine of {cosine:.4f} to those of the original on average; 1 is the same."
+        return f"{begins} {where}, its embeddings have a cosine of {cosine:.4f} to those of the original on average; 1 is the same."
     return ""
 
 

@@ -8,7 +8,7 @@ from ..checkpoint.config import read_config
 from ..core.errors import UserError
 from ..core.progress import Progress, counter
 from ..corpus.audio import encode_audio, read_audio
-from ..corpus.pairs import encode_pairs, read_pairs
+from ..corpus.pairs import encode_pairs, read_pairs, with_languages
 from ..corpus.samples import Sample
 from ..evaluate.data import default_context
 from ..evaluate.speech import longest_transcript
@@ -43,7 +43,12 @@ def outputs(
     Raises:
         UserError: a model or its tokenizer does not load, a model writes no text, or the source cannot be read.
     """
-    tokenizer = open_tokenizer(original)
+    tokenizer = with_languages(open_tokenizer(original), columns)
+    if source is None and columns and getattr(tokenizer, "tgt_lang", None) != columns[-1]:
+        raise UserError(
+            f"--columns {','.join(columns)}: expected the two languages of the prompts as {original} names them (such as "
+            "eng_Latn,deu_Latn), got others; leave --columns out, or give --text SOURCE"
+        )
     if kind == "audio":
         assert source is not None
         given, expected, sample = _recordings(original, source, columns)

@@ -24,6 +24,7 @@ class SamplesRequest:
     text: str | None = None
     """A source of pairs of text or of recordings."""
     columns: Sequence[str] = ()
+    """Of the source; or the languages of pairs of text, which prompts have too."""
     new_tokens: int | None = None
 
     def check(self, has_original: bool, folds: Sequence[Fold]) -> None:
@@ -35,9 +36,9 @@ class SamplesRequest:
         for option, value in (("--prompt", self.prompts), ("--text", self.text), ("--columns", self.columns)):
             if value and not has_original:
                 raise UserError(f"{option}: expected --original DIR beside it, as both models write for it; give it")
-        if self.columns and self.text is None:
-            raise UserError("--columns: expected --text SOURCE beside it, whose columns they are; give it")
         kinds = {fold.kind for fold in folds}
+        if self.columns and self.text is None and not (self.prompts and "pairs" in kinds):  # there they are languages
+            raise UserError("--columns: expected --text SOURCE beside it, whose columns they are; give it")
         if self.text is not None and kinds and not kinds & {*WRITE}:
             advice = "give --prompt" if "text" in kinds else "leave it out"
             raise UserError(

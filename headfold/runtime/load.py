@@ -16,17 +16,13 @@ from ..core.errors import UserError
 from ..core.plan import Plan
 from ..families import family_of, is_known
 from ..families.folded import kv_heads_by_layer
-from ..families.spec import Family, read_field
+from ..families.spec import COUNTS, Family, read_field
 from ..families.wrapped import is_in_language_model, is_of_tower, language_config
 from ..hf_models import quiet
 from ..hf_models.building import library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
-"""Names of the field that counts K/V heads."""
 
 
 def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords: Any) -> "PreTrainedModel":
@@ -179,7 +175,7 @@ def _check_fields(directory: Path, plan: Plan, config: dict[str, Any]) -> None:
     known = is_known(config.get("model_type"))
     family = family_of(config, f"{directory}/config.json") if known else Family(())
     named = {attention.kv_heads for attention in family.attentions if attention.kv_heads}
-    named = named if known else {next((name for name in _COUNTS if name in config), _COUNTS[0])}
+    named = named if known else {next((name for name in COUNTS if name in config), COUNTS[0])}
     planned, language = sorted(set(plan.num_kv_heads.values())), language_config(config)
     for field in named:
         if [read_field(family, language, field)] != planned:

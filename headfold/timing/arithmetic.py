@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from ..families.spec import Site
-from ..families.wrapped import AUDIO, language_config
+from ..families.wrapped import AUDIO, VISION, language_config
 
 _PATCHES = {"image_size": 224, "patch_size": 16}
 """What image models are told of their input, and the sizes that their classes assume."""
@@ -82,7 +82,7 @@ def _positions(site: Site, config: Mapping[str, Any], kind: str, length: int) ->
         return _FRAMES
     if site.stack == AUDIO or (kind == "audio" and site.optional):
         return (config.get("audio_config") or config).get("max_source_positions", 1500)
-    if kind == "images" or site.stack == "vision":
+    if kind == "images" or site.stack == VISION:
         vision = config.get("vision_config") or config
         (height, width), (rows, columns) = (_pair(vision, name, usual) for name, usual in _PATCHES.items())
         return (height // rows) * (width // columns) + 1

@@ -103,7 +103,7 @@ def evaluate(
     models: list[Any] = [model, *compare, *([] if reference is None else [reference])]
     names, at = [*map(str, models)], 0 if reference is None else len(models) - 1  # where the original is
     adapters = [None if adapter is None or index != at else str(adapter) for index in range(len(models))]
-    names[at] += "" if adapter is None else f" + {adapter}"
+    names[at] += "" if adapter is None else f" + {Path(adapter).resolve().name}"  # labels take the last part
     if task is None:
         _refuse(given, TASK_OPTIONS, "without --task NAME")
     else:

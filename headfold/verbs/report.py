@@ -61,7 +61,7 @@ def report(
         original: The checkpoint that the folds were made of, a directory or a hub id; with it the page has samples of text.
         prompts: What language models continue, by default three beginnings of texts; or what encoder-decoders read.
         text: Data whose first items encoder-decoders and models of speech write for: pairs of text, or recordings.
-        columns: Columns of a table in `text`.
+        columns: Columns of a table in `text`, or the languages of `text` or `prompts` as the tokenizer names them.
         new_tokens: Tokens that each model writes; by default 64 after a prompt, else as `headfold.eval`.
         force: Replace what is at `out`.
         device: "cpu" or "cuda", for the samples.
