@@ -125,6 +125,20 @@ def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run)
         assert (tmp_path / "again" / name).read_bytes() == (fold / name).read_bytes()
 
 
+def test_a_recipe_runs_no_code_of_a_task_file(original: Path, tmp_path: Path, ran: Callable[[], bool]) -> None:
+    (tmp_path / "code.py").write_text("import os, pathlib\npathlib.Path(os.environ['OWN_TINY_RAN']).touch()\nf = str\n")
+    task = "task: mine\ndataset_path: json\noutput_type: multiple_choice\ndoc_to_text: !function code.f\n"
+    (tmp_path / "mine.yaml").write_text(f"{task}doc_to_target: 0\ndoc_to_choice: [a, b]\n")
+    recipe = tmp_path / "recipe.yaml"
+    model = tiny_checkpoint("llama", torch.float32)
+    for options in (f"task: mine, include_path: {tmp_path}", f"include_path: {tmp_path}", "num_fewshot: 1"):
+        recipe.write_text(f"model: {model}\nevery: {json.dumps(QUICK)}\nfolds: {{a: }}\neval: {{{options}}}\n")
+        with pytest.raises(UserError) as error:
+            headfold.run(recipe, tmp_path / "out")
+        one_line(error, f"{recipe}:4", "headfold eval --task")
+    assert not ran() and not (tmp_path / "out").exists()
+
+
 def test_a_fold_is_measured_beside_its_original(original: Path, fold: Path, run) -> None:
     text = original.parent / "text.txt"
     found = json.loads(run("eval", fold, "--reference", original, "--text", text, TRUST, "--json").out)

@@ -20,6 +20,8 @@ _OF_A_RUN = (
     "trust_remote_code",
 )  # fmt: skip
 """Options of a verb that a recipe gives elsewhere, that belong to a run, or that only a program can give."""
+_TASKS = ("task", "num_fewshot", "include_path")
+"""Options of an evaluation on tasks, whose files may hold code: a recipe runs none."""
 _FILES = ("calibration", "stats", "text")
 """Options that may name a file, whose contents then decide the output too."""
 
@@ -152,12 +154,17 @@ def _step(
 
 
 def _options(verb: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {name: one for name, one in inspect.signature(verb).parameters.items() if name not in _OF_A_RUN}
+    return {name: one for name, one in inspect.signature(verb).parameters.items() if name not in (*_OF_A_RUN, *_TASKS)}
 
 
 def _checked(path: Path, what: str, entry: Entry, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Return options by name; one that is given as None is as if it were not there."""
     entries = {} if entry.value is None else _typed(path, what, entry, dict)
+    for name in (name for name in _TASKS if name in entries):
+        raise UserError(
+            f"{path}:{entries[name].line}: {name}: expected options of a fold or of data, got one of tasks, whose files may hold code; "
+            "leave it out, and run headfold eval --task on each fold"
+        )
     _refuse_unknown(path, entries, known, f"no such option of {what}")
     found = {}
     for name, one in entries.items():
