@@ -5,6 +5,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,35 @@ def test_code_that_cannot_be_run_is_one_line(case: str, original: Path, tmp_path
     with pytest.raises(UserError) as error, running_code(place):
         pass
     one_line(error, word, "fresh")
+    assert "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+REGISTERS = """
+from transformers import AutoConfig, AutoModelForCausalLM
+AutoConfig.register("own_tiny", OwnConfig)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+"""
+
+
+@pytest.mark.parametrize("model_type", ["own_tiny", "another"])
+def test_what_code_registers_itself_does_not_stay(model_type: str, original: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    code = place / "modeling_own.py"
+    code.write_text(f"{code.read_text()}{REGISTERS}")
+    edit(place, model_type=model_type)
+    with nullcontext() if model_type == "own_tiny" else pytest.raises(UserError), running_code(place):
+        assert "own_tiny" in transformers.CONFIG_MAPPING
+    assert "own_tiny" not in transformers.CONFIG_MAPPING and trusted_code("own_tiny") is None
+    assert not any(each.__name__ == "OwnConfig" for each in transformers.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content)
+
+
+def test_a_class_that_transformers_does_not_register_is_one_line(original: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    for name in ("modeling_own.py", "configuration_own.py"):  # a name that a class of transformers has
+        (place / name).write_text((place / name).read_text().replace("OwnConfig", "LlamaConfig"))
+    with pytest.raises(UserError) as error, running_code(place):
+        pass
+    one_line(error, "modeling_own.py", "LlamaConfig")
     assert "own_tiny" not in transformers.CONFIG_MAPPING
 
 
