@@ -158,6 +158,13 @@ def test_compare_runs_it_for_all_that_it_calls(original: Path, tmp_path: Path, r
     assert "own_tiny" not in transformers.CONFIG_MAPPING
 
 
+def test_a_model_in_memory_is_returned_by_its_code(original: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(original, trust_remote_code=True)
+    folded = headfold.fold(model, trust_remote_code=True, **QUICK)
+    assert type(folded).__name__ == "OwnForCausalLM" and folded.config.num_key_value_heads == 2
+    assert folded(torch.arange(2, 7)[None]).logits.isfinite().all() and "own_tiny" not in transformers.CONFIG_MAPPING
+
+
 def test_what_the_class_does_not_read_is_refused(original: Path, tmp_path: Path) -> None:
     data = {"calibration": str(original.parent / "text.txt"), "tokens": 64, "context": 16}
     uneven = {**QUICK, "kv_heads": 3, "group": "swap:unequal=true"}
