@@ -93,6 +93,7 @@ def running_code(model: str | Path | NamedDirectory) -> Iterator[None]:
     if not config.get("auto_map") or (model_type in CONFIG_MAPPING and runs is None):
         yield
         return
+    directory = locate(model, code=True)
     with _registered_as_before():
         code = _load(directory, config)
         if runs is not None:

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from brought_code import AUTO_MAP, MODELING, own_checkpoint
 from checkpoints import one_line
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from test_cli import run  # noqa: F401 (a fixture)
 from tiny import tiny_checkpoint
@@ -163,6 +164,23 @@ def test_a_model_in_memory_is_returned_by_its_code(original: Path) -> None:
     folded = headfold.fold(model, trust_remote_code=True, **QUICK)
     assert type(folded).__name__ == "OwnForCausalLM" and folded.config.num_key_value_heads == 2
     assert folded(torch.arange(2, 7)[None]).logits.isfinite().all() and "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_code_of_the_hub_is_fetched_with_consent_alone(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [file.name for file in original.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(original / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError) as error:
+        headfold.inspect("someone/own")
+    one_line(error, TRUST)
+    assert not [*tmp_path.glob("*.py")]
+    assert headfold.inspect("someone/own", trust_remote_code=True).sites and (tmp_path / "modeling_own.py").is_file()
 
 
 def test_what_the_class_does_not_read_is_refused(original: Path, tmp_path: Path) -> None:
