@@ -16,7 +16,7 @@ import yaml
 from brought_code import AUTO_MAP, MODELING, own_checkpoint
 from checkpoints import one_line
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import run  # noqa: F401 (a fixture)
 from tiny import tiny_checkpoint
 
@@ -181,6 +181,19 @@ def test_code_of_the_hub_is_fetched_with_consent_alone(
     one_line(error, TRUST)
     assert not [*tmp_path.glob("*.py")]
     assert headfold.inspect("someone/own", trust_remote_code=True).sites and (tmp_path / "modeling_own.py").is_file()
+
+
+def test_an_adapter_of_another_model_is_refused_as_one(original: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "someone/other"}
+    (lora / "adapter_config.json").write_text(json.dumps({**described, "target_modules": ["q_proj"]}))
+    module = "base_model.model.other.q_proj.lora"
+    tensors = {f"{module}_A.weight": torch.ones(2, 48), f"{module}_B.weight": torch.ones(48, 2)}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    with pytest.raises(UserError) as error:
+        headfold.inspect(original, adapter=lora, trust_remote_code=True)
+    one_line(error, "which it lacks; pass the model that the adapter was made for ('someone/other'")
 
 
 def test_what_the_class_does_not_read_is_refused(original: Path, tmp_path: Path) -> None:
