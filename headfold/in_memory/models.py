@@ -242,7 +242,7 @@ def _device_map(model: Any) -> dict[str, Any]:
 
 
 def _opened_like(model: Any, directory: Path, trusted: bool) -> "PreTrainedModel":
-    """Open a fold in the dtype, on the devices and with the attention implementation of a model, by code that it brings if it is trusted."""
+    """Open a fold in the dtype, on the devices and with the attention implementation of a model, by its code if that is trusted."""
     attention = getattr(model.config, "_attn_implementation", None)
     keywords: dict[str, Any] = {} if attention in _OWN_CHOICE else {"attn_implementation": attention}
     if trusted:
