@@ -116,7 +116,9 @@ def test_the_fold_says_that_code_was_run(fold: Path) -> None:
     assert f"was run (`{TRUST}`): modeling_own.py, configuration_own.py" in card
     assert 'from_pretrained("path/to/this", trust_remote_code=True)' in card and "A stock checkpoint" not in card
     assert "--kv-heads 2" in card and TRUST in card.partition("## Made by")[2]
-    assert recipe["trust_remote_code"] is True and "trust_remote_code" not in recipe["fold"]
+    assert (
+        recipe["trust_remote_code"] is True and len(recipe["code"]) == 64 and "trust_remote_code" not in recipe["fold"]
+    )
 
 
 def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run) -> None:
@@ -127,6 +129,30 @@ def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run)
     assert (said := run(*words, TRUST)).code == 0, said.err
     for name in ("model.safetensors", "config.json", "headfold.yaml"):
         assert (tmp_path / "again" / name).read_bytes() == (fold / name).read_bytes()
+
+
+def test_a_fold_is_not_made_again_with_other_code(original: Path, fold: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    with pytest.raises(UserError) as error:
+        headfold.run(fold / "headfold.yaml", tmp_path / "out", model=place, trust_remote_code=True)
+    one_line(error, "fresh: expected the code that the recipe was made with")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_interrupted_fold_does_not_go_on_with_other_code(
+    same: bool, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(staging: Path, *_: Any) -> None:
+        (staging / "left").touch()
+        raise KeyboardInterrupt
+
+    model, out = original if same else fresh(original, tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("headfold.verbs.fold.write_recipe", killed)
+        headfold.fold(original, out, trust_remote_code=True, **QUICK)
+    headfold.fold(model, out, trust_remote_code=True, **QUICK)
+    assert (out / "left").exists() == same
 
 
 def test_a_recipe_runs_no_code_of_a_task_file(original: Path, tmp_path: Path, ran: Callable[[], bool]) -> None:
