@@ -117,7 +117,9 @@ def test_the_fold_says_that_code_was_run(fold: Path) -> None:
     assert 'from_pretrained("path/to/this", trust_remote_code=True)' in card and "A stock checkpoint" not in card
     assert "--kv-heads 2" in card and TRUST in card.partition("## Made by")[2]
     assert (
-        recipe["trust_remote_code"] is True and len(recipe["code"]) == 64 and "trust_remote_code" not in recipe["fold"]
+        recipe["trust_remote_code"] is True
+        and len(recipe["code_digest"]) == 64
+        and "trust_remote_code" not in recipe["fold"]
     )
 
 

@@ -15,7 +15,7 @@ from .yaml_input import Entry, read_mapping
 NAME = "headfold.yaml"
 """Name of the recipe that lies beside every fold."""
 _PARTS = (
-    "headfold", "model", "adapter", "trust_remote_code", "code", "source", "every", "fold", "folds", "eval", "report",
+    "headfold", "model", "adapter", "trust_remote_code", "code_digest", "source", "every", "fold", "folds", "eval", "report",
 )  # fmt: skip
 _OF_A_RUN = (
     "model", "out", "adapter", "reference", "compare", "force", "device", "push_to_hub", "progress", "say", "tokenizer",
@@ -87,7 +87,7 @@ class Recipe:
         if self.code not in ("", code):
             raise UserError(
                 f"{name}: expected the code that the recipe was made with, of digest {self.code:.19}, got {code or 'none':.19}; "
-                "pass the model with that code (--model), or remove the line code from the recipe"
+                "pass the model with that code (--model), or remove the line code_digest from the recipe"
             )
 
     def plan_of(self, step: FoldStep) -> str | None:
@@ -131,7 +131,7 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
         )
     texts = {
         name: _typed(path, name, entries[name], str)
-        for name in ("headfold", "model", "adapter", "source", "code")
+        for name in ("headfold", "model", "adapter", "source", "code_digest")
         if name in entries
     }
     if "trust_remote_code" in entries:  # a record of what was run, and no consent: that is given with the call
@@ -155,7 +155,8 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
             )
     lines = {name: entries[name].line if name in entries else 0 for name in ("eval", "report", "model")}
     return Recipe(
-        path, texts["model"], tuple(steps), texts.get("adapter"), texts.get("headfold", ""), texts.get("source", ""), texts.get("code", ""),
+        path, texts["model"], tuple(steps), texts.get("adapter"), texts.get("headfold", ""), texts.get("source", ""),
+        texts.get("code_digest", ""),
         _checked(path, "eval", entries["eval"], _options(evaluate)) if "eval" in entries else None, lines["eval"],
         _typed(path, "report", entries["report"], bool) if "report" in entries else False, lines["report"], lines["model"],
     )  # fmt: skip
@@ -247,7 +248,7 @@ def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any
     # A path of this machine says nothing elsewhere, and a card has none either.
     short = {key: Path(name).name if Path(name).is_absolute() else name for key, name in named.items()}
     ran_code = {key: options.pop(key) for key in ("trust_remote_code",) if key in options}
-    ran_code |= {"code": code} if code else {}
+    ran_code |= {"code_digest": code} if code else {}
     parts = {"headfold": version, **short, **ran_code, "source": source, "fold": options}
     written = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=1000)
     return f"# headfold run {NAME} OUT{' --trust-remote-code' if ran_code else ''} repeats this fold.\n{written}"
