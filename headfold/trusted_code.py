@@ -93,26 +93,44 @@ def running_code(model: str | Path | NamedDirectory) -> Iterator[None]:
     if not config.get("auto_map") or (model_type in CONFIG_MAPPING and runs is None):
         yield
         return
-    code = _load(directory, config)
-    if runs is not None:
-        if runs.digest != code.digest:
-            raise UserError(
-                f"{directory}/{code.files[0]}: expected the same code for every model of model_type {model_type!r:.60}, got two; name one "
-                "of them at a time"
-            )
-        yield
-        return
-    config_class = code.model_class.config_class
-    CONFIG_MAPPING.register(model_type, config_class)
-    MODEL_FOR_CAUSAL_LM_MAPPING.register(config_class, code.model_class)
-    _running[model_type] = code
+    directory = locate(model, code=True)
+    with _registered_as_before():
+        code = _load(directory, config)
+        if runs is not None:
+            if runs.digest != code.digest:
+                raise UserError(
+                    f"{directory}/{code.files[0]}: expected the same code for every model of model_type {model_type!r:.60}, got two; "
+                    "name one of them at a time"
+                )
+            yield
+            return
+        config_class = code.model_class.config_class
+        with library_errors(directory / code.files[0], "transformers cannot register the class of this code"):
+            CONFIG_MAPPING.register(model_type, config_class)
+            MODEL_FOR_CAUSAL_LM_MAPPING.register(config_class, code.model_class)
+        _running[model_type] = code
+        try:
+            yield
+        finally:
+            del _running[model_type]
+
+
+@contextmanager
+def _registered_as_before() -> Iterator[None]:
+    """Return a context after which transformers knows the classes that it knew before: what stays would open models by code that nobody
+    trusts.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # transformers has no function for it. Code may register classes too, whether or not it then loads.
+    mappings: list[dict[Any, Any]] = [CONFIG_MAPPING._extra_content, MODEL_FOR_CAUSAL_LM_MAPPING._extra_content]
+    before = [dict(mapping) for mapping in mappings]
     try:
         yield
     finally:
-        del _running[model_type]
-        # transformers has no function for it; what stays would open models by it that nobody trusts.
-        for mapping, key in ((CONFIG_MAPPING, model_type), (MODEL_FOR_CAUSAL_LM_MAPPING, config_class)):
-            mapping._extra_content.pop(key, None)
+        for mapping, known in zip(mappings, before, strict=True):
+            mapping.clear()
+            mapping.update(known)
 
 
 def _load(directory: Path, config: Mapping[str, Any]) -> TrustedCode:

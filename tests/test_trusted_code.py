@@ -5,6 +5,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import transformers
 import yaml
 from brought_code import AUTO_MAP, MODELING, own_checkpoint
 from checkpoints import one_line
-from safetensors.torch import load_file
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from test_cli import run  # noqa: F401 (a fixture)
 from tiny import tiny_checkpoint
 
@@ -69,8 +71,10 @@ def test_no_verb_runs_it_unasked(verb: str, original: Path, tmp_path: Path, run,
     }  # fmt: skip
     said = run(verb, *words.get(verb, (place,)))
     assert said.code == 2 and said.err.strip().count("\n") == 0, said.err
-    for word in ("OwnForCausalLM", "modeling_own.py", "trust_remote_code=True" if verb == "bench" else TRUST):
+    takes_none = verb in ("check", "export", "bench")
+    for word in ("OwnForCausalLM", "modeling_own.py", "classes of transformers alone" if takes_none else TRUST):
         assert word in said.err, said.err
+    assert not takes_none or TRUST not in said.err
     assert not ran() and not out.exists()
 
 
@@ -112,7 +116,11 @@ def test_the_fold_says_that_code_was_run(fold: Path) -> None:
     assert f"was run (`{TRUST}`): modeling_own.py, configuration_own.py" in card
     assert 'from_pretrained("path/to/this", trust_remote_code=True)' in card and "A stock checkpoint" not in card
     assert "--kv-heads 2" in card and TRUST in card.partition("## Made by")[2]
-    assert recipe["trust_remote_code"] is True and "trust_remote_code" not in recipe["fold"]
+    assert (
+        recipe["trust_remote_code"] is True
+        and len(recipe["code_digest"]) == 64
+        and "trust_remote_code" not in recipe["fold"]
+    )
 
 
 def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run) -> None:
@@ -123,6 +131,44 @@ def test_a_recipe_is_no_consent(original: Path, fold: Path, tmp_path: Path, run)
     assert (said := run(*words, TRUST)).code == 0, said.err
     for name in ("model.safetensors", "config.json", "headfold.yaml"):
         assert (tmp_path / "again" / name).read_bytes() == (fold / name).read_bytes()
+
+
+def test_a_fold_is_not_made_again_with_other_code(original: Path, fold: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    with pytest.raises(UserError) as error:
+        headfold.run(fold / "headfold.yaml", tmp_path / "out", model=place, trust_remote_code=True)
+    one_line(error, "fresh: expected the code that the recipe was made with")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_interrupted_fold_does_not_go_on_with_other_code(
+    same: bool, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(staging: Path, *_: Any) -> None:
+        (staging / "left").touch()
+        raise KeyboardInterrupt
+
+    model, out = original if same else fresh(original, tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("headfold.verbs.fold.write_recipe", killed)
+        headfold.fold(original, out, trust_remote_code=True, **QUICK)
+    headfold.fold(model, out, trust_remote_code=True, **QUICK)
+    assert (out / "left").exists() == same
+
+
+def test_a_recipe_runs_no_code_of_a_task_file(original: Path, tmp_path: Path, ran: Callable[[], bool]) -> None:
+    (tmp_path / "code.py").write_text("import os, pathlib\npathlib.Path(os.environ['OWN_TINY_RAN']).touch()\nf = str\n")
+    task = "task: mine\ndataset_path: json\noutput_type: multiple_choice\ndoc_to_text: !function code.f\n"
+    (tmp_path / "mine.yaml").write_text(f"{task}doc_to_target: 0\ndoc_to_choice: [a, b]\n")
+    recipe = tmp_path / "recipe.yaml"
+    model = tiny_checkpoint("llama", torch.float32)
+    for options in (f"task: mine, include_path: {tmp_path}", f"include_path: {tmp_path}", "num_fewshot: 1"):
+        recipe.write_text(f"model: {model}\nevery: {json.dumps(QUICK)}\nfolds: {{a: }}\neval: {{{options}}}\n")
+        with pytest.raises(UserError) as error:
+            headfold.run(recipe, tmp_path / "out")
+        one_line(error, f"{recipe}:4", "headfold eval --task")
+    assert not ran() and not (tmp_path / "out").exists()
 
 
 def test_a_fold_is_measured_beside_its_original(original: Path, fold: Path, run) -> None:
@@ -141,6 +187,43 @@ def test_compare_runs_it_for_all_that_it_calls(original: Path, tmp_path: Path, r
     )
     assert [row["method"] for row in json.loads(said.out)] == ["mean"], said.err
     assert "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_a_model_in_memory_is_returned_by_its_code(original: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(original, trust_remote_code=True)
+    folded = headfold.fold(model, trust_remote_code=True, **QUICK)
+    assert type(folded).__name__ == "OwnForCausalLM" and folded.config.num_key_value_heads == 2
+    assert folded(torch.arange(2, 7)[None]).logits.isfinite().all() and "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+def test_code_of_the_hub_is_fetched_with_consent_alone(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [file.name for file in original.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(original / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError) as error:
+        headfold.inspect("someone/own")
+    one_line(error, TRUST)
+    assert not [*tmp_path.glob("*.py")]
+    assert headfold.inspect("someone/own", trust_remote_code=True).sites and (tmp_path / "modeling_own.py").is_file()
+
+
+def test_an_adapter_of_another_model_is_refused_as_one(original: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "someone/other"}
+    (lora / "adapter_config.json").write_text(json.dumps({**described, "target_modules": ["q_proj"]}))
+    module = "base_model.model.other.q_proj.lora"
+    tensors = {f"{module}_A.weight": torch.ones(2, 48), f"{module}_B.weight": torch.ones(48, 2)}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    with pytest.raises(UserError) as error:
+        headfold.inspect(original, adapter=lora, trust_remote_code=True)
+    one_line(error, "which it lacks; pass the model that the adapter was made for ('someone/other'")
 
 
 def test_what_the_class_does_not_read_is_refused(original: Path, tmp_path: Path) -> None:
@@ -201,6 +284,38 @@ def test_code_that_cannot_be_run_is_one_line(case: str, original: Path, tmp_path
     with pytest.raises(UserError) as error, running_code(place):
         pass
     one_line(error, word, "fresh")
+    assert "own_tiny" not in transformers.CONFIG_MAPPING
+
+
+REGISTERS = """
+from transformers import AutoConfig, AutoModelForCausalLM
+AutoConfig.register("own_tiny", OwnConfig)
+AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+"""
+
+
+@pytest.mark.parametrize("model_type", ["own_tiny", "another"])
+def test_what_code_registers_itself_does_not_stay(model_type: str, original: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    code = place / "modeling_own.py"
+    code.write_text(f"{code.read_text()}{REGISTERS}")
+    edit(place, model_type=model_type)
+    before = dict(transformers.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content)
+    with nullcontext() if model_type == "own_tiny" else pytest.raises(UserError), running_code(place):
+        assert "own_tiny" in transformers.CONFIG_MAPPING
+    assert "own_tiny" not in transformers.CONFIG_MAPPING and trusted_code("own_tiny") is None
+    assert (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content == before
+    )  # with what other tests let transformers register
+
+
+def test_a_class_that_transformers_does_not_register_is_one_line(original: Path, tmp_path: Path) -> None:
+    place = fresh(original, tmp_path)
+    for name in ("modeling_own.py", "configuration_own.py"):  # a name that a class of transformers has
+        (place / name).write_text((place / name).read_text().replace("OwnConfig", "LlamaConfig"))
+    with pytest.raises(UserError) as error, running_code(place):
+        pass
+    one_line(error, "modeling_own.py", "LlamaConfig")
     assert "own_tiny" not in transformers.CONFIG_MAPPING
 
 

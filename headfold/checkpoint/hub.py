@@ -13,6 +13,8 @@ _UNWANTED = ["*/*", "consolidated*", "adapter_model*"]
 
 _PICKLED = ["pytorch_model*.bin"]
 """Fetched where a repository has no safetensors."""
+_CODE = ["*.py"]
+"""Fetched where the user trusts it."""
 _ADAPTER = ["adapter_config.json", "adapter_model*"]
 GGUF = ".gguf"
 """How the name of a file ends that holds a whole model for llama.cpp."""
@@ -54,8 +56,9 @@ def resolve(model: object) -> Path:
     return found
 
 
-def locate(model: object) -> Path:
-    """Return the directory of a model as `resolve` does, or the GGUF file that `model` names.
+def locate(model: object, code: bool = False) -> Path:
+    """Return the directory of a model as `resolve` does, or the GGUF file that `model` names; of a hub id with the `code` beside the
+    weights, if that is trusted.
 
     Raises:
         UserError: as `resolve`, or a file of another kind.
@@ -77,9 +80,10 @@ def locate(model: object) -> Path:
         )
     if _is_path(model) or path.suffix.lower() == GGUF:
         raise UserError(f"{model}: no such directory{_neighbour(path)}; check the path")
-    found = _download(model, _WANTED, _UNWANTED)
+    wanted = [*_WANTED, *(_CODE if code else [])]
+    found = _download(model, wanted, _UNWANTED)
     if not any(found.glob("*.safetensors")):
-        found = _download(model, [*_WANTED, *_PICKLED], _UNWANTED)
+        found = _download(model, [*wanted, *_PICKLED], _UNWANTED)
     return found
 
 

@@ -21,6 +21,8 @@ _REFERENCE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*ForCausalLM")
 """A file and a class in it."""
 TRUST = "read it, then pass --trust-remote-code to headfold detect, inspect, calibrate, fold, eval, compare or run"
 """What to do about a checkpoint that brings code."""
+NO_CODE = "headfold check, export and bench take classes of transformers alone; transformers opens it with trust_remote_code=True"
+"""The same for verbs that cannot run such code."""
 
 
 def refuse_source(path: Path) -> None:

@@ -17,6 +17,7 @@ from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
 from ..towers import check_tower_runs
+from ..trusted_code import trusted_code
 from .calibration_config import CalibrationConfig, CalibrationRequest
 from .healing import Healing
 from .source import Source, with_sites_of
@@ -110,12 +111,13 @@ def resolve_fold(
     if heal:
         assert calibration is not None
         healing = Healing.resolved(heal_by, heal_tokens, calibration.kind, source.checkpoint.num_parameters)
+    code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
         "refit": VALUE_STEPS if refit else 0, "heal": healing.tokens, "heal_by": healing.by,
         "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": source.encoder,
-        "stats": stats and stats.metadata,
+        "stats": stats and stats.metadata, **({"code": code.digest} if code else {}),
     }  # fmt: skip
     count = "" if kv_heads is None else kv_heads
     return FoldRequest(ready, count, group, merge, multiple, source.encoder, needed, calibration, healing, settings)

@@ -134,7 +134,7 @@ def _of_source(settings: Mapping[str, Any], source: Source) -> dict[str, Any]:
 def write_recipe(staging: Path, source: Source, settings: Mapping[str, Any]) -> None:
     """Write the recipe of a fold beside its weights."""
     options = fold_options(_of_source(settings, source))
-    text = recipe_text(source.name, settings["source"], settings["version"], options)
+    text = recipe_text(source.name, settings["source"], settings["version"], options, settings.get("code"))
     (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
 

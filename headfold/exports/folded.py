@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.refusals import NO_CODE
 from ..core.errors import UserError
 from ..core.groups import Groups
 from ..families import family_of
@@ -101,7 +102,7 @@ def folded(config: Mapping[str, Any], where: str = "config.json") -> Folded:
     """Return a fold given by its config alone. A model with other sites than one per layer, or that neither generates text nor is an
     encoder without a task, has no entries.
     """
-    family = family_of(dict(config), where)
+    family = family_of(dict(config), where, NO_CODE)
     counted = "headfold" in config or config["model_type"] not in _UNCOUNTED
     name = (config.get("architectures") or [""])[0]
     simple = (

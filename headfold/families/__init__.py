@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from ..checkpoint.refusals import why_remote_code
+from ..checkpoint.refusals import TRUST, why_remote_code
 from ..core.errors import UserError, suggest
 from .spec import Family, read_field
 from .wrapped import TEXT, WRAPPERS, attention_type, check_wrapper, is_wrapper, language_config
@@ -26,8 +26,9 @@ def is_known(model_type: Any) -> bool:
     return model_type in WRAPPERS or any(model_type in family.model_types for family in all_families().values())
 
 
-def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """Return the family of a checkpoint, by the `model_type` of its config; of a wrapper that of its language model.
+def family_of(config: dict[str, Any], where: str = "config.json", advice: str = TRUST) -> Family:
+    """Return the family of a checkpoint, by the `model_type` of its config; of a wrapper that of its language model. `advice` is what to
+    do about one that brings code.
 
     Raises:
         UserError: unknown `model_type`, of a wrapper or in it; a setting that cannot be folded exactly.
@@ -36,7 +37,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     check_wrapper(config, where)
     language, model_type = language_config(config), attention_type(config)
     if not isinstance(model_type, str) or model_type not in known:
-        raise UserError(f"{where}: {_why_unknown(config, known)}")
+        raise UserError(f"{where}: {_why_unknown(config, known, advice)}")
     family = known[model_type]
     if is_wrapper(config) and not all(attention.kv_heads for attention in family.attentions):
         raise UserError(
@@ -51,7 +52,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     return family
 
 
-def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
+def _why_unknown(config: dict[str, Any], known: Iterable[str], advice: str) -> str:
     """Return what is wrong with a config whose `model_type` no family lists, and what to do about it."""
     model_type = config.get("model_type")
     if model_type is None:
@@ -66,5 +67,5 @@ def _why_unknown(config: dict[str, Any], known: Iterable[str]) -> str:
             "save the text model on its own (model.language_model.save_pretrained) and fold that"
         )
     if config.get("auto_map"):
-        return why_remote_code(config)
+        return why_remote_code(config, advice)
     return f"unknown model_type {model_type!r:.60}; {suggest(str(model_type), known)}"

@@ -196,7 +196,8 @@ def _names_in(model: "PreTrainedModel", tensors: Iterable[str]) -> dict[str, str
 
 
 def names_in_model(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> dict[str, str]:
-    """Return tensor → parameter of the model of a config; tensors that transformers also reshapes or joins are left out.
+    """Return tensor → parameter of the model of a config; tensors that transformers also reshapes or joins are left out. There are none
+    where transformers lacks the class, as that of a model which brings code.
 
     Checkpoints and adapters keep the names of the transformers version that wrote them: those of one parameter may differ.
 
@@ -205,9 +206,11 @@ def names_in_model(config: Mapping[str, Any], tensors: Iterable[str], where: str
     """
     import transformers
 
-    name, opened = model_class(config, where), open_config(config, where)
+    if (named := getattr(transformers, model_class(config, where), None)) is None:
+        return {}
+    opened = open_config(config, where)
     with library_errors(where, "transformers cannot build this model", "correct config.json"), torch.device("meta"):
-        return _names_in(getattr(transformers, name)._from_config(opened), tensors)
+        return _names_in(named._from_config(opened), tensors)
 
 
 def check_token_ids(model: "PreTrainedModel", path: Path) -> None:

@@ -75,7 +75,8 @@ def folds_in_memory(verb: Callable[..., FoldResult]) -> FoldVerb:
             result = verb(written, place.path / "fold" if out is None else out, **options)
             if out is not None:
                 return result
-            folded: Any = on_all(lambda: _opened_like(model, place.path / "fold"))
+            trusted = bool(options.get("trust_remote_code"))
+            folded: Any = on_all(lambda: _opened_like(model, place.path / "fold", trusted))
             folded.headfold = replace(result, out=None, base_model=_origin(model))
             return folded
 
@@ -240,10 +241,12 @@ def _device_map(model: Any) -> dict[str, Any]:
     return dict(getattr(model, "hf_device_map", None) or {})
 
 
-def _opened_like(model: Any, directory: Path) -> "PreTrainedModel":
-    """Open a fold in the dtype, on the devices and with the attention implementation of a model."""
+def _opened_like(model: Any, directory: Path, trusted: bool) -> "PreTrainedModel":
+    """Open a fold in the dtype, on the devices and with the attention implementation of a model, by its code if that is trusted."""
     attention = getattr(model.config, "_attn_implementation", None)
     keywords: dict[str, Any] = {} if attention in _OWN_CHOICE else {"attn_implementation": attention}
+    if trusted:
+        keywords["trust_remote_code"] = True
     if devices := _device_map(model):
         keywords["device_map"] = devices
     folded: Any = load(directory, dtype=model.dtype, **keywords)

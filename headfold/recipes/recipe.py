@@ -14,12 +14,16 @@ from .yaml_input import Entry, read_mapping
 
 NAME = "headfold.yaml"
 """Name of the recipe that lies beside every fold."""
-_PARTS = ("headfold", "model", "adapter", "trust_remote_code", "source", "every", "fold", "folds", "eval", "report")
+_PARTS = (
+    "headfold", "model", "adapter", "trust_remote_code", "code_digest", "source", "every", "fold", "folds", "eval", "report",
+)  # fmt: skip
 _OF_A_RUN = (
     "model", "out", "adapter", "reference", "compare", "force", "device", "push_to_hub", "progress", "say", "tokenizer",
     "trust_remote_code",
 )  # fmt: skip
 """Options of a verb that a recipe gives elsewhere, that belong to a run, or that only a program can give."""
+_TASKS = ("task", "num_fewshot", "include_path")
+"""Options of an evaluation on tasks, whose files may hold code: a recipe runs none."""
 _FILES = ("calibration", "stats", "text")
 """Options that may name a file, whose contents then decide the output too."""
 
@@ -47,6 +51,8 @@ class Recipe:
     """The version of headfold that wrote it; empty for one that was written by hand."""
     source: str = ""
     """Fingerprint that the model must have; empty for any."""
+    code: str = ""
+    """Digest that the code must have which the model brings and the user trusts; empty for any."""
     evaluation: Mapping[str, Any] | None = None
     """Options of the evaluation of every fold beside the model; None where there is none."""
     evaluation_line: int = 0
@@ -67,6 +73,22 @@ class Recipe:
         except UserError as error:
             where = f"{self.path}:{line}: " if line else ""
             raise type(error)(f"{where}{name and f'{name}: '}{error}") from error
+
+    def check_source(self, name: str, source: str, code: str) -> None:
+        """Check the fingerprint of a model that goes by this name, and the digest of its code, which is empty where none is run.
+
+        Raises:
+            UserError: the recipe was made of another model, or of one with other code.
+        """
+        if self.source not in ("", source):
+            raise UserError(
+                f"{name}: expected the model that the recipe was made of, got another; pass it with --model"
+            )
+        if self.code not in ("", code):
+            raise UserError(
+                f"{name}: expected the code that the recipe was made with, of digest {self.code:.19}, got {code or 'none':.19}; "
+                "pass the model with that code (--model), or remove the line code_digest from the recipe"
+            )
 
     def plan_of(self, step: FoldStep) -> str | None:
         """Return the path of a fold's plan: beside the recipe, where a fold keeps its own, or as it is written; None without a plan."""
@@ -109,7 +131,7 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
         )
     texts = {
         name: _typed(path, name, entries[name], str)
-        for name in ("headfold", "model", "adapter", "source")
+        for name in ("headfold", "model", "adapter", "source", "code_digest")
         if name in entries
     }
     if "trust_remote_code" in entries:  # a record of what was run, and no consent: that is given with the call
@@ -134,6 +156,7 @@ def read_recipe(path: Path, fold: Callable[..., Any], evaluate: Callable[..., An
     lines = {name: entries[name].line if name in entries else 0 for name in ("eval", "report", "model")}
     return Recipe(
         path, texts["model"], tuple(steps), texts.get("adapter"), texts.get("headfold", ""), texts.get("source", ""),
+        texts.get("code_digest", ""),
         _checked(path, "eval", entries["eval"], _options(evaluate)) if "eval" in entries else None, lines["eval"],
         _typed(path, "report", entries["report"], bool) if "report" in entries else False, lines["report"], lines["model"],
     )  # fmt: skip
@@ -152,12 +175,17 @@ def _step(
 
 
 def _options(verb: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {name: one for name, one in inspect.signature(verb).parameters.items() if name not in _OF_A_RUN}
+    return {name: one for name, one in inspect.signature(verb).parameters.items() if name not in (*_OF_A_RUN, *_TASKS)}
 
 
 def _checked(path: Path, what: str, entry: Entry, known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     """Return options by name; one that is given as None is as if it were not there."""
     entries = {} if entry.value is None else _typed(path, what, entry, dict)
+    for name in (name for name in _TASKS if name in entries):
+        raise UserError(
+            f"{path}:{entries[name].line}: {name}: expected options of a fold or of data, got one of tasks, whose files may hold code; "
+            "leave it out, and run headfold eval --task on each fold"
+        )
     _refuse_unknown(path, entries, known, f"no such option of {what}")
     found = {}
     for name, one in entries.items():
@@ -211,8 +239,8 @@ def _shown(value: Any) -> str:
     return "a mapping" if isinstance(value, dict) else "nothing" if value is None else f"{value!r:.60}"
 
 
-def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any]) -> str:
-    """Return the recipe of one fold: `headfold run` makes the same bytes of it."""
+def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any], code: str | None = None) -> str:
+    """Return the recipe of one fold: `headfold run` makes the same bytes of it. `code` is the digest of the code that was run."""
     import yaml
 
     options = dict(options)
@@ -220,6 +248,7 @@ def recipe_text(model: str, source: str, version: str, options: Mapping[str, Any
     # A path of this machine says nothing elsewhere, and a card has none either.
     short = {key: Path(name).name if Path(name).is_absolute() else name for key, name in named.items()}
     ran_code = {key: options.pop(key) for key in ("trust_remote_code",) if key in options}
+    ran_code |= {"code_digest": code} if code else {}
     parts = {"headfold": version, **short, **ran_code, "source": source, "fold": options}
     written = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=1000)
     return f"# headfold run {NAME} OUT{' --trust-remote-code' if ran_code else ''} repeats this fold.\n{written}"

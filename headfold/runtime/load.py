@@ -39,16 +39,24 @@ def load(directory: str | Path, *, adapter: str | Path | None = None, **keywords
     """
     directory = Path(directory)
     config = read_checked_config(directory)
-    if not keywords.get("trust_remote_code") and own_class(config, directory) is None and not _is_stock(config):
-        refuse_remote_code(
-            config, f"{directory}/config.json", "read it, then pass trust_remote_code=True to headfold.load"
-        )
+    if not keywords.get("trust_remote_code"):
+        refuse_code(config, directory, "read it, then pass trust_remote_code=True to headfold.load")
     with library_errors(directory, "transformers does not load this checkpoint"), quiet():
         model = _model_class(config, directory).from_pretrained(
             directory, **{"dtype": "auto", "local_files_only": True, **keywords}
         )
     model = _decoding_fast(model, keep_attention="attn_implementation" in keywords)
     return model if adapter is None else with_adapter(model, directory, adapter)
+
+
+def refuse_code(config: Mapping[str, Any], directory: Path, advice: str) -> None:
+    """Refuse a checkpoint that neither a class of headfold nor one of transformers opens, but code that it brings; `advice` is what to do.
+
+    Raises:
+        UserError: it is one.
+    """
+    if own_class(config, directory) is None and not _is_stock(config):
+        refuse_remote_code(config, f"{directory}/config.json", advice)
 
 
 def _decoding_fast(model: "PreTrainedModel", *, keep_attention: bool) -> "PreTrainedModel":

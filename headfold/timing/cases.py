@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.hub import resolve
+from ..checkpoint.refusals import NO_CODE
 from ..core.errors import UserError
 from ..families.context import context_length
 from ..hf_models import available_memory, compute_dtype, speeds
 from ..runtime.attention import NAME
 from ..runtime.cache import generate_in_place
-from ..runtime.load import load, takes_attention
+from ..runtime.load import load, read_checked_config, refuse_code, takes_attention
 from .breakdown import breakdown, weights_read, write_trace
 from .generation import Setting, Timing, cache_bytes, generate
 from .shapes import random_model, shape_config
@@ -109,7 +110,9 @@ def opened_models(
 
 def _opened(name: str, attentions: Sequence[str], dtype: torch.dtype | None, device: str) -> BenchModel:
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model: Any = load(resolve(name), **options)
+    directory = resolve(name)
+    refuse_code(read_checked_config(directory), directory, NO_CODE)
+    model: Any = load(directory, **options)
     model = model.to(device)
     _require_text(name, model)
     return BenchModel(name.rstrip("/"), model, _attentions(model, attentions))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.config import read_config_file
 from ..checkpoint.reader import Checkpoint
+from ..checkpoint.refusals import NO_CODE
 from ..core.errors import UserError
 from ..families import family_of
 from ..families.folded import folded_config
@@ -161,7 +162,7 @@ def _fill(parameter: Tensor) -> None:
 
 def _grouped(config: Mapping[str, Any], kv_heads: int, where: str) -> dict[str, Any]:
     """Return the config of a fold to so many K/V heads, in equal groups of neighbours."""
-    family = family_of(dict(config), where)
+    family = family_of(dict(config), where, NO_CODE)
     found = sites(family, config, _tensors(config, where), where)
     decoding = [site for site in found if site.stack != "encoder"] or found
     for site in decoding:

@@ -24,7 +24,7 @@ from ..parallel import on_all, on_main
 from ..planning import statistics_needed
 from ..recipes.recipe import FoldStep, Recipe, read_recipe
 from ..recipes.steps import FoldFacts, Row, Steps
-from ..trusted_code import trusts_code
+from ..trusted_code import trusted_code, trusts_code
 from .evaluate import evaluate, facts
 from .fold import fold
 from .report import report
@@ -80,10 +80,8 @@ def run(
     name = read.model if model is None else str(model)
     with read.at(read.model_line if model is None else 0):
         source = on_all(lambda: open_source(name, adapter=read.adapter, progress=progress, say=say))
-        if read.source not in ("", source.checkpoint.fingerprint()):
-            raise UserError(
-                f"{name}: expected the model that the recipe was made of, got another; pass it with --model"
-            )
+        code = trusted_code(source.config["model_type"])
+        read.check_source(name, source.checkpoint.fingerprint(), "" if code is None else code.digest)
         refuse_overlap(source.plain.given, out)
     if read.version not in ("", version("headfold")):
         say(
@@ -116,7 +114,9 @@ def run(
 
 def _facts(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Return what decides the output."""
-    return {**recipe.facts(), "model": source.checkpoint.fingerprint(), "version": version("headfold")}
+    code = trusted_code(source.config["model_type"])
+    ran = {} if code is None else {"code": code.digest}
+    return {**recipe.facts(), "model": source.checkpoint.fingerprint(), "version": version("headfold"), **ran}
 
 
 def _check(recipe: Recipe) -> None:
@@ -153,8 +153,7 @@ def _measured(recipe: Recipe, row: Row, out: Path, original: NamedDirectory, how
     """Measure a fold beside the model, and write what `headfold eval --json` prints."""
     with recipe.at(recipe.evaluation_line, row.name):
         found = evaluate(out / row.name, reference=original, **{**how, **(recipe.evaluation or {})})
-        if not isinstance(found, Evaluation | DataEvaluation):
-            raise UserError("eval: expected data, got tasks; leave task out, and run headfold eval --task on each fold")
+        assert isinstance(found, Evaluation | DataEvaluation)  # a recipe names no tasks
     on_main(lambda: write_json(out / f"{row.name}{EVALUATION}", facts(found)))
     metric, value, unfolded, _, kl = scored(found)
     return replace(row, metric=metric, value=value, original=unfolded, kl=kl)
