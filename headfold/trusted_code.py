@@ -13,7 +13,7 @@ from .checkpoint.config import CONFIG, read_config
 from .checkpoint.hub import NamedDirectory, locate
 from .checkpoint.refusals import class_reference, model_class
 from .core.errors import UserError
-from .hf_models.building import library_errors, quiet
+from .hf_models.building import is_model_type, library_errors, quiet
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def running_code(model: str | Path | NamedDirectory) -> Iterator[None]:
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if str(model) in CONFIG_MAPPING and not Path(str(model)).is_dir():  # `headfold detect llama`
+    if is_model_type(model):
         yield
         return
     directory = locate(model)

@@ -72,6 +72,13 @@ def library_errors(where: str | Path, what: str, advice: str = "") -> Iterator[N
         raise UserError(f"{where}: {what}: {one_line(error)}{advice and f'; {advice}'}") from error
 
 
+def is_model_type(model: object) -> bool:
+    """Return whether what a user names is a `model_type` of transformers, as in `headfold detect llama`, and no directory here."""
+    from transformers import CONFIG_MAPPING
+
+    return str(model) in CONFIG_MAPPING and not Path(str(model)).is_dir()
+
+
 def open_config(config: Mapping[str, Any], where: str, config_class: Any = None) -> "PreTrainedConfig":
     """Return a config as its class in transformers reads it; `config_class` where it is not that of its `model_type`.
 

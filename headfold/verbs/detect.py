@@ -8,6 +8,7 @@ from ..core.errors import UserError
 from ..core.progress import Progress, no_progress
 from ..detection import Detection
 from ..detection import detect as experiment
+from ..hf_models.building import is_model_type
 from ..outputs import refuse_existing
 from ..parallel import main_only
 from ..trusted_code import trusts_code
@@ -37,16 +38,10 @@ def detect(
     """
     if out is not None:
         refuse_existing(Path(out), force)
-    found = experiment(model if _is_model_type(model) else resolve(str(model)), progress or no_progress)
+    found = experiment(model if is_model_type(model) else resolve(str(model)), progress or no_progress)
     if out is not None:
         if found.family is None:
             raise UserError(f"{model}: no literal to write to {out}: {found.reason}")
         with replacing(Path(out)) as temporary:
             temporary.write_text(found.source)
     return found
-
-
-def _is_model_type(model: str | Path) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return str(model) in CONFIG_MAPPING and not Path(model).is_dir()
