@@ -58,6 +58,15 @@ def fold(
     group: Group = None,
     merge: Merge = None,
     refit: Refit = True,
+    refit_by: Annotated[
+        str | None,
+        option(
+            "--refit-by", panel=HOW, metavar="WHAT",
+            help="model: at its end the refit trains all sites together by the model's output, in one pass over the calibration data. "
+            "block: one at a time by its own output, in the memory of one block. Default: model for language models of 67 M parameters or "
+            "more if memory holds it, block for all others and before --heal.",
+        ),
+    ] = None,
     heal: Annotated[
         bool, option("--heal", panel=HOW, help="After the refit, train attention to reproduce the original's output (takes minutes).")
     ] = False,
@@ -114,7 +123,7 @@ def fold(
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple, adapter=adapter,
-        heal_tokens=heal_tokens, heal_by=heal_by, push_to_hub=push_to_hub,
+        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, push_to_hub=push_to_hub,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(

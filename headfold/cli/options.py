@@ -82,7 +82,7 @@ Refit = Annotated[
     option(
         "--refit/--no-refit",
         panel=HOW,
-        help="Refit W_q (given 16 tokens or more per hidden dim), W_v and W_o of every site to the original's attention and output.",
+        help="Refit the projections of every site to the original's attention and output (W_q and W_k given 16 tokens or more per hidden dim).",
     ),
 ]
 Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]

@@ -168,15 +168,20 @@ class FoldJob:
         with self.timed("refit"):
             fitted = self.refits()
             if self.lacks_sites(teacher.source, fitted):
-                teacher.refit(plan_of, stats, fitted, watch)
+                teacher.refit(plan_of, stats, fitted, self.settings["refit"], watch)
 
     def refitted(
         self, teacher: Teacher, plan: Plan, stats: StatsFile | None
     ) -> tuple[Mapping[str, FittedHeads], Fitting]:
         """Return the refitted heads of every site and what they were fitted on."""
         self.refit(teacher, lambda site: plan, stats)
-        fitted = self.refits()
-        return fitted, Fitting(refitted=True, data=on_main(lambda: fitted.facts))
+        fitted, by = self.refits(), self.settings["refit"]
+        if by == "model":
+            with self.timed("refit"):
+                alone, fitted = fitted, on_main_only(lambda: FittedSites(self.work / "together"))
+                if self.lacks_sites(teacher.source, fitted):
+                    teacher.refit_together(plan, stats, alone, fitted, self.settings["seed"])
+        return fitted, Fitting(by, data=on_main(lambda: fitted.facts))
 
     def healed(
         self,
@@ -192,7 +197,7 @@ class FoldJob:
             trained = on_main_only(lambda: FittedSites(self.work / "heal"))
             if self.lacks_sites(teacher.source, trained):
                 teacher.heal(plan, stats, refits, trained, healing, self.settings["seed"])
-            return trained, Fitting(fitting.refitted, healing, on_main(lambda: trained.facts))
+            return trained, Fitting(fitting.refit_by, healing, on_main(lambda: trained.facts))
 
     @staticmethod
     def lacks_sites(source: Source, fitted: FittedSites) -> bool:

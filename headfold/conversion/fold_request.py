@@ -13,13 +13,12 @@ from ..core.plan import Plan, SitePlan
 from ..families.wrapped import is_wrapper
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_known_model
-from ..refine.refit import VALUE_STEPS
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
 from ..towers import check_tower_runs
 from ..trusted_code import trusted_code
 from .calibration_config import CalibrationConfig, CalibrationRequest
-from .healing import Healing
+from .healing import Healing, refit_by_default
 from .source import Source, with_sites_of
 from .writing import choose_fold_layout
 
@@ -40,6 +39,8 @@ class FoldRequest:
     calibration: CalibrationConfig | None
     """None where no step needs data and none is named."""
     healing: Healing
+    refit_by: str
+    """What the refit trains together at its end: the "model" or each "block" alone; empty without a refit."""
     settings: Mapping[str, Any]
     """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
 
@@ -69,6 +70,8 @@ def resolve_fold(
     heal: bool,
     heal_tokens: int | None,
     heal_by: str | None,
+    refit_by: str | None,
+    device: str,
     data: CalibrationRequest,
     stats: StatsFile | None,
     layout: str | None = None,
@@ -83,6 +86,8 @@ def resolve_fold(
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
     if not heal and (heal_tokens is not None or heal_by is not None):
         raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
+    if not refit and refit_by is not None:
+        raise UserError("fold: refit_by goes with refit; leave it or --no-refit out")
     ready = plan if isinstance(plan, Plan | None) else Plan.load(Path(plan))
     multiple = 1
     check_known_model(
@@ -111,16 +116,23 @@ def resolve_fold(
     if heal:
         assert calibration is not None
         healing = Healing.resolved(heal_by, heal_tokens, calibration.kind, source.checkpoint.num_parameters)
+        healing.check_memory(source.checkpoint, source.sites, device)
+    together = ""
+    if refit:
+        assert calibration is not None
+        together = refit_by_default(refit_by, source.checkpoint, source.sites, calibration.kind, device, heals=heal)
     code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
-        "refit": VALUE_STEPS if refit else 0, "heal": healing.tokens, "heal_by": healing.by,
+        "refit": together, "heal": healing.tokens, "heal_by": healing.by,
         "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": source.encoder,
         "stats": stats and stats.metadata, **({"code": code.digest} if code else {}),
     }  # fmt: skip
     count = "" if kv_heads is None else kv_heads
-    return FoldRequest(ready, count, group, merge, multiple, source.encoder, needed, calibration, healing, settings)
+    return FoldRequest(
+        ready, count, group, merge, multiple, source.encoder, needed, calibration, healing, together, settings
+    )
 
 
 def _data_from(data: CalibrationRequest, earlier: CalibrationRequest | None) -> str:

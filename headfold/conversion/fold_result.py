@@ -66,7 +66,7 @@ class FoldResult:
             before=costs[0],
             after=costs[1],
             plan=plan,
-            refitted=fitting.refitted,
+            refitted=bool(fitting.refit_by),
             healed=fitting.healing.tokens,
             healed_by=fitting.healing.by if fitting.healing else "",
             verification=verification,

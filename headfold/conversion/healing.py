@@ -1,4 +1,4 @@
-"""How a fold is healed: what is trained together, and on how much data."""
+"""How a fold is refitted and healed: what is trained together, and on how much data."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,45 @@ _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, he
 _LARGE = 2**26
 """Parameters from which on a language model is trained as a whole by default. Measured between 3 M and 39 M, block by block took less
 time and recovered more; at 135 M it took four times as long and recovered half as much."""
-_TRAINED_BYTES = 28
-"""Bytes per trained number in float32: before, now, its gradient, two moments, the best so far and the best before."""
+_TRAINED_BYTES = 36
+"""Bytes per trained number in float32: before, now, its gradient, two moments, the best so far and the best before, and its share of the
+second moments of inputs and their roots."""
+
+
+def refit_by_default(
+    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, device: str, *, heals: bool
+) -> str:
+    """Return what a refit trains together at its end: the "model", or each "block" alone. What is not given is the model for language
+    models that are large, as far as memory holds what is trained, unless a fold is healed, which trains the model anyway.
+
+    Raises:
+        UserError: an unknown `by`, or no memory for the model.
+    """
+    if by not in (None, *_DEFAULTS):
+        raise UserError(f"--refit-by {by}: expected one of {', '.join(_DEFAULTS)}")
+    if by == "block" or (by is None and (heals or not _as_a_whole(kind, checkpoint.num_parameters))):
+        return "block"
+    if (lacking := _lacking(checkpoint, sites, device)) is None:
+        return "model"
+    if by is None:
+        return "block"
+    raise UserError(
+        f"fold --refit-by model: expected memory for the model and {lacking:.1f} GiB of training, got less; give --refit-by block"
+    )
+
+
+def _as_a_whole(kind: str, num_parameters: int) -> bool:
+    """Return whether data of this kind train a model of that size together by default."""
+    return kind in ("text", "texts") and num_parameters >= _LARGE
+
+
+def _lacking(checkpoint: Checkpoint, sites: Sequence[Site], device: str) -> float | None:
+    """Return the GiB that training takes beside the model itself, activations not counted; None where memory holds both."""
+    names = {site.tensor(role) for site in sites for role in site.weights}
+    extra = _TRAINED_BYTES * sum(
+        math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors
+    )
+    return extra / 2**30 if exceeds_memory(checkpoint, stored_dtype(checkpoint.path), device, extra=extra) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +73,7 @@ class Healing:
             UserError: an unknown `by`.
         """
         if by is None:
-            by = "model" if kind in ("text", "texts") and num_parameters >= _LARGE else "block"
+            by = "model" if _as_a_whole(kind, num_parameters) else "block"
         if by not in _DEFAULTS:
             raise UserError(f"--heal-by {by}: expected one of {', '.join(_DEFAULTS)}")
         default, items = _DEFAULTS[by]
@@ -48,14 +85,10 @@ class Healing:
         Raises:
             UserError: it does not.
         """
-        if not self or self.by != "model":
-            return
-        names = {site.tensor(role) for site in sites for role in site.weights}
-        trained = sum(math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors)
-        if exceeds_memory(checkpoint, stored_dtype(checkpoint.path), device, extra=_TRAINED_BYTES * trained):
+        if self and self.by == "model" and (lacking := _lacking(checkpoint, sites, device)) is not None:
             raise UserError(
-                f"fold --heal: expected memory for the model and {_TRAINED_BYTES * trained / 2**30:.1f} GiB of training, got less; give "
-                "--heal-by block, which trains one block at a time"
+                f"fold --heal: expected memory for the model and {lacking:.1f} GiB of training, got less; give --heal-by block, which "
+                "trains one block at a time"
             )
 
     def __bool__(self) -> bool:

@@ -28,7 +28,8 @@ from .source import Source
 class Fitting:
     """The steps by which heads were fitted after their merge, and the data they were fitted on."""
 
-    refitted: bool = False
+    refit_by: str = ""
+    """What a refit trained together at its end (`FoldRequest.refit_by`); empty without a refit."""
     healing: Healing = Healing()
     data: Mapping[str, str] | None = None
     """The facts of the data that heads were fitted on."""
@@ -67,7 +68,7 @@ def card_facts(
         serving_costs=costs,
         method=settings["merge"],
         group=settings["group"],
-        refit=fitting.refitted,
+        refit_by=fitting.refit_by,
         healed=fitting.healing.tokens,
         healed_by=fitting.healing.by,
         calibration=statistics.metadata if statistics else {},
@@ -102,7 +103,7 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     if adapter := settings.get("adapter"):
         chosen["adapter"] = Path(adapter).name if Path(adapter).is_absolute() else adapter
     chosen |= {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
-    chosen["refit"] = bool(settings["refit"])
+    chosen |= {"refit": bool(settings["refit"])} | ({"refit_by": settings["refit"]} if settings["refit"] else {})
     if settings["heal"]:
         chosen |= {"heal": True, "heal_by": settings["heal_by"], "heal_tokens": settings["heal"]}
     if settings["data"] and settings["data_from"] != "recorded":
@@ -156,7 +157,7 @@ def calibration_reach(source: Source, plan: Plan, statistics: StatsFile | None, 
     """Return what the calibration data of a fold reach."""
     facts = statistics.metadata if statistics else fitting.data or {}
     context = context_length(source.config)
-    return reach_of(source.sites, plan, statistics, facts, context, refitted=fitting.refitted)
+    return reach_of(source.sites, plan, statistics, facts, context, refitted=bool(fitting.refit_by))
 
 
 def notes_on(

@@ -26,6 +26,7 @@ from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import distill, heal, measuring, refit
+from ..refine.descent import NotFinite
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
@@ -161,14 +162,36 @@ class Teacher:
         plan_of: Callable[[Site], Plan],
         stats: Mapping[str, SiteStats] | None,
         fitted: FittedSites,
+        by: str,
         watch: Watch | None = None,
     ) -> None:
         """Refit the sites that `fitted` lacks to the original's answers, and keep them there with what of their merge stays.
 
-        A site's plan and statistics are asked for when its block has run; `watch` as in `refine.fitting.fit`.
+        By "block" each is trained at the end, which one that the "model" trains with all others does not need. A site's plan and
+        statistics are asked for when its block has run; `watch` as in `refine.fitting.fit`.
         """
-        fit = partial(refit.refit, watch=watch)
-        self._fit("refit", fit, refit.tokens_per_block(self.sample), plan_of, stats, None, fitted)
+        passes = refit.DESCENT_PASSES if by == "block" else 0
+        fit = partial(refit.refit, watch=watch, passes=passes)
+        self._fit("refit", fit, refit.tokens_per_block(self.sample, passes=passes), plan_of, stats, None, fitted)
+
+    def refit_together(
+        self,
+        plan: Plan,
+        stats: Mapping[str, SiteStats] | None,
+        refits: Mapping[str, FittedHeads],
+        fitted: FittedSites,
+        seed: int,
+    ) -> None:
+        """Train all sites together in one pass over the data, from where `refits` end; rank 0 merges and keeps, all ranks train.
+
+        What overflows there stays as `refits` have it.
+        """
+        try:
+            self._distill("refit", plan, stats, refits, fitted, distill.tokens_once(self.sample), seed)
+        except NotFinite:
+            facts = self.facts()
+            for site in self.source.sites:
+                on_main_only(lambda site=site: fitted.put(site.name, refits[site.name], facts))  # type: ignore[misc]
 
     def heal(
         self,
@@ -182,7 +205,7 @@ class Teacher:
         """Train the sites that `healed` lacks, from where merge and `refits` end. By model, all are trained again if one is lacking."""
         trainer = self._with_more_data(healing)
         if healing.by == "model":
-            trainer._distill(plan, stats, refits, healed, healing.tokens, seed)
+            trainer._distill("heal", plan, stats, refits, healed, healing.tokens, seed)
             return
         total = heal.tokens_per_block(trainer.sample, healing.tokens)
         fit = partial(heal.heal, tokens=healing.tokens, seed=seed)
@@ -190,6 +213,7 @@ class Teacher:
 
     def _distill(
         self,
+        stage: str,
         plan: Plan,
         stats: Mapping[str, SiteStats] | None,
         refits: Mapping[str, FittedHeads] | None,
@@ -205,7 +229,7 @@ class Teacher:
 
         found = distill.distill(
             self.model, sites, merge, sample, tokens=tokens, seed=seed,
-            progress=counter(self.progress, "heal", distill.total_tokens(sample, tokens)),
+            progress=counter(self.progress, stage, distill.total_tokens(sample, tokens)),
         )  # fmt: skip
         for site in sites:
             on_main_only(lambda site=site: healed.put(site.name, found[site.name], facts))  # type: ignore[misc]

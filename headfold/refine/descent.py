@@ -1,9 +1,9 @@
-"""Trains the projections of folded sites by Adam (Kingma & Ba 2015, 1412.6980), and keeps the weights with the least error on data that
-is held back, so that training never leaves a fold worse there than it was.
+"""Trains the projections of folded sites by gradient (`whitened.py`), and keeps the weights with the least error on data that is held
+back, so that training never leaves a fold worse there than it was.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,9 +17,11 @@ from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
+from .moments import Moments
+from .whitened import WhitenedAdam
 
 HELD_BACK = 8
-"""One batch in so many is held back."""
+"""One batch in so many is held back, where the data are seen more than once; half as many where they are seen once."""
 MAX_ERROR_RATIO = 2
 """A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
 shorter. Backing off at every check without improvement ends at a larger loss increase.
@@ -31,36 +33,36 @@ BACK_OFF = 4
 WARM_UP = 5
 """Steps over which the rate rises from 0."""
 NUM_FIRST = 6
-"""Rounds whose gradients make the first step, where its length sets the rate."""
+"""Rounds whose gradients make the first step, whose length sets the rate."""
 NUM_SEARCHED = 2
 """Held-back batches on which that length is searched."""
-TRIED = 2.0**-9
-"""The length that is tried first, in root mean squares of a projection's weights."""
+TRIED = 2.0**-6
+"""The length that is tried first, in root mean squares of a projection's white weights."""
 USUAL_TRIES, MAX_TRIES = 4, 12
-BETAS = (0.9, 0.95)
+
+
+TRAINED = ("q", "k", "v", "o")
+"""What is trained of a site; with `o` its bias, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedWeights:
-    """The weights of one site that are trained, by field, and how far a step moves each at rate 1: their root mean square."""
+    """The weights of one site that are trained, by field."""
 
     heads: Heads
     tensors: dict[str, Tensor]
-    scales: dict[str, float]
 
     @classmethod
-    def of(cls, heads: Heads, site: Site) -> "TrainedWeights":
-        """Return the weights of these heads. A bias column that the checkpoint has no tensor for stays as it is."""
+    def of(cls, heads: Heads, site: Site, fields: Container[str] = TRAINED) -> "TrainedWeights":
+        """Return those weights of these heads. A bias column that the checkpoint has no tensor for stays as it is."""
         biased = "qkv" in site.biases
-        tensors = {"o": heads.o}
+        tensors = {"o": heads.o} if "o" in fields else {}
         for field in ("q", "k", "v"):
             whole = getattr(heads, field)
             tensors[field] = whole if biased or field in site.biases else whole[..., :-1]
-        if heads.o_bias is not None:
+        if heads.o_bias is not None and "o" in fields:
             tensors["o_bias"] = heads.o_bias
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
-        scales = {name: _root_mean_square(t) for name, t in tensors.items()}
-        return cls(heads, leaves, scales | ({"o_bias": scales["o"]} if "o_bias" in scales else {}))
+        return cls(heads, {name: t.detach().clone().requires_grad_() for name, t in tensors.items()})
 
     def to_heads(self) -> Heads:
         """Return the heads with the present weights."""
@@ -78,10 +80,10 @@ class TrainedWeights:
             leaf.data.copy_(before if leaf.shape == before.shape else before[..., :-1])
 
     def fitted(self) -> FittedHeads:
-        """Return a copy of the present weights."""
-        return FittedHeads(
-            **{name: self._whole(name, tensor).detach().clone() for name, tensor in self.tensors.items()}
-        )
+        """Return a copy of the present weights, of all fields."""
+        heads = self.to_heads()
+        named = {name: getattr(heads, name) for name in (*TRAINED, "o_bias")}
+        return FittedHeads(**{name: tensor.detach().clone() for name, tensor in named.items() if tensor is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +94,10 @@ class Schedule:
     held: range
     """Numbers of the batches that are held back."""
     steps: int
-    rate: float | None
-    """Adam's step in root mean squares of a projection's weights, at an error of 1. It is proportional to the root of the error, as
-    weights that are nearly right need smaller steps: at a small error a fixed step ends above the error it began with, or is too slow
-    at a large one. None: the length of the first step (`_first_step`).
-    """
     num_checks: int
     """Number of times that the error on the held-back data is computed."""
+    longer: float
+    """Length of the steps in lengths of the first."""
     seed: int
 
     def orders(self) -> Iterator[range]:
@@ -110,72 +109,70 @@ class Schedule:
             yield left.pop()
 
 
-def schedule(counts: Sequence[int], tokens: int, *, rate: float | None, num_checks: int, seed: int) -> Schedule:
+def schedule(counts: Sequence[int], tokens: int, *, num_checks: int, longer: float, seed: int) -> Schedule:
     """Return the schedule of a training on `tokens` tokens over all ranks; `counts` are the tokens of each batch."""
-    train, held = _split(len(counts))
+    train, held = _split(counts, tokens)
     rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
     steps = max(1, round(tokens * len(counts) / sum(counts) * (len(rounds) / len(train))))
-    return Schedule(rounds, held, steps, rate, num_checks, seed)
+    return Schedule(rounds, held, steps, num_checks, longer, seed)
 
 
-def total_tokens(counts: Sequence[int], tokens: int, num_checks: int, *, searched: bool = False) -> int:
+def total_tokens(counts: Sequence[int], tokens: int, num_checks: int) -> int:
     """Return the number of tokens that such a training runs on, with the check at its start and the `num_checks` others, and as a rule
-    with the search for the length of its first step, if there is one.
+    with the search for the length of its first step and the pass for the moments of the inputs.
     """
-    _, held = _split(len(counts))
+    _, held = _split(counts, tokens)
     checked = (num_checks + 1) * sum(counts[number] for number in held)
-    return tokens + checked + searched * USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
+    return tokens + checked + USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
 
 
-def _split(count: int) -> tuple[range, range]:
+def _split(counts: Sequence[int], tokens: int) -> tuple[range, range]:
     """Return the numbers of the batches for training and for checks; a single batch is used for both."""
+    count = len(counts)
     if count == 1:
         return range(1), range(1)
-    held = max(1, count // HELD_BACK)
+    held = max(1, count // (HELD_BACK if tokens > sum(counts) else 2 * HELD_BACK))
     return range(count - held), range(count - held, count)
+
+
+class NotFinite(UserError):
+    """Raised where training begins with heads that overflow."""
 
 
 def descend(
     weights: Sequence[TrainedWeights],
+    moments: Callable[[], Sequence[Moments]],
     error: Callable[[range], float],
     gradients: Callable[[range], Sequence[Tensor]],
     plan: Schedule,
 ) -> list[FittedHeads]:
     """Return the weights with the least error on the held-back batches, those at the start among them.
 
-    `error` returns the error over the batches of these numbers, of all ranks. `gradients` returns this rank's part of the gradients of
-    all tensors of all weights, in their order, from the batches of these numbers; the parts of all ranks add up.
+    `moments` returns those of each of the `weights`. `error` returns the error over the batches of these numbers, of all ranks.
+    `gradients` returns this rank's part of the gradients of all tensors of all weights, in their order, from the batches of these
+    numbers; the parts of all ranks add up.
 
     Raises:
-        UserError: the error is not finite at the start.
+        NotFinite: the error is not finite at the start.
     """
     best, found = error(plan.held), [each.fitted() for each in weights]
     if not math.isfinite(best):
-        raise UserError(f"fold --heal: expected a finite error to begin with, got {best}; give --dtype float32")
+        raise NotFinite(f"fold: expected a finite error to begin with, got {best}; give --dtype float32")
     if best <= 0:  # a perfect fold
         return found
-    tensors = [tensor for each in weights for tensor in each.tensors.values()]
-    scales = [scale for each in weights for scale in (each.scales[name] for name in each.tensors)]
+    adam = WhitenedAdam([(each.tensors, own) for each, own in zip(weights, moments(), strict=True)])
     orders, steps = plan.orders(), plan.steps
-    if plan.rate is None:
-        first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
-        steps -= len(first)
-        rate = _first_step(tensors, scales, partial(error, plan.held[:NUM_SEARCHED]), gradients, first)
-        if not rate:
-            return found
-    else:
-        rate = plan.rate * best**0.5
-    optimizer = torch.optim.Adam(
-        [{"params": [tensor], "lr": 0.0, "scale": scale} for tensor, scale in zip(tensors, scales, strict=True)],
-        betas=BETAS,
-    )
+    first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
+    steps -= len(first)
+    for numbers in first:
+        adam.see(_all_reduced(gradients(numbers)))
+    rate = plan.longer * _first_step(adam, partial(error, plan.held[:NUM_SEARCHED]))
+    if not rate:
+        return found
     checks = {round(steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
     for step, numbers in enumerate(orders):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"] * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP)
-        for leaf, gradient in zip(tensors, _all_reduced(gradients(numbers)), strict=True):
-            leaf.grad = gradient
-        optimizer.step()
+        adam.see(_all_reduced(gradients(numbers)))
+        adam.step(rate * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP))
         if step + 1 in checks:
             present = error(plan.held)
             if present < best:
@@ -183,42 +180,24 @@ def descend(
             elif not present <= MAX_ERROR_RATIO * best or step + 1 >= LATE * steps:
                 for each, fitted in zip(weights, found, strict=True):
                     each.set(fitted)
-                optimizer.state.clear()
+                adam.forget()
                 rate /= BACK_OFF
     return found
 
 
-def _first_step(
-    tensors: Sequence[Tensor],
-    scales: Sequence[float],
-    error: Callable[[], float],
-    gradients: Callable[[range], Sequence[Tensor]],
-    rounds: Sequence[range],
-) -> float:
-    """Take the step that decreases the error most along Adam's direction, and return its length.
+def _first_step(adam: WhitenedAdam, error: Callable[[], float]) -> float:
+    """Take the step that decreases the error most, along the direction of the gradients so far, and return its length.
 
-    The direction is the mean of the gradients of these rounds over their root mean square, by element; the length is in units of
-    `scales`. How long steps may be differs by a factor of ten between models, and nothing that is known without trying tells it.
+    How long steps may be differs by a factor of ten between models, and nothing that is known without trying tells it.
     """
-    directions, squares = ([torch.zeros_like(each) for each in tensors] for _ in range(2))
-    for numbers in rounds:
-        for direction, square, gradient in zip(directions, squares, _all_reduced(gradients(numbers)), strict=True):
-            direction += gradient
-            square += gradient.square()
-    for direction, square in zip(directions, squares, strict=True):
-        direction /= (len(rounds) * square).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    before = [tensor.detach().clone() for tensor in tensors]
-
-    def move(length: float) -> None:
-        for tensor, start, scale, direction in zip(tensors, before, scales, directions, strict=True):
-            tensor.data.copy_(start - length * scale * direction)
+    start, directions = adam.weights(), adam.directions()
 
     def error_at(length: float) -> float:
-        move(length)
+        adam.set([before - length * along for before, along in zip(start, directions, strict=True)])
         return error()
 
     length = _least(error_at)
-    move(length)
+    error_at(length)
     return length
 
 
@@ -245,7 +224,3 @@ def _all_reduced(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     flat = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-
-
-def _root_mean_square(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())

@@ -7,8 +7,9 @@ batch; they share all weights outside the sites, and the output of an encoder th
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
-from ..parallel import all_reduce, falls_here
-from ..runtime.regrouping import install_heads, model_names
+from ..parallel import all_reduce, falls_here, world_size
+from ..runtime.regrouping import input_modules, install_heads, model_names
 from . import descent
 from .descent import TrainedWeights, descend, schedule
+from .moments import Moments, add_moments, empty_moments, num_wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +37,11 @@ TOKENS = 2**17
 """Tokens that the model is trained with, repeated where the sample has fewer."""
 ITEMS = {"images": 2**13, "audio": 2**11, "sound": 2**11}
 """Items that the model is trained with where data has no tokens."""
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
+"""Tokens of a step, which is at least a whole text."""
 NUM_CHECKS = 2
+LONGER = 0.5
+"""Length of the steps in lengths of the first: where all sites move together, the whole of their steps is too long for later gradients."""
 ENCODED_BYTES = 2**30
 """Memory for an encoder's outputs, which are kept for batches that are seen again."""
 SCALE = 2.0**12
@@ -52,6 +57,7 @@ def distill(
     *,
     tokens: int = TOKENS,
     seed: int = 0,
+    num_checks: int = NUM_CHECKS,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, FittedHeads]:
     """Return the trained heads of every site: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
@@ -65,14 +71,14 @@ def distill(
     """
     if is_streamed(model):
         raise UserError(
-            "fold --heal: expected a model that fits into memory, got one that is read from disk as it runs; give --heal-by block, "
-            "which trains one block at a time"
+            "fold: expected a model that fits into memory, got one that is read from disk as it runs; give --refit-by block, or "
+            "--heal-by block, which train one block at a time"
         )
     student = _Student(model, sites, merged)
     all_batches = list(batches_in_order(sample, BATCH_TOKENS))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
-    plan = schedule(counts, tokens, rate=None, num_checks=NUM_CHECKS, seed=seed)
-    left = descent.total_tokens(counts, tokens, NUM_CHECKS, searched=True)
+    plan = schedule(counts, tokens, num_checks=num_checks, longer=LONGER, seed=seed)
+    left = descent.total_tokens(counts, tokens, num_checks)
     scale = SCALE if model.dtype == torch.float16 else 1.0
 
     def ran(numbers: range) -> None:
@@ -98,17 +104,23 @@ def distill(
             return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
+    def moments() -> list[Moments]:
+        return student.input_moments(all_batches[number] for number in chain(*plan.rounds) if falls_here(number))
+
     with _frozen(model):
-        found = descend(student.weights, error, gradients, plan)
+        found = descend(student.weights, moments, error, gradients, plan)
     progress(left)  # of batches that are shorter than others, and of steps that a perfect fold does not need
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
 
 
-def total_tokens(sample: Sample, tokens: int) -> int:
+def tokens_once(sample: Sample) -> int:
+    """Return the number of tokens of a training that sees the sample once."""
+    return sum(map(num_tokens, batches_in_order(sample, BATCH_TOKENS)))
+
+
+def total_tokens(sample: Sample, tokens: int, num_checks: int = NUM_CHECKS) -> int:
     """Return the number of tokens that the model is run on, in training and in checks."""
-    return descent.total_tokens(
-        [*map(num_tokens, batches_in_order(sample, BATCH_TOKENS))], tokens, NUM_CHECKS, searched=True
-    )
+    return descent.total_tokens([*map(num_tokens, batches_in_order(sample, BATCH_TOKENS))], tokens, num_checks)
 
 
 def _num_positions(batch: Sample) -> int:
@@ -150,12 +162,7 @@ class _Student:
 
         An encoder that both models share is run once for batches of the same number, as far as memory is set aside for its outputs.
         """
-        device = input_device(self._teacher)
-        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = given.pop("labels", None)
-        if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
-            assert labels is not None
-            given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
+        given, labels = self._given(batch)
         mask = given.get("attention_mask")
         if number in self._encoded:
             given = self._decoded(given, self._encoded[number])
@@ -167,8 +174,40 @@ class _Student:
             if number is not None and number not in self._encoded and encoded.nbytes <= self._room:
                 self._room -= encoded.nbytes
                 self._encoded[number] = encoded
-        student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-        return output_error(student, teacher, labels, mask)
+        return output_error(self._run(given), teacher, labels, mask)
+
+    def _given(self, batch: Sample) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what both models are called with, and the labels."""
+        device = input_device(self._teacher)
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = given.pop("labels", None)
+        if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
+            assert labels is not None
+            given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
+        return given, labels
+
+    def _run(self, given: Mapping[str, Any]) -> Any:
+        return torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
+
+    def input_moments(self, batches: Iterable[Sample]) -> list[Moments]:
+        """Return the second moments of the inputs of every site's projections, from as many of the batches as that takes.
+
+        Padding is among them: it weighs little, and no step depends on their exact value.
+        """
+        sums = [empty_moments(each.heads) for each in self.weights]
+        wanted = max(map(num_wanted, sums)) / world_size()
+        with ExitStack() as stack:
+            for site, own, trained in zip(self._sites, sums, self.weights, strict=True):
+                for field, path in input_modules(site, in_slots=trained.heads.head_dim > site.head_dim).items():
+                    handle = self._model.get_submodule(path).register_forward_pre_hook(partial(_add, own, field))
+                    stack.callback(handle.remove)
+            for batch in batches:
+                given, _ = self._given(batch)
+                self._run(given)
+                wanted -= num_tokens(batch)
+                if wanted <= 0:
+                    break
+        return [{field: all_reduce(total) for field, total in own.items()} for own in sums]
 
     @staticmethod
     def _decoded(given: Mapping[str, Any], encoded: Tensor) -> dict[str, Any]:
@@ -188,6 +227,11 @@ class _Student:
     @staticmethod
     def _on_disk(site: Site, heads: Heads) -> Mapping[str, Tensor]:
         return write_heads(site, heads.expand(site.num_kv_heads), in_slots=heads.head_dim > site.head_dim)
+
+
+def _add(moments: dict[str, Tensor], field: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Add the inputs of a module to the second moments of that field, before it runs."""
+    add_moments(moments, field, inputs[0].flatten(0, -2))
 
 
 @contextmanager

@@ -156,6 +156,13 @@ def install(attention: nn.Module) -> FixedAttention | None:
     return fixed
 
 
+def remove(attention: nn.Module) -> None:
+    """Give the module the attention back that it had before."""
+    config: Any = attention.config
+    config._attn_implementation = "sdpa"
+    del vars(attention)["headfold_fixed"]
+
+
 def _asks_transformers(attention: type[nn.Module]) -> bool:
     """Return whether a class, or headfold's own forward for it, looks its attention function up and calls it once: a few (Falcon) call
     PyTorch's, and those that take the patches of all images as one row call it for each image.

@@ -6,8 +6,7 @@ each takes one batch of every step and its share of the held-back data, so a ste
 steps train a block with the same number of tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,10 @@ from ..calibration import Sample, batches_in_order, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..families.spec import Site
-from ..parallel import all_reduce
-from .descent import Schedule, TrainedWeights, descend, schedule, total_tokens
+from ..parallel import all_reduce, world_size
+from .descent import TRAINED, Schedule, TrainedWeights, descend, schedule, total_tokens
 from .fitting import Solver, fit
+from .moments import Moments, add_moments, empty_moments, num_wanted
 from .recorded import RecordedSite
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ TOKENS = 2**19
 """Tokens that every block is trained with, repeated where the sample has fewer."""
 ITEMS = {"images": 2**14, "audio": 2**12, "sound": 2**12}
 """Items that every block is trained with where data has no tokens. A window of sound has many times the positions of an image."""
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 512
+"""Tokens of a step, which is at least a whole text: many steps that see little recover more than few that see much."""
 NUM_CHECKS = 8
-RATE = 0.2
+LONGER = 1.0
+"""Length of the steps in lengths of the first, which is the best along the mean of several gradients."""
 
 
 def heal(
@@ -41,7 +43,6 @@ def heal(
     sample: Sample,
     *,
     tokens: int = TOKENS,
-    rate: float = RATE,
     seed: int = 0,
     **how: Any,
 ) -> dict[str, FittedHeads]:
@@ -51,9 +52,12 @@ def heal(
     `merged` and `how` are those of `fitting.fit`.
     """
     all_batches = _batches(sample)
-    plan = schedule([*map(num_tokens, all_batches)], tokens, rate=rate, num_checks=NUM_CHECKS, seed=seed)
-    solver = Solver(partial(_healed, plan=plan), tokens_per_block(sample, tokens))
-    return fit(model, sites, merged, all_batches, solver, **how)
+    counts = [*map(num_tokens, all_batches)]
+
+    def solve(site_calls: RecordedSite, heads: Heads) -> FittedHeads:
+        return trained(site_calls, heads, schedule(counts, tokens, num_checks=NUM_CHECKS, longer=LONGER, seed=seed))
+
+    return fit(model, sites, merged, all_batches, Solver(solve, tokens_per_block(sample, tokens)), **how)
 
 
 def tokens_per_block(sample: Sample, tokens: int) -> int:
@@ -65,10 +69,10 @@ def _batches(sample: Sample) -> list[Sample]:
     return list(batches_in_order(sample, BATCH_TOKENS))
 
 
-def _healed(site_calls: RecordedSite, heads: Heads, *, plan: Schedule) -> FittedHeads:
-    """Return the heads with the least error on the held-back batches."""
-    weights = TrainedWeights.of(heads, site_calls.site)
-    positions, energy = _positions_and_energy(site_calls, plan.held.stop)
+def trained(site_calls: RecordedSite, heads: Heads, plan: Schedule, *, fields: Container[str] = TRAINED) -> FittedHeads:
+    """Return the heads with the least error on the held-back calls, those of `fields` trained. The plan numbers calls in their order."""
+    weights = TrainedWeights.of(heads, site_calls.site, fields)
+    positions, energy = _positions_and_energy(site_calls)
 
     def error(numbers: range) -> float:
         return _error(site_calls, weights.to_heads(), numbers)
@@ -76,8 +80,26 @@ def _healed(site_calls: RecordedSite, heads: Heads, *, plan: Schedule) -> Fitted
     def gradients(numbers: range) -> Sequence[Tensor]:
         return _gradients(site_calls, weights, numbers, energy * sum(positions[number] for number in numbers))
 
-    (found,) = descend([weights], error, gradients, plan)
+    def moments() -> Sequence[Moments]:
+        return [_input_moments(site_calls, heads)]
+
+    (found,) = descend([weights], moments, error, gradients, plan)
     return found
+
+
+@torch.no_grad()
+def _input_moments(site_calls: RecordedSite, heads: Heads) -> Moments:
+    """Return the second moments of the inputs of the projections, from as many calls as that takes."""
+    sums = empty_moments(heads)
+    wanted = num_wanted(sums) / world_size()
+    for number in site_calls.numbers:
+        replay = site_calls.run(heads, number)
+        for field, inputs in (("q", replay.query_inputs), ("v", replay.value_inputs), ("o", replay.inputs)):
+            add_moments(sums, field, inputs)
+        wanted -= len(replay.inputs)
+        if wanted <= 0:
+            break
+    return {field: all_reduce(total) for field, total in sums.items()}
 
 
 def _gradients(site_calls: RecordedSite, weights: TrainedWeights, numbers: range, energy: float) -> Sequence[Tensor]:
@@ -92,15 +114,16 @@ def _gradients(site_calls: RecordedSite, weights: TrainedWeights, numbers: range
 
 
 def _on_this_rank(site_calls: RecordedSite, numbers: range) -> Iterator[int]:
-    return (number for number in numbers if number in site_calls.numbers)
+    return (number for number in (site_calls.all_numbers[each] for each in numbers) if number in site_calls.numbers)
 
 
-def _positions_and_energy(site_calls: RecordedSite, count: int) -> tuple[list[int], float]:
-    """Return the positions of each of the `count` batches of all ranks, and the mean of ‖y‖² over all of them."""
-    positions, total = [0.0] * count, 0.0
+def _positions_and_energy(site_calls: RecordedSite) -> tuple[list[int], float]:
+    """Return the positions of each of the calls of all ranks, and the mean of ‖y‖² over all of them."""
+    positions, total = [0.0] * len(site_calls.all_numbers), 0.0
     for number in site_calls.numbers:
         target = site_calls.target(number)
-        positions[number], total = len(target), total + float(target.square().sum(dtype=torch.float64))
+        positions[site_calls.all_numbers.index(number)] = len(target)
+        total += float(target.square().sum(dtype=torch.float64))
     *counts, total = all_reduce(torch.tensor([*positions, total], dtype=torch.float64)).tolist()
     return [int(each) for each in counts], max(total / int(sum(counts)), torch.finfo(torch.float32).tiny)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,12 +14,16 @@ from ..core.heads import Heads
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
-from ..runtime.regrouping import ask_transformers, local_names, regrouped
+from ..runtime.regrouping import ask_transformers, input_modules, local_names, regrouped
 from . import fixed_attention
 from .blocks import Call, twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_SAME = 1e-3
+"""Largest relative difference of a call to its parts."""
 
 
 class RecordedCall(NamedTuple):
@@ -28,6 +32,20 @@ class RecordedCall(NamedTuple):
     call: Call
     output: Float[Tensor, "batch token model"]
     mask: Bool[Tensor, "batch token"] | None
+
+    def part(self, index: int, parts: int) -> "RecordedCall":
+        """Return one of so many parts of the call, each with its items of the batch; it may have none."""
+        size = len(self.output)
+        items = slice(size * index // parts, size * (index + 1) // parts)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[items] if value.ndim > 1 and len(value) == size else value
+            return tuple(map(cut, value)) if type(value) is tuple else value
+
+        args, kwargs = self.call
+        call = (tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()})
+        return RecordedCall(call, self.output[items], None if self.mask is None else self.mask[items])
 
     def storages(self) -> dict[int, int]:
         """Return address → bytes of every tensor that it holds; tensors that sites share (masks, an encoder's output) have one
@@ -40,12 +58,13 @@ class RecordedCall(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Replay:
     """One call replayed with other heads, without padding: input and output of the output projection, the original's output (the
-    target), and the inputs of the value projection.
+    target), and the inputs of the query and value projections; of queries none where the weights of attention are kept.
     """
 
     inputs: Float[Tensor, "position head_times_dim"]
     output: Float[Tensor, "position model"]
     target: Float[Tensor, "position model"]
+    query_inputs: Float[Tensor, "position_of_queries model"]
     value_inputs: Float[Tensor, "position_of_values model"]
 
 
@@ -91,7 +110,7 @@ class RecordedSite:
     stack) is reordered by it. `numbers` are those of the calls recorded here, `all_numbers` those of
     all ranks. `on_replay` is called with the number of each replayed call. A solver that leaves Q and K
     as they are says so by `fixes_attention`: the attention weights of a call are then computed once (`fixed_attention.py`) where the
-    class allows it, and gradients reach V alone.
+    class allows it, and gradients reach V alone, until `free_attention`.
     """
 
     def __init__(
@@ -110,7 +129,8 @@ class RecordedSite:
     ) -> None:
         self.site, self._on_replay = site, on_replay
         self.numbers: Sequence[int] = range(len(recorded)) if numbers is None else numbers
-        self.all_numbers = range(len(recorded)) if all_numbers is None else all_numbers
+        self.all_numbers: Sequence[int] = range(len(recorded)) if all_numbers is None else all_numbers
+        self._parts = 1
         self._recorded = dict(zip(self.numbers, recorded, strict=True))
         self.order, self._head_dim_multiple = torch.tensor(order), head_dim_multiple
         self._module = twin(attention, site, {})
@@ -119,18 +139,15 @@ class RecordedSite:
             regrouped(self._module, site, site.num_kv_heads, head_dim_multiple, model)
         elif fixes_attention:
             ask_transformers(self._module, site)
-        core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
-        self._fixed = fixed_attention.install(core) if fixes_attention and head_dim_multiple == 1 else None
+        self._core = self._module.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
+        self._fixed = fixed_attention.install(self._core) if fixes_attention and head_dim_multiple == 1 else None
         self._parameters = dict(self._module.named_parameters())
         self._written: tuple[Heads, dict[str, Tensor]] | None = None
         self._unread = self._query_and_key_projections() if self._fixed is not None else {}
-        self._output = self._submodule("o")
-        if "v" in site.paths:
-            self._values = self._submodule("v")
-        elif head_dim_multiple > 1:
-            self._values = self._module.get_submodule(f"{site.core}.v_proj".removeprefix(f"{site.module}."))
-        else:
-            self._values = self._submodule("qkv")
+        self._inputs = {
+            role: self._module.get_submodule(path.removeprefix(f"{site.module}."))
+            for role, path in input_modules(site, in_slots=head_dim_multiple > 1).items()
+        }
 
     def _submodule(self, role: str) -> nn.Module:
         return self._module.get_submodule(self.site.paths[role].removeprefix(f"{self.site.module}."))
@@ -168,22 +185,25 @@ class RecordedSite:
     def run(self, heads: Heads, number: int) -> Replay:
         """Replay the call of that number with other heads, in float32 or better, as sums in half precision would hide a ridge."""
         _, target, mask = self._recorded[number]
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
         hooks = [
-            self._values.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])),
-            self._output.register_forward_hook(lambda module, inputs, output: found.extend((inputs[0], output))),
+            self._inputs["q"].register_forward_pre_hook(lambda module, inputs: found.update(q=inputs[0])),
+            self._inputs["v"].register_forward_pre_hook(lambda module, inputs: found.update(v=inputs[0])),
+            self._inputs["o"].register_forward_hook(
+                lambda module, inputs, output: found.update(o=inputs[0], output=output)
+            ),
         ]
         try:
             self._call(heads, number)
         finally:
             for hook in hooks:
                 hook.remove()
-        value_inputs, inputs, output = found
         kept = None if mask is None else mask.flatten()
-        inputs, output, target = (_rows(t, kept) for t in (inputs, output, target))
+        inputs, output, target = (_rows(t, kept) for t in (found["o"], found["output"], target))
         # Keys' padding is left out where they are the queries' own; elsewhere it weighs little in a preconditioner.
-        same = value_inputs.shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
-        return Replay(inputs, output, target, _rows(value_inputs, kept if same else None))
+        same = found["v"].shape[:-1].numel() == (len(inputs) if kept is None else len(kept))
+        query_inputs = _rows(found["q"], kept) if "q" in found else inputs.new_zeros(0, found["v"].shape[-1])
+        return Replay(inputs, output, target, query_inputs, _rows(found["v"], kept if same else None))
 
     def output_inputs(self, heads: Heads, number: int) -> Float[Tensor, "position head_times_dim"]:
         """Return the inputs of the output projection, as `run` does; nothing after them is computed."""
@@ -193,7 +213,7 @@ class RecordedSite:
             found.append(inputs[0])
             raise _Reached
 
-        hook = self._output.register_forward_pre_hook(stop)
+        hook = self._inputs["o"].register_forward_pre_hook(stop)
         try:
             with suppress(_Reached):
                 self._call(heads, number)
@@ -207,7 +227,8 @@ class RecordedSite:
         args, kwargs = self._reordered_call(number)
         if self._fixed is not None:
             self._fixed.number = number
-        self._on_replay(number)
+        if number % self._parts == self._parts - 1:  # the last part of a call is never empty
+            self._on_replay(number // self._parts)
         with self._skipped(number) as skipped:
             tensors = {name: t for name, t in self._tensors(heads).items() if not name.startswith(skipped)}
             torch.func.functional_call(self._module, tensors, args, kwargs)
@@ -232,6 +253,37 @@ class RecordedSite:
         self.numbers = [number for number in self.numbers if number in self.all_numbers]
         self._recorded = {number: self._recorded[number] for number in self.numbers}
 
+    def free_attention(self) -> None:
+        """Compute the attention weights of every call anew from now on, so that gradients reach Q and K."""
+        if self._fixed is not None:
+            fixed_attention.remove(self._core)
+            self._fixed, self._unread = None, {}
+
+    def split(self, parts: int, heads: Heads) -> None:
+        """Make `parts` calls of each, or fewer where it has fewer items, if these do together what it does: else leave them as they are."""
+        before, first = (self._recorded, self.numbers, self.all_numbers), next(iter(self.numbers), None)
+        whole = None if first is None else self.run(heads, first).output
+        every = [number * parts + index for number in self.all_numbers for index in range(parts)]
+        cut = {
+            number * parts + index: call.part(index, parts)
+            for number, call in self._recorded.items()
+            for index in range(parts)
+        }
+        items = torch.tensor(
+            [float(len(cut[number].output)) if number in cut else 0.0 for number in every], dtype=torch.float64
+        )
+        self.all_numbers = [number for number, count in zip(every, all_reduce(items).tolist(), strict=True) if count]
+        self._recorded = {number: call for number, call in cut.items() if len(call.output)}
+        self.numbers, self._parts = [*self._recorded], parts
+        differs = 0.0
+        if whole is not None:
+            together = torch.cat(
+                [self.run(heads, number).output for number in self.numbers if number // parts == first]
+            )
+            differs = float((together - whole).square().sum() > _SAME**2 * whole.square().sum())
+        if all_reduce(torch.tensor(differs, dtype=torch.float64)).item():
+            (self._recorded, self.numbers, self.all_numbers), self._parts = before, 1
+
     @property
     def catches_attention(self) -> bool:
         """Whether `attention_inputs` can be asked for."""
@@ -254,8 +306,7 @@ class RecordedSite:
         if heads is not None:
             args, kwargs = self._reordered_call(number)
         inputs: list[Tensor] = []
-        projection = self._submodule("q" if "q" in self.site.paths else "qkv")
-        hook = projection.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        hook = self._inputs["q"].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         tensors = {} if heads is None else self._tensors(heads)
         try:
             caught = self._fixed.catch(lambda: torch.func.functional_call(self._module, tensors, args, kwargs))

@@ -32,7 +32,8 @@ class CardFacts:
     """The serving costs before and after."""
     method: str
     group: str
-    refit: bool
+    refit_by: str
+    """What a refit trained together at its end: the "model" or each "block" alone; empty without a refit."""
     healed: int
     """The number of tokens, or items, of training; 0 where nothing was trained."""
     healed_by: str
@@ -163,11 +164,17 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)
 
 
+_REFIT = {
+    "block": "'s attention and output, block by block",
+    "model": ": to its attention block by block, then all together to the model's output, in one pass over the calibration data",
+}
+
+
 def _summary(name: str, facts: CardFacts) -> str:
     merged = f" with the LoRA adapter {_linked(model_name(facts.adapter))} merged into it, and" if facts.adapter else ""
     refit = (
-        ", then `W_q` (where there were data enough), `W_o` and the shared `W_v` of every block were refitted to the original"
-        if facts.refit
+        f", then all projections of every block were refitted to the original{_REFIT[facts.refit_by]}"
+        if facts.refit_by
         else ""
     )
     after = count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
@@ -186,7 +193,7 @@ def _linked(name: str) -> str:
 
 def _training(facts: CardFacts) -> str:
     if not facts.healed:
-        return "Nothing was trained"
+        return "Nothing else was trained" if facts.refit_by else "Nothing was trained"
     amount = f"on {facts.healed:,} tokens or items"
     if facts.healed_by == "model":
         return f"All attention blocks were then trained together, {amount}, to reproduce the original's output"

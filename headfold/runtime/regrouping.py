@@ -54,6 +54,13 @@ def local_names(site: Site) -> dict[str, str]:
     return {d: name.removeprefix(inside) for d, name in model_names(site).items() if name.startswith(inside)}
 
 
+def input_modules(site: Site, *, in_slots: bool) -> dict[str, str]:
+    """Return the modules of a model whose inputs are those of the projections `q`, `v` (and `k`) and `o`; `in_slots`: as installed."""
+    paths, fused = site.paths, "" if in_slots else site.paths.get("qkv", "")
+    found = {role: paths.get(role) or fused or f"{site.core}.{role}_proj" for role in ("q", "v")}
+    return {**found, "o": paths["o"]}
+
+
 def shared_tensors(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return by their names in the model those tensors (by names on disk) that lie outside of the site's module."""
     inside, names = local_names(site), model_names(site)

@@ -64,11 +64,13 @@ def fitting_operations(
     heals: Collection[str],
     healed: float,
     heals_together: bool = False,
+    refits_together: bool = False,
     records: bool = True,
 ) -> dict[str, Operations]:
     """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
 
-    A refit records what the blocks do in a pass of its own if `records`.
+    A refit records what the blocks do in a pass of its own if `records`. At its end it trains each block on all items once, or with
+    `refits_together` the model.
     A site, or with `heals_together` the model, is healed on `healed` items, which are drawn anew where the model does not write them.
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
@@ -79,8 +81,12 @@ def fitting_operations(
         found["calibrate"] = Operations(data.items * (CALIBRATE * once.blocks / shared + sampling))
     if refits:
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
-        recorded = data.items * once.blocks if records else 0.0
-        found["refit"] = Operations(recorded / shared, precise / shared)
+        own = data.items * once.blocks if records else 0.0
+        if refits_together:
+            own += DISTILL * data.items * (once.blocks + once.head)
+        else:
+            precise += sum(HEAL * data.items * once.sites[name] for name in refits)
+        found["refit"] = Operations(own / shared, precise / shared)
     if heals and heals_together:
         found["heal"] = Operations(DISTILL * healed * (once.blocks + once.head) / shared)
     elif heals:

@@ -43,6 +43,7 @@ def fold(
     group: str = "swap",
     merge: str = "absorb",
     refit: bool = True,
+    refit_by: str | None = None,
     heal: bool = False,
     heal_tokens: int | None = None,
     heal_by: str | None = None,
@@ -79,14 +80,13 @@ def fold(
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
-        refit: Refit W_q of every block to the original's attention where there are data enough, W_v and W_o to its output.
-        heal: Train the attention after that, on `heal_tokens` tokens or items of the calibration data: all sites together by the output of
-            the "model", or each "block" alone (`heal_by`; by default "model" for language models of 2^26 parameters or more).
+        refit: Refit the projections to the original's attention and output, at the end those of all blocks together by the output of the
+            "model", or of each "block" alone (`refit_by`; by default "model" for language models of 2^26 parameters or more that fit).
+        heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.
         tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
-        encoder, stats: Fold the encoder of an encoder-decoder too, or the tower of a wrapper, which is calibrated on images (sound) with
-            texts; a file that `headfold.calibrate` wrote.
+        encoder, stats: Fold the encoder or a wrapper's tower too, on images (sound) with texts; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         trust_remote_code: Run the code that the model brings for its class, which the fold then brings too.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
@@ -108,10 +108,9 @@ def fold(
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
-        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
+        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, device=place, data=data, stats=given, layout=layout,
     ))  # fmt: skip
     source = with_encoder(source, request.encoder)
-    on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
     teacher = Teacher(source, request.calibration, place, compute_dtype, progress, drawn, said)
     teacher.use_sample(None if data.names_data else given)
@@ -126,7 +125,9 @@ def fold(
             made = job.planned(teacher, request, statistics)
         written_layout = on_main(lambda: choose_fold_layout(source, made, layout))
         shrinks = any(made.num_kv_heads[site.name] < site.num_kv_heads for site in source.sites)
-        refits, fitting = job.refitted(teacher, made, statistics) if refit and shrinks else (None, Fitting())
+        refits, fitting = None, Fitting()
+        if refit and shrinks:
+            refits, fitting = job.refitted(teacher, made, statistics)
         if heal and shrinks:
             refits, fitting = job.healed(teacher, made, statistics, refits, fitting, request.healing)
         teacher.close()

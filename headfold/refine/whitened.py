@@ -1,0 +1,137 @@
+"""The steps of a descent: Adam (Kingma & Ba 2015, 1412.6980) in coordinates in which the inputs of a projection are white.
+
+Where C = E x xᵀ for inputs x, the coordinates of W are Z = W C^½: a step there changes the output as much along every direction of the
+inputs, so directions with little energy are not the last to be fitted (the right factor of K-FAC, Martens & Grosse 2015, 1503.05671).
+The outputs of each head are rotated to the eigenbasis of the second moments of their gradients (SOAP, Vyas et al. 2024, 2409.11321).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .kronecker import damped
+
+BETAS = (0.9, 0.95)
+_DAMPING = 1e-3
+"""Added to C, relative to its mean energy."""
+_TURNED_EVERY = 4
+"""Steps between two eigenbases of the outputs, which change slowly."""
+_EPSILON = 1e-16
+"""Added to the root of Adam's second moment, far below any gradient whose square float32 holds."""
+
+
+def whitening(second: Float[Tensor, "size size"]) -> tuple[Float[Tensor, "size size"], Float[Tensor, "size size"]]:
+    """Return C^-½ and C^½ up to a common rotation, that of the eigenbasis: gradients times the first are those of W times the second."""
+    energies, turn = torch.linalg.eigh(damped(second.double(), _DAMPING))
+    root = energies.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return turn / root, turn * root
+
+
+class _Trained:
+    """One tensor of a site, with the moments of its gradients; `second` is E x xᵀ of its inputs, None for a bias."""
+
+    def __init__(self, leaf: Tensor, second: Tensor | None, *, is_output: bool, scale: float | None = None) -> None:
+        self._leaf, self._is_output, self._steps = leaf, is_output, 0
+        self._into: Tensor | None = None
+        self._scale = scale or 0.0
+        if second is not None:
+            into, root = (each.to(leaf) for each in whitening(second))
+            self._into = into
+            white = self._times(leaf.detach(), root)
+            self._scale = float(white.double().square().mean().sqrt())
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all gradients."""
+        self._steps = 0
+        self._mean: Tensor | None = None
+        self._square: Tensor | None = None
+        self._spread: Tensor | None = None
+        self._turn: Tensor | None = None
+
+    def _times(self, weights: Tensor, matrix: Tensor) -> Tensor:
+        """Return W times a matrix over its inputs; those of the output projection come first."""
+        return matrix.mT @ weights.flatten(0, 1) if self._is_output else weights @ matrix
+
+    def see(self, gradient: Tensor) -> None:
+        """Add a gradient to the moments."""
+        here = gradient if self._into is None else self._times(gradient, self._into)
+        if self._into is not None and not self._is_output:
+            here = self._turned(here)
+        self._steps += 1
+        first, second = BETAS
+        if self._mean is None or self._square is None:
+            self._mean, self._square = torch.zeros_like(here), torch.zeros_like(here)
+        self._mean.mul_(first).add_(here, alpha=1 - first)
+        self._square.mul_(second).addcmul_(here, here, value=1 - second)
+
+    def _turned(self, gradient: Float[Tensor, "head dim size"]) -> Float[Tensor, "head dim size"]:
+        """Return the gradient in the eigenbasis of its rows' second moments, and take the first moment to that basis."""
+        spread, keep = gradient @ gradient.mT, BETAS[1]
+        self._spread = spread if self._spread is None else keep * self._spread + (1 - keep) * spread
+        if self._steps % _TURNED_EVERY == 0:
+            turn = torch.linalg.eigh(self._spread.double())[1].to(gradient)
+            if self._mean is not None and self._turn is not None:
+                self._mean = turn.mT @ (self._turn @ self._mean)
+            self._turn = turn
+        assert self._turn is not None
+        return self._turn.mT @ gradient
+
+    def direction(self) -> Tensor:
+        """Return Adam's step at rate 1: each coordinate moves by about the root mean square of all."""
+        assert self._mean is not None and self._square is not None
+        mean, square = self._mean / (1 - BETAS[0] ** self._steps), self._square / (1 - BETAS[1] ** self._steps)
+        step = mean.div_(square.sqrt_().add_(_EPSILON)).mul_(self._scale)
+        if self._turn is not None:
+            step = self._turn @ step
+        if self._into is not None:
+            step = self._into @ step if self._is_output else step @ self._into.mT
+        return step.view_as(self._leaf)
+
+
+class WhitenedAdam:
+    """Moves tensors of one site or several against their gradients."""
+
+    def __init__(self, sites: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> None:
+        """`sites` are the trained tensors of each by field, and the second moments of their inputs: of `q`, `v` (and `k`), and `o`."""
+        self._tensors: list[Tensor] = []
+        self._trained: list[_Trained] = []
+        for leaves, seconds in sites:
+            output = float(leaves["o"].detach().double().square().mean().sqrt()) if "o" in leaves else 0.0
+            for field, leaf in leaves.items():
+                second = None if field == "o_bias" else seconds["v" if field == "k" else field]
+                second = (
+                    None if second is None else second[: leaf.shape[-1], : leaf.shape[-1]] if field != "o" else second
+                )
+                self._tensors.append(leaf)
+                self._trained.append(_Trained(leaf, second, is_output=field == "o", scale=output))
+
+    def see(self, gradients: Sequence[Tensor]) -> None:
+        """Add gradients of all tensors, in their order, to the moments."""
+        for each, gradient in zip(self._trained, gradients, strict=True):
+            each.see(gradient)
+
+    def directions(self) -> list[Tensor]:
+        """Return the step of every tensor at rate 1."""
+        return [each.direction() for each in self._trained]
+
+    def weights(self) -> list[Tensor]:
+        """Return a copy of all tensors."""
+        return [leaf.detach().clone() for leaf in self._tensors]
+
+    def set(self, weights: Sequence[Tensor]) -> None:
+        """Set all tensors."""
+        for leaf, value in zip(self._tensors, weights, strict=True):
+            leaf.data.copy_(value)
+
+    def step(self, rate: float) -> None:
+        """Move all tensors."""
+        for leaf, each in zip(self._tensors, self._trained, strict=True):
+            leaf.data.sub_(each.direction().mul_(rate))
+
+    def forget(self) -> None:
+        """Forget all gradients, as after a return to other weights."""
+        for each in self._trained:
+            each.forget()

@@ -1,0 +1,105 @@
+"""A refit can end with all sites trained together, in one pass over the calibration data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused, run  # noqa: F401 (a fixture)
+from test_corpus import tokenizer  # noqa: F401 (a fixture)
+from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
+
+import headfold
+from headfold import hf_models
+from headfold.conversion import fitted_sites, healing
+from headfold.conversion.healing import refit_by_default
+from headfold.conversion.source import open_source
+from headfold.core.errors import UserError
+from headfold.refine import distill
+
+FOLDED: dict[str, Any] = dict(kv_heads=2, calibration="self", **CALIBRATED)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "BATCH_TOKENS", 32)
+
+
+def test_a_fold_refitted_as_a_whole_is_nearer_to_its_original_and_says_so(readable: Path, tmp_path: Path) -> None:  # noqa: F811
+    block, model = (headfold.fold(readable, tmp_path / by, **FOLDED, refit_by=by) for by in ("block", "model"))
+    assert block.verification.passed and model.verification.passed and set(model.seconds) == set(block.seconds)
+    losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (block, model)]
+    assert losses[1] < 0.95 * losses[0]
+    cards = [(made.out / "README.md").read_text() for made in (block, model)]
+    assert "attention and output, block by block" in cards[0] and "--refit-by block" in cards[0]
+    assert "then all together to the model's output" in cards[1] and "--refit-by model" in cards[1]
+
+
+def test_one_that_was_killed_ends_in_the_same_bytes(
+    readable: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    headfold.fold(readable, tmp_path / "calm", **FOLDED, refit_by="model")
+    kept, save = list[str](), fitted_sites.save_file
+
+    def killed(tensors: Any, path: Path, facts: Any) -> None:
+        kept.append(path.parent.name)
+        if kept.count("together") == 2:
+            raise KeyboardInterrupt
+        save(tensors, path, facts)
+
+    monkeypatch.setattr(fitted_sites, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        headfold.fold(readable, tmp_path / "out", **FOLDED, refit_by="model")
+    monkeypatch.setattr(fitted_sites, "save_file", save)
+    headfold.fold(readable, tmp_path / "out", **FOLDED, refit_by="model")
+    same_bytes(tmp_path / "calm", tmp_path / "out")
+
+
+def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
+    readable: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = open_source(str(readable))
+
+    def chosen(by: str | None = None, kind: str = "text", *, heals: bool = False) -> str:
+        return refit_by_default(by, source.checkpoint, source.sites, kind, "cpu", heals=heals)
+
+    assert chosen() == "block" and chosen("model") == "model"
+    monkeypatch.setattr(healing, "_LARGE", 1)
+    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
+    monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
+    assert chosen() == "block"
+    with pytest.raises(UserError, match="GiB of training, got less; give --refit-by block"):
+        chosen("model")
+
+
+def test_a_fold_that_overflows_where_it_would_be_trained_keeps_its_refit(
+    readable: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distill._Student, "error", lambda *_: float("nan"))
+    whole = headfold.fold(readable, tmp_path / "whole", **FOLDED, refit_by="model")
+    alone = headfold.fold(readable, tmp_path / "alone", **FOLDED, refit_by="block")
+    assert whole.verification.passed
+    # Too few tokens for a block's own descent, so both refits are least squares alone.
+    assert (whole.out / "model.safetensors").read_bytes() == (alone.out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--refit-by", "site"), "--refit-by site: expected one of model, block"),
+        (("--no-refit", "--refit-by", "model"), "refit_by goes with refit"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_a_line(
+    run: Any,  # noqa: F811
+    words: tuple[str, ...],
+    said: str,
+    readable: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    refused(run("fold", readable, tmp_path / "out", "--kv-heads", "2", *words), said)
+    assert not (tmp_path / "out").exists()
