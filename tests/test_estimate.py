@@ -88,13 +88,15 @@ def readable(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # no
 
 
 def told(
-    path: Path, *, kv_heads: str = "1/2", tokens: int = 2**16, merge: str = "absorb", refit: bool = True, refit_by: str | None = None,
-    heal: bool = False, heal_by: str = "block", source: str = "stdlib", verifies: bool = True, measured: bool = False, fitted: Any = NOTHING, **also: bool,
+    path: Path, *, kv_heads: str = "1/2", tokens: int = 2**16, merge: str = "absorb", refit: bool = True,
+    refit_by: str | None = None, heal: bool = False, heal_by: str = "block", source: str = "stdlib", verifies: bool = True,
+    measured: bool = False, fitted: Any = NOTHING, **also: bool,
 ) -> dict[str, float]:  # fmt: skip
     opened = open_source(path, False)
     request = resolve_fold(
-        opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge, refit=refit,
-        refit_by=refit_by, heal=heal, device="cpu", heal_tokens=None, heal_by=heal_by if heal else None, data=CalibrationRequest(source, tokens, context=32), stats=None,
+        opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge, refit=refit, refit_by=refit_by,
+        heal=heal, heal_tokens=None, heal_by=heal_by if heal else None, device="cpu",
+        data=CalibrationRequest(source, tokens, context=32), stats=None,
     )  # fmt: skip
     teacher = Teacher(opened, request.calibration, "cpu", torch.float32)
     return estimated_seconds(teacher, request, measured=measured, fitted=fitted, verifies=verifies, **also)

@@ -82,7 +82,8 @@ Refit = Annotated[
     option(
         "--refit/--no-refit",
         panel=HOW,
-        help="Refit the projections of every site to the original's attention and output (W_q and W_k given 16 tokens or more per hidden dim).",
+        help="Refit the projections of every site to the original's attention and output (W_q and W_k given 16 tokens or more per "
+        "hidden dim).",
     ),
 ]
 Seed = Annotated[int, option("--seed", panel=HOW, help="Seed of everything drawn at random.")]
