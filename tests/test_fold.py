@@ -260,7 +260,7 @@ def test_the_whole_path_calibrates_itself_and_says_so(readable: Path, tmp_path: 
     kept = headfold.fold(readable, tmp_path / "kept", kv_heads=4, refit=False, **enough)
     assert kept.plan == result.plan
     for (_, new), (_, old) in zip(tiny_sites(tmp_path / "out"), tiny_sites(tmp_path / "kept"), strict=True):
-        for role in "qkvo":
+        for role in "qvo":
             assert_differs(getattr(new, role), getattr(old, role))  # the refit reached the disk
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model:" in card and "--kv-heads 4" in card

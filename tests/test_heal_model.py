@@ -22,9 +22,9 @@ from headfold import calibration, hf_models
 from headfold.calibration import decoder_inputs
 from headfold.conversion.healing import Healing
 from headfold.core.errors import UserError
+from headfold.descent import descend as descent
 from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
-from headfold.refine import descent
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
 

@@ -22,11 +22,11 @@ from ..core.stats import SiteStats
 from ..corpus.samples import draw_sample, window_length
 from ..corpus.windows import draw_windows
 from ..corpus.windows import fingerprint as fingerprint_of
+from ..descent.descend import NotFinite
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import distill, heal, measuring, refit
-from ..refine.descent import NotFinite
 from ..refine.fitting import Watch
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
@@ -187,7 +187,7 @@ class Teacher:
         What overflows there stays as `refits` have it.
         """
         try:
-            self._distill("refit", plan, stats, refits, fitted, distill.tokens_once(self.sample), seed)
+            self._distill("refit", plan, stats, refits, fitted, None, seed)
         except NotFinite:
             facts = self.facts()
             for site in self.source.sites:
@@ -218,10 +218,10 @@ class Teacher:
         stats: Mapping[str, SiteStats] | None,
         refits: Mapping[str, FittedHeads] | None,
         healed: FittedSites,
-        tokens: int,
+        tokens: int | None,
         seed: int,
     ) -> None:
-        """Train all sites together; rank 0 merges and keeps, all ranks train."""
+        """Train all sites together, with None on all data once; rank 0 merges and keeps, all ranks train."""
         read, sites, sample, facts = self.source.checkpoint.read, self.source.sites, self.sample, self.facts()
 
         def merge(site: Site) -> Heads:

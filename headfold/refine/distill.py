@@ -1,7 +1,7 @@
 """Trains the projections of all sites together, by distillation: so that the whole model's output is the original's again.
 
 Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
-(`descent.py`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
+(`descent`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
 much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every
 batch; they share all weights outside the sites, and the output of an encoder that is not folded.
 """
@@ -20,15 +20,15 @@ from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens, 
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
+from ..descent import descend as descents
+from ..descent.descend import TrainedWeights, descend, schedule
+from ..descent.moments import Moments, add_moments, empty_moments, num_wanted
 from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here, world_size
 from ..runtime.regrouping import input_modules, install_heads, model_names
-from . import descent
-from .descent import TrainedWeights, descend, schedule
-from .moments import Moments, add_moments, empty_moments, num_wanted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +37,12 @@ TOKENS = 2**17
 """Tokens that the model is trained with, repeated where the sample has fewer."""
 ITEMS = {"images": 2**13, "audio": 2**11, "sound": 2**11}
 """Items that the model is trained with where data has no tokens."""
-BATCH_TOKENS = 1024
-"""Tokens of a step, which is at least a whole text."""
+BATCH_TOKENS = 2048
 NUM_CHECKS = 2
-LONGER = 0.5
-"""Length of the steps in lengths of the first: where all sites move together, the whole of their steps is too long for later gradients."""
+ONCE_TOKENS = 1024
+"""Tokens of a step of a training that sees its data once, at least a whole text: many steps that see little go farther than few."""
+LONGER = 0.25
+"""Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far."""
 ENCODED_BYTES = 2**30
 """Memory for an encoder's outputs, which are kept for batches that are seen again."""
 SCALE = 2.0**12
@@ -55,16 +56,15 @@ def distill(
     merged: Callable[[Site], Heads],
     sample: Sample,
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = TOKENS,
     seed: int = 0,
-    num_checks: int = NUM_CHECKS,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, FittedHeads]:
     """Return the trained heads of every site: `q`, `k`, `v`, `o`, and `o_bias` where there is one; float32.
 
     `model` is the original under stock transformers, in memory; `merged(site)` returns the site's heads to begin with, in standard
-    order. The model is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together. `progress` is
-    called with numbers of tokens.
+    order. The model is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together, or with None on all
+    of it once. `progress` is called with numbers of tokens.
 
     Raises:
         UserError: a model that is read from disk as it runs.
@@ -75,10 +75,13 @@ def distill(
             "--heal-by block, which train one block at a time"
         )
     student = _Student(model, sites, merged)
-    all_batches = list(batches_in_order(sample, BATCH_TOKENS))
+    once = tokens is None
+    all_batches = list(_batches(sample, tokens))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
-    plan = schedule(counts, tokens, num_checks=num_checks, longer=LONGER, seed=seed)
-    left = descent.total_tokens(counts, tokens, num_checks)
+    plan = schedule(
+        counts, tokens or sum(counts), num_checks=1 if once else NUM_CHECKS, seed=seed, longer=LONGER if once else 1.0
+    )
+    left = total_tokens(sample, tokens)
     scale = SCALE if model.dtype == torch.float16 else 1.0
 
     def ran(numbers: range) -> None:
@@ -105,22 +108,23 @@ def distill(
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
     def moments() -> list[Moments]:
-        return student.input_moments(all_batches[number] for number in chain(*plan.rounds) if falls_here(number))
+        own = filter(falls_here, chain(*plan.rounds))
+        return student.input_moments((number, all_batches[number]) for number in own)
 
     with _frozen(model):
-        found = descend(student.weights, moments, error, gradients, plan)
+        found = descend(student.weights, moments if once else None, error, gradients, plan)
     progress(left)  # of batches that are shorter than others, and of steps that a perfect fold does not need
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
 
 
-def tokens_once(sample: Sample) -> int:
-    """Return the number of tokens of a training that sees the sample once."""
-    return sum(map(num_tokens, batches_in_order(sample, BATCH_TOKENS)))
+def _batches(sample: Sample, tokens: int | None) -> Iterator[Sample]:
+    return batches_in_order(sample, ONCE_TOKENS if tokens is None else BATCH_TOKENS)
 
 
-def total_tokens(sample: Sample, tokens: int, num_checks: int = NUM_CHECKS) -> int:
-    """Return the number of tokens that the model is run on, in training and in checks."""
-    return descent.total_tokens([*map(num_tokens, batches_in_order(sample, BATCH_TOKENS))], tokens, num_checks)
+def total_tokens(sample: Sample, tokens: int | None) -> int:
+    """Return the number of tokens that the model is run on, in training and in checks; `tokens` as for `distill`."""
+    counts = [*map(num_tokens, _batches(sample, tokens))]
+    return descents.total_tokens(counts, tokens or sum(counts), 1 if tokens is None else NUM_CHECKS, searched=True)
 
 
 def _num_positions(batch: Sample) -> int:
@@ -162,7 +166,12 @@ class _Student:
 
         An encoder that both models share is run once for batches of the same number, as far as memory is set aside for its outputs.
         """
-        given, labels = self._given(batch)
+        device = input_device(self._teacher)
+        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = given.pop("labels", None)
+        if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
+            assert labels is not None
+            given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
         mask = given.get("attention_mask")
         if number in self._encoded:
             given = self._decoded(given, self._encoded[number])
@@ -174,23 +183,12 @@ class _Student:
             if number is not None and number not in self._encoded and encoded.nbytes <= self._room:
                 self._room -= encoded.nbytes
                 self._encoded[number] = encoded
-        return output_error(self._run(given), teacher, labels, mask)
+        student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
+        return output_error(student, teacher, labels, mask)
 
-    def _given(self, batch: Sample) -> tuple[dict[str, Any], Tensor | None]:
-        """Return what both models are called with, and the labels."""
-        device = input_device(self._teacher)
-        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = given.pop("labels", None)
-        if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
-            assert labels is not None
-            given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
-        return given, labels
-
-    def _run(self, given: Mapping[str, Any]) -> Any:
-        return torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-
-    def input_moments(self, batches: Iterable[Sample]) -> list[Moments]:
-        """Return the second moments of the inputs of every site's projections, from as many of the batches as that takes.
+    @torch.no_grad()
+    def input_moments(self, batches: Iterable[tuple[int, Sample]]) -> list[Moments]:
+        """Return the second moments of the inputs of every site's projections, from as many of the numbered batches as that takes.
 
         Padding is among them: it weighs little, and no step depends on their exact value.
         """
@@ -201,9 +199,8 @@ class _Student:
                 for field, path in input_modules(site, in_slots=trained.heads.head_dim > site.head_dim).items():
                     handle = self._model.get_submodule(path).register_forward_pre_hook(partial(_add, own, field))
                     stack.callback(handle.remove)
-            for batch in batches:
-                given, _ = self._given(batch)
-                self._run(given)
+            for number, batch in batches:
+                self.error(batch, number)
                 wanted -= num_tokens(batch)
                 if wanted <= 0:
                     break

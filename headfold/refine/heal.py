@@ -1,6 +1,6 @@
 """Heals every block: trains its four projections alone, by gradient, to reproduce the output of the original's attention.
 
-Minimises Σ ‖y − ŷ‖² / Σ ‖y‖² over the calibration tokens on W_q, W_k, W_v and W_o together (`descent.py`), starting from the merged
+Minimises Σ ‖y − ŷ‖² / Σ ‖y‖² over the calibration tokens on W_q, W_k, W_v and W_o together (`descent`), starting from the merged
 and refitted heads. There is no pass through the whole model: one block is trained at a time, in some hundred steps. With several ranks,
 each takes one batch of every step and its share of the held-back data, so a step sees as many batches as there are ranks, and fewer
 steps train a block with the same number of tokens.
@@ -15,11 +15,11 @@ from torch import Tensor
 from ..calibration import Sample, batches_in_order, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
+from ..descent.descend import TRAINED, Schedule, TrainedWeights, descend, schedule, total_tokens
+from ..descent.moments import Moments, add_moments, empty_moments, num_wanted
 from ..families.spec import Site
 from ..parallel import all_reduce, world_size
-from .descent import TRAINED, Schedule, TrainedWeights, descend, schedule, total_tokens
 from .fitting import Solver, fit
-from .moments import Moments, add_moments, empty_moments, num_wanted
 from .recorded import RecordedSite
 
 if TYPE_CHECKING:
@@ -29,11 +29,9 @@ TOKENS = 2**19
 """Tokens that every block is trained with, repeated where the sample has fewer."""
 ITEMS = {"images": 2**14, "audio": 2**12, "sound": 2**12}
 """Items that every block is trained with where data has no tokens. A window of sound has many times the positions of an image."""
-BATCH_TOKENS = 512
-"""Tokens of a step, which is at least a whole text: many steps that see little recover more than few that see much."""
+BATCH_TOKENS = 2048
 NUM_CHECKS = 8
-LONGER = 1.0
-"""Length of the steps in lengths of the first, which is the best along the mean of several gradients."""
+RATE = 0.2
 
 
 def heal(
@@ -43,6 +41,7 @@ def heal(
     sample: Sample,
     *,
     tokens: int = TOKENS,
+    rate: float = RATE,
     seed: int = 0,
     **how: Any,
 ) -> dict[str, FittedHeads]:
@@ -55,7 +54,7 @@ def heal(
     counts = [*map(num_tokens, all_batches)]
 
     def solve(site_calls: RecordedSite, heads: Heads) -> FittedHeads:
-        return trained(site_calls, heads, schedule(counts, tokens, num_checks=NUM_CHECKS, longer=LONGER, seed=seed))
+        return trained(site_calls, heads, schedule(counts, tokens, num_checks=NUM_CHECKS, seed=seed, rate=rate))
 
     return fit(model, sites, merged, all_batches, Solver(solve, tokens_per_block(sample, tokens)), **how)
 
@@ -69,7 +68,14 @@ def _batches(sample: Sample) -> list[Sample]:
     return list(batches_in_order(sample, BATCH_TOKENS))
 
 
-def trained(site_calls: RecordedSite, heads: Heads, plan: Schedule, *, fields: Container[str] = TRAINED) -> FittedHeads:
+def trained(
+    site_calls: RecordedSite,
+    heads: Heads,
+    plan: Schedule,
+    *,
+    fields: Container[str] = TRAINED,
+    whitens: bool = False,
+) -> FittedHeads:
     """Return the heads with the least error on the held-back calls, those of `fields` trained. The plan numbers calls in their order."""
     weights = TrainedWeights.of(heads, site_calls.site, fields)
     positions, energy = _positions_and_energy(site_calls)
@@ -83,7 +89,7 @@ def trained(site_calls: RecordedSite, heads: Heads, plan: Schedule, *, fields: C
     def moments() -> Sequence[Moments]:
         return [_input_moments(site_calls, heads)]
 
-    (found,) = descend([weights], moments, error, gradients, plan)
+    (found,) = descend([weights], moments if whitens else None, error, gradients, plan)
     return found
 
 

@@ -21,8 +21,8 @@ from ..core.heads import Heads, KeyFreedom
 from ..core.products import self_product
 from ..core.query_sample import num_sampled_queries
 from ..core.stats import NARROW
+from ..descent.kronecker import Rows, damped, inverse
 from ..parallel import all_reduce
-from .kronecker import Rows, damped, inverse
 from .recorded import AttentionInputs, RecordedSite
 
 _LOOKED_AT = 2

@@ -15,11 +15,11 @@ from ..calibration import Sample, batches, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..core.query_sample import QUERY_STEPS
+from ..descent.descend import NotFinite, schedule, total_tokens
 from ..families.spec import Site
 from ..parallel import on_main
-from .descent import NotFinite, schedule, total_tokens
 from .fitting import Solver, fit
-from .heal import LONGER, trained
+from .heal import trained
 from .queries import has_data, refit_queries
 from .recorded import RecordedSite
 from .ridge import refit_output
@@ -35,6 +35,8 @@ VALUE_STEPS = 3
 DESCENT_PASSES = 1
 """Passes over the data of the descent at the end. It sees every datum once, so that it cannot learn the data by heart."""
 DESCENT_CHECKS = 1
+LONGER = 1.0
+"""Length of its steps in lengths of the first, which is the best along the mean of several gradients: there are few of them."""
 PARTS = 8
 """Steps of the descent for each batch of calibration, as far as it has items: many that see little are better than few that see much."""
 MOST_POSITIONS = 256
@@ -122,7 +124,7 @@ def _descended(site_calls: RecordedSite, heads: Heads, passes: int) -> Heads:
     counts = [1] * len(site_calls.all_numbers)
     plan = schedule(counts, passes * len(counts), num_checks=DESCENT_CHECKS, longer=LONGER, seed=0)
     with suppress(NotFinite):
-        return trained(site_calls, heads, plan, fields=("q", "k", "v")).onto(heads)
+        return trained(site_calls, heads, plan, fields=("q", "k", "v"), whitens=True).onto(heads)
     return heads
 
 

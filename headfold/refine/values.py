@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..core.heads import Heads
 from ..core.products import self_product
+from ..descent.kronecker import damped, inverse
 from ..parallel import all_reduce, on_main
-from .kronecker import damped, inverse
 from .recorded import RecordedSite
 
 _DAMPING = 1e-3

@@ -1,5 +1,8 @@
-"""Trains the projections of folded sites by gradient (`whitened.py`), and keeps the weights with the least error on data that is held
-back, so that training never leaves a fold worse there than it was.
+"""Trains the projections of folded sites by Adam, and keeps the weights with the least error on data that is held back, so that training
+never leaves a fold worse there than it was.
+
+A training that sees its data once takes its steps in white coordinates (`whitened.py`), in which few steps go far. In a long one these
+follow what is particular to the data, and Adam's own coordinates end lower.
 """
 
 import math
@@ -36,7 +39,7 @@ NUM_FIRST = 6
 """Rounds whose gradients make the first step, whose length sets the rate."""
 NUM_SEARCHED = 2
 """Held-back batches on which that length is searched."""
-TRIED = 2.0**-6
+TRIED = 2.0**-9
 """The length that is tried first, in root mean squares of a projection's white weights."""
 USUAL_TRIES, MAX_TRIES = 4, 12
 
@@ -96,8 +99,12 @@ class Schedule:
     steps: int
     num_checks: int
     """Number of times that the error on the held-back data is computed."""
+    rate: float | None
+    """Length of the steps at an error of 1, in root mean squares of the weights. It is proportional to the root of the error, as weights
+    that are nearly right need smaller steps: at a small error a fixed step ends above the error it began with, or is too slow at a large
+    one. None: `longer` times the length of the first step (`_first_step`).
+    """
     longer: float
-    """Length of the steps in lengths of the first."""
     seed: int
 
     def orders(self) -> Iterator[range]:
@@ -109,21 +116,23 @@ class Schedule:
             yield left.pop()
 
 
-def schedule(counts: Sequence[int], tokens: int, *, num_checks: int, longer: float, seed: int) -> Schedule:
+def schedule(
+    counts: Sequence[int], tokens: int, *, num_checks: int, seed: int, rate: float | None = None, longer: float = 1.0
+) -> Schedule:
     """Return the schedule of a training on `tokens` tokens over all ranks; `counts` are the tokens of each batch."""
     train, held = _split(counts, tokens)
     rounds = [train[at : at + world_size()] for at in range(0, len(train), world_size())]
     steps = max(1, round(tokens * len(counts) / sum(counts) * (len(rounds) / len(train))))
-    return Schedule(rounds, held, steps, num_checks, longer, seed)
+    return Schedule(rounds, held, steps, num_checks, rate, longer, seed)
 
 
-def total_tokens(counts: Sequence[int], tokens: int, num_checks: int) -> int:
+def total_tokens(counts: Sequence[int], tokens: int, num_checks: int, *, searched: bool = False) -> int:
     """Return the number of tokens that such a training runs on, with the check at its start and the `num_checks` others, and as a rule
-    with the search for the length of its first step and the pass for the moments of the inputs.
+    with the search for the length of its first step, if there is one.
     """
     _, held = _split(counts, tokens)
     checked = (num_checks + 1) * sum(counts[number] for number in held)
-    return tokens + checked + USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
+    return tokens + checked + searched * USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
 
 
 def _split(counts: Sequence[int], tokens: int) -> tuple[range, range]:
@@ -141,16 +150,16 @@ class NotFinite(UserError):
 
 def descend(
     weights: Sequence[TrainedWeights],
-    moments: Callable[[], Sequence[Moments]],
+    moments: Callable[[], Sequence[Moments]] | None,
     error: Callable[[range], float],
     gradients: Callable[[range], Sequence[Tensor]],
     plan: Schedule,
 ) -> list[FittedHeads]:
     """Return the weights with the least error on the held-back batches, those at the start among them.
 
-    `moments` returns those of each of the `weights`. `error` returns the error over the batches of these numbers, of all ranks.
-    `gradients` returns this rank's part of the gradients of all tensors of all weights, in their order, from the batches of these
-    numbers; the parts of all ranks add up.
+    `moments` returns those of each of the `weights`, in whose white coordinates steps are taken; None for Adam's own. `error` returns the
+    error over the batches of these numbers, of all ranks. `gradients` returns this rank's part of the gradients of all tensors of all
+    weights, in their order, from the batches of these numbers; the parts of all ranks add up.
 
     Raises:
         NotFinite: the error is not finite at the start.
@@ -160,15 +169,20 @@ def descend(
         raise NotFinite(f"fold: expected a finite error to begin with, got {best}; give --dtype float32")
     if best <= 0:  # a perfect fold
         return found
-    adam = WhitenedAdam([(each.tensors, own) for each, own in zip(weights, moments(), strict=True)])
+    inputs = moments() if moments else [{}] * len(weights)
+    adam = WhitenedAdam([(each.tensors, own) for each, own in zip(weights, inputs, strict=True)])
     orders, steps = plan.orders(), plan.steps
-    first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
-    steps -= len(first)
-    for numbers in first:
-        adam.see(_all_reduced(gradients(numbers)))
-    rate = plan.longer * _first_step(adam, partial(error, plan.held[:NUM_SEARCHED]))
-    if not rate:
-        return found
+    if plan.rate is None:
+        first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
+        steps -= len(first)
+        for numbers in first:
+            adam.see(_all_reduced(gradients(numbers)), evenly=True)
+        rate = plan.longer * _first_step(adam, partial(error, plan.held[:NUM_SEARCHED]))
+        adam.forget()
+        if not rate:
+            return found
+    else:
+        rate = plan.rate * best**0.5
     checks = {round(steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
     for step, numbers in enumerate(orders):
         adam.see(_all_reduced(gradients(numbers)))

@@ -30,17 +30,18 @@ def whitening(second: Float[Tensor, "size size"]) -> tuple[Float[Tensor, "size s
 
 
 class _Trained:
-    """One tensor of a site, with the moments of its gradients; `second` is E x xᵀ of its inputs, None for a bias."""
+    """One tensor of a site, with the moments of its gradients; `second` is E x xᵀ of its inputs, None where they stay as they are, and
+    `scale` how far a step at rate 1 moves it then."""
 
-    def __init__(self, leaf: Tensor, second: Tensor | None, *, is_output: bool, scale: float | None = None) -> None:
+    def __init__(self, leaf: Tensor, second: Tensor | None, scale: float, *, is_output: bool) -> None:
         self._leaf, self._is_output, self._steps = leaf, is_output, 0
         self._into: Tensor | None = None
-        self._scale = scale or 0.0
+        self._scale = scale
         if second is not None:
             into, root = (each.to(leaf) for each in whitening(second))
             self._into = into
             white = self._times(leaf.detach(), root)
-            self._scale = float(white.double().square().mean().sqrt())
+            self._scale = _root_mean_square(white)
         self.forget()
 
     def forget(self) -> None:
@@ -55,15 +56,16 @@ class _Trained:
         """Return W times a matrix over its inputs; those of the output projection come first."""
         return matrix.mT @ weights.flatten(0, 1) if self._is_output else weights @ matrix
 
-    def see(self, gradient: Tensor) -> None:
+    def see(self, gradient: Tensor, *, evenly: bool) -> None:
         """Add a gradient to the moments."""
         here = gradient if self._into is None else self._times(gradient, self._into)
         if self._into is not None and not self._is_output:
             here = self._turned(here)
         self._steps += 1
-        first, second = BETAS
         if self._mean is None or self._square is None:
             self._mean, self._square = torch.zeros_like(here), torch.zeros_like(here)
+        # With weights that make up for the zeros at the start, so that nothing is left to correct; or the plain mean.
+        first, second = (1 - 1 / self._steps if evenly else (b - b**self._steps) / (1 - b**self._steps) for b in BETAS)
         self._mean.mul_(first).add_(here, alpha=1 - first)
         self._square.mul_(second).addcmul_(here, here, value=1 - second)
 
@@ -82,8 +84,7 @@ class _Trained:
     def direction(self) -> Tensor:
         """Return Adam's step at rate 1: each coordinate moves by about the root mean square of all."""
         assert self._mean is not None and self._square is not None
-        mean, square = self._mean / (1 - BETAS[0] ** self._steps), self._square / (1 - BETAS[1] ** self._steps)
-        step = mean.div_(square.sqrt_().add_(_EPSILON)).mul_(self._scale)
+        step = (self._mean / self._square.sqrt().add_(_EPSILON)).mul_(self._scale)
         if self._turn is not None:
             step = self._turn @ step
         if self._into is not None:
@@ -91,27 +92,32 @@ class _Trained:
         return step.view_as(self._leaf)
 
 
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
 class WhitenedAdam:
     """Moves tensors of one site or several against their gradients."""
 
     def __init__(self, sites: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> None:
-        """`sites` are the trained tensors of each by field, and the second moments of their inputs: of `q`, `v` (and `k`), and `o`."""
+        """`sites` are the trained tensors of each by field, and the second moments of their inputs: of `q`, `v` (and `k`), and `o`; of what
+        has none, coordinates stay as they are.
+        """
         self._tensors: list[Tensor] = []
         self._trained: list[_Trained] = []
         for leaves, seconds in sites:
-            output = float(leaves["o"].detach().double().square().mean().sqrt()) if "o" in leaves else 0.0
             for field, leaf in leaves.items():
-                second = None if field == "o_bias" else seconds["v" if field == "k" else field]
-                second = (
-                    None if second is None else second[: leaf.shape[-1], : leaf.shape[-1]] if field != "o" else second
-                )
+                second = seconds.get("v" if field == "k" else field)
+                if second is not None and field != "o":
+                    second = second[: leaf.shape[-1], : leaf.shape[-1]]
+                scale = _root_mean_square(leaves["o"] if field == "o_bias" else leaf)
                 self._tensors.append(leaf)
-                self._trained.append(_Trained(leaf, second, is_output=field == "o", scale=output))
+                self._trained.append(_Trained(leaf, second, scale, is_output=field == "o"))
 
-    def see(self, gradients: Sequence[Tensor]) -> None:
-        """Add gradients of all tensors, in their order, to the moments."""
+    def see(self, gradients: Sequence[Tensor], *, evenly: bool = False) -> None:
+        """Add gradients of all tensors, in their order, to the moments: `evenly` as much as each before, else Adam's way."""
         for each, gradient in zip(self._trained, gradients, strict=True):
-            each.see(gradient)
+            each.see(gradient, evenly=evenly)
 
     def directions(self) -> list[Tensor]:
         """Return the step of every tensor at rate 1."""
