@@ -7,7 +7,8 @@ import pytest
 from grades import assert_differs
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
-from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)from test_heal import lacking, spoilt, with_fitted
+from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
+from test_heal import lacking, spoilt, with_fitted
 from tiny import stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 
 import headfold
