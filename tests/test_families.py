@@ -44,7 +44,8 @@ source_logits = cache(stock_logits)
 def some_grouped(heads: Heads, num_kv_heads: int) -> Heads:
     """Heads of the wanted shape; which function they compute does not matter."""
     shared = Groups.contiguous(heads.num_heads, num_kv_heads)
-    return replace(heads, k=heads.k[:num_kv_heads], v=heads.v[:num_kv_heads], groups=shared)
+    gain = heads.k_gain if heads.k_gain is None or heads.k_gain.ndim == 1 else heads.k_gain[:num_kv_heads]
+    return replace(heads, k=heads.k[:num_kv_heads], v=heads.v[:num_kv_heads], k_gain=gain, groups=shared)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -170,7 +171,7 @@ def test_gains_are_what_the_norm_multiplies_by(name: str) -> None:
     model = stock_model(tiny_checkpoint(name))
     for site, heads in tiny_sites(tiny_checkpoint(name)):
         x = torch.linspace(-1, 2, heads.q_gain.numel(), dtype=torch.float64)
-        for role, gain in (("q_norm", heads.q_gain), ("k_norm", heads.k_gain)):
+        for role, gain in (("q_norm", heads.gain("q")), ("k_norm", heads.gain("k"))):
             expected = x / x.square().mean().sqrt() * gain.flatten()
             assert_tight_through_float32_norms(model.get_submodule(site.paths[role])(x).double(), expected)
 

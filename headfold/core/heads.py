@@ -79,8 +79,10 @@ class Heads:
     query_order: QueryOrder = "free"
     o_bias: Float[Tensor, " model"] | None = None
     q_gain: Float[Tensor, "*heads dim"] | None = None
-    """Gain of the q-norm in float64: (dim,), which all heads share, or (head, dim) where one norm spans all heads."""
+    """Gain of the q-norm as it is stored, in float64: (dim,), which all heads share, or (head, dim) where one norm spans all heads."""
     k_gain: Float[Tensor, "*groups dim"] | None = None
+    gain_offset: float = 0.0
+    """What the norms add to their stored gains (Gemma: 1)."""
     per_head: Mapping[str, Shaped[Tensor, "head ..."]] = field(default_factory=dict)
     """Other tensors with one entry per query head, which move with it, such as the columns of T5's position bias."""
 
@@ -102,6 +104,11 @@ class Heads:
         names = ("q", "k", "v", "o", "o_bias", *(() if isinstance(dtype, torch.dtype) else ("q_gain", "k_gain")))
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
+
+    def gain(self, role: Literal["q", "k"]) -> Tensor | None:
+        """Return what the norm of queries or keys multiplies by, in float64."""
+        stored = self.q_gain if role == "q" else self.k_gain
+        return None if stored is None else stored.double() + self.gain_offset
 
     def mean_k_gain(self, groups: Groups) -> Tensor | None:
         """Return the gains of shared K heads, where every K head has its own: the mean of a group's."""

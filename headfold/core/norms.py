@@ -36,7 +36,7 @@ def without_norms(heads: Heads, stats: SiteStats) -> Heads:
     query, key = _moments(stats, heads.q.dtype)
     q, k = (
         _gained(gain, rows) / _lengths(rows, second, freedom.norm_spans_heads)[:, None, None]
-        for rows, gain, second in ((heads.q, heads.q_gain, query), (heads.k, heads.k_gain, key))
+        for rows, gain, second in ((heads.q, heads.gain("q"), query), (heads.k, heads.gain("k"), key))
     )
     return replace(
         heads, q=q.to(heads.q), k=k.to(heads.k), key_freedom=freedom.without_norm(), q_gain=None, k_gain=None
@@ -61,23 +61,24 @@ def with_norms(linear: Heads, source: Heads, stats: SiteStats) -> Heads:
     first = torch.tensor([each[0] for each in members])
     own_q, own_k = source.q.double(), source.k.double()
     of_q, of_k = lengths(own_q, query), lengths(own_k, key)
-    k = _without_gain(source.k_gain, linear.k, own_k[first], of_k[first])
+    k = _without_gain(source.gain("k"), linear.k, own_k[first], of_k[first])
     forms = [_forms(rows, (own_k / of_k[:, None, None])[each], key) for rows, each in zip(k, members, strict=True)]
     scale = torch.stack([_scales(*form, _ties(source.key_freedom, k.shape[1])) for form in forms])
     k = k * scale[..., None]
     # What scales a plane of a key is undone on the queries that read it.
-    q = _without_gain(source.q_gain, linear.q / scale[reads][..., None], own_q, of_q)
+    q = _without_gain(source.gain("q"), linear.q / scale[reads][..., None], own_q, of_q)
     of_key = lengths(k, key)
     wanted = own_q / of_q[:, None, None]
     forms = [_forms(rows * of_key[group], own[None], query) for rows, own, group in zip(q, wanted, reads, strict=True)]
     shared = _scales(sum(form[0] for form in forms), sum(form[1] for form in forms), torch.arange(q.shape[1]))
-    gain = source.q_gain.double() if source.q_gain is not None else q.new_ones(q.shape[1])
+    gain = source.gain("q")
+    gain = q.new_ones(q.shape[1]) if gain is None else gain
     q = q * shared[:, None]
     return replace(
         linear,
         q=q * (of_q / lengths(q, query))[:, None, None],
         k=k * (of_k[first] / of_key)[:, None, None],
-        q_gain=gain / shared,
+        q_gain=gain / shared - source.gain_offset,
         k_gain=source.k_gain,
         key_freedom=source.key_freedom,
     )
@@ -88,16 +89,23 @@ def _with_common_norms(linear: Heads, source: Heads, stats: SiteStats) -> Heads:
     first = torch.tensor([members[0] for members in linear.groups.members])
     member = torch.tensor(source.groups.group_of_head)[first]
     found = {}
-    for role, second, kept in zip("qk", _moments(stats, linear.q.dtype), (slice(None), member), strict=True):
-        rows, own, gain = getattr(linear, role), getattr(source, role).double(), getattr(source, f"{role}_gain")
+    (query, key), every = _moments(stats, linear.q.dtype), slice(None)
+    for role, rows, own, second, kept in (
+        ("q", linear.q, source.q, query, every),
+        ("k", linear.k, source.k, key, member),
+    ):
+        own, gain = own.double(), source.gain("q" if role == "q" else "k")
         length = _lengths(own, second, True)
-        gain = gain.double() if gain is not None else own.new_ones(own.shape[:2])
+        gain = own.new_ones(own.shape[:2]) if gain is None else gain
         rows = _without_gain(gain[kept], rows, own[kept], length[kept])
         flat = rows.flatten(0, 1)
         scale = _scales(*_forms(flat, own / length[:, None, None], second), torch.arange(len(flat))).view(
             rows.shape[:2]
         )
-        found |= {role: rows * scale[..., None] * length[kept][:, None, None], f"{role}_gain": gain[kept] / scale}
+        found |= {
+            role: rows * scale[..., None] * length[kept][:, None, None],
+            f"{role}_gain": gain[kept] / scale - source.gain_offset,
+        }
     return replace(linear, **found, key_freedom=source.key_freedom)
 
 

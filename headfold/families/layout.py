@@ -41,15 +41,14 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
     split = _unfuse(site, rows["qkv"]) if "qkv" in rows else rows
     output = read(site.tensor("o"))
     gains = {
-        name: _by_head(site, read(site.tensor(role)).double() + site.norm_gain_offset)
-        for name, role in _GAINS.items()
-        if role in site.weights
+        name: _by_head(site, read(site.tensor(role)).double()) for name, role in _GAINS.items() if role in site.weights
     }
     # A table of position bias is (bucket, head) on disk, sinks are (head,): heads come first here.
     per_head = {role: read(site.tensor(role)).movedim(-1, 0) for role in _PER_HEAD if role in site.weights}
     return Heads(
         **{role: rearrange(split[role], _ROWS, dim=site.head_dim) for role in ("q", "k", "v")},
         **gains,
+        gain_offset=site.norm_gain_offset,
         o=rearrange(output.T if site.transposed else output, _COLUMNS, dim=site.head_dim),
         o_bias=read(f"{site.weights['o']}.bias") if "o" in site.biases else None,
         groups=Groups.contiguous(site.num_heads, site.num_kv_heads),
@@ -129,7 +128,7 @@ def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str
         tensors[f"{names['o']}.bias"] = heads.o_bias
     for field, role in _GAINS.items():
         if role in site.weights and (gain := getattr(heads, field)) is not None:
-            tensors[site.tensor(role)] = (gain - site.norm_gain_offset).flatten()
+            tensors[site.tensor(role)] = gain.flatten()
     return tensors | {site.tensor(role): extra.movedim(0, -1).contiguous() for role, extra in heads.per_head.items()}
 
 

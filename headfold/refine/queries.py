@@ -95,7 +95,8 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
 
 def _gain(heads: Heads) -> Float[Tensor, "*#head 1 dim"] | None:
     """Return the gain of the norm of queries, which broadcasts to (batch, head, query, dim)."""
-    return None if heads.q_gain is None else heads.q_gain.unsqueeze(-2)
+    gain = heads.gain("q")
+    return None if gain is None else gain.unsqueeze(-2)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
