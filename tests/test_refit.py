@@ -356,7 +356,8 @@ def test_a_site_in_another_order_is_tried_as_the_same_function(name: str) -> Non
         if site.num_kv_heads == site.num_heads and site.query_order != "fixed":
             order = [*range(1, site.num_heads), 0]
             moved = heads.reorder(tuple(order))
-            moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], groups=heads.groups)
+            gain = moved.k_gain if moved.k_gain is None or moved.k_gain.ndim == 1 else moved.k_gain[order]
+            moved = dataclasses.replace(moved, k=moved.k[order], v=moved.v[order], k_gain=gain, groups=heads.groups)
             assert lacking(site_calls(directory, site, sample, order), moved) < 1e-9
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,7 @@ class FittedHeads:
     def completed(self, merged: Heads) -> "FittedHeads":
         """Return complete heads: these weights, and those of the merged heads for all others."""
         gains = {"q_gain": merged.q_gain, "k_gain": merged.k_gain}
-        own = {"q": merged.q, "k": merged.k, "v": merged.v} | gains | self.to_tensors()
+        own: dict[str, Any] = {"q": merged.q, "k": merged.k, "v": merged.v} | gains | self.to_tensors()
         return replace(self, **own)
 
     def onto(self, heads: Heads) -> Heads:

@@ -9,6 +9,7 @@ square of the rows that are left is nearest to that of the original's rows.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +52,7 @@ def with_norms(linear: Heads, source: Heads, stats: SiteStats) -> Heads:
     if linear.num_kv_heads == source.num_kv_heads:  # only the order of the K heads is another, if any
         own = [source.groups.group_of_head[members[0]] for members in linear.groups.members]
         gain = source.k_gain if source.k_gain is None or source.k_gain.ndim == 1 else source.k_gain[own]
-        kept = {"q": source.q, "k": source.k[own], "q_gain": source.q_gain, "k_gain": gain}
+        kept: dict[str, Any] = {"q": source.q, "k": source.k[own], "q_gain": source.q_gain, "k_gain": gain}
         return replace(linear, **kept, key_freedom=source.key_freedom)
     if source.key_freedom.norm_spans_heads:
         return _with_common_norms(linear, source, stats)
@@ -70,7 +71,8 @@ def with_norms(linear: Heads, source: Heads, stats: SiteStats) -> Heads:
     of_key = lengths(k, key)
     wanted = own_q / of_q[:, None, None]
     forms = [_forms(rows * of_key[group], own[None], query) for rows, own, group in zip(q, wanted, reads, strict=True)]
-    shared = _scales(sum(form[0] for form in forms), sum(form[1] for form in forms), torch.arange(q.shape[1]))
+    gram, products = (torch.stack(each).sum(0) for each in zip(*forms, strict=True))
+    shared = _scales(gram, products, torch.arange(q.shape[1]))
     gain = source.gain("q")
     gain = q.new_ones(q.shape[1]) if gain is None else gain
     q = q * shared[:, None]
@@ -88,8 +90,8 @@ def _with_common_norms(linear: Heads, source: Heads, stats: SiteStats) -> Heads:
     """Return the heads under one norm of all query heads and one of all K heads."""
     first = torch.tensor([members[0] for members in linear.groups.members])
     member = torch.tensor(source.groups.group_of_head)[first]
-    found = {}
-    (query, key), every = _moments(stats, linear.q.dtype), slice(None)
+    found: dict[str, Any] = {}
+    (query, key), every = _moments(stats, linear.q.dtype), torch.arange(source.num_heads)
     for role, rows, own, second, kept in (
         ("q", linear.q, source.q, query, every),
         ("k", linear.k, source.k, key, member),

@@ -92,7 +92,7 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
         if stock is fused or _num_rows(stock) != rows:
             setattr(holder, leaf, _linear_like(stock, rows))
     if "k_norm" in site:
-        norm = module.get_submodule(site["k_norm"])
+        norm: Any = module.get_submodule(site["k_norm"])
         size = site["kv_heads"] * site["head_dim"]
         if norm.weight.numel() != size:
             norm.weight = nn.Parameter(norm.weight.new_ones(size), requires_grad=norm.weight.requires_grad)
