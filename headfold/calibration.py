@@ -245,7 +245,7 @@ def _watching(model: "PreTrainedModel", sites: list[Site], sums: dict[str, SiteS
 
         return record
 
-    rotary = [site for site in sites if site.key_freedom.rotary_dim and not site.key_freedom.normed]
+    rotary = [site for site in sites if site.key_freedom.rotary_dim]
     watched = {model.get_submodule(site.core): recorder(site) for site in rotary}
     name = getattr(model.config, "_attn_implementation", None) or "eager"
     with _WATCHING:

@@ -114,6 +114,9 @@ def site_tensors(
     heads = site_heads(site, plan, read, stats, refits)
     twin = num_kv_heads is not None
     tensors = write_heads(site, heads if num_kv_heads is None else heads.expand(num_kv_heads), in_slots=twin)
+    for role in ("q_norm", "k_norm"):
+        if role in site.weights:
+            tensors[site.tensor(role)] = tensors[site.tensor(role)].to(read(site.tensor(role)).dtype)
     bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise UserError(

@@ -125,6 +125,25 @@ def methods() -> str:
     return table(["method", *MODELS.values()], [[f"`{m}`", *(cells(model, m) for model in models)] for m in METHODS])
 
 
+NORMED = {
+    "pylib-llama": "pylib-llama, without norms",
+    "pylib-qwen3-before": "Qwen 3's class, by a sign per plane",
+    "pylib-qwen3": "Qwen 3's class",
+    "pylib-olmo2": "OLMo 2's class",
+}
+"""Model in a file name → its column; the second is the Qwen 3 of the third as version 0.1.0 folds it."""
+
+
+def normed() -> str:
+    def cells(method: str) -> list[str]:
+        found = [sorted(rows(f"{m}-methods", method=method), key=lambda r: -r["num_kv_heads"]) for m in NORMED]
+        return [" / ".join(number(r["loss_increase"]) for r in each) for each in found]
+
+    whole = [number(load(f"{m}-methods")["rows"][0]["original"]) for m in NORMED]
+    lines = [[f"`{m}`", *cells(m)] for m in ("mean", "procrustes+norm", "absorb", "absorb+refit")]
+    return table(["method", *NORMED.values()], [["loss of the original", *whole], *lines])
+
+
 def groupings() -> str:
     by: dict[str, dict[str, Any]] = defaultdict(dict)
     for found in rows("pylib-llama-groupings"):
@@ -360,6 +379,7 @@ def of_models(kind: str, models: Iterable[str] = tuple(MODELS)) -> tuple[str, ..
 TABLES = {
     "quality": Block(quality, of_models("-main", MAIN)),
     "methods": Block(methods, of_models("-methods")),
+    "normed": Block(normed, of_models("-methods", NORMED)),
     "groupings": Block(groupings, ("pylib-llama-groupings",)),
     "budgets": Block(budgets, of_models("-budgets")),
     "predicted-losses": Block(predicted, of_models("-budgets")),

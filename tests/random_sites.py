@@ -23,6 +23,7 @@ FREEDOMS = {
     "partial pairs": KeyFreedom("rope-pairs", 2, True),
     "normed": KeyFreedom("signs", 6),
     "normed pairs": KeyFreedom("signs", 6, True),
+    "normed together": KeyFreedom("signs", 6, norm_spans_heads=True),
 }
 DIM = 6
 """Dims of a K head; V heads have fewer, so that nothing takes one for the other."""
@@ -59,7 +60,7 @@ def random_site(
         drawn[..., -1] *= float(bias)
         return drawn
 
-    normed = FREEDOMS[freedom].normed
+    normed, together = FREEDOMS[freedom].normed, FREEDOMS[freedom].norm_spans_heads
     num_heads = num_kv_heads * queries
     heads = Heads(
         q=rows(num_heads, DIM),
@@ -69,8 +70,8 @@ def random_site(
         groups=Groups.contiguous(num_heads, num_kv_heads),
         key_freedom=FREEDOMS[freedom],
         o_bias=draw(MODEL) if bias else None,
-        q_gain=1 + 0.3 * draw(DIM).tanh() if normed else None,
-        k_gain=1 + 0.3 * draw(DIM).tanh() if normed else None,
+        q_gain=1 + 0.3 * draw(*([num_heads] if together else []), DIM).tanh() if normed else None,
+        k_gain=1 + 0.3 * draw(*([num_kv_heads] if together else []), DIM).tanh() if normed else None,
     )
     mixing = draw(MODEL, MODEL) / MODEL**0.5
     # A mean of its own for every sequence: centring per sequence is then not centring over all.
@@ -129,8 +130,8 @@ def realised_error(before: Heads, after: Heads, x: Float[Tensor, "sequence token
     """What the query heads of `after` miss of `before`, over every query token beside every key token.
 
     `key` is in logit², the phase between query and key averaged over all angles in each rotating plane, components without position
-    centred per sequence. Under q/k-norm the norms are held at their root mean square, and the shared key, whose scale the
-    norm removes, is taken at the best one. `value` is in output², less its mean where an output bias takes that.
+    centred per sequence. Under q/k-norm the norms are held at their root mean square, and every query head, whose scale a norm removes,
+    is taken at the best one. `value` is in output², less its mean where an output bias takes that.
     """
     key = sum(
         _group_key_error(before, after, x, [h for h in range(after.num_heads) if after.groups.group_of_head[h] == g])
@@ -142,7 +143,8 @@ def realised_error(before: Heads, after: Heads, x: Float[Tensor, "sequence token
 
 def _group_key_error(before: Heads, after: Heads, x: Tensor, queries: list[int]) -> Tensor:
     old, new = (torch.stack([_scores(heads, x, h) for h in queries]) for heads in (before, after))
-    scale = (old * new).sum() / new.square().sum() if before.key_freedom.normed else 1.0
+    every = tuple(range(1, new.ndim))
+    scale = (old * new).sum(every, True) / new.square().sum(every, True) if before.key_freedom.normed else 1.0
     return (old - scale * new).square().sum() / (x.shape[0] * x.shape[1]) ** 2
 
 
@@ -152,7 +154,13 @@ def _scores(heads: Heads, x: Tensor, query: int) -> Float[Tensor, "part query_to
     q = project(heads.q[query], x.flatten(0, 1))
     k = project(heads.k[heads.groups.group_of_head[query]], x.flatten(0, 1))
     if heads.key_freedom.normed:
-        q, k = (t / t.square().mean().sqrt() * gain for t, gain in ((q, heads.q_gain), (k, heads.k_gain)))
+        q, k = (
+            one / _length(every, head, x, heads) * (gain if gain.ndim == 1 else gain[head])
+            for one, every, gain, head in (
+                (q, heads.q, heads.q_gain, query),
+                (k, heads.k, heads.k_gain, heads.groups.group_of_head[query]),
+            )
+        )
     parts = []
     for a, b in plane_dims(heads.key_freedom):
         zq, zk = torch.complex(q[:, a], q[:, b]), torch.complex(k[:, a], k[:, b])
@@ -162,6 +170,12 @@ def _scores(heads: Heads, x: Tensor, query: int) -> Float[Tensor, "part query_to
         rest = k[:, rotary:].unflatten(0, x.shape[:2])
         parts.append(q[:, rotary:] @ (rest - rest.mean(1, keepdim=True)).flatten(0, 1).T)
     return torch.stack(parts)
+
+
+def _length(rows: Tensor, head: int, x: Tensor, heads: Heads) -> Tensor:
+    """Root mean square over tokens and dims, of one head or of all."""
+    counted = rows if heads.key_freedom.norm_spans_heads else rows[[head]]
+    return torch.stack([project(each, x.flatten(0, 1)) for each in counted]).square().mean().sqrt()
 
 
 def plane_dims(freedom: KeyFreedom) -> list[tuple[int, int]]:

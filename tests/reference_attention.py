@@ -23,9 +23,10 @@ def attention_output(heads: Heads, x: Float[Tensor, "token model"]) -> Float[Ten
 def logits(heads: Heads, query: int, x: Float[Tensor, "token model"]) -> Float[Tensor, "token token"]:
     """q·k of one query head before the scale, future tokens at minus infinity."""
     q = project(heads.q[query], x)
-    k = project(heads.k[heads.groups.group_of_head[query]], x)
-    if heads.key_freedom.kind == "signs":
-        q, k = rms_norm(q, heads.q_gain), rms_norm(k, heads.k_gain)
+    shared = heads.groups.group_of_head[query]
+    k = project(heads.k[shared], x)
+    if heads.key_freedom.normed:
+        q, k = normed(q, heads.q, heads.q_gain, query, x, heads), normed(k, heads.k, heads.k_gain, shared, x, heads)
     positions = torch.arange(len(x), dtype=torch.float64)
     scores = rope(q, positions, heads.key_freedom) @ rope(k, positions, heads.key_freedom).T
     return scores.masked_fill(positions[None, :] > positions[:, None], -torch.inf)
@@ -36,9 +37,14 @@ def project(rows: Float[Tensor, "dim model_plus_1"], x: Float[Tensor, "token mod
     return x @ rows[:, :-1].T + rows[:, -1]
 
 
-def rms_norm(x: Float[Tensor, "token dim"], gain: Float[Tensor, " dim"] | None) -> Float[Tensor, "token dim"]:
-    scaled = x / x.square().mean(-1, keepdim=True).sqrt()
-    return scaled if gain is None else scaled * gain
+def normed(
+    one: Tensor, rows: Tensor, gain: Tensor | None, head: int, x: Tensor, heads: Heads
+) -> Float[Tensor, "token dim"]:
+    """One head's activations after the RMS norm, of that head or of all."""
+    if heads.key_freedom.norm_spans_heads:
+        together = torch.stack([project(each, x) for each in rows])
+        return one / together.square().mean((0, 2))[:, None].sqrt() * (1.0 if gain is None else gain[head])
+    return one / one.square().mean(-1, keepdim=True).sqrt() * (1.0 if gain is None else gain)
 
 
 def rope(x: Float[Tensor, "token dim"], positions: Float[Tensor, " token"], freedom: KeyFreedom) -> Tensor:

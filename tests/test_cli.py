@@ -190,7 +190,7 @@ SPOILT = {
     "wrapper": (_config(model_type="mllama", text_config={"model_type": "llama"}), "text model"),
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), "quantization_config: bits"),
     "remote code": (_config(auto_map={"AutoModel": "x.Y"}, model_type="mine"), "auto_map"),
-    "olmo2": (_config(model_type="olmo2"), "norm"),
+    "norm gains that are missing": (_config(model_type="olmo2"), "q_norm"),
     "norm with a mean": (_config(model_type="persimmon"), "persimmon"),
     "wrong head count": (_config(num_attention_heads=4), "4 query heads"),
     "wrong head size": (_config(head_dim=4), "shape"),

@@ -273,7 +273,7 @@ def test_multiples_that_cannot_be_had_are_refused_in_a_line(run, model: Path, tm
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("qwen3", "its keys pass a norm per head"),
+        ("qwen3", "its keys pass a norm, so one head"),
         ("phi3", "q, k and v are one tensor on disk"),
         ("stablelm", "its class requires the source's head_dim"),
         ("falcon-multi-query", "expected at most 1"),

@@ -15,7 +15,6 @@ from headfold.core.groups import Groups
 from headfold.core.heads import Heads
 from headfold.core.moments import site_moments
 from headfold.core.predict import SiteError, grouped_error, predicted_error, site_energy
-from headfold.core.shared import align_signs
 from headfold.merge import absorb
 
 STANDARD_ERRORS = 4
@@ -99,6 +98,8 @@ def sampled_errors(site: RandomSite, after: Heads, generator: Generator) -> tupl
     key = torch.zeros(PAIRS, dtype=torch.float64)
     for head in range(before.num_heads):
         old, new = (_logit(site, heads, head, of_query, of_key, centred, phases) for heads in (before, after))
+        if freedom.normed:  # which leave every head one temperature
+            new = new * (old * new).mean() / new.square().mean()
         key += (old - new).square()
     value = torch.zeros(PAIRS, dtype=torch.float64)
     mean = site.stats.mean("second")[-1, :-1]
@@ -125,37 +126,32 @@ def _logit(
     site: RandomSite, heads: Heads, head: int, of_query: Tensor, of_key: Tensor, centred: Tensor, phases: Tensor
 ) -> Tensor:
     """q·R(phases)k, the norms of q/k-norm held at what the source's statistics say; positionless dims see centred tokens."""
-    rotary, shared = heads.key_freedom.rotary_dim, heads.k[heads.groups.group_of_head[head]]
+    freedom, shared = heads.key_freedom, heads.k[heads.groups.group_of_head[head]]
+    rotary = freedom.rotary_dim
     q, k = project(heads.q[head], of_query), project(shared, of_key)
-    if heads.key_freedom.normed:
+    if freedom.normed:
         second = site.stats.mean("second")
-        q = q / _length(heads.q[head], second) * heads.q_gain
-        # absorb returns normalised keys with their gain still to come; the source's are divided by their length.
-        k = k * heads.k_gain / (_length(shared, second) if heads is site.heads else 1)
+        group, together = heads.groups.group_of_head[head], freedom.norm_spans_heads
+        q = (
+            q
+            / _length(heads.q if together else heads.q[[head]], second)
+            * heads.q_gain.expand(*heads.q.shape[:2])[head]
+        )
+        k = (
+            k
+            / _length(heads.k if together else heads.k[[group]], second)
+            * heads.k_gain.expand(*heads.k.shape[:2])[group]
+        )
     logit = (q[:, rotary:] * (centred @ shared[rotary:, :-1].T)).sum(1)
-    for (a, b), phase in zip(plane_dims(heads.key_freedom), phases.T, strict=True):
+    for (a, b), phase in zip(plane_dims(freedom), phases.T, strict=True):
         z = torch.complex(q[:, a], -q[:, b]) * torch.complex(k[:, a], k[:, b])
         logit = logit + (torch.polar(torch.ones_like(phase), phase) * z).real
     return logit
 
 
 def _length(rows: Tensor, second: Tensor) -> Tensor:
-    """Root mean square over tokens and dims."""
-    return (torch.einsum("am,mn,an->a", rows, second, rows)).mean().sqrt()
-
-
-@pytest.mark.parametrize("members", [2, 3])
-def test_signs_are_the_best_of_all_up_to_three_members(members: int) -> None:
-    rows = torch.randn(50, members, 4, dtype=torch.float64)
-    product = rows @ rows.mT
-    found = _score(product, align_signs(product))
-    for pattern in itertools.product((1.0, -1.0), repeat=members):
-        other = _score(product, torch.tensor(pattern, dtype=torch.float64).expand(50, members))
-        assert (other - found <= 1e-12 * found).all()
-
-
-def _score(product: Tensor, signs: Tensor) -> Tensor:
-    return torch.einsum("fi,fil,fl->f", signs, product, signs)
+    """Root mean square over tokens, heads and dims."""
+    return torch.einsum("ham,mn,han->ha", rows, second, rows).mean().sqrt()
 
 
 @SOME
@@ -169,8 +165,7 @@ def test_sharing_more_never_loses_less(case: tuple[RandomSite, Groups]) -> None:
         for g in (Groups(tuple(range(groups.num_heads))), groups, Groups.contiguous(groups.num_heads, 1))
     )
     energy = site_energy(moments)
-    parts = ("value",) if site.heads.key_freedom.normed else ("key", "value")
-    for part in parts:
+    for part in ("key", "value"):
         ladder = [getattr(error, part) for error in (zero, some, all_in_one, energy)]
         for less, more in itertools.pairwise(ladder):
             not_above(less, more, ladder[-1])

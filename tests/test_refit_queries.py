@@ -62,11 +62,11 @@ def case(name: str, items: int = 12) -> tuple[RecordedSite, Site, Heads]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spoilt_queries_are_found_again(name: str) -> None:
-    """And no other field changes; None is returned where queries are no linear function of W_q, or the attention is not asked for."""
+    """Under norms too, and no other field changes; None is returned where the attention is not asked for."""
     calls, site, heads = case(name)
     wrong = spoilt(site, heads)
     found = refit_queries(calls, wrong, RIDGE, QUERY_STEPS)
-    assert (found is None) == (not calls.catches_attention or heads.key_freedom.normed)
+    assert (found is None) == (not calls.catches_attention)
     if found is not None:
         before, after = divergence(calls, wrong), divergence(calls, found)
         assert after.sum() < 0.6 * before.sum(), (before, after)
@@ -76,18 +76,19 @@ def test_spoilt_queries_are_found_again(name: str) -> None:
             assert_bitwise(found.q[..., -1], wrong.q[..., -1])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper", "t5", "phi"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper", "t5", "phi", "qwen3", "olmo2"])
 def test_right_queries_stay(name: str) -> None:
     calls, _, heads = case(name)
     found = refit_queries(calls, heads, RIDGE, QUERY_STEPS)
     assert found is not None and divergence(calls, found).max() < 1e-6
 
 
-@settings(max_examples=10)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@settings(max_examples=5)
 @given(by=st.floats(0.05, 3.0))
-def test_no_head_gets_worse(by: float) -> None:
+def test_no_head_gets_worse(name: str, by: float) -> None:
     """On the queries that are left to the search, of which all are seen here."""
-    calls, site, heads = case("llama")
+    calls, site, heads = case(name)
     wrong = spoilt(site, heads, by)
     found = refit_queries(calls, wrong, RIDGE, QUERY_STEPS)
     assert found is not None

@@ -40,10 +40,12 @@ def uneven(num_heads: int) -> Groups:
 
 
 def shared(site: Site, number: int, kinds: str) -> Groups:
-    """Groups of the source's K/V heads: unequal at even sites and one group at odd ones, where the order is free."""
+    """Groups of the source's K/V heads: unequal at even sites and one group at odd ones, where the order is free. Groups that one norm
+    spans have one size."""
     count = site.num_kv_heads
-    one = Groups((0,) * count)
-    return one if kinds == "counts" and number % 2 and site.query_order != "stack" else uneven(count)
+    if kinds == "counts" and number % 2 and site.query_order != "stack":
+        return Groups((0,) * count)
+    return Groups.contiguous(count, 2) if site.key_freedom.norm_spans_heads else uneven(count)
 
 
 def opened(directory: Path) -> Any:

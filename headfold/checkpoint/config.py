@@ -136,7 +136,7 @@ _FIELDS: Mapping[str, _Kind] = {
 }  # fmt: skip
 """Field → its kind, wherever it stands: in the config itself or in a part of it. Each may be null or absent."""
 _SITE: Mapping[str, _Kind] = {
-    **dict.fromkeys(("module", "q", "k", "v", "o", "fused"), _TEXT),
+    **dict.fromkeys(("module", "q", "k", "v", "o", "fused", "k_norm"), _TEXT),
     **dict.fromkeys(("heads", "kv_heads", "slots"), _HEADS),
     "head_dim": _SIZE,
     "scale": _POSITIVE,

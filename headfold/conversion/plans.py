@@ -69,6 +69,6 @@ def sites_with_assumed_distances(source: Source, plan: Plan, stats: StatsFile | 
     """Yield the sites whose merge fits read-outs over attention distances that the statistics do not hold."""
     for site in source.sites:
         fits = parse_merge(plan.sites[site.name].merge).record.fits_distances
-        rotates = site.key_freedom.frequencies and not site.key_freedom.normed
+        rotates = site.key_freedom.frequencies
         if fits and rotates and stats is not None and not stats.holds(site.name, "attended"):
             yield site

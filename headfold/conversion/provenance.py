@@ -12,7 +12,7 @@ from ..core.plan import Plan
 from ..evaluate.verify import Verification
 from ..exports.misread import misread_by
 from ..families.context import context_length
-from ..families.spec import Site
+from ..families.spec import APPROXIMATE, Site
 from ..families.wrapped import is_wrapper
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
@@ -73,7 +73,7 @@ def card_facts(
         healed_by=fitting.healing.by,
         calibration=statistics.metadata if statistics else {},
         reach=reach.line(),
-        warnings=tuple(reach.notes()),
+        warnings=(*approximations(source), *reach.notes()),
         refit_text=fitting.data or {},
         command=fold_command(_of_source(settings, source), source.name, out.name),
         code=source.code,
@@ -164,7 +164,7 @@ def notes_on(
     source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site], reach: Reach
 ) -> list[str]:
     """Return what a user should know of the fold in `staging` beside its figures."""
-    notes = []
+    notes = approximations(source)
     if source.detected:
         model_type = source.config["model_type"]
         notes.append(f"{model_type} has no family literal: its architecture was detected, and every law holds")
@@ -187,6 +187,12 @@ def notes_on(
             f"calibration did not see how far back attention looks at {len(blind)} sites, so a distribution is assumed there"
         )
     return notes + reach.notes()
+
+
+def approximations(source: Source) -> list[str]:
+    """Return what a user should know where no fold of the model is exact, even of equal heads."""
+    approximate = [site for site in source.sites if site.key_freedom.norm_spans_heads]
+    return [f"{APPROXIMATE}: its gains are fitted to the original's"] if approximate else []
 
 
 def _range(numbers: Iterable[int]) -> tuple[int, int]:

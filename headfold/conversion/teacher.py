@@ -232,7 +232,8 @@ class Teacher:
             progress=counter(self.progress, stage, distill.total_tokens(sample, tokens)),
         )  # fmt: skip
         for site in sites:
-            on_main_only(lambda site=site: healed.put(site.name, found[site.name], facts))  # type: ignore[misc]
+            whole = found[site.name].completed(merge(site))  # gains are not trained
+            on_main_only(lambda site=site, whole=whole: healed.put(site.name, whole, facts))  # type: ignore[misc]
 
     def _with_more_data(self, healing: Healing) -> "Teacher":
         """Return a teacher with as much more data of the same source as healing uses and memory holds.
@@ -284,7 +285,8 @@ class Teacher:
             return query_order(site, plans[site.name])
 
         def keep(name: str, found: FittedHeads) -> None:
-            whole = found if kept_weights(sites[name], plans[name]) else found.completed(merged[name])
+            kept = kept_weights(sites[name], plans[name]) and not found.is_complete
+            whole = found if kept else found.completed(merged[name])
             on_main_only(lambda: fitted.put(name, whole, facts))
 
         done = on_main(lambda: frozenset(fitted))

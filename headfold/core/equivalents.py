@@ -47,7 +47,7 @@ def key_transform(
     """Return a random allowed transformation of K, and the one on Q that undoes it (docs/absorb.md, 1)."""
     if freedom.normed:
         signs = torch.diag(_signs(freedom, dim, generator))
-        return signs * _amplitudes(1, generator), signs
+        return signs * (1.0 if freedom.norm_spans_heads else _amplitudes(1, generator)), signs
     on_k = torch.zeros(dim, dim, dtype=torch.float64)
     if freedom.rotary_dim < dim:
         on_k[freedom.rotary_dim :, freedom.rotary_dim :] = _invertible(dim - freedom.rotary_dim, generator)
@@ -90,6 +90,7 @@ def _shuffle(heads: Heads, generator: Generator) -> Heads:
         heads,
         k=heads.k[new_kv],
         v=heads.v[new_kv],
+        k_gain=heads.k_gain if heads.k_gain is None or heads.k_gain.ndim == 1 else heads.k_gain[new_kv],
         groups=Groups(tuple(place[group] for group in heads.groups.group_of_head)),
     )
     return moved.reorder(tuple(torch.randperm(heads.num_heads, generator=generator).tolist())).standard()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,9 @@ class FittedHeads:
     o_bias: Float[Tensor, " model"] | None = None
     q: Float[Tensor, "head dim model_plus_1"] | None = None
     k: Float[Tensor, "group dim model_plus_1"] | None = None
+    q_gain: Float[Tensor, "*heads dim"] | None = None
+    """Gains of the norms of queries and keys, where complete heads have them; float64, or float32 on disk."""
+    k_gain: Float[Tensor, "*groups dim"] | None = None
 
     def __post_init__(self) -> None:
         assert (self.q is None) == (self.k is None), "queries and keys are fitted together or not at all"
@@ -35,7 +39,8 @@ class FittedHeads:
 
     def completed(self, merged: Heads) -> "FittedHeads":
         """Return complete heads: these weights, and those of the merged heads for all others."""
-        own = {"q": merged.q, "k": merged.k, "v": merged.v} | self.to_tensors()
+        gains = {"q_gain": merged.q_gain, "k_gain": merged.k_gain}
+        own: dict[str, Any] = {"q": merged.q, "k": merged.k, "v": merged.v} | gains | self.to_tensors()
         return replace(self, **own)
 
     def onto(self, heads: Heads) -> Heads:
@@ -48,7 +53,8 @@ class FittedHeads:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the fitted weights by field."""
-        named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o, "o_bias": self.o_bias}
+        names = ("q", "k", "v", "o", "o_bias", "q_gain", "k_gain")
+        named = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod

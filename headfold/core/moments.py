@@ -11,6 +11,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from .heads import Heads
+from .norms import without_norms
 from .shared import NEGLIGIBLE, used
 from .stats import SiteStats
 
@@ -32,15 +33,12 @@ class WeightedGram:
 class Planes:
     """The rotary part of all K heads, one complex functional per head and frequency plane (docs/absorb.md, 3).
 
-    `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted; normalised per head under q/k-norm). `energy[f, i]` = E|q|²
+    `gram[f, i, l]` = E[z_i z̄_l] for z = k_a + j·k_b (unweighted). `energy[f, i]` = E|q|²
     summed over the queries that read K head i.
     """
 
     gram: Complex[Tensor, "plane group group"]
     energy: Float[Tensor, "plane group"]
-    scale: Float[Tensor, " group"]
-    """The root mean square that q/k-norm divides each K head by; ones without q/k-norm."""
-    normed: bool = False
 
     @property
     def weighted(self) -> Complex[Tensor, "plane group group"]:
@@ -85,12 +83,12 @@ def site_moments(
 ) -> Moments:
     """Compute all Gram matrices of a site, in float64. `heads` may be of any float dtype.
 
-    Without `query_weighting` or `output_weighting` (for ablations), K or V is measured in its own units. `products` is the dtype
-    of the long sums over the site's inputs: float32 takes half the time and suffices for predictions; a merge divides by small
-    eigenvalues and needs float64, so it cannot take over those of a plan. `whole_keys` computes `Moments.whole_keys`, which only sites
-    with RoPE have.
+    Norms of queries and keys are held at their root mean square. Without `query_weighting` or `output_weighting` (for ablations),
+    K or V is measured in its own units. `products` is the dtype of the long sums over the site's inputs: float32 takes half the
+    time and suffices for predictions; a merge divides by small eigenvalues and needs float64, so it cannot take over those of a
+    plan. `whole_keys` computes `Moments.whole_keys`, which only sites with RoPE have.
     """
-    heads, second = heads.to(products), stats.mean("second").to(products)
+    heads, second = without_norms(heads.to(products), stats), stats.mean("second").to(products)
     query_inputs = stats.mean("query_second").to(products) if "query_second" in stats.tensors else second
     readers = query_moments(heads, query_inputs) if query_weighting else _identities(heads.num_kv_heads, heads.head_dim)
     rotary = heads.key_freedom.rotary_dim
@@ -120,12 +118,8 @@ def _identities(num_kv_heads: int, dim: int) -> Float[Tensor, "group dim dim"]:
 
 
 def query_moments(heads: Heads, second: Float[Tensor, "m m"]) -> Float[Tensor, "group dim dim"]:
-    """Return Σ E[q qᵀ] over the query heads of each K/V head, after the q-norm where there is one."""
+    """Return Σ E[q qᵀ] over the query heads of each K/V head."""
     moments = einsum(heads.q @ second, heads.q, "head a model, head b model -> head a b").double()
-    if heads.key_freedom.normed:
-        length = used(torch.diagonal(moments, dim1=1, dim2=2).mean(1))
-        gain = heads.q_gain.double() if heads.q_gain is not None else torch.ones_like(moments[0, 0])
-        moments = moments / length[:, None, None] * torch.outer(gain, gain)
     return _sum_over_queries(heads, moments)
 
 
@@ -140,18 +134,12 @@ def _sum_over_queries(heads: Heads, per_query: Tensor) -> Tensor:
 
 
 def _planes(heads: Heads, gram: Float[Tensor, "group rotary group rotary"], readers: Tensor) -> Planes:
-    rotary = heads.key_freedom.rotary_dim
-    scale = gram.new_ones(heads.num_kv_heads)
-    if heads.key_freedom.normed:
-        gain = heads.k_gain.double() if heads.k_gain is not None else gram.new_ones(rotary)
-        scale = used(einsum(gram, "i a i a -> i a").mean(1)).sqrt()
-        gram = gram * einsum(gain / scale[:, None], gain / scale[:, None], "i a, l b -> i a l b")
     first, other = heads.key_freedom.planes().T
     gram = rearrange(gram, "i a l b -> a b i l")
     real, imaginary = gram[first, first] + gram[other, other], gram[other, first] - gram[first, other]
     diagonal = torch.diagonal(readers, dim1=1, dim2=2)
     energy = (diagonal[:, first] + diagonal[:, other]).T
-    return Planes(torch.complex(real, imaginary), used(energy), scale, heads.key_freedom.normed)
+    return Planes(torch.complex(real, imaginary), used(energy))
 
 
 def _gram(rows: Float[Tensor, "group dim m"], moment: Float[Tensor, "m m"]) -> Float[Tensor, "group dim group dim"]:

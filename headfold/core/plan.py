@@ -156,7 +156,7 @@ class Plan:
 def head_dim_refusal(site: PlannedSite, head_dim_multiple: int) -> str | None:
     """Return why the site cannot have heads of so many times the source's head_dim, or gains nothing by them; None if it can."""
     if site.key_freedom.normed:
-        return "its keys pass a norm per head, so one head with more dims is no better than several"
+        return "its keys pass a norm, so one head with more dims is no better than several"
     if site.fixed_head_dim:
         return "its class requires the source's head_dim"
     if "qkv" in site.weights and site.stock_gqa:
@@ -175,6 +175,8 @@ def _refusal(planned: SitePlan, site: PlannedSite, of_stack: Groups) -> str | No
         return f"head_dim: expected the source's {site.head_dim} or a multiple of it, got {planned.head_dim}"
     if planned.head_dim != site.head_dim and (reason := head_dim_refusal(site, planned.head_dim // site.head_dim)):
         return f"head_dim: expected the source's {site.head_dim}, got {planned.head_dim}: {reason}"
+    if site.key_freedom.norm_spans_heads and not groups.is_even:
+        return "one norm spans all its K heads, in which each should count alike; make groups of one size"
     if site.query_order == "fixed" and not groups.is_ordered:
         return "the order of its heads is fixed (ALiBi slopes), so only neighbours can share a K/V head; make kv_of_source_head ascend"
     if site.query_order == "stack" and groups != of_stack:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .groups import Groups
 from .moments import Moments, Planes, WeightedGram
-from .shared import align_signs
 
 BATCH = 2**24
 """Number of elements of the Gram matrices that are decomposed at once."""
@@ -84,12 +83,6 @@ def _tiny() -> float:
 def _plane_errors(planes: Planes, sets: Int[Tensor, "set member"], head_dim_multiple: int) -> Float[Tensor, " set"]:
     weighted = planes.weighted[:, sets[:, :, None], sets[:, None, :]]
     total = torch.diagonal(weighted, dim1=2, dim2=3).real.sum((0, 2))
-    if planes.normed:
-        energy = planes.energy[:, sets]
-        product = energy[..., None] * planes.gram.real[:, sets[:, :, None], sets[:, None, :]] * energy[..., None, :]
-        signs = align_signs(product.flatten(0, 1)).view_as(energy)
-        kept = torch.einsum("fni,fnil,fnl->fn", signs, product, signs) / energy.sum(2)
-        return (total - kept.sum(0)).double()
     return (total - torch.linalg.eigvalsh(weighted)[..., -head_dim_multiple:].sum((0, 2))).double()
 
 

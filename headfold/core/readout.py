@@ -104,13 +104,15 @@ def fit(
     readout: Float[Tensor, "member dim shared"],
     freedom: KeyFreedom,
     distances: Distances,
+    ridge: float = 0.0,
 ) -> FittedReadout | None:
     """Reduce the error above, in float64, by alternating between the shared key and its read-outs; None if frequencies are
     unknown.
 
     `second` and `scatter` are the moments of the members' keys, over all tokens and around the mean of each sequence. A part of a
     key that is constant over a sequence shifts all logits of a query by the same amount as far as its planes do not rotate, and
-    softmax ignores that; the part that the distances rotate counts. The fit starts from `mix` and `readout`.
+    softmax ignores that; the part that the distances rotate counts. The fit starts from `mix` and `readout`. `ridge`, a share of
+    the energy of each dim, keeps dims small that say what others say.
     """
     members, dim = queries.shape[:2]
     own, shared = Frame.of(freedom, dim), Frame.of(freedom, dim, readout.shape[2] // dim)
@@ -123,7 +125,7 @@ def fit(
     keys = keys.view(members, dim, -1)
     queries = queries[:, own.order][:, :, own.order]
     mix, readout = mix[shared.order][:, at], readout[:, own.order][:, :, shared.order]
-    found = _alternate(keys, queries, mix, readout, (own, shared), distances)
+    found = _alternate(keys, queries, mix, readout, (own, shared), distances, ridge)
     back, back_shared, back_at = (torch.argsort(order) for order in (own.order, shared.order, at))
     found.mix = found.mix[back_shared][:, back_at]
     found.readout = found.readout[:, back][:, :, back_shared]
@@ -137,6 +139,7 @@ def _alternate(
     readout: Float[Tensor, "member dim shared"],
     frames: tuple[Frame, Frame],
     distances: Distances,
+    ridge: float,
 ) -> FittedReadout:
     """Alternate the two linear solutions until the gain is small; all arguments are in the order of the frames."""
     own, shared = frames
@@ -163,9 +166,9 @@ def _alternate(
         if best_error < NEGLIGIBLE:
             break
         product = at_shared.adjoint((mix @ gram @ mix.T)[None])
-        readout = _solve_regularised(product, back.adjoint(keys @ mix.T).mT).mT
+        readout = _solve_regularised(product, back.adjoint(keys @ mix.T).mT, ridge).mT
         linear, square = weights(readout)
-        mix = _solve_regularised(square.sum(0), linear.transpose(0, 1).flatten(1))
+        mix = _solve_regularised(square.sum(0), linear.transpose(0, 1).flatten(1), ridge)
         now = error(mix, linear, square)
         if not now < best_error:
             break
@@ -175,8 +178,8 @@ def _alternate(
     return FittedReadout(*best, best_error, before)
 
 
-def _solve_regularised(matrix: Float[Tensor, "*batch n n"], right: Float[Tensor, "*batch n k"]) -> Tensor:
-    """Solve a symmetric positive system that may be singular in unused dims."""
+def _solve_regularised(matrix: Float[Tensor, "*batch n n"], right: Float[Tensor, "*batch n k"], ridge: float) -> Tensor:
+    """Solve a symmetric positive system that may be singular in unused dims, with this share more on its diagonal."""
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
-    ridge = _RIDGE * diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
-    return torch.linalg.solve(matrix + torch.diag_embed(ridge.expand_as(diagonal)), right)
+    least = _RIDGE * diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return torch.linalg.solve(matrix + torch.diag_embed(least + ridge * diagonal), right)

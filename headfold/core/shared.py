@@ -1,4 +1,4 @@
-"""Linear algebra of shared heads: leading functionals of a Gram matrix, with or without RoPE, and signs under q/k-norm."""
+"""Linear algebra of shared heads: leading functionals of a Gram matrix, with or without RoPE."""
 
 import torch
 from einops import rearrange
@@ -31,19 +31,3 @@ def top_planes(
     """Return the `num_kept` leading eigenvectors of every plane's Hermitian Gram matrix, and their eigenvalues, largest first."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(2)[..., :num_kept], values.flip(1)[:, :num_kept].clamp_min(0)
-
-
-def align_signs(product: Float[Tensor, "plane member member"]) -> Float[Tensor, "plane member"]:
-    """Return signs s that maximise sᵀ P s in every plane: those of the leading eigenvector, improved by single flips."""
-    vectors = torch.linalg.eigh(product)[1][..., -1]
-    signs = torch.where(vectors < 0, -1.0, 1.0).to(product.dtype)
-    off_diagonal = product - torch.diag_embed(torch.diagonal(product, dim1=-2, dim2=-1))
-    for _ in range(4 * product.shape[-1]):
-        gain = -signs * torch.einsum("fil,fl->fi", off_diagonal, signs)
-        best, member = gain.max(1)
-        flips = best > 1e-12 * torch.diagonal(product, dim1=-2, dim2=-1).sum(1)
-        if not flips.any():
-            break
-        rows = torch.nonzero(flips)[:, 0]
-        signs[rows, member[rows]] *= -1
-    return signs

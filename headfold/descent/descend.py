@@ -85,7 +85,7 @@ class TrainedWeights:
     def fitted(self) -> FittedHeads:
         """Return a copy of the present weights, of all fields."""
         heads = self.to_heads()
-        named = {name: getattr(heads, name) for name in (*TRAINED, "o_bias")}
+        named = {name: getattr(heads, name) for name in (*TRAINED, "o_bias", "q_gain", "k_gain")}
         return FittedHeads(**{name: tensor.detach().clone() for name, tensor in named.items() if tensor is not None})
 
 

@@ -95,6 +95,8 @@ def runtime_entry(
     if "qkv" in site.paths:
         local = {role: f"{role}_proj" for role in "qkv"}
         fused = {"fused": site.paths["qkv"].removeprefix(f"{site.core}.")}
+    if site.key_freedom.norm_spans_heads:
+        local["k_norm"] = site.paths["k_norm"].removeprefix(f"{site.core}.")
     counts = {"heads": site.num_heads, "kv_heads": num_kv_heads, "head_dim": site.head_dim}
     groups = {} if uneven is None else {"kv_of_query": list(uneven.group_of_head)}
     wide: dict[str, Any] = {}

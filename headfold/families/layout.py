@@ -18,6 +18,7 @@ _ROWS = "(head dim) model -> head dim model"
 _COLUMNS = "model (head dim) -> head dim model"
 _SHARDS = "(shard role row) model"
 _PER_HEAD = ("bias_table", "sinks")
+_GAINS = {"q_gain": "q_norm", "k_gain": "k_norm"}
 
 
 def _inverse(pattern: str) -> str:
@@ -40,15 +41,14 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
     split = _unfuse(site, rows["qkv"]) if "qkv" in rows else rows
     output = read(site.tensor("o"))
     gains = {
-        name: read(site.tensor(role)).double() + site.norm_gain_offset
-        for name, role in (("q_gain", "q_norm"), ("k_gain", "k_norm"))
-        if role in site.weights
+        name: _by_head(site, read(site.tensor(role)).double()) for name, role in _GAINS.items() if role in site.weights
     }
     # A table of position bias is (bucket, head) on disk, sinks are (head,): heads come first here.
     per_head = {role: read(site.tensor(role)).movedim(-1, 0) for role in _PER_HEAD if role in site.weights}
     return Heads(
         **{role: rearrange(split[role], _ROWS, dim=site.head_dim) for role in ("q", "k", "v")},
         **gains,
+        gain_offset=site.norm_gain_offset,
         o=rearrange(output.T if site.transposed else output, _COLUMNS, dim=site.head_dim),
         o_bias=read(f"{site.weights['o']}.bias") if "o" in site.biases else None,
         groups=Groups.contiguous(site.num_heads, site.num_kv_heads),
@@ -56,6 +56,10 @@ def read_heads(site: Site, read: Callable[[str], Tensor]) -> Heads:
         query_order=site.query_order,
         per_head=per_head,
     )
+
+
+def _by_head(site: Site, gain: Tensor) -> Tensor:
+    return gain.unflatten(0, (-1, site.head_dim)) if site.key_freedom.norm_spans_heads else gain
 
 
 def _homogeneous(site: Site, role: str, read: Callable[[str], Tensor]) -> Tensor:
@@ -98,9 +102,9 @@ def _fuse(site: Site, rows: dict[str, Tensor]) -> Tensor:
 def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str, Tensor]:
     """Return the tensors of the site by their names on disk: the inverse of `read_heads`. Heads must be in standard order.
 
-    A grouped site of a class without a count of K/V heads has q, k and v as separate linears. Heads with a multiple of the
-    source's head_dim have their dims in the order in which their class rotates them; with `in_slots`, or where their class cannot
-    take them, slot by slot, with q, k and v separate.
+    Gains of norms are float64 here. A grouped site of a class without a count of K/V heads has q, k and v as separate linears.
+    Heads with a multiple of the source's head_dim have their dims in the order in which their class rotates them; with
+    `in_slots`, or where their class cannot take them, slot by slot, with q, k and v separate.
     """
     assert heads.groups.is_ordered
     head_dim_multiple = heads.head_dim // site.head_dim
@@ -122,6 +126,9 @@ def write_heads(site: Site, heads: Heads, *, in_slots: bool = False) -> dict[str
     tensors[f"{names['o']}.weight"] = (output.T if site.transposed else output).contiguous()
     if heads.o_bias is not None:
         tensors[f"{names['o']}.bias"] = heads.o_bias
+    for field, role in _GAINS.items():
+        if role in site.weights and (gain := getattr(heads, field)) is not None:
+            tensors[site.tensor(role)] = gain.flatten()
     return tensors | {site.tensor(role): extra.movedim(0, -1).contiguous() for role, extra in heads.per_head.items()}
 
 
@@ -151,6 +158,10 @@ def planned_shapes(
     shapes: dict[str, tuple[int, ...]] = {
         site.tensor(role): tuple(shape_of(site.tensor(role))) for role in _PER_HEAD if role in site.weights
     }
+    spans = site.key_freedom.norm_spans_heads
+    for role, num_heads in (("q_norm", site.num_heads), ("k_norm", num_kv_heads)):
+        if role in site.weights:
+            shapes[site.tensor(role)] = ((num_heads if spans else 1) * site.head_dim,)
     for role in ("q", "k", "v", "o", "qkv"):
         for suffix in ("weight", "bias"):
             if role not in site.weights or not (suffix == "weight" or role in site.biases):
@@ -195,9 +206,6 @@ def check_shapes(site: Site, shape_of: Callable[[str], tuple[int, ...]], where: 
     if site.fused == "four-shards" and site.num_heads % 4:
         raise UserError(f"{where}: expected a multiple of 4 heads, got {site.num_heads}; correct the config")
     expected = planned_shapes(site, site.num_kv_heads, shape_of)
-    expected |= {
-        f"{site.weights[role]}.weight": (site.head_dim,) for role in ("q_norm", "k_norm") if role in site.weights
-    }
     inputs = _inputs(site, shape_of)
     same = {"k": inputs["k"], "v": inputs["k"], **({} if site.reads_encoder else {"q": inputs["k"]})}
     if site.input_norm is not None and tuple(found := shape_of(site.input_norm)) != (inputs["q"],):

@@ -16,6 +16,8 @@ quarter of the heads, their q, their v, their k."""
 ROLES = ("q", "k", "v", "o", "qkv", "q_norm", "k_norm", "bias_table", "sinks")
 COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 """Names that config classes have for the number of K/V heads; a literal says which one a family has."""
+APPROXIMATE = "one norm spans all K heads, so every fold is approximate"
+"""What a user is told of a site whose K norm counts all heads (`Attention.norm_spans_heads`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Attention:
     qkv: str = ""
     q_norm: str = ""
     k_norm: str = ""
+    norm_spans_heads: bool = False
+    """Whether `q_norm` is one norm over all query heads, and `k_norm` one over all K heads; else every head has its own."""
     bias_table: str = ""
     """Embedding (bucket, head) of a position bias, whose columns move with the query heads; only some layers may have it."""
     stack_table: str = ""
@@ -218,7 +222,7 @@ def key_freedom(
     if rope.dim and (dim := read_field(family, config, rope.dim)):
         rotary_dim = dim
     kind: FreedomKind = "signs" if attention.k_norm else "rope-pairs" if rope.interleaved else "rope-halves"
-    return KeyFreedom(kind, rotary_dim, rope.interleaved)
+    return KeyFreedom(kind, rotary_dim, rope.interleaved, norm_spans_heads=attention.norm_spans_heads)
 
 
 def _has_alibi(family: Family, attention: Attention, config: Mapping[str, Any]) -> bool:

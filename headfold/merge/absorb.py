@@ -5,10 +5,10 @@ the block's output (V) over everything that costs nothing at inference: query he
 T_i (folded into W_q) and S_i (folded into W_o). The solution is closed-form (docs/absorb.md): the leading eigenvectors of the
 Gram matrix of the group's heads, weighted by query energy and by W_o. Under RoPE, T_i must commute with the rotation: it is one
 complex number per frequency plane, so each plane keeps one of the group's functionals. Without position on K, and always for V,
-T_i and S_i are unrestricted, and the best `dim` of all the group's directions are kept. Under q/k-norm T_i is a sign per plane,
-and the shared key is the energy-weighted mean of the aligned, normalised keys. Where the frequencies of the planes are known, T_i
-and the shared key are then fitted by alternation over the distances that attention covers: a plane that rotates little over them
-is nearly as free as a dim without position (`core.readout`).
+T_i and S_i are unrestricted, and the best `dim` of all the group's directions are kept. Where the frequencies of the planes are
+known, T_i and the shared key are then fitted by alternation over the distances that attention covers: a plane that rotates little
+over them is nearly as free as a dim without position (`core.readout`). Under q/k-norm all this is done with the norms held at their
+root mean square (`core.norms`), and the shared key is written in the basis in which it is nearest to a member's own.
 
 It undoes every transformation that `key_freedom` allows on K, and any invertible one on V: exact for heads that differ by those.
 It needs the statistics `second` and `scatter`, and uses `attended` where it was measured. Cost: one eigenproblem of size (group
@@ -19,7 +19,7 @@ import dataclasses
 
 import torch
 from einops import rearrange
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.distances import NUM_BINS, Distances
@@ -28,9 +28,15 @@ from ..core.groups import Groups
 from ..core.heads import Heads
 from ..core.methods import MergeMethod
 from ..core.moments import Moments, Planes, WeightedGram, WholeKeys, site_moments
+from ..core.natural import natural_basis, plane_blocks
+from ..core.norms import with_norms, without_norms
 from ..core.readout import fit
-from ..core.shared import align_signs, top_functionals, top_planes, used
+from ..core.shared import top_functionals, top_planes, used
 from ..core.stats import SiteStats
+
+NORMED_RIDGE = 0.03
+"""Ridge of the fit over distances under q/k-norm (`core.readout.fit`). Without one, a read-out is a small difference of large terms, which
+the norm of queries would see in place of what they add up to."""
 
 
 def merge(
@@ -57,10 +63,15 @@ def merge(
         raise UserError(
             "absorb needs calibration statistics: run headfold calibrate and pass --stats, or choose --merge mean"
         )
-    heads = heads.to(torch.float64)
-    fits_over_distances = distances and bool(heads.key_freedom.frequencies) and not heads.key_freedom.normed
+    source = heads.to(torch.float64)
+    heads = without_norms(source, stats)
+    fits_over_distances = distances and bool(heads.key_freedom.frequencies)
     moments = site_moments(
-        heads, stats, query_weighting=query_weighting, output_weighting=output_weighting, whole_keys=fits_over_distances
+        heads,
+        stats,
+        query_weighting=query_weighting,
+        output_weighting=output_weighting,
+        whole_keys=fits_over_distances or source.key_freedom.normed,
     )
     kept = [members[0] for members in groups.members]
     merged = dataclasses.replace(
@@ -74,7 +85,16 @@ def merge(
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
     for group, members in enumerate(groups.members):
         if len(members) > 1:
-            shift += _absorb_group(heads, merged, group, moments, stats, list(members), head_dim_multiple)
+            mix, readout = _shared_key(heads, moments, list(members), head_dim_multiple)
+            if fits_over_distances and moments.whole_keys is not None:
+                ridge = NORMED_RIDGE if source.key_freedom.normed else 0.0
+                mix, readout = _fit_over_distances(heads, moments.whole_keys, stats, list(members), mix, readout, ridge)
+            if source.key_freedom.normed and moments.whole_keys is not None:
+                mix, readout = natural_basis(heads.key_freedom, moments.whole_keys, list(members), mix, readout)
+            merged.k[group] = mix @ heads.k[list(members)].flatten(0, 1)
+            shift += _absorb_group(heads, merged, group, moments, stats, list(members), readout, head_dim_multiple)
+    if source.key_freedom.normed:
+        merged = with_norms(merged, source, stats)
     return merged if heads.o_bias is None else dataclasses.replace(merged, o_bias=heads.o_bias + shift)
 
 
@@ -91,13 +111,10 @@ def _absorb_group(
     moments: Moments,
     stats: SiteStats,
     members: list[int],
+    readout: Float[Tensor, "member dim shared"],
     head_dim_multiple: int,
 ) -> Float[Tensor, " model"]:
-    """Write the shared head and its read-outs into `merged`, in place. Return what the mean of V adds to the output."""
-    mix, readout = _shared_key(heads, moments, members, head_dim_multiple)
-    if moments.whole_keys is not None:
-        mix, readout = _fit_over_distances(heads, moments.whole_keys, stats, members, mix, readout)
-    shared = mix @ heads.k[members].flatten(0, 1)
+    """Write the shared V head and all read-outs into `merged`, in place. Return what the mean of V adds to the output."""
     value_mix, value_readout = _shared_flat(moments.values, members, head_dim_multiple)
     values = value_mix @ heads.v[members].flatten(0, 1)
     shift = torch.zeros(heads.o.shape[2], dtype=torch.float64)
@@ -110,7 +127,7 @@ def _absorb_group(
             shift += (moments.value_mean[kv_head] - centre) @ heads.o[query]
         merged.q[query] = readout[place].mT @ heads.q[query]
         merged.o[query] = value_readout[place].mT @ heads.o[query]
-    merged.k[group], merged.v[group] = shared, values
+    merged.v[group] = values
     return shift
 
 
@@ -123,9 +140,7 @@ def _shared_key(heads: Heads, moments: Moments, members: list[int], head_dim_mul
     rotary, dim = heads.key_freedom.rotary_dim, heads.head_dim
     readout = heads.k.new_zeros(len(members), dim, head_dim_multiple, dim)
     mix = heads.k.new_zeros(head_dim_multiple, dim, len(members), dim)
-    if moments.planes is not None and heads.key_freedom.normed:
-        mix[0, :rotary, :, :rotary], readout[:, :rotary, 0, :rotary] = _shared_signs(heads, moments.planes, members)
-    elif moments.planes is not None:
+    if moments.planes is not None:
         mix[:, :rotary, :, :rotary], readout[:, :rotary, :, :rotary] = _shared_planes(
             heads, moments.planes, members, head_dim_multiple
         )
@@ -141,7 +156,7 @@ def _shared_key(heads: Heads, moments: Moments, members: list[int], head_dim_mul
 
 
 def _fit_over_distances(
-    heads: Heads, keys: WholeKeys, stats: SiteStats, members: list[int], mix: Tensor, readout: Tensor
+    heads: Heads, keys: WholeKeys, stats: SiteStats, members: list[int], mix: Tensor, readout: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """Fit both further over the distances that calibration measured, or over assumed ones."""
     freedom = heads.key_freedom
@@ -154,7 +169,7 @@ def _fit_over_distances(
     context = freedom.context
     distances = Distances.assumed(heads.num_kv_heads, context) if seen is None else Distances.measured(seen, context)
     second, scatter = (gram[members][:, :, members] for gram in (keys.second, keys.scatter))
-    fitted = fit(second, scatter, keys.queries[members], mix, readout, freedom, distances.of(members))
+    fitted = fit(second, scatter, keys.queries[members], mix, readout, freedom, distances.of(members), ridge)
     return (mix, readout) if fitted is None else _balanced(heads, keys, members, fitted.mix, fitted.readout)
 
 
@@ -202,28 +217,11 @@ def _shared_planes(
     scales = used(values).pow(0.25)
     for slot in range(values.shape[1]):
         u, scale = vectors[..., slot], scales[:, slot, None]
-        mix[slot] = rearrange(_blocks(heads, (u.conj() * energy / scale).mT), "member a b -> a member b")
-        readout[:, :, slot] = _blocks(heads, (u * scale / energy).mT)
+        mix[slot] = rearrange(
+            plane_blocks(heads.key_freedom, (u.conj() * energy / scale).mT), "member a b -> a member b"
+        )
+        readout[:, :, slot] = plane_blocks(heads.key_freedom, (u * scale / energy).mT)
     return mix, readout
-
-
-def _shared_signs(heads: Heads, planes: Planes, members: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the energy-weighted mean of the aligned, normalised keys, and one sign per plane and member to read it."""
-    energy = planes.energy[:, members]
-    signs = align_signs(energy[:, :, None] * planes.gram.real[:, members][:, :, members] * energy[:, None, :])
-    weight = energy * signs / energy.sum(1, keepdim=True) / planes.scale[members]
-    mix, readout = (_blocks(heads, t.to(planes.gram.dtype).mT) for t in (weight, signs))
-    return rearrange(mix, "member a b -> a member b"), readout
-
-
-def _blocks(heads: Heads, factors: Complex[Tensor, "member plane"]) -> Float[Tensor, "member rotary rotary"]:
-    """Return multiplication by a complex number per plane as real 2 × 2 blocks."""
-    first, other = heads.key_freedom.planes().T
-    rotary = heads.key_freedom.rotary_dim
-    blocks = heads.k.new_zeros(len(factors), rotary, rotary)
-    blocks[:, first, first], blocks[:, other, other] = factors.real, factors.real
-    blocks[:, first, other], blocks[:, other, first] = -factors.imag, factors.imag
-    return blocks
 
 
 MERGE = MergeMethod(

@@ -12,7 +12,10 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     """Return heads with the first K/V head of each group. `groups` partitions the source's K/V heads. Exact only where the heads
     of a group are equal."""
     first = [members[0] for members in groups.members]
-    return dataclasses.replace(heads, k=heads.k[first], v=heads.v[first], groups=heads.groups.compose(groups))
+    gain = heads.k_gain if heads.k_gain is None or heads.k_gain.ndim == 1 else heads.k_gain[first]
+    return dataclasses.replace(
+        heads, k=heads.k[first], v=heads.v[first], k_gain=gain, groups=heads.groups.compose(groups)
+    )
 
 
 MERGE = MergeMethod(merge=merge, undoes="copies", transforms_queries=False)

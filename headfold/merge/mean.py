@@ -17,7 +17,7 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     """Return heads with one averaged K/V head per group; q and o are unchanged. `groups` partitions the source's K/V heads."""
     weights = equal_weights(groups)
     k, v = (combine(rows, weights, groups) for rows in (heads.k, heads.v))
-    return dataclasses.replace(heads, k=k, v=v, groups=heads.groups.compose(groups))
+    return dataclasses.replace(heads, k=k, v=v, k_gain=heads.mean_k_gain(groups), groups=heads.groups.compose(groups))
 
 
 MERGE = MergeMethod(merge=merge, undoes="copies", transforms_queries=False)

@@ -58,6 +58,7 @@ def merge(
         o=rotation_v[reads] @ heads.o,
         k=torch.stack(k),
         v=torch.stack(v),
+        k_gain=heads.mean_k_gain(groups),
         groups=heads.groups.compose(groups),
     )
 

@@ -20,7 +20,7 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     """Return heads with random K/V heads. Groups of one head keep it. `groups` partitions the source's K/V heads."""
     generator = torch.Generator().manual_seed(seed)
     k, v = (_draw(rows, groups, generator) for rows in (heads.k, heads.v))
-    return dataclasses.replace(heads, k=k, v=v, groups=heads.groups.compose(groups))
+    return dataclasses.replace(heads, k=k, v=v, k_gain=heads.mean_k_gain(groups), groups=heads.groups.compose(groups))
 
 
 def _draw(

@@ -6,24 +6,26 @@ much as one that everybody does. One Newton step: conjugate gradients (Hestenes 
 taken under (p + p̂) / 2, since under p̂ alone a key that p̂ has lost does not count; preconditioned by its Kronecker factorisation
 (Martens & Grosse 2015, 1503.05671). Then a search along the step, on queries that the step was not fitted to, so that no head gets worse.
 
-Queries are a sample, since attention is smooth in them; all keys are seen.
+Queries are a sample, since attention is smooth in them; all keys are seen. Under norms of queries the step is that of Gauss and Newton
+(`sampled.py`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, floor
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from ..core.heads import Heads, KeyFreedom
+from ..core.heads import Heads
 from ..core.products import self_product
 from ..core.query_sample import num_sampled_queries
 from ..core.stats import NARROW
 from ..descent.kronecker import Rows, damped, inverse
 from ..parallel import all_reduce
 from .recorded import AttentionInputs, RecordedSite
+from .sampled import Logits, Normed, Queries, QueryMap, Sampled, logits, projected, weighted
 
 _LOOKED_AT = 2
 """The calls that are run have so many times the queries that are used: more calls differ more, and each costs its projections."""
@@ -45,80 +47,6 @@ _KEPT = 2**28
 _PARTS = 4
 """Parts of the queries of a causal call; the keys behind the last query of a part are skipped."""
 
-Queries = Float[Tensor, "batch head query dim"]
-Logits = Float[Tensor, "batch head query key"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """Some queries of one recorded call, with all keys that they may attend to."""
-
-    inputs: Float[Tensor, "batch query size"]
-    turn: Complex[Tensor, "batch query plane"] | None
-    """What position does to each frequency plane of the query, as the module did it."""
-    factor: Float[Tensor, ""]
-    """What the module multiplied the dims without position by (Whisper: by what others multiply logits by)."""
-    query: Queries
-    key: Float[Tensor, "batch group key dim"]
-    target_query: Queries
-    target_key: Float[Tensor, "batch target_group key dim"]
-    hidden: Tensor | None
-    """What to add to the logits; broadcasts to (batch, head, query, key)."""
-    target_hidden: Tensor | None
-    """The same for the original's heads in their own order."""
-    counted: Bool[Tensor, "batch query"] | None
-    scaling: float
-    quantile: Float[Tensor, " query"]
-    """Where a key is drawn from a query's attention; over all queries they cover [0, 1] evenly."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """The queries of a site as linear functions of W_q, and the original's attention for them."""
-
-    freedom: KeyFreedom
-    order: Int[Tensor, " head"] | None
-    """New position → query head of the original; None where no head moves, which saves a copy of its weights."""
-
-    def turned(self, z: Queries, at: _Sampled, *, back: bool = False) -> Queries:
-        """Apply the position of the queries, or its adjoint."""
-        if at.turn is None:
-            return z * at.factor
-        planes = self.freedom.planes().to(z.device)
-        turn = (at.turn.conj() if back else at.turn)[:, None]
-        moved = torch.complex(z[..., planes[:, 0]], z[..., planes[:, 1]]) * turn
-        z = z * at.factor
-        z[..., planes[:, 0]], z[..., planes[:, 1]] = moved.real, moved.imag
-        return z
-
-    def queries(self, rows: Rows, at: _Sampled) -> Queries:
-        """Return the queries that these rows of W_q give."""
-        return self.turned(torch.einsum("bts,hds->bhtd", at.inputs.to(rows.dtype), rows), at)
-
-    def pulled(self, gradient: Queries, at: _Sampled) -> Queries:
-        """Return the gradient in W_q x for one in the queries, zero where a query does not count."""
-        gradient = at.scaling * self.turned(gradient, at, back=True)
-        return gradient if at.counted is None else gradient * at.counted[:, None, :, None]
-
-    def target(self, at: _Sampled) -> Logits:
-        """Return the original's attention."""
-        weights = _logits(at.target_query, at.target_key, at.scaling, at.target_hidden).softmax(-1)
-        return weights if self.order is None else weights.index_select(1, self.order)
-
-
-def _logits(query: Queries, key: Tensor, scaling: float, hidden: Tensor | None = None) -> Logits:
-    """Return scaled and masked logits in float32 or better."""
-    precise = torch.promote_types(query.dtype, torch.float32)
-    grouped = (scaling * query.to(precise)).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    found = (grouped @ key.to(precise).mT).view(*query.shape[:3], -1)
-    return found if hidden is None else found.add_(hidden)
-
-
-def _weighted(weights: Logits, key: Tensor) -> Queries:
-    """Return Σ_s weights_ts k_s for every query."""
-    grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return (grouped @ key.to(weights.dtype)).view(*weights.shape[:3], -1)
-
 
 def has_data(site_calls: RecordedSite, heads: Heads) -> bool:
     """Return whether there are queries enough for W_q; fitted to fewer, it follows the words of the calibration data."""
@@ -129,20 +57,20 @@ def has_data(site_calls: RecordedSite, heads: Heads) -> bool:
 def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: int) -> Heads | None:
     """Return the heads with another `q`; its bias column stays as it is where the site has none.
 
-    None where that cannot be done: the class does not pass its queries to transformers' attention, or they are no linear function of
-    W_q with one complex factor per frequency plane (norms).
+    None where that cannot be done: the class does not pass its queries to transformers' attention, or they are not what position and norm
+    make of W_q x.
     """
-    if not site_calls.catches_attention or heads.key_freedom.normed:
+    if not site_calls.catches_attention:
         return None
     size = heads.q.shape[2] if {"q", "qkv"} & set(site_calls.site.biases) else heads.q.shape[2] - 1
     start = heads.q[..., :size]
     order = site_calls.order.to(start.device)
     moves = bool((order != torch.arange(len(order), device=order.device)).any())
-    attention = _Attention(heads.key_freedom, order if moves else None)
+    attention = QueryMap(heads.key_freedom, _gain(heads), order if moves else None)
     slope, curvature, search = _samples(site_calls, heads, size)
     if any(_total(len(some), start.device) == 0 for some in (slope, curvature, search)):
         return None  # all calls are too short to leave queries out
-    if not _is_linear(attention, heads, search):
+    if not _are_known(attention, heads, search):
         return None
     mixtures = _Mixtures(attention, curvature)
     # A step fitted to few queries follows what is particular to them: it is shrunk by the sampling error of their covariance.
@@ -161,8 +89,14 @@ def refit_queries(site_calls: RecordedSite, heads: Heads, ridge: float, steps: i
         length = _ratio(energy, (direction * image).sum((1, 2), keepdim=True))
         change += length * direction
         rest -= length * image
-    change *= _lengths(attention, search, change)[:, None, None]
+    change *= _lengths(attention, search, heads, change)[:, None, None]
     return replace(heads, q=torch.cat([start + change, heads.q[..., size:]], 2))
+
+
+def _gain(heads: Heads) -> Float[Tensor, "*#head 1 dim"] | None:
+    """Return the gain of the norm of queries, which broadcasts to (batch, head, query, dim)."""
+    gain = heads.gain("q")
+    return None if gain is None else gain.unsqueeze(-2)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -170,13 +104,11 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
-def _samples(
-    site_calls: RecordedSite, heads: Heads, size: int
-) -> tuple[list[_Sampled], list[_Sampled], list[_Sampled]]:
+def _samples(site_calls: RecordedSite, heads: Heads, size: int) -> tuple[list[Sampled], list[Sampled], list[Sampled]]:
     """Return the queries of the gradient, of the curvature and of the search. No query of the first two is one of the last."""
     total = site_calls.total_queries(heads.q.device)
     wanted = num_sampled_queries(total, size)
-    found: tuple[list[_Sampled], list[_Sampled], list[_Sampled]] = ([], [], [])
+    found: tuple[list[Sampled], list[Sampled], list[Sampled]] = ([], [], [])
     share = min(1.0, _LOOKED_AT * max(wanted) / total)
     left = 1 / _SEARCHED_EVERY
     for number in site_calls.numbers:
@@ -209,7 +141,7 @@ def _total(count: int, device: torch.device) -> float:
 
 def _parts(
     mine: AttentionInputs, theirs: AttentionInputs, rows: Int[Tensor, " query"], heads: Heads, size: int, number: int
-) -> Iterator[_Sampled]:
+) -> Iterator[Sampled]:
     """Yield these queries of a call, at most `_ELEMENTS` logits at a time."""
     (batch, num_heads, _, _), keys = mine.query.shape, mine.key.shape[2]
     most = max(1, _ELEMENTS // (batch * num_heads * keys))
@@ -222,8 +154,9 @@ def _parts(
         inputs = mine.inputs[:, some]
         inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:2], 1)], 2)
         query = mine.query[:, :, some]
-        yield _Sampled(
-            inputs[..., :size], *_moved(inputs, query, heads), query, mine.key[:, :, :last], theirs.query[:, :, some],
+        z = torch.einsum("bts,hds->bhtd", inputs.to(heads.q.dtype), heads.q)
+        yield Sampled(
+            inputs[..., :size], *_moved(z, query, heads), query, mine.key[:, :, :last], theirs.query[:, :, some],
             theirs.key[:, :, :last], hidden, target_hidden, None if mine.counted is None else mine.counted[:, some], mine.scaling,
             (_GOLDEN * (some.double() + number * mine.query.shape[2])) % 1,
         )  # fmt: skip
@@ -246,63 +179,72 @@ def _hidden(seen: AttentionInputs, rows: Int[Tensor, " query"], last: int) -> Te
 
 
 def _moved(
-    inputs: Tensor, query: Queries, heads: Heads
-) -> tuple[Complex[Tensor, "batch query plane"] | None, Float[Tensor, ""]]:
-    """Return by what the module multiplied every frequency plane of W_q x, and the other dims."""
+    z: Queries, query: Queries, heads: Heads
+) -> tuple[Complex[Tensor, "batch query plane"] | None, Float[Tensor, ""], Normed | None]:
+    """Return by what the module multiplied every frequency plane of W_q x = `z`, and the other dims, and what its norm did before."""
+    normed = None
+    if heads.key_freedom.normed:
+        together = heads.key_freedom.norm_spans_heads
+        length = z.square().mean((1, 3), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny).sqrt() if together else None
+        normed = Normed.of(z, length)
+        gain = _gain(heads)
+        z = normed.unit if gain is None else normed.unit * gain.to(z)
     step = ceil(len(heads.q) / _MOVED_HEADS)
-    some = heads.q[::step]  # what position does is the same for all heads
-    before = torch.einsum("bts,hds->bhtd", inputs.to(some.dtype), some)
-    after = query[:, ::step].to(some.dtype)
+    before, after = z[:, ::step], query[:, ::step].to(z.dtype)  # what position does is the same for all heads
     tiny, turn = torch.finfo(before.dtype).tiny, None
     if heads.key_freedom.rotary_dim:
         planes = heads.key_freedom.planes().to(query.device)
-        z, turned = (torch.complex(x[..., planes[:, 0]], x[..., planes[:, 1]]) for x in (before, after))
-        turn = (turned * z.conj()).sum(1) / z.abs().square().sum(1).clamp_min(tiny)
+        first, turned = (torch.complex(x[..., planes[:, 0]], x[..., planes[:, 1]]) for x in (before, after))
+        turn = (turned * first.conj()).sum(1) / first.abs().square().sum(1).clamp_min(tiny)
     rest = slice(heads.key_freedom.rotary_dim, None)
     factor = (before[..., rest] * after[..., rest]).sum() / before[..., rest].square().sum().clamp_min(tiny)
-    return turn, factor
+    return turn, factor, normed
 
 
-def _is_linear(attention: _Attention, heads: Heads, samples: Sequence[_Sampled]) -> bool:
+def _before(heads: Heads, at: Sampled) -> Queries:
+    """Return W_q x with its bias."""
+    constant = heads.q[:, None, :, -1] if at.inputs.shape[2] < heads.q.shape[2] else 0
+    return projected(heads.q[..., : at.inputs.shape[2]], at) + constant
+
+
+def _are_known(attention: QueryMap, heads: Heads, samples: Sequence[Sampled]) -> bool:
     """Return whether the queries that `attention` computes are those of the module."""
     sums = torch.zeros(2, dtype=torch.float64, device=heads.q.device)
     for at in samples:
-        constant = heads.q[:, None, :, -1] if at.inputs.shape[2] < heads.q.shape[2] else 0
-        z = torch.einsum("bts,hds->bhtd", at.inputs.to(heads.q.dtype), heads.q[..., : at.inputs.shape[2]]) + constant
         query = at.query.to(heads.q.dtype)
-        sums[0] += (attention.turned(z, at) - query).square().sum()
+        sums[0] += (attention.queries(_before(heads, at), at) - query).square().sum()
         sums[1] += query.square().sum()
     missing, energy = all_reduce(sums).tolist()
     return missing <= _LINEAR**2 * energy
 
 
-def _slope(attention: _Attention, samples: Sequence[_Sampled], rows: Rows) -> Rows:
+def _slope(attention: QueryMap, samples: Sequence[Sampled], rows: Rows) -> Rows:
     """Return the gradient of the cross-entropy at the folded heads, from which the queries were taken."""
     total = torch.zeros_like(rows)
     for at in samples:
-        rest = _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).sub_(attention.target(at))
-        total += _projected(attention.pulled(_weighted(rest, at.key), at), at)
+        rest = logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).sub_(attention.target(at))
+        total += _summed(attention.pulled(weighted(rest, at.key), at), at)
     return all_reduce(total)
 
 
-def _projected(gradient: Queries, at: _Sampled) -> Rows:
+def _summed(gradient: Queries, at: Sampled) -> Rows:
     return torch.einsum("bhtd,bts->hds", gradient, at.inputs.to(gradient.dtype))
 
 
 class _Mixtures:
     """(p + p̂) / 2 of samples, kept from the first time on as far as there is room."""
 
-    def __init__(self, attention: _Attention, samples: Sequence[_Sampled]) -> None:
+    def __init__(self, attention: QueryMap, samples: Sequence[Sampled]) -> None:
         self.attention, self.samples = attention, samples
         self._kept: dict[int, Logits] = {}
         self._left = _KEPT
 
-    def __iter__(self) -> Iterator[tuple[_Sampled, Logits]]:
+    def __iter__(self) -> Iterator[tuple[Sampled, Logits]]:
         for number, at in enumerate(self.samples):
             weights = self._kept.get(number)
             if weights is None:
                 weights = (
-                    _logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).add_(self.attention.target(at)).div_(2)
+                    logits(at.query, at.key, at.scaling, at.hidden).softmax(-1).add_(self.attention.target(at)).div_(2)
                 )
                 if weights.numel() <= self._left:
                     self._kept[number] = weights
@@ -314,9 +256,9 @@ def _curvature(mixtures: _Mixtures, direction: Rows) -> Rows:
     """Return the curvature times a direction."""
     total, attention = torch.zeros_like(direction), mixtures.attention
     for at, weights in mixtures:
-        moved = _logits(attention.queries(direction, at), at.key, at.scaling)
+        moved = logits(attention.moved(direction, at), at.key, at.scaling)
         spread = moved.sub_((weights * moved).sum(-1, keepdim=True)).mul_(weights)
-        total += _projected(attention.pulled(_weighted(spread, at.key), at), at)
+        total += _summed(attention.pulled(weighted(spread, at.key), at), at)
     return all_reduce(total)
 
 
@@ -334,7 +276,7 @@ def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, T
         chosen = torch.searchsorted(weights.cumsum(-1), wanted)
         key = at.key.repeat_interleave(heads // at.key.shape[1], 1).to(weights.dtype)
         drawn = key.gather(2, chosen.clamp_max(key.shape[2] - 1).expand(-1, -1, -1, key.shape[3]))
-        pulled = attention.pulled(drawn - _weighted(weights, at.key), at)
+        pulled = attention.pulled(drawn - weighted(weights, at.key), at)
         left += torch.einsum("bhtd,bhte->hde", pulled, pulled)
         x = at.inputs.to(rows.dtype)
         x = (x if at.counted is None else x * at.counted[..., None]).flatten(0, 1)
@@ -343,25 +285,41 @@ def _factors(mixtures: _Mixtures, rows: Rows, damping: float) -> tuple[Tensor, T
     return damped(left, _DAMPING), damped(all_reduce(right), damping)
 
 
-def _num_queries(samples: Sequence[_Sampled], device: torch.device) -> float:
+def _num_queries(samples: Sequence[Sampled], device: torch.device) -> float:
     """Return the number of sampled queries over all ranks, at least 1."""
     own = sum(at.inputs.shape[:2].numel() if at.counted is None else int(at.counted.sum()) for at in samples)
     return max(1.0, _total(own, device))
 
 
-def _lengths(attention: _Attention, samples: Sequence[_Sampled], step: Rows) -> Float[Tensor, " head"]:
+def _lengths(attention: QueryMap, samples: Sequence[Sampled], heads: Heads, step: Rows) -> Float[Tensor, " head"]:
     """Return by head the length of the step that brings the cross-entropy to its least, 0 among them."""
     losses = torch.zeros(len(_LENGTHS), len(step), dtype=torch.float64, device=step.device)
     for at in samples:
-        target = attention.target(at)
-        here = _logits(at.query, at.key, at.scaling, at.hidden)
-        moved = _logits(attention.queries(step, at), at.key, at.scaling)
-        counts = 1.0 if at.counted is None else at.counted[:, None].to(here.dtype)
-        linear = torch.stack([(target * part).sum(-1) for part in (here, moved)])
-        for number, length in enumerate(_LENGTHS):
-            loss = (here + length * moved).logsumexp(-1) - linear[0] - length * linear[1]
+        counts = 1.0 if at.counted is None else at.counted[:, None]
+        found = _linear_losses(attention, at, step) if at.normed is None else _normed_losses(attention, at, heads, step)
+        for number, loss in enumerate(found):
             losses[number] += (loss * counts).sum((0, 2))
     return _least(all_reduce(losses), torch.tensor(_LENGTHS, dtype=torch.float64, device=step.device)).to(step.dtype)
+
+
+def _linear_losses(attention: QueryMap, at: Sampled, step: Rows) -> Iterator[Float[Tensor, "batch head query"]]:
+    """Yield the cross-entropy at each length of the step, whose logits are linear in it."""
+    target = attention.target(at)
+    here = logits(at.query, at.key, at.scaling, at.hidden)
+    moved = logits(attention.moved(step, at), at.key, at.scaling)
+    linear = torch.stack([(target * part).sum(-1) for part in (here, moved)])
+    for length in _LENGTHS:
+        yield (here + length * moved).logsumexp(-1) - linear[0] - length * linear[1]
+
+
+def _normed_losses(
+    attention: QueryMap, at: Sampled, heads: Heads, step: Rows
+) -> Iterator[Float[Tensor, "batch head query"]]:
+    """Yield the same under norms."""
+    target, before, along = attention.target(at), _before(heads, at), projected(step, at)
+    for length in _LENGTHS:
+        there = logits(attention.queries(before + length * along, at), at.key, at.scaling, at.hidden)
+        yield there.logsumexp(-1) - (target * there).sum(-1)
 
 
 def _least(losses: Float[Tensor, "length head"], lengths: Float[Tensor, " length"]) -> Float[Tensor, " head"]:

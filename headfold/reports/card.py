@@ -49,7 +49,7 @@ class CardFacts:
     reach: str = ""
     """One line on how much of the model the calibration data reach; empty where nothing is known."""
     warnings: tuple[str, ...] = ()
-    """Lines on what is wrong with the calibration data."""
+    """Lines on what is approximate, and on what is wrong with the calibration data."""
     site_errors: Mapping[str, tuple[float, float]] | None = None
     license: str | None = None
     """Replaces the licence in the source's card."""

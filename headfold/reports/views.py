@@ -13,7 +13,7 @@ _POSITIONS = {
     "any": "not rotated, so keys merge after any linear change",
     "rope-halves": "rotary (RoPE), so keys merge after a rotation and a scale of each pair of dims",
     "rope-pairs": "rotary (RoPE), so keys merge after a rotation and a scale of each pair of dims",
-    "signs": "rotary (RoPE) after a norm of each head, so keys merge after changes of sign alone",
+    "signs": "rotary (RoPE) after a norm, so keys merge exactly after changes of sign alone, and nearly after rotations and scales",
 }
 """By the kind of `core.heads.KeyFreedom`: what a merge may do to keys without changing attention."""
 _ORDERS = {

@@ -36,9 +36,9 @@ def regroup(model: PreTrainedModel, sites: Iterable[Mapping[str, Any]]) -> PreTr
     """Give the attention sites of a model, in place, the K/V heads that are listed; the weights of new linears are to be loaded.
 
     A site names its `module`, the linears `q`, `k` and `v` in it, `heads`, `kv_heads` and `head_dim`; with `fused`, the stock
-    projection that the three replace; with `kv_of_query`, groups that are not equal; with `slots`, heads with
-    that many times the head_dim, and the output projection `o`. Sites of a stack that the class lacks (the decoder of an encoder)
-    are passed over.
+    projection that the three replace; with `k_norm`, the norm over all K heads; with `kv_of_query`, groups that are not equal;
+    with `slots`, heads with that many times the head_dim, and the output projection `o`. Sites of a stack that the class lacks
+    (the decoder of an encoder) are passed over.
 
     Raises:
         ValueError: a site that the model should have and has not.
@@ -91,6 +91,11 @@ def _reproject(module: nn.Module, site: Mapping[str, Any]) -> None:
         stock = getattr(holder, leaf, fused)
         if stock is fused or _num_rows(stock) != rows:
             setattr(holder, leaf, _linear_like(stock, rows))
+    if "k_norm" in site:
+        norm: Any = module.get_submodule(site["k_norm"])
+        size = site["kv_heads"] * site["head_dim"]
+        if norm.weight.numel() != size:
+            norm.weight = nn.Parameter(norm.weight.new_ones(size), requires_grad=norm.weight.requires_grad)
     if fused is not None:
         parent, _, leaf = site["fused"].rpartition(".")
         holder = module.get_submodule(parent)

@@ -17,7 +17,7 @@ from ..core.stats import SiteStats
 from ..corpus.samples import kind_of
 from ..families.context import context_length
 from ..families.layout import read_heads
-from ..families.spec import Site
+from ..families.spec import APPROXIMATE, Site
 from ..group import swap
 from ..group.costs import absorb
 from ..parallel import main_only
@@ -131,16 +131,16 @@ def inspect(
 
 
 def _freedom(site: Site) -> str:
-    dims = site.key_freedom.rotary_dim
-    return site.key_freedom.kind + (f" on {dims} of {site.head_dim} dims" if 0 < dims < site.head_dim else "")
+    dims, common = site.key_freedom.rotary_dim, site.key_freedom.norm_spans_heads
+    part = f" on {dims} of {site.head_dim} dims" if 0 < dims < site.head_dim else ""
+    return site.key_freedom.kind + part + (f" {APPROXIMATE}" if common else "")
 
 
 def _inspect_site(source: Source, site: Site, known: Mapping[str, SiteStats] | None) -> SiteInspection:
     heads = read_heads(site, source.read_finite)
     stats = known[site.name] if known is not None else _stats_from_gains(source, site, heads.q.shape[2] - 1)
     moments = site_moments(heads, stats)
-    energy = site_energy(moments)
-    key, value = {}, {}
+    energy, key, value = site_energy(moments), {}, {}
     for share in [number for number in range(2, site.num_kv_heads + 1) if site.num_kv_heads % number == 0][:SHARES]:
         groups = _grouping(moments, site.num_kv_heads, site.num_kv_heads // share)
         error = grouped_error(moments, groups)
