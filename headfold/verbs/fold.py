@@ -1,6 +1,5 @@
 """Fold a model end to end: calibrate, plan, refit, heal, write, verify, and only then rename the output into its place."""
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ def fold(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     stats: str | Path | None = None,
+    quantised_cache: bool = False,
     layout: str | None = None,
     seed: int = 0,
     force: bool = False,
@@ -89,6 +89,7 @@ def fold(
             texts; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         trust_remote_code: Run the code that the model brings for its class, which the fold then brings too.
+        quantised_cache: Rotate K and V, which changes no output, so that a KV cache quantised with offsets rounds them less.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
         seed, force: Seed of everything drawn at random; replace what is at `out`, once the new directory is complete.
         verify, push_to_hub: Compare the output's logits with the twin's; the repository that it is then uploaded to (`--push-to-hub`).
@@ -108,7 +109,7 @@ def fold(
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
-        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
+        heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout, quantised_cache=quantised_cache,
     ))  # fmt: skip
     source = with_encoder(source, request.encoder)
     on_all(lambda: request.healing.check_memory(source.checkpoint, source.sites, place))
@@ -145,14 +146,13 @@ def fold(
                     verification = verify_fold(source, job.staging, twin, sample, unrounded, notes, progress)
             blind = sites_with_assumed_distances(source, made, statistics)
             reach = calibration_reach(source, made, statistics, fitting)
-            notes += notes_on(source, job.staging, request.group, blind, reach)
+            notes += notes_on(source, job.staging, made, blind, reach)
             costs, times = (serving_cost(source), serving_cost(source, made, layout)), (job.seconds, job.estimated)
             facts = card_facts(
                 source, out, job.staging, made, settings, costs, fitting, statistics, reach, verification, times
             )
             write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
             write_recipe(job.staging, source, settings)
-            shutil.rmtree(job.work)
             notes += job.committed(out, force, say)
             return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)
 
