@@ -11,6 +11,7 @@ from .core.fitted import FittedHeads
 from .core.groups import Groups
 from .core.heads import Heads
 from .core.plan import Plan, SitePlan
+from .core.quantised_cache import rotated_for_cache
 from .core.stats import SiteStats
 from .families.layout import read_heads, write_heads
 from .families.spec import Site
@@ -37,9 +38,11 @@ def merged_heads(heads: Heads, plan: SitePlan, stats: SiteStats | None, seed: in
 def kept_weights(site: Site, plan: Plan, refits: Mapping[str, FittedHeads] | None = None) -> dict[str, int]:
     """Return the weights of the site that the plan does not change, each with the number of its model axis.
 
-    They need not be read or written. Q and O change only if the merge transforms them, if fitted weights replace them, or if the
-    groups put the query heads in another order.
+    They need not be read or written. Q and O change only if the merge transforms them, if fitted weights replace them, if K and V are
+    rotated for a quantised cache, or if the groups put the query heads in another order.
     """
+    if plan.quantised_cache:
+        return {}
     planned = plan.sites[site.name]
     in_source_form = not (site.transposed or site.splits(planned.groups.num_kv_heads))
     if parse_merge(planned.merge).record.transforms_queries or not (planned.groups.is_contiguous and in_source_form):
@@ -75,9 +78,21 @@ def site_heads(
     """Return the folded heads of a site: grouped, in standard order, in the source's dtype.
 
     `refits` gives fitted weights by site, which replace the merge's. Where heads have a multiple of the source's head_dim and their
-    class divides logits by the root of it, queries are scaled up.
+    class divides logits by the root of it, queries are scaled up. They are those that a refit starts from: not yet rotated for a
+    quantised cache.
     """
     heads = read_heads(site, read)
+    return _folded(heads, site, plan, stats, refits).to(heads.k.dtype)
+
+
+def _folded(
+    heads: Heads,
+    site: Site,
+    plan: Plan,
+    stats: Mapping[str, SiteStats] | None,
+    refits: Mapping[str, FittedHeads] | None,
+) -> Heads:
+    """Return the folded heads in the dtype of the merge or the fit."""
     planned, fitted = plan.sites[site.name], (refits or {}).get(site.name)
     if fitted is not None and fitted.is_complete:
         # Only the order of the query heads is still the source's.
@@ -86,7 +101,7 @@ def site_heads(
         folded = merged_heads(heads, planned, None if stats is None else stats[site.name], plan.seed)
         if planned.head_dim > site.head_dim and site.any_head_dim and site.scale_from_head_dim:
             folded = replace(folded, q=folded.q * (planned.head_dim / site.head_dim) ** 0.5)
-    return (folded if fitted is None else fitted.onto(folded)).to(heads.k.dtype)
+    return folded if fitted is None else fitted.onto(folded)
 
 
 def query_order(site: Site, plan: Plan) -> tuple[int, ...]:
@@ -106,12 +121,21 @@ def site_tensors(
     """Return the site's new tensors by their names on disk, in the source's dtype.
 
     With `num_kv_heads` these are the tensors of the head-repeated twin with that many K/V heads: the same function in the source's
-    shapes or, where heads have a multiple of the source's head_dim, slot by slot.
+    shapes or, where heads have a multiple of the source's head_dim, slot by slot. Where the plan says so, K and V are rotated for a
+    quantised cache, after all that was merged and fitted.
 
     Raises:
-        UserError: NaN or infinite weights in the source, or a merge that overflows the checkpoint's dtype.
+        UserError: NaN or infinite weights in the source, a merge that overflows the checkpoint's dtype, or no statistics for the rotation.
     """
-    heads = site_heads(site, plan, read, stats, refits)
+    source = read_heads(site, read)
+    heads = _folded(source, site, plan, stats, refits)
+    if plan.quantised_cache:
+        if stats is None:
+            raise UserError(
+                "plan.json: quantised_cache needs calibration statistics: run headfold calibrate and pass --stats, or leave it out"
+            )
+        heads = rotated_for_cache(heads, stats[site.name].mean_input(), site.head_dim, plan.seed)
+    heads = heads.to(source.k.dtype)
     twin = num_kv_heads is not None
     tensors = write_heads(site, heads if num_kv_heads is None else heads.expand(num_kv_heads), in_slots=twin)
     for role in ("q_norm", "k_norm"):

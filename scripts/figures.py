@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from figure_cache import CACHE
 from figure_calibration import CALIBRATION
 from figure_data import INDEX, ROOT, Index, path_of, provenance
 from figure_engines import ENGINE_BLOCKS
@@ -47,7 +48,7 @@ TYPED = re.compile(
     r"|\b\d[\d,]*(?: ?%| (?:ms|milliseconds|seconds|minutes|times|nats|points|BLEU|[KMG]i?B|tokens (?:per|a) second)\b)"
     r"|(?<!\w)1/\d{2,}"
 )
-BY_NAME = {**REAL, **ENGINE_BLOCKS, **TABLES, **BLOCKS, **HOSTILE, **CALIBRATION}
+BY_NAME = {**REAL, **ENGINE_BLOCKS, **TABLES, **BLOCKS, **HOSTILE, **CALIBRATION, **CACHE}
 
 
 def pages() -> list[Path]:

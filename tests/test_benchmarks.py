@@ -109,3 +109,18 @@ def test_free_choices_leave_attention_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     for chosen, _ in choices.CHOICES.values():
         for ours, exact in zip(read(chosen(layer)), read(layer), strict=True):
             assert (ours - exact).abs().max() < 1e-12 * exact.abs().max()
+
+
+def test_rows_of_a_quantised_cache_resume_and_compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bits = script("cache_bits", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 300, 7, generator=generator)
+    window = torch.randint(0, 7, (300,), generator=generator)
+    nll, kl = bits.compared(logits, window, other)
+    assert nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:-1], window[1:])), rel=1e-5)
+    assert kl > 0 and bits.compared(logits, window, logits)[1] == 0
+    rows = bits.Rows(tmp_path / "rows.json", {})
+    rows.add({"kv_heads": 2, "bits": 4}, 10.0, [(1.0, 0.1), (2.0, 0.3)])
+    again = bits.Rows(tmp_path / "rows.json", {})
+    assert not again.lacks({"kv_heads": 2, "bits": 4}) and again.lacks({"kv_heads": 2, "bits": 8})
+    assert (again.rows[0]["nll"], again.rows[0]["kl"]) == pytest.approx((1.5, 0.2))

@@ -20,13 +20,13 @@ from torch import Tensor
 import headfold
 from headfold import calibration, hf_models
 from headfold.calibration import decoder_inputs
-from headfold.conversion.healing import Healing
 from headfold.core.errors import UserError
 from headfold.descent import descend as descent
 from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
+from headfold.refine.scope import Healing
 
 NUM_ITEMS = 16
 

@@ -13,12 +13,12 @@ from tiny import stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 
 import headfold
 from headfold import calibration, hf_models
-from headfold.conversion import fitted_sites, healing
-from headfold.conversion.healing import refit_by_default
+from headfold.conversion import fitted_sites
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
-from headfold.refine import distill, queries
+from headfold.refine import distill, queries, scope
 from headfold.refine.refit import refit
+from headfold.refine.scope import refit_by_default
 
 FOLDED: dict[str, Any] = dict(kv_heads=2, calibration="stdlib", **CALIBRATED)
 
@@ -72,7 +72,7 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
         return refit_by_default(by, source.checkpoint, source.sites, kind, "cpu", heals=heals)
 
     assert chosen() == "block" and chosen("model") == "model"
-    monkeypatch.setattr(healing, "_LARGE", 1)
+    monkeypatch.setattr(scope, "_LARGE", 1)
     assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
     monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
     assert chosen() == "block"

@@ -86,6 +86,14 @@ def fold(
             "block. Default: model for language models of 67 M parameters or more, block for all others.",
         ),
     ] = None,
+    quantised_cache: Annotated[
+        bool,
+        option(
+            "--quantised-cache", panel=HOW,
+            help="Rotate K and V, which changes no output, so that an engine that quantises the KV cache with an offset per group "
+            "(transformers, mlx-lm) rounds them less. llama.cpp rotates such a cache itself.",
+        ),
+    ] = False,
     seed: Seed = 0,
     calibration: Calibration = None,
     tokens: Tokens = None,
@@ -128,7 +136,7 @@ def fold(
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(
             model, out, refit=refit, heal=heal, encoder=encoder, seed=seed, force=force, verify=verify, device=device, dtype=dtype,
-            trust_remote_code=trust_remote_code, progress=progress, say=progress.say, **chosen,
+            quantised_cache=quantised_cache, trust_remote_code=trust_remote_code, progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
     if not answered(result.to_json(), as_json):
         views.show_fold(result)

@@ -1,5 +1,6 @@
 """One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes and was to take."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,12 +18,12 @@ from ..families.spec import Site
 from ..outputs import staged
 from ..parallel import on_main, on_main_only
 from ..refine.fitting import Watch
+from ..refine.scope import Healing
 from ..reports.tables import estimate
 from ..stats_file import StatsFile
 from .estimate import estimated_seconds
 from .fitted_sites import FittedSites
 from .fold_request import FoldRequest
-from .healing import Healing
 from .measured_sites import MeasuredSites
 from .plans import plan_uniform
 from .provenance import Fitting
@@ -77,7 +78,8 @@ class FoldJob:
         return self.staging / _WORK
 
     def committed(self, out: Path, force: bool, say: Callable[[str], None]) -> list[str]:
-        """Move the finished directory to its place, upload it if a repository was named, and return what there is to say of that."""
+        """Remove `work`, move the finished directory to its place, upload it if a repository was named; return what there is to say."""
+        shutil.rmtree(self.work)
         if self.publish:
             say(f"{out}: complete; uploading it, which the same command does again if it is interrupted")
         said = commit(self.staging, out, force, self.publish)
@@ -152,10 +154,10 @@ class FoldJob:
     def planned(self, teacher: Teacher, request: FoldRequest, stats: StatsFile | None) -> Plan:
         """Return the plan that was given, else make one."""
         with self.timed("plan"):
-            return request.plan or on_main(lambda: plan_uniform(
+            return request.finished(request.plan or on_main(lambda: plan_uniform(
                 teacher.source, request.kv_heads, request.group, request.merge, stats, self.settings["seed"], teacher.progress,
                 request.head_dim_multiple,
-            ))  # fmt: skip
+            )))  # fmt: skip
 
     def refit(
         self,

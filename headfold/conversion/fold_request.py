@@ -1,7 +1,7 @@
 """The resolved request of a fold: the plan or the methods to make it by, the calibration data, and the settings that identify the job."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from ..core.plan import Plan, SitePlan
 from ..families.wrapped import is_wrapper
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_known_model
+from ..refine.scope import Healing, refit_by_default
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
 from ..towers import check_tower_runs
 from ..trusted_code import trusted_code
 from .calibration_config import CalibrationConfig, CalibrationRequest
-from .healing import Healing, refit_by_default
+from .plans import check_statistics
 from .source import Source, with_sites_of
 from .writing import choose_fold_layout
 
@@ -41,6 +42,8 @@ class FoldRequest:
     healing: Healing
     refit_by: str
     """What the refit trains together at its end: the "model" or each "block" alone; empty without a refit."""
+    quantised_cache: bool
+    """Whether K and V are rotated for a quantised cache at the end."""
     settings: Mapping[str, Any]
     """Whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
 
@@ -48,6 +51,10 @@ class FoldRequest:
         """Return whether a step takes calibration data, beside the statistics that are given."""
         fits = (self.settings["refit"] or self.settings["heal"]) and self.shrinks(source)
         return bool(fits or (self.statistics and stats is None))
+
+    def finished(self, plan: Plan) -> Plan:
+        """Return a plan of the methods, or the one that was given, with what is done at the end."""
+        return replace(plan, quantised_cache=self.quantised_cache)
 
     def shrinks(self, source: Source) -> bool:
         """Return whether any site of the source gets fewer K/V heads."""
@@ -75,6 +82,7 @@ def resolve_fold(
     data: CalibrationRequest,
     stats: StatsFile | None,
     layout: str | None = None,
+    quantised_cache: bool = False,
 ) -> FoldRequest:
     """Check the options of a fold against the source and fill in the defaults.
 
@@ -104,6 +112,11 @@ def resolve_fold(
         ready.check_source(source.checkpoint.fingerprint(), source.sites, "plan" if plan is ready else str(plan))
         group, merge = ready.group, next(iter(ready.sites.values())).merge
         needed = planning.statistics_needed("contiguous", merge)
+    quantised_cache = quantised_cache or (ready is not None and ready.quantised_cache)
+    if quantised_cache:
+        needed |= planning.PREDICTION_STATISTICS
+        if stats is not None:
+            check_statistics(source, stats, planning.PREDICTION_STATISTICS)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
     earlier, calibration = CalibrationRequest.recorded(recorded), None
     if needed or refit or heal or data.source is not None or earlier:
@@ -128,10 +141,22 @@ def resolve_fold(
         "refit": together, "heal": healing.tokens, "heal_by": healing.by,
         "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": source.encoder,
         "stats": stats and stats.metadata, **({"code": code.digest} if code else {}),
+        **({"quantised_cache": True} if quantised_cache else {}),
     }  # fmt: skip
     count = "" if kv_heads is None else kv_heads
     return FoldRequest(
-        ready, count, group, merge, multiple, source.encoder, needed, calibration, healing, together, settings
+        ready,
+        count,
+        group,
+        merge,
+        multiple,
+        source.encoder,
+        needed,
+        calibration,
+        healing,
+        together,
+        quantised_cache,
+        settings,
     )
 
 

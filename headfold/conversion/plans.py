@@ -38,7 +38,7 @@ def plan_uniform(
             "or choose --group contiguous --merge mean"
         )
     if stats is not None:
-        _check_statistics(source, stats, needed - OPTIONAL)
+        check_statistics(source, stats, needed - OPTIONAL)
     names = [site.name for site in source.sites]
     return planning.make_plan(
         source.sites,
@@ -56,7 +56,12 @@ def plan_uniform(
     )
 
 
-def _check_statistics(source: Source, stats: StatsFile, needed: frozenset[str]) -> None:
+def check_statistics(source: Source, stats: StatsFile, needed: frozenset[str]) -> None:
+    """Check that a file of statistics holds the `needed` ones of every site.
+
+    Raises:
+        UserError: names the first that is missing.
+    """
     for site in source.sites:
         if missing := sorted(name for name in needed if not stats.holds(site.name, name)):
             raise UserError(

@@ -16,12 +16,15 @@ from ..families.spec import APPROXIMATE, Site
 from ..families.wrapped import is_wrapper
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
+from ..refine.scope import Healing
 from ..reports import tables
 from ..reports.card import CardFacts
 from ..stats_file import StatsFile
-from .healing import Healing
 from .serving_cost import ServingCost
 from .source import Source
+
+_ROTATED_BY_LLAMA_CPP = 64
+"""A multiple of this head_dim is what it rotates by a Hadamard matrix, in which a mean that is divided among all dims meets again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ def card_facts(
         refit_by=fitting.refit_by,
         healed=fitting.healing.tokens,
         healed_by=fitting.healing.by,
+        quantised_cache=plan.quantised_cache,
         calibration=statistics.metadata if statistics else {},
         reach=reach.line(),
         warnings=(*approximations(source), *reach.notes()),
@@ -109,7 +113,7 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings["data"] and settings["data_from"] != "recorded":
         # Data that statistics or a plan record have a seed of their own, which goes with their name.
         chosen |= _data_options(settings["data"], is_recorded=settings["data_from"] != "call")
-    chosen |= {"encoder": True} if settings["encoder"] else {}
+    chosen |= {name: True for name in ("encoder", "quantised_cache") if settings.get(name)}
     chosen |= {"stats": "stats.safetensors"} if settings["stats"] else {}
     chosen |= {name: settings[name] for name in ("layout", "dtype") if settings.get(name)}
     return {**chosen, "seed": settings["seed"]}
@@ -161,7 +165,7 @@ def calibration_reach(source: Source, plan: Plan, statistics: StatsFile | None, 
 
 
 def notes_on(
-    source: Source, staging: Path, group: str, sites_without_distances: Iterable[Site], reach: Reach
+    source: Source, staging: Path, plan: Plan, sites_without_distances: Iterable[Site], reach: Reach
 ) -> list[str]:
     """Return what a user should know of the fold in `staging` beside its figures."""
     notes = approximations(source)
@@ -169,9 +173,14 @@ def notes_on(
         model_type = source.config["model_type"]
         notes.append(f"{model_type} has no family literal: its architecture was detected, and every law holds")
     fixed = [site.name for site in source.sites if site.query_order == "fixed"]
-    if fixed and group != "contiguous":
+    if fixed and plan.group != "contiguous":
         notes.append(
-            f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {group}"
+            f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {plan.group}"
+        )
+    if plan.quantised_cache and any(site.head_dim % _ROTATED_BY_LLAMA_CPP == 0 for site in plan.sites.values()):
+        notes.append(
+            "rotated for caches whose numbers have an offset (transformers, mlx-lm); llama.cpp rotates a quantised cache itself: fold for "
+            "it without --quantised-cache"
         )
     config = read_config(staging)
     if "headfold" in config:

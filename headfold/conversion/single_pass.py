@@ -49,7 +49,8 @@ def calibrate_plan_and_refit(job: FoldJob, teacher: Teacher, request: FoldReques
     if job.lacks_sites(source, job.refits()):
         work = _SinglePass.begun(job, teacher, request, known)
         job.refit(teacher, work.plan_of, work.current, work.watch)
-    return on_main_only(sites.statistics), request.plan or on_main(lambda: _assembled(job, source, request.group))
+    plan = request.plan or on_main(lambda: _assembled(job, source, request.group))
+    return on_main_only(sites.statistics), request.finished(plan)
 
 
 @dataclass(frozen=True, slots=True)

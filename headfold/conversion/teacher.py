@@ -28,12 +28,12 @@ from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import distill, heal, measuring, refit
 from ..refine.fitting import Watch
+from ..refine.scope import Healing
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
 from ..surgery import kept_weights, query_order, site_heads
 from .calibration_config import CalibrationConfig
 from .fitted_sites import FittedSites
-from .healing import Healing
 from .source import Source
 
 if TYPE_CHECKING:

@@ -68,6 +68,8 @@ class Plan:
     """Facts of the data that the statistics were measured on (source, tokens, fingerprint); empty without statistics."""
     predicted_loss_increase: float | None = None
     """The sum of what the sites were measured to lose alone (`evaluate.sensitivity`); None where no site was measured."""
+    quantised_cache: bool = False
+    """Whether K and V are rotated for a quantised cache at the end (`core.quantised_cache`)."""
 
     @property
     def num_kv_heads(self) -> dict[str, int]:
@@ -91,8 +93,9 @@ class Plan:
         }
         head = {"format": FORMAT, "source": self.source, "seed": self.seed, "group": self.group}
         loss = self.predicted_loss_increase
-        predicted = {} if loss is None else {"predicted_loss_increase": loss}
-        return {**head, "calibration": dict(self.calibration), **predicted, "sites": rows}
+        also: dict[str, Any] = {} if loss is None else {"predicted_loss_increase": loss}
+        also |= {"quantised_cache": True} if self.quantised_cache else {}
+        return {**head, "calibration": dict(self.calibration), **also, "sites": rows}
 
     @classmethod
     def from_json(cls, data: Any, where: str = "plan.json") -> "Plan":
@@ -115,7 +118,9 @@ class Plan:
             loss = data.get("predicted_loss_increase")
             if loss is not None and not (type(loss) in (float, int) and 0 <= loss < math.inf):
                 raise TypeError("predicted_loss_increase must be a finite number of at least 0")
-            return cls(sites, data["group"], data["source"], data["seed"], facts, loss)
+            if type(rotated := data.get("quantised_cache", False)) is not bool:
+                raise TypeError("quantised_cache must be true or false")
+            return cls(sites, data["group"], data["source"], data["seed"], facts, loss, rotated)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{where}: expected a headfold plan, got something else ({error!r}); make one with headfold plan"

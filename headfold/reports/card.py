@@ -44,6 +44,8 @@ class CardFacts:
     """The adapter that was merged into the original before folding: a hub id or a directory; empty where there was none."""
     origin: str = ""
     """What the weights were before folding, where they were decoded or merged; empty where they were a plain checkpoint."""
+    quantised_cache: bool = False
+    """Whether K and V were rotated for a quantised cache."""
     code: tuple[str, ...] = ()
     """Files of the original's own code that were run, and that the fold needs too; empty where it is of a class of transformers."""
     reach: str = ""
@@ -177,12 +179,13 @@ def _summary(name: str, facts: CardFacts) -> str:
         if facts.refit_by
         else ""
     )
+    rotated = " K and V were then rotated for a quantised cache (`--quantised-cache`)." if facts.quantised_cache else ""
     after = count_range(facts.num_kv_heads_least, facts.num_kv_heads_after)
     before, now = facts.serving_costs
     return (
         f"This is {_linked(name)}{merged} with {after} instead of {facts.num_kv_heads_before} key/value heads per layer, folded by "
         f"headfold: its KV cache is {before.kv_bytes_per_token / now.kv_bytes_per_token:.3g} times smaller. Heads were grouped by "
-        f"`{facts.group}` and merged by `{facts.method}`{refit}. {_training(facts)}; "
+        f"`{facts.group}` and merged by `{facts.method}`{refit}.{rotated} {_training(facts)}; "
         f"{AS_READ if facts.origin else UNTOUCHED}."
     )
 

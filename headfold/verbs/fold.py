@@ -1,6 +1,5 @@
 """Fold a model end to end: calibrate, plan, refit, heal, write, verify, and only then rename the output into its place."""
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ def fold(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     stats: str | Path | None = None,
+    quantised_cache: bool = False,
     layout: str | None = None,
     seed: int = 0,
     force: bool = False,
@@ -83,12 +83,12 @@ def fold(
         refit: Refit the projections to the original's attention and output, at the end those of all blocks together by the output of the
             "model", or of each "block" alone (`refit_by`; by default "model" for language models of 2^26 parameters or more that fit).
         heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
-        calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
-            or `plan` were measured on. Statistics, refit and healing use the same data.
+        calibration: A source of `headfold.corpus`, or data as `headfold.calibrate` takes them, for all steps; by default as for `stats`, `plan`.
         tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
         encoder, stats: Fold the encoder or a wrapper's tower too, on images (sound) with texts; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
         trust_remote_code: Run the code that the model brings for its class, which the fold then brings too.
+        quantised_cache: Rotate K and V, which changes no output, so that a KV cache quantised with offsets rounds them less.
         layout: A checkpoint layout (`headfold.export`); by default the one that stock transformers loads, if there is one.
         seed, force: Seed of everything drawn at random; replace what is at `out`, once the new directory is complete.
         verify, push_to_hub: Compare the output's logits with the twin's; the repository that it is then uploaded to (`--push-to-hub`).
@@ -109,6 +109,7 @@ def fold(
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
         heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, device=place, data=data, stats=given, layout=layout,
+        quantised_cache=quantised_cache,
     ))  # fmt: skip
     source = with_encoder(source, request.encoder)
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}
@@ -146,14 +147,13 @@ def fold(
                     verification = verify_fold(source, job.staging, twin, sample, unrounded, notes, progress)
             blind = sites_with_assumed_distances(source, made, statistics)
             reach = calibration_reach(source, made, statistics, fitting)
-            notes += notes_on(source, job.staging, request.group, blind, reach)
+            notes += notes_on(source, job.staging, made, blind, reach)
             costs, times = (serving_cost(source), serving_cost(source, made, layout)), (job.seconds, job.estimated)
             facts = card_facts(
                 source, out, job.staging, made, settings, costs, fitting, statistics, reach, verification, times
             )
             write_card(job.staging, exported_card(model_card(source.checkpoint.path, facts), written.export))
             write_recipe(job.staging, source, settings)
-            shutil.rmtree(job.work)
             notes += job.committed(out, force, say)
             return FoldResult.of(out, source, made, costs, fitting, verification, notes, *times)
 

@@ -8,7 +8,7 @@ from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..families.spec import Site
 from ..hf_models import exceeds_memory, stored_dtype
-from ..refine import distill, heal
+from . import distill, heal
 
 _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, heal.ITEMS)}
 """By what is trained together: the tokens, and the items where data has none."""
