@@ -29,7 +29,6 @@ from headfold.evaluate.perplexity import compare_models, split_windows
 from headfold.families.layout import read_heads
 from headfold.hf_models import open_model, open_tokenizer
 from headfold.latent.attention import LatentAttention
-from headfold.latent.rotation import frequencies
 from headfold.latent.site import Latent
 
 RESULTS = Path(__file__).parent / "results"

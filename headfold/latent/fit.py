@@ -8,7 +8,7 @@ members that do not turn (docs/mla.md, 2 and 3).
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.readout import DistanceAverage, Frame
@@ -20,6 +20,8 @@ ENOUGH = 1e-3
 """Relative gain below which no further round is made."""
 EXACT = 1e-10
 """Error, as a share of the energy, at which the fit stops."""
+LARGE, SPARE, STEPS = 2048, 32, 4
+"""Rows from which the start is found by subspace iteration, the vectors beside those that are wanted, and the steps."""
 _RIDGE = 1e-12
 
 
@@ -71,12 +73,15 @@ class _Alternation:
         return matrices[:, self.own_order][:, :, self.own_order]
 
     def run(self, rounds: int) -> Fit:
+        """Return the best of all rounds, each of which solves for the read-outs, then for the shared map."""
         mix = self.first()
         best: tuple[float, Tensor, Tensor, Tensor] | None = None
         for _ in range(rounds):
-            keys, values = self.readouts(mix)
+            seen = mix @ self.moments.gram
+            keys, values = self.readouts(mix, seen)
             linear, square = self.weights(keys, values)
-            error = self.error(mix, linear, square)
+            missed = float((square * (seen @ mix.T)).sum() - 2 * (linear * seen).sum())
+            error = 1 + missed / max(self.energy, 1e-300)
             gain = 1.0 if best is None else best[0] - error
             if gain > 0:
                 best = error, mix, keys, values
@@ -85,51 +90,56 @@ class _Alternation:
             mix = _solved(square, linear)
         assert best is not None
         error, mix, keys, values = best
-        return self.orthogonal(Fit(mix[: self.latent.stop], keys[:, :, : self.latent.stop], values, max(error, 0.0)))
+        end = self.latent.stop
+        return self.orthogonal(Fit(mix[:end], keys[:, :, :end], values, max(error, 0.0)))
 
     def first(self) -> Float[Tensor, "shared row"]:
-        """Return the start: for every rotary plane the best functional of the nearest plane of K, and the best latent of what is left."""
-        moments, dim = self.moments, self.moments.dim
-        gram, num_rows = moments.gram, len(moments.gram)
-        mix = gram.new_zeros(self.size, num_rows)
-        weight = gram.new_zeros(num_rows, num_rows)
-        mean = moments.distances.average(moments.frequencies)
-        kept = torch.ones(moments.num_kv_heads * dim // 2, dtype=torch.bool).view(-1, dim // 2)
-        energy = torch.diagonal(moments.queries, dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(2)
-        by_head = energy.new_zeros(moments.num_kv_heads, dim // 2).index_add(0, moments.kv_of_query, energy)
-        planes: dict[int, list[int]] = {}
-        own = moments.frequencies
-        for place in range(self.num_planes):
-            distance = (own - self.frequencies[place]).abs() / own.clamp_min(1e-30)
-            planes.setdefault(int(distance.argmin()), []).append(place)
-        for plane, places in planes.items():
-            first = torch.arange(moments.num_kv_heads) * dim + 2 * plane
-            root = used(by_head[:, plane]).sqrt()
-            re = gram[first][:, first] + gram[first + 1][:, first + 1]
-            im = gram[first + 1][:, first] - gram[first][:, first + 1]
-            z = torch.complex(re, im) * root[:, None] * root
-            vectors = torch.linalg.eigh(z)[1].flip(1)
-            for number, place in enumerate(places[: vectors.shape[1]]):
-                u = vectors[:, number].conj() * root
-                mix[2 * place, first], mix[2 * place, first + 1] = u.real, -u.imag
-                mix[2 * place + 1, first], mix[2 * place + 1, first + 1] = u.imag, u.real
-            kept[:, plane] = False
-        # The planes that do not rotate are read at the mean of their turn.
-        for head, reads in enumerate(moments.kv_of_query.tolist()):
-            counted = (mean[head].abs() * kept[reads]).repeat_interleave(2)
-            at = self.key_rows[head]
-            weight[at[:, None], at] += counted[:, None] * moments.queries[head] * counted
-            at = self.value_rows[head]
-            weight[at[:, None], at] += moments.outputs[head]
-        root = _root(weight)
-        values, vectors = torch.linalg.eigh(root @ gram @ root)
-        vectors = vectors.flip(1)[:, : self.rank]
+        """Return the start: for every rotary plane the best functional of the nearest plane of K, then the best latent of what is left."""
+        own, dim = self.moments.frequencies, self.moments.dim
+        mix = self.moments.gram.new_zeros(self.size, len(self.moments.gram))
+        nearest = (own - self.frequencies[:, None]).abs() / own.clamp_min(torch.finfo(own.dtype).tiny)
+        plane_of = nearest.argmin(1).tolist()
+        for plane in dict.fromkeys(plane_of):
+            places = [place for place, chosen in enumerate(plane_of) if chosen == plane]
+            self._start_plane(mix, plane, places)
+        is_left = torch.tensor([plane not in plane_of for plane in range(dim // 2)])
+        root = self._latent_root(is_left)
+        vectors = _leading(root @ self.moments.gram @ root, self.rank)
         mix[self.latent.start : self.latent.start + vectors.shape[1]] = vectors.T @ root
         return mix
 
-    def readouts(self, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the best read-outs of keys and values for a shared map."""
-        seen = self.moments.gram @ mix.T
+    def _start_plane(self, mix: Tensor, plane: int, places: list[int]) -> None:
+        """Write the leading functionals of one plane over all K heads to rotary planes, as real rows."""
+        moments = self.moments
+        energy = torch.diagonal(moments.queries, dim1=1, dim2=2)[:, 2 * plane : 2 * plane + 2].sum(1)
+        root = used(energy.new_zeros(moments.num_kv_heads).index_add(0, moments.kv_of_query, energy)).sqrt()
+        first = torch.arange(moments.num_kv_heads) * moments.dim + 2 * plane
+        second, gram = first + 1, moments.gram
+        real = gram[first][:, first] + gram[second][:, second]
+        imaginary = gram[second][:, first] - gram[first][:, second]
+        vectors = torch.linalg.eigh(torch.complex(real, imaginary) * root[:, None] * root)[1].flip(1)
+        for place, vector in zip(places, vectors.T, strict=False):
+            u = vector.conj() * root
+            mix[2 * place, first], mix[2 * place, second] = u.real, -u.imag
+            mix[2 * place + 1, first], mix[2 * place + 1, second] = u.imag, u.real
+
+    def _latent_root(self, is_left: Bool[Tensor, " plane"]) -> Float[Tensor, "row row"]:
+        """Return the root of what errors of the rows cost: of planes that no rotary plane has, at the mean of their turn, and of V."""
+        moments = self.moments
+        root = torch.zeros_like(moments.gram)
+        mean = moments.distances.average(moments.frequencies).abs() * is_left
+        counted = mean.repeat_interleave(2, 1)
+        costs = counted[:, :, None] * moments.queries * counted[:, None]
+        for rows, matrices in ((self.key_rows, costs), (self.value_rows, moments.outputs)):
+            for kv_head in range(moments.num_kv_heads):
+                readers = moments.kv_of_query == kv_head
+                at = rows[readers][0]
+                root[at[:, None], at] = _root(matrices[readers].sum(0))
+        return root
+
+    def readouts(self, mix: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best read-outs of keys and values for a shared map M; `seen` is M G."""
+        seen = seen.T
         product = mix @ seen
         turned = self.at_shared.adjoint(product[self.order][:, self.order][None])
         own = seen[self.key_rows][:, self.own_order][:, :, self.order]
@@ -154,10 +164,6 @@ class _Alternation:
             linear[:, self.key_rows[head]] += across[head]
             linear[latent, self.value_rows[head]] += read_values[head]
         return linear, square
-
-    def error(self, mix: Tensor, linear: Tensor, square: Tensor) -> float:
-        seen = mix @ self.moments.gram
-        return 1 + float((square * (seen @ mix.T)).sum() - 2 * (linear * seen).sum()) / max(self.energy, 1e-300)
 
     def orthogonal(self, found: Fit) -> Fit:
         """Return the same fit with a latent of uncorrelated dims of energy one, and rotary planes of that energy."""
@@ -185,6 +191,17 @@ def _split(size: int) -> Tensor:
 
 def _unsplit(tensor: Tensor, order: Tensor, dim: int) -> Tensor:
     return tensor.index_select(dim, torch.argsort(order))
+
+
+def _leading(matrix: Float[Tensor, "n n"], count: int) -> Float[Tensor, "n kept"]:
+    """Return the leading eigenvectors of a positive matrix; of a large one by subspace iteration, which is enough to start from."""
+    if len(matrix) < LARGE or 2 * count > len(matrix):
+        return torch.linalg.eigh(matrix)[1].flip(1)[:, :count]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(len(matrix), count + SPARE, dtype=matrix.dtype, generator=generator)
+    for _ in range(STEPS):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    return basis @ torch.linalg.eigh(basis.T @ matrix @ basis)[1].flip(1)[:, :count]
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class LatentFold:
         config = self._calibration()
         settings = self._settings(config)
         teacher = Teacher(self.source, config, self.device, self.dtype, self.progress, self.drawn, notes)
-        if not self.data.names_data:
+        if config is not None and not self.data.names_data:
             teacher.use_sample(self.stats)
         publish = None if push_to_hub is None else partial(upload, out, push_to_hub)
         with staged(out, job_key(settings), force, publish) as staging:
@@ -116,19 +116,22 @@ class LatentFold:
             said = commit(staging, out, force, publish)
         return replace(result, notes=[*result.notes, *([said] if said else [])])
 
-    def _calibration(self) -> CalibrationConfig:
+    def _calibration(self) -> CalibrationConfig | None:
+        """Return the calibration data, None where no step needs them."""
+        if self.stats is not None and not self.refit and not self.data.names_data:
+            return None
         recorded = self.stats.metadata if self.stats else {}
         config = CalibrationConfig.resolve(self.source, self.data, recorded)
         if config.kind != "text":
             raise UserError(f"fold --to mla: expected packed text as calibration data, got {config.kind}; name a text")
         return config
 
-    def _settings(self, config: CalibrationConfig) -> dict[str, Any]:
+    def _settings(self, config: CalibrationConfig | None) -> dict[str, Any]:
         """Return whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
         size = self.request.rank or f"{self.request.share}"
         return {
             "version": version("headfold"), "source": self.source.checkpoint.fingerprint(), "to": "mla", "kv_rank": str(size),
-            "rope_dim": self.request.rotary_dim, "refit": self.refit, "data": asdict(config), "seed": self.seed,
+            "rope_dim": self.request.rotary_dim, "refit": self.refit, "data": config and asdict(config), "seed": self.seed,
             "stats": self.stats and self.stats.metadata, "dtype": str(self.dtype),
         }  # fmt: skip
 

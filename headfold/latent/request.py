@@ -124,7 +124,7 @@ def _why_not(source: Source) -> str:
         return "DeepseekV3 has no sliding window"
     if len({(site.num_heads, site.num_kv_heads, site.head_dim) for site in sites}) > 1:
         return "expected as many heads in every layer"
-    if source.dtype not in (torch.bfloat16, torch.float32):
+    if source.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         # The latent is written small enough for the epsilon of its norm, where float16 has no precision left.
         return f"expected weights in bfloat16 or float32, got {str(source.dtype).removeprefix('torch.')}"
     return ""

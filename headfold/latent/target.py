@@ -13,9 +13,9 @@ from .site import Latent
 
 NORM_EPSILON = 1e-6
 """What the class adds to the mean square of the latent in `kv_a_layernorm`; engines add the `rms_norm_eps` of the config there."""
-SMALLNESS = 2.0**-20
+SMALLNESS = 2.0**-30
 """Root mean square of the latent that is written: its mean square is so far below the epsilon that the norm multiplies by a constant."""
-GAIN = 2.0**10
+GAIN = 2.0**20
 """The gain of that norm, exact in every dtype. What it leaves of the scale is in the up-projections."""
 REST = NORM_EPSILON**0.5 / SMALLNESS / GAIN
 _COPIED = (
@@ -111,9 +111,10 @@ def site_shapes(shape: Shape, num_heads: int, model: int, prefix: str) -> dict[s
 
 
 def read_site(read: Callable[[str], Tensor], shape: Shape, prefix: str, output_scale: float) -> Latent:
-    """Return a site as it was written, in float32."""
+    """Return a site as it was written, in float32 or better."""
     named = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
-    q, shared, gain, up, o = (read(f"{prefix}.{name}.weight").float() for name in named)
+    tensors = (read(f"{prefix}.{name}.weight") for name in named)
+    q, shared, gain, up, o = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
     heads = len(q) // (shape.nope_dim + shape.rotary_dim)
     up = (up * gain / NORM_EPSILON**0.5).unflatten(0, (heads, -1))
     return Latent(
