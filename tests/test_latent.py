@@ -193,13 +193,13 @@ def test_the_refit_brings_the_outputs_nearer(readable: Path, tmp_path: Path) -> 
 
 
 def test_a_wrong_file_never_gets_its_name(readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights for whoever reads them, but with a latent so large that the norm of the class divides by its size."""
+
     def wrong(site: Latent, prefix: str, scale: float) -> dict[str, torch.Tensor]:
-        tensors = site_tensors(site, prefix, scale)
-        name = f"{prefix}.kv_a_layernorm.weight"
-        return tensors | {
-            name: tensors[name] * 1e3,
-            f"{prefix}.kv_a_proj_with_mqa.weight": tensors[f"{prefix}.kv_a_proj_with_mqa.weight"] * 1e3,
-        }
+        tensors, larger = site_tensors(site, prefix, scale), 2.0**30
+        shared, gain = f"{prefix}.kv_a_proj_with_mqa.weight", f"{prefix}.kv_a_layernorm.weight"
+        latent, rotary = tensors[shared].split([site.rank, site.rotary_dim])
+        return tensors | {shared: torch.cat([latent * larger, rotary]), gain: tensors[gain] / larger}
 
     monkeypatch.setattr(job, "site_tensors", wrong)
     with pytest.raises(UserError, match="plain computation"):
@@ -274,5 +274,7 @@ def test_a_fold_opened_by_headfold_generates_what_the_stock_class_does(readable:
 def test_a_model_in_memory_is_returned_as_the_target_class(readable: Path) -> None:
     model = stock_model(readable, torch.float32)
     sample = torch.arange(512).view(16, 32) % 50 + 3
-    folded: Any = headfold.fold(model, to="mla", kv_rank=20, rope_dim=8, refit=False, calibration=list(sample.split(4)))
+    folded: Any = headfold.fold(
+        model, to="mla", kv_rank=20, rope_dim=8, refit=False, calibration=[{"input_ids": sample}]
+    )
     assert type(folded).__name__ == "DeepseekV3ForCausalLM" and folded.headfold.shape.rank == 20

@@ -209,7 +209,7 @@ def _root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def _solved(matrix: Float[Tensor, "*batch n n"], right: Float[Tensor, "*batch n k"]) -> Tensor:
+def _solved(matrix: Float[Tensor, "*#batch n n"], right: Float[Tensor, "*#batch n k"]) -> Tensor:
     """Solve a symmetric positive system that may be singular in unused dims."""
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
     ridge = _RIDGE * diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -64,9 +64,10 @@ def site_moments(heads: Heads, stats: SiteStats, key_weight: float = KEY_WEIGHT)
         Distances.assumed(len(k), freedom.context) if seen is None else Distances.measured(seen, freedom.context)
     )
     frequencies = torch.tensor(freedom.frequencies, dtype=torch.float64)
-    turned = (1 - distances.average(frequencies).abs().square()).clamp_min(0).sqrt().repeat_interleave(2, 1)
+    # One factor for all heads: with one for each, heads that are multiples of each other would no longer be.
+    turned = (1 - distances.average(frequencies).abs().square()).clamp_min(0).sqrt().amax(0).repeat_interleave(2)
     rows = torch.cat([k.flatten(0, 1), v.flatten(0, 1)])
     within, full = rows @ scatter @ rows.T, rows @ second @ rows.T
-    counts = torch.cat([turned.flatten(), torch.ones(v.shape[0] * v.shape[1], dtype=torch.float64)])
+    counts = torch.cat([turned.repeat(len(k)), torch.ones(v.shape[0] * v.shape[1], dtype=torch.float64)])
     gram = within + counts[:, None] * (full - within) * counts
     return SiteMoments(rows, gram, reads, queries, outputs, distances.of(reads.tolist()), frequencies)

@@ -60,8 +60,8 @@ class _Sampled:
     """What the module multiplied the dims without position by (Whisper: by what others multiply logits by)."""
     query: Queries
     key: Float[Tensor, "batch group key dim"]
-    target_query: Queries
-    target_key: Float[Tensor, "batch target_group key dim"]
+    target_query: Float[Tensor, "batch head query target_dim"]
+    target_key: Float[Tensor, "batch target_group key target_dim"]
     hidden: Tensor | None
     """What to add to the logits; broadcasts to (batch, head, query, key)."""
     target_hidden: Tensor | None

@@ -105,8 +105,8 @@ def fold(
             to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, heal=heal,
             heal_tokens=heal_tokens, heal_by=heal_by, encoder=encoder, layout=layout,
         )  # fmt: skip
-        job = LatentFold(source, latent, data, given, drawn, refit, verify, seed, place, compute_dtype, progress)
-        return job.run(out, force, push_to_hub, said)
+        to_mla = LatentFold(source, latent, data, given, drawn, refit, verify, seed, place, compute_dtype, progress)
+        return to_mla.run(out, force, push_to_hub, said)
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
         heal_tokens=heal_tokens, heal_by=heal_by, data=data, stats=given, layout=layout,
