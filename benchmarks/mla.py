@@ -142,7 +142,7 @@ def main() -> None:
             print(share, name, found, flush=True)
             if found is None:
                 continue
-            kept.append({"share": share, "row": name, **found})
+            kept.append({"share": share, "row": name, "num_seeds": 1, **found})
             settings = {key: getattr(options, key) for key in ("tokens", "context", "windows")}
             settings |= {"calibration": Path(options.calibration).name, "text": Path(options.text).name, "seed": 0}
             facts = {"name": options.name, "nll": bench.base, "settings": settings, "rows": kept, "machine": describe()}

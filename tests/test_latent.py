@@ -213,7 +213,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "expected mla": dict(to="gqa", kv_rank=8), "go with --to mla": dict(kv_rank=8), "got none": dict(to="mla"),
     "even number": dict(to="mla", kv_rank=8, rope_dim=3), "got 3/2": dict(to="mla", kv_rank="3/2"),
     "got ten": dict(to="mla", kv_rank="ten"), "twice the head_dim": dict(to="mla", kv_rank=8, rope_dim=40),
-    "share of at least": dict(to="mla", kv_rank="1/100"),
+    "share of at least": dict(to="mla", kv_rank="1/100"), "got 1/0": dict(to="mla", kv_rank="1/0"),
+    "got 1e99999999": dict(to="mla", kv_rank="1e99999999"),
 }  # fmt: skip
 
 

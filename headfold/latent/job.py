@@ -21,7 +21,7 @@ from ..checkpoint.staging import commit, copy_side_files, job_key, write_json, w
 from ..checkpoint.upload import upload
 from ..checkpoint.writer import output_bytes, rewrite
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
-from ..conversion.provenance import fold_command
+from ..conversion.provenance import fold_options
 from ..conversion.source import Source
 from ..conversion.teacher import Teacher
 from ..conversion.verification import verification_sample
@@ -34,7 +34,10 @@ from ..families.spec import Site
 from ..hf_models import exceeds_memory
 from ..hf_models.building import open_config
 from ..outputs import staged
+from ..recipes.recipe import NAME as RECIPE
+from ..recipes.recipe import recipe_text
 from ..refine.blocks import walk
+from ..reports.card import model_name
 from ..stats_file import StatsFile
 from .assemble import assembled
 from .attention import LatentAttention
@@ -111,7 +114,7 @@ class LatentFold:
             with self._timed("verify"):
                 verification = self._verified(staging, shape, teacher) if self.verify else None
             result = self._result(out, shape, errors, verification, teacher.notes)
-            write_card(staging, latent_card(self.source.checkpoint.path, result, self._command(settings, out), facts))
+            self._write_facts(staging, out, result, settings, facts)
             shutil.rmtree(work)
             said = commit(staging, out, force, publish)
         return replace(result, notes=[*result.notes, *([said] if said else [])])
@@ -128,22 +131,43 @@ class LatentFold:
 
     def _settings(self, config: CalibrationConfig | None) -> dict[str, Any]:
         """Return whatever decides the output: two calls with equal settings are one job, and the second resumes the first."""
-        size = self.request.rank or f"{self.request.share}"
+        size = self.request.rank or str(self.request.share)
         return {
-            "version": version("headfold"), "source": self.source.checkpoint.fingerprint(), "to": "mla", "kv_rank": str(size),
+            "version": version("headfold"), "source": self.source.checkpoint.fingerprint(), "to": "mla", "kv_rank": size,
             "rope_dim": self.request.rotary_dim, "refit": self.refit, "data": config and asdict(config), "seed": self.seed,
-            "stats": self.stats and self.stats.metadata, "dtype": str(self.dtype),
+            "stats": self.stats and self.stats.metadata, "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
         }  # fmt: skip
 
-    def _command(self, settings: Mapping[str, Any], out: Path) -> str:
-        plain = {
-            "plan": None, "kv_heads": "1", "head_dim_multiple": 1, "group": "swap", "merge": "absorb", "heal": 0, "encoder": False,
-            "data_from": "recorded" if self.stats and not self.data.names_data else "call",
-        }  # fmt: skip
-        words = fold_command({**plain, **settings, "dtype": None}, self.source.name, out.name)
-        size = f"--to mla --kv-rank {settings['kv_rank']}"
-        size += f" --rope-dim {settings['rope_dim']}" if settings["rope_dim"] else ""
-        return words.replace("--kv-heads 1 --group swap --merge absorb", size)
+    def _options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of `headfold.fold` that make the fold again; those of grouped folds keep their defaults."""
+        from_file = self.stats is not None and not self.data.names_data
+        unused = {
+            "plan": None,
+            "kv_heads": "",
+            "head_dim_multiple": 1,
+            "group": "",
+            "merge": "",
+            "heal": 0,
+            "encoder": False,
+        }
+        found = fold_options({**unused, **settings, "data_from": "recorded" if from_file else "call"})
+        size = {name: settings[name] for name in ("to", "kv_rank", "rope_dim") if settings[name] is not None}
+        return {**size, **{name: value for name, value in found.items() if name not in unused}}
+
+    def _write_facts(
+        self, staging: Path, out: Path, result: LatentResult, settings: Mapping[str, Any], data: Mapping[str, str]
+    ) -> None:
+        """Write the card and the recipe."""
+        source, options = self.source, self._options(settings)
+        words = ["headfold fold", model_name(source.name), out.name]
+        words += [
+            f"--{name.replace('_', '-')} {value}" for name, value in options.items() if not isinstance(value, bool)
+        ]
+        words += [] if self.refit else ["--no-refit"]
+        write_card(staging, latent_card(source.checkpoint.path, result, " ".join(words), data))
+        options |= {"adapter": source.plain.adapter} if source.plain.adapter else {}
+        text = recipe_text(source.name, settings["source"], settings["version"], options)
+        (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What a fold to MLA is asked for, and which models and options it refuses."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,8 @@ ROPE_TYPES = ("default", "llama3")
 """Rotary tables whose fastest planes have the frequencies of a base."""
 MOST = 2**14
 """Dims of a latent, and of a rotary key."""
+_SIZE = re.compile(r"\d{1,6}(?:\.\d{1,6})?%?|\d{1,6}/\d{1,6}")
+"""A count, a share in decimals or percent, or a fraction."""
 _DEFAULTS = {"group": "swap", "merge": "absorb", "head_dim_multiple": 1}
 KERNEL_ROTARY_DIM = 64
 """Dims of the rotary key that the MLA kernels of engines take."""
@@ -56,9 +59,10 @@ class LatentRequest:
             )
         text = str(kv_rank).strip()
         try:
-            number = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except (ValueError, ZeroDivisionError):
-            number = Fraction(0)
+            read = Fraction(text.removesuffix("%")) if _SIZE.fullmatch(text) else Fraction(0)
+        except ZeroDivisionError:
+            read = Fraction(0)
+        number = read / 100 if text.endswith("%") else read
         if number.denominator == 1 and 1 < number <= MOST and not text.endswith("%"):
             return cls(int(number), None, rope_dim)
         if not 0 < number < 1:

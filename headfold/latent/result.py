@@ -30,6 +30,13 @@ class LatentResult:
     seconds: dict[str, float]
     """Seconds by stage."""
 
+    @property
+    def num_kv_heads_after(self) -> int:
+        """K/V heads in the cache: the latent is one, which all query heads read."""
+        return 1
+
+    num_kv_heads_least = num_kv_heads_after
+
     def to_json(self) -> dict[str, Any]:
         """Return the machine-readable form, as --json prints it."""
         facts = {name: getattr(self, name) for name in self.__slots__}
