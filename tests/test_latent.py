@@ -128,6 +128,14 @@ def test_the_alternation_never_ends_above_where_it_began() -> None:
     assert ranks == sorted(ranks, reverse=True)
 
 
+def test_latent_dims_are_uncorrelated_and_of_mean_energy_one() -> None:
+    moments, turns = moments_of(), torch.tensor([1.0, 0.1], dtype=torch.float64)
+    latent = fit(moments, 8, turns).mix[4:]
+    gram = latent @ moments.gram @ latent.T
+    assert_tight(gram, gram.diagonal().diag())
+    assert gram.diagonal().mean().item() == pytest.approx(1)
+
+
 def test_the_predicted_error_is_that_of_drawn_queries_and_distances() -> None:
     """Drawn with the independence that the formula assumes."""
     moments, turns = moments_of(), torch.tensor([1.0, 0.1], dtype=torch.float64)

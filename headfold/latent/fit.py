@@ -166,12 +166,16 @@ class _Alternation:
         return linear, square
 
     def orthogonal(self, found: Fit) -> Fit:
-        """Return the same fit with a latent of uncorrelated dims of energy one, and rotary planes of that energy."""
+        """Return the same fit with uncorrelated latent dims of mean energy one, and rotary planes of energy one.
+
+        The scale of a dim is split evenly between the latent and its read-outs, so that dims that are nearly empty are not amplified.
+        """
         latent = found.mix[self.latent]
         values, vectors = torch.linalg.eigh(latent @ self.moments.gram @ latent.T)
-        values, vectors = values.flip(0), vectors.flip(1)
-        is_used = values > NEGLIGIBLE * values[0].clamp_min(1e-300)
-        scale = torch.where(is_used, values.clamp_min(1e-300), 1.0).sqrt()
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        is_used = values > NEGLIGIBLE * values[0]
+        scale = torch.where(is_used, values, 1.0).pow(0.25)
+        scale = scale * (values.sqrt() * is_used).mean().clamp_min(torch.finfo(values.dtype).tiny).sqrt()
         turn = torch.where(is_used, vectors / scale, 0.0).T
         back = torch.where(is_used, vectors * scale, 0.0)
         mix, keys = found.mix.clone(), found.keys.clone()

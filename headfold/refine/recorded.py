@@ -46,7 +46,7 @@ class Replay:
     inputs: Float[Tensor, "position head_times_dim"]
     output: Float[Tensor, "position model"]
     target: Float[Tensor, "position model"]
-    value_inputs: Float[Tensor, "position_of_values model"]
+    value_inputs: Float[Tensor, "position_of_values value_model"]
 
 
 class AttentionInputs(NamedTuple):
