@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import batches, is_packed_text
 from ..checkpoint.cards import write_card
@@ -51,6 +51,8 @@ from .request import LatentRequest, check_source
 from .result import LatentResult
 from .site import Latent
 from .target import (
+    EMBEDDING,
+    HEAD,
     Shape,
     read_site,
     residual_scale,
@@ -236,9 +238,14 @@ class LatentFold:
         sites = {_prefix(site): site for site in self.source.sites}
         factors = scaled_tensors(config, checkpoint.tensors)
         scale = residual_scale(config["rms_norm_eps"])
+        instead: dict[str, tuple[str, ...]] = {}
+        if HEAD not in checkpoint.tensors:
+            factors = {EMBEDDING: 1.0} | factors
+            instead[EMBEDDING] = (EMBEDDING, HEAD)
         shapes = {name: checkpoint.tensors[name].shape for name in factors}
         owner = {name: name for name in factors}
-        instead: dict[str, tuple[str, ...]] = {}
+        for name in instead.get(EMBEDDING, ()):
+            shapes[name], owner[name] = shapes[EMBEDDING], EMBEDDING
         for prefix, site in sites.items():
             made = site_shapes(shape, site.num_heads, config["hidden_size"], prefix)
             shapes |= made
@@ -252,7 +259,9 @@ class LatentFold:
         def produce(name: str) -> dict[str, Tensor]:
             if name in factors:
                 read = self.source.read_finite(name)
-                return {name: (read.double() * factors[name]).to(read.dtype)}
+                precise = read.to(torch.promote_types(read.dtype, torch.float32))
+                found = {name: (precise * factors[name]).to(read.dtype)}
+                return found | ({HEAD: read} if HEAD in owner and name == EMBEDDING else {})
             tensors = load_file(directory / f"{sites[name].name}.safetensors")
             tensors.pop("error")
             found = site_tensors(Latent.of(tensors), name, scale)
@@ -297,6 +306,8 @@ class LatentFold:
         for name, factor in scaled_tensors(config, written.tensors).items():
             parameter = model.get_parameter(name)
             parameter.data = written.read(name).to(parameter.dtype) / factor
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(written.read(HEAD).to(head.weight.dtype), requires_grad=False)  # no longer tied
         return model
 
     def _result(

@@ -18,9 +18,11 @@ SMALLNESS = 2.0**-30
 GAIN = 2.0**20
 """The gain of that norm, exact in every dtype. What it leaves of the scale is in the up-projections."""
 REST = NORM_EPSILON**0.5 / SMALLNESS / GAIN
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Engines do not tie these in the class: where the original does, the fold has a copy."""
 _COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "max_position_embeddings", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
     "dtype", "torch_dtype", "transformers_version",
 )  # fmt: skip
 """Fields of a Llama's config that mean the same in the class."""
@@ -55,6 +57,7 @@ def target_config(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
         **{name: config[name] for name in _COPIED if name in config},
         "num_key_value_heads": config["num_attention_heads"],
         "attention_bias": False,
+        "tie_word_embeddings": False,
         "rms_norm_eps": NORM_EPSILON,
         "kv_lora_rank": shape.rank,
         "q_lora_rank": None,
@@ -75,14 +78,11 @@ def residual_scale(epsilon: float) -> float:
 
 
 def scaled_tensors(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, float]:
-    """Return by name what the tensors outside of attention are multiplied by: whatever writes to the residual stream, and what reads it
-    last, where it is tied to what writes it.
-    """
+    """Return by name what the tensors outside of attention are multiplied by: whatever writes to the residual stream."""
     scale = residual_scale(config["rms_norm_eps"])
     if abs(scale - 1) < 1e-9:
         return {}
-    factors = {name: scale for name in tensors if name.endswith((".mlp.down_proj.weight", "embed_tokens.weight"))}
-    return factors | ({"model.norm.weight": 1 / scale} if config.get("tie_word_embeddings") else {})
+    return {name: scale for name in tensors if name.endswith((".mlp.down_proj.weight", EMBEDDING))}
 
 
 def site_tensors(site: Latent, prefix: str, output_scale: float) -> dict[str, Tensor]:
