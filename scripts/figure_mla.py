@@ -5,7 +5,7 @@ from fractions import Fraction
 from figure_data import load
 from figure_tables import Block, number, table
 
-MODELS = {"pylib-llama": "pylib-llama", "smollm2": "SmolLM2-135M-Instruct"}
+MODELS = {"pylib-llama": "pylib-llama"}
 ROWS = {
     "mla": "**MLA**",
     "mla without refit": "MLA, no refit",

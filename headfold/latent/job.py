@@ -223,8 +223,9 @@ class LatentFold:
         if calls is not None:
             inputs = [args[0] if args else keywords["hidden_states"] for (args, keywords), _ in calls]
             outputs = [output for _, output in calls]
+            latent = latent.to(inputs[0].device)
             latent = refitted(RecordedLatent(site, heads, latent, shape.turns, inputs, outputs), latent)
-        whole = {name: tensor.contiguous() for name, tensor in latent.tensors().items()}
+        whole = {name: tensor.cpu().contiguous() for name, tensor in latent.tensors().items()}
         partial_path = path.with_suffix(".partial")
         save_file({**whole, "error": torch.tensor(found.error, dtype=torch.float64)}, partial_path)
         partial_path.rename(path)

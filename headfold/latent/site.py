@@ -33,8 +33,8 @@ class Latent:
         """The dims of the rotary key."""
         return self.rotary.shape[0]
 
-    def to(self, dtype: torch.dtype) -> "Latent":
-        """Return the weights in another dtype."""
+    def to(self, dtype: torch.dtype | torch.device) -> "Latent":
+        """Return the weights in another dtype or on another device."""
         return Latent(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
