@@ -26,6 +26,7 @@ from figure_calibration import CALIBRATION
 from figure_data import INDEX, ROOT, Index, path_of, provenance
 from figure_engines import ENGINE_BLOCKS
 from figure_hostile import HOSTILE
+from figure_mla import LATENT
 from figure_picture import svg
 from figure_real import REAL
 from figure_tables import TABLES
@@ -48,7 +49,7 @@ TYPED = re.compile(
     r"|\b\d[\d,]*(?: ?%| (?:ms|milliseconds|seconds|minutes|times|nats|points|BLEU|[KMG]i?B|tokens (?:per|a) second)\b)"
     r"|(?<!\w)1/\d{2,}"
 )
-BY_NAME = {**REAL, **ENGINE_BLOCKS, **TABLES, **BLOCKS, **HOSTILE, **CALIBRATION, **CACHE}
+BY_NAME = {**REAL, **ENGINE_BLOCKS, **TABLES, **BLOCKS, **HOSTILE, **CALIBRATION, **CACHE, **LATENT}
 
 
 def pages() -> list[Path]:

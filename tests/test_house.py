@@ -45,7 +45,7 @@ FLOORS = {
     6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp", "metrics"),
     7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "routing", "serving"),
     8: ("comparison", "conversion"),
-    9: ("advice", "budget", "in_memory", "pages", "uptraining"),
+    9: ("advice", "budget", "in_memory", "latent", "pages", "uptraining"),
     10: ("verbs",),
     11: ("cli",),
     12: ("__main__",),

@@ -55,6 +55,8 @@ def contents(directory: Path) -> dict[str, bytes]:
         {"kv_heads": 2, "group": "swap:cost=absorb", "merge": "procrustes", "refit": False},
         {"kv_heads": 2, "merge": "mean", "refit": False, "seed": 3, "dtype": "float32"},
         {"kv_heads": 2, "heal": True, "heal_by": "block", "heal_tokens": 64},
+        {"to": "mla", "kv_rank": "1/2", "refit": False},
+        {"to": "mla", "kv_rank": 12, "rope_dim": 8},
     ],
 )
 def test_the_recipe_of_a_fold_makes_the_same_bytes(tmp_path: Path, options: Mapping[str, Any]) -> None:
@@ -228,8 +230,8 @@ folds:
         ("1/2", "1/2\n    columns: a", "5: columns: expected a list of texts, got 'a'"),
         ("1/2", "1/2\n    progress: a", "5: progress: no such option"),
         ("1/2", "1/2\n    merge: meen", "3: half: unknown merge method 'meen'; did you mean mean?"),
-        ("1/2", "1/2\n    plan: plan.json", "3: half: expected either kv_heads or plan, got both"),
-        ("    kv_heads: 1/2", "    refit: true", "3: half: expected either kv_heads or plan, got neither"),
+        ("1/2", "1/2\n    plan: plan.json", "3: half: expected one of kv_heads, plan and to, got kv_heads and plan"),
+        ("    kv_heads: 1/2", "    refit: true", "3: half: expected one of kv_heads, plan and to, got none"),
         ("half", "../half", "3: ../half: expected a name for a directory, got a path"),
         ("half", ".half", "3: .half: expected a name for a directory"),
         ("model: my-model", "model: [a]", "1: model: expected text, got ['a']"),

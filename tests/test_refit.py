@@ -192,17 +192,8 @@ def test_what_was_merged_before_is_not_merged_again(name: str) -> None:
 def test_sites_are_given_away_one_by_one_and_passed_over(name: str) -> None:
     case, given = folded(name), {}
     model, first = open_model(case.directory, dtype=torch.float64), case.sites[0].name
-    left = refit(
-        model,
-        case.sites,
-        case.merged,
-        SAMPLE,
-        ridge=SMALL,
-        query_steps=0,
-        passes=0,
-        skip={first},
-        keep=given.__setitem__,
-    )
+    how: dict[str, Any] = {"ridge": SMALL, "query_steps": 0, "passes": 0}
+    left = refit(model, case.sites, case.merged, SAMPLE, skip={first}, keep=given.__setitem__, **how)
     assert left == {} and given.keys() == {site.name for site in case.sites[1:]}
     for site, fitted in given.items():
         for field, tensor in fitted.to_tensors().items():

@@ -25,12 +25,15 @@ from .options import (
     Items,
     Json,
     KvHeads,
+    KvRank,
     Layout,
     Merge,
     Model,
     Refit,
+    RopeDim,
     Seed,
     StatsFile,
+    To,
     Tokens,
     TrustRemoteCode,
     Verify,
@@ -51,6 +54,9 @@ def fold(
     plan: Annotated[
         Path | None, option("--plan", panel=WHAT, metavar="PLAN.json", help="A plan that headfold plan wrote.")
     ] = None,
+    to: To = None,
+    kv_rank: KvRank = None,
+    rope_dim: RopeDim = None,
     encoder: Encoder = False,
     adapter: Adapter = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -123,7 +129,8 @@ def fold(
     OUT is a checkpoint directory, a stock one where the architecture allows it, with a card (README.md) and the plan (plan.json) beside
     the weights."""
     head_dim_multiple = renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple)
-    _check(kv_heads, plan, group, merge, head_dim_multiple)
+    if (to, kv_rank, rope_dim) == (None, None, None):
+        _check(kv_heads, plan, group, merge, head_dim_multiple)
     from ..reports import views
     from ..reports.progress import ProgressReport
     from ..verbs import fold as verb
@@ -131,7 +138,8 @@ def fold(
     chosen = given(
         kv_heads=kv_heads, plan=plan, group=group, merge=merge, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, layout=layout, head_dim_multiple=head_dim_multiple, adapter=adapter,
-        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, push_to_hub=push_to_hub,
+        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, push_to_hub=push_to_hub, to=to,
+        kv_rank=kv_rank, rope_dim=rope_dim,
     )  # fmt: skip
     with ProgressReport(silent=as_json) as progress:
         result = verb.fold(
@@ -139,7 +147,7 @@ def fold(
             quantised_cache=quantised_cache, trust_remote_code=trust_remote_code, progress=progress, say=progress.say, **chosen,
         )  # fmt: skip
     if not answered(result.to_json(), as_json):
-        views.show_fold(result)
+        (views.show_fold if to is None else views.show_latent_fold)(result)
 
 
 def _check(

@@ -42,6 +42,27 @@ KvHeads = Annotated[
         help="K/V heads to keep: a count (4) or a share of the model's (1/2, 50%).",
     ),
 ]
+To = Annotated[
+    str | None,
+    option(
+        "--to", panel=WHAT, metavar="mla",
+        help="mla: one latent for K and V of all heads, and a rotary key, as DeepseekV3ForCausalLM has them. Default: fewer K/V heads.",
+    ),
+]  # fmt: skip
+KvRank = Annotated[
+    str | None,
+    option(
+        "--kv-rank", panel=WHAT, metavar="R",
+        help="With --to mla: dims of the latent (512), or the share of the cache that latent and rotary key have (1/4, 25%).",
+    ),
+]  # fmt: skip
+RopeDim = Annotated[
+    int | None,
+    option(
+        "--rope-dim", panel=WHAT, metavar="D",
+        help="With --to mla: dims of the rotary key. Default: of a share the best by predicted error, beside R dims 64 or the head_dim.",
+    ),
+]  # fmt: skip
 Encoder = Annotated[
     bool,
     option(

@@ -43,6 +43,8 @@ class FoldVerb(Protocol):
     """`fold`, whose result depends on what it is given."""
 
     @overload
+    def __call__(self, model: "str | Path | PreTrainedModel", out: str | Path, *, to: str, **options: Any) -> Any: ...
+    @overload
     def __call__(self, model: str | Path, out: str | Path, **options: Any) -> FoldResult: ...
     @overload
     def __call__(self, model: "PreTrainedModel", out: str | Path, **options: Any) -> FoldResult: ...
@@ -50,7 +52,7 @@ class FoldVerb(Protocol):
     def __call__(self, model: "PreTrainedModel", out: None = None, **options: Any) -> "PreTrainedModel": ...
 
 
-def folds_in_memory(verb: Callable[..., FoldResult]) -> FoldVerb:
+def folds_in_memory(verb: Callable[..., Any]) -> FoldVerb:
     """Decorate `fold`, so that it takes a model in memory too, and without `out` returns the grouped model, which holds the
     `FoldResult` under the name `headfold`. All launched processes run it together.
     """

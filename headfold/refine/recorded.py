@@ -65,7 +65,7 @@ class Replay:
     output: Float[Tensor, "position model"]
     target: Float[Tensor, "position model"]
     query_inputs: Float[Tensor, "position_of_queries model"]
-    value_inputs: Float[Tensor, "position_of_values model"]
+    value_inputs: Float[Tensor, "position_of_values value_model"]
 
 
 class AttentionInputs(NamedTuple):

@@ -47,8 +47,8 @@ class Sampled:
     """What the module's norm made of W_q x at the folded heads; None without norms."""
     query: Queries
     key: Float[Tensor, "batch group key dim"]
-    target_query: Queries
-    target_key: Float[Tensor, "batch target_group key dim"]
+    target_query: Float[Tensor, "batch head query target_dim"]
+    target_key: Float[Tensor, "batch target_group key target_dim"]
     hidden: Tensor | None
     """What to add to the logits; broadcasts to (batch, head, query, key)."""
     target_hidden: Tensor | None

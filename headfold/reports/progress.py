@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INTERVAL = 30.0
 """Seconds between two lines of a running stage where stderr is not a terminal."""
 UNITS = {
-    "plan": "sites", "inspect": "sites", "laws": "laws", "verify": "models", "check": "runs", "uptrain": "tokens or items",
+    "plan": "sites", "fit": "sites", "inspect": "sites", "laws": "laws", "verify": "models", "check": "runs", "uptrain": "tokens or items",
     "calibrate": "tokens or items", "refit": "tokens or items", "heal": "tokens or items", "export": "bytes",
     "losses": "items", "divergences": "items", "generate": "items", "classify": "items", "embed": "items",
     "write": "bytes", "decode": "bytes", "sensitivity": "folds", "frontier": "points", "compare": "folds", "bench": "rounds",

@@ -133,6 +133,27 @@ def show_fold(result: Any) -> None:
     print(f"wrote {result.out}")
 
 
+def show_latent_fold(result: Any) -> None:
+    """Print the result of a fold to MLA: predicted errors, the cache, notes, verification and times."""
+    shape = result.shape
+    rows = [
+        ["K and V", f"{result.num_kv_heads_before} heads", f"latent {shape.rank}, rotary key {shape.rotary_dim}"],
+        ["cache per token", f"{result.kv_bytes_before:,} bytes", f"{result.kv_bytes_after:,} bytes"],
+    ]
+    show_table(["site", "error"], [[site, percent(error)] for site, error in result.site_errors.items()])
+    show_table([f"{result.family}, {result.num_heads} query heads", "before", "after"], rows)
+    for note in result.notes:
+        print(f"note: {note}")
+    checked = result.verification
+    said = "not verified" if checked is None else (
+        f"verified: logits of the stock class differ from a plain computation of the same weights by at most "
+        f"{checked.max_abs_difference:.2g} (tolerance {checked.tolerance:.2g} in {checked.dtype})"
+    )  # fmt: skip
+    print(said)
+    print("time: " + ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items()))
+    print(f"wrote {result.out}")
+
+
 def _verification(found: Any) -> str:
     if found is None:
         return "not verified: the check against the head-repeated twin was skipped"

@@ -28,9 +28,7 @@ def regrouped(
 
 
 def ask_transformers(root: nn.Module, site: Site) -> None:
-    """Give a module that holds a site's projections, a copy, the own forward of its class, with as many heads as it has, where the stock
-    class computes attention by itself: it then asks transformers for it by name, like others do. A fused projection stays as it is.
-    """
+    """Give a copy of a module that computes attention by itself a forward that asks transformers for it, unless its projection is fused."""
     core: Any = root.get_submodule(site.core.removeprefix(site.module).removeprefix("."))
     alone = "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(core).__module__])
     if alone and "qkv" not in site.paths and own_forward(type(core)) is not None:
@@ -56,9 +54,8 @@ def local_names(site: Site) -> dict[str, str]:
 
 def input_modules(site: Site, *, in_slots: bool) -> dict[str, str]:
     """Return the modules of a model whose inputs are those of the projections `q`, `v` (and `k`) and `o`; `in_slots`: as installed."""
-    paths, fused = site.paths, "" if in_slots else site.paths.get("qkv", "")
-    found = {role: paths.get(role) or fused or f"{site.core}.{role}_proj" for role in ("q", "v")}
-    return {**found, "o": paths["o"]}
+    fused = "" if in_slots else site.paths.get("qkv", "")
+    return {role: site.paths.get(role) or fused or f"{site.core}.{role}_proj" for role in ("q", "v", "o")}
 
 
 def shared_tensors(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,10 +67,7 @@ def shared_tensors(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def install_heads(
     model: PreTrainedModel, site: Site, tensors: Mapping[str, Tensor], num_kv_heads: int, head_dim_multiple: int
 ) -> nn.Module:
-    """Install these tensors (by names on disk, in slots) at a site of the model, and return the module that was there.
-
-    What the site shares with others (`shared_tensors`) stays as it is.
-    """
+    """Install these tensors (by names on disk, in slots) at a site of the model, but not shared ones, and return the module that was there."""
     parent, _, leaf = site.module.rpartition(".")
     holder = model.get_submodule(parent)
     before = getattr(holder, leaf)

@@ -25,6 +25,9 @@ from ..exports.card import exported_card
 from ..hf_models import check_device, dtype_named
 from ..in_memory.data import calibration_data
 from ..in_memory.models import folds_in_memory
+from ..latent.job import LatentFold
+from ..latent.request import LatentRequest
+from ..latent.result import LatentResult
 from ..parallel import on_all, on_main, on_main_only
 from ..reports.card import model_card
 from ..trusted_code import trusts_code
@@ -38,35 +41,23 @@ def fold(
     *,
     kv_heads: str | int | None = None,
     plan: str | Path | Plan | None = None,
+    to: str | None = None, kv_rank: str | int | None = None, rope_dim: int | None = None,
     head_dim_multiple: str | int = 1,
-    group: str = "swap",
-    merge: str = "absorb",
+    group: str = "swap", merge: str = "absorb",
     refit: bool = True,
     refit_by: str | None = None,
-    heal: bool = False,
-    heal_tokens: int | None = None,
-    heal_by: str | None = None,
-    calibration: str | Iterable[Any] | None = None,
-    tokens: int | None = None,
-    items: int | None = None,
-    columns: Sequence[str] = (),
+    heal: bool = False, heal_tokens: int | None = None, heal_by: str | None = None,
+    calibration: str | Iterable[Any] | None = None, tokens: int | None = None, items: int | None = None, columns: Sequence[str] = (),
     context: int | None = None,
     encoder: bool = False,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
-    stats: str | Path | None = None,
-    quantised_cache: bool = False,
-    layout: str | None = None,
-    seed: int = 0,
-    force: bool = False,
-    verify: bool = True,
-    push_to_hub: str | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> FoldResult:
+    stats: str | Path | None = None, quantised_cache: bool = False, layout: str | None = None,
+    seed: int = 0, force: bool = False, verify: bool = True,
+    push_to_hub: str | None = None, tokenizer: Any = None,
+    device: str | None = None, dtype: str | None = None,
+    progress: Progress | None = None, say: Callable[[str], None] = lambda line: None,
+) -> FoldResult | LatentResult:  # fmt: skip
     """Write `model` again as `out` with fewer K/V heads, or return a grouped model for a model in memory.
 
     The output has plan.json and a card, and is a stock checkpoint where the architecture allows it. It grows as `OUT.partial`, and is
@@ -77,13 +68,15 @@ def fold(
         out: The directory to write. Without it, a model in memory is returned as `headfold.load` opens it, with the dtype and devices of
             `model`; its `headfold` is the `FoldResult`.
         kv_heads, plan: K/V heads to keep at every site, a count or a share such as 4 or "1/4"; or a plan of `headfold.plan`, or its file.
+        to, kv_rank, rope_dim: "mla" for a latent of `kv_rank` dims instead (a share: of the cache) and a rotary key of `rope_dim`.
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit the projections to the original's attention and output, at the end those of all blocks together by the output of the
             "model", or of each "block" alone (`refit_by`; by default "model" for language models of 2^26 parameters or more that fit).
         heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
-        calibration: A source of `headfold.corpus`, or data as `headfold.calibrate` takes them, for all steps; by default as for `stats`, `plan`.
+        calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
+            or `plan` were measured on. Statistics, refit and healing use the same data.
         tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
         encoder, stats: Fold the encoder or a wrapper's tower too, on images (sound) with texts; a file that `headfold.calibrate` wrote.
         adapter: A LoRA adapter of peft, a directory or a hub id, whose weights are merged into the model before it is folded.
@@ -106,6 +99,13 @@ def fold(
     on_main(lambda: check_upload(push_to_hub))
     given = on_main_only(lambda: open_stats(stats, source))
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
+    if (to, kv_rank, rope_dim) != (None, None, None):
+        latent = LatentRequest.of(
+            to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, heal=heal,
+            heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, quantised_cache=quantised_cache, encoder=encoder, layout=layout,
+        )  # fmt: skip
+        to_mla = LatentFold(source, latent, data, given, drawn, refit, verify, seed, place, compute_dtype, progress)
+        return to_mla.run(out, force, push_to_hub, said)
     request = on_main(lambda: resolve_fold(
         source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
         heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, device=place, data=data, stats=given, layout=layout,

@@ -123,9 +123,9 @@ def _check(recipe: Recipe) -> None:
     """Refuse before the first fold what a later one, or the page, would end with."""
     for step in recipe.folds:
         with recipe.at(step.line, step.name):
-            named = [name for name in ("kv_heads", "plan") if name in step.options]
+            named = [name for name in ("kv_heads", "plan", "to") if name in step.options]
             if len(named) != 1:
-                raise UserError(f"expected either kv_heads or plan, got {'both' if named else 'neither'}; give one")
+                raise UserError(f"expected one of kv_heads, plan and to, got {' and '.join(named) or 'none'}; give one")
             statistics_needed(step.options.get("group", "swap"), step.options.get("merge", "absorb"))
     if recipe.report:
         with recipe.at(recipe.report_line):
