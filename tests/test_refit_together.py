@@ -115,15 +115,15 @@ def test_what_cannot_be_asked_for_is_refused_in_a_line(
 def test_a_descent_lowers_what_least_squares_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all four projections, behind norms too, on data that no fit sees."""
     monkeypatch.setattr(queries, "NARROW", 0)
-    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", 512)
     directory = tiny_checkpoint(name)
     pairs = {site.name: (site, heads) for site, heads in tiny_sites(directory)}
     plain, found = (
         refit(
             stock_model(directory), [site for site, _ in pairs.values()], lambda site: spoilt(*pairs[site.name]),
-            {"input_ids": tiny_tokens(32, 16, seed=4)}, query_steps=0, value_steps=0, passes=passes,
+            {"input_ids": tiny_tokens(256, 16, seed=4)}, query_steps=0, value_steps=0, passes=passes,
         )
-        for passes in (0, 2)
+        for passes in (0, 1)
     )  # fmt: skip
     for site, heads in pairs.values():
         assert found[site.name].is_complete and not plain[site.name].is_complete

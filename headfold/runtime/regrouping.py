@@ -67,7 +67,7 @@ def shared_tensors(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def install_heads(
     model: PreTrainedModel, site: Site, tensors: Mapping[str, Tensor], num_kv_heads: int, head_dim_multiple: int
 ) -> nn.Module:
-    """Install these tensors (by names on disk, in slots) at a site of the model, but not shared ones, and return the module that was there."""
+    """Install these tensors (by names on disk, in slots) at a site of the model, not shared ones, and return the module that was there."""
     parent, _, leaf = site.module.rpartition(".")
     holder = model.get_submodule(parent)
     before = getattr(holder, leaf)
