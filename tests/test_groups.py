@@ -333,6 +333,8 @@ def test_a_cost_does_not_care_how_heads_are_named(name: str, freedom: str) -> No
     site = random_site(freedom, 6)
     order = [3, 5, 0, 4, 1, 2]
     moved = {role: getattr(site.heads, role)[order] for role in ("q", "k", "v", "o")}
+    gains = {role: getattr(site.heads, role) for role in ("q_gain", "k_gain")}
+    moved |= {role: gain[order] for role, gain in gains.items() if gain is not None and gain.ndim == 2}
     cost, renamed = cost_of(name, site), cost_of(name, replace(site, heads=replace(site.heads, **moved)))
     for members in itertools.chain(itertools.combinations(range(6), 2), itertools.combinations(range(6), 3)):
         there = renamed(tuple(sorted(order.index(head) for head in members)))

@@ -18,7 +18,7 @@ from headfold.checkpoint.reader import Checkpoint
 from headfold.core.errors import UserError
 from headfold.hf_models.streamed import is_streamed
 
-STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"})
+STREAMED = sorted(set(TINY) - {"mixtral", "granitemoe", "granitemoeshared", "olmoe", "qwen2_moe", "qwen3_moe"})
 """Models whose tensors on disk are the parameters of the module; experts are stacked on loading."""
 
 

@@ -16,7 +16,8 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-NAMES = [name for name in tiny.TINY if "rope_parameters" in tiny.TINY[name]().to_dict()]
+NAMES = [name for name in tiny.TINY if "rope_parameters" in tiny.TINY[name]().to_dict() and name != "olmo3"]
+"""OLMo 3's class takes the theta of its sliding layers from `rope_parameters` alone."""
 
 
 def rotary(config: dict[str, Any]) -> dict[str, Any]:

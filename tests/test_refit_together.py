@@ -68,13 +68,16 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
 ) -> None:
     source = open_source(str(readable))
 
-    def chosen(by: str | None = None, kind: str = "text", *, heals: bool = False) -> str:
-        return refit_by_default(by, source.checkpoint, source.sites, kind, "cpu", heals=heals)
+    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, *, heals: bool = False) -> str:
+        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", heals=heals)
 
     assert chosen() == "block" and chosen("model") == "model"
     monkeypatch.setattr(scope, "_LARGE", 1)
     assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
+    assert chosen(tokens=64) == "block"  # of which each input dim has too few
     monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
+    assert chosen() == "model"  # others use it for now
+    monkeypatch.setattr(scope, "total_memory", lambda device: 2e5)
     assert chosen() == "block"
     with pytest.raises(UserError, match="GiB of training, got less; give --refit-by block"):
         chosen("model")

@@ -211,6 +211,7 @@ def test_a_card_claims_nothing_that_training_undid() -> None:
     starts = (
         "No block was trained",
         "Nothing was trained",
+        "Nothing else was trained",
         "Every attention block was then trained alone, on 9 tokens or items, to answer",
         "All attention blocks were then trained together, on 9 tokens or items, to answer",
     )

@@ -4,8 +4,6 @@ Minimises nothing: an example of a merge, and a baseline. It takes time linear i
 of a group are equal.
 """
 
-import dataclasses
-
 from headfold.core.groups import Groups
 from headfold.core.heads import Heads
 from headfold.core.methods import MergeMethod
@@ -16,7 +14,7 @@ def merge(heads: Heads, groups: Groups, stats: SiteStats | None = None, *, seed:
     """Return heads with one K/V head per group; q and o are unchanged. `groups` partitions the K/V heads of the original."""
     sizes = heads.k.double().square().sum((1, 2)).tolist()
     kept = [max(members, key=lambda head: sizes[head]) for members in groups.members]
-    return dataclasses.replace(heads, k=heads.k[kept], v=heads.v[kept], groups=heads.groups.compose(groups))
+    return heads.kept(kept, groups)
 
 
 MERGE = MergeMethod(merge=merge, undoes="copies", transforms_queries=False)

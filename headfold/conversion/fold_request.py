@@ -133,7 +133,9 @@ def resolve_fold(
     together = ""
     if refit:
         assert calibration is not None
-        together = refit_by_default(refit_by, source.checkpoint, source.sites, calibration.kind, device, heals=heal)
+        together = refit_by_default(
+            refit_by, source.checkpoint, source.sites, calibration.kind, calibration.tokens, device, heals=heal
+        )
     code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),

@@ -29,6 +29,8 @@ class FoldResult:
     after: ServingCost
     plan: Plan
     refitted: bool
+    refit_by: str
+    """What a refit trained together at its end: all sites ("model"), one at a time ("block"), or nothing ("")."""
     healed: int
     """Tokens, or items, that the model or every block was trained on; 0 for none."""
     healed_by: str
@@ -67,6 +69,7 @@ class FoldResult:
             after=costs[1],
             plan=plan,
             refitted=bool(fitting.refit_by),
+            refit_by=fitting.refit_by,
             healed=fitting.healing.tokens,
             healed_by=fitting.healing.by if fitting.healing else "",
             verification=verification,

@@ -25,6 +25,7 @@ from ..corpus.windows import fingerprint as fingerprint_of
 from ..descent.descend import NotFinite
 from ..families.spec import Site
 from ..hf_models import compute_dtype, open_model, open_tokenizer, stored_dtype
+from ..hf_models.streamed import is_streamed
 from ..parallel import on_all, on_main, on_main_only
 from ..refine import distill, heal, measuring, refit
 from ..refine.fitting import Watch
@@ -184,14 +185,21 @@ class Teacher:
     ) -> None:
         """Train all sites together in one pass over the data, from where `refits` end; rank 0 merges and keeps, all ranks train.
 
-        What overflows there stays as `refits` have it.
+        What overflows there, and all of a model that is read from disk as it runs, stays as `refits` have it.
         """
+        why = "the model is read from disk as it runs"
         try:
-            self._distill("refit", plan, stats, refits, fitted, None, seed)
+            if not is_streamed(self.model):
+                self._distill("refit", plan, stats, refits, fitted, None, seed)
+                return
         except NotFinite:
-            facts = self.facts()
-            for site in self.source.sites:
-                on_main_only(lambda site=site: fitted.put(site.name, refits[site.name], facts))  # type: ignore[misc]
+            why = "its error overflows"
+        facts = self.facts()
+        self.notes.append(
+            f"sites were not refitted together, as {why}: the refit ends with least squares (--refit-by block trains each)"
+        )
+        for site in self.source.sites:
+            on_main_only(lambda site=site: fitted.put(site.name, refits[site.name], facts))  # type: ignore[misc]
 
     def heal(
         self,

@@ -1,6 +1,6 @@
 """The heads of one attention site as four tensors, and which transformations of them leave attention unchanged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -109,6 +109,12 @@ class Heads:
         """Return what the norm of queries or keys multiplies by, in float64."""
         stored = self.q_gain if role == "q" else self.k_gain
         return None if stored is None else stored.double() + self.gain_offset
+
+    def kept(self, members: Sequence[int], groups: Groups) -> "Heads":
+        """Return heads with one K/V head of each group, these; q and o are unchanged."""
+        members = list(members)
+        gain = self.k_gain if self.k_gain is None or self.k_gain.ndim == 1 else self.k_gain[members]
+        return replace(self, k=self.k[members], v=self.v[members], k_gain=gain, groups=self.groups.compose(groups))
 
     def mean_k_gain(self, groups: Groups) -> Tensor | None:
         """Return the gains of shared K heads, where every K head has its own: the mean of a group's."""

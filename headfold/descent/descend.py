@@ -170,13 +170,18 @@ def descend(
     if best <= 0:  # a perfect fold
         return found
     inputs = moments() if moments else [{}] * len(weights)
+    if not all(_are_finite([*each.values()]) for each in inputs):
+        return found
     adam = WhitenedAdam([(each.tensors, own) for each, own in zip(weights, inputs, strict=True)])
+    del inputs
     orders, steps = plan.orders(), plan.steps
     if plan.rate is None:
         first = [*islice(orders, max(1, min(NUM_FIRST, steps // 4)))]
         steps -= len(first)
         for numbers in first:
-            adam.see(_all_reduced(gradients(numbers)), evenly=True)
+            if not _are_finite(seen := _all_reduced(gradients(numbers))):
+                return found
+            adam.see(seen, evenly=True)
         rate = plan.longer * _first_step(adam, partial(error, plan.held[:NUM_SEARCHED]))
         adam.forget()
         if not rate:
@@ -185,18 +190,32 @@ def descend(
         rate = plan.rate * best**0.5
     checks = {round(steps * (check + 1) / plan.num_checks) for check in range(plan.num_checks)}
     for step, numbers in enumerate(orders):
-        adam.see(_all_reduced(gradients(numbers)))
+        if not _are_finite(seen := _all_reduced(gradients(numbers))):  # all ranks see the same
+            rate = _back_off(adam, weights, found, rate)
+            continue
+        adam.see(seen)
         adam.step(rate * (1 - step / steps) * min(1.0, (step + 1) / WARM_UP))
         if step + 1 in checks:
             present = error(plan.held)
             if present < best:
                 best, found = present, [each.fitted() for each in weights]
             elif not present <= MAX_ERROR_RATIO * best or step + 1 >= LATE * steps:
-                for each, fitted in zip(weights, found, strict=True):
-                    each.set(fitted)
-                adam.forget()
-                rate /= BACK_OFF
+                rate = _back_off(adam, weights, found, rate)
     return found
+
+
+def _back_off(
+    adam: WhitenedAdam, weights: Sequence[TrainedWeights], found: Sequence[FittedHeads], rate: float
+) -> float:
+    """Go back to the best weights, and return the rate from there on."""
+    for each, fitted in zip(weights, found, strict=True):
+        each.set(fitted)
+    adam.forget()
+    return rate / BACK_OFF
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _first_step(adam: WhitenedAdam, error: Callable[[], float]) -> float:

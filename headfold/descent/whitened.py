@@ -30,18 +30,17 @@ def whitening(second: Float[Tensor, "size size"]) -> tuple[Float[Tensor, "size s
 
 
 class _Trained:
-    """One tensor of a site, with the moments of its gradients; `second` is E x xᵀ of its inputs, None where they stay as they are, and
-    `scale` how far a step at rate 1 moves it then."""
+    """One tensor of a site, with the moments of its gradients; `white` is the whitening of its inputs, None where they stay as they are,
+    and `scale` how far a step at rate 1 moves it then.
+    """
 
-    def __init__(self, leaf: Tensor, second: Tensor | None, scale: float, *, is_output: bool) -> None:
+    def __init__(self, leaf: Tensor, white: tuple[Tensor, Tensor] | None, scale: float, *, is_output: bool) -> None:
         self._leaf, self._is_output, self._steps = leaf, is_output, 0
         self._into: Tensor | None = None
         self._scale = scale
-        if second is not None:
-            into, root = (each.to(leaf) for each in whitening(second))
-            self._into = into
-            white = self._times(leaf.detach(), root)
-            self._scale = _root_mean_square(white)
+        if white is not None:
+            self._into, root = white
+            self._scale = _root_mean_square(self._times(leaf.detach(), root))
         self.forget()
 
     def forget(self) -> None:
@@ -49,7 +48,7 @@ class _Trained:
         self._steps = 0
         self._mean: Tensor | None = None
         self._square: Tensor | None = None
-        self._spread: Tensor | None = None
+        self._rows: Tensor | None = None
         self._turn: Tensor | None = None
 
     def _times(self, weights: Tensor, matrix: Tensor) -> Tensor:
@@ -71,10 +70,10 @@ class _Trained:
 
     def _turned(self, gradient: Float[Tensor, "head dim size"]) -> Float[Tensor, "head dim size"]:
         """Return the gradient in the eigenbasis of its rows' second moments, and take the first moment to that basis."""
-        spread, keep = gradient @ gradient.mT, BETAS[1]
-        self._spread = spread if self._spread is None else keep * self._spread + (1 - keep) * spread
+        rows, keep = gradient @ gradient.mT, BETAS[1]
+        self._rows = rows if self._rows is None else keep * self._rows + (1 - keep) * rows
         if self._steps % _TURNED_EVERY == 0:
-            turn = torch.linalg.eigh(self._spread.double())[1].to(gradient)
+            turn = torch.linalg.eigh(self._rows.double())[1].to(gradient)
             if self._mean is not None and self._turn is not None:
                 self._mean = turn.mT @ (self._turn @ self._mean)
             self._turn = turn
@@ -106,13 +105,17 @@ class WhitenedAdam:
         self._tensors: list[Tensor] = []
         self._trained: list[_Trained] = []
         for leaves, seconds in sites:
+            whitenings: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
             for field, leaf in leaves.items():
-                second = seconds.get("v" if field == "k" else field)
-                if second is not None and field != "o":
-                    second = second[: leaf.shape[-1], : leaf.shape[-1]]
+                role, size = "v" if field == "k" else field, leaf.shape[-1]
+                second = seconds.get(role)
+                if second is not None and (role, size) not in whitenings:
+                    part = second if field == "o" else second[:size, :size]
+                    into, root = whitening(part)
+                    whitenings[role, size] = into.to(leaf), root.to(leaf)
                 scale = _root_mean_square(leaves["o"] if field == "o_bias" else leaf)
                 self._tensors.append(leaf)
-                self._trained.append(_Trained(leaf, second, scale, is_output=field == "o"))
+                self._trained.append(_Trained(leaf, whitenings.get((role, size)), scale, is_output=field == "o"))
 
     def see(self, gradients: Sequence[Tensor], *, evenly: bool = False) -> None:
         """Add gradients of all tensors, in their order, to the moments: `evenly` as much as each before, else Adam's way."""

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ __all__ = [
     "speeds",
     "quiet",
     "stored_dtype",
+    "total_memory",
 ]
 
 if TYPE_CHECKING:
@@ -160,6 +161,16 @@ def available_memory(device: str = "cpu") -> int:
     return free
 
 
+def total_memory(device: str = "cpu") -> int:
+    """Return the bytes that a GPU has, or this machine, or its control group, whoever uses them now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def open_model(
     path: str | Path,
     *,
@@ -240,14 +251,18 @@ def _return_usual_outputs(model: Any) -> None:
 
 
 def exceeds_memory(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None, extra: int = 0
-) -> bool:
-    """Return whether `open_model` streams the checkpoint from disk, or would if `extra` bytes were needed beside it."""
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", memory_limit: int | None = None, extra: int = 0,
+    memory: Callable[[str], int] | None = None,
+) -> bool:  # fmt: skip
+    """Return whether `open_model` streams the checkpoint from disk, or would if `extra` bytes were needed beside it.
+
+    `memory` is `available_memory`, or `total_memory` for an answer that does not depend on what else runs.
+    """
     needed = sum(_num_elements(checkpoint, name) for name in checkpoint.tensors) * dtype.itemsize + extra
     if memory_limit is None:
         # All launched processes of a machine open it at once; each has a GPU of its own.
         takers = num_local_processes() if torch.device(device).type == "cpu" else 1
-        memory_limit = int(MEMORY_SHARE * available_memory(device) / takers)
+        memory_limit = int(MEMORY_SHARE * (memory or available_memory)(device) / takers)
     return needed > memory_limit
 
 

@@ -29,6 +29,7 @@ from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here, world_size
 from ..runtime.regrouping import input_modules, install_heads, model_names
+from .heal import SCALE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +46,6 @@ LONGER = 0.25
 """Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far."""
 ENCODED_BYTES = 2**30
 """Memory for an encoder's outputs, which are kept for batches that are seen again."""
-SCALE = 2.0**12
-"""What the error is multiplied by on the way back in float16, in which small gradients would be zero."""
 
 
 @torch.no_grad()

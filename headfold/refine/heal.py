@@ -31,6 +31,8 @@ ITEMS = {"images": 2**14, "audio": 2**12, "sound": 2**12}
 """Items that every block is trained with where data has no tokens. A window of sound has many times the positions of an image."""
 BATCH_TOKENS = 2048
 NUM_CHECKS = 8
+SCALE = 2.0**12
+"""What the error is multiplied by on the way back in float16, in which small gradients would be zero."""
 RATE = 0.2
 
 
@@ -111,12 +113,15 @@ def _input_moments(site_calls: RecordedSite, heads: Heads) -> Moments:
 def _gradients(site_calls: RecordedSite, weights: TrainedWeights, numbers: range, energy: float) -> Sequence[Tensor]:
     """Return the gradients of Σ ‖y − ŷ‖² / `energy` over the batches of these numbers; zeros on a rank that has none of them."""
     tensors = list(weights.tensors.values())
+    total = [torch.zeros_like(tensor) for tensor in tensors]
+    scale = SCALE if site_calls.dtype == torch.float16 else 1.0
     for number in _on_this_rank(site_calls, numbers):
         with torch.enable_grad():
             replay = site_calls.run(weights.to_heads(), number)
-            loss = (replay.output - replay.target).square().sum() / energy
-            return torch.autograd.grad(loss, tensors)
-    return [torch.zeros_like(tensor) for tensor in tensors]
+            loss = (replay.output - replay.target).square().sum() * (scale / energy)
+            found = torch.autograd.grad(loss, tensors)
+        total = [before + each / scale for before, each in zip(total, found, strict=True)]
+    return total
 
 
 def _on_this_rank(site_calls: RecordedSite, numbers: range) -> Iterator[int]:

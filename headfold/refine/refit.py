@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..calibration import Sample, batches, num_tokens
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -123,6 +125,9 @@ def _descended(site_calls: RecordedSite, heads: Heads, passes: int) -> Heads:
     """Return the heads with another `q`, `k` and `v`, in no case worse on held-back calls."""
     site_calls.free_attention()
     site_calls.split(PARTS, heads)
+    # Texts come longest first: the calls that are held back should be of all lengths.
+    calls, generator = site_calls.all_numbers, torch.Generator().manual_seed(0)
+    site_calls.all_numbers = [calls[at] for at in torch.randperm(len(calls), generator=generator).tolist()]
     counts = [1] * len(site_calls.all_numbers)
     plan = schedule(counts, passes * len(counts), num_checks=DESCENT_CHECKS, longer=LONGER, seed=0)
     with suppress(NotFinite):

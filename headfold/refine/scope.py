@@ -1,13 +1,16 @@
 """How a fold is refitted and healed: what is trained together, and on how much data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
+from ..core.stats import NARROW
 from ..families.spec import Site
-from ..hf_models import exceeds_memory, stored_dtype
+from ..hf_models import exceeds_memory, stored_dtype, total_memory
 from . import distill, heal
 
 _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, heal.ITEMS)}
@@ -15,28 +18,29 @@ _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, he
 _LARGE = 2**26
 """Parameters from which on a language model is trained as a whole by default. Measured between 3 M and 39 M, block by block took less
 time and recovered more; at 135 M it took four times as long and recovered half as much."""
-_TRAINED_BYTES = 36
+_TRAINED_BYTES = 44
 """Bytes per trained number in float32: before, now, its gradient, two moments, the best so far and the best before, and its share of the
 second moments of inputs and their roots."""
 
 
 def refit_by_default(
-    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, device: str, *, heals: bool
+    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *, heals: bool
 ) -> str:
     """Return what a refit trains together at its end: the "model", or each "block" alone. What is not given is the model for language
-    models that are large, as far as memory holds what is trained, unless a fold is healed, which trains the model anyway.
+    models that are large, as far as there are data enough and memory for what is trained, unless a fold is healed, which trains the model
+    anyway. It is the memory that there is, not what is free, so that a fold goes on in the way that it began.
 
     Raises:
         UserError: an unknown `by`, or no memory for the model.
     """
     if by not in (None, *_DEFAULTS):
         raise UserError(f"--refit-by {by}: expected one of {', '.join(_DEFAULTS)}")
-    if by == "block" or (by is None and (heals or not _as_a_whole(kind, checkpoint.num_parameters))):
-        return "block"
-    if (lacking := _lacking(checkpoint, sites, device)) is None:
-        return "model"
     if by is None:
-        return "block"
+        size = max(max(checkpoint.tensors[site.tensor("o")].shape) for site in sites)
+        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not heals
+        return "model" if whole and _lacking(checkpoint, sites, device, total_memory) is None else "block"
+    if by == "block" or (lacking := _lacking(checkpoint, sites, device)) is None:
+        return by
     raise UserError(
         f"fold --refit-by model: expected memory for the model and {lacking:.1f} GiB of training, got less; give --refit-by block"
     )
@@ -47,13 +51,18 @@ def _as_a_whole(kind: str, num_parameters: int) -> bool:
     return kind in ("text", "texts") and num_parameters >= _LARGE
 
 
-def _lacking(checkpoint: Checkpoint, sites: Sequence[Site], device: str) -> float | None:
+def _lacking(
+    checkpoint: Checkpoint, sites: Sequence[Site], device: str, memory: Callable[[str], int] | None = None
+) -> float | None:
     """Return the GiB that training takes beside the model itself, activations not counted; None where memory holds both."""
     names = {site.tensor(role) for site in sites for role in site.weights}
     extra = _TRAINED_BYTES * sum(
         math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors
     )
-    return extra / 2**30 if exceeds_memory(checkpoint, stored_dtype(checkpoint.path), device, extra=extra) else None
+    dtype = stored_dtype(checkpoint.path)
+    if torch.device(device).type == "cpu":  # on which many processors compute in float32
+        dtype = torch.promote_types(dtype, torch.float32)
+    return extra / 2**30 if exceeds_memory(checkpoint, dtype, device, extra=extra, memory=memory) else None
 
 
 @dataclass(frozen=True, slots=True)

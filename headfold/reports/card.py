@@ -111,7 +111,8 @@ def uptrained_card(card: str, name: str, facts: Mapping[str, str]) -> str:
     """Return the card of a checkpoint that was trained after folding: the card of the fold, `name`, with a section on the training."""
     section = f"## Uptrained\n\nFrom `{name}`.\n\n{markdown_table(['', 'this'], [[key, value] for key, value in facts.items()])}"
     text = re.sub(
-        r"(?:No block was trained|Nothing was trained|((?:Every attention block was|All attention blocks were) then trained .*?)); "
+        r"(?:No block was trained|Nothing (?:else )?was trained|"
+        r"((?:Every attention block was|All attention blocks were) then trained .*?)); "
         rf"(?:{REST.pattern})\.",
         lambda found: f"{found[1] + '. ' if found[1] else ''}The whole model was then trained (see below).",
         card or f"# {name}, uptrained",
