@@ -183,7 +183,8 @@ def descend(
                 return found
             adam.see(seen, evenly=True)
         rate = plan.longer * _first_step(adam, partial(error, plan.held[:NUM_SEARCHED]))
-        adam.forget()
+        if moments is None:  # one pass over the data does not see these gradients again
+            adam.forget()
         if not rate:
             return found
     else:
