@@ -15,10 +15,12 @@ from test_fold import failing, same_bytes
 from tiny import readable_checkpoint, stock_logits, stock_model, tiny_checkpoint, tiny_sites
 
 import headfold
+from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
 from headfold.latent import job
 from headfold.latent.attention import LatentAttention
+from headfold.latent.choice import possible_shapes
 from headfold.latent.fit import fit
 from headfold.latent.moments import SiteMoments, site_moments
 from headfold.latent.recorded import as_heads, with_heads
@@ -211,16 +213,15 @@ REFUSED: dict[str, dict[str, Any]] = {
     "even number": dict(to="mla", kv_rank=8, rope_dim=3), "got 3/2": dict(to="mla", kv_rank="3/2"),
     "got ten": dict(to="mla", kv_rank="ten"), "twice the head_dim": dict(to="mla", kv_rank=8, rope_dim=40),
     "share of at least": dict(to="mla", kv_rank="1/100"), "got 1/0": dict(to="mla", kv_rank="1/0"),
-    "got 1e99999999": dict(to="mla", kv_rank="1e99999999"),
+    "got 1e99999999": dict(to="mla", kv_rank="1e99999999"), "fewer than the 128": dict(to="mla", kv_rank=124, rope_dim=4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_options_that_do_not_go_together_are_refused_in_one_line(said: str, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", torch.float32)
-    stats = statistics(source, tmp_path / "s.safetensors") if said == "twice the head_dim" else None
     with pytest.raises(UserError, match=said) as refused:
-        headfold.fold(source, tmp_path / "out", stats=stats, refit=False, **REFUSED[said])
+        headfold.fold(source, tmp_path / "out", refit=False, **REFUSED[said])
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
@@ -246,6 +247,19 @@ def test_models_that_the_class_cannot_be_are_refused_in_one_line(
     with pytest.raises(UserError, match=said) as refused:
         headfold.fold(made, tmp_path / "out", to="mla", kv_rank=8, tokens=64, context=16, calibration="self")
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("heads", "share"), [(32, "1/2"), (32, "1/8"), (8, "1/2"), (1, "1/64")])
+def test_every_share_has_shapes(heads: int, share: str, tmp_path: Path) -> None:
+    """Also where a share of the cached numbers is more than the largest rotary key."""
+    made = open_source(tiny_checkpoint("llama", torch.float32))
+    site = dataclasses.replace(made.sites[0], num_heads=heads, num_kv_heads=heads, head_dim=128)
+    request = LatentRequest.of("mla", share, None)
+    assert request is not None
+    shapes = possible_shapes(dataclasses.replace(made, every_site=[site]), request)
+    assert len(shapes) >= 2
+    assert {shape.cached for shape in shapes} == {request.cached(dataclasses.replace(made, every_site=[site]))}
+    assert all(shape.rank >= 2 and shape.rotary_dim % 2 == 0 and 2 <= shape.rotary_dim <= 256 for shape in shapes)
 
 
 def test_a_share_is_one_of_all_cached_numbers() -> None:

@@ -42,7 +42,7 @@ from ..stats_file import StatsFile
 from .assemble import assembled
 from .attention import LatentAttention
 from .card import latent_card
-from .choice import choose_shape
+from .choice import choose_shape, possible_shapes
 from .fit import fit
 from .moments import site_moments
 from .recorded import RecordedLatent
@@ -95,7 +95,7 @@ class LatentFold:
             UserError: a model, a size or data that cannot be used, or a wrong fold.
         """
         check_source(self.source)
-        self.request.cached(self.source)
+        shapes = possible_shapes(self.source, self.request)
         config = self._calibration()
         settings = self._settings(config)
         teacher = Teacher(self.source, config, self.device, self.dtype, self.progress, self.drawn, notes)
@@ -108,7 +108,7 @@ class LatentFold:
             with self._timed("calibrate"):
                 stats = self._statistics(teacher, work / _STATISTICS)
             with self._timed("choose"):
-                shape = self._shape(stats, work / _SHAPE)
+                shape = self._shape(shapes, stats, work / _SHAPE)
             with self._timed("fit"):
                 errors = self._fit(teacher, stats, shape, work / "sites")
             facts = dict(stats.metadata)
@@ -188,9 +188,9 @@ class LatentFold:
         teacher.use_sample(found)
         return found
 
-    def _shape(self, stats: StatsFile, path: Path) -> Shape:
+    def _shape(self, shapes: list[Shape], stats: StatsFile, path: Path) -> Shape:
         if not path.exists():
-            write_json(path, asdict(choose_shape(self.source, self.request, stats)))
+            write_json(path, asdict(choose_shape(self.source, shapes, stats)))
         return Shape(**read_object(path))
 
     def _fit(self, teacher: Teacher, stats: StatsFile, shape: Shape, directory: Path) -> dict[str, float]:
