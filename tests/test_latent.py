@@ -28,6 +28,7 @@ from headfold.latent.request import LatentRequest
 from headfold.latent.rotation import frequencies, rotated
 from headfold.latent.site import Latent
 from headfold.latent.target import NORM_EPSILON, Shape, read_site, site_tensors
+from headfold.stats_file import StatsFile, write_stats
 
 EXACT: dict[str, Any] = dict(to="mla", kv_rank=RANK, rope_dim=ROTARY_DIM, refit=False)
 SHAPE = Shape(rank=5, rotary_dim=4, base=100.0, nope_dim=3, value_dim=2)
@@ -64,6 +65,22 @@ def test_a_disguised_mla_model_is_found_exactly(fields: dict[str, Any], tmp_path
     assert "auto_map" not in config and result.verification.passed and result.kv_bytes_after == 2 * (6 + 4) * 8
     assert max(result.site_errors.values()) < 1e-9
     assert_tight_through_float32_norms(stock_logits(tmp_path / "out"), stock_logits(source))
+
+
+def test_statistics_that_lack_one_are_refused_before_anything_is_fitted(tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama", torch.float32)
+    path = statistics(source, tmp_path / "s.safetensors")
+    stats = StatsFile(path)
+    kept = {
+        name: SiteStats(
+            {one: tensor for one, tensor in stats[name].tensors.items() if one != "scatter"}, stats[name].count
+        )
+        for name in stats
+    }
+    write_stats(tmp_path / "less.safetensors", kept, stats.metadata)
+    with pytest.raises(UserError, match="expected the statistic scatter"):
+        headfold.fold(source, tmp_path / "out", stats=tmp_path / "less.safetensors", **EXACT)
+    assert [each.name for each in tmp_path.iterdir() if "out" in each.name] == []
 
 
 def test_a_smaller_latent_loses_something(tmp_path: Path) -> None:
