@@ -225,6 +225,15 @@ def test_an_adapter_is_part_of_the_original(tmp_path: Path, monkeypatch: pytest.
     assert yaml.safe_load((tmp_path / "mla" / NAME).read_text())["adapter"] == "lora"
 
 
+def test_a_page_on_a_fold_to_mla_is_refused_before_anything_is_folded(tmp_path: Path) -> None:
+    recipe = several(
+        tmp_path, folds={"half": {"kv_heads": "1/2"}, "latent": {"to": "mla", "kv_rank": "1/2"}}, report=True
+    )
+    with pytest.raises(UserError, match="expected folds to fewer K/V heads on a page, got latent") as refused:
+        headfold.run(recipe, tmp_path / "out")
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
 def test_a_recipe_is_of_one_model(tmp_path: Path) -> None:
     headfold.fold(source_checkpoint(), tmp_path / "made", kv_heads=2, **DATA)
     with pytest.raises(UserError, match="expected the model that the recipe was made of"):
