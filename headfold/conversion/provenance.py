@@ -177,7 +177,8 @@ def notes_on(
         notes.append(
             f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {plan.group}"
         )
-    if plan.quantised_cache and any(site.head_dim % _ROTATED_BY_LLAMA_CPP == 0 for site in plan.sites.values()):
+    turned = [plan.sites[site.name] for site in source.sites if site.name in plan.sites and not site.key_freedom.normed]
+    if plan.quantised_cache and any(site.head_dim % _ROTATED_BY_LLAMA_CPP == 0 for site in turned):
         notes.append(
             "rotated for caches whose numbers have an offset (transformers, mlx-lm); llama.cpp rotates a quantised cache itself: fold for "
             "it without --quantised-cache"
