@@ -15,9 +15,12 @@ from test_fold import failing, same_bytes
 from tiny import readable_checkpoint, stock_logits, stock_model, tiny_checkpoint, tiny_sites
 
 import headfold
+from headfold.checkpoint.reader import Checkpoint
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
+from headfold.families.cached import stored_kv_bytes_per_token
+from headfold.in_memory import models
 from headfold.latent import job
 from headfold.latent.attention import LatentAttention
 from headfold.latent.choice import possible_shapes
@@ -32,6 +35,11 @@ from headfold.stats_file import StatsFile, write_stats
 
 EXACT: dict[str, Any] = dict(to="mla", kv_rank=RANK, rope_dim=ROTARY_DIM, refit=False)
 SHAPE = Shape(rank=5, rotary_dim=4, base=100.0, nope_dim=3, value_dim=2)
+
+
+def kv_bytes_on_disk(directory: Path, itemsize: int) -> int:
+    checkpoint = Checkpoint.open(directory)
+    return stored_kv_bytes_per_token(checkpoint.config, checkpoint.tensors, itemsize)
 
 
 def drawn(dtype: torch.dtype = torch.float64) -> Latent:
@@ -62,6 +70,7 @@ def test_a_disguised_mla_model_is_found_exactly(fields: dict[str, Any], tmp_path
         6,
         4,
     )
+    assert result.kv_bytes_after == kv_bytes_on_disk(tmp_path / "out", 8)
     assert "auto_map" not in config and result.verification.passed and result.kv_bytes_after == 2 * (6 + 4) * 8
     assert max(result.site_errors.values()) < 1e-9
     assert_tight_through_float32_norms(stock_logits(tmp_path / "out"), stock_logits(source))
@@ -226,6 +235,7 @@ def test_a_wrong_file_never_gets_its_name(readable: Path, tmp_path: Path, monkey
 REFUSED: dict[str, dict[str, Any]] = {
     "kv-heads": dict(to="mla", kv_rank=8, kv_heads=2), "head-dim-multiple": dict(to="mla", kv_rank=8, head_dim_multiple=2),
     "merge": dict(to="mla", kv_rank=8, merge="mean"), "heal": dict(to="mla", kv_rank=8, heal=True),
+    "--kv-heads": dict(to="mla", kv_rank=8, kv_heads=0),
     "expected mla": dict(to="gqa", kv_rank=8), "go with --to mla": dict(kv_rank=8), "got none": dict(to="mla"),
     "even number": dict(to="mla", kv_rank=8, rope_dim=3), "got 3/2": dict(to="mla", kv_rank="3/2"),
     "got ten": dict(to="mla", kv_rank="ten"), "twice the head_dim": dict(to="mla", kv_rank=8, rope_dim=40),
@@ -279,6 +289,12 @@ def test_every_share_has_shapes(heads: int, share: str, tmp_path: Path) -> None:
     assert all(shape.rank >= 2 and shape.rotary_dim % 2 == 0 and 2 <= shape.rotary_dim <= 256 for shape in shapes)
 
 
+def test_options_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected mla, got gqa"):
+        headfold.fold(tmp_path / "none", tmp_path / "out", to="gqa", kv_rank=8)
+    assert LatentRequest.of("mla", 8, 4, head_dim_multiple="1", group="swap", heal=False) == LatentRequest(8, None, 4)
+
+
 def test_a_share_is_one_of_all_cached_numbers() -> None:
     assert LatentRequest.of("mla", "25%", None) == LatentRequest.of("mla", "1/4", None)
     assert LatentRequest.of("mla", 512, 64) == LatentRequest(512, None, 64)
@@ -307,3 +323,5 @@ def test_a_model_in_memory_is_returned_as_the_target_class(readable: Path) -> No
         model, to="mla", kv_rank=20, rope_dim=8, refit=False, calibration=[{"input_ids": sample}]
     )
     assert type(folded).__name__ == "DeepseekV3ForCausalLM" and folded.headfold.shape.rank == 20
+    folded.config._name_or_path = ""
+    assert models._origin(folded) == str(readable)
