@@ -98,7 +98,7 @@ class LatentFold:
         check_source(self.source)
         shapes = possible_shapes(self.source, self.request)
         if self.stats is not None:
-            check_statistics(self.source, self.stats, STATISTICS)
+            check_statistics(self.source, self.stats, STATISTICS - {"attended"})  # without it, distances are assumed
         config = self._calibration()
         settings = self._settings(config)
         teacher = Teacher(self.source, config, self.device, self.dtype, self.progress, self.drawn, notes)
