@@ -15,10 +15,15 @@ from test_fold import failing, same_bytes
 from tiny import readable_checkpoint, stock_logits, stock_model, tiny_checkpoint, tiny_sites
 
 import headfold
+from headfold.checkpoint.reader import Checkpoint
+from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.core.stats import SiteStats
+from headfold.families.cached import stored_kv_bytes_per_token
+from headfold.in_memory import models
 from headfold.latent import job
 from headfold.latent.attention import LatentAttention
+from headfold.latent.choice import possible_shapes
 from headfold.latent.fit import fit
 from headfold.latent.moments import SiteMoments, site_moments
 from headfold.latent.recorded import as_heads, with_heads
@@ -26,9 +31,15 @@ from headfold.latent.request import LatentRequest
 from headfold.latent.rotation import frequencies, rotated
 from headfold.latent.site import Latent
 from headfold.latent.target import NORM_EPSILON, Shape, read_site, site_tensors
+from headfold.stats_file import StatsFile, write_stats
 
 EXACT: dict[str, Any] = dict(to="mla", kv_rank=RANK, rope_dim=ROTARY_DIM, refit=False)
 SHAPE = Shape(rank=5, rotary_dim=4, base=100.0, nope_dim=3, value_dim=2)
+
+
+def kv_bytes_on_disk(directory: Path, itemsize: int) -> int:
+    checkpoint = Checkpoint.open(directory)
+    return stored_kv_bytes_per_token(checkpoint.config, checkpoint.tensors, itemsize)
 
 
 def drawn(dtype: torch.dtype = torch.float64) -> Latent:
@@ -59,9 +70,24 @@ def test_a_disguised_mla_model_is_found_exactly(fields: dict[str, Any], tmp_path
         6,
         4,
     )
+    assert result.kv_bytes_after == kv_bytes_on_disk(tmp_path / "out", 8)
     assert "auto_map" not in config and result.verification.passed and result.kv_bytes_after == 2 * (6 + 4) * 8
     assert max(result.site_errors.values()) < 1e-9
     assert_tight_through_float32_norms(stock_logits(tmp_path / "out"), stock_logits(source))
+
+
+def test_statistics_that_lack_a_site_are_refused_before_anything_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "staged", failing(job.staged, 0))
+    source = tiny_checkpoint("llama", torch.float32)
+    path = statistics(source, tmp_path / "s.safetensors")
+    stats = StatsFile(path)
+    kept = {name: stats[name] for name in list(stats)[1:]}
+    write_stats(tmp_path / "less.safetensors", kept, stats.metadata)
+    with pytest.raises(UserError, match="expected the statistic scatter for layers.0"):
+        headfold.fold(source, tmp_path / "out", stats=tmp_path / "less.safetensors", **EXACT)
+    assert [each.name for each in tmp_path.iterdir() if "out" in each.name] == []
 
 
 def test_a_smaller_latent_loses_something(tmp_path: Path) -> None:
@@ -207,20 +233,20 @@ def test_a_wrong_file_never_gets_its_name(readable: Path, tmp_path: Path, monkey
 REFUSED: dict[str, dict[str, Any]] = {
     "kv-heads": dict(to="mla", kv_rank=8, kv_heads=2), "head-dim-multiple": dict(to="mla", kv_rank=8, head_dim_multiple=2),
     "merge": dict(to="mla", kv_rank=8, merge="mean"), "heal": dict(to="mla", kv_rank=8, heal=True),
+    "--kv-heads": dict(to="mla", kv_rank=8, kv_heads=0),
     "expected mla": dict(to="gqa", kv_rank=8), "go with --to mla": dict(kv_rank=8), "got none": dict(to="mla"),
     "even number": dict(to="mla", kv_rank=8, rope_dim=3), "got 3/2": dict(to="mla", kv_rank="3/2"),
     "got ten": dict(to="mla", kv_rank="ten"), "twice the head_dim": dict(to="mla", kv_rank=8, rope_dim=40),
     "share of at least": dict(to="mla", kv_rank="1/100"), "got 1/0": dict(to="mla", kv_rank="1/0"),
-    "got 1e99999999": dict(to="mla", kv_rank="1e99999999"),
+    "got 1e99999999": dict(to="mla", kv_rank="1e99999999"), "fewer than the 128": dict(to="mla", kv_rank=124, rope_dim=4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_options_that_do_not_go_together_are_refused_in_one_line(said: str, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", torch.float32)
-    stats = statistics(source, tmp_path / "s.safetensors") if said == "twice the head_dim" else None
     with pytest.raises(UserError, match=said) as refused:
-        headfold.fold(source, tmp_path / "out", stats=stats, refit=False, **REFUSED[said])
+        headfold.fold(source, tmp_path / "out", refit=False, **REFUSED[said])
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
@@ -246,6 +272,25 @@ def test_models_that_the_class_cannot_be_are_refused_in_one_line(
     with pytest.raises(UserError, match=said) as refused:
         headfold.fold(made, tmp_path / "out", to="mla", kv_rank=8, tokens=64, context=16, calibration="self")
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("heads", "share"), [(32, "1/2"), (32, "1/8"), (8, "1/2"), (1, "1/64")])
+def test_every_share_has_shapes(heads: int, share: str, tmp_path: Path) -> None:
+    """Also where a share of the cached numbers is more than the largest rotary key."""
+    made = open_source(tiny_checkpoint("llama", torch.float32))
+    site = dataclasses.replace(made.sites[0], num_heads=heads, num_kv_heads=heads, head_dim=128)
+    request = LatentRequest.of("mla", share, None)
+    assert request is not None
+    shapes = possible_shapes(dataclasses.replace(made, every_site=[site]), request)
+    assert len(shapes) >= 2
+    assert {shape.cached for shape in shapes} == {request.cached(dataclasses.replace(made, every_site=[site]))}
+    assert all(shape.rank >= 2 and shape.rotary_dim % 2 == 0 and 2 <= shape.rotary_dim <= 256 for shape in shapes)
+
+
+def test_options_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected mla, got gqa"):
+        headfold.fold(tmp_path / "none", tmp_path / "out", to="gqa", kv_rank=8)
+    assert LatentRequest.of("mla", 8, 4, head_dim_multiple="1", group="swap", heal=False) == LatentRequest(8, None, 4)
 
 
 def test_a_share_is_one_of_all_cached_numbers() -> None:
@@ -276,3 +321,5 @@ def test_a_model_in_memory_is_returned_as_the_target_class(readable: Path) -> No
         model, to="mla", kv_rank=20, rope_dim=8, refit=False, calibration=[{"input_ids": sample}]
     )
     assert type(folded).__name__ == "DeepseekV3ForCausalLM" and folded.headfold.shape.rank == 20
+    folded.config._name_or_path = ""
+    assert models._origin(folded) == str(readable)

@@ -141,6 +141,17 @@ def test_it_says_where_another_engine_would_lose_by_it(
     assert len(said) == (multiple == 8)
 
 
+def test_keys_that_were_not_rotated_are_no_loss_to_another_engine(
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provenance, "_ROTATED_BY_LLAMA_CPP", 1)
+    source = readable_checkpoint(tmp_path / "normed", tokenizer, "qwen3")
+    how = CALIBRATED | dict(refit=False, verify=False, quantised_cache=True)
+    assert not [note for note in headfold.fold(source, tmp_path / "out", **how).notes if "llama.cpp rotates" in note]
+
+
 def test_a_plan_that_says_so_is_enough_and_methods_without_statistics_get_theirs(
     readable: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,15 @@ def test_the_recipe_of_a_planned_fold_takes_the_plan_beside_it(tmp_path: Path) -
     assert contents(tmp_path / "again") == contents(tmp_path / "made")
 
 
+def test_an_amount_of_the_data_that_statistics_record_is_all_that_a_recipe_names(tmp_path: Path) -> None:
+    """As the name of the data comes with a seed of its own."""
+    source, stats = source_checkpoint(), tmp_path / "stats.safetensors"
+    headfold.calibrate(source, stats, seed=5, **{name: DATA[name] for name in ("calibration", "tokens", "context")})
+    headfold.fold(source, tmp_path / "made", to="mla", kv_rank=12, rope_dim=8, stats=stats, tokens=128, verify=False)
+    options = yaml.safe_load((tmp_path / "made" / NAME).read_text())["fold"]
+    assert options["tokens"] == 128 and "calibration" not in options and "refit_by" not in options
+
+
 def test_a_recipe_names_no_place_of_the_machine(tmp_path: Path) -> None:
     source = source_checkpoint()
     headfold.fold(source, tmp_path / "made", kv_heads=2, **DATA)
@@ -201,6 +210,28 @@ def test_an_adapter_is_part_of_the_original(tmp_path: Path, monkeypatch: pytest.
     assert found.value == pytest.approx(found.original, abs=1e-5)
     written = yaml.safe_load((tmp_path / "out" / "all" / NAME).read_text())
     assert written["adapter"] == "lora" and "adapter" not in written["fold"]
+    latent = {
+        "to": "mla",
+        "kv_rank": 12,
+        "rope_dim": 8,
+        "refit": False,
+        "columns": ["text"],
+        "adapter": tmp_path / "lora",
+    }
+    headfold.fold(source_checkpoint(), tmp_path / "mla", **DATA, **latent)
+    card = (tmp_path / "mla" / CARD).read_text()
+    assert "with the LoRA adapter `lora` merged" in card and "--adapter lora" in card and "--columns text" in card
+    assert "- Original: " in card and str(tmp_path / "lora") not in card
+    assert yaml.safe_load((tmp_path / "mla" / NAME).read_text())["adapter"] == "lora"
+
+
+def test_a_page_on_a_fold_to_mla_is_refused_before_anything_is_folded(tmp_path: Path) -> None:
+    recipe = several(
+        tmp_path, folds={"half": {"kv_heads": "1/2"}, "latent": {"to": "mla", "kv_rank": "1/2"}}, report=True
+    )
+    with pytest.raises(UserError, match="expected folds to fewer K/V heads on a page, got latent") as refused:
+        headfold.run(recipe, tmp_path / "out")
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
 def test_a_recipe_is_of_one_model(tmp_path: Path) -> None:

@@ -223,6 +223,9 @@ def test_models_that_are_not_that_fold_are_refused(tmp_path: Path) -> None:
         "q_proj.weight as the plan makes it",
         "other numbers",
     )
+    refused(
+        model, source, replace(plan, quantised_cache=True), "the plan rotates them", "fold without --quantised-cache"
+    )
     fewer = {name: replace(row, groups=Groups.contiguous(8, 4)) for name, row in plan.sites.items()}
     refused(model, source, replace(plan, sites=fewer), "q_proj.weight as the plan makes it")
     refused(model, source, replace(plan, sites={}), "some of these sites fewer K/V heads, got none")

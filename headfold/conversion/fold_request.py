@@ -141,7 +141,7 @@ def resolve_fold(
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),
         "head_dim_multiple": multiple, "plan": ready and ready.to_json(), "group": group, "merge": merge,
         "refit": together, "heal": healing.tokens, "heal_by": healing.by,
-        "data": calibration and asdict(calibration), "data_from": _data_from(data, earlier), "encoder": source.encoder,
+        "data": calibration and asdict(calibration), "data_from": data_from(data, earlier), "encoder": source.encoder,
         "stats": stats and stats.metadata, **({"code": code.digest} if code else {}),
         **({"quantised_cache": True} if quantised_cache else {}),
     }  # fmt: skip
@@ -162,7 +162,7 @@ def resolve_fold(
     )
 
 
-def _data_from(data: CalibrationRequest, earlier: CalibrationRequest | None) -> str:
+def data_from(data: CalibrationRequest, earlier: CalibrationRequest | None) -> str:
     """Return where calibration data come from: the call names them, or what statistics or a plan record, of which it may name an amount."""
     if earlier is None or data.source is not None:
         return "call"

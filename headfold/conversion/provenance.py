@@ -79,7 +79,7 @@ def card_facts(
         reach=reach.line(),
         warnings=(*approximations(source), *reach.notes()),
         refit_text=fitting.data or {},
-        command=fold_command(_of_source(settings, source), source.name, out.name),
+        command=fold_command(fold_options(_of_source(settings, source)), source.name, out.name),
         code=source.code,
         site_errors=errors or None,
         grouped_class=_grouped_class(config),
@@ -119,10 +119,10 @@ def fold_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, "seed": settings["seed"]}
 
 
-def fold_command(settings: Mapping[str, Any], source: str, out: str) -> str:
-    """Return the command line that makes the fold again; `settings` are those of its job. A directory is named by its last part."""
+def fold_command(options: Mapping[str, Any], source: str, out: str) -> str:
+    """Return the command line of a fold with `options`, those of `headfold.fold`. A directory is named by its last part."""
     words = ["headfold fold", Path(source).name if Path(source).exists() else source, out]
-    for name, value in fold_options(settings).items():
+    for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -177,7 +177,8 @@ def notes_on(
         notes.append(
             f"{len(fixed)} sites have a fixed order of heads (ALiBi): neighbours are grouped there, not by {plan.group}"
         )
-    if plan.quantised_cache and any(site.head_dim % _ROTATED_BY_LLAMA_CPP == 0 for site in plan.sites.values()):
+    turned = [plan.sites[site.name] for site in source.sites if site.name in plan.sites and not site.key_freedom.normed]
+    if plan.quantised_cache and any(site.head_dim % _ROTATED_BY_LLAMA_CPP == 0 for site in turned):
         notes.append(
             "rotated for caches whose numbers have an offset (transformers, mlx-lm); llama.cpp rotates a quantised cache itself: fold for "
             "it without --quantised-cache"

@@ -105,6 +105,10 @@ def _listed_heads(entry: Mapping[str, Any]) -> tuple[int, int]:
 def _usual_kv_bytes(config: Mapping[str, Any], itemsize: int) -> int:
     unknown = Family(())
     layers, heads = (read_count(unknown, config, _NAMES[name]) for name in ("layers", "heads"))
+    if config.get("kv_lora_rank"):  # multi-head latent attention
+        return (
+            layers * itemsize * sum(read_count(unknown, config, name) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+        )
     num_kv_heads = read_count(unknown, config, _NAMES["kv_heads"], heads)
     head_dim = read_field(unknown, config, "head_dim") or read_count(unknown, config, _NAMES["hidden_size"]) // heads
     return layers * kv_bytes(num_kv_heads, head_dim, itemsize)

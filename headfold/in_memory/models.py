@@ -217,8 +217,8 @@ def _name(model: Any) -> str:
 
 def _origin(model: Any) -> str:
     """Return the directory or hub id that a model was opened from, or the original of a fold in memory; else the name of its class."""
-    folded = getattr(model, "headfold", None)
-    return model.config._name_or_path or (folded.base_model if isinstance(folded, FoldResult) else type(model).__name__)
+    base = getattr(getattr(model, "headfold", None), "base_model", None)  # of a fold to fewer heads, or to MLA
+    return model.config._name_or_path or base or type(model).__name__
 
 
 def _opened_from(model: Any) -> Path | None:

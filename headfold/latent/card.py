@@ -1,19 +1,20 @@
 """The README.md of a fold to MLA."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from ..conversion.source import Source
 from ..reports.card import INHERITED, model_name, source_metadata
 from ..reports.tables import markdown_table, percent
 from .result import LatentResult
 
 
-def latent_card(source: Path, found: LatentResult, command: str, calibration: Mapping[str, str]) -> str:
-    """Return the text of the card; `source` is the directory whose card has the licence and the languages."""
+def latent_card(source: Source, found: LatentResult, command: str, calibration: Mapping[str, str]) -> str:
+    """Return the text of the card."""
     import yaml
 
-    stated = source_metadata(source)
-    name, shape = model_name(found.base_model), found.shape
+    stated, name, shape = source_metadata(source.checkpoint.path), model_name(found.base_model), found.shape
+    adapter, origin = source.plain.adapter and model_name(source.plain.adapter), source.plain.origin
+    merged = f" with the LoRA adapter `{adapter}` merged into it, and" if adapter else ""
     metadata = {key: stated[key] for key in INHERITED if stated.get(key)} | {
         "base_model": name, "base_model_relation": "finetune", "library_name": "transformers", "tags": ["mla", "headfold"],
     }  # fmt: skip
@@ -37,12 +38,14 @@ def latent_card(source: Path, found: LatentResult, command: str, calibration: Ma
     facts = ", ".join(f"{key} {value}" for key, value in calibration.items() if key not in ("source", "model"))
     parts = (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
-        f"# {name} with multi-head latent attention",
-        f"This is `{name}` with one latent for keys and values of all heads, folded by headfold (docs/mla.md): its cache is "
-        f"{found.kv_bytes_before / found.kv_bytes_after:.3g} times smaller. Latent and rotary key were fitted in closed form"
+        f"# {name}{f' + {adapter}' if adapter else ''} with multi-head latent attention",
+        f"This is `{name}`{merged} with one latent for keys and values of all heads, folded by headfold (docs/mla.md): its "
+        f"cache is {found.kv_bytes_before / found.kv_bytes_after:.3g} times smaller. Latent and rotary key were fitted in closed form"
         f"{', ' + fitted if found.refitted else ''}. Nothing was trained.",
         markdown_table(["", "original", "this"], rows),
-        f"- Calibration: `{calibration.get('source', 'unknown')}` ({facts})\n- Verified: {verified}",
+        (f"- Original: {origin}\n" if origin else "")
+        + f"- Calibration: `{calibration.get('source', 'unknown')}` ({facts})\n"
+        f"- Verified: {verified}",
         "## Use\n\nA stock checkpoint of `DeepseekV3ForCausalLM`, in which no layer has experts: no code besides transformers, or an "
         "engine that serves this class.\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this")\n'

@@ -20,14 +20,16 @@ ROUNDS = 12
 """Rounds of the fit that tell shapes apart."""
 SHARES = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2)
 """Shares of the cached numbers that the rotary key may have."""
+PARTS = (8, 4, 2, 1)
+"""Parts of twice the head_dim, the largest rotary key, that it may have as well."""
 
 
-def choose_shape(source: Source, request: LatentRequest, stats: Mapping[str, SiteStats]) -> Shape:
-    """Return the shape with the least predicted error of those that the request allows. A latent of a given size gets a rotary key of
-    `KERNEL_ROTARY_DIM` dims, or of the head_dim where that is smaller.
+def possible_shapes(source: Source, request: LatentRequest) -> list[Shape]:
+    """Return the shapes that the request allows. A latent of a given size gets a rotary key of `KERNEL_ROTARY_DIM` dims, or of the head_dim
+    where that is smaller.
 
     Raises:
-        UserError: a rotary key with more planes than there are frequencies for, or a share that is too small.
+        UserError: a rotary key with more planes than there are frequencies for, a share that is too small, or sizes that save nothing.
     """
     cached, site = request.cached(source), source.sites[0]
     if cached is None:
@@ -36,13 +38,26 @@ def choose_shape(source: Source, request: LatentRequest, stats: Mapping[str, Sit
     elif request.rotary_dim is not None:
         dims = [(cached - request.rotary_dim, request.rotary_dim)]
     else:
-        sizes = sorted({max(2, 2 * round(cached * share / 2)) for share in SHARES})
-        dims = [(cached - size, size) for size in sizes if size <= 2 * site.head_dim]
+        most = 2 * site.head_dim
+        sizes = {max(2, 2 * round(min(cached * share, most) / 2)) for share in SHARES}
+        sizes |= {max(2, most // part // 2 * 2) for part in PARTS}
+        dims = [(cached - size, size) for size in sorted(sizes) if size <= cached - 2]
+    whole = 2 * site.num_kv_heads * site.head_dim
+    if sum(dims[0]) >= whole:
+        raise UserError(
+            f"fold --to mla: --kv-rank: expected fewer than the {whole} numbers of the original, got {dims[0][0]} and a rotary key "
+            f"of {dims[0][1]}; choose fewer"
+        )
     shapes = [_shape(source, *each, stride) for each in dims for stride in STRIDES if each[1] <= site.head_dim / stride]
     if not shapes:
         raise UserError(
             f"fold --to mla: --rope-dim: expected at most {2 * site.head_dim}, twice the head_dim, got {request.rotary_dim}"
         )
+    return shapes
+
+
+def choose_shape(source: Source, shapes: list[Shape], stats: Mapping[str, SiteStats]) -> Shape:
+    """Return the shape with the least predicted error."""
     if len(shapes) == 1:
         return shapes[0]
     some = source.sites[:: max(1, len(source.sites) // NUM_SITES)][:NUM_SITES]

@@ -21,7 +21,9 @@ from ..checkpoint.staging import commit, copy_side_files, job_key, write_json, w
 from ..checkpoint.upload import upload
 from ..checkpoint.writer import output_bytes, rewrite
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
-from ..conversion.provenance import fold_options
+from ..conversion.fold_request import data_from
+from ..conversion.plans import check_statistics
+from ..conversion.provenance import fold_command, fold_options
 from ..conversion.source import Source
 from ..conversion.teacher import Teacher
 from ..conversion.verification import verification_sample
@@ -37,12 +39,11 @@ from ..outputs import staged
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
 from ..refine.blocks import walk
-from ..reports.card import model_name
 from ..stats_file import StatsFile
 from .assemble import assembled
 from .attention import LatentAttention
 from .card import latent_card
-from .choice import choose_shape
+from .choice import choose_shape, possible_shapes
 from .fit import fit
 from .moments import site_moments
 from .recorded import RecordedLatent
@@ -95,7 +96,9 @@ class LatentFold:
             UserError: a model, a size or data that cannot be used, or a wrong fold.
         """
         check_source(self.source)
-        self.request.cached(self.source)
+        shapes = possible_shapes(self.source, self.request)
+        if self.stats is not None:
+            check_statistics(self.source, self.stats, STATISTICS - {"attended"})  # without it, distances are assumed
         config = self._calibration()
         settings = self._settings(config)
         teacher = Teacher(self.source, config, self.device, self.dtype, self.progress, self.drawn, notes)
@@ -108,7 +111,7 @@ class LatentFold:
             with self._timed("calibrate"):
                 stats = self._statistics(teacher, work / _STATISTICS)
             with self._timed("choose"):
-                shape = self._shape(stats, work / _SHAPE)
+                shape = self._shape(shapes, stats, work / _SHAPE)
             with self._timed("fit"):
                 errors = self._fit(teacher, stats, shape, work / "sites")
             facts = dict(stats.metadata)
@@ -144,7 +147,7 @@ class LatentFold:
 
     def _options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of `headfold.fold` that make the fold again; those of grouped folds keep their defaults."""
-        from_file = self.stats is not None and not self.data.names_data
+        earlier = CalibrationRequest.recorded(self.stats.metadata) if self.stats else None
         unused = {
             "plan": None,
             "kv_heads": "",
@@ -154,22 +157,18 @@ class LatentFold:
             "heal": 0,
             "encoder": False,
         }
-        found = fold_options({**unused, **settings, "data_from": "recorded" if from_file else "call"})
+        of_source = {"adapter": self.source.plain.adapter, "data_from": data_from(self.data, earlier)}
+        found = fold_options({**unused, **settings, **of_source})
         size = {name: settings[name] for name in ("to", "kv_rank", "rope_dim") if settings[name] is not None}
-        return {**size, **{name: value for name, value in found.items() if name not in unused}}
+        return {**size, **{name: value for name, value in found.items() if name not in (*unused, "refit_by")}}
 
     def _write_facts(
         self, staging: Path, out: Path, result: LatentResult, settings: Mapping[str, Any], data: Mapping[str, str]
     ) -> None:
         """Write the card and the recipe."""
         source, options = self.source, self._options(settings)
-        words = ["headfold fold", model_name(source.name), out.name]
-        words += [
-            f"--{name.replace('_', '-')} {value}" for name, value in options.items() if not isinstance(value, bool)
-        ]
-        words += [] if self.refit else ["--no-refit"]
-        write_card(staging, latent_card(source.checkpoint.path, result, " ".join(words), data))
-        options |= {"adapter": source.plain.adapter} if source.plain.adapter else {}
+        command = fold_command(options, source.name, out.name)
+        write_card(staging, latent_card(source, result, command, data))
         text = recipe_text(source.name, settings["source"], settings["version"], options)
         (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
@@ -188,9 +187,9 @@ class LatentFold:
         teacher.use_sample(found)
         return found
 
-    def _shape(self, stats: StatsFile, path: Path) -> Shape:
+    def _shape(self, shapes: list[Shape], stats: StatsFile, path: Path) -> Shape:
         if not path.exists():
-            write_json(path, asdict(choose_shape(self.source, self.request, stats)))
+            write_json(path, asdict(choose_shape(self.source, shapes, stats)))
         return Shape(**read_object(path))
 
     def _fit(self, teacher: Teacher, stats: StatsFile, shape: Shape, directory: Path) -> dict[str, float]:

@@ -35,17 +35,24 @@ class LatentRequest:
     rotary_dim: int | None
 
     @classmethod
-    def of(cls, to: str | None, kv_rank: str | int | None, rope_dim: int | None, **others: Any) -> "LatentRequest":
-        """Return the request for these options; `others` are those of a fold to fewer K/V heads, which must have their defaults.
+    def of(
+        cls, to: str | None, kv_rank: str | int | None, rope_dim: int | None, **others: Any
+    ) -> "LatentRequest | None":
+        """Return the request for these options, None where there are none; `others` are those of a fold to fewer K/V heads, which must
+        have their defaults beside them.
 
         Raises:
             UserError: another target, an option that does not go with it, or a size that is none.
         """
+        if to is None and kv_rank is None and rope_dim is None:
+            return None
         if to is None:
             raise UserError("fold: --kv-rank and --rope-dim go with --to mla; add it, or leave them out")
         if to != "mla":
             raise UserError(f"fold: --to: expected mla, got {to}; leave it out for fewer K/V heads")
-        if given := [name for name, value in others.items() if value not in (None, False, _DEFAULTS.get(name))]:
+        unset = {name for name, value in others.items() if value is None or value is False}
+        unset |= {name for name, default in _DEFAULTS.items() if str(others.get(name)) == str(default)}
+        if given := [name for name in others if name not in unset]:
             raise UserError(
                 f"fold --to mla: --{given[0].replace('_', '-')} is for folds to fewer K/V heads; leave it out"
             )

@@ -137,6 +137,10 @@ def attach(
             one linear, or whose head_dim is larger than the source's; a model with WGQA attached.
     """
     options = parse(spec)
+    if plan.quantised_cache:
+        raise UserError(
+            "wgqa: expected the original's keys and values, the plan rotates them; fold without --quantised-cache"
+        )
     if attached(model):
         raise UserError("wgqa: expected a model without WGQA, got one that has it attached; fold it away first")
     found = [linear for site in _folded(sites, plan) for linear in _linears(model, site, plan, read)]

@@ -94,16 +94,16 @@ def fold(
     assert out is not None  # `folds_in_memory` names one
     out, progress = Path(out), progress or no_progress
     place, compute_dtype = check_device(device), dtype_named(dtype)
+    latent = LatentRequest.of(
+        to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, heal=heal,
+        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, quantised_cache=quantised_cache, encoder=encoder, layout=layout,
+    )  # fmt: skip
     source = on_all(lambda: open_source(model, encoder, adapter, progress, say))
     refuse_overlap(source.plain.given, out)
     on_main(lambda: check_upload(push_to_hub))
     given = on_main_only(lambda: open_stats(stats, source))
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
-    if (to, kv_rank, rope_dim) != (None, None, None):
-        latent = LatentRequest.of(
-            to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, heal=heal,
-            heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, quantised_cache=quantised_cache, encoder=encoder, layout=layout,
-        )  # fmt: skip
+    if latent is not None:
         to_mla = LatentFold(source, latent, data, given, drawn, refit, verify, seed, place, compute_dtype, progress)
         return to_mla.run(out, force, push_to_hub, said)
     request = on_main(lambda: resolve_fold(

@@ -114,8 +114,7 @@ def run(
 
 def _facts(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Return what decides the output."""
-    code = trusted_code(source.config["model_type"])
-    ran = {} if code is None else {"code": code.digest}
+    ran = {"code": code.digest} if (code := trusted_code(source.config["model_type"])) is not None else {}
     return {**recipe.facts(), "model": source.checkpoint.fingerprint(), "version": version("headfold"), **ran}
 
 
@@ -130,6 +129,8 @@ def _check(recipe: Recipe) -> None:
     if recipe.report:
         with recipe.at(recipe.report_line):
             require_charts()
+            if latent := [step.name for step in recipe.folds if "to" in step.options]:
+                raise UserError(f"expected folds to fewer K/V heads on a page, got {latent[0]}; leave out report")
 
 
 def _fold(recipe: Recipe, step: FoldStep, model: str, out: Path, how: Mapping[str, Any], force: bool) -> FoldFacts:
