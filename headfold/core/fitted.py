@@ -32,6 +32,11 @@ class FittedHeads:
         assert (self.q is None) == (self.k is None), "queries and keys are fitted together or not at all"
         assert self.q is None or self.v is not None, "complete heads have values"
 
+    @classmethod
+    def of(cls, heads: Heads) -> "FittedHeads":
+        """Return all weights of folded heads, as complete ones."""
+        return cls(**{field.name: getattr(heads, field.name) for field in fields(cls)})
+
     @property
     def is_complete(self) -> bool:
         """Whether these are all weights of the folded site, so that it need not be merged."""

@@ -84,9 +84,8 @@ class TrainedWeights:
 
     def fitted(self) -> FittedHeads:
         """Return a copy of the present weights, of all fields."""
-        heads = self.to_heads()
-        named = {name: getattr(heads, name) for name in (*TRAINED, "o_bias", "q_gain", "k_gain")}
-        return FittedHeads(**{name: tensor.detach().clone() for name, tensor in named.items() if tensor is not None})
+        found = FittedHeads.of(self.to_heads())
+        return replace(found, **{name: tensor.detach().clone() for name, tensor in found.to_tensors().items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +104,7 @@ class Schedule:
     one. None: `longer` times the length of the first step (`_first_step`).
     """
     longer: float
+    """Length of the steps in lengths of the first, where `rate` is None."""
     seed: int
 
     def orders(self) -> Iterator[range]:

@@ -27,11 +27,17 @@ class LatentAttention(nn.Module):
     def forward(self, hidden_states: Float[Tensor, "batch token model"], **_: Any) -> tuple[Tensor, None]:
         """Return the output for packed text, causal and without padding."""
         site = self.site
-        queries, keys = queries_and_keys(site, self.turns, hidden_states)
-        values = torch.einsum("bsr,hvr->bhsv", hidden_states @ site.down.T, site.up_v)
-        scaling = queries.shape[-1] ** -0.5
-        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
-        return torch.einsum("bhtv,hvm->btm", mixed, site.o), None
+        return torch.einsum("bhtv,hvm->btm", attended_values(site, self.turns, hidden_states), site.o), None
+
+
+def attended_values(
+    site: Latent, turns: Float[Tensor, " plane"], inputs: Float[Tensor, "batch token model"]
+) -> Float[Tensor, "batch head token value_dim"]:
+    """Return what every head reads for packed text, causal and without padding: the input of the output projection."""
+    queries, keys = queries_and_keys(site, turns, inputs)
+    values = torch.einsum("bsr,hvr->bhsv", inputs @ site.down.T, site.up_v)
+    scaling = queries.shape[-1] ** -0.5
+    return nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
 
 
 def queries_and_keys(

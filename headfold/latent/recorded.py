@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.groups import Groups
 from ..core.heads import Heads, KeyFreedom
 from ..families.spec import Site
 from ..refine.recorded import AttentionInputs, RecordedSite, Replay
-from .attention import queries_and_keys
+from .attention import attended_values, queries_and_keys
 from .rotation import rotated
 from .site import Latent
 
@@ -87,13 +87,9 @@ class RecordedLatent(RecordedSite):
 
     def run(self, heads: Heads, number: int) -> Replay:
         inputs = self._given[number].to(self._latent.q)
-        with torch.no_grad():
-            query, key = queries_and_keys(with_heads(self._latent, heads), self._turns, inputs)
-        latents = inputs @ self._latent.down.T
-        values = torch.einsum("bsr,hvr->bhsv", latents, heads.v[..., :-1])
-        scaling = query.shape[-1] ** -0.5
-        mixed = nn.functional.scaled_dot_product_attention(query, key, values, is_causal=True, scale=scaling)
+        mixed = attended_values(with_heads(self._latent, heads), self._turns, inputs)
         rows = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+        latents = inputs @ self._latent.down.T
         return Replay(
             rows, rows @ heads.o.flatten(0, 1), self.target(number), inputs.flatten(0, 1), latents.flatten(0, 1)
         )

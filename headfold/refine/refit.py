@@ -115,9 +115,7 @@ def _fitted(
         fitted, is_complete = _descended(site_calls, heads, passes), True
         heads = _if_finite(refit_output(site_calls, fitted, ridge), fitted)
     if is_complete:
-        return FittedHeads(
-            q=heads.q, k=heads.k, v=heads.v, o=heads.o, o_bias=heads.o_bias, q_gain=heads.q_gain, k_gain=heads.k_gain
-        )
+        return FittedHeads.of(heads)
     return FittedHeads(o=heads.o, o_bias=heads.o_bias, v=heads.v if value_steps else None)
 
 
