@@ -1,7 +1,7 @@
 """Measure folds of published models as a user makes them, by the command line: quality, seconds, memory and bytes.
 
     python benchmarks/real.py MODELS --work DIR [--models smollm2,whisper,minilm,mpnet,python] [--rows "NAME;…"] [--seeds 0,1,2]
-        [--data DIR]
+        [--data DIR] [--long]
 
 MODELS is the folder that `scripts/real_models.py` made (`python`: that `scripts/train_large.py` made), `--data` the folder of WikiText-2
 and of the recordings. Every fold is a process of its own; its peak memory is what the system reports of it, a GPU's not included. Folds
@@ -45,6 +45,10 @@ OURS: dict[str, tuple[str, ...]] = {
     "absorb+refit+heal": MODEL,
 }  # fmt: skip
 WIDE, UNEQUAL = ("--head-dim-multiple", "2"), ("--group", "swap:unequal=true")
+
+SHORT = {"context 1024": (1024, 10240), "context 2048": (2048, 8192), "context 8192": (8192, 8192)}
+LONG = SHORT | {"64 windows of 1024": (1024, 65536), "2 windows of 8192": (8192, 16384)}
+"""What SmolLM2 is measured on: tokens per window, and in all."""
 
 Row = tuple[str, str, tuple[str, ...]]
 """Name, K/V heads (or the share of a budget, with %), and options of `headfold fold`."""
@@ -143,13 +147,15 @@ class Bench:
 
 
 def language_model(
-    model: Path, text: Path, contexts: Mapping[int, int], *, long: bool
+    model: Path, text: Path, contexts: Mapping[str, tuple[int, int]], *, long: bool
 ) -> Callable[[Path], dict[str, Any]]:
-    """Return a function that measures a language model against the original by context, on so many tokens; with `long`, passkeys too."""
+    """Return a function that measures a language model against the original, by name on windows of a length, of so many tokens in all;
+    with `long`, passkeys too.
+    """
 
     def score(made: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for context, limit in contexts.items():
+        for name, (context, limit) in contexts.items():
             reference = None if made == model else model
             one = headfold.eval(made, reference=reference, text=str(text), context=context, limit=limit)
             row = {"nll": one.nll, "perplexity": one.perplexity}
@@ -161,7 +167,7 @@ def language_model(
                     "same_top_token": one.top1_agreement,
                 }
                 row["loss_increase_by_position"] = [round(mine - theirs, 4) for mine, theirs in pairs]
-            found[f"context {context}"] = row
+            found[name] = row
         return found | ({"passkey": passkeys(made)} if long else {})
 
     return score
@@ -342,15 +348,17 @@ def main() -> None:
     reader.add_argument("--rows", default="", help="rows, separated by ; (default: all)")
     reader.add_argument("--seeds", default="0,1,2", help="seeds of calibration and training, separated by commas")
     reader.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
-    reader.add_argument("--passkey", action="store_true", help="measure passkey retrieval of language models too")
+    reader.add_argument(
+        "--long", action="store_true", help="measure language models on more windows, and passkey retrieval too"
+    )
     options = reader.parse_args()
     data, chosen = options.data, options.models.split(",")
     if "smollm2" in chosen:
-        model = options.directory / "smollm2-135m-instruct"
-        text, contexts = data / "wikitext2" / "test.txt", {1024: 10240, 2048: 8192, 8192: 8192}
+        model, text = options.directory / "smollm2-135m-instruct", data / "wikitext2" / "test.txt"
+        contexts = LONG if options.long else SHORT
         calibration = ("--calibration", str(data / "wikitext2" / "valid.txt"), "--tokens", "65536")
         bench = Bench(
-            model, options.work / "smollm2", calibration, language_model(model, text, contexts, long=options.passkey)
+            model, options.work / "smollm2", calibration, language_model(model, text, contexts, long=options.long)
         )
         measured(bench, "smollm2-135m-instruct", SMOLLM2, options)
     if "whisper" in chosen:
@@ -373,7 +381,7 @@ def main() -> None:
     if "python" in chosen:
         model = options.directory
         calibration = ("--calibration", str(model / "calibration.txt"), "--tokens", "65536")
-        score = language_model(model, model / "heldout.txt", {1024: 65536}, long=False)
+        score = language_model(model, model / "heldout.txt", {"context 1024": (1024, 65536)}, long=False)
         measured(Bench(model, options.work / "python", calibration, score), "python-105m", PYTHON, options)
 
 

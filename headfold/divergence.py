@@ -1,5 +1,7 @@
 """How far the output of a model is from another's on the same batch: as a loss to train on, and as far as the same function may be."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,13 +34,24 @@ def output_error(student: Any, teacher: Any, labels: Tensor | None, mask: Tensor
     Raises:
         UserError: the outputs differ in kind or shape, or are of a kind that is not known.
     """
+    found, error = _compared(student)
+    pairs = [(own, getattr(teacher, name, None)) for name, own in found.items()]
+    return torch.stack([error(own, other, labels, mask) for own, other in pairs]).mean()
+
+
+def compared_alone(output: Any) -> SimpleNamespace:
+    """Return what `output_error` reads of a model's output, without what else it holds."""
+    return SimpleNamespace(**_compared(output)[0])
+
+
+def _compared(output: Any) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
+    """Return what is compared of an output, by name, and the function that compares it."""
     for names, error in ((_LOGITS, _logit_error), (_EMBEDDINGS, _embedding_error), (_STATES, _state_error)):
-        found = [name for name in names if getattr(student, name, None) is not None]
+        found = {name: tensor for name in names if (tensor := getattr(output, name, None)) is not None}
         if found:
-            pairs = [(getattr(student, name), getattr(teacher, name, None)) for name in found]
-            return torch.stack([error(own, other, labels, mask) for own, other in pairs]).mean()
+            return found, error
     raise UserError(
-        f"distillation: expected an output with logits or hidden states, got {', '.join(student)}; give --heal-by block"
+        f"distillation: expected an output with logits or hidden states, got {', '.join(output)}; give --heal-by block"
     )
 
 

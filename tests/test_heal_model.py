@@ -148,9 +148,35 @@ def test_an_encoder_that_is_not_folded_runs_once_for_a_batch(
 
     kept = found()
     assert len(runs) == 4
-    monkeypatch.setattr(distilling, "ENCODED_BYTES", 0)
+    monkeypatch.setattr(distilling, "KEPT_BYTES", 0)
     again = found()
     assert len(runs) > 4
+    for site in pairs:
+        for field, tensor in kept[site].to_tensors().items():
+            assert_bitwise(tensor, again[site].to_tensors()[field])
+
+
+def test_the_original_runs_once_for_a_batch_that_is_held_back(
+    small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is kept of its outputs, and without, weights are the same."""
+    pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint("llama"))}
+    model, sample, runs = stock_model(tiny_checkpoint("llama")), tiny_sample("llama", NUM_ITEMS), list[int]()
+    model.register_forward_hook(lambda module, *_: runs.append(1) if module is model else None)  # not its copy
+    monkeypatch.setattr(distilling, "ONCE_TOKENS", calibration.total_tokens(sample) // 6)
+
+    def found() -> dict[str, Any]:
+        runs.clear()
+        return distill(
+            model, [site for site, _ in pairs.values()], lambda site: spoilt(*pairs[site.name]), sample, tokens=None
+        )
+
+    kept = found()
+    steps, held = len(list(distilling._batches(sample, None))), 1
+    assert len(runs) == steps + held
+    monkeypatch.setattr(distilling, "KEPT_BYTES", 0)
+    again = found()
+    assert len(runs) > steps + held
     for site in pairs:
         for field, tensor in kept[site].to_tensors().items():
             assert_bitwise(tensor, again[site].to_tensors()[field])

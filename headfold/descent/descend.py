@@ -226,12 +226,15 @@ def _first_step(adam: WhitenedAdam, error: Callable[[], float]) -> float:
     """
     start, directions = adam.weights(), adam.directions()
 
-    def error_at(length: float) -> float:
+    def go(length: float) -> None:
         adam.set([before - length * along for before, along in zip(start, directions, strict=True)])
+
+    def error_at(length: float) -> float:
+        go(length)
         return error()
 
     length = _least(error_at)
-    error_at(length)
+    go(length)
     return length
 
 

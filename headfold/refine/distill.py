@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from ..core.heads import Heads
 from ..descent import descend as descents
 from ..descent.descend import TrainedWeights, descend, schedule
 from ..descent.moments import Moments, add_moments, empty_moments, num_wanted
-from ..divergence import label_mask, output_error
+from ..divergence import compared_alone, label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
@@ -44,8 +45,8 @@ ONCE_TOKENS = 1024
 """Tokens of a step of a training that sees its data once, at least a whole text: many steps that see little go farther than few."""
 LONGER = 0.25
 """Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far."""
-ENCODED_BYTES = 2**30
-"""Memory for an encoder's outputs, which are kept for batches that are seen again."""
+KEPT_BYTES = 2**30
+"""Memory for the original's outputs, of its encoder too, which are kept for batches that are seen again."""
 
 
 @torch.no_grad()
@@ -80,6 +81,7 @@ def distill(
     plan = schedule(
         counts, tokens or sum(counts), num_checks=1 if once else NUM_CHECKS, seed=seed, longer=LONGER if once else 1.0
     )
+    again = plan.held if once else range(len(all_batches))
     left = total_tokens(sample, tokens)
     scale = SCALE if model.dtype == torch.float16 else 1.0
 
@@ -89,9 +91,11 @@ def distill(
         left -= count
         progress(count)
 
+    def loss(number: int) -> Tensor:
+        return student.error(all_batches[number], number if number in again else None)
+
     def error(numbers: range) -> float:
-        here = filter(falls_here, numbers)
-        found = sum(positions[number] * float(student.error(all_batches[number], number)) for number in here)
+        found = sum(positions[number] * float(loss(number)) for number in filter(falls_here, numbers))
         ran(numbers)
         return all_reduce(torch.tensor(found, dtype=torch.float64)).item() / sum(positions[each] for each in numbers)
 
@@ -100,15 +104,14 @@ def distill(
         for number in filter(falls_here, numbers):
             share = positions[number] / sum(positions[each] for each in numbers)
             with torch.enable_grad():
-                loss = student.error(all_batches[number], number)
                 # Zero where no output depends on a site, as on layers of a tower behind the one that a wrapper reads.
-                found = torch.autograd.grad(scale * share * loss, student.leaves, materialize_grads=True)
+                found = torch.autograd.grad(scale * share * loss(number), student.leaves, materialize_grads=True)
             return [each / scale for each in found]
         return [torch.zeros_like(leaf) for leaf in student.leaves]
 
     def moments() -> list[Moments]:
         own = filter(falls_here, chain(*plan.rounds))
-        return student.input_moments((number, all_batches[number]) for number in own)
+        return student.input_moments(all_batches[number] for number in own)
 
     with _frozen(model):
         found = descend(student.weights, moments if once else None, error, gradients, plan)
@@ -156,38 +159,58 @@ class _Student:
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         decodes = getattr(model.config, "is_encoder_decoder", False)
         self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
-        self._encoded: dict[int | None, Tensor] = {}
-        self._room = ENCODED_BYTES
+        self._encoded: dict[int, Tensor] = {}
+        self._answers: dict[int, SimpleNamespace] = {}
+        self._room = KEPT_BYTES
         self._options = without_cache(model, model.forward)
 
     def error(self, batch: Sample, number: int | None = None) -> Tensor:
         """Return the divergence of the student's output from the original's on one batch.
 
-        An encoder that both models share is run once for batches of the same number, as far as memory is set aside for its outputs.
+        A batch whose number is given is seen again: the original, and an encoder that both share, are run on it once, as far as memory is
+        set aside for their outputs.
         """
+        given, labels = self._given(batch)
+        mask = given.get("attention_mask")
+        if number in self._encoded:
+            given = self._decoded(given, self._encoded[number])
+        teacher: Any = self._answers.get(number) if number is not None else None
+        if teacher is None:
+            with torch.no_grad():
+                teacher = self._teacher(**given, **self._options)
+            if self._shares_encoder:
+                encoded = teacher.encoder_last_hidden_state
+                given = self._decoded(given, encoded)
+                if number is not None and number not in self._encoded and self._has_room(encoded):
+                    self._encoded[number] = encoded
+            teacher = compared_alone(teacher)
+            if number is not None and self._has_room(*vars(teacher).values()):
+                self._answers[number] = teacher
+        return output_error(self._run(given), teacher, labels, mask)
+
+    def _given(self, batch: Sample) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what both models are called with, and the labels."""
         device = input_device(self._teacher)
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = given.pop("labels", None)
         if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
             assert labels is not None
             given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
-        mask = given.get("attention_mask")
-        if number in self._encoded:
-            given = self._decoded(given, self._encoded[number])
-        with torch.no_grad():
-            teacher = self._teacher(**given, **self._options)
-        if self._shares_encoder:
-            encoded = teacher.encoder_last_hidden_state
-            given = self._decoded(given, encoded)
-            if number is not None and number not in self._encoded and encoded.nbytes <= self._room:
-                self._room -= encoded.nbytes
-                self._encoded[number] = encoded
-        student = torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-        return output_error(student, teacher, labels, mask)
+        return given, labels
+
+    def _run(self, given: Mapping[str, Any]) -> Any:
+        return torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
+
+    def _has_room(self, *tensors: Tensor) -> bool:
+        """Return whether there is memory set aside for these tensors, and if so, take it."""
+        size = sum(tensor.nbytes for tensor in tensors)
+        fits = size <= self._room
+        self._room -= size * fits
+        return fits
 
     @torch.no_grad()
-    def input_moments(self, batches: Iterable[tuple[int, Sample]]) -> list[Moments]:
-        """Return the second moments of the inputs of every site's projections, from as many of the numbered batches as that takes.
+    def input_moments(self, batches: Iterable[Sample]) -> list[Moments]:
+        """Return the second moments of the inputs of every site's projections, from as many of the batches as that takes.
 
         Padding is among them: it weighs little, and no step depends on their exact value.
         """
@@ -198,8 +221,8 @@ class _Student:
                 for field, path in input_modules(site, in_slots=trained.heads.head_dim > site.head_dim).items():
                     handle = self._model.get_submodule(path).register_forward_pre_hook(partial(_add, own, field))
                     stack.callback(handle.remove)
-            for number, batch in batches:
-                self.error(batch, number)
+            for batch in batches:
+                self._run(self._given(batch)[0])
                 wanted -= num_tokens(batch)
                 if wanted <= 0:
                     break
