@@ -147,11 +147,9 @@ class Bench:
 
 
 def language_model(
-    model: Path, text: Path, contexts: Mapping[str, tuple[int, int]], *, long: bool
+    model: Path, text: Path, contexts: Mapping[str, tuple[int, int]]
 ) -> Callable[[Path], dict[str, Any]]:
-    """Return a function that measures a language model against the original, by name on windows of a length, of so many tokens in all;
-    with `long`, passkeys too.
-    """
+    """Return a function that measures a language model against the original, by name on windows of a length, of so many tokens in all."""
 
     def score(made: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -168,42 +166,9 @@ def language_model(
                 }
                 row["loss_increase_by_position"] = [round(mine - theirs, 4) for mine, theirs in pairs]
             found[name] = row
-        return found | ({"passkey": passkeys(made)} if long else {})
+        return found
 
     return score
-
-
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def passkeys(made: Path, lengths: tuple[int, ...] = (1024, 2048, 4096, 8000)) -> dict[str, float]:
-    """Return by length the share of digits of a five-digit key that a model repeats from a text, a key per depth."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(made)
-    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16, trust_remote_code=True).eval().to(DEVICE)
-    filler = tokenizer(FILLER)["input_ids"]
-    found = {}
-    for length in lengths:
-        right = total = 0
-        for number, depth in enumerate(DEPTHS):
-            key = f"{71839 + 4217 * number % 28000:05d}"
-            parts = (
-                f"The pass key is {key}. Remember it. {key} is the pass key. ",
-                "What is the pass key? The pass key is ",
-            )
-            told, asked = (tokenizer(part)["input_ids"] for part in parts)
-            answer = tokenizer(key)["input_ids"]
-            room = length - len(told) - len(asked) - len(answer)
-            text = (filler * (room // len(filler) + 1))[:room]
-            before = int(depth * room)
-            ids = torch.tensor([[*text[:before], *told, *text[before:], *asked, *answer]], device=DEVICE)
-            with torch.no_grad():
-                predicted = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(-1).cpu()
-            right, total = right + int((predicted == torch.tensor(answer)).sum()), total + len(answer)
-        found[str(length)] = right / total
-    return found
 
 
 def transcripts(made: Path, files: list[Path]) -> tuple[list[str], float]:
@@ -348,18 +313,14 @@ def main() -> None:
     reader.add_argument("--rows", default="", help="rows, separated by ; (default: all)")
     reader.add_argument("--seeds", default="0,1,2", help="seeds of calibration and training, separated by commas")
     reader.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
-    reader.add_argument(
-        "--long", action="store_true", help="measure language models on more windows, and passkey retrieval too"
-    )
+    reader.add_argument("--long", action="store_true", help="measure SmolLM2 on more windows")
     options = reader.parse_args()
     data, chosen = options.data, options.models.split(",")
     if "smollm2" in chosen:
         model, text = options.directory / "smollm2-135m-instruct", data / "wikitext2" / "test.txt"
         contexts = LONG if options.long else SHORT
         calibration = ("--calibration", str(data / "wikitext2" / "valid.txt"), "--tokens", "65536")
-        bench = Bench(
-            model, options.work / "smollm2", calibration, language_model(model, text, contexts, long=options.long)
-        )
+        bench = Bench(model, options.work / "smollm2", calibration, language_model(model, text, contexts))
         measured(bench, "smollm2-135m-instruct", SMOLLM2, options)
     if "whisper" in chosen:
         model, speech = options.directory / "whisper-tiny.en", data / "speech"
@@ -381,7 +342,7 @@ def main() -> None:
     if "python" in chosen:
         model = options.directory
         calibration = ("--calibration", str(model / "calibration.txt"), "--tokens", "65536")
-        score = language_model(model, model / "heldout.txt", {"context 1024": (1024, 65536)}, long=False)
+        score = language_model(model, model / "heldout.txt", {"context 1024": (1024, 65536)})
         measured(Bench(model, options.work / "python", calibration, score), "python-105m", PYTHON, options)
 
 

@@ -1,17 +1,20 @@
 """Own an output while it is written, refuse what is in the way, and remove what an error left empty."""
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint.ownership import claim, lock_beside, lock_inside
-from .checkpoint.staging import JOB, Publish, open_staging, staging_of
+from .checkpoint.staging import JOB, Publish, commit, open_staging, staging_of
 from .core.errors import SourceError, UserError
 from .parallel import is_main, on_main, on_main_only
 
 KEPT = "; what was done until then is kept in "
 """Ends an error after which the same job goes on from its staging directory, whose name follows."""
+_WORK = ".headfold-work"
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -126,3 +129,35 @@ def remove_output(out: Path) -> None:
     """Remove an output directory of ours and what is left of its staging directory; neither has to exist."""
     for left in (out, staging_of(out)):
         shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class StagedJob:
+    """The staging directory of one output, as `staged` yields it, with what is computed on the way and how long it takes."""
+
+    staging: Path
+    seconds: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Seconds by stage."""
+    publish: Publish | None = field(default=None, kw_only=True)
+    """What is done with the whole output."""
+
+    @property
+    def work(self) -> Path:
+        """The directory of statistics and fitted sites while the output grows; removed before the output is renamed."""
+        return self.staging / _WORK
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds that a stage takes, without those of stages inside it."""
+        started, before = time.monotonic(), sum(self.seconds.values())
+        yield
+        inside = sum(self.seconds.values()) - before
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
+
+    def committed(self, out: Path, force: bool, say: Callable[[str], None]) -> list[str]:
+        """Remove `work`, move the finished directory to its place, upload it if a repository was named; return what there is to say."""
+        shutil.rmtree(self.work)
+        if self.publish:
+            say(f"{out}: complete; uploading it, which the same command does again if it is interrupted")
+        said = commit(self.staging, out, force, self.publish)
+        return [said] if said else []

@@ -1,5 +1,6 @@
 """Tables of folds of published models, measured by benchmarks/real.py."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,14 +100,46 @@ def speech(result: str) -> str:
 
 
 def retrieval(result: str) -> str:
-    """The share of digits of a passkey that a model repeats, by the length of the text around it."""
-    rows = [row for row in (_original(result), *_folds(result)) if "passkey" in row]
+    """The share of digits that a model repeats from a text, by its length: of a passkey, and of a value in a list of names and values."""
+    rows = load(result)["rows"]
     lengths = list(rows[0]["passkey"])
-    header = ["fold", *(f"{int(length):,} tokens" for length in lengths)]
-    return table(
-        header,
-        [[_name(row), *(percent(row["passkey"][length]) for length in lengths)] for row in rows],
-    )
+    header = ["fold", "retrieved", *(f"{int(length):,} tokens" for length in lengths)]
+    lines = [
+        [NAMES[row["model"]], said, *(percent(row[key][length]) for length in lengths)]
+        for key, said in (("passkey", "passkey"), ("lookup", "value in a list"))
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def entropy(result: str) -> str:
+    """The mean entropy of attention by quarter of the window, of all layers and of their last third."""
+    rows = load(result)["rows"]
+    header = ["fold", "window", "layers", "first quarter", "second", "third", "last"]
+    lines = [
+        [NAMES[row["model"]], f"{int(context):,}", layers, *map(number, row["entropy"][context][layers])]
+        for context in rows[0]["entropy"]
+        for layers in rows[0]["entropy"][context]
+        for row in rows
+    ]
+    return table(header, lines)
+
+
+def by_quarter(result: str) -> str:
+    """The loss increase by quarter of the window, on many windows."""
+    keys = ("64 windows of 1024", "2 windows of 8192")
+    header = ["fold", "windows", "loss increase", "first quarter", "second", "third", "last"]
+    lines = []
+    for row in (row for row in _folds(result) if keys[0] in row):
+        for key in keys:
+            parts = row[key]["loss_increase_by_position"]
+            size = len(parts) // 4
+            quarters = (statistics.mean(parts[at : at + size]) for at in range(0, len(parts), size))
+            count, _, length = key.partition(" windows of ")
+            lines.append([
+                _name(row), f"{count} of {int(length):,}", number(row[key]["loss_increase"]), *map(number, quarters)
+            ])  # fmt: skip
+    return table(header, lines)
 
 
 def encoder(result: str) -> str:
@@ -126,9 +159,12 @@ def encoder(result: str) -> str:
 
 SMOLLM2, WHISPER = "real-smollm2-135m-instruct", "real-whisper-tiny.en"
 MINILM, MPNET = "real-all-minilm-l6-v2", "real-all-mpnet-base-v2"
+LONG = "smollm2-135m-instruct-long-context"
 REAL = {
     "real-language-model": Block(lambda: language_model(SMOLLM2, (1024, 2048, 8192)), (SMOLLM2,)),
-    "real-retrieval": Block(lambda: retrieval(SMOLLM2), (SMOLLM2,)),
+    "real-quarters": Block(lambda: by_quarter(SMOLLM2), (SMOLLM2,)),
+    "real-retrieval": Block(lambda: retrieval(LONG), (LONG,)),
+    "real-entropy": Block(lambda: entropy(LONG), (LONG,)),
     "real-encoder": Block(lambda: encoder(MINILM), (MINILM,)),
     "real-large-encoder": Block(lambda: encoder(MPNET), (MPNET,)),
     "real-speech": Block(lambda: speech(WHISPER), (WHISPER,)),

@@ -21,6 +21,7 @@ from headfold.conversion.estimate import estimated_seconds, item_operations
 from headfold.conversion.fold_request import resolve_fold
 from headfold.conversion.source import open_source
 from headfold.conversion.teacher import Teacher
+from headfold.refine.scope import Fits
 from headfold.reports.tables import estimate
 from headfold.stats_file import write_stats
 from headfold.timing import machine, stages
@@ -94,8 +95,8 @@ def told(
 ) -> dict[str, float]:  # fmt: skip
     opened = open_source(path, False)
     request = resolve_fold(
-        opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge, refit=refit, refit_by=refit_by,
-        heal=heal, heal_tokens=None, heal_by=heal_by if heal else None, device="cpu",
+        opened, kv_heads=kv_heads, plan=None, head_dim_multiple=1, group="contiguous", merge=merge,
+        fits=Fits(refit, refit_by, heal, heal_by=heal_by if heal else None), device="cpu",
         data=CalibrationRequest(source, tokens, context=32), stats=None,
     )  # fmt: skip
     teacher = Teacher(opened, request.calibration, "cpu", torch.float32)

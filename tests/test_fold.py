@@ -17,8 +17,8 @@ import headfold
 from headfold import planning
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
-from headfold.conversion import fitted_sites as fitted
 from headfold.conversion import fold_job, measured_sites, single_pass, verification, writing
+from headfold.conversion import site_files as fitted
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
 from headfold.core.plan import Plan

@@ -215,6 +215,22 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm", "out"]
 
 
+def test_a_corrupt_site_of_a_killed_run_is_named(
+    readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = dict(to="mla", kv_rank="1/2", tokens=2048, context=32, refit=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "compare_with_twin", failing(job.compare_with_twin, 0))
+        with pytest.raises(KeyboardInterrupt):
+            headfold.fold(readable, tmp_path / "out", **options)
+    site = next((tmp_path / "out.partial").rglob("sites/*.safetensors"))
+    site.write_bytes(site.read_bytes()[:-1])
+    with pytest.raises(UserError, match="corrupt file; remove it"):
+        headfold.fold(readable, tmp_path / "out", **options)
+    site.unlink()
+    headfold.fold(readable, tmp_path / "out", **options)
+
+
 def test_a_wrong_file_never_gets_its_name(readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights for whoever reads them, but with a latent so large that the norm of the class divides by its size."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import headfold
 from headfold import calibration, parallel
-from headfold.conversion import fitted_sites as fitted
+from headfold.conversion import site_files as fitted
 from headfold.core.plan import Plan
 from headfold.refine import distill, heal
 from headfold.stats_file import StatsFile

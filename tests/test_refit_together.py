@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from grades import assert_differs
 from test_cli import refused, run  # noqa: F401 (a fixture)
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
@@ -13,7 +14,7 @@ from tiny import stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 
 import headfold
 from headfold import calibration, hf_models
-from headfold.conversion import fitted_sites
+from headfold.conversion import site_files
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.refine import distill, queries, scope
@@ -46,7 +47,7 @@ def test_one_that_was_killed_ends_in_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     headfold.fold(readable, tmp_path / "calm", **FOLDED, refit_by="model")
-    kept, save = list[str](), fitted_sites.save_file
+    kept, save = list[str](), site_files.save_file
 
     def killed(tensors: Any, path: Path, facts: Any) -> None:
         kept.append(path.parent.name)
@@ -54,10 +55,10 @@ def test_one_that_was_killed_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         save(tensors, path, facts)
 
-    monkeypatch.setattr(fitted_sites, "save_file", killed)
+    monkeypatch.setattr(site_files, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         headfold.fold(readable, tmp_path / "out", **FOLDED, refit_by="model")
-    monkeypatch.setattr(fitted_sites, "save_file", save)
+    monkeypatch.setattr(site_files, "save_file", save)
     headfold.fold(readable, tmp_path / "out", **FOLDED, refit_by="model")
     same_bytes(tmp_path / "calm", tmp_path / "out")
 
@@ -88,7 +89,7 @@ def test_a_fold_that_overflows_where_it_would_be_trained_keeps_its_refit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distill._Student, "error", lambda *_: float("nan"))
+    monkeypatch.setattr(distill._Student, "error", lambda *_: torch.tensor(float("nan")))
     whole = headfold.fold(readable, tmp_path / "whole", **FOLDED, refit_by="model")
     alone = headfold.fold(readable, tmp_path / "alone", **FOLDED, refit_by="block")
     assert whole.verification.passed

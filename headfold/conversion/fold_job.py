@@ -1,7 +1,5 @@
-"""One fold in its staging directory: what an earlier run of the same job left there, and how long each stage takes and was to take."""
+"""One fold in its staging directory: what an earlier run of the same job left there, and how long each stage was to take."""
 
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.staging import Publish, commit, holds_other_job, job_key
+from ..checkpoint.staging import holds_other_job, job_key
 from ..checkpoint.upload import upload
 from ..core.fitted import FittedHeads
 from ..core.plan import Plan
 from ..core.stats import SiteStats
 from ..families.spec import Site
-from ..outputs import staged
+from ..outputs import StagedJob, staged
 from ..parallel import on_main, on_main_only
 from ..refine.fitting import Watch
 from ..refine.scope import Healing
@@ -32,20 +30,16 @@ from .teacher import Teacher
 
 SAID_FROM = 20.0
 """Seconds of a whole job from which its estimate is said, not only recorded."""
-_WORK, _STATISTICS = ".headfold-work", "stats.safetensors"
+_STATISTICS = "stats.safetensors"
 
 
 @dataclass(slots=True)
-class FoldJob:
+class FoldJob(StagedJob):
     """The staging directory of one fold, with what is computed on the way to it. All of it lies on rank 0."""
 
-    staging: Path
     settings: Mapping[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
     estimated: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, as they were estimated before."""
-    publish: Publish | None = None
-    """What is done with the whole output."""
 
     @classmethod
     @contextmanager
@@ -73,19 +67,6 @@ class FoldJob:
             yield job
 
     @property
-    def work(self) -> Path:
-        """The directory of statistics and fitted heads while the output grows; removed before the output is renamed."""
-        return self.staging / _WORK
-
-    def committed(self, out: Path, force: bool, say: Callable[[str], None]) -> list[str]:
-        """Remove `work`, move the finished directory to its place, upload it if a repository was named; return what there is to say."""
-        shutil.rmtree(self.work)
-        if self.publish:
-            say(f"{out}: complete; uploading it, which the same command does again if it is interrupted")
-        said = commit(self.staging, out, force, self.publish)
-        return [said] if said else []
-
-    @property
     def measured_sites(self) -> MeasuredSites:
         """The statistics and plans of single sites; those of rank 0."""
         return MeasuredSites(self.work)
@@ -101,14 +82,6 @@ class FoldJob:
     def refits(self) -> FittedSites:
         """Return the refitted heads so far, which lie on rank 0."""
         return on_main_only(lambda: FittedSites(self.work / "refit"))
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds that a stage takes, without those of stages inside it."""
-        started, before = time.monotonic(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - before
-        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.monotonic() - started - inside, 3)
 
     def _draw_texts(self, teacher: Teacher) -> None:
         """Draw texts that come one by one, so that their lengths are known, unless an earlier run has; all ranks together."""

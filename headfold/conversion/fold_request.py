@@ -13,7 +13,7 @@ from ..core.plan import Plan, SitePlan
 from ..families.wrapped import is_wrapper
 from ..head_dims import largest_multiple, possible_multiples
 from ..hf_models import check_known_model
-from ..refine.scope import Healing, refit_by_default
+from ..refine.scope import Fits, Healing
 from ..runtime.load import own_class
 from ..stats_file import StatsFile
 from ..towers import check_tower_runs
@@ -73,11 +73,7 @@ def resolve_fold(
     head_dim_multiple: str | int,
     group: str,
     merge: str,
-    refit: bool,
-    heal: bool,
-    heal_tokens: int | None,
-    heal_by: str | None,
-    refit_by: str | None,
+    fits: Fits,
     device: str,
     data: CalibrationRequest,
     stats: StatsFile | None,
@@ -92,10 +88,7 @@ def resolve_fold(
     """
     if (kv_heads is None) == (plan is None):
         raise UserError("fold: expected either kv_heads or plan, got both or none; give one")
-    if not heal and (heal_tokens is not None or heal_by is not None):
-        raise UserError("fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out")
-    if not refit and refit_by is not None:
-        raise UserError("fold: refit_by goes with refit; leave it or --no-refit out")
+    fits.check()
     ready = plan if isinstance(plan, Plan | None) else Plan.load(Path(plan))
     multiple = 1
     check_known_model(
@@ -119,23 +112,15 @@ def resolve_fold(
             check_statistics(source, stats, planning.PREDICTION_STATISTICS)
     recorded = stats.metadata if stats is not None else ready.calibration if ready else {}
     earlier, calibration = CalibrationRequest.recorded(recorded), None
-    if needed or refit or heal or data.source is not None or earlier:
+    if needed or fits.refit or fits.heal or data.source is not None or earlier:
         calibration = CalibrationConfig.resolve(source, data, recorded)
     if is_wrapper(source.config):
         check_tower_runs(source.name, source.sites, None if calibration is None else calibration.kind)
     if layout is not None and (expected := ready or _equal_groups(source, kv_heads, group, multiple)):
         choose_fold_layout(source, expected, layout)
-    healing = Healing()
-    if heal:
-        assert calibration is not None
-        healing = Healing.resolved(heal_by, heal_tokens, calibration.kind, source.checkpoint.num_parameters)
-        healing.check_memory(source.checkpoint, source.sites, device)
-    together = ""
-    if refit:
-        assert calibration is not None
-        together = refit_by_default(
-            refit_by, source.checkpoint, source.sites, calibration.kind, calibration.tokens, device, heals=heal
-        )
+    together, healing = "", Healing()
+    if calibration is not None:
+        together, healing = fits.resolved(source.checkpoint, source.sites, calibration.kind, calibration.tokens, device)
     code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),

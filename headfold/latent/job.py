@@ -1,29 +1,26 @@
 """Fold a model to MLA: calibrate, choose the shape, fit every site, write, verify, and only then rename the output into its place."""
 
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..calibration import batches, is_packed_text
 from ..checkpoint.cards import write_card
 from ..checkpoint.reader import Checkpoint
-from ..checkpoint.staging import commit, copy_side_files, job_key, write_json, wrong_output
+from ..checkpoint.staging import copy_side_files, job_key, write_json, wrong_output
 from ..checkpoint.upload import upload
 from ..checkpoint.writer import output_bytes, rewrite
 from ..conversion.calibration_config import CalibrationConfig, CalibrationRequest
 from ..conversion.fold_request import data_from
 from ..conversion.plans import check_statistics
 from ..conversion.provenance import fold_command, fold_options
+from ..conversion.site_files import SiteFiles
 from ..conversion.source import Source
 from ..conversion.teacher import Teacher
 from ..conversion.verification import verification_sample
@@ -35,7 +32,7 @@ from ..families.layout import read_heads
 from ..families.spec import Site
 from ..hf_models import exceeds_memory
 from ..hf_models.building import open_config
-from ..outputs import staged
+from ..outputs import StagedJob, staged
 from ..recipes.recipe import NAME as RECIPE
 from ..recipes.recipe import recipe_text
 from ..refine.blocks import walk
@@ -69,7 +66,9 @@ if TYPE_CHECKING:
 LOOSER = 10
 """Times the tolerance of a grouped fold: sums through a latent have terms that are larger than their result, and round accordingly."""
 STATISTICS = frozenset({"second", "scatter", "attended"})
-_WORK, _STATISTICS, _SHAPE = ".headfold-work", "stats.safetensors", "shape.json"
+_STATISTICS, _SHAPE = "stats.safetensors", "shape.json"
+_ERROR = "error"
+"""The predicted error of a site, beside its tensors."""
 
 
 @dataclass(slots=True)
@@ -87,9 +86,10 @@ class LatentFold:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     progress: Progress = no_progress
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, out: Path, force: bool, push_to_hub: str | None, notes: list[str]) -> LatentResult:
+    def run(
+        self, out: Path, force: bool, push_to_hub: str | None, notes: list[str], say: Callable[[str], None]
+    ) -> LatentResult:
         """Write the fold to `out`; it grows as `OUT.partial`, from which the same call goes on after a kill.
 
         Raises:
@@ -106,25 +106,24 @@ class LatentFold:
             teacher.use_sample(self.stats)
         publish = None if push_to_hub is None else partial(upload, out, push_to_hub)
         with staged(out, job_key(settings), force, publish) as staging:
-            work = staging / _WORK
-            (work / "sites").mkdir(parents=True, exist_ok=True)
-            with self._timed("calibrate"):
-                stats = self._statistics(teacher, work / _STATISTICS)
-            with self._timed("choose"):
-                shape = self._shape(shapes, stats, work / _SHAPE)
-            with self._timed("fit"):
-                errors = self._fit(teacher, stats, shape, work / "sites")
+            job = StagedJob(staging, publish=publish)
+            sites = SiteFiles(job.work / "sites")
+            with job.timed("calibrate"):
+                stats = self._statistics(teacher, job.work / _STATISTICS)
+            with job.timed("choose"):
+                shape = self._shape(shapes, stats, job.work / _SHAPE)
+            with job.timed("fit"):
+                errors = self._fit(teacher, stats, shape, sites)
             facts = dict(stats.metadata)
             teacher.close()
-            with self._timed("write"):
-                self._write(staging, shape, work / "sites")
-            with self._timed("verify"):
+            with job.timed("write"):
+                self._write(staging, shape, sites)
+            with job.timed("verify"):
                 verification = self._verified(staging, shape, teacher) if self.verify else None
-            result = self._result(out, shape, errors, verification, teacher.notes)
+            result = self._result(out, shape, errors, verification, teacher.notes, job.seconds)
             self._write_facts(staging, out, result, settings, facts)
-            shutil.rmtree(work)
-            said = commit(staging, out, force, publish)
-        return replace(result, notes=[*result.notes, *([said] if said else [])])
+            said = job.committed(out, force, say)
+        return replace(result, notes=[*result.notes, *said])
 
     def _calibration(self) -> CalibrationConfig | None:
         """Return the calibration data, None where no step needs them."""
@@ -172,12 +171,6 @@ class LatentFold:
         text = recipe_text(source.name, settings["source"], settings["version"], options)
         (staging / RECIPE).write_text(text, encoding="utf-8", errors="replace")
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = round(time.monotonic() - started, 3)
-
     def _statistics(self, teacher: Teacher, path: Path) -> StatsFile:
         if self.stats is not None:
             return self.stats
@@ -192,30 +185,27 @@ class LatentFold:
             write_json(path, asdict(choose_shape(self.source, shapes, stats)))
         return Shape(**read_object(path))
 
-    def _fit(self, teacher: Teacher, stats: StatsFile, shape: Shape, directory: Path) -> dict[str, float]:
-        """Fit every site and keep it in a file of its own, with its predicted error."""
-        done = counter(self.progress, "fit", len(self.source.sites))
+    def _fit(self, teacher: Teacher, stats: StatsFile, shape: Shape, fitted: SiteFiles) -> dict[str, float]:
+        """Fit every site that is not fitted yet, and return the predicted error of each."""
+        done, sites = counter(self.progress, "fit", len(self.source.sites)), self.source.sites
         if not self.refit:
-            for site in self.source.sites:
-                self._keep(site, stats, shape, directory, None)
+            for site in sites:
+                self._keep(site, stats, shape, fitted, None)
                 done(1)
-            return self._errors(directory)
+            return self._errors(fitted)
         if not is_packed_text(teacher.sample):
             raise UserError(
                 "fold --to mla: expected packed text as calibration data, got texts one by one; name a text"
             )
         windows = [batch["input_ids"] for batch in batches(teacher.sample)]
         with torch.no_grad():
-            for (_, visit), site in zip(
-                walk(teacher.model, self.source.sites, windows), self.source.sites, strict=True
-            ):
-                self._keep(site, stats, shape, directory, [visit(number) for number in range(len(windows))])
+            for (_, visit), site in zip(walk(teacher.model, sites, windows), sites, strict=True):
+                self._keep(site, stats, shape, fitted, [visit(number) for number in range(len(windows))])
                 done(1)
-        return self._errors(directory)
+        return self._errors(fitted)
 
-    def _keep(self, site: Site, stats: StatsFile, shape: Shape, directory: Path, calls: list[Any] | None) -> None:
-        path = directory / f"{site.name}.safetensors"
-        if path.exists():
+    def _keep(self, site: Site, stats: StatsFile, shape: Shape, fitted: SiteFiles, calls: list[Any] | None) -> None:
+        if site.name in fitted:
             return
         heads = read_heads(site, self.source.read_finite)
         moments = site_moments(heads, stats[site.name])
@@ -226,15 +216,13 @@ class LatentFold:
             outputs = [output for _, output in calls]
             latent = latent.to(inputs[0].device)
             latent = refitted(RecordedLatent(site, heads, latent, shape.turns, inputs, outputs), latent)
-        whole = {name: tensor.cpu().contiguous() for name, tensor in latent.tensors().items()}
-        partial_path = path.with_suffix(".partial")
-        save_file({**whole, "error": torch.tensor(found.error, dtype=torch.float64)}, partial_path)
-        partial_path.rename(path)
+        whole = {name: tensor.cpu() for name, tensor in latent.tensors().items()}
+        fitted.put(site.name, {**whole, _ERROR: torch.tensor(found.error, dtype=torch.float64)}, {})
 
-    def _errors(self, directory: Path) -> dict[str, float]:
-        return {s.name: load_file(directory / f"{s.name}.safetensors")["error"].item() for s in self.source.sites}
+    def _errors(self, fitted: SiteFiles) -> dict[str, float]:
+        return {site.name: fitted.tensors(site.name)[_ERROR].item() for site in self.source.sites}
 
-    def _write(self, staging: Path, shape: Shape, directory: Path) -> None:
+    def _write(self, staging: Path, shape: Shape, fitted: SiteFiles) -> None:
         """Write weights, config and everything that lies beside the source's weights."""
         checkpoint, config = self.source.checkpoint, self._complete_config()
         sites = {_prefix(site): site for site in self.source.sites}
@@ -264,8 +252,8 @@ class LatentFold:
                 precise = read.to(torch.promote_types(read.dtype, torch.float32))
                 found = {name: (precise * factors[name]).to(read.dtype)}
                 return found | ({HEAD: read} if HEAD in owner and name == EMBEDDING else {})
-            tensors = load_file(directory / f"{sites[name].name}.safetensors")
-            tensors.pop("error")
+            tensors = fitted.tensors(sites[name].name)
+            tensors.pop(_ERROR)
             found = site_tensors(Latent.of(tensors), name, scale)
             if bad := [each for each, tensor in found.items() if not torch.isfinite(tensor).all()]:
                 raise UserError(f"{bad[0]} is not finite after folding; check the source for NaN weights")
@@ -315,13 +303,14 @@ class LatentFold:
         return model
 
     def _result(
-        self, out: Path, shape: Shape, errors: dict[str, float], verification: Verification | None, notes: list[str]
-    ) -> LatentResult:
+        self, out: Path, shape: Shape, errors: dict[str, float], verification: Verification | None, notes: list[str],
+        seconds: dict[str, float],
+    ) -> LatentResult:  # fmt: skip
         source, site = self.source, self.source.sites[0]
         cached = shape.cached * len(source.sites) * source.dtype.itemsize
         return LatentResult(
             out, source.name, source.config["model_type"], site.num_heads, site.num_kv_heads, shape, source.kv_bytes_per_token(), cached,
-            errors, self.refit, verification, notes, self.seconds,
+            errors, self.refit, verification, notes, seconds,
         )  # fmt: skip
 
 

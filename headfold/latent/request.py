@@ -1,7 +1,7 @@
 """What a fold to MLA is asked for, and which models and options it refuses."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..core.errors import UserError
 from ..families.context import context_length, sliding_window
 from ..families.wrapped import is_wrapper
 from ..parallel import num_processes
+from ..refine.scope import Fits
 
 MODEL_TYPES = ("llama", "mistral")
 """Types whose blocks are those of the target class but for their attention."""
@@ -36,10 +37,16 @@ class LatentRequest:
 
     @classmethod
     def of(
-        cls, to: str | None, kv_rank: str | int | None, rope_dim: int | None, **others: Any
+        cls,
+        to: str | None,
+        kv_rank: str | int | None,
+        rope_dim: int | None,
+        *,
+        fits: Fits | None = None,
+        **others: Any,
     ) -> "LatentRequest | None":
-        """Return the request for these options, None where there are none; `others` are those of a fold to fewer K/V heads, which must
-        have their defaults beside them.
+        """Return the request for these options, None where there are none; `fits` and `others` are those of a fold to fewer K/V heads,
+        which must have their defaults beside them, but for `refit`.
 
         Raises:
             UserError: another target, an option that does not go with it, or a size that is none.
@@ -50,6 +57,7 @@ class LatentRequest:
             raise UserError("fold: --kv-rank and --rope-dim go with --to mla; add it, or leave them out")
         if to != "mla":
             raise UserError(f"fold: --to: expected mla, got {to}; leave it out for fewer K/V heads")
+        others |= asdict(replace(fits or Fits(), refit=False))
         unset = {name for name, value in others.items() if value is None or value is False}
         unset |= {name for name, default in _DEFAULTS.items() if str(others.get(name)) == str(default)}
         if given := [name for name in others if name not in unset]:

@@ -102,3 +102,43 @@ class Healing:
 
     def __bool__(self) -> bool:
         return self.tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """What a call asks to be fitted after the merge; what it does not give is the default for its model and data."""
+
+    refit: bool = True
+    refit_by: str | None = None
+    heal: bool = False
+    heal_tokens: int | None = None
+    heal_by: str | None = None
+
+    def check(self) -> None:
+        """Check that no option is given without what it is for.
+
+        Raises:
+            UserError: one is.
+        """
+        if not self.heal and (self.heal_tokens is not None or self.heal_by is not None):
+            raise UserError(
+                "fold: heal_tokens and heal_by go with heal; add it (--heal --heal-tokens N) or leave them out"
+            )
+        if not self.refit and self.refit_by is not None:
+            raise UserError("fold: refit_by goes with refit; leave it or --no-refit out")
+
+    def resolved(
+        self, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str
+    ) -> tuple[str, Healing]:
+        """Return what a refit trains together at its end, "" without one, and the healing, on data of this kind with so many tokens.
+
+        Raises:
+            UserError: something unknown, or no memory for it.
+        """
+        healing, together = Healing(), ""
+        if self.heal:
+            healing = Healing.resolved(self.heal_by, self.heal_tokens, kind, checkpoint.num_parameters)
+            healing.check_memory(checkpoint, sites, device)
+        if self.refit:
+            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, heals=self.heal)
+        return together, healing

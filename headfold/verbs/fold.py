@@ -29,6 +29,7 @@ from ..latent.job import LatentFold
 from ..latent.request import LatentRequest
 from ..latent.result import LatentResult
 from ..parallel import on_all, on_main, on_main_only
+from ..refine.scope import Fits
 from ..reports.card import model_card
 from ..trusted_code import trusts_code
 
@@ -92,11 +93,11 @@ def fold(
         UserError: options that exclude each other, a model that cannot be folded, data or files that cannot be used, a wrong fold.
     """
     assert out is not None  # `folds_in_memory` names one
-    out, progress = Path(out), progress or no_progress
-    place, compute_dtype = check_device(device), dtype_named(dtype)
+    out, progress, place, compute_dtype = Path(out), progress or no_progress, check_device(device), dtype_named(dtype)
+    fits = Fits(refit, refit_by, heal, heal_tokens, heal_by)
     latent = LatentRequest.of(
-        to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, heal=heal,
-        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, quantised_cache=quantised_cache, encoder=encoder, layout=layout,
+        to, kv_rank, rope_dim, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, fits=fits,
+        quantised_cache=quantised_cache, encoder=encoder, layout=layout,
     )  # fmt: skip
     source = on_all(lambda: open_source(model, encoder, adapter, progress, say))
     refuse_overlap(source.plain.given, out)
@@ -105,11 +106,10 @@ def fold(
     data, drawn, said = on_main(lambda: calibration_data(source, calibration, tokens, items, columns, context, seed))
     if latent is not None:
         to_mla = LatentFold(source, latent, data, given, drawn, refit, verify, seed, place, compute_dtype, progress)
-        return to_mla.run(out, force, push_to_hub, said)
+        return to_mla.run(out, force, push_to_hub, said, say)
     request = on_main(lambda: resolve_fold(
-        source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, refit=refit, heal=heal,
-        heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, device=place, data=data, stats=given, layout=layout,
-        quantised_cache=quantised_cache,
+        source, kv_heads=kv_heads, plan=plan, head_dim_multiple=head_dim_multiple, group=group, merge=merge, fits=fits, device=place,
+        data=data, stats=given, layout=layout, quantised_cache=quantised_cache,
     ))  # fmt: skip
     source = with_encoder(source, request.encoder)
     settings = {**request.settings, "layout": layout, "seed": seed, **({"dtype": dtype} if dtype else {})}

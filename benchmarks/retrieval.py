@@ -1,0 +1,81 @@
+"""What a language model finds again in a long text: shares of right digits, by the length of the text."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = (1024, 2048, 4096, 8000)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+NAMES = ("amber", "basalt", "cedar", "delta", "ember", "fjord", "garnet", "heron", "indigo", "jasper", "kelp", "lotus")
+
+
+def opened(made: Path) -> tuple[Any, Any]:
+    """Return a language model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = (
+        torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    )  # many processors compute in bfloat16 many times slower
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=dtype, trust_remote_code=True)
+    return model.eval().to(DEVICE), AutoTokenizer.from_pretrained(made)
+
+
+def passkeys(made: Path, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
+    """Return by length the share of digits of a five-digit key that a model repeats from a text, a key per depth."""
+    model, tokenizer = opened(made)
+    filler = tokenizer(FILLER)["input_ids"]
+
+    def asked(length: int, depth: float, number: int) -> tuple[list[int], list[int]]:
+        key = f"{71839 + 4217 * number % 28000:05d}"
+        parts = f"The pass key is {key}. Remember it. {key} is the pass key. ", "What is the pass key? The pass key is "
+        told, question = (tokenizer(part)["input_ids"] for part in parts)
+        answer = tokenizer(key)["input_ids"]
+        room = length - len(told) - len(question) - len(answer)
+        text = (filler * (room // len(filler) + 1))[:room]
+        before = int(depth * room)
+        return [*text[:before], *told, *text[before:], *question], answer
+
+    return _shares(model, lengths, asked)
+
+
+def lookups(made: Path, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
+    """Return by length the share of digits of a value that a model repeats from a list of names and values, a name per depth."""
+    model, tokenizer = opened(made)
+
+    def asked(length: int, depth: float, number: int) -> tuple[list[int], list[int]]:
+        draw = random.Random(1000 * length + number)
+        seen, lines, ids = set[str](), list[tuple[str, str]](), list[list[int]]()
+        room = length - 32
+        while sum(map(len, ids)) < room:
+            name = f"{draw.choice(NAMES)}-{draw.choice(NAMES)}-{draw.randrange(100)}"
+            if name in seen:
+                continue
+            seen.add(name)
+            lines.append((name, f"{draw.randrange(10000, 100000)}"))
+            ids.append(tokenizer(f"{name} = {lines[-1][1]}\n")["input_ids"])
+        name, value = lines[int(depth * len(lines))]
+        return [*(token for line in ids for token in line), *tokenizer(f"{name} = ")["input_ids"]], tokenizer(value)[
+            "input_ids"
+        ]
+
+    return _shares(model, lengths, asked)
+
+
+def _shares(model: Any, lengths: Sequence[int], asked: Any) -> dict[str, float]:
+    """Return the share of right tokens of the answers, each given the text and the answer up to it."""
+    found = {}
+    for length in lengths:
+        right = total = 0
+        for number, depth in enumerate(DEPTHS):
+            text, answer = asked(length, depth, number)
+            ids = torch.tensor([[*text, *answer]], device=DEVICE)
+            with torch.no_grad():
+                predicted = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].argmax(-1).cpu()
+            right, total = right + int((predicted == torch.tensor(answer)).sum()), total + len(answer)
+        found[str(length)] = right / total
+    return found
