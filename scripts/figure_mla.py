@@ -1,10 +1,11 @@
-"""The table of folds to multi-head latent attention beside every other layout of as large a cache."""
+"""The tables of folds to multi-head latent attention: beside every other layout of as large a cache, and in engines."""
 
 from fractions import Fraction
 
 from figure_data import load
 from figure_tables import Block, number, table
 
+TITLES = {"vllm": "vLLM on a CPU, its kernel of rotary frequencies off", "llama-cpp": "llama.cpp"}
 MODELS = {"pylib-llama": "pylib-llama"}
 ROWS = {
     "mla": "**MLA**",
@@ -34,4 +35,25 @@ def latent() -> str:
     return table(["layout", *(f"{MODELS[model]}, {share} of the cache" for model, share in columns)], lines)
 
 
-LATENT = {"mla": Block(latent, tuple(f"{model}-mla" for model in MODELS))}
+def engines() -> str:
+    """What engines compute of a fold, beside transformers."""
+    found = load("mla-engines")
+    lines = [
+        [
+            TITLES[name],
+            f"{row['num_same_greedy']} of {row['num_greedy']}",
+            f"{row['kl']:.0e}",
+            f"{row['kv_bytes_per_token']:,.0f} bytes",
+        ]
+        for name, row in found["engines"].items()
+    ]
+    lines.append(["latent and rotary key", "", "", f"{found['fold']['kv_bytes_per_token']:,} bytes"])
+    return table(
+        ["engine", "greedy tokens of transformers", "KL from transformers, nats per token", "cache per token"], lines
+    )
+
+
+LATENT = {
+    "mla": Block(latent, tuple(f"{model}-mla" for model in MODELS)),
+    "mla-engines": Block(engines, ("mla-engines",)),
+}

@@ -1,6 +1,6 @@
 """A fold as llama.cpp reads it: the fields that describe it, and its tensors under other names, in another order and number type."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,16 @@ MODEL_TYPES = tuple(ARCHITECTURES)
 PURE = "q4_0-pure"
 """q4_0 for all matrices."""
 NUMBER_TYPES = ("f32", "bf16", "f16", "q8_0", "q4_0", PURE)
-_OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
+OF_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """Number type that holds a dtype; f32 for others."""
-_MORE_BITS = ("attn_k", "attn_v", "attn_qkv", "attn_output", "token_embd", "output")
+_MORE_BITS = ("attn_k", "attn_v", "attn_qkv", "attn_k_b", "attn_v_b", "attn_output", "token_embd", "output")
 """Tensors that are q8_0 where the others are q4_0: embeddings as llama.cpp itself keeps them in more bits, the shared heads, and what
 reads their values.
 """
 _EXACT = ("position_embd", "token_types")
 """Tensors that llama.cpp itself never quantises."""
+_SMALL = ("attn_kv_a_mqa",)
+"""Tensors whose numbers are below those of float16, and of scales in float16: they are bf16 instead."""
 _ESSENTIAL = {"attn_output.weight", "ffn_up.weight", "ffn_down.weight"}
 """Tensors that every layer of every architecture has."""
 _OLD_SUFFIXES = {"gamma": "weight", "beta": "bias"}
@@ -63,6 +65,8 @@ class GgufTensor:
     head_dim: int = 1
     offset: float = 0.0
     """What is added to every number."""
+    part: Callable[[Tensor], Tensor] | None = None
+    """Returns what the tensor has of the one in the checkpoint."""
 
     @property
     def kind(self) -> "gguf.GGMLQuantizationType":
@@ -93,6 +97,7 @@ class GgufTensor:
 
         tensor = torch.cat([checkpoint.read(name) for name in self.old]) if self.values is None else self.values
         tensor = tensor.mT if self.transposed else tensor
+        tensor = tensor if self.part is None else self.part(tensor)
         tensor = picked(tensor, self.rows, self.head_dim, 0, self.inside)
         tensor = picked(tensor, self.columns, self.head_dim, 1)
         values = (tensor.float() + self.offset).contiguous().numpy()
@@ -144,7 +149,7 @@ class GgufModel:
         stock = self.stock
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(self.name)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[self.number_type]])
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[self.number_type]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_vocab_size(self.vocab_size)
         writer.add_context_length(_context(stock))
@@ -178,7 +183,7 @@ class GgufModel:
             writer.add_rope_scaling_attn_factors(self.attention_factor)
 
 
-_FILE_TYPES = {
+FILE_TYPES = {
     "f32": "ALL_F32", PURE: "MOSTLY_Q4_0", **{name: f"MOSTLY_{name.upper()}" for name in ("bf16", "f16", "q8_0", "q4_0")},
 }  # fmt: skip
 
@@ -209,7 +214,7 @@ def described(checkpoint: Checkpoint, source: Folded, number_type: str | None) -
     frequencies, factor = rotary_table(source.config, source.where) if source.family.position else (torch.empty(0), 1.0)
     tensors = _tensors(checkpoint, source, sizes, stock, number_type)
     if number_type is None:
-        number_type = _OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['o']}.weight"].dtype, "f32")
+        number_type = OF_DTYPE.get(checkpoint.tensors[f"{entries[0].names['o']}.weight"].dtype, "f32")
     if len(frequencies) and stock.rope_parameters["rope_type"] != "default":
         factors = _frequency_factors(frequencies, float(stock.rope_parameters["rope_theta"]))
         tensors += [GgufTensor(f"{name}.weight", tuple(factors.shape), "f32", values=factors) for name in kind.tables]
@@ -304,7 +309,7 @@ def _tensors(
             how["transposed"], shape = True, shape[::-1]
         if kind.gain_offset and len(shape) == 1 and "norm" in module and suffix == "weight":
             how = {"offset": kind.gain_offset}
-        found.append(_tensor(new, olds, shape, number_type or _OF_DTYPE.get(infos[0].dtype, "f32"), how))
+        found.append(tensor_of(new, olds, shape, number_type or OF_DTYPE.get(infos[0].dtype, "f32"), how))
     if tied and not kind.ties:
         (embeddings,) = (tensor for tensor in found if tensor.name == _EMBEDDING)
         found.append(replace(embeddings, name=_HEAD))
@@ -347,9 +352,10 @@ def _moved(
     return {"columns": slots, "head_dim": entry.head_dim} if role == "o" and suffix == "weight" else {}
 
 
-def _tensor(
+def tensor_of(
     new: str, olds: tuple[str, ...], shape: tuple[int, ...], number_type: str, how: dict[str, Any]
 ) -> GgufTensor:
+    """Return a tensor of the file, in the number type that it gets where others get `number_type`."""
     heads, dim = how.get("rows") or how.get("columns"), how.get("head_dim", 1)
     if heads is not None:
         shape = (len(heads) * dim, *shape[1:]) if "rows" in how else (shape[0], len(heads) * dim)
@@ -357,6 +363,8 @@ def _tensor(
     if kind == "q4_0" and new.split(".")[-2] in _MORE_BITS:
         kind = "q8_0"
     kind = "q4_0" if kind == PURE else kind
+    if kind != "f32" and new.split(".")[-2] in _SMALL:
+        kind = "bf16"
     if kind in ("q8_0", "q4_0") and shape[-1] % _BLOCK:
         kind = "f16"
     exact = len(shape) == 1 or new.split(".")[-2] in _EXACT

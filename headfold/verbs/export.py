@@ -20,6 +20,7 @@ from ..exports.layout import choose_layout, make_export
 from ..exports.misread import misread_by
 from ..exports.pieces import Export, write_export
 from ..hf_models import check_device, dtype_named
+from ..latent.gguf import export_latent, is_latent
 from ..outputs import owned_file, staged
 from ..parallel import main_only
 
@@ -37,7 +38,7 @@ class ExportResult:
     description: str
     """One line on what the layout is and what loads it."""
     num_kv_heads: tuple[int, ...]
-    """By layer."""
+    """By layer; empty for a fold to MLA."""
     difference: float | None
     tolerance: float | None
 
@@ -83,6 +84,9 @@ def export(
     if compute_dtype is not None and compute_dtype not in TOLERANCE:
         raise UserError(f"--dtype {dtype}: expected float32 or float64, to compare logits in; choose one of them")
     refuse_overlap(Path(folded), out)
+    if is_latent(Path(folded)):
+        said = export_latent(Path(folded), out, layout, quantise, force, partial(progress, "write"))
+        return ExportResult(out, str(layout), said.model_class, said.description, (), None, None)
     checkpoint, source = open_folded(folded)
     if layout in engine_formats():
         form = check_format(checkpoint, source, str(layout), out, quantise)

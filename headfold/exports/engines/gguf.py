@@ -9,11 +9,11 @@ O and embeddings are q8_0, as the heads that remain are read by more queries; wi
 from collections.abc import Callable
 from pathlib import Path
 
-from ...checkpoint.disk import replacing, require_space
 from ...checkpoint.reader import Checkpoint
-from ...llama_cpp.tokens import add_tokenizer, tokenizer_note, tokenizer_why_not
+from ...llama_cpp.tokens import tokenizer_note, tokenizer_why_not
 from ..folded import Folded
 from ..formats import EngineFormat, Written
+from ..gguf_file import write_file
 from ..gguf_model import MODEL_TYPES, NUMBER_TYPES, described, model_why_not
 
 
@@ -32,27 +32,8 @@ def write(
     checkpoint: Checkpoint, source: Folded, path: Path, number_type: str | None, progress: Callable[[int, int], None]
 ) -> Written:
     """Write the file, one tensor at a time in memory."""
-    import gguf
-
     model = described(checkpoint, source, number_type)
-    total, done = sum(tensor.num_bytes for tensor in model.tensors), 0
-    with replacing(path, total) as temporary:
-        require_space(path.parent, total)
-        writer = gguf.GGUFWriter(temporary, model.architecture)
-        try:
-            model.add_fields(writer)
-            add_tokenizer(writer, checkpoint.path, model.vocab_size)
-            for tensor in model.tensors:
-                tensor.announce(writer)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in model.tensors:
-                writer.write_tensor_data(tensor.numbers(checkpoint))
-                done += tensor.num_bytes
-                progress(done, total)
-        finally:
-            writer.close()
+    write_file(model, checkpoint, path, progress)
     said = f"GGUF of architecture {model.architecture}, {model.number_type}: {model.heads}"
     return Written(model.architecture, "; ".join(filter(None, (said, tokenizer_note(checkpoint.path)))))
 

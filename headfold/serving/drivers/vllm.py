@@ -24,6 +24,8 @@ import vllm
 from vllm import LLM, SamplingParams
 
 MOST_ENTRIES = 2**20
+# The CPU kernel of plain rotary frequencies turns the heads of queries of three axes, which MLA has, by positions of other tokens.
+WITHOUT_KERNEL = {"custom_ops": ["-rotary_embedding"]}
 
 
 def opened(directory: str, config: dict[str, Any], dtype: str, room: int, *, keeps_prompts: bool = False) -> LLM:
@@ -31,7 +33,7 @@ def opened(directory: str, config: dict[str, Any], dtype: str, room: int, *, kee
     return LLM(
         model=directory, dtype=dtype, enforce_eager=True, trust_remote_code=True, max_model_len=room, max_logprobs=-1,
         model_impl="transformers" if "per_layer_config" in config else "auto", enable_prefix_caching=keeps_prompts,
-        disable_log_stats=True,
+        disable_log_stats=True, **({"compilation_config": WITHOUT_KERNEL} if "kv_lora_rank" in config else {}),
     )  # fmt: skip
 
 
