@@ -9,7 +9,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1024, 2048, 4096, 8000)
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+DEPTHS = (0.1, 0.5, 0.9)
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NAMES = ("amber", "basalt", "cedar", "delta", "ember", "fjord", "garnet", "heron", "indigo", "jasper", "kelp", "lotus")
 
