@@ -35,8 +35,10 @@ def entropies(made: Path, text: str, context: int, num_windows: int) -> dict[str
     layers: list[list[Tensor]] = []
 
     def add(found: list[Tensor]) -> Any:
-        def see(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            found.append(torch.special.entr(output[1].float()).sum(-1).mean((0, 1)).cpu())
+        def see(module: Any, inputs: Any, output: Any) -> None:
+            # Query heads that only fill a group up are zero, and attend evenly.
+            read = module.q_proj.weight.unflatten(0, (output[1].shape[1], -1)).flatten(1).any(-1)
+            found.append(torch.special.entr(output[1][:, read].float()).sum(-1).mean((0, 1)).cpu())
 
         return see
 
@@ -66,21 +68,19 @@ def main() -> None:
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     lengths = tuple(map(int, options.lengths.split(",")))
     models = [("original", options.original), *((name, Path(place)) for name, _, place in map(_parted, options.folds))]
+    settings = {"text": options.text.name, "windows": options.windows, "lengths": lengths}
     for name, place in models:
-        if any(row["model"] == name for row in rows):
+        if any(row["model"] == name and row["settings"] == json.loads(json.dumps(settings)) for row in rows):
             continue
         text = options.text.read_text(encoding="utf-8")
         row = {
-            "model": name,
+            "model": name, "settings": settings,
             "entropy": {str(context): entropies(place, text, context, options.windows) for context in CONTEXTS},
             "passkey": passkeys(place, lengths), "lookup": lookups(place, lengths),
         }  # fmt: skip
         print(row, flush=True)
-        rows.append(row)
-        settings = {"text": options.text.name, "windows": options.windows}
-        out.write_text(
-            json.dumps({"machine": describe(), "model": options.name, **settings, "rows": rows}, indent=1) + "\n"
-        )
+        rows = [*(other for other in rows if other["model"] != name), row]
+        out.write_text(json.dumps({"machine": describe(), "model": options.name, "rows": rows}, indent=1) + "\n")
 
 
 def _parted(given: str) -> tuple[str, str, str]:

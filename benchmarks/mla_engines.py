@@ -84,11 +84,14 @@ def main() -> None:
         "rotary_dim": ROTARY_DIM,
         "tokens": NUM_TOKENS,
         "new_tokens": NEW_TOKENS,
-        "seed": 0,
+        "tokenizer": Path(asked.model).name,
     }
     latents = {"kv_bytes_per_token": layers * (RANK + ROTARY_DIM) * 4, "dtype": "float32"}
     RESULT.write_text(
-        json.dumps({"machine": describe(), "settings": settings, "fold": latents, "engines": rows}, indent=2) + "\n"
+        json.dumps(
+            {"machine": describe(), "seeds": [0], "settings": settings, "fold": latents, "engines": rows}, indent=2
+        )
+        + "\n"
     )
 
 

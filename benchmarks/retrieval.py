@@ -25,16 +25,30 @@ def opened(made: Path) -> tuple[Any, Any]:
     return model.eval().to(DEVICE), AutoTokenizer.from_pretrained(made)
 
 
+def pieces(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text alone."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def digits(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a number, one for each digit."""
+    ids = pieces(tokenizer, text)
+    if len(ids) != len(text):
+        raise SystemExit(f"expected a tokenizer with a token for each digit, got {len(ids)} of {text}")
+    return ids
+
+
 def passkeys(made: Path, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     """Return by length the share of digits of a five-digit key that a model repeats from a text, a key per depth."""
     model, tokenizer = opened(made)
-    filler = tokenizer(FILLER)["input_ids"]
+    filler = pieces(tokenizer, FILLER)
 
     def asked(length: int, depth: float, number: int) -> tuple[list[int], list[int]]:
         key = f"{71839 + 4217 * number % 28000:05d}"
         parts = f"The pass key is {key}. Remember it. {key} is the pass key. ", "What is the pass key? The pass key is "
-        told, question = (tokenizer(part)["input_ids"] for part in parts)
-        answer = tokenizer(key)["input_ids"]
+        told, question = (pieces(tokenizer, part) for part in parts)
+        answer = digits(tokenizer, key)
         room = length - len(told) - len(question) - len(answer)
         text = (filler * (room // len(filler) + 1))[:room]
         before = int(depth * room)
@@ -57,11 +71,10 @@ def lookups(made: Path, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
                 continue
             seen.add(name)
             lines.append((name, f"{draw.randrange(10000, 100000)}"))
-            ids.append(tokenizer(f"{name} = {lines[-1][1]}\n")["input_ids"])
+            ids.append(pieces(tokenizer, f"{name} = {lines[-1][1]}\n"))
         name, value = lines[int(depth * len(lines))]
-        return [*(token for line in ids for token in line), *tokenizer(f"{name} = ")["input_ids"]], tokenizer(value)[
-            "input_ids"
-        ]
+        text = [token for line in ids for token in line]
+        return [*text, *pieces(tokenizer, f"{name} = ")], digits(tokenizer, value)
 
     return _shares(model, lengths, asked)
 

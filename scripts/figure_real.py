@@ -105,7 +105,7 @@ def retrieval(result: str) -> str:
     lengths = list(rows[0]["passkey"])
     header = ["fold", "retrieved", *(f"{int(length):,} tokens" for length in lengths)]
     lines = [
-        [NAMES[row["model"]], said, *(percent(row[key][length]) for length in lengths)]
+        [NAMES.get(row["model"], row["model"]), said, *(percent(row[key][length]) for length in lengths)]
         for key, said in (("passkey", "passkey"), ("lookup", "value in a list"))
         for row in rows
     ]
@@ -117,7 +117,12 @@ def entropy(result: str) -> str:
     rows = load(result)["rows"]
     header = ["fold", "window", "layers", "first quarter", "second", "third", "last"]
     lines = [
-        [NAMES[row["model"]], f"{int(context):,}", layers, *map(number, row["entropy"][context][layers])]
+        [
+            NAMES.get(row["model"], row["model"]),
+            f"{int(context):,}",
+            layers,
+            *map(number, row["entropy"][context][layers]),
+        ]
         for context in rows[0]["entropy"]
         for layers in rows[0]["entropy"][context]
         for row in rows

@@ -18,8 +18,8 @@ from headfold.evaluate.perplexity import Evaluation
 
 ROOT = Path(__file__).parents[1]
 INTERNAL = {
-    "budgets", "calibration_amount", "calibration_speed", "decode", "groupings", "mla", "mla_published", "modalities", "papers/routes",
-    "papers/runs", "papers/wgqa", "plan_time", "quality", "training_speed", "uptraining",
+    "budgets", "calibration_amount", "calibration_speed", "decode", "groupings", "mla", "mla_engines", "mla_published", "modalities",
+    "papers/routes", "papers/runs", "papers/wgqa", "plan_time", "quality", "training_speed", "uptraining",
 }  # fmt: skip
 """Scripts that reach into the package: they time or vary a part that no public function offers. A further one needs as good a reason."""
 

@@ -224,9 +224,12 @@ def test_a_corrupt_site_of_a_killed_run_is_named(
         with pytest.raises(KeyboardInterrupt):
             headfold.fold(readable, tmp_path / "out", **options)
     site = next((tmp_path / "out.partial").rglob("sites/*.safetensors"))
-    site.write_bytes(site.read_bytes()[:-1])
-    with pytest.raises(UserError, match="corrupt file; remove it"):
-        headfold.fold(readable, tmp_path / "out", **options)
+    whole = site.read_bytes()
+    for damaged in (whole[:-1], whole.replace(b'"error"', b'"errox"'), whole.replace(b'"down"', b'"dowm"')):
+        assert damaged != whole
+        site.write_bytes(damaged)
+        with pytest.raises(UserError, match="corrupt file; remove it"):
+            headfold.fold(readable, tmp_path / "out", **options)
     site.unlink()
     headfold.fold(readable, tmp_path / "out", **options)
 

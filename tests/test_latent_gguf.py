@@ -103,6 +103,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "ends in .gguf": dict(out="out"), "expected one of f32, bf16": dict(quantise="q2"),
     "a low rank of queries, experts or biases": dict(fields={"first_k_dense_replace": 1}),
     "silu, got default and gelu": dict(fields={"hidden_act": "gelu"}),
+    "got 1e-05 and rope_interleave True": dict(fields={"rms_norm_eps": 1e-5}),
+    "got 1e-06 and rope_interleave False": dict(fields={"rope_interleave": False}),
+    "expected a DeepseekV3ForCausalLM": dict(fields={"architectures": ["DeepseekV3ForSequenceClassification"]}),
     "expected shape": dict(fields={"kv_lora_rank": RANK + 1}),
     "got float16": dict(tensors={"model.norm.weight": torch.ones(64, dtype=torch.float16)}),
 }  # fmt: skip
@@ -114,7 +117,13 @@ def test_what_cannot_be_written_is_refused_in_one_line(said: str, fold: Path, tm
     path = changed(fold, tmp_path / "changed", how["tensors"], **how["fields"])
     with pytest.raises(UserError, match=said) as refused:
         export(path, tmp_path / how["out"], layout=how["layout"], quantise=how["quantise"])
-    assert "\n" not in str(refused.value) and not (tmp_path / how["out"]).exists()
+    assert "\n" not in str(refused.value) and "UserError" not in str(refused.value)
+    assert not (tmp_path / how["out"]).exists()
+
+
+def test_check_says_where_the_page_on_mla_is(fold: Path) -> None:
+    with pytest.raises(UserError, match="got one with latents"):
+        headfold.check(fold)
 
 
 def test_what_is_there_is_kept(fold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A fold to MLA as a GGUF file: llama.cpp's architecture `deepseek2`, which caches the latent and the rotary key.
 
-llama.cpp reads queries without a low rank where the file says that this rank is zero. Its own converter leaves the field out, with which
-models of most numbers of layers are refused. The rows of the down-projection are so small (docs/mla.md, 1) that float16 has no precision
+llama.cpp reads queries without a low rank where the file says that this rank is zero. Its own converter leaves the field out, and llama.cpp
+then refuses models of most numbers of layers. The rows of the down-projection are so small (docs/mla.md, 1) that float16 has no precision
 left for them: they stay bfloat16 where the others are quantised.
 """
 
@@ -22,7 +22,7 @@ from ..exports.gguf_model import FILE_TYPES, NUMBER_TYPES, OF_DTYPE, GgufTensor,
 from ..hf_models.building import open_config
 from ..llama_cpp.tokens import name_for, tokenizer_note, tokenizer_why_not
 from ..outputs import owned_file
-from .target import EMBEDDING, HEAD, MODEL_TYPE, Shape, site_shapes
+from .target import EMBEDDING, HEAD, MODEL_CLASS, MODEL_TYPE, NORM_EPSILON, Shape, site_shapes
 
 if TYPE_CHECKING:
     import gguf
@@ -118,6 +118,8 @@ def export_latent(
     checkpoint = Checkpoint.open(path)
     try:
         model = described(checkpoint, number_type)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{path}: layout gguf: expected a config that its class reads, got {type(error).__name__} {error}; fold again"
@@ -188,6 +190,13 @@ def _why_not(stock: Any) -> str | None:
     """Return why a model of the class is none that `fold --to mla` writes."""
     if stock.q_lora_rank is not None or stock.first_k_dense_replace < stock.num_hidden_layers or stock.attention_bias:
         return "expected what fold --to mla writes, got a low rank of queries, experts or biases; use llama.cpp's own converter"
+    if stock.rms_norm_eps != NORM_EPSILON or not stock.rope_interleave:
+        return (
+            f"expected what fold --to mla writes, rms_norm_eps {NORM_EPSILON} and interleaved rotary planes, got {stock.rms_norm_eps} and "
+            f"rope_interleave {stock.rope_interleave}; use transformers"
+        )
+    if stock.architectures != [MODEL_CLASS]:
+        return f"expected a {MODEL_CLASS}, got {stock.architectures}; use transformers"
     if stock.rope_parameters["rope_type"] != "default" or stock.hidden_act != "silu":
         return (
             f"expected plain rotary frequencies and silu, got {stock.rope_parameters['rope_type']} and {stock.hidden_act}; use "

@@ -220,7 +220,7 @@ class LatentFold:
         fitted.put(site.name, {**whole, _ERROR: torch.tensor(found.error, dtype=torch.float64)}, {})
 
     def _errors(self, fitted: SiteFiles) -> dict[str, float]:
-        return {site.name: fitted.tensors(site.name)[_ERROR].item() for site in self.source.sites}
+        return {site.name: _read(fitted, site)[1] for site in self.source.sites}
 
     def _write(self, staging: Path, shape: Shape, fitted: SiteFiles) -> None:
         """Write weights, config and everything that lies beside the source's weights."""
@@ -252,9 +252,7 @@ class LatentFold:
                 precise = read.to(torch.promote_types(read.dtype, torch.float32))
                 found = {name: (precise * factors[name]).to(read.dtype)}
                 return found | ({HEAD: read} if HEAD in owner and name == EMBEDDING else {})
-            tensors = fitted.tensors(sites[name].name)
-            tensors.pop(_ERROR)
-            found = site_tensors(Latent.of(tensors), name, scale)
+            found = site_tensors(_read(fitted, sites[name])[0], name, scale)
             if bad := [each for each, tensor in found.items() if not torch.isfinite(tensor).all()]:
                 raise UserError(f"{bad[0]} is not finite after folding; check the source for NaN weights")
             return {each: tensor.to(self.source.dtype).contiguous() for each, tensor in found.items()}
@@ -312,6 +310,20 @@ class LatentFold:
             out, source.name, source.config["model_type"], site.num_heads, site.num_kv_heads, shape, source.kv_bytes_per_token(), cached,
             errors, self.refit, verification, notes, seconds,
         )  # fmt: skip
+
+
+def _read(fitted: SiteFiles, site: Site) -> tuple[Latent, float]:
+    """Return a fitted site and its predicted error.
+
+    Raises:
+        UserError: the file is corrupt.
+    """
+    tensors = fitted.tensors(site.name)
+    try:
+        error = tensors.pop(_ERROR).item()
+        return Latent.of(tensors), error
+    except (LookupError, TypeError, ValueError, RuntimeError) as wrong:
+        raise fitted.corrupt(site.name) from wrong
 
 
 def _prefix(site: Site) -> str:

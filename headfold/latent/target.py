@@ -11,7 +11,7 @@ from torch import Tensor
 from .rotation import frequencies
 from .site import Latent
 
-MODEL_TYPE = "deepseek_v3"
+MODEL_TYPE, MODEL_CLASS = "deepseek_v3", "DeepseekV3ForCausalLM"
 NORM_EPSILON = 1e-6
 """What the class adds to the mean square of the latent in `kv_a_layernorm`; engines add the `rms_norm_eps` of the config there."""
 SMALLNESS = 2.0**-30
@@ -53,7 +53,7 @@ class Shape:
 def target_config(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
     """Return the config.json of the fold of a model whose complete config is given. No layer has experts."""
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
+        "architectures": [MODEL_CLASS],
         "model_type": MODEL_TYPE,
         **{name: config[name] for name in _COPIED if name in config},
         "num_key_value_heads": config["num_attention_heads"],

@@ -2,8 +2,8 @@
 
 Minimises `divergence.output_error`, the KL divergence from the original's distribution, on W_q, W_k, W_v and W_o of every site
 (`descent`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
-much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. Both models run on every
-batch; they share all weights outside the sites, and the output of an encoder that is not folded.
+much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. The two models share all
+weights outside the sites, and the output of an encoder that is not folded; of batches that are seen again the original's output is kept.
 """
 
 import copy
@@ -44,11 +44,11 @@ NUM_CHECKS = 2
 ONCE_TOKENS = 1024
 """Tokens of a step of a training that sees its data once, at least a whole text: many steps that see little go farther than few."""
 LONGER = 0.5
-"""Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far. Of many steps;
-15 go farthest with the whole length.
+"""Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far. This
+holds for many steps; a training of 15 goes farthest with the whole length.
 """
 KEPT_BYTES = 2**30
-"""Memory for the original's outputs, of its encoder too, which are kept for batches that are seen again."""
+"""Memory for the outputs of the original, or of an encoder that is not folded, which are kept for batches that are seen again."""
 
 
 @torch.no_grad()
@@ -169,8 +169,8 @@ class _Student:
     def error(self, batch: Sample, number: int | None = None) -> Tensor:
         """Return the divergence of the student's output from the original's on one batch.
 
-        A batch whose number is given is seen again: the original, and an encoder that both share, are run on it once, as far as memory is
-        set aside for their outputs.
+        A batch whose number is given is seen again: the original, or an encoder that both share, is run on it once, as far as memory is
+        set aside for its outputs.
         """
         given, labels = self._given(batch)
         mask = given.get("attention_mask")
@@ -186,7 +186,8 @@ class _Student:
                 if number is not None and number not in self._encoded and self._has_room(encoded):
                     self._encoded[number] = encoded
             teacher = compared_alone(teacher)
-            if number is not None and self._has_room(*vars(teacher).values()):
+            # An encoder has the larger part of the work, and its outputs the smaller part of the memory.
+            if number is not None and not self._shares_encoder and self._has_room(*vars(teacher).values()):
                 self._answers[number] = teacher
         return output_error(self._run(given), teacher, labels, mask)
 

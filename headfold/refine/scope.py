@@ -56,9 +56,8 @@ def _lacking(
 ) -> float | None:
     """Return the GiB that training takes beside the model itself, activations not counted; None where memory holds both."""
     names = {site.tensor(role) for site in sites for role in site.weights}
-    extra = _TRAINED_BYTES * sum(
-        math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors
-    )
+    trained = sum(math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors)
+    extra = _TRAINED_BYTES * trained + distill.KEPT_BYTES
     dtype = stored_dtype(checkpoint.path)
     if torch.device(device).type == "cpu":  # on which many processors compute in float32
         dtype = torch.promote_types(dtype, torch.float32)

@@ -11,6 +11,7 @@ from ..core.progress import Progress, counter, no_progress
 from ..exports.folded import Folded, open_folded
 from ..exports.formats import check_format, engine_formats
 from ..families.cached import stored_kv_bytes_per_token
+from ..latent.gguf import is_latent
 from ..parallel import main_only
 from ..serving.ask import Installed, Refusal, ask, installed
 from ..serving.code import refuse_foreign_code
@@ -59,6 +60,10 @@ def check(
     progress = progress or no_progress
     path = Path(model) if adapter is None else open_plain(str(model), str(adapter), progress).path
     pythons = dict(engines) if isinstance(engines, Mapping) else dict.fromkeys(engines)
+    if is_latent(path):
+        raise UserError(
+            f"{path}: check: expected a model with K/V heads, got one with latents (MLA); docs/mla.md says what engines compute of those"
+        )
     checkpoint, source = open_folded(path)
     _refuse_others(source)
     found = [installed(engine_named(name), None if at is None else Path(at)) for name, at in pythons.items()]

@@ -24,7 +24,7 @@ import vllm
 from vllm import LLM, SamplingParams
 
 MOST_ENTRIES = 2**20
-# The CPU kernel of plain rotary frequencies turns the heads of queries of three axes, which MLA has, by positions of other tokens.
+# MLA passes queries with an axis of heads, each of which the CPU kernel of plain rotary frequencies turns as a token of its own.
 WITHOUT_KERNEL = {"custom_ops": ["-rotary_embedding"]}
 
 
