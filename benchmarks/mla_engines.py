@@ -85,13 +85,11 @@ def main() -> None:
         "tokens": NUM_TOKENS,
         "new_tokens": NEW_TOKENS,
         "tokenizer": Path(asked.model).name,
+        "seed": 0,
     }
     latents = {"kv_bytes_per_token": layers * (RANK + ROTARY_DIM) * 4, "dtype": "float32"}
     RESULT.write_text(
-        json.dumps(
-            {"machine": describe(), "seeds": [0], "settings": settings, "fold": latents, "engines": rows}, indent=2
-        )
-        + "\n"
+        json.dumps({"machine": describe(), "settings": settings, "fold": latents, "engines": rows}, indent=2) + "\n"
     )
 
 

@@ -14,7 +14,7 @@ from tiny import readable_checkpoint, stock_logits, stock_model, tiny_checkpoint
 from torch import Tensor
 
 import headfold
-from headfold import planning
+from headfold import outputs, planning
 from headfold.calibration import collect
 from headfold.checkpoint.reader import Checkpoint
 from headfold.conversion import fold_job, measured_sites, single_pass, verification, writing
@@ -190,7 +190,7 @@ KILLED_AT: dict[str, tuple[Any, str, int]] = {
     "side files": (writing, "copy_side_files", 0),
     "verify": (verification, "compare_with_twin", 0),
     "card": (verb, "model_card", 0),
-    "rename": (fold_job, "commit", 0),
+    "rename": (outputs, "commit", 0),
 }
 """Where a function lives, its name, and how many calls of it return before one never does."""
 IN_STEPS_KILLED_AT = {

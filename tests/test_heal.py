@@ -19,7 +19,7 @@ from torch import Tensor
 import headfold
 from headfold import calibration
 from headfold.calibration import batches_in_order, mask_of
-from headfold.conversion import fitted_sites as fitted_files
+from headfold.conversion import site_files
 from headfold.core.errors import UserError
 from headfold.core.fitted import FittedHeads
 from headfold.core.heads import Heads
@@ -201,21 +201,21 @@ def test_healing_goes_on_at_the_block_where_it_was(
     """Killed when the first block is healed; then the same bytes as without. Mean pooling leaves Q alone, and healing does not."""
     how = {**HEALED, "merge": merge, "group": "contiguous"}
     headfold.fold(readable, tmp_path / "calm", **how)
-    put, done = fitted_files.FittedSites.put, []
+    put, done = site_files.SiteFiles.put, []
 
-    def killed(self: fitted_files.FittedSites, site: str, *rest: Any) -> None:
+    def killed(self: site_files.SiteFiles, site: str, *rest: Any) -> None:
         put(self, site, *rest)
         done.append(self._directory.name)
         if done[-1] == "heal":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitted_files.FittedSites, "put", killed)
+    monkeypatch.setattr(site_files.SiteFiles, "put", killed)
     with pytest.raises(KeyboardInterrupt):
         headfold.fold(readable, tmp_path / "out", **how)
-    monkeypatch.setattr(fitted_files.FittedSites, "put", put)
+    monkeypatch.setattr(site_files.SiteFiles, "put", put)
     seen: list[str] = []
     monkeypatch.setattr(
-        fitted_files.FittedSites, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
+        site_files.SiteFiles, "put", lambda self, site, *rest: (seen.append(site), put(self, site, *rest))
     )
     headfold.fold(readable, tmp_path / "out", **how)
     assert done.count("heal") == 1 and len(seen) == 1

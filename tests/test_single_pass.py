@@ -16,8 +16,8 @@ from test_fold import same_bytes, untouched
 from tiny import readable_checkpoint, stock_model, tiny_checkpoint, tiny_sites, tiny_tokens
 
 import headfold
-from headfold import calibration, hf_models, planning
-from headfold.conversion import fold_job, single_pass, teacher
+from headfold import calibration, hf_models, outputs, planning
+from headfold.conversion import single_pass, teacher
 from headfold.conversion.fold_result import FoldResult
 from headfold.conversion.teacher import Teacher
 from headfold.core.errors import UserError
@@ -218,7 +218,7 @@ def test_a_fold_that_was_killed_while_it_cleaned_up_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fold_job, "shutil", SimpleNamespace(rmtree=killed))
+        patch.setattr(outputs, "shutil", SimpleNamespace(rmtree=killed))
         with pytest.raises(KeyboardInterrupt):
             fold(source, out, text)
     fold(source, out, text)
