@@ -61,11 +61,7 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
     Raises:
         UserError: it does not, the output has another suffix, or the number type is unknown.
     """
-    found = engine_formats()[name]
-    if found.suffix and out.suffix != found.suffix:
-        raise UserError(f"{out}: layout {name}: expected a file name that ends in {found.suffix}; choose another")
-    if number_type not in (None, *found.number_types):
-        raise UserError(f"--quantise {number_type}: expected one of {', '.join(found.number_types)}")
+    found = check_output(name, out, number_type)
     if source.model_type not in found.model_types:
         listed = ", ".join(found.model_types)
         raise UserError(f"{checkpoint.path}: layout {name}: expected one of {listed}, got {source.model_type}")
@@ -77,6 +73,20 @@ def check_format(checkpoint: Checkpoint, source: Folded, name: str, out: Path, n
         reason = f"expected a config that its class reads, got {type(error).__name__} {error}; fold again"
     if reason is not None:
         raise UserError(f"{checkpoint.path}: layout {name}: {reason}")
+    return found
+
+
+def check_output(name: str, out: Path, number_type: str | None) -> EngineFormat:
+    """Return a format, checked to write such an output, whatever the model.
+
+    Raises:
+        UserError: the output has another suffix, or the number type is unknown.
+    """
+    found = engine_formats()[name]
+    if found.suffix and out.suffix != found.suffix:
+        raise UserError(f"{out}: layout {name}: expected a file name that ends in {found.suffix}; choose another")
+    if number_type not in (None, *found.number_types):
+        raise UserError(f"--quantise {number_type}: expected one of {', '.join(found.number_types)}")
     return found
 
 

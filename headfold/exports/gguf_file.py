@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from ..checkpoint.disk import replacing, require_space
 from ..checkpoint.reader import Checkpoint
 from ..llama_cpp.tokens import add_tokenizer
-from .gguf_model import GgufTensor
+from .gguf_model import PURE, GgufTensor
 
 if TYPE_CHECKING:
     import gguf
+
+_FILE_TYPES = {
+    "f32": "ALL_F32", PURE: "MOSTLY_Q4_0", **{name: f"MOSTLY_{name.upper()}" for name in ("bf16", "f16", "q8_0", "q4_0")},
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -21,13 +25,19 @@ class Described(Protocol):
     def architecture(self) -> str: ...
 
     @property
+    def name(self) -> str: ...
+
+    @property
+    def number_type(self) -> str: ...
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property
     def tensors(self) -> Sequence[GgufTensor]: ...
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
-        """Write all fields but those of the tokenizer."""
+        """Write what the architecture has of its own."""
 
 
 def write_file(model: Described, checkpoint: Checkpoint, path: Path, progress: Callable[[int, int], None]) -> None:
@@ -39,6 +49,11 @@ def write_file(model: Described, checkpoint: Checkpoint, path: Path, progress: C
         require_space(path.parent, total)
         writer = gguf.GGUFWriter(temporary, model.architecture)
         try:
+            writer.add_type(gguf.GGUFType.MODEL)
+            writer.add_name(model.name)
+            writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[model.number_type]])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_vocab_size(model.vocab_size)
             model.add_fields(writer)
             add_tokenizer(writer, checkpoint.path, model.vocab_size)
             for tensor in model.tensors:

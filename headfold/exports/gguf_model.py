@@ -143,15 +143,10 @@ class GgufModel:
         return "; ".join(filter(None, (heads, left_out, APPROXIMATED.get(activation(self.kind, self.stock), ""))))
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
-        """Write all fields but those of the tokenizer."""
+        """Write what the architecture has of its own."""
         import gguf
 
         stock = self.stock
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.name)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[self.number_type]])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_vocab_size(self.vocab_size)
         writer.add_context_length(_context(stock))
         writer.add_embedding_length(stock.hidden_size)
         writer.add_block_count(stock.num_hidden_layers)
@@ -181,11 +176,6 @@ class GgufModel:
         writer.add_rope_freq_base(float(stock.rope_parameters["rope_theta"]))
         if self.attention_factor != 1:
             writer.add_rope_scaling_attn_factors(self.attention_factor)
-
-
-FILE_TYPES = {
-    "f32": "ALL_F32", PURE: "MOSTLY_Q4_0", **{name: f"MOSTLY_{name.upper()}" for name in ("bf16", "f16", "q8_0", "q4_0")},
-}  # fmt: skip
 
 
 def model_why_not(checkpoint: Checkpoint, source: Folded) -> str | None:

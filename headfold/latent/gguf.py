@@ -16,9 +16,9 @@ from torch import Tensor
 from ..checkpoint.config import read_config
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
-from ..exports.formats import Written
+from ..exports.formats import Written, check_output
 from ..exports.gguf_file import write_file
-from ..exports.gguf_model import FILE_TYPES, NUMBER_TYPES, OF_DTYPE, GgufTensor, tensor_of
+from ..exports.gguf_model import OF_DTYPE, GgufTensor, tensor_of
 from ..hf_models.building import open_config
 from ..llama_cpp.tokens import name_for, tokenizer_note, tokenizer_why_not
 from ..outputs import owned_file
@@ -55,15 +55,8 @@ class LatentModel:
         return int(self.stock.vocab_size)
 
     def add_fields(self, writer: "gguf.GGUFWriter") -> None:
-        """Write all fields but those of the tokenizer."""
-        import gguf
-
+        """Write what the architecture has of its own."""
         stock, shape = self.stock, self.shape
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.name)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[self.number_type]])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_vocab_size(self.vocab_size)
         writer.add_context_length(stock.max_position_embeddings)
         writer.add_embedding_length(stock.hidden_size)
         writer.add_block_count(stock.num_hidden_layers)
@@ -113,8 +106,7 @@ def export_latent(
             f"{path}: expected --layout gguf, the one form that a fold to MLA is exported in (transformers and vLLM read it as it is), "
             f"got {layout or 'none'}"
         )
-    if out.suffix != ".gguf":
-        raise UserError(f"{out}: layout gguf: expected a file name that ends in .gguf; choose another")
+    check_output(layout, out, number_type)
     checkpoint = Checkpoint.open(path)
     try:
         model = described(checkpoint, number_type)
@@ -142,8 +134,6 @@ def described(checkpoint: Checkpoint, number_type: str | None) -> LatentModel:
         import gguf  # noqa: F401
     except ImportError as error:
         raise UserError(f"{where}: the format needs gguf: pip install 'headfold[gguf]'") from error
-    if number_type not in (None, *NUMBER_TYPES):
-        raise UserError(f"--quantise {number_type}: expected one of {', '.join(NUMBER_TYPES)}")
     stock = open_config(checkpoint.config, f"{checkpoint.path}/config.json")
     if reason := _why_not(stock) or tokenizer_why_not(checkpoint.path):
         raise UserError(f"{where}: {reason}")

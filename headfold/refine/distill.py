@@ -161,8 +161,8 @@ class _Student:
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         decodes = getattr(model.config, "is_encoder_decoder", False)
         self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
-        self._encoded: dict[int, Tensor] = {}
-        self._answers: dict[int, SimpleNamespace] = {}
+        self._encoded: dict[int | None, Tensor] = {}
+        self._answers: dict[int | None, SimpleNamespace] = {}
         self._room = KEPT_BYTES
         self._options = without_cache(model, model.forward)
 
@@ -176,19 +176,19 @@ class _Student:
         mask = given.get("attention_mask")
         if number in self._encoded:
             given = self._decoded(given, self._encoded[number])
-        teacher: Any = self._answers.get(number) if number is not None else None
+        teacher: Any = self._answers.get(number)
         if teacher is None:
             with torch.no_grad():
                 teacher = self._teacher(**given, **self._options)
-            if self._shares_encoder:
+            if (
+                self._shares_encoder
+            ):  # which has the larger part of the work, and its outputs the smaller part of the memory
                 encoded = teacher.encoder_last_hidden_state
                 given = self._decoded(given, encoded)
-                if number is not None and number not in self._encoded and self._has_room(encoded):
-                    self._encoded[number] = encoded
-            teacher = compared_alone(teacher)
-            # An encoder has the larger part of the work, and its outputs the smaller part of the memory.
-            if number is not None and not self._shares_encoder and self._has_room(*vars(teacher).values()):
-                self._answers[number] = teacher
+                self._keep(self._encoded, number, encoded, encoded)
+            else:
+                teacher = compared_alone(teacher)
+                self._keep(self._answers, number, teacher, *vars(teacher).values())
         return output_error(self._run(given), teacher, labels, mask)
 
     def _given(self, batch: Sample) -> tuple[dict[str, Any], Tensor | None]:
@@ -204,12 +204,12 @@ class _Student:
     def _run(self, given: Mapping[str, Any]) -> Any:
         return torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
 
-    def _has_room(self, *tensors: Tensor) -> bool:
-        """Return whether there is memory set aside for these tensors, and if so, take it."""
+    def _keep(self, kept: dict[int | None, Any], number: int | None, value: Any, *tensors: Tensor) -> None:
+        """Keep what was computed of a batch that is seen again and holds these tensors, as far as memory is set aside for it."""
         size = sum(tensor.nbytes for tensor in tensors)
-        fits = size <= self._room
-        self._room -= size * fits
-        return fits
+        if number is not None and number not in kept and size <= self._room:
+            self._room -= size
+            kept[number] = value
 
     @torch.no_grad()
     def input_moments(self, batches: Iterable[Sample]) -> list[Moments]:
