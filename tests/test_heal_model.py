@@ -24,6 +24,7 @@ from headfold.core.errors import UserError
 from headfold.descent import descend as descent
 from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
+from headfold.refine import answers
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
 from headfold.refine.scope import Healing
@@ -148,7 +149,7 @@ def test_an_encoder_that_is_not_folded_runs_once_for_a_batch(
 
     kept = found()
     assert len(runs) == 4
-    monkeypatch.setattr(distilling, "KEPT_BYTES", 0)
+    monkeypatch.setattr(answers, "KEPT_BYTES", 0)
     again = found()
     assert len(runs) > 4
     for site in pairs:
@@ -156,12 +157,13 @@ def test_an_encoder_that_is_not_folded_runs_once_for_a_batch(
             assert_bitwise(tensor, again[site].to_tensors()[field])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "bert"])
 def test_the_original_runs_once_for_a_batch_that_is_held_back(
-    small_batches: None, monkeypatch: pytest.MonkeyPatch
+    name: str, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what is kept of its outputs, and without, weights are the same."""
-    pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint("llama"))}
-    model, sample, runs = stock_model(tiny_checkpoint("llama")), tiny_sample("llama", NUM_ITEMS), list[int]()
+    """With what is kept of its outputs, and without, weights are the same; also where logits are capped or scaled behind the head."""
+    pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint(name))}
+    model, sample, runs = stock_model(tiny_checkpoint(name)), tiny_sample(name, NUM_ITEMS), list[int]()
     model.register_forward_hook(lambda module, *_: runs.append(1) if module is model else None)  # not its copy
     monkeypatch.setattr(distilling, "ONCE_TOKENS", calibration.total_tokens(sample) // 6)
 
@@ -174,7 +176,7 @@ def test_the_original_runs_once_for_a_batch_that_is_held_back(
     kept = found()
     steps, held = len(list(distilling._batches(sample, None))), 1
     assert len(runs) == steps + held
-    monkeypatch.setattr(distilling, "KEPT_BYTES", 0)
+    monkeypatch.setattr(answers, "KEPT_BYTES", 0)
     again = found()
     assert len(runs) > steps + held
     for site in pairs:

@@ -31,14 +31,16 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fold_refitted_as_a_whole_is_nearer_to_its_original_and_says_so(readable: Path, tmp_path: Path) -> None:  # noqa: F811
     more = {**FOLDED, "tokens": 4096}
-    block, model = (headfold.fold(readable, tmp_path / by, **more, refit_by=by) for by in ("block", "model"))
+    made = [headfold.fold(readable, tmp_path / by, **more, refit_by=by) for by in ("block", "model", "squares")]
+    block, model, squares = made
     assert block.verification.passed and model.verification.passed and set(model.seconds) == set(block.seconds)
     plain = headfold.fold(readable, tmp_path / "plain", **more, refit=False)
-    losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, block, model)]
-    assert max(losses[1:]) < 0.8 * losses[0] and losses[1] != losses[2]
-    cards = [(made.out / "README.md").read_text() for made in (block, model)]
+    losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, block, model, squares)]
+    assert max(losses[1:]) < 0.8 * losses[0] and losses[1] < losses[3] and losses[2] <= losses[3]
+    cards = [(one.out / "README.md").read_text() for one in made]
     assert "attention and output, block by block" in cards[0] and "--refit-by block" in cards[0]
     assert "then all together to the model's output" in cards[1] and "--refit-by model" in cards[1]
+    assert "by least squares, block by block" in cards[2] and "--refit-by squares" in cards[2]
 
 
 def test_one_that_was_killed_ends_in_the_same_bytes(
@@ -69,12 +71,13 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
 ) -> None:
     source = open_source(str(readable))
 
-    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, *, heals: bool = False) -> str:
-        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", heals=heals)
+    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, healed_by: str = "") -> str:
+        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", healed_by=healed_by)
 
     assert chosen() == "block" and chosen("model") == "model"
     monkeypatch.setattr(scope, "_LARGE", 1)
-    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
+    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(healed_by="block") == "block"
+    assert chosen(healed_by="model") == "squares" and chosen("model", healed_by="model") == "model"
     assert chosen(tokens=64) == "block"  # of which each input dim has too few
     monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
     assert chosen() == "model"  # others use it for now
@@ -100,7 +103,7 @@ def test_a_fold_that_overflows_where_it_would_be_trained_keeps_its_refit(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--refit-by", "site"), "--refit-by site: expected one of model, block"),
+        (("--refit-by", "site"), "--refit-by site: expected one of model, block, squares"),
         (("--no-refit", "--refit-by", "model"), "refit_by goes with refit"),
     ],
 )

@@ -76,7 +76,7 @@ def _fitting(
         heals=changed - {*fitted["heal"]} if request.healing else (),
         records=not single_pass,
         healed=request.healing.tokens / (1 if data.kind in ("images", "audio", "sound") else length),
-        refits_together=request.refit_by == "model",
+        refit_by=request.refit_by,
         heals_together=request.healing.by == "model",
     )
 

@@ -30,7 +30,7 @@ class FoldResult:
     plan: Plan
     refitted: bool
     refit_by: str
-    """What a refit trained together at its end: all sites ("model"), one at a time ("block"), or nothing ("")."""
+    """What a refit trained together at its end: all sites ("model"), one at a time ("block"), or none ("squares"); "" without a refit."""
     healed: int
     """Tokens, or items, that the model or every block was trained on; 0 for none."""
     healed_by: str

@@ -4,14 +4,15 @@ Minimises `divergence.output_error`, the KL divergence from the original's distr
 (`descent`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
 much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. The two models share all
 weights outside the sites, and the output of an encoder that is not folded; of batches that are seen again the original's output is kept.
+Windows of text are given positions with gaps (`spread`), so that they train attention over longer distances than they have.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +25,15 @@ from ..core.heads import Heads
 from ..descent import descend as descents
 from ..descent.descend import TrainedWeights, descend, schedule
 from ..descent.moments import Moments, add_moments, empty_moments, num_wanted
-from ..divergence import compared_alone, label_mask, output_error
+from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
 from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here, world_size
 from ..runtime.regrouping import input_modules, install_heads, model_names
+from .answers import Answers, Given
 from .heal import SCALE
+from .spread import reach, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +50,6 @@ LONGER = 0.5
 """Length of its steps in lengths of the first, along which all sites move together: later gradients find that too far. This
 holds for many steps; a training of 15 goes farthest with the whole length.
 """
-KEPT_BYTES = 2**30
-"""Memory for the outputs of the original, or of an encoder that is not folded, which are kept for batches that are seen again."""
 
 
 @torch.no_grad()
@@ -66,7 +67,8 @@ def distill(
 
     `model` is the original under stock transformers, in memory; `merged(site)` returns the site's heads to begin with, in standard
     order. The model is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together, or with None on all
-    of it once. `progress` is called with numbers of tokens.
+    of it once. Where none is seen again, steps are short ones in white coordinates (`descent`). `progress` is called with numbers of
+    tokens.
 
     Raises:
         UserError: a model that is read from disk as it runs.
@@ -77,8 +79,8 @@ def distill(
             "--heal-by block, which train one block at a time"
         )
     student = _Student(model, sites, merged)
-    once = tokens is None
-    all_batches = list(_batches(sample, tokens))
+    once = _is_once(sample, tokens)
+    all_batches = list(spread(_batches(sample, tokens), reach(model, sites, sample), seed))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
     plan = schedule(
         counts, tokens or sum(counts), num_checks=1 if once else NUM_CHECKS, seed=seed, longer=LONGER if once else 1.0
@@ -121,14 +123,21 @@ def distill(
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
 
 
+def _is_once(sample: Sample, tokens: int | None) -> bool:
+    """Return whether a training on so many tokens sees none of them again."""
+    return tokens is None or tokens <= sum(map(num_tokens, batches_in_order(sample, ONCE_TOKENS)))
+
+
 def _batches(sample: Sample, tokens: int | None) -> Iterator[Sample]:
-    return batches_in_order(sample, ONCE_TOKENS if tokens is None else BATCH_TOKENS)
+    return batches_in_order(sample, ONCE_TOKENS if _is_once(sample, tokens) else BATCH_TOKENS)
 
 
 def total_tokens(sample: Sample, tokens: int | None) -> int:
     """Return the number of tokens that the model is run on, in training and in checks; `tokens` as for `distill`."""
     counts = [*map(num_tokens, _batches(sample, tokens))]
-    return descents.total_tokens(counts, tokens or sum(counts), 1 if tokens is None else NUM_CHECKS, searched=True)
+    return descents.total_tokens(
+        counts, tokens or sum(counts), 1 if _is_once(sample, tokens) else NUM_CHECKS, searched=True
+    )
 
 
 def _num_positions(batch: Sample) -> int:
@@ -160,56 +169,33 @@ class _Student:
         self.leaves = [leaf for each in self.weights for leaf in each.tensors.values()]
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
         decodes = getattr(model.config, "is_encoder_decoder", False)
-        self._shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
-        self._encoded: dict[int | None, Tensor] = {}
-        self._answers: dict[int | None, SimpleNamespace] = {}
-        self._room = KEPT_BYTES
+        shares_encoder = decodes and all(site.stack == "decoder" for site in sites)
         self._options = without_cache(model, model.forward)
+        self._answers = Answers(model, self._options, shares_encoder=shares_encoder)
 
     def error(self, batch: Sample, number: int | None = None) -> Tensor:
-        """Return the divergence of the student's output from the original's on one batch.
-
-        A batch whose number is given is seen again: the original, or an encoder that both share, is run on it once, as far as memory is
-        set aside for its outputs.
-        """
+        """Return the divergence of the student's output from the original's on one batch, whose number is given if it is seen again."""
         given, labels = self._given(batch)
-        mask = given.get("attention_mask")
-        if number in self._encoded:
-            given = self._decoded(given, self._encoded[number])
-        teacher: Any = self._answers.get(number)
-        if teacher is None:
-            with torch.no_grad():
-                teacher = self._teacher(**given, **self._options)
-            if (
-                self._shares_encoder
-            ):  # which has the larger part of the work, and its outputs the smaller part of the memory
-                encoded = teacher.encoder_last_hidden_state
-                given = self._decoded(given, encoded)
-                self._keep(self._encoded, number, encoded, encoded)
-            else:
-                teacher = compared_alone(teacher)
-                self._keep(self._answers, number, teacher, *vars(teacher).values())
-        return output_error(self._run(given), teacher, labels, mask)
+        mask = (
+            given.get("attention_mask") if "attention_mask" in batch else None
+        )  # all ones say nothing, and cost a copy
+        answer, given = self._answers.of(given, number)
+        return output_error(self._run(given), answer, labels, mask)
 
-    def _given(self, batch: Sample) -> tuple[dict[str, Any], Tensor | None]:
+    def _given(self, batch: Sample) -> tuple[Given, Tensor | None]:
         """Return what both models are called with, and the labels."""
         device = input_device(self._teacher)
         given: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = given.pop("labels", None)
+        if "position_ids" in given:  # without a mask, stock models take a gap for the beginning of another text
+            given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
         if getattr(self._teacher.config, "is_encoder_decoder", False) and "decoder_input_ids" not in given:
             assert labels is not None
             given["decoder_input_ids"] = decoder_inputs(self._teacher, labels)
         return given, labels
 
-    def _run(self, given: Mapping[str, Any]) -> Any:
+    def _run(self, given: Given) -> Any:
         return torch.func.functional_call(self._model, self._tensors(), kwargs={**given, **self._options})
-
-    def _keep(self, kept: dict[int | None, Any], number: int | None, value: Any, *tensors: Tensor) -> None:
-        """Keep what was computed of a batch that is seen again and holds these tensors, as far as memory is set aside for it."""
-        size = sum(tensor.nbytes for tensor in tensors)
-        if number is not None and number not in kept and size <= self._room:
-            self._room -= size
-            kept[number] = value
 
     @torch.no_grad()
     def input_moments(self, batches: Iterable[Sample]) -> list[Moments]:
@@ -219,23 +205,18 @@ class _Student:
         """
         sums = [empty_moments(each.heads) for each in self.weights]
         wanted = max(map(num_wanted, sums)) / world_size()
+        seen = [Counter[str]() for _ in sums]
         with ExitStack() as stack:
-            for site, own, trained in zip(self._sites, sums, self.weights, strict=True):
+            for site, own, count, trained in zip(self._sites, sums, seen, self.weights, strict=True):
                 for field, path in input_modules(site, in_slots=trained.heads.head_dim > site.head_dim).items():
-                    handle = self._model.get_submodule(path).register_forward_pre_hook(partial(_add, own, field))
-                    stack.callback(handle.remove)
+                    module = self._model.get_submodule(path)
+                    stack.callback(module.register_forward_pre_hook(partial(_add, own, count, field)).remove)
             for batch in batches:
                 self._run(self._given(batch)[0])
-                wanted -= num_tokens(batch)
-                if wanted <= 0:
+                # Positions, of which a recording has many and a pair few; none in layers that do not run.
+                if min(chain(*(count.values() for count in seen))) >= wanted:
                     break
         return [{field: all_reduce(total) for field, total in own.items()} for own in sums]
-
-    @staticmethod
-    def _decoded(given: Mapping[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """Return what a model is called with whose encoder need not run."""
-        kept = {name: given[name] for name in ("attention_mask", "decoder_input_ids") if name in given}
-        return {**kept, "encoder_outputs": (encoded,)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the student's parameters that depend on the trained weights, by name."""
@@ -251,9 +232,13 @@ class _Student:
         return write_heads(site, heads.expand(site.num_kv_heads), in_slots=heads.head_dim > site.head_dim)
 
 
-def _add(moments: dict[str, Tensor], field: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Add the inputs of a module to the second moments of that field, before it runs."""
-    add_moments(moments, field, inputs[0].flatten(0, -2))
+def _add(
+    moments: dict[str, Tensor], seen: Counter[str], field: str, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    """Add the inputs of a module to the second moments of that field, before it runs, and their number to what was seen."""
+    rows = inputs[0].flatten(0, -2)
+    seen[field] += len(rows)
+    add_moments(moments, field, rows)
 
 
 @contextmanager

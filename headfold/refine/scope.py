@@ -11,10 +11,12 @@ from ..core.errors import UserError
 from ..core.stats import NARROW
 from ..families.spec import Site
 from ..hf_models import exceeds_memory, stored_dtype, total_memory
-from . import distill, heal
+from . import answers, distill, heal
 
 _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, heal.ITEMS)}
 """By what is trained together: the tokens, and the items where data has none."""
+REFITS = (*_DEFAULTS, "squares")
+"""What a refit may end with: training together what `_DEFAULTS` names, or nothing after its least squares."""
 _LARGE = 2**26
 """Parameters from which on a language model is trained as a whole by default. Measured between 3 M and 39 M, block by block took less
 time and recovered more; at 135 M it took four times as long and recovered half as much."""
@@ -24,22 +26,32 @@ second moments of inputs and their roots."""
 
 
 def refit_by_default(
-    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *, heals: bool
+    by: str | None,
+    checkpoint: Checkpoint,
+    sites: Sequence[Site],
+    kind: str,
+    tokens: int,
+    device: str,
+    *,
+    healed_by: str,
 ) -> str:
-    """Return what a refit trains together at its end: the "model", or each "block" alone. What is not given is the model for language
-    models that are large, as far as there are data enough and memory for what is trained, unless a fold is healed, which trains the model
-    anyway. It is the memory that there is, not what is free, so that a fold goes on in the way that it began.
+    """Return what a refit trains together at its end: the "model", or each "block" alone; or "squares", where it ends with those. What is
+    not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
+    the memory that there is, not what is free, so that a fold goes on in the way that it began. Before a healing of the whole model, which
+    is the same training on more data, it is squares.
 
     Raises:
         UserError: an unknown `by`, or no memory for the model.
     """
-    if by not in (None, *_DEFAULTS):
-        raise UserError(f"--refit-by {by}: expected one of {', '.join(_DEFAULTS)}")
+    if by not in (None, *REFITS):
+        raise UserError(f"--refit-by {by}: expected one of {', '.join(REFITS)}")
+    if by is None and healed_by == "model":
+        return "squares"
     if by is None:
         size = max(max(checkpoint.tensors[site.tensor("o")].shape) for site in sites)
-        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not heals
+        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not healed_by
         return "model" if whole and _lacking(checkpoint, sites, device, total_memory) is None else "block"
-    if by == "block" or (lacking := _lacking(checkpoint, sites, device)) is None:
+    if by != "model" or (lacking := _lacking(checkpoint, sites, device)) is None:
         return by
     raise UserError(
         f"fold --refit-by model: expected memory for the model and {lacking:.1f} GiB of training, got less; give --refit-by block"
@@ -57,7 +69,7 @@ def _lacking(
     """Return the GiB that training takes beside the model itself, activations not counted; None where memory holds both."""
     names = {site.tensor(role) for site in sites for role in site.weights}
     trained = sum(math.prod(checkpoint.tensors[name].shape) for name in names if name in checkpoint.tensors)
-    extra = _TRAINED_BYTES * trained + distill.KEPT_BYTES
+    extra = _TRAINED_BYTES * trained + answers.KEPT_BYTES
     dtype = stored_dtype(checkpoint.path)
     if torch.device(device).type == "cpu":  # on which many processors compute in float32
         dtype = torch.promote_types(dtype, torch.float32)
@@ -139,5 +151,6 @@ class Fits:
             healing = Healing.resolved(self.heal_by, self.heal_tokens, kind, checkpoint.num_parameters)
             healing.check_memory(checkpoint, sites, device)
         if self.refit:
-            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, heals=self.heal)
+            healed_by = healing.by if healing else ""
+            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, healed_by=healed_by)
         return together, healing

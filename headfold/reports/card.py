@@ -33,7 +33,7 @@ class CardFacts:
     method: str
     group: str
     refit_by: str
-    """What a refit trained together at its end: the "model" or each "block" alone; empty without a refit."""
+    """What a refit trained together at its end: the "model", each "block" alone, or nothing ("squares"); empty without a refit."""
     healed: int
     """The number of tokens, or items, of training; 0 where nothing was trained."""
     healed_by: str
@@ -169,6 +169,7 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 _REFIT = {
     "block": "'s attention and output, block by block",
+    "squares": "'s attention and output by least squares, block by block",
     "model": ": to its attention block by block, then all together to the model's output, in one pass over the calibration data",
 }
 

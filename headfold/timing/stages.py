@@ -64,13 +64,13 @@ def fitting_operations(
     heals: Collection[str],
     healed: float,
     heals_together: bool = False,
-    refits_together: bool = False,
+    refit_by: str = "block",
     records: bool = True,
 ) -> dict[str, Operations]:
     """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
 
-    A refit records what the blocks do in a pass of its own if `records`. At its end it trains each block on all items once, or with
-    `refits_together` the model.
+    A refit records what the blocks do in a pass of its own if `records`. At its end it trains each block on all items once, or the
+    model, or nothing, as `refit_by` says ("block", "model", "squares").
     A site, or with `heals_together` the model, is healed on `healed` items, which are drawn anew where the model does not write them.
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
@@ -82,9 +82,9 @@ def fitting_operations(
     if refits:
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
         own = data.items * once.blocks if records else 0.0
-        if refits_together:
+        if refit_by == "model":
             own += DISTILL * data.items * (once.blocks + once.head)
-        else:
+        elif refit_by == "block":
             precise += sum(HEAL * data.items * once.sites[name] for name in refits)
         found["refit"] = Operations(own / shared, precise / shared)
     if heals and heals_together:

@@ -74,7 +74,7 @@ def fold(
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit the projections to the original's attention and output, at the end those of all blocks together by the output of the
-            "model", or of each "block" alone (`refit_by`; by default "model" for language models of 2^26 parameters or more that fit).
+            "model", or of each "block" alone, or none after "squares" (`refit_by`; "model" for large language models that fit).
         heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.

@@ -1,0 +1,53 @@
+"""Positions with gaps, by which windows of text train attention over distances that are longer than they are.
+
+A rotary model's attention depends on how far apart two tokens are. Windows of 1,024 tokens say nothing of distances beyond, and the loss
+of a fold that is trained on them alone grows there. Given positions with a gap inside a window, the original answers for tokens on both
+sides as it does for tokens that far apart (as in PoSE, Zhu et al. 2024, 2309.10400, which extends the context of a model so), at no more
+than the price of the window.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..calibration import Sample, is_packed_text
+from ..families.spec import Site
+
+TIMES = 8
+"""Positions reach over at most so many times a window, as far as was measured."""
+
+
+def reach(model: nn.Module, sites: Sequence[Site], sample: Sample) -> int:
+    """Return the number of positions that windows of this sample are to be spread over: their own length where they stay as they are.
+
+    So do texts that are padded, and those of a model some of whose attention is not rotary, or spans no more than a window: a gap in
+    positions does not hide a token that a sliding window would.
+    """
+    if not is_packed_text(sample):
+        return 0
+    window = sample["input_ids"].shape[1]
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    spans = [site.key_freedom.context if site.key_freedom.rotary_dim else 0 for site in sites]
+    return max(window, min(TIMES * window, *spans)) if takes_positions else window
+
+
+def spread(batches: Iterator[Sample], positions: int, seed: int) -> Iterator[Sample]:
+    """Yield batches of windows with `position_ids`: each window is cut in two, and the second part begins up to so far on that the last
+    token is at most the last of these `positions`. Cuts and gaps are uniform. Shorter `positions` than windows change nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        count, window = batch["input_ids"].shape if "input_ids" in batch else (0, 0)
+        yield (
+            {**batch, "position_ids": _with_gaps(count, window, positions, generator)} if positions > window else batch
+        )
+
+
+def _with_gaps(count: int, window: int, positions: int, generator: torch.Generator) -> Int[Tensor, "window position"]:
+    cuts = torch.randint(1, window, (count, 1), generator=generator)
+    gaps = torch.randint(0, positions - window + 1, (count, 1), generator=generator)
+    at = torch.arange(window).expand(count, -1)
+    return at + torch.where(at >= cuts, gaps, 0)
