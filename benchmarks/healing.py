@@ -3,9 +3,9 @@
     python benchmarks/healing.py MODEL --name NAME --kv-heads 4,2,1 [--ways NAME,…] [--heal-tokens N] [--text SOURCE] [--limit N]
         [--calibration SOURCE] [--tokens N] [--items N] [--columns A,B] [--context N] [--seeds 3] --work DIR
 
-Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (the default fold, then --heal-by model) and
-`heal by block` (then --heal-by block). The first two of the first seed alone: mean pooling sees no data, and the range of refit is in
-NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
+Rows: `mean` (neighbours pooled, no refit), `refit` (the default fold), `heal` (--heal-by model) and `heal by block`
+(--heal-by block), each after a refit that ends as its default is. The first two of the first seed alone: mean pooling sees no data, and
+the range of refit is in NAME-main.json. Results go to benchmarks/results/NAME-healing.json after each row, so an interrupted run resumes.
 """
 
 import json

@@ -62,7 +62,12 @@ SMOLLM2: tuple[Row, ...] = (
 """Of 3 K/V heads no pair can be one of twice the head_dim, so there is no such row."""
 WHISPER: tuple[Row, ...] = tuple(
     (name, count, how) for count in ("3", "1") for name, how in {**PUBLISHED, **OURS}.items()
-) + (("absorb+refit, encoder too", "3", ("--encoder",)), ("wide", "2", WIDE), ("unequal", "4", UNEQUAL))
+) + (
+    *(("absorb+refit by model", count, ("--refit-by", "model")) for count in ("3", "1")),
+    ("absorb+refit, encoder too", "3", ("--encoder",)),
+    ("wide", "2", WIDE),
+    ("unequal", "4", UNEQUAL),
+)
 WHISPER_NARROW: tuple[Row, ...] = tuple(("absorb+refit, prompts alone", count, ()) for count in ("3", "1"))
 """Calibrated on one speaker and one subject; the others see synthetic speech of WikiText too."""
 MINILM: tuple[Row, ...] = tuple(

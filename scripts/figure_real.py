@@ -11,6 +11,7 @@ NAMES = {
     "original": "original",
     "absorb": "absorb, no refit",
     "absorb+refit": "**absorb with refit (default)**",
+    "absorb+refit by model": "default, refitted as a whole",
     "absorb+refit+heal by block": "default, then healed block by block",
     "absorb+refit+heal": "default, then healed as a whole",
     "wide": "half as many heads of twice the head_dim",
@@ -47,11 +48,14 @@ def _kib(size: float) -> str:
     return f"{size / 1024:g} KiB"
 
 
-def _size(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _memory(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else ""
 
 
 def _seconds(row: dict[str, Any]) -> str:
+    """Return how long a fold took; of one that went on after an interruption neither time nor memory is known."""
+    if "seconds" not in row:
+        return ""
     said = f"{row['seconds']:.0f}" + ("" if "calibrate" in row["stages"] else " + calibration")
     return said + (" (beside other jobs)" if "beside_other_jobs" in row else "")
 
@@ -69,7 +73,7 @@ def language_model(result: str, contexts: Sequence[int]) -> str:
             [
                 _name(row), _kib(row["kv_bytes_per_token"]), *(number(row[key]["loss_increase"]) for key in keys),
                 number(row[keys[0]]["kl"]), percent(row[keys[0]]["same_top_token"]),
-                _size(row["peak_bytes"]), _seconds(row),
+                _memory(row), _seconds(row),
             ]
             for row in _folds(result)
         ),
@@ -90,7 +94,7 @@ def speech(result: str) -> str:
         *(
             [
                 _name(row), row["kv_heads"], _kib(row["kv_bytes_per_token"]), percent(row["differing_share"]),
-                percent(row["word_error_rate"]), f"{row['transcription_seconds']:.0f} s", _size(row["peak_bytes"]),
+                percent(row["word_error_rate"]), f"{row['transcription_seconds']:.0f} s", _memory(row),
                 _seconds(row),
             ]
             for row in sorted(_folds(result), key=lambda row: -int(row["kv_heads"]))

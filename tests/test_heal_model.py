@@ -14,17 +14,16 @@ from kinds import KINDS
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_heal import spoilt
-from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites
+from tiny import stock_model, tiny_checkpoint, tiny_sample, tiny_sites, tiny_tokens
 from torch import Tensor
 
 import headfold
-from headfold import calibration, hf_models
+from headfold import answers, calibration, hf_models
 from headfold.calibration import decoder_inputs
 from headfold.core.errors import UserError
 from headfold.descent import descend as descent
 from headfold.divergence import kl_divergence, output_error
 from headfold.families.layout import write_heads
-from headfold.refine import answers
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill, total_tokens
 from headfold.refine.scope import Healing
@@ -131,7 +130,7 @@ def test_the_first_step_is_short_of_what_is_not_finite_and_none_where_errors_onl
     assert limit / 4 < descent._least(lambda length: 1 - length if length < limit else inf) < limit
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper"])
+@pytest.mark.parametrize("name", ["t5", "whisper", "moonshine"])
 def test_an_encoder_that_is_not_folded_runs_once_for_a_batch(
     name: str, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,13 +156,22 @@ def test_an_encoder_that_is_not_folded_runs_once_for_a_batch(
             assert_bitwise(tensor, again[site].to_tensors()[field])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "bert"])
+@pytest.mark.parametrize(
+    ("name", "kept_as"), [("llama", "states"), ("gemma2", "outputs"), ("granite", "outputs"), ("bert", "states")]
+)
 def test_the_original_runs_once_for_a_batch_that_is_held_back(
-    name: str, small_batches: None, monkeypatch: pytest.MonkeyPatch
+    name: str, kept_as: str, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what is kept of its outputs, and without, weights are the same; also where logits are capped or scaled behind the head."""
     pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint(name))}
     model, sample, runs = stock_model(tiny_checkpoint(name)), tiny_sample(name, NUM_ITEMS), list[int]()
+    made, begin = list[answers.Answers](), answers.Answers.__init__
+
+    def begun(self: answers.Answers, *args: Any, **options: Any) -> None:
+        made.append(self)
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(answers.Answers, "__init__", begun)
     model.register_forward_hook(lambda module, *_: runs.append(1) if module is model else None)  # not its copy
     monkeypatch.setattr(distilling, "ONCE_TOKENS", calibration.total_tokens(sample) // 6)
 
@@ -174,8 +182,13 @@ def test_the_original_runs_once_for_a_batch_that_is_held_back(
         )
 
     kept = found()
-    steps, held = len(list(distilling._batches(sample, None))), 1
+    steps, held = len(list(distilling._batches(sample, once=True))), 1
     assert len(runs) == steps + held
+    assert {kind: len(vars(made[0])[f"_{kind}"]) for kind in ("states", "outputs")} == {
+        "states": 0,
+        "outputs": 0,
+        kept_as: held,
+    }
     monkeypatch.setattr(answers, "KEPT_BYTES", 0)
     again = found()
     assert len(runs) > steps + held
@@ -202,6 +215,24 @@ def test_the_original_stays_as_it_was(small_batches: None) -> None:
         for field, tensor in first.items():
             assert_bitwise(tensor, again[field])
             assert_differs(tensor, other[field])
+
+
+@pytest.mark.parametrize(("tokens", "white"), [(None, True), (100, True), (513, True), (767, True), (769, False)])
+def test_a_training_near_one_pass_takes_its_steps_in_white_coordinates(
+    tokens: int | None, white: bool, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[bool]()
+
+    def descend(weights: Any, moments: Any, *_: Any) -> Any:
+        given.append(moments is not None)
+        return [each.fitted() for each in weights]
+
+    monkeypatch.setattr(distilling, "descend", descend)
+    pairs = {site.name: (site, heads) for site, heads in tiny_sites(tiny_checkpoint("llama"))}
+    sample = {"input_ids": tiny_tokens(16, 32)}  # 512 tokens
+    sites = [site for site, _ in pairs.values()]
+    distill(stock_model(tiny_checkpoint("llama")), sites, lambda site: pairs[site.name][1], sample, tokens=tokens)
+    assert given == [white]
 
 
 HEALED: dict[str, Any] = dict(

@@ -42,7 +42,7 @@ FLOORS = {
         "trusted_code",
     ),
     5: ("adapted", "calibration", "divergence", "planning", "surgery"),
-    6: ("head_dims", "runtime", "ct2", "graphs", "llama_cpp", "metrics"),
+    6: ("answers", "head_dims", "runtime", "ct2", "graphs", "llama_cpp", "metrics"),
     7: ("adequacy", "detection", "refine", "train", "evaluate", "timing", "exports", "reports", "routing", "serving"),
     8: ("comparison", "conversion"),
     9: ("advice", "budget", "in_memory", "latent", "pages", "uptraining"),

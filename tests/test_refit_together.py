@@ -19,7 +19,7 @@ from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.refine import distill, queries, scope
 from headfold.refine.refit import refit
-from headfold.refine.scope import refit_by_default
+from headfold.refine.scope import Fits, refit_by_default
 
 FOLDED: dict[str, Any] = dict(kv_heads=2, calibration="stdlib", **CALIBRATED)
 
@@ -35,7 +35,9 @@ def test_a_fold_refitted_as_a_whole_is_nearer_to_its_original_and_says_so(readab
     block, model, squares = made
     assert block.verification.passed and model.verification.passed and set(model.seconds) == set(block.seconds)
     plain = headfold.fold(readable, tmp_path / "plain", **more, refit=False)
-    losses = [headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, block, model, squares)]
+    losses = [
+        headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, block, model, squares)
+    ]
     assert max(losses[1:]) < 0.8 * losses[0] and losses[1] < losses[3] and losses[2] <= losses[3]
     cards = [(one.out / "README.md").read_text() for one in made]
     assert "attention and output, block by block" in cards[0] and "--refit-by block" in cards[0]
@@ -71,13 +73,14 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
 ) -> None:
     source = open_source(str(readable))
 
-    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, healed_by: str = "") -> str:
-        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", healed_by=healed_by)
+    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, healed: str = "") -> str:
+        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", healed=healed)
 
     assert chosen() == "block" and chosen("model") == "model"
     monkeypatch.setattr(scope, "_LARGE", 1)
-    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(healed_by="block") == "block"
-    assert chosen(healed_by="model") == "squares" and chosen("model", healed_by="model") == "model"
+    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(healed="block") == "block"
+    assert chosen(healed="model") == "block" and chosen(healed="once") == "squares"
+    assert chosen("model", healed="once") == "model"
     assert chosen(tokens=64) == "block"  # of which each input dim has too few
     monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
     assert chosen() == "model"  # others use it for now
@@ -85,6 +88,22 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
     assert chosen() == "block"
     with pytest.raises(UserError, match="GiB of training, got less; give --refit-by block"):
         chosen("model")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "by"),
+    [(2**14, True, "squares"), (2**14, False, "block"), (2**17, False, "squares"), (2**18, True, "block")],
+)
+def test_a_refit_ends_with_squares_before_the_same_training_on_more_data(
+    readable: Path,  # noqa: F811
+    tokens: int,
+    more: bool,
+    by: str,
+) -> None:
+    source, fits = open_source(str(readable)), Fits(heal=True, heal_by="model")
+    found, healing = fits.resolved(source.checkpoint, source.sites, "text", tokens, "cpu", more=more)
+    assert (found, healing.by, healing.tokens) == (by, "model", 2**17)
+    assert fits.resolved(source.checkpoint, source.sites, "images", tokens, "cpu", more=more)[0] == "block"
 
 
 def test_a_fold_that_overflows_where_it_would_be_trained_keeps_its_refit(

@@ -15,7 +15,7 @@ from headfold.conversion.source import open_source
 from headfold.families.spec import Site
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill
-from headfold.refine.spread import TIMES, reach, spread
+from headfold.refine.spread import TIMES, num_positions, spread
 
 WINDOW = 6
 
@@ -37,7 +37,7 @@ def windows(*counts: int, length: int = WINDOW) -> Iterator[dict[str, Tensor]]:
 
 
 @given(st.integers(2, 9), st.integers(0, 40), st.integers(0, 2**20))
-def test_a_window_has_one_gap_and_ends_within_reach(length: int, more: int, seed: int) -> None:
+def test_a_window_has_one_gap_and_ends_within_num_positions(length: int, more: int, seed: int) -> None:
     for batch in spread(windows(3, 1, length=length), length + more, seed):
         if not more:
             assert "position_ids" not in batch
@@ -82,16 +82,16 @@ def test_the_original_answers_as_if_unseen_tokens_filled_the_gap(name: str, monk
     assert gaps
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "mistral", "gemma2", "olmo3"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "mistral", "gemma2", "olmo3", "smollm3"])
 def test_windows_stay_whole_where_attention_is_not_rotary_or_has_a_window(name: str) -> None:
-    assert reach(stock_model(tiny_checkpoint(name)), rotary_sites(name), {"input_ids": tiny_tokens(2, 8)}) == 8
+    assert num_positions(stock_model(tiny_checkpoint(name)), rotary_sites(name), {"input_ids": tiny_tokens(2, 8)}) == 8
 
 
 def test_positions_reach_the_context_and_no_more_than_was_measured() -> None:
     model, sites = stock_model(tiny_checkpoint("llama")), rotary_sites("llama")
     context = sites[0].key_freedom.context
-    assert [reach(model, sites, {"input_ids": tiny_tokens(1, length)}) for length in (4, 32, context)] == [
+    assert [num_positions(model, sites, {"input_ids": tiny_tokens(1, length)}) for length in (4, 32, context)] == [
         4 * TIMES, context, context,
     ]  # fmt: skip
     padded = {"input_ids": tiny_tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
-    assert reach(model, sites, padded) == 0
+    assert num_positions(model, sites, padded) == 0

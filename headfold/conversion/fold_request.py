@@ -41,7 +41,7 @@ class FoldRequest:
     """None where no step needs data and none is named."""
     healing: Healing
     refit_by: str
-    """What the refit trains together at its end: the "model" or each "block" alone; empty without a refit."""
+    """What ends the refit: training of the "model" or of each "block" alone, or "squares", neither; empty without a refit."""
     quantised_cache: bool
     """Whether K and V are rotated for a quantised cache at the end."""
     settings: Mapping[str, Any]
@@ -120,7 +120,14 @@ def resolve_fold(
         choose_fold_layout(source, expected, layout)
     together, healing = "", Healing()
     if calibration is not None:
-        together, healing = fits.resolved(source.checkpoint, source.sites, calibration.kind, calibration.tokens, device)
+        together, healing = fits.resolved(
+            source.checkpoint,
+            source.sites,
+            calibration.kind,
+            calibration.tokens,
+            device,
+            more=not calibration.is_written,
+        )
     code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),

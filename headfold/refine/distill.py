@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..answers import Answers, Given
 from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens, without_cache
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
@@ -31,9 +32,8 @@ from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here, world_size
 from ..runtime.regrouping import input_modules, install_heads, model_names
-from .answers import Answers, Given
 from .heal import SCALE
-from .spread import reach, spread
+from .spread import num_positions, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def distill(
 
     `model` is the original under stock transformers, in memory; `merged(site)` returns the site's heads to begin with, in standard
     order. The model is trained with `tokens` tokens of `sample` (items where it has none), over all ranks together, or with None on all
-    of it once. Where none is seen again, steps are short ones in white coordinates (`descent`). `progress` is called with numbers of
+    of it once. Where hardly any is seen again, steps are short ones in white coordinates (`descent`). `progress` is called with numbers of
     tokens.
 
     Raises:
@@ -80,10 +80,10 @@ def distill(
         )
     student = _Student(model, sites, merged)
     once = _is_once(sample, tokens)
-    all_batches = list(spread(_batches(sample, tokens), reach(model, sites, sample), seed))
+    all_batches = list(spread(_batches(sample, once), num_positions(model, sites, sample), seed))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
     plan = schedule(
-        counts, tokens or sum(counts), num_checks=1 if once else NUM_CHECKS, seed=seed, longer=LONGER if once else 1.0
+        counts, tokens or sum(counts), num_checks=_num_checks(tokens), seed=seed, longer=LONGER if once else 1.0
     )
     again = plan.held if once else range(len(all_batches))
     left = total_tokens(sample, tokens)
@@ -124,20 +124,24 @@ def distill(
 
 
 def _is_once(sample: Sample, tokens: int | None) -> bool:
-    """Return whether a training on so many tokens sees none of them again."""
-    return tokens is None or tokens <= sum(map(num_tokens, batches_in_order(sample, ONCE_TOKENS)))
+    """Return whether a training on so many tokens is nearer to one pass over the sample than to two. It is rarely exactly one: windows are
+    whole, and how much padding counts as tokens depends on the batches.
+    """
+    return tokens is None or tokens < 1.5 * sum(map(num_tokens, _batches(sample, once=True)))
 
 
-def _batches(sample: Sample, tokens: int | None) -> Iterator[Sample]:
-    return batches_in_order(sample, ONCE_TOKENS if _is_once(sample, tokens) else BATCH_TOKENS)
+def _batches(sample: Sample, once: bool) -> Iterator[Sample]:
+    return batches_in_order(sample, ONCE_TOKENS if once else BATCH_TOKENS)
+
+
+def _num_checks(tokens: int | None) -> int:
+    return 1 if tokens is None else NUM_CHECKS
 
 
 def total_tokens(sample: Sample, tokens: int | None) -> int:
     """Return the number of tokens that the model is run on, in training and in checks; `tokens` as for `distill`."""
-    counts = [*map(num_tokens, _batches(sample, tokens))]
-    return descents.total_tokens(
-        counts, tokens or sum(counts), 1 if _is_once(sample, tokens) else NUM_CHECKS, searched=True
-    )
+    counts = [*map(num_tokens, _batches(sample, _is_once(sample, tokens)))]
+    return descents.total_tokens(counts, tokens or sum(counts), _num_checks(tokens), searched=True)
 
 
 def _num_positions(batch: Sample) -> int:
@@ -214,7 +218,7 @@ class _Student:
             for batch in batches:
                 self._run(self._given(batch)[0])
                 # Positions, of which a recording has many and a pair few; none in layers that do not run.
-                if min(chain(*(count.values() for count in seen))) >= wanted:
+                if min(chain(*(count.values() for count in seen)), default=wanted) >= wanted:
                     break
         return [{field: all_reduce(total) for field, total in own.items()} for own in sums]
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import answers
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import UserError
 from ..core.stats import NARROW
 from ..families.spec import Site
 from ..hf_models import exceeds_memory, stored_dtype, total_memory
-from . import answers, distill, heal
+from . import distill, heal
 
 _DEFAULTS = {"model": (distill.TOKENS, distill.ITEMS), "block": (heal.TOKENS, heal.ITEMS)}
 """By what is trained together: the tokens, and the items where data has none."""
@@ -33,23 +34,24 @@ def refit_by_default(
     tokens: int,
     device: str,
     *,
-    healed_by: str,
+    healed: str = "",
 ) -> str:
-    """Return what a refit trains together at its end: the "model", or each "block" alone; or "squares", where it ends with those. What is
-    not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
-    the memory that there is, not what is free, so that a fold goes on in the way that it began. Before a healing of the whole model, which
-    is the same training on more data, it is squares.
+    """Return what ends a refit: the training of the "model" as a whole, that of each "block" alone, or "squares", least squares alone.
+
+    What is not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
+    the memory that there is, not what is free, so that a fold goes on in the way that it began. Before a healing it is each block, or
+    squares where `healed` is "once": by model, in one pass over at least as much data, which is the same training.
 
     Raises:
         UserError: an unknown `by`, or no memory for the model.
     """
     if by not in (None, *REFITS):
         raise UserError(f"--refit-by {by}: expected one of {', '.join(REFITS)}")
-    if by is None and healed_by == "model":
+    if by is None and healed == "once":
         return "squares"
     if by is None:
         size = max(max(checkpoint.tensors[site.tensor("o")].shape) for site in sites)
-        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not healed_by
+        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not healed
         return "model" if whole and _lacking(checkpoint, sites, device, total_memory) is None else "block"
     if by != "model" or (lacking := _lacking(checkpoint, sites, device)) is None:
         return by
@@ -139,9 +141,9 @@ class Fits:
             raise UserError("fold: refit_by goes with refit; leave it or --no-refit out")
 
     def resolved(
-        self, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str
+        self, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *, more: bool
     ) -> tuple[str, Healing]:
-        """Return what a refit trains together at its end, "" without one, and the healing, on data of this kind with so many tokens.
+        """Return what ends a refit, "" without one, and the healing, on data of this kind with so many tokens, of which there is `more`.
 
         Raises:
             UserError: something unknown, or no memory for it.
@@ -151,6 +153,12 @@ class Fits:
             healing = Healing.resolved(self.heal_by, self.heal_tokens, kind, checkpoint.num_parameters)
             healing.check_memory(checkpoint, sites, device)
         if self.refit:
-            healed_by = healing.by if healing else ""
-            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, healed_by=healed_by)
+            healed = healing.by if healing else ""
+            if (
+                healed == "model"
+                and kind == "text"
+                and (tokens <= healing.tokens if more else tokens == healing.tokens)
+            ):
+                healed = "once"
+            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, healed=healed)
         return together, healing

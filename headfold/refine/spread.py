@@ -8,30 +8,42 @@ than the price of the window.
 
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration import Sample, is_packed_text
+from ..families.context import context_length
 from ..families.spec import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TIMES = 8
 """Positions reach over at most so many times a window, as far as was measured."""
 
 
-def reach(model: nn.Module, sites: Sequence[Site], sample: Sample) -> int:
-    """Return the number of positions that windows of this sample are to be spread over: their own length where they stay as they are.
+def num_positions(model: "PreTrainedModel", sites: Sequence[Site], sample: Sample) -> int:
+    """Return the number of positions that windows of this sample are to be spread over: their own where they stay as they are.
 
-    So do texts that are padded, and those of a model some of whose attention is not rotary, or spans no more than a window: a gap in
-    positions does not hide a token that a sliding window would.
+    So do texts that are padded; windows of a model some of whose layers have no rotary positions, since these do not see the gap, or a
+    sliding window, which would hide what lies before it; and those of code that is not stock, which may not take such positions.
     """
     if not is_packed_text(sample):
         return 0
-    window = sample["input_ids"].shape[1]
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    window, config = sample["input_ids"].shape[1], model.config.to_dict()
+    taken = inspect.signature(model.forward).parameters
+    stock = type(model).__module__.startswith("transformers.") and {"position_ids", "attention_mask"} <= taken.keys()
+    known = set(config.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
+    context = context_length(config)
+    if not (stock and known and context):
+        return window
     spans = [site.key_freedom.context if site.key_freedom.rotary_dim else 0 for site in sites]
-    return max(window, min(TIMES * window, *spans)) if takes_positions else window
+    # Where the frequencies of a longer context are others, statistics of windows have seen the trained ones alone.
+    trained = (config.get("rope_parameters") or {}).get("original_max_position_embeddings") or context
+    return max(window, min(TIMES * window, context, trained, *spans))
 
 
 def spread(batches: Iterator[Sample], positions: int, seed: int) -> Iterator[Sample]:

@@ -73,8 +73,8 @@ def fold(
         head_dim_multiple: With 2 there are half as many K/V heads with twice the head_dim: the same cache, a better fold, larger W_q
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
-        refit: Refit the projections to the original's attention and output, at the end those of all blocks together by the output of the
-            "model", or of each "block" alone, or none after "squares" (`refit_by`; "model" for large language models that fit).
+        refit: Refit the projections by least squares to the original's attention and output. `refit_by` is what is trained then: the
+            "model" as a whole (the default for large language models that fit), each "block" alone, or nothing ("squares").
         heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.

@@ -1,5 +1,6 @@
 """What the original outputs on batches, computed once where a batch is seen again."""
 
+import inspect
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..divergence import compared_alone
+from .divergence import compared_alone
 
 KEPT_BYTES = 2**30
 """Memory for what is kept of batches that are seen again."""
@@ -17,18 +18,21 @@ Given = Mapping[str, Any]
 
 
 class Answers:
-    """Runs the original on batches. Of a batch whose number is given, the smallest of what spares most of the next run is kept, as far as
-    memory is set aside for it: the output of an encoder that is not folded; the states that the output embedding reads, where its
-    logits are the output as they are; else the output.
+    """Runs the original on batches. Of a batch whose number is given something is kept, as far as memory is set aside for it:
+
+    - of a model whose encoder is not folded, the output of that;
+    - of a model whose logits are those of its output embedding as they are, the states that this reads;
+    - of all others their output.
     """
 
     def __init__(self, original: Any, options: Given, *, shares_encoder: bool) -> None:
-        self._original, self._options, self._shares_encoder = original, options, shares_encoder
-        self._encoded: dict[int, Tensor] = {}
+        self._original, self._options = original, options
+        self._encoder: nn.Module | None = original.get_encoder() if shares_encoder else None
+        self._head: nn.Module | None = _output_embedding(original)
+        self._encoded: dict[int, Any] = {}
         self._states: dict[int, Tensor] = {}
         self._outputs: dict[int, SimpleNamespace] = {}
         self._room = KEPT_BYTES
-        self._head: nn.Module | None = original.get_output_embeddings()
 
     @torch.no_grad()
     def of(self, given: Given, number: int | None) -> tuple[SimpleNamespace, Given]:
@@ -38,21 +42,28 @@ class Answers:
         if number in self._states:
             assert self._head is not None
             return SimpleNamespace(logits=self._head(self._states[number])), given
-        if number in self._encoded:
-            given = _decoded(given, self._encoded[number])
-        output, states = self._run(given)
         if (
-            self._shares_encoder
-        ):  # which has the larger part of the work, and its outputs the smaller part of the memory
-            encoded = output.encoder_last_hidden_state
-            self._keep(self._encoded, number, encoded, encoded)
-            return compared_alone(output), _decoded(given, encoded)
+            self._encoder is not None
+        ):  # it has the larger part of the work, and its output the smaller part of the memory
+            given = _decoded(given, self._encoding(given, number))
+            return compared_alone(self._original(**given, **self._options)), given
+        output, states = self._run(given)
         compared = compared_alone(output)
         if states is not None and compared.__dict__.keys() == {"logits"}:
             self._keep(self._states, number, states, states)
         else:
             self._keep(self._outputs, number, compared, *vars(compared).values())
         return compared, given
+
+    def _encoding(self, given: Given, number: int | None) -> Any:
+        """Return the output of the encoder, in the form that the decoder is given it in."""
+        if number in self._encoded:
+            return self._encoded[number]
+        assert self._encoder is not None
+        taken = inspect.signature(self._encoder.forward).parameters
+        encoded = self._encoder(**{name: value for name, value in given.items() if name in taken})
+        self._keep(self._encoded, number, encoded, *(each for each in encoded.values() if isinstance(each, Tensor)))
+        return encoded
 
     def _run(self, given: Given) -> tuple[Any, Tensor | None]:
         """Return the original's output, and the input of its output embedding if no more than that makes the logits."""
@@ -61,7 +72,8 @@ class Answers:
         seen: list[tuple[Tensor, Tensor, int]] = []
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], made: Tensor) -> None:
-            seen.append((inputs[0], made, made._version))
+            if inputs:
+                seen.append((inputs[0], made, made._version))
 
         with self._head.register_forward_hook(see):
             output = self._original(**given, **self._options)
@@ -80,7 +92,15 @@ class Answers:
             kept[number] = value
 
 
-def _decoded(given: Given, encoded: Tensor) -> dict[str, Any]:
+def _output_embedding(original: Any) -> nn.Module | None:
+    try:
+        found = original.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # of classes that are not stock
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _decoded(given: Given, encoded: Any) -> dict[str, Any]:
     """Return what a model is called with whose encoder need not run."""
     kept = {name: given[name] for name in ("attention_mask", "decoder_input_ids") if name in given}
-    return {**kept, "encoder_outputs": (encoded,)}
+    return {**kept, "encoder_outputs": encoded}
