@@ -41,7 +41,11 @@ def _folds(result: str) -> list[dict[str, Any]]:
 
 def _name(row: dict[str, Any]) -> str:
     method, _, rest = row["method"].partition(",")
-    return NAMES[method] + (f",{rest}" if rest else "") + (" (by earlier code)" if "made_by" in row else "")
+    return NAMES[method] + (f",{rest}" if rest else "") + (" †" if "made_by" in row else "")
+
+
+def _transcribed(row: dict[str, Any]) -> str:
+    return f"{row['transcription_seconds']:.0f} s" if "transcription_seconds" in row else ""
 
 
 def _kib(size: float) -> str:
@@ -90,11 +94,11 @@ def speech(result: str) -> str:
         "80 prompts transcribed in", "memory", "seconds",
     ]  # fmt: skip
     lines = [
-        ["original", "6", _kib(6 * a_head), "", percent(base["word_error_rate"]), f"{base['transcription_seconds']:.0f} s", "", ""],
+        ["original", "6", _kib(6 * a_head), "", percent(base["word_error_rate"]), _transcribed(base), "", ""],
         *(
             [
                 _name(row), row["kv_heads"], _kib(row["kv_bytes_per_token"]), percent(row["differing_share"]),
-                percent(row["word_error_rate"]), f"{row['transcription_seconds']:.0f} s", _memory(row),
+                percent(row["word_error_rate"]), _transcribed(row), _memory(row),
                 _seconds(row),
             ]
             for row in sorted(_folds(result), key=lambda row: -int(row["kv_heads"]))
