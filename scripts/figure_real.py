@@ -11,7 +11,7 @@ NAMES = {
     "original": "original",
     "absorb": "absorb, no refit",
     "absorb+refit": "**absorb with refit (default)**",
-    "absorb+refit by model": "default, refitted as a whole",
+    "absorb+refit by model": "default with `--refit-by model`",
     "absorb+refit+heal by block": "default, then healed block by block",
     "absorb+refit+heal": "default, then healed as a whole",
     "wide": "half as many heads of twice the head_dim",
@@ -68,7 +68,7 @@ def language_model(result: str, contexts: Sequence[int]) -> str:
     """Loss increase by context, divergence, and the peak memory and seconds of the fold."""
     keys = [f"context {context}" for context in contexts]
     header = [
-        "fold", "K/V per token", *(f"loss increase at {context:,}" for context in contexts), "KL", "same top token", "memory", "seconds",
+        "fold", "K/V per token", *(f"{'' if at else 'loss increase '}at {context:,}" for at, context in enumerate(contexts)), "KL", "same top token", "memory", "seconds",
     ]  # fmt: skip
     base = _original(result)
     lines = [
@@ -90,7 +90,7 @@ def speech(result: str) -> str:
     base, some = _original(result), _folds(result)[0]
     a_head = some["kv_bytes_per_token"] / int(some["kv_heads"])
     header = [
-        "fold", "K/V heads", "K/V per position", "words other than the original's, telephone prompts", "word error rate, another speaker",
+        "fold", "K/V heads", "K/V per position", "other words, telephone prompts", "word error rate, another speaker",
         "80 prompts transcribed in", "memory", "seconds",
     ]  # fmt: skip
     lines = [
