@@ -67,9 +67,8 @@ def _seconds(row: dict[str, Any]) -> str:
 def language_model(result: str, contexts: Sequence[int]) -> str:
     """Loss increase by context, divergence, and the peak memory and seconds of the fold."""
     keys = [f"context {context}" for context in contexts]
-    header = [
-        "fold", "K/V per token", *(f"{'' if at else 'loss increase '}at {context:,}" for at, context in enumerate(contexts)), "KL", "same top token", "memory", "seconds",
-    ]  # fmt: skip
+    losses = [f"{'' if at else 'loss increase '}at {context:,}" for at, context in enumerate(contexts)]
+    header = ["fold", "K/V per token", *losses, "KL", "same top token", "memory", "seconds"]
     base = _original(result)
     lines = [
         ["original", "", *(f"(loss {number(base[key]['nll'])})" for key in keys), *[""] * 4],
