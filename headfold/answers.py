@@ -42,9 +42,8 @@ class Answers:
         if number in self._states:
             assert self._head is not None
             return SimpleNamespace(logits=self._head(self._states[number])), given
-        if (
-            self._encoder is not None
-        ):  # it has the larger part of the work, and its output the smaller part of the memory
+        if self._encoder is not None:
+            # It has the larger part of the work, and its output the smaller part of the memory.
             given = _decoded(given, self._encoding(given, number))
             return compared_alone(self._original(**given, **self._options)), given
         output, states = self._run(given)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration import Sample, is_packed_text
 from ..families.context import context_length
 from ..families.spec import Site
+from ..families.wrapped import language_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +37,14 @@ def num_positions(model: "PreTrainedModel", sites: Sequence[Site], sample: Sampl
     window, config = sample["input_ids"].shape[1], model.config.to_dict()
     taken = inspect.signature(model.forward).parameters
     stock = type(model).__module__.startswith("transformers.") and {"position_ids", "attention_mask"} <= taken.keys()
-    known = set(config.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
+    text = language_config(config)
+    known = set(text.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
     context = context_length(config)
     if not (stock and known and context):
         return window
     spans = [site.key_freedom.context if site.key_freedom.rotary_dim else 0 for site in sites]
     # Where the frequencies of a longer context are others, statistics of windows have seen the trained ones alone.
-    trained = (config.get("rope_parameters") or {}).get("original_max_position_embeddings") or context
+    trained = (text.get("rope_parameters") or {}).get("original_max_position_embeddings") or context
     return max(window, min(TIMES * window, context, trained, *spans))
 
 
@@ -53,9 +55,9 @@ def spread(batches: Iterator[Sample], positions: int, seed: int) -> Iterator[Sam
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         count, window = batch["input_ids"].shape if "input_ids" in batch else (0, 0)
-        yield (
-            {**batch, "position_ids": _with_gaps(count, window, positions, generator)} if positions > window else batch
-        )
+        if positions > window:
+            batch = {**batch, "position_ids": _with_gaps(count, window, positions, generator)}
+        yield batch
 
 
 def _with_gaps(count: int, window: int, positions: int, generator: torch.Generator) -> Int[Tensor, "window position"]:
