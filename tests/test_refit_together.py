@@ -38,7 +38,8 @@ def test_a_fold_refitted_as_a_whole_is_nearer_to_its_original_and_says_so(readab
     losses = [
         headfold.eval(made.out, reference=readable, limit=512, context=32).kl for made in (plain, block, model, squares)
     ]
-    assert max(losses[1:]) < 0.8 * losses[0] and losses[1] < losses[3] and losses[2] <= losses[3]
+    assert max(losses[1:]) < 0.8 * losses[0] and losses[1] != losses[2]
+    assert losses[1] < losses[3] and losses[2] <= losses[3]
     cards = [(one.out / "README.md").read_text() for one in made]
     assert "attention and output, block by block" in cards[0] and "--refit-by block" in cards[0]
     assert "then all together to the model's output" in cards[1] and "--refit-by model" in cards[1]

@@ -121,13 +121,8 @@ def resolve_fold(
     together, healing = "", Healing()
     if calibration is not None:
         together, healing = fits.resolved(
-            source.checkpoint,
-            source.sites,
-            calibration.kind,
-            calibration.tokens,
-            device,
-            more=not calibration.is_written,
-        )
+            source.checkpoint, source.sites, calibration.kind, calibration.tokens, device, more=not calibration.is_written
+        )  # fmt: skip
     code = trusted_code(source.config["model_type"])
     settings = {
         "version": version("headfold"), "source": source.checkpoint.fingerprint(), "kv_heads": str(kv_heads),

@@ -79,8 +79,8 @@ def distill(
             "--heal-by block, which train one block at a time"
         )
     student = _Student(model, sites, merged)
-    once = _is_once(sample, tokens)
-    all_batches = list(spread(_batches(sample, once), num_positions(model, sites, sample), seed))
+    batches, once = _batches(sample, tokens)
+    all_batches = list(spread(batches, num_positions(model, sites, sample), seed))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
     plan = schedule(
         counts, tokens or sum(counts), num_checks=_num_checks(tokens), seed=seed, longer=LONGER if once else 1.0
@@ -123,15 +123,14 @@ def distill(
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
 
 
-def _is_once(sample: Sample, tokens: int | None) -> bool:
-    """Return whether a training on so many tokens is nearer to one pass over the sample than to two. It is rarely exactly one: windows are
-    whole, and how much padding counts as tokens depends on the batches.
+def _batches(sample: Sample, tokens: int | None) -> tuple[list[Sample], bool]:
+    """Return the batches of a training on so many tokens, and whether it is nearer to one pass over them than to two. It is rarely exactly
+    one: windows are whole, and how much padding counts as tokens depends on the batches.
     """
-    return tokens is None or tokens < 1.5 * sum(map(num_tokens, _batches(sample, once=True)))
-
-
-def _batches(sample: Sample, once: bool) -> Iterator[Sample]:
-    return batches_in_order(sample, ONCE_TOKENS if once else BATCH_TOKENS)
+    found = list(batches_in_order(sample, ONCE_TOKENS))
+    if tokens is None or tokens < 1.5 * sum(map(num_tokens, found)):
+        return found, True
+    return list(batches_in_order(sample, BATCH_TOKENS)), False
 
 
 def _num_checks(tokens: int | None) -> int:
@@ -140,7 +139,7 @@ def _num_checks(tokens: int | None) -> int:
 
 def total_tokens(sample: Sample, tokens: int | None) -> int:
     """Return the number of tokens that the model is run on, in training and in checks; `tokens` as for `distill`."""
-    counts = [*map(num_tokens, _batches(sample, _is_once(sample, tokens)))]
+    counts = [*map(num_tokens, _batches(sample, tokens)[0])]
     return descents.total_tokens(counts, tokens or sum(counts), _num_checks(tokens), searched=True)
 
 
@@ -180,9 +179,8 @@ class _Student:
     def error(self, batch: Sample, number: int | None = None) -> Tensor:
         """Return the divergence of the student's output from the original's on one batch, whose number is given if it is seen again."""
         given, labels = self._given(batch)
-        mask = (
-            given.get("attention_mask") if "attention_mask" in batch else None
-        )  # all ones say nothing, and cost a copy
+        # The mask of a window with a gap is all ones: it says nothing here, and would cost a copy of the logits.
+        mask = given.get("attention_mask") if "attention_mask" in batch else None
         answer, given = self._answers.of(given, number)
         return output_error(self._run(given), answer, labels, mask)
 

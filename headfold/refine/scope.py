@@ -27,15 +27,8 @@ second moments of inputs and their roots."""
 
 
 def refit_by_default(
-    by: str | None,
-    checkpoint: Checkpoint,
-    sites: Sequence[Site],
-    kind: str,
-    tokens: int,
-    device: str,
-    *,
-    healed: str = "",
-) -> str:
+    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *, healed: str = ""
+) -> str:  # fmt: skip
     """Return what ends a refit: the training of the "model" as a whole, that of each "block" alone, or "squares", least squares alone.
 
     What is not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
@@ -154,11 +147,8 @@ class Fits:
             healing.check_memory(checkpoint, sites, device)
         if self.refit:
             healed = healing.by if healing else ""
-            if (
-                healed == "model"
-                and kind == "text"
-                and (tokens <= healing.tokens if more else tokens == healing.tokens)
-            ):
+            enough = tokens <= healing.tokens if more else tokens == healing.tokens
+            if healed == "model" and kind == "text" and enough:
                 healed = "once"
             together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, healed=healed)
         return together, healing

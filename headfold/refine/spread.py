@@ -7,7 +7,7 @@ than the price of the window.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +48,7 @@ def num_positions(model: "PreTrainedModel", sites: Sequence[Site], sample: Sampl
     return max(window, min(TIMES * window, context, trained, *spans))
 
 
-def spread(batches: Iterator[Sample], positions: int, seed: int) -> Iterator[Sample]:
+def spread(batches: Iterable[Sample], positions: int, seed: int) -> Iterator[Sample]:
     """Yield batches of windows with `position_ids`: each window is cut in two, and the second part begins up to so far on that the last
     token is at most the last of these `positions`. Cuts and gaps are uniform. Shorter `positions` than windows change nothing.
     """
