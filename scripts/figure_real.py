@@ -139,11 +139,10 @@ def entropy(result: str) -> str:
 
 def by_quarter(result: str) -> str:
     """The loss increase by quarter of the window, on many windows."""
-    keys = ("64 windows of 1024", "2 windows of 8192")
     header = ["fold", "windows", "loss increase", "first quarter", "second", "third", "last"]
     lines = []
-    for row in (row for row in _folds(result) if keys[0] in row):
-        for key in keys:
+    for row in _folds(result):
+        for key in (key for key in row if " windows of " in key):
             parts = row[key]["loss_increase_by_position"]
             size = len(parts) // 4
             quarters = (statistics.mean(parts[at : at + size]) for at in range(0, len(parts), size))

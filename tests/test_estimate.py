@@ -57,6 +57,25 @@ def test_the_operations_of_a_site_are_those_of_its_projections_and_attention() -
     assert item_operations(source, 10).head == 2 * 10 * 61 * 48
 
 
+def test_an_encoder_that_stays_is_not_trained() -> None:
+    path = tiny_checkpoint("whisper", torch.float32)
+    source, model = open_source(path, True), stock_model(path, torch.float32)
+    model.set_attn_implementation("eager")
+    frames = torch.zeros(1, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.get_encoder()(frames)
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    once = item_operations(source, 4)
+    assert once.encoder == pytest.approx(counter.get_total_flops() - convolutions, rel=0.01)
+
+    def trained(**how: bool) -> float:
+        data = stages.CalibrationPass(once, 1, 8)
+        found = stages.fitting_operations(data, calibrates=False, refits=(), heals="a", healed=1, heals_together=True, **how)
+        return found["heal"].own
+
+    assert trained() - trained(shares_encoder=True) == pytest.approx((stages.DISTILL - 1) * once.encoder)
+
+
 def patches(config: dict[str, Any]) -> int:
     return (config["image_size"] // config["patch_size"]) ** 2 + 1
 

@@ -78,6 +78,7 @@ def _fitting(
         healed=request.healing.tokens / (1 if data.kind in ("images", "audio", "sound") else length),
         refit_by=request.refit_by,
         heals_together=request.healing.by == "model",
+        shares_encoder=all(site.stack == "decoder" for site in source.sites),
     )
 
 

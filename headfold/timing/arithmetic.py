@@ -29,6 +29,8 @@ class Arithmetic:
     """Attention logits of a query by site: those of all heads for all keys."""
     head: float
     """Operations of the output head, if it reads every position."""
+    encoder: float = 0.0
+    """Operations of the stack that another one reads by cross-attention; `blocks` contains them."""
 
 
 def arithmetic(
@@ -61,8 +63,12 @@ def arithmetic(
     inside = {name: rows.get(name, stacks[stack]) for name in matrices if (stack := _stack(name)) in stacks}
     work = {name: 2 * n * prod(matrices[name]) * (sent if ".experts." in name else 1) for name, n in inside.items()}
     by_site = {name: products[name] + sum(work[tensor] for tensor in read[name]) for name in products}
+    decoders = {_stack(site.weights["o"]) for site in sites if site.reads_encoder}
+    encoders = stacks.keys() - decoders if decoders else set()
+    encoder = sum(n for name, n in work.items() if _stack(name) in encoders)
+    encoder += sum(products[site.name] for site in sites if _stack(site.weights["o"]) in encoders)
     head = 2 * length * max((prod(shape) for name, shape in matrices.items() if name not in inside), default=0)
-    return Arithmetic(sum(work.values()) + sum(products.values()), by_site, queries, logits, head)
+    return Arithmetic(sum(work.values()) + sum(products.values()), by_site, queries, logits, head, encoder)
 
 
 def _stack(name: str) -> str:

@@ -66,14 +66,18 @@ def fitting_operations(
     heals_together: bool = False,
     refit_by: str = "block",
     records: bool = True,
+    shares_encoder: bool = False,
 ) -> dict[str, Operations]:
     """Return by stage the operations of calibrating, if that is done, and of refitting and healing the sites of these names.
 
     A refit records what the blocks do in a pass of its own if `records`. At its end it trains each block on all items once, or the
     model, or nothing, as `refit_by` says ("block", "model", "squares").
     A site, or with `heals_together` the model, is healed on `healed` items, which are drawn anew where the model does not write them.
+    `shares_encoder` says that an encoder stays as it is: it runs once where the model is trained.
     """
     once, shared, found = data.once, num_processes(), dict[str, Operations]()
+    untrained = once.encoder if shares_encoder else 0.0
+    distilled = untrained + DISTILL * (once.blocks - untrained + once.head)
     if calibrates:
         sampling = 0.0
         if data.cached is not None and not data.drawn:
@@ -83,12 +87,12 @@ def fitting_operations(
         precise = sum(REFIT * data.items * once.sites[name] + _of_queries(data, name) for name in refits)
         own = data.items * once.blocks if records else 0.0
         if refit_by == "model":
-            own += DISTILL * data.items * (once.blocks + once.head)
+            own += data.items * distilled
         elif refit_by == "block":
             precise += sum(HEAL * data.items * once.sites[name] for name in refits)
         found["refit"] = Operations(own / shared, precise / shared)
     if heals and heals_together:
-        found["heal"] = Operations(DISTILL * healed * (once.blocks + once.head) / shared)
+        found["heal"] = Operations(healed * distilled / shared)
     elif heals:
         drawn = max(data.items, healed) if data.cached is None else data.items
         trained = HEAL * healed * sum(once.sites[name] for name in heals)
