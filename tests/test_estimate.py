@@ -70,7 +70,9 @@ def test_an_encoder_that_stays_is_not_trained() -> None:
 
     def trained(**how: bool) -> float:
         data = stages.CalibrationPass(once, 1, 8)
-        found = stages.fitting_operations(data, calibrates=False, refits=(), heals="a", healed=1, heals_together=True, **how)
+        found = stages.fitting_operations(
+            data, calibrates=False, refits=(), heals="a", healed=1, heals_together=True, **how
+        )
         return found["heal"].own
 
     assert trained() - trained(shares_encoder=True) == pytest.approx((stages.DISTILL - 1) * once.encoder)

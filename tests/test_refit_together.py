@@ -74,14 +74,13 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
 ) -> None:
     source = open_source(str(readable))
 
-    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, healed: str = "") -> str:
-        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", healed=healed)
+    def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, **healing: bool) -> str:
+        return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", **healing)
 
     assert chosen() == "block" and chosen("model") == "model"
     monkeypatch.setattr(scope, "_LARGE", 1)
-    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(healed="block") == "block"
-    assert chosen(healed="model") == "block" and chosen(healed="once") == "squares"
-    assert chosen("model", healed="once") == "model"
+    assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
+    assert chosen(heals=True, continues=True) == "squares" and chosen("model", heals=True, continues=True) == "model"
     assert chosen(tokens=64) == "block"  # of which each input dim has too few
     monkeypatch.setattr(hf_models, "available_memory", lambda device: 2e5)
     assert chosen() == "model"  # others use it for now

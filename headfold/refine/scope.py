@@ -27,24 +27,25 @@ second moments of inputs and their roots."""
 
 
 def refit_by_default(
-    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *, healed: str = ""
+    by: str | None, checkpoint: Checkpoint, sites: Sequence[Site], kind: str, tokens: int, device: str, *,
+    heals: bool = False, continues: bool = False,
 ) -> str:  # fmt: skip
     """Return what ends a refit: the training of the "model" as a whole, that of each "block" alone, or "squares", least squares alone.
 
     What is not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
-    the memory that there is, not what is free, so that a fold goes on in the way that it began. Before a healing it is each block, or
-    squares where `healed` is "once": by model, in one pass over at least as much data, which is the same training.
+    the memory that there is, not what is free, so that a fold goes on in the way that it began. Where a healing follows (`heals`) it is
+    each block, or squares if that healing `continues` the refit: by model, in one pass over at least as much data, the same training.
 
     Raises:
         UserError: an unknown `by`, or no memory for the model.
     """
     if by not in (None, *REFITS):
         raise UserError(f"--refit-by {by}: expected one of {', '.join(REFITS)}")
-    if by is None and healed == "once":
+    if by is None and continues:
         return "squares"
     if by is None:
         size = max(max(checkpoint.tensors[site.tensor("o")].shape) for site in sites)
-        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not healed
+        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not heals
         return "model" if whole and _lacking(checkpoint, sites, device, total_memory) is None else "block"
     if by != "model" or (lacking := _lacking(checkpoint, sites, device)) is None:
         return by
@@ -146,9 +147,9 @@ class Fits:
             healing = Healing.resolved(self.heal_by, self.heal_tokens, kind, checkpoint.num_parameters)
             healing.check_memory(checkpoint, sites, device)
         if self.refit:
-            healed = healing.by if healing else ""
             enough = tokens <= healing.tokens if more else tokens == healing.tokens
-            if healed == "model" and kind == "text" and enough:
-                healed = "once"
-            together = refit_by_default(self.refit_by, checkpoint, sites, kind, tokens, device, healed=healed)
+            together = refit_by_default(
+                self.refit_by, checkpoint, sites, kind, tokens, device,
+                heals=bool(healing), continues=bool(healing) and healing.by == "model" and kind == "text" and enough,
+            )  # fmt: skip
         return together, healing
