@@ -53,8 +53,10 @@ LONG = SHORT | {"64 windows of 1024": (1024, 65536), "8 windows of 8192": (8192,
 Row = tuple[str, str, tuple[str, ...]]
 """Name, K/V heads (or the share of a budget, with %), and options of `headfold fold`."""
 
+HEALED = {"absorb+refit+heal": (*MODEL, "--heal-tokens", "262144")}
+"""About all tokens of the calibration text, once."""
 SMOLLM2: tuple[Row, ...] = (
-    *((name, "1", how) for name, how in {**PUBLISHED, **OURS}.items()),
+    *((name, "1", how) for name, how in {**PUBLISHED, **OURS, **HEALED}.items()),
     ("budget", "66.7%", UNEQUAL),
     ("unequal", "2", UNEQUAL),
     ("unequal+heal", "2", (*UNEQUAL, *MODEL)),

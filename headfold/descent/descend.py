@@ -135,6 +135,11 @@ def total_tokens(counts: Sequence[int], tokens: int, num_checks: int, *, searche
     return tokens + checked + searched * USUAL_TRIES * sum(counts[number] for number in held[:NUM_SEARCHED])
 
 
+def num_with_held(tokens: int) -> float:
+    """Return the number of tokens of which so many are left for one pass, when others are held back."""
+    return tokens * 2 * HELD_BACK / (2 * HELD_BACK - 1)
+
+
 def _split(counts: Sequence[int], tokens: int) -> tuple[range, range]:
     """Return the numbers of the batches for training and for checks; a single batch is used for both."""
     count = len(counts)

@@ -8,11 +8,12 @@ Windows of text are given positions with gaps (`spread`), so that they train att
 """
 
 import copy
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
 from ..descent import descend as descents
-from ..descent.descend import TrainedWeights, descend, schedule
+from ..descent.descend import TrainedWeights, descend, num_with_held, schedule
 from ..descent.moments import Moments, add_moments, empty_moments, num_wanted
 from ..divergence import label_mask, output_error
 from ..families.layout import write_heads
@@ -125,11 +126,13 @@ def distill(
 
 def _batches(sample: Sample, tokens: int | None) -> tuple[list[Sample], bool]:
     """Return the batches of a training on so many tokens, and whether it is nearer to one pass over them than to two. It is rarely exactly
-    one: windows are whole, and how much padding counts as tokens depends on the batches.
+    one: windows are whole, and how much padding counts as tokens depends on the batches. Of more data than it sees, the first are taken.
     """
     found = list(batches_in_order(sample, ONCE_TOKENS))
-    if tokens is None or tokens < 1.5 * sum(map(num_tokens, found)):
-        return found, True
+    counts = [*map(num_tokens, found)]
+    if tokens is None or tokens < 1.5 * sum(counts):
+        seen = [*accumulate(counts, initial=0)]
+        return found[: bisect_left(seen, num_with_held(tokens or seen[-1]))], True
     return list(batches_in_order(sample, BATCH_TOKENS)), False
 
 
