@@ -132,7 +132,7 @@ def _batches(sample: Sample, tokens: int | None) -> tuple[list[Sample], bool]:
     counts = [*map(num_tokens, found)]
     if tokens is None or tokens < 1.5 * sum(counts):
         seen = [*accumulate(counts, initial=0)]
-        return found[: bisect_left(seen, num_with_held(tokens or seen[-1]))], True
+        return found[: max(2, bisect_left(seen, num_with_held(tokens or seen[-1])))], True
     return list(batches_in_order(sample, BATCH_TOKENS)), False
 
 
