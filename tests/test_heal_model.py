@@ -238,9 +238,8 @@ def test_a_training_near_one_pass_takes_its_steps_in_white_coordinates(
 def test_a_training_on_a_part_of_the_data_holds_a_part_of_them_back() -> None:
     sample = {"input_ids": torch.zeros(64, 1024, dtype=torch.int64)}
     assert total_tokens(sample, 8 * 1024) < 2 * 8 * 1024
-    assert (
-        total_tokens(sample, 1) == 1 + (3 + descent.USUAL_TRIES) * 1024
-    )  # one window is held back, however little is trained
+    # One window is held back, however little is trained.
+    assert total_tokens(sample, 1) == 1 + (3 + descent.USUAL_TRIES) * 1024
     assert len(distilling._batches(sample, 1)[0]) == 2
     assert total_tokens(sample, 63 * 1024) == total_tokens(sample, 64 * 1024) - 1024
 

@@ -24,7 +24,9 @@ from .moments import Moments
 from .whitened import WhitenedAdam
 
 HELD_BACK = 8
-"""One batch in so many is held back, where the data are seen more than once; half as many where they are seen once."""
+"""One batch in so many is held back, where the data are seen more than once."""
+HELD_BACK_ONCE = 2 * HELD_BACK
+"""And where they are seen once."""
 MAX_ERROR_RATIO = 2
 """A check may find up to so many times the least error: between checks steps are still long, and their noise falls as they get
 shorter. Backing off at every check without improvement ends at a larger loss increase.
@@ -137,7 +139,7 @@ def total_tokens(counts: Sequence[int], tokens: int, num_checks: int, *, searche
 
 def num_with_held(tokens: int) -> float:
     """Return the number of tokens of which so many are left for one pass, when others are held back."""
-    return tokens * 2 * HELD_BACK / (2 * HELD_BACK - 1)
+    return tokens * HELD_BACK_ONCE / (HELD_BACK_ONCE - 1)
 
 
 def _split(counts: Sequence[int], tokens: int) -> tuple[range, range]:
@@ -145,7 +147,7 @@ def _split(counts: Sequence[int], tokens: int) -> tuple[range, range]:
     count = len(counts)
     if count == 1:
         return range(1), range(1)
-    held = max(1, count // (HELD_BACK if tokens > sum(counts) else 2 * HELD_BACK))
+    held = max(1, count // (HELD_BACK if tokens > sum(counts) else HELD_BACK_ONCE))
     return range(count - held), range(count - held, count)
 
 
