@@ -37,3 +37,25 @@ def kind_of(name: str) -> tuple[object, ...]:
 
 KINDS = sorted({kind_of(name): name for name in reversed([*TINY, *FOREIGN])}.values())
 """The first tiny model of each kind."""
+
+
+def _properties(name: str) -> set[tuple[object, ...]]:
+    attentions, *others = kind_of(name)
+    assert isinstance(attentions, tuple)
+    return {("model", *each) for each in enumerate(others)} | {
+        ("attention", *each) for one in attentions for each in enumerate(one)
+    }
+
+
+def _cover() -> list[str]:
+    """Return few kinds that together have every property, the one with the most that are left first."""
+    properties = {name: _properties(name) for name in KINDS}
+    found, left = ["llama"], set[tuple[object, ...]]().union(*properties.values()) - properties["llama"]
+    while left:
+        found.append(max(KINDS, key=lambda name: len(properties[name] & left)))
+        left -= properties[found[-1]]
+    return sorted(found)
+
+
+COVER = _cover()
+"""Of kinds, few that have every property that any has: for laws of trainings, which take a second or more each."""

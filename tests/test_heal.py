@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grades import assert_bitwise, assert_differs
-from kinds import KINDS
+from kinds import COVER
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_refit import energy
@@ -89,7 +89,7 @@ def with_fitted(heads: Heads, fitted: FittedHeads) -> Heads:
     return fitted.to("cpu", torch.float64).onto(heads)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COVER)
 def test_what_is_held_back_is_answered_better(name: str) -> None:
     """On the last item, which no step saw; gradients are those of every family."""
     found, _ = healed(name)
@@ -99,7 +99,7 @@ def test_what_is_held_back_is_answered_better(name: str) -> None:
         assert lacking(name, site, with_fitted(heads, found[site.name]), held) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COVER)
 def test_only_what_the_checkpoint_has_room_for_changes(name: str) -> None:
     found, _ = healed(name)
     for site, heads in tiny_sites(tiny_checkpoint(name)):

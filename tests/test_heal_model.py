@@ -10,7 +10,7 @@ import torch
 from grades import assert_bitwise, assert_differs
 from hypothesis import given
 from hypothesis import strategies as st
-from kinds import KINDS
+from kinds import COVER
 from test_corpus import tokenizer  # noqa: F401 (a fixture)
 from test_fold import CALIBRATED, readable, same_bytes  # noqa: F401 (a fixture)
 from test_heal import spoilt
@@ -66,7 +66,7 @@ def lacking(name: str, heads_of: dict[str, Any], batch: Mapping[str, Tensor]) ->
     return float(output_error(changed(**given), original(**given), labels, given.get("attention_mask")))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", COVER)
 def test_the_output_comes_nearer_to_the_originals(name: str) -> None:
     """On one batch, again and again; the stock model with the healed heads written into it has the smaller error."""
     sample, pairs = tiny_sample(name, NUM_ITEMS), tiny_sites(tiny_checkpoint(name))

@@ -5,7 +5,7 @@ import inspect
 import random
 from collections.abc import Callable
 from io import TextIOBase
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, TextIO
 
 import jaxtyping
@@ -29,6 +29,10 @@ check = beartype(
 traces a model, the sizes of tensors are integers of its own."""
 
 slow = jaxtyping.jaxtyped
+_inner = set[CodeType]()
+"""Functions within functions that are checked. Each call of the outer one makes them anew, and a check takes long to make: the first of a
+process has one.
+"""
 
 
 def jaxtyped(decorated: Any = None, *, typechecker: Callable[..., Any]) -> Any:
@@ -44,6 +48,10 @@ def jaxtyped(decorated: Any = None, *, typechecker: Callable[..., Any]) -> Any:
         if made is not None and not hasattr(made, "__wrapped__") and hasattr(decorated, "__dataclass_fields__"):
             decorated.__init__ = jaxtyped(made, typechecker=typechecker)
         return decorated
+    if isinstance(decorated, FunctionType) and "<locals>" in decorated.__qualname__:
+        if decorated.__code__ in _inner:
+            return decorated
+        _inner.add(decorated.__code__)
     if not isinstance(decorated, FunctionType) or inspect.isgeneratorfunction(decorated):
         return slow(decorated, typechecker=typechecker)
     return _checked(decorated, typechecker)
