@@ -20,7 +20,7 @@ from wrapped_models import SEEN, logits_of, seen_sample, wrapped_checkpoint
 
 import headfold
 from headfold import cli
-from headfold.advice.commands import fold_command
+from headfold.advice.commands import next_fold
 from headfold.conversion.source import open_source
 from headfold.core.errors import UserError
 from headfold.corpus import illustrated
@@ -98,8 +98,8 @@ def test_statistics_of_text_are_refused_for_a_tower(llava: Path, captioned: Path
 
 
 def test_the_command_that_follows_a_plan_names_what_the_tower_sees(llava: Path) -> None:  # noqa: F811
-    assert fold_command(open_source(llava, encoder=True), 2).endswith("--calibration SOURCE --columns IMAGE,TEXT")
-    assert "--calibration" not in fold_command(open_source(llava), 2)
+    assert next_fold(open_source(llava, encoder=True), 2).endswith("--calibration SOURCE --columns IMAGE,TEXT")
+    assert "--calibration" not in next_fold(open_source(llava), 2)
 
 
 def test_sound_stands_in_its_text(hearing: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from ..conversion.source import Source
 from ..core.errors import UserError
 from ..core.sizes import parse_size
 from ..families.context import context_length
-from .commands import fold_command
+from .commands import next_fold
 from .demand import Demand, demands
 from .devices import Device, gpu_named, this_machine
 
@@ -141,7 +141,7 @@ def advise(source: Source, work: Workload) -> Advice:
         reason=reason,
         command=None
         if chosen is None
-        else fold_command(source, chosen.num_kv_heads, "--kv-heads", str(chosen.num_kv_heads)),
+        else next_fold(source, chosen.num_kv_heads, "--kv-heads", str(chosen.num_kv_heads)),
     )
 
 

@@ -9,7 +9,7 @@ from ..families.wrapped import is_wrapper
 from ..towers import columns_of_tower
 
 
-def fold_command(source: Source, num_kv_heads: int, *options: str) -> str:
+def next_fold(source: Source, num_kv_heads: int, *options: str) -> str:
     """Return the command that folds a source with these options; it names the data to calibrate on where none are bundled.
 
     Statistics (`--stats`) among the options say which data they were measured on.

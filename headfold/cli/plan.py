@@ -89,7 +89,7 @@ def plan(
     counts of their own: each is folded alone on a part of the calibration data to measure what that costs, and the best allocation is
     found exactly. By default counts divide the number of K/V heads, as engines require; with --group swap:unequal=true groups differ in
     size and any count may be used."""
-    from ..advice.commands import fold_command
+    from ..advice.commands import next_fold
     from ..budget.curves import loses_nats
     from ..conversion.serving_cost import serving_cost
     from ..conversion.source import open_source
@@ -115,4 +115,4 @@ def plan(
         views.show_plan(made, (serving_cost(source), serving_cost(source, made)), loses_nats(source.config))
         print(f"wrote {out}")
         options = ["--plan", str(out), *(["--stats", str(stats)] if stats else []), *([] if refit else ["--no-refit"])]
-        print(f"next: {fold_command(source, max(made.num_kv_heads.values()), *options)}")
+        print(f"next: {next_fold(source, max(made.num_kv_heads.values()), *options)}")
