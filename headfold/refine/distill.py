@@ -4,8 +4,7 @@ Minimises `divergence.output_error`, the KL divergence from the original's distr
 (`descent`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
 much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. The two models share all
 weights outside the sites, and the output of an encoder that is not folded; of batches that are seen again the original's output is kept.
-Windows of text are given positions with gaps (`spread`), so that they train attention over longer distances than they have, and some
-repeat what they began with (`copies`).
+Windows of text are given positions with gaps (`spread`), so that they train attention over longer distances than they have.
 """
 
 import copy
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..answers import Answers, Given
-from ..calibration import Sample, batches_in_order, decoder_inputs, is_packed_text, num_tokens, without_cache
+from ..calibration import Sample, batches_in_order, decoder_inputs, num_tokens, without_cache
 from ..core.errors import UserError
 from ..core.fitted import FittedHeads
 from ..core.heads import Heads
@@ -34,7 +33,6 @@ from ..families.spec import Site
 from ..hf_models.streamed import input_device, is_streamed
 from ..parallel import all_reduce, falls_here, world_size
 from ..runtime.regrouping import input_modules, install_heads, model_names
-from .copies import repeated
 from .heal import SCALE
 from .spread import num_positions, spread
 
@@ -82,11 +80,12 @@ def distill(
             "--heal-by block, which train one block at a time"
         )
     student = _Student(model, sites, merged)
-    batches, trained, once = _batches(sample, tokens)
-    repeats = once and is_packed_text(sample)
-    all_batches = list(spread(batches, num_positions(model, sites, sample), seed, repeats=repeats))
+    batches, once = _batches(sample, tokens)
+    all_batches = list(spread(batches, num_positions(model, sites, sample), seed))
     counts, positions = [*map(num_tokens, all_batches)], [*map(_num_positions, all_batches)]
-    plan = schedule(counts, trained, num_checks=_num_checks(tokens), seed=seed, longer=LONGER if once else 1.0)
+    plan = schedule(
+        counts, tokens or sum(counts), num_checks=_num_checks(tokens), seed=seed, longer=LONGER if once else 1.0
+    )
     again = plan.held if once else range(len(all_batches))
     left = total_tokens(sample, tokens)
     scale = SCALE if model.dtype == torch.float16 else 1.0
@@ -125,22 +124,16 @@ def distill(
     return {site.name: fitted.to("cpu", torch.float32) for site, fitted in zip(sites, found, strict=True)}
 
 
-def _batches(sample: Sample, tokens: int | None) -> tuple[list[Sample], int, bool]:
-    """Return the batches of a training on so many tokens of the sample, its tokens, and whether it is nearer to one pass over the sample
-    than to two. It is rarely exactly one: windows are whole, and how much padding counts as tokens depends on the batches. Of more data
-    than it sees, the first are taken. In one pass over packed text some come a second time, with copies (`copies.py`), and count.
+def _batches(sample: Sample, tokens: int | None) -> tuple[list[Sample], bool]:
+    """Return the batches of a training on so many tokens, and whether it is nearer to one pass over them than to two. It is rarely exactly
+    one: windows are whole, and how much padding counts as tokens depends on the batches. Of more data than it sees, the first are taken.
     """
     found = list(batches_in_order(sample, ONCE_TOKENS))
     counts = [*map(num_tokens, found)]
     if tokens is None or tokens < 1.5 * sum(counts):
         seen = [*accumulate(counts, initial=0)]
-        found = found[: max(2, bisect_left(seen, num_with_held(tokens or seen[-1])))]
-        trained, own = tokens or seen[-1], seen[len(found)]
-        if is_packed_text(sample):
-            found = [*repeated(found)]
-        return found, round(trained * sum(map(num_tokens, found)) / own), True
-    assert tokens is not None
-    return list(batches_in_order(sample, BATCH_TOKENS)), tokens, False
+        return found[: max(2, bisect_left(seen, num_with_held(tokens or seen[-1])))], True
+    return list(batches_in_order(sample, BATCH_TOKENS)), False
 
 
 def _num_checks(tokens: int | None) -> int:
@@ -149,8 +142,8 @@ def _num_checks(tokens: int | None) -> int:
 
 def total_tokens(sample: Sample, tokens: int | None) -> int:
     """Return the number of tokens that the model is run on, in training and in checks; `tokens` as for `distill`."""
-    batches, trained, _ = _batches(sample, tokens)
-    return descents.total_tokens([*map(num_tokens, batches)], trained, _num_checks(tokens), searched=True)
+    counts = [*map(num_tokens, _batches(sample, tokens)[0])]
+    return descents.total_tokens(counts, tokens or sum(counts), _num_checks(tokens), searched=True)
 
 
 def _num_positions(batch: Sample) -> int:

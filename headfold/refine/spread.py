@@ -18,7 +18,6 @@ from ..calibration import Sample, is_packed_text
 from ..families.context import context_length
 from ..families.spec import Site
 from ..families.wrapped import language_config
-from .copies import is_second, with_copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,29 +48,20 @@ def num_positions(model: "PreTrainedModel", sites: Sequence[Site], sample: Sampl
     return max(window, min(TIMES * window, context, trained, *spans))
 
 
-def spread(batches: Iterable[Sample], positions: int, seed: int, *, repeats: bool = False) -> Iterator[Sample]:
+def spread(batches: Iterable[Sample], positions: int, seed: int) -> Iterator[Sample]:
     """Yield batches of windows with `position_ids`: each window is cut in two, and the second part begins up to so far on that the last
     token is at most the last of these `positions`. Cuts and gaps are uniform. Shorter `positions` than windows change nothing.
-
-    If the batches are `repeated`, those that come a second time get copies of their first half (`with_copies`), which a gap precedes.
     """
     generator = torch.Generator().manual_seed(seed)
-    for number, batch in enumerate(batches):
+    for batch in batches:
         count, window = batch["input_ids"].shape if "input_ids" in batch else (0, 0)
-        copies = repeats and is_second(number)
-        if copies:
-            batch = {**batch, "input_ids": with_copies(batch["input_ids"], generator)}
         if positions > window:
-            cuts = torch.randint(1, window, (count, 1), generator=generator)
-            if copies:
-                cuts.fill_(window // 2)
-            batch = {**batch, "position_ids": _with_gaps(cuts, window, positions, generator)}
+            batch = {**batch, "position_ids": _with_gaps(count, window, positions, generator)}
         yield batch
 
 
-def _with_gaps(
-    cuts: Int[Tensor, "window 1"], window: int, positions: int, generator: torch.Generator
-) -> Int[Tensor, "window position"]:
-    gaps = torch.randint(0, positions - window + 1, cuts.shape, generator=generator)
-    at = torch.arange(window)
+def _with_gaps(count: int, window: int, positions: int, generator: torch.Generator) -> Int[Tensor, "window position"]:
+    cuts = torch.randint(1, window, (count, 1), generator=generator)
+    gaps = torch.randint(0, positions - window + 1, (count, 1), generator=generator)
+    at = torch.arange(window).expand(count, -1)
     return at + torch.where(at >= cuts, gaps, 0)
