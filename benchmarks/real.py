@@ -65,7 +65,7 @@ SMOLLM2: tuple[Row, ...] = (
 WHISPER: tuple[Row, ...] = tuple(
     (name, count, how) for count in ("3", "1") for name, how in {**PUBLISHED, **OURS}.items()
 ) + (
-    *(("absorb+refit by model", count, ("--refit-by", "model")) for count in ("3", "1")),
+    *(("absorb+refit by block", count, ("--refit-by", "block")) for count in ("3", "1")),
     ("absorb+refit, encoder too", "3", ("--encoder",)),
     ("wide", "2", WIDE),
     ("unequal", "4", UNEQUAL),

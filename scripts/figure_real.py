@@ -11,7 +11,7 @@ NAMES = {
     "original": "original",
     "absorb": "absorb, no refit",
     "absorb+refit": "**absorb with refit (default)**",
-    "absorb+refit by model": "default with `--refit-by model`",
+    "absorb+refit by block": "default with `--refit-by block`",
     "absorb+refit+heal by block": "default, then healed block by block",
     "absorb+refit+heal": "default, then healed as a whole",
     "wide": "half as many heads of twice the head_dim",

@@ -77,7 +77,7 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
     def chosen(by: str | None = None, kind: str = "text", tokens: int = 2**16, **healing: bool) -> str:
         return refit_by_default(by, source.checkpoint, source.sites, kind, tokens, "cpu", **healing)
 
-    assert chosen() == "block" and chosen("model") == "model"
+    assert chosen() == "block" and chosen("model") == "model" and chosen(kind="audio") == "block"
     monkeypatch.setattr(scope, "_LARGE", 1)
     assert chosen() == "model" and chosen(kind="images") == "block" and chosen(heals=True) == "block"
     assert chosen(heals=True, continues=True) == "squares" and chosen("model", heals=True, continues=True) == "model"
@@ -88,6 +88,13 @@ def test_large_language_models_are_refitted_as_a_whole_where_memory_holds_it(
     assert chosen() == "block"
     with pytest.raises(UserError, match="GiB of training, got less; give --refit-by block"):
         chosen("model")
+
+
+def test_the_decoder_of_a_model_of_speech_is_refitted_as_a_whole_without_its_encoder() -> None:
+    directory = str(tiny_checkpoint("whisper"))
+    for encoder, heals, by in ((False, False, "model"), (True, False, "block"), (False, True, "block")):
+        source = open_source(directory, encoder=encoder)
+        assert refit_by_default(None, source.checkpoint, source.sites, "audio", 12, "cpu", heals=heals) == by
 
 
 @pytest.mark.parametrize(

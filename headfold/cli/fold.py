@@ -70,8 +70,8 @@ def fold(
             "--refit-by", panel=HOW, metavar="WHAT",
             help="model: at its end the refit trains all sites together by the model's output, in one pass over the calibration data. "
             "block: one at a time by its own output, in the memory of one block. squares: it ends with least squares, which is fastest. "
-            "Default: model for language models of 67 M parameters or more if memory holds it, squares before a --heal-by model that sees "
-            "at least as much data once, else block.",
+            "Default: model for language models of 67 M parameters or more and for the decoder of a model of speech, if memory holds it; "
+            "squares before a --heal-by model that sees at least as much data once; else block.",
         ),
     ] = None,
     heal: Annotated[

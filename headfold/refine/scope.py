@@ -32,8 +32,8 @@ def refit_by_default(
 ) -> str:  # fmt: skip
     """Return what ends a refit: the training of the "model" as a whole, that of each "block" alone, or "squares", least squares alone.
 
-    What is not given is the model for language models that are large, as far as there are data enough and memory for what is trained. It is
-    the memory that there is, not what is free, so that a fold goes on in the way that it began. Where a healing follows (`heals`) it is
+    What is not given is the model for language models that are large, and for the decoder of a model of speech, as far as there are data
+    enough and memory for what is trained. It is the memory that there is, not what is free, so that a fold goes on in the way that it began. Where a healing follows (`heals`) it is
     each block, or squares if that healing `continues` the refit: by model, in one pass over at least as much data, the same training.
 
     Raises:
@@ -45,7 +45,8 @@ def refit_by_default(
         return "squares"
     if by is None:
         size = max(max(checkpoint.tensors[site.tensor("o")].shape) for site in sites)
-        whole = _as_a_whole(kind, checkpoint.num_parameters) and tokens >= NARROW * size and not heals
+        enough = tokens >= NARROW * size and _as_a_whole(kind, checkpoint.num_parameters)
+        whole = (enough or _hears(kind, sites)) and not heals
         return "model" if whole and _lacking(checkpoint, sites, device, total_memory) is None else "block"
     if by != "model" or (lacking := _lacking(checkpoint, sites, device)) is None:
         return by
@@ -57,6 +58,16 @@ def refit_by_default(
 def _as_a_whole(kind: str, num_parameters: int) -> bool:
     """Return whether data of this kind train a model of that size together by default."""
     return kind in ("text", "texts") and num_parameters >= _LARGE
+
+
+def _hears(kind: str, sites: Sequence[Site]) -> bool:
+    """Return whether what is folded is the decoder of a model of speech.
+
+    It reads what the encoder heard, which stays as it is and runs once for both models, so that training it as a whole costs little more
+    than block by block. With few recordings least squares have too few of its tokens, of which a training by the output uses every one.
+    An encoder has many positions for each token, and would take the memory of all their activations.
+    """
+    return kind == "audio" and all(site.stack == "decoder" for site in sites)
 
 
 def _lacking(

@@ -74,8 +74,8 @@ def fold(
             and W_o. "auto" takes the largest that attention kernels take.
         group, merge: Methods with their options, as `headfold methods` lists them.
         refit: Refit the projections by least squares to the original's attention and output. `refit_by` is what is trained then: the
-            "model" as a whole (the default for large language models that fit), each "block" alone, or nothing ("squares").
-        heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`; the same default).
+            "model" as a whole (the default for large language models and decoders of speech), each "block", or nothing ("squares").
+        heal: Then train the attention on `heal_tokens` tokens or items of the data, together or each alone (`heal_by`).
         calibration: A source of `headfold.corpus` that suits the model, or data as `headfold.calibrate` takes them; by default what `stats`
             or `plan` were measured on. Statistics, refit and healing use the same data.
         tokens, items, columns, context: Calibration tokens of a language model or items of others, columns of a table, length of a text.
