@@ -33,8 +33,9 @@ def refit_by_default(
     """Return what ends a refit: the training of the "model" as a whole, that of each "block" alone, or "squares", least squares alone.
 
     What is not given is the model for language models that are large, and for the decoder of a model of speech, as far as there are data
-    enough and memory for what is trained. It is the memory that there is, not what is free, so that a fold goes on in the way that it began. Where a healing follows (`heals`) it is
-    each block, or squares if that healing `continues` the refit: by model, in one pass over at least as much data, the same training.
+    enough and memory for what is trained. It is the memory that there is, not what is free, so that a fold goes on in the way that it
+    began. Where a healing follows (`heals`) it is each block, or squares if that healing `continues` the refit: by model, in one pass
+    over at least as much data, the same training.
 
     Raises:
         UserError: an unknown `by`, or no memory for the model.
