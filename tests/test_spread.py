@@ -1,4 +1,4 @@
-"""Windows are given positions with gaps, so that a fold is trained on longer distances than they have."""
+"""Windows are given positions with gaps, and some copies, so that a fold is trained on longer distances than they have."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from headfold.conversion.source import open_source
 from headfold.families.spec import Site
 from headfold.refine import distill as distilling
 from headfold.refine.distill import distill
-from headfold.refine.spread import TIMES, num_positions, spread
+from headfold.refine.spread import COPIED, COPIES_EVERY, SPANS, TIMES, num_positions, spread
 
 WINDOW = 6
 
@@ -53,6 +53,30 @@ def test_gaps_differ_by_window_and_by_seed_and_reach_the_end() -> None:
     lasts = first[:, -1]
     assert len(lasts.unique()) > 20 and lasts.min() < 12 and lasts.max() > 40
     assert len({int(row.diff().argmax()) for row in first}) == WINDOW - 1
+
+
+@given(st.integers(2, 400), st.lists(st.integers(1, 5), max_size=6), st.integers(0, 2**20))
+def test_one_window_in_so_many_ends_with_copies_of_spans_behind_its_gap(
+    length: int, counts: list[int], seed: int
+) -> None:
+    given = torch.arange(sum(counts) * length).view(-1, length)  # every token tells where it was
+    found = list(spread(({"input_ids": each} for each in given.split(counts)), length + 9, seed))
+    assert given.equal(torch.arange(sum(counts) * length).view(-1, length))  # what was given is as before
+    if not counts:
+        return
+    ids, positions = (torch.cat([each[name] for each in found]) for name in ("input_ids", "position_ids"))
+    last = max(1, length // COPIED)
+    for number, (row, whole, steps) in enumerate(zip(ids, given, positions.diff(), strict=True)):
+        if number % COPIES_EVERY < COPIES_EVERY - 1:
+            assert row.equal(whole)
+            continue
+        assert row[:-last].equal(whole[:-last]) and torch.isin(row[-last:], whole[:-last]).all()
+        assert (steps[: -last] == 1).all() and (last == 1 or (steps[-last + 1 :] == 1).all())  # fmt: skip
+        ends = [0, *(1 + (row[-last:].diff() != 1).nonzero()[:, 0]).tolist(), last]
+        spans = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+        assert all(
+            span >= min(SPANS[0], length - last) for span in spans[:-1]
+        )  # two neighbours may go on from each other
 
 
 @pytest.mark.parametrize("name", ROTARY)

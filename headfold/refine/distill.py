@@ -4,7 +4,8 @@ Minimises `divergence.output_error`, the KL divergence from the original's distr
 (`descent`); all other weights stay. Refit and healing by block minimise the error of one attention's output, which does not tell how
 much the model's output depends on it. The price is memory, for the whole model and its activations on a batch. The two models share all
 weights outside the sites, and the output of an encoder that is not folded; of batches that are seen again the original's output is kept.
-Windows of text are given positions with gaps (`spread`), so that they train attention over longer distances than they have.
+Windows of text are given positions with gaps, and some of them copies of what they began with (`spread`), so that they train attention
+over longer distances than they have.
 """
 
 import copy
