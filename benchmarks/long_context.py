@@ -1,4 +1,4 @@
-"""Measure how attention and retrieval of folds change along the context: entropy by position, passkeys and lookups in a list.
+"""Measure how attention and retrieval of folds change along the context: entropy by position, passkeys, lookups in a list.
 
     python benchmarks/long_context.py ORIGINAL [NAME=FOLD …] --name NAME --text FILE [--lengths 1024,2048,4096,8000] [--windows 2]
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from machine import describe
-from retrieval import DEVICE, LENGTHS, lookups, passkeys
+from retrieval import DEVICE, LENGTHS, lookups, named_passkeys, passkeys
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,7 +76,8 @@ def main() -> None:
         row = {
             "model": name, "settings": settings,
             "entropy": {str(context): entropies(place, text, context, options.windows) for context in CONTEXTS},
-            "passkey": passkeys(place, lengths), "lookup": lookups(place, lengths),
+            "passkey": passkeys(place, lengths), "named passkeys": named_passkeys(place, text, lengths),
+            "lookup": lookups(place, lengths),
         }  # fmt: skip
         print(row, flush=True)
         rows = [*(other for other in rows if other["model"] != name), row]

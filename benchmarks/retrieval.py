@@ -79,6 +79,41 @@ def lookups(made: Path, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     return _shares(model, lengths, asked)
 
 
+def named_passkeys(made: Path, text: str, lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
+    """Return by length the share of digits of twelve keys that a model repeats from a text, each told among others, by its name."""
+    model, tokenizer = opened(made)
+    words = pieces(tokenizer, text[: 8 * max(lengths)])
+    found = {}
+    for length in lengths:
+        draw = random.Random(length)
+        keys = [f"{draw.randrange(10000, 100000)}" for _ in NAMES]
+        told = [
+            pieces(tokenizer, f"The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}. ")
+            for name, key in zip(NAMES, keys, strict=True)
+        ]
+        questions = [pieces(tokenizer, f"What is the pass key of {name}? The pass key of {name} is ") for name in NAMES]
+        answers = [digits(tokenizer, key) for key in keys]
+        step = (length - sum(map(len, told)) - max(map(len, questions)) - 5) // len(NAMES)
+        ids = [
+            token for number, key in enumerate(told) for token in (*words[number * step : (number + 1) * step], *key)
+        ]
+        found[str(length)] = _share_of_cached(model, ids, questions, answers)
+    return found
+
+
+@torch.no_grad()
+def _share_of_cached(model: Any, ids: list[int], questions: list[list[int]], answers: list[list[int]]) -> float:
+    """Return the share of right tokens of the answers, each given the text and one question; the text runs once."""
+    cache = model(torch.tensor([ids], device=DEVICE), use_cache=True, logits_to_keep=1).past_key_values
+    right = 0
+    for question, answer in zip(questions, answers, strict=True):
+        asked = torch.tensor([[*question, *answer[:-1]]], device=DEVICE)
+        logits = model(asked, past_key_values=cache, use_cache=True, logits_to_keep=len(answer)).logits
+        right += int((logits[0].argmax(-1).cpu() == torch.tensor(answer)).sum())
+        cache.crop(-asked.shape[1])
+    return right / sum(map(len, answers))
+
+
 def _shares(model: Any, lengths: Sequence[int], asked: Any) -> dict[str, float]:
     """Return the share of right tokens of the answers, each given the text and the answer up to it."""
     found = {}

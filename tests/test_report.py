@@ -60,21 +60,32 @@ def test_the_time_before_the_first_stage_and_after_the_last_count_is_not_silent(
     assert "embed: 12 items, running for 0:00" in lines and lines[-1].startswith("embed: 12 items in ")
 
 
-def test_nothing_is_printed_after_the_end_or_when_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_printed_after_the_end_or_by_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     to = io.StringIO()
     with ProgressReport(to, interval=0.02) as report:
         report("plan", 1, 1)
     said = to.getvalue()
-    with ProgressReport(to, silent=True, interval=0.02) as report:
-        report("plan", 0, 7)
-        report.say("a line")
-        time.sleep(0.1)
     monkeypatch.setattr(progress, "is_main", lambda: False)
     with ProgressReport(to, interval=0.02) as report:
         report("plan", 0, 7)
         report.say("a line")
         time.sleep(0.1)
     assert said.startswith("plan: ") and to.getvalue() == said
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_brief_report_has_regular_lines_alone(kind: type[io.StringIO]) -> None:
+    to = kind()
+    with ProgressReport(to, brief=True) as report:
+        report("plan", 0, 7)
+        report.say("a line")
+        report("fit", 1, 7)
+    assert not to.getvalue()
+    with ProgressReport(to, brief=True, interval=0.05) as report:
+        report("refit", 420, 1000)
+        time.sleep(0.2)
+    lines = to.getvalue().splitlines()
+    assert lines and all(line.startswith("refit: 42 %, ") and line.endswith(" left") for line in lines)
 
 
 def test_times_left() -> None:

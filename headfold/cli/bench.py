@@ -95,7 +95,7 @@ def bench(
         kv_heads=kv_heads and counts("--kv-heads", kv_heads),
         shape=shape, layers=layers, dtype=dtype, device=device, profile=profile,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.bench(
             models or (), attentions=[name.strip() for name in attention.split(",")], batches=counts("--batch", batch),
             new_tokens=new_tokens, rounds=rounds, padded=padded, skip_prefill=skip_prefill, force=force, progress=progress, **chosen,

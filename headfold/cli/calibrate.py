@@ -54,7 +54,7 @@ def calibrate(
     chosen = given(
         adapter=adapter, calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context
     )
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.calibrate(
             model,
             stats,

@@ -61,7 +61,7 @@ def check(
     from ..reports.progress import ProgressReport
     from ..verbs import check as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.check(
             model, engines=_engines(engine or []), text=text, tokens=tokens, new_tokens=new_tokens,
             adapter=adapter, trust_remote_code=trust_remote_code, progress=progress,

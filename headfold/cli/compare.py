@@ -98,7 +98,7 @@ def compare(
         methods=names(methods), out=out, text=text, limit=limit, calibration=calibration, tokens=tokens, items=items,
         columns=names(columns), context=context, stats=stats, adapter=adapter,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.compare(
             model,
             names(kv_heads) or (),

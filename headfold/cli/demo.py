@@ -30,7 +30,7 @@ def demo(
     from ..reports.progress import ProgressReport
     from ..verbs import demo as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.demo(out, force=force, device=device, dtype=dtype, progress=progress)
     if not answered(result.to_json(), as_json):
         show_demo(result)

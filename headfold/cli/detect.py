@@ -35,7 +35,7 @@ def detect(
     from ..reports.progress import ProgressReport
     from ..verbs import detect as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.detect(model, out=out, trust_remote_code=trust_remote_code, force=force, progress=progress)
     if not answered(found.to_json(), as_json):
         views.show_detection(found, out)

@@ -111,7 +111,7 @@ def evaluate(
         task=names(task), num_fewshot=num_fewshot, include_path=include_path, limit=limit, context=context,
         resamples=resamples, seed=seed,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.evaluate(
             models[0], compare=models[1:], trust_remote_code=trust_remote_code, device=device, dtype=dtype, progress=progress, **chosen,
         )  # fmt: skip

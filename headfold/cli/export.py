@@ -44,7 +44,7 @@ def export(
     from ..reports.progress import ProgressReport
     from ..verbs import export as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.export(
             folded,
             out,

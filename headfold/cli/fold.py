@@ -142,7 +142,7 @@ def fold(
         heal_tokens=heal_tokens, heal_by=heal_by, refit_by=refit_by, push_to_hub=push_to_hub, to=to,
         kv_rank=kv_rank, rope_dim=rope_dim,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.fold(
             model, out, refit=refit, heal=heal, encoder=encoder, seed=seed, force=force, verify=verify, device=device, dtype=dtype,
             quantised_cache=quantised_cache, trust_remote_code=trust_remote_code, progress=progress, say=progress.say, **chosen,

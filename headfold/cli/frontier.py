@@ -73,7 +73,7 @@ def frontier(
         adapter=adapter,
         head_dim_multiple=renamed("--head-width", "--head-dim-multiple", head_width, head_dim_multiple),
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.frontier(
             model, out, tp=tp, measured=measure, refit=refit, seed=seed, workers=workers, force=force, device=device,
             dtype=dtype, progress=progress, **chosen,

@@ -49,7 +49,7 @@ def inspect(
     from ..reports.progress import ProgressReport
     from ..verbs import inspect as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.inspect(
             model, stats=stats, context=context, batch=batch, memory=memory, gpu=gpu, adapter=adapter, progress=progress,
             trust_remote_code=trust_remote_code, say=progress.say,

@@ -171,7 +171,7 @@ Verify = Annotated[
     ),
 ]
 Force = Annotated[bool, option("--force", panel=OUTPUT, help="Overwrite the output.")]
-Json = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout and nothing else.")]
+Json = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout, and nothing but a line every 30 seconds on stderr.")]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show the full traceback of an error.")]
 Device = Annotated[
     str | None,

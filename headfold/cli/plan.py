@@ -105,7 +105,7 @@ def plan(
         group=group, merge=merge, stats=stats, allowed=allowed and counts("--allowed", allowed),
         head_dim_multiple=head_dim_multiple, allocation=allocation, adapter=adapter,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         made = verb.plan(
             model, out, tp=tp, refit=refit, encoder=encoder, seed=seed, workers=workers, force=force, device=device, dtype=dtype,
             progress=progress, say=progress.say, **chosen,

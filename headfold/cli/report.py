@@ -67,7 +67,7 @@ def report(
     from ..reports.progress import ProgressReport
     from ..verbs import report as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.report(
             paths, out=out, original=original, prompts=prompt or (), text=text, columns=names(columns) or (), new_tokens=new_tokens,
             force=force, device=device, progress=progress,

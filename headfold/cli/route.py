@@ -42,7 +42,7 @@ def route(
     from ..verbs import route as verb
 
     chosen = given(calibration=calibration, tokens=tokens, items=items, columns=names(columns), context=context)
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.route(
             folded, out, route=route, seed=seed, force=force, device=device, dtype=dtype, progress=progress, **chosen
         )

@@ -34,7 +34,7 @@ def run(
     from ..reports.runs import show_run
     from ..verbs import run as verb
 
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         found = verb.run(
             recipe, out, model=model, trust_remote_code=trust_remote_code, force=force, device=device, progress=progress, say=progress.say
         )  # fmt: skip

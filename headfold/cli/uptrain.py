@@ -135,7 +135,7 @@ def uptrain(
         columns=names(columns), context=context, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule, warmup=warmup,
         bf16=bf16, tensorboard=tensorboard, wgqa=wgqa, original=original, dtype=dtype, device=device,
     )  # fmt: skip
-    with ProgressReport(silent=as_json) as progress:
+    with ProgressReport(brief=as_json) as progress:
         result = verb.uptrain(
             folded, out, train=train, batch=batch, accumulate=accumulate, weight_decay=weight_decay, site_weight=site_weight,
             gradient_checkpointing=gradient_checkpointing, save_every=save_every, log_every=log_every, resume=resume, seed=seed,

@@ -28,18 +28,19 @@ class ProgressReport:
     """Shows progress when it is called with (stage, done, total); use it as a context manager, which ends the last stage.
 
     Where `to` is no terminal, a thread prints the state of the running stage every `interval` seconds, so that a stage that does not
-    advance is not silent either, nor the time before the first stage. Nothing is printed when `silent`, nor by ranks other than 0.
+    advance is not silent either, nor the time before the first stage. When `brief`, as where stdout is JSON for another program, these
+    lines are all there is, on a terminal too. Ranks other than 0 print nothing.
     """
 
-    def __init__(self, to: TextIO | None = None, *, silent: bool = False, interval: float = INTERVAL) -> None:
-        self._to, self._silent, self._interval = to or sys.stderr, silent, interval
+    def __init__(self, to: TextIO | None = None, *, brief: bool = False, interval: float = INTERVAL) -> None:
+        self._to, self._brief, self._interval = to or sys.stderr, brief, interval
         self._stage, self._start, self._done, self._total = "", time.monotonic(), 0, 0
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
 
     def __enter__(self) -> "ProgressReport":
-        if not (self._silent or self._to.isatty()) and is_main():
+        if (self._brief or not self._to.isatty()) and is_main():
             threading.Thread(target=self._print_regularly, name="headfold-progress", daemon=True).start()
         return self
 
@@ -53,7 +54,7 @@ class ProgressReport:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._silent or not is_main():
+        if not is_main():
             return
         with self._lock:
             if stage != self._stage:
@@ -66,7 +67,7 @@ class ProgressReport:
 
     def say(self, line: str) -> None:
         """Print a line beside the bars."""
-        if self._silent or not is_main():
+        if self._brief or not is_main():
             return
         if self._bars is not None:
             self._bars.console.print(line, highlight=False)
@@ -75,7 +76,7 @@ class ProgressReport:
 
     def _begin(self, stage: str, total: int) -> None:
         self._stage, self._start, self._done = stage, time.monotonic(), 0
-        if self._to.isatty():
+        if self._to.isatty() and not self._brief:
             self._bars = self._bars or _bars(self._to)
             self._task = self._bars.add_task(stage, total=total or None, rate="")
 
@@ -85,7 +86,7 @@ class ProgressReport:
             self._done = self._total or self._done
             if self._bars is not None and self._task is not None:
                 self._bars.update(self._task, completed=self._done, rate=self._rate())
-            else:
+            elif not self._brief:
                 self._print_end()
         self._stage, self._start = "", time.monotonic()
 
