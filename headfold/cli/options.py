@@ -171,7 +171,9 @@ Verify = Annotated[
     ),
 ]
 Force = Annotated[bool, option("--force", panel=OUTPUT, help="Overwrite the output.")]
-Json = Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout, and nothing but a line every 30 seconds on stderr.")]
+Json = Annotated[
+    bool, option("--json", panel=OUTPUT, help="Print one JSON value on stdout, and only now and then a line on stderr.")
+]
 Debug = Annotated[bool, option("--debug", panel=OUTPUT, help="Show the full traceback of an error.")]
 Device = Annotated[
     str | None,
